@@ -1,0 +1,3 @@
+//! Builds what runs inside a VM.
+
+fn main() {}

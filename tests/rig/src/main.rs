@@ -1,0 +1,3 @@
+//! Runs a command where KVM boots real guests.
+
+fn main() {}
