@@ -1,0 +1,281 @@
+//! [`VmConfig`]: the one tree that says what a virtual machine is.
+//!
+//! Command line, configuration file and (later) API and snapshot all fill this tree; the machine is built from
+//! it and from nothing else. Field names are the command line's. A part that the command line writes as
+//! `--mem 512M,prefault` may be written in JSON as that same string or as an object. Opens no file itself.
+
+mod text;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use text::{ParseError, Size};
+
+/// A virtual machine, wholly described.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VmConfig {
+    /// Name under which the VM is listed; generated if absent.
+    pub name: Option<String>,
+    /// The kernel: bzImage or ELF vmlinux.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line. Absent: a default that fits the devices.
+    pub cmdline: Option<String>,
+    /// Boot protocol.
+    pub boot: BootProtocol,
+    /// Guest RAM.
+    #[serde(deserialize_with = "text::text_or_object")]
+    pub mem: Memory,
+    /// Virtual CPUs.
+    pub cpus: Cpus,
+    /// Disks: /dev/vda, vdb ... in this order.
+    #[serde(deserialize_with = "text::list")]
+    pub disk: Vec<Disk>,
+    /// Where hvc0 goes.
+    pub console: Console,
+    /// Further ports of the virtio console: /dev/virtio-ports/NAME.
+    #[serde(deserialize_with = "text::list")]
+    pub port: Vec<Port>,
+    /// Where ttyS0 goes.
+    pub serial: Where,
+    /// An entropy device.
+    pub rng: bool,
+    /// I/O port of an isa-debug-exit style device: a write of V ends the run with exit code (V << 1) | 1.
+    pub debug_exit: Option<u16>,
+    /// Log the guest's writes to port 0x80 (POST codes) with their time.
+    pub boot_marks: bool,
+    /// What a guest's reboot does.
+    pub on_reboot: OnReboot,
+}
+
+/// The way into the kernel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootProtocol {
+    /// PVH for an ELF that has the note, else the 64-bit Linux boot protocol.
+    #[default]
+    Auto,
+    /// Linux's 64-bit boot protocol.
+    Linux64,
+    /// PVH: 32-bit entry with start_info.
+    Pvh,
+}
+
+/// What a guest's reboot does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReboot {
+    /// The monitor ends with success.
+    #[default]
+    Exit,
+    /// The VM starts again from its kernel.
+    Reset,
+}
+
+/// Guest RAM: `SIZE[,backing=memfd|anonymous][,hugepages=2M|1G][,prefault][,thp]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Memory {
+    /// How much.
+    pub size: Size,
+    /// What is behind it.
+    pub backing: Backing,
+    /// Page size of the backing; absent: the host's 4 KiB.
+    pub hugepages: Option<HugePages>,
+    /// Touch every page at start.
+    #[serde(deserialize_with = "text::flag")]
+    pub prefault: bool,
+    /// Ask for transparent huge pages.
+    #[serde(deserialize_with = "text::flag")]
+    pub thp: bool,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        let (backing, hugepages) = (Backing::default(), None);
+        Self { size: Size::mib(256), backing, hugepages, prefault: false, thp: false }
+    }
+}
+
+impl Memory {
+    /// The backing in words, for messages.
+    pub fn backing_name(&self) -> String {
+        let pages = match self.hugepages {
+            None => "",
+            Some(HugePages::TwoMiB) => ", 2 MiB huge pages: see /proc/sys/vm/nr_hugepages",
+            Some(HugePages::OneGiB) => ", 1 GiB huge pages: see /sys/kernel/mm/hugepages",
+        };
+        format!("{}{pages}", if self.backing == Backing::Memfd { "memfd" } else { "anonymous" })
+    }
+}
+
+/// What is behind guest RAM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backing {
+    /// A memfd, which other processes can map too.
+    #[default]
+    Memfd,
+    /// Private anonymous memory.
+    Anonymous,
+}
+
+/// Explicit huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HugePages {
+    /// 2 MiB.
+    #[serde(rename = "2M")]
+    TwoMiB,
+    /// 1 GiB.
+    #[serde(rename = "1G")]
+    OneGiB,
+}
+
+/// Virtual CPUs: their number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Cpus(pub u32);
+
+impl Cpus {
+    /// The most that the tables and the APIC id layout place.
+    pub const MAX: u32 = 254;
+}
+
+impl Default for Cpus {
+    fn default() -> Self {
+        Self(1)
+    }
+}
+
+/// A disk: `path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Disk {
+    /// Raw image file or block device.
+    pub path: PathBuf,
+    /// Refuse writes.
+    #[serde(default, deserialize_with = "text::flag")]
+    pub readonly: bool,
+    /// What the guest reads as the disk's serial number: at most 20 bytes.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Logical block size. Absent: 512.
+    #[serde(default)]
+    pub block_size: Option<Size>,
+}
+
+/// Where hvc0 goes. Absent: the monitor's own stdin and stdout, unless the serial port took them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Console(pub Option<Where>);
+
+/// The host's end of a character device: `stdio|pty|file=PATH|socket=PATH|off`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Where {
+    /// The monitor's stdin and stdout.
+    Stdio,
+    /// A new pseudo-terminal, whose path is reported.
+    Pty,
+    /// A file that output is written to; there is no input.
+    File(PathBuf),
+    /// A listening unix socket; one client at a time.
+    Socket(PathBuf),
+    /// Nowhere: the device is not there.
+    #[default]
+    Off,
+}
+
+/// A named port of the virtio console: `NAME=WHERE`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Port {
+    /// The guest's name for it: /dev/virtio-ports/NAME.
+    pub name: String,
+    /// The host's end.
+    pub to: Where,
+}
+
+/// A configuration that no machine can be built from.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{what}")]
+pub struct Invalid {
+    what: String,
+    /// What to try.
+    pub hint: &'static str,
+}
+
+impl VmConfig {
+    /// The console's end, with the rule that it gives stdio up to a serial port that wants it.
+    pub fn console(&self) -> Where {
+        match (&self.console.0, &self.serial) {
+            (Some(wanted), _) => wanted.clone(),
+            (None, Where::Stdio) => Where::Off,
+            (None, _) => Where::Stdio,
+        }
+    }
+
+    /// Checks what can be checked without opening anything.
+    ///
+    /// # Errors
+    /// [`Invalid`] names the first value that cannot be, and what to try.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        let invalid = |what: String, hint| Err(Invalid { what, hint });
+        let mem = self.mem.size.bytes();
+        if mem < 2 << 20 {
+            return invalid(format!("--mem {}: too little to run in", self.mem.size), "try --mem 128M");
+        }
+        if mem % 4096 != 0 {
+            return invalid(format!("--mem {mem}: not a multiple of 4096"), "sizes take K, M, G and T");
+        }
+        if mem > crate::memory::layout::MAX_RAM {
+            return invalid(format!("--mem {}: more than a guest can address", self.mem.size), "at most 16T");
+        }
+        if let Some(page) = self.mem.hugepages {
+            let page = if page == HugePages::TwoMiB { Size::mib(2) } else { Size::mib(1024) };
+            if mem % page.bytes() != 0 {
+                return invalid(
+                    format!("--mem {}: not a multiple of the huge page size {page}", self.mem.size),
+                    "round it up",
+                );
+            }
+        }
+        if !(1..=Cpus::MAX).contains(&self.cpus.0) {
+            return invalid(format!("--cpus {}: out of range", self.cpus.0), "1 to 254");
+        }
+        if let Some(name) = &self.name {
+            let fine = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+            if name.is_empty() || name.len() > 64 || !name.chars().all(fine) || name.starts_with(['.', '-']) {
+                return invalid(
+                    format!("--name {name:?}: not a name"),
+                    "1 to 64 letters, digits, '_', '.', '-', not starting with '.' or '-'",
+                );
+            }
+        }
+        for disk in &self.disk {
+            let path = disk.path.display();
+            if disk.serial.as_ref().is_some_and(|s| s.len() > 20 || !s.is_ascii()) {
+                return invalid(format!("disk {path}: serial too long"), "at most 20 ASCII characters");
+            }
+            if disk.block_size.is_some_and(|s| ![512, 4096].contains(&s.bytes())) {
+                return invalid(format!("disk {path}: block size not possible"), "512 or 4096");
+            }
+        }
+        for (i, port) in self.port.iter().enumerate() {
+            if port.name.is_empty() || port.name.len() > 64 || port.name.contains(['/', '\0']) {
+                return invalid(format!("port {:?}: not a name", port.name), "1 to 64 bytes without '/'");
+            }
+            if self.port[..i].iter().any(|p| p.name == port.name) {
+                return invalid(format!("port {:?} is there twice", port.name), "give each its own name");
+            }
+        }
+        let ends = [self.console(), self.serial.clone()];
+        let ends = ends.iter().chain(self.port.iter().map(|p| &p.to));
+        if ends.filter(|w| **w == Where::Stdio).count() > 1 {
+            return invalid("stdio is asked for twice".to_owned(), "give one of them pty, file= or socket=");
+        }
+        Ok(())
+    }
+}

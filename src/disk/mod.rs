@@ -1,0 +1,76 @@
+//! Disks as a front end sees them: submit, then collect completions. Knows no virtio.
+//!
+//! A back end (raw file, later image formats and faster engines) implements [`Disk`]; virtio-blk is one front end.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::memory::Buffers;
+
+/// What a disk is. Constant while a machine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Info {
+    /// Capacity in bytes, a multiple of 512.
+    pub size: u64,
+    /// Writes fail with `ErrorKind::ReadOnlyFilesystem`.
+    pub readonly: bool,
+    /// Logical block size: every offset and length is a multiple of it.
+    pub block_size: u32,
+    /// Preferred (physical) block size, a power of two times `block_size`.
+    pub physical_block_size: u32,
+    /// Discard and write-zeroes work on this back end.
+    pub discard: bool,
+}
+
+/// One request. Offsets and lengths are in bytes; the back end checks them against [`Info`].
+#[derive(Debug)]
+pub enum Io {
+    /// Disk to guest memory.
+    Read {
+        /// Byte offset on the disk.
+        offset: u64,
+        /// Where to.
+        to: Buffers,
+    },
+    /// Guest memory to disk.
+    Write {
+        /// Byte offset on the disk.
+        offset: u64,
+        /// Where from.
+        from: Buffers,
+    },
+    /// Everything that completed before this was submitted is on stable storage when it completes.
+    Flush,
+    /// The range may be forgotten; what it reads as afterwards is undefined.
+    Discard {
+        /// Byte offset on the disk.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The range reads as zeroes afterwards.
+    WriteZeroes {
+        /// Byte offset on the disk.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// The space may be given back.
+        unmap: bool,
+    },
+}
+
+/// A disk's back end.
+///
+/// One front end calls it, from one thread at a time. `submit` takes the buffers over; the front end hears of the
+/// request again only from `done`. Tags are the front end's, unique among those in flight. Requests may complete in
+/// any order; `ready` becomes readable when there is something to collect. Dropping a disk waits for what is in flight.
+pub trait Disk: Send {
+    /// What the disk is.
+    fn info(&self) -> Info;
+    /// Takes a request on. Errors come by [`Disk::done`] too.
+    fn submit(&mut self, tag: u16, io: Io);
+    /// The next finished request: its tag, and the bytes moved or why it failed.
+    fn done(&mut self) -> Option<(u16, io::Result<u32>)>;
+    /// Readable while [`Disk::done`] may have something to give.
+    fn ready(&self) -> BorrowedFd<'_>;
+}

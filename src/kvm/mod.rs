@@ -1,0 +1,3 @@
+//! The only module that issues KVM ioctls.
+
+pub mod regs;

@@ -1,0 +1,131 @@
+//! Every guest physical address and interrupt line that the monitor decides, in one table.
+//!
+//! ```text
+//! 0x0000_0000  RAM  boot_params, page tables, GDT, command line (below 640 KiB)
+//! 0x000a_0000  ---  legacy video and option ROM hole (nothing there)
+//! 0x000e_0000  RAM  ACPI tables (reserved in the memory map; RSDP where the spec lets a guest search)
+//! 0x0010_0000  RAM  kernel, then free memory, initrd as high as it may be
+//! 0xc000_0000  ---  the hole below 4 GiB: devices, no RAM
+//!   0xc000_0000  32-bit PCI window          512 MiB
+//!   0xe000_0000  PCIe ECAM                  256 MiB
+//!   0xfe00_0000  virtio-mmio slots          4 KiB each
+//!   0xfec0_0000  I/O APIC                   (in the kernel)
+//!   0xfee0_0000  local APIC                 (in the kernel)
+//!   0xfeff_c000  KVM's identity map and TSS (16 KiB, Intel without unrestricted guest)
+//!   0xff00_0000  firmware, ends at 4 GiB    16 MiB
+//! 0x1_0000_0000 RAM the rest of it
+//! ```
+//!
+//! Ports: 0x3f8 COM1, 0x60/0x64 i8042, 0x600 ACPI sleep, reset and event registers; optional 0x80 and 0xf4.
+
+use std::ops::Range;
+
+/// End of conventional memory: above it a PC has its legacy hole.
+pub const LOW_END: u64 = 0xa_0000;
+/// Where boot_params (the zero page) or PVH's start_info goes. 4 KiB.
+pub const BOOT_PARAMS: u64 = 0x7000;
+/// PVH start_info's modules and memory map. 4 KiB.
+pub const PVH_TABLES: u64 = 0x6000;
+/// The boot GDT (a handful of entries).
+pub const GDT: u64 = 0x500;
+/// PML4, then PDPT and four page directories: the first 4 GiB, identity-mapped by 2 MiB pages. 24 KiB.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// The kernel command line, NUL-terminated.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Room for the command line, its NUL included. Linux takes at most 2048 (COMMAND_LINE_SIZE) on x86.
+pub const CMDLINE_SIZE: u64 = 0x1_0000;
+/// ACPI tables; the RSDP is first, in the range that ACPI 6.5, 5.2.5.1 lets a guest search.
+pub const ACPI: u64 = 0xe_0000;
+/// Room for the ACPI tables.
+pub const ACPI_SIZE: u64 = 0x2_0000;
+/// Where a kernel's protected-mode part goes, and the start of ordinary memory.
+pub const HIGH_RAM: u64 = 0x10_0000;
+
+/// The hole below 4 GiB in which there is no RAM.
+pub const HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
+/// First virtio-mmio slot.
+pub const VIRTIO_MMIO: u64 = 0xfe00_0000;
+/// Size of a virtio-mmio slot.
+pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// The I/O APIC's base; its identifier is 0 and its first interrupt GSI 0.
+pub const IO_APIC: u64 = 0xfec0_0000;
+/// The local APICs' base.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// KVM's identity-map page.
+pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
+/// KVM's three TSS pages.
+pub const KVM_TSS: u64 = 0xfeff_d000;
+
+/// COM1's first port; it has 8.
+pub const COM1: u64 = 0x3f8;
+/// COM1's interrupt.
+pub const COM1_GSI: u32 = 4;
+/// i8042 data port; the command port is 0x64.
+pub const I8042: u64 = 0x60;
+/// Ports from [`I8042`] to its command port.
+pub const I8042_SIZE: u64 = 5;
+/// ACPI sleep control, sleep status, reset and event registers (see `legacy::acpi_pm`).
+pub const ACPI_PM: u64 = 0x600;
+/// Ports at [`ACPI_PM`].
+pub const ACPI_PM_SIZE: u64 = 8;
+/// The Generic Event Device's interrupt (power button).
+pub const ACPI_GSI: u32 = 9;
+/// Port of the POST code, used for boot marks when asked for.
+pub const POST: u64 = 0x80;
+/// Default port of the debug-exit device.
+pub const DEBUG_EXIT: u64 = 0xf4;
+
+/// The interrupts that virtio-mmio devices get, in order: those above the legacy range first.
+pub const VIRTIO_GSIS: [u32; 18] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15];
+
+/// The most guest RAM that the layout places (the physical addresses that KVM guests can have end it sooner
+/// on most hosts).
+pub const MAX_RAM: u64 = 16 << 40;
+
+/// Where `size` bytes of RAM lie: below the hole, and above 4 GiB if they do not fit there.
+pub fn ram(size: u64) -> Vec<Range<u64>> {
+    let low = size.min(HOLE.start);
+    let mut ranges = vec![0..low];
+    if size > low {
+        ranges.push(HOLE.end..HOLE.end + (size - low));
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_goes_around_the_hole() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(ram(128 << 20), [0..128 << 20]);
+        assert_eq!(ram(3 * GIB), [0..3 * GIB]);
+        assert_eq!(ram(5 * GIB), [0..3 * GIB, 4 * GIB..6 * GIB]);
+        for size in [1024 * GIB, MAX_RAM] {
+            assert_eq!(ram(size).iter().map(|r| r.end - r.start).sum::<u64>(), size);
+        }
+    }
+
+    #[test]
+    fn the_table_does_not_overlap() {
+        let table = [
+            GDT..GDT + 0x100,
+            PVH_TABLES..PVH_TABLES + 0x1000,
+            BOOT_PARAMS..BOOT_PARAMS + 0x1000,
+            PAGE_TABLES..PAGE_TABLES + 0x6000,
+            CMDLINE..CMDLINE + CMDLINE_SIZE,
+            LOW_END..ACPI,
+            ACPI..ACPI + ACPI_SIZE,
+            HIGH_RAM..HOLE.start,
+            VIRTIO_MMIO..VIRTIO_MMIO + VIRTIO_MMIO_SIZE * VIRTIO_GSIS.len() as u64,
+            IO_APIC..IO_APIC + 0x1000,
+            LOCAL_APIC..LOCAL_APIC + 0x10_0000 - 0x4000,
+            KVM_IDENTITY_MAP..KVM_TSS,
+            KVM_TSS..KVM_TSS + 0x3000,
+            HOLE.end..MAX_RAM,
+        ];
+        assert!(table.windows(2).all(|w| w[0].end <= w[1].start));
+        assert!(!VIRTIO_GSIS.contains(&COM1_GSI) && !VIRTIO_GSIS.contains(&ACPI_GSI));
+    }
+}

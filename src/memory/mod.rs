@@ -1,0 +1,182 @@
+//! Guest RAM: one backing object, mapped once, in the regions that [`layout`] gives.
+//!
+//! Built first of all; the hypervisor maps it into the guest, the boot loaders fill it, and devices reach it
+//! through their queues. Knows nothing of KVM.
+
+mod buffers;
+pub mod layout;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+
+use crate::config;
+
+pub use buffers::{Buffers, NotRam};
+
+/// Guest RAM as devices and loaders see it. Every access is bounds-checked and goes through volatile or
+/// atomic operations, because the guest's vCPUs write to it at the same time.
+pub type GuestRam = GuestMemoryMmap<()>;
+
+/// Why there is no guest RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel gave no memory object of this size.
+    #[error("get {size} bytes of guest memory ({backing})")]
+    Allocate {
+        /// What was asked for.
+        size: u64,
+        /// The kind of backing.
+        backing: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The memory object could not be mapped.
+    #[error("map {size} bytes of guest memory: {reason}")]
+    Map {
+        /// Bytes of the region.
+        size: u64,
+        /// What went wrong.
+        reason: String,
+    },
+}
+
+/// A virtual machine's RAM.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    ram: Arc<GuestRam>,
+    size: u64,
+}
+
+impl Memory {
+    /// Reserves the RAM that `config` asks for. Pages come when they are first touched, unless `prefault`.
+    ///
+    /// # Errors
+    /// [`Error`] when the host has not got it (huge pages that are not reserved, most of all).
+    pub fn new(config: &config::Memory) -> Result<Self, Error> {
+        let size = config.size.bytes();
+        let file = backing_file(config).map_err(|source| Error::Allocate {
+            size,
+            backing: config.backing_name(),
+            source,
+        })?;
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for range in layout::ram(size) {
+            let len = range.end - range.start;
+            regions.push(map(config, file.clone(), offset, range.start, len)?);
+            offset += len;
+        }
+        let ram =
+            GuestMemoryMmap::from_regions(regions).map_err(|e| Error::Map { size, reason: e.to_string() })?;
+        Ok(Self { ram: Arc::new(ram), size })
+    }
+
+    /// The RAM itself.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// The memory object behind the RAM; none for anonymous memory.
+fn backing_file(config: &config::Memory) -> io::Result<Option<Arc<File>>> {
+    if config.backing == config::Backing::Anonymous {
+        return Ok(None);
+    }
+    let huge = match config.hugepages {
+        None => MemfdFlags::empty(),
+        Some(config::HugePages::TwoMiB) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+        Some(config::HugePages::OneGiB) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+    };
+    let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC | huge)?;
+    ftruncate(&fd, config.size.bytes())?;
+    Ok(Some(Arc::new(File::from(fd))))
+}
+
+fn map(
+    config: &config::Memory,
+    file: Option<Arc<File>>,
+    offset: u64,
+    base: u64,
+    size: u64,
+) -> Result<GuestRegionMmap, Error> {
+    let failed = |reason: String| Error::Map { size, reason };
+    let mut flags = libc::MAP_NORESERVE;
+    if config.prefault {
+        flags |= libc::MAP_POPULATE;
+    }
+    let len = usize::try_from(size).map_err(|e| failed(e.to_string()))?;
+    let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    match file {
+        Some(file) => {
+            builder = builder.with_file_offset(FileOffset::from_arc(file, offset));
+            flags |= libc::MAP_SHARED;
+        }
+        None => {
+            flags |= libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            flags |= match config.hugepages {
+                None => 0,
+                Some(config::HugePages::TwoMiB) => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+                Some(config::HugePages::OneGiB) => libc::MAP_HUGETLB | libc::MAP_HUGE_1GB,
+            };
+        }
+    }
+    let mapping = builder.with_mmap_flags(flags).build().map_err(|e| failed(e.to_string()))?;
+    if config.thp {
+        // SAFETY: the range is the mapping just made; MADV_HUGEPAGE changes no contents.
+        let advised = unsafe {
+            rustix::mm::madvise(mapping.as_ptr().cast(), mapping.size(), rustix::mm::Advice::LinuxHugepage)
+        };
+        if let Err(error) = advised {
+            log::warn!("no transparent huge pages for guest memory: {error}");
+        }
+    }
+    GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or_else(|| failed("address overflow".into()))
+}
+
+/// The regions' guest address, host address and size in bytes: what the hypervisor maps.
+pub fn slots(ram: &GuestRam) -> impl Iterator<Item = (u64, *mut u8, u64)> {
+    ram.iter().map(|region| (region.start_addr().0, region.as_ptr(), region.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    fn config(text: &str) -> config::Memory {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn five_gib_cross_the_hole_in_one_object() {
+        for text in ["5G", "5G,backing=anonymous", "5G,thp"] {
+            let memory = Memory::new(&config(text)).unwrap();
+            assert_eq!(memory.size(), 5 << 30);
+            let ram = memory.ram();
+            for address in [0, layout::HOLE.start - 1, layout::HOLE.end, layout::HOLE.end + (2 << 30) - 1] {
+                ram.write_obj(0x5au8, GuestAddress(address)).unwrap();
+            }
+            assert!(!ram.address_in_range(GuestAddress(layout::HOLE.start)));
+            assert!(ram.write_obj(0u8, GuestAddress(layout::HOLE.end + (2 << 30))).is_err());
+        }
+    }
+
+    #[test]
+    fn huge_pages_that_the_host_has_not_got_are_an_error() {
+        let error = Memory::new(&config("512T,hugepages=1G,prefault")).unwrap_err();
+        assert!(error.to_string().contains("guest memory"), "{error}");
+    }
+}

@@ -1,0 +1,138 @@
+//! All that devices may ask of the hypervisor: interrupts and doorbells.
+//!
+//! `kvm::Vm` implements [`Vm`] for real; [`fake`] stands in for it in tests, so that every device runs
+//! without `/dev/kvm`. Devices must not know more of KVM than this file.
+
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// An interrupt that a device can raise. Edge semantics: each call is one interrupt.
+///
+/// Callable from any thread; never blocks and takes no lock of a device.
+pub trait Interrupt: Send + Sync {
+    /// Raises the interrupt once.
+    fn trigger(&self);
+}
+
+/// A message-signalled interrupt: the write that a PCI function would make (PCI 3.0, 6.8.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Msi {
+    /// Message address.
+    pub address: u64,
+    /// Message data.
+    pub data: u32,
+}
+
+/// A guest write that the kernel turns into an eventfd signal instead of an exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoEventAddress {
+    /// A 4-byte write of `value` to guest physical address `address`.
+    Mmio {
+        /// Guest physical address.
+        address: u64,
+        /// The value that must be written, or any if `None`.
+        value: Option<u32>,
+    },
+}
+
+/// What a device may ask of the virtual machine it is part of. Thread-safe; called while building the machine
+/// and when a driver starts or stops a device, not on the data path.
+pub trait Vm: Send + Sync {
+    /// An edge-triggered interrupt on global system interrupt `gsi` (an I/O APIC pin).
+    ///
+    /// # Errors
+    /// The hypervisor refused the line.
+    fn irq_line(&self, gsi: u32) -> io::Result<Arc<dyn Interrupt>>;
+    /// Makes writes to `at` signal `event`.
+    ///
+    /// # Errors
+    /// The address is taken already, or the hypervisor is out of room for it.
+    fn ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()>;
+    /// Undoes [`Vm::ioeventfd`]; both arguments as given there.
+    ///
+    /// # Errors
+    /// No such registration.
+    fn remove_ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()>;
+}
+
+/// A [`Vm`] that only takes notes. For tests, inside and outside this crate.
+pub mod fake {
+    use super::*;
+    use std::os::fd::AsRawFd;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// An interrupt that counts how often it was raised.
+    #[derive(Debug, Default)]
+    pub struct FakeInterrupt(AtomicUsize);
+
+    impl FakeInterrupt {
+        /// How often it was raised.
+        pub fn count(&self) -> usize {
+            self.0.load(Ordering::SeqCst)
+        }
+    }
+
+    impl Interrupt for FakeInterrupt {
+        fn trigger(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// A [`Vm`] that hands out [`FakeInterrupt`]s and remembers doorbells.
+    #[derive(Debug, Default)]
+    pub struct FakeVm {
+        lines: Mutex<Vec<(u32, Arc<FakeInterrupt>)>>,
+        doorbells: Mutex<Vec<(IoEventAddress, i32, EventFd)>>,
+    }
+
+    impl FakeVm {
+        /// The interrupt that [`Vm::irq_line`] gave out for `gsi`.
+        pub fn line(&self, gsi: u32) -> Option<Arc<FakeInterrupt>> {
+            let lines = self.lines.lock().expect("not poisoned");
+            lines.iter().find(|(g, _)| *g == gsi).map(|(_, i)| i.clone())
+        }
+
+        /// Does what the kernel does on a guest's write of `value` to `address`: signals the matching
+        /// doorbell. False if there is none (the write would exit to the monitor).
+        pub fn ring(&self, address: u64, value: u32) -> bool {
+            let doorbells = self.doorbells.lock().expect("not poisoned");
+            let hit = doorbells.iter().find(|(at, _, _)| {
+                let IoEventAddress::Mmio { address: a, value: v } = at;
+                *a == address && v.is_none_or(|v| v == value)
+            });
+            hit.is_some_and(|(_, _, event)| event.write(1).is_ok())
+        }
+
+        /// How many doorbells are registered.
+        pub fn doorbells(&self) -> usize {
+            self.doorbells.lock().expect("not poisoned").len()
+        }
+    }
+
+    impl Vm for FakeVm {
+        fn irq_line(&self, gsi: u32) -> io::Result<Arc<dyn Interrupt>> {
+            let line = Arc::new(FakeInterrupt::default());
+            self.lines.lock().expect("not poisoned").push((gsi, line.clone()));
+            Ok(line)
+        }
+
+        fn ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()> {
+            let mut doorbells = self.doorbells.lock().expect("not poisoned");
+            if doorbells.iter().any(|(taken, _, _)| *taken == at) {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
+            doorbells.push((at, event.as_raw_fd(), event.try_clone()?));
+            Ok(())
+        }
+
+        fn remove_ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()> {
+            let mut doorbells = self.doorbells.lock().expect("not poisoned");
+            let before = doorbells.len();
+            doorbells.retain(|(a, fd, _)| (*a, *fd) != (at, event.as_raw_fd()));
+            if doorbells.len() == before { Err(io::ErrorKind::NotFound.into()) } else { Ok(()) }
+        }
+    }
+}
