@@ -227,7 +227,7 @@ impl VmConfig {
         if mem < 2 << 20 {
             return invalid(format!("--mem {}: too little to run in", self.mem.size), "try --mem 128M");
         }
-        if mem % 4096 != 0 {
+        if !mem.is_multiple_of(4096) {
             return invalid(format!("--mem {mem}: not a multiple of 4096"), "sizes take K, M, G and T");
         }
         if mem > crate::memory::layout::MAX_RAM {
@@ -235,7 +235,7 @@ impl VmConfig {
         }
         if let Some(page) = self.mem.hugepages {
             let page = if page == HugePages::TwoMiB { Size::mib(2) } else { Size::mib(1024) };
-            if mem % page.bytes() != 0 {
+            if !mem.is_multiple_of(page.bytes()) {
                 return invalid(
                     format!("--mem {}: not a multiple of the huge page size {page}", self.mem.size),
                     "round it up",

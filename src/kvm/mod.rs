@@ -1,3 +1,141 @@
-//! The only module that issues KVM ioctls.
+//! The only module that issues KVM ioctls: system, VM and vCPU descriptors, exits, registers, CPUID, MSRs.
+//!
+//! Used by `boot` (the entry state), `vcpu` (the run loop) and `machine` (assembly). Knows no device.
 
+pub mod cpuid;
+pub mod exit;
 pub mod regs;
+mod vcpu;
+mod vm;
+
+use std::ffi::CString;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kvm_ioctls::Cap;
+
+pub use vcpu::{Kicker, Vcpu};
+pub use vm::Vm;
+
+/// Why the hypervisor could not be used. The texts name the ioctl, because that is what its documentation
+/// (Documentation/virt/kvm/api.rst) is sorted by.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The device node could not be opened.
+    #[error("open {}", path.display())]
+    Open {
+        /// The device node.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The device node is not KVM's, or speaks another version.
+    #[error("{}: KVM API version {version}, 12 expected", path.display())]
+    Version {
+        /// The device node.
+        path: PathBuf,
+        /// What it answered.
+        version: i32,
+    },
+    /// The host's KVM is too old, or built without this.
+    #[error("the host's KVM lacks {0}")]
+    Missing(&'static str),
+    /// An ioctl failed.
+    #[error("{ioctl}")]
+    Ioctl {
+        /// Which.
+        ioctl: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// What to try.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Open { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => Some(
+                    "enable virtualization in the firmware and load the module: modprobe kvm_intel or kvm_amd; \
+                     in a VM, its host must allow nested virtualization",
+                ),
+                io::ErrorKind::PermissionDenied => {
+                    Some("join the group that owns it (sudo usermod -aG kvm $USER, then log in again)")
+                }
+                _ => None,
+            },
+            Self::Version { .. } => Some("it must be the KVM device, /dev/kvm"),
+            Self::Missing(_) => Some("a host kernel of version 5.10 or later has all that is needed"),
+            Self::Ioctl { source, .. } if source.raw_os_error() == Some(libc::EBUSY) => {
+                Some("another hypervisor may be using the processor's virtualization")
+            }
+            Self::Ioctl { .. } => None,
+        }
+    }
+}
+
+/// Turns a kvm-ioctls result into ours.
+fn ioctl<T>(ioctl: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T, Error> {
+    result.map_err(|e| Error::Ioctl { ioctl, source: io::Error::from_raw_os_error(e.errno()) })
+}
+
+/// An open KVM device.
+#[derive(Debug)]
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+}
+
+impl Kvm {
+    /// What a machine cannot be built without.
+    const NEEDED: [(Cap, &'static str); 6] = [
+        (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+        (Cap::Irqfd, "KVM_CAP_IRQFD"),
+        (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    ];
+
+    /// Opens the device node, `/dev/kvm` as a rule.
+    ///
+    /// # Errors
+    /// It is not there, may not be opened, or is not a KVM that machines can run on.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let failed = |source| Error::Open { path: path.to_owned(), source };
+        let name = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| failed(e.into()))?;
+        let fd = kvm_ioctls::Kvm::new_with_path(name)
+            .map_err(|e| failed(io::Error::from_raw_os_error(e.errno())))?;
+        let version = fd.get_api_version();
+        if version != 12 {
+            return Err(Error::Version { path: path.to_owned(), version });
+        }
+        match Self::NEEDED.iter().find(|(cap, _)| !fd.check_extension(*cap)) {
+            Some((_, name)) => Err(Error::Missing(name)),
+            None => Ok(Self { fd }),
+        }
+    }
+
+    /// The most vCPUs that a VM may have.
+    pub fn max_vcpus(&self) -> usize {
+        self.fd.get_max_vcpus()
+    }
+
+    /// A VM with its memory slots mapped and its interrupt controllers in the kernel, and no vCPU yet.
+    ///
+    /// # Errors
+    /// The ioctl that failed.
+    pub fn create_vm(&self, memory: &crate::memory::Memory) -> Result<Vm, Error> {
+        Vm::new(&self.fd, memory)
+    }
+}
+
+/// Whether this processor has VT-x or AMD-V to offer. A KVM without it emulates guest instructions and stops at
+/// those that its emulator lacks.
+pub fn host_has_hardware_virtualization() -> bool {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    info.lines()
+        .filter(|line| line.starts_with("flags"))
+        .any(|line| line.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
+}

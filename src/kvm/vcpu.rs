@@ -1,0 +1,182 @@
+//! A vCPU descriptor: run it, kick it out, read and set its registers.
+//!
+//! Leaving the guest on request takes two steps that together cannot miss: the signal interrupts KVM_RUN, and its
+//! handler sets `immediate_exit`, so that a signal which arrives just before KVM_RUN makes that return at once.
+
+use std::cell::Cell;
+use std::io;
+use std::ptr;
+use std::sync::Once;
+
+use kvm_bindings::{kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs};
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::signal;
+
+use super::exit::{self, Exit};
+use super::regs::{self, Entry};
+use super::{Error, ioctl};
+
+thread_local! {
+    /// The kvm_run page of the vCPU that this thread runs, for the signal handler.
+    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// The signal that brings a vCPU out of the guest. Real-time, so that no library uses it.
+fn kick_signal() -> i32 {
+    signal::SIGRTMIN()
+}
+
+extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let run = RUN.get();
+    if !run.is_null() {
+        // SAFETY: `bind` set the pointer to a mapping that lives until `unbind` on this same thread clears it, and
+        // this handler runs on this thread. The byte is shared with the kernel, hence volatile.
+        unsafe { ptr::write_volatile(&raw mut (*run).immediate_exit, 1) };
+    }
+}
+
+/// A virtual CPU.
+#[derive(Debug)]
+pub struct Vcpu {
+    fd: VcpuFd,
+    id: u32,
+}
+
+impl Vcpu {
+    pub(super) fn new(fd: VcpuFd, id: u32) -> Self {
+        Self { fd, id }
+    }
+
+    /// Its number; also its APIC identifier.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Sets the registers for `entry`.
+    ///
+    /// # Errors
+    /// The ioctl that failed.
+    pub fn enter_at(&self, entry: Entry) -> Result<(), Error> {
+        let mut sregs = ioctl("KVM_GET_SREGS", self.fd.get_sregs())?;
+        regs::set_system(&mut sregs, entry);
+        ioctl("KVM_SET_SREGS", self.fd.set_sregs(&sregs))?;
+        ioctl("KVM_SET_REGS", self.fd.set_regs(&regs::general(entry)))
+    }
+
+    /// Sets the MSRs that a firmware would have set. For every vCPU.
+    ///
+    /// # Errors
+    /// The ioctl failed, or KVM refused one of them.
+    pub fn set_boot_msrs(&self) -> Result<(), Error> {
+        let entries: Vec<_> = regs::BOOT_MSRS
+            .iter()
+            .map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() })
+            .collect();
+        let msrs = kvm_bindings::Msrs::from_entries(&entries).map_err(|_| Error::Missing("room for MSRs"))?;
+        let set = ioctl("KVM_SET_MSRS", self.fd.set_msrs(&msrs))?;
+        match entries.get(set) {
+            None => Ok(()),
+            Some(refused) => {
+                let source = io::Error::other(format!("MSR {:#x} was refused", refused.index));
+                Err(Error::Ioctl { ioctl: "KVM_SET_MSRS", source })
+            }
+        }
+    }
+
+    /// Makes this thread the one that runs the vCPU, and returns the means to kick it out of the guest.
+    pub fn bind(&mut self) -> Kicker {
+        static HANDLER: Once = Once::new();
+        HANDLER.call_once(|| {
+            // Fails only for a signal number out of range.
+            let _ = signal::register_signal_handler(kick_signal(), on_kick);
+        });
+        RUN.set(self.fd.get_kvm_run());
+        // SAFETY: pthread_self has no preconditions.
+        Kicker(unsafe { libc::pthread_self() })
+    }
+
+    /// Enters the guest until something needs the monitor.
+    ///
+    /// # Errors
+    /// KVM_RUN failed other than by a signal.
+    pub fn run(&mut self) -> Result<Exit<'_>, Error> {
+        match self.fd.run() {
+            // SAFETY: the page was filled just now, kvm-ioctls mapped all of it, and the borrow of `self` keeps
+            // everybody else off.
+            Ok(_) => Ok(unsafe { exit::decode(self.fd.get_kvm_run()) }),
+            Err(e) if [libc::EINTR, libc::EAGAIN].contains(&e.errno()) => {
+                self.fd.set_kvm_immediate_exit(0);
+                Ok(Exit::Kicked)
+            }
+            Err(e) => ioctl("KVM_RUN", Err(e)),
+        }
+    }
+
+    /// Lets KVM finish the instruction whose PIO or MMIO was handled last, without running another. Before that the
+    /// registers are those of the unfinished instruction.
+    pub fn finish_instruction(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        // It always fails, by EINTR: that is what immediate_exit asks for.
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    /// Tells the guest's clock that the machine stood still, so that no watchdog takes the pause for a lockup.
+    pub fn announce_pause(&self) {
+        // Refused where the guest has not set a kvmclock up: then it has no such watchdog check either.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
+    /// General registers.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn regs(&self) -> Result<kvm_regs, Error> {
+        ioctl("KVM_GET_REGS", self.fd.get_regs())
+    }
+
+    /// Segment, control and table registers.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn sregs(&self) -> Result<kvm_sregs, Error> {
+        ioctl("KVM_GET_SREGS", self.fd.get_sregs())
+    }
+
+    /// Whether it runs, is halted or waits for SIPI.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn mp_state(&self) -> Result<kvm_mp_state, Error> {
+        ioctl("KVM_GET_MP_STATE", self.fd.get_mp_state())
+    }
+
+    /// Guest physical address of a linear address, by the guest's own page tables; `None` if it is not mapped.
+    pub fn translate(&self, linear: u64) -> Option<u64> {
+        self.fd.translate_gva(linear).ok().filter(|t| t.valid != 0).map(|t| t.physical_address)
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        if RUN.get() == run {
+            RUN.set(ptr::null_mut());
+        }
+    }
+}
+
+/// Brings a vCPU out of the guest, from any thread.
+#[derive(Debug, Clone, Copy)]
+pub struct Kicker(libc::pthread_t);
+
+impl Kicker {
+    /// Makes the vCPU's thread come back from KVM_RUN, now or at its next call.
+    ///
+    /// # Safety
+    /// The thread that called [`Vcpu::bind`] must not have been joined or detached.
+    pub unsafe fn kick(self) {
+        // SAFETY: the caller's promise keeps the thread identifier valid; the signal has a handler since `bind`.
+        unsafe { libc::pthread_kill(self.0, kick_signal()) };
+    }
+}

@@ -1,0 +1,110 @@
+//! A VM descriptor: memory slots, interrupt controllers, interrupts and doorbells.
+//!
+//! The order of the ioctls is that of their cost: memory slots wait for readers of the interrupt routing once
+//! there are interrupt controllers, so they come first.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{Error, Vcpu, cpuid, ioctl};
+use crate::memory::{self, GuestRam, Memory, layout};
+use crate::vm::{Interrupt, IoEventAddress};
+
+/// A virtual machine in the kernel.
+#[derive(Debug)]
+pub struct Vm {
+    fd: VmFd,
+    supported: kvm_bindings::CpuId,
+    tsc_deadline: bool,
+    /// The slots refer to this memory: it must outlive `fd`, which is dropped first.
+    _ram: Arc<GuestRam>,
+}
+
+impl Vm {
+    pub(super) fn new(kvm: &kvm_ioctls::Kvm, memory: &Memory) -> Result<Self, Error> {
+        let fd = ioctl("KVM_CREATE_VM", kvm.create_vm())?;
+        for (slot, (guest, host, size)) in memory::slots(memory.ram()).enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                guest_phys_addr: guest,
+                memory_size: size,
+                userspace_addr: host as u64,
+                flags: 0,
+            };
+            // SAFETY: the range is a mapping that `_ram` keeps for as long as `fd` lives, and nothing in this
+            // process holds references into it: all access is volatile.
+            ioctl("KVM_SET_USER_MEMORY_REGION", unsafe { fd.set_user_memory_region(region) })?;
+        }
+        ioctl("KVM_SET_IDENTITY_MAP_ADDR", fd.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
+        ioctl("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::KVM_TSS as usize))?;
+        ioctl("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
+        let max = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+        let supported = ioctl("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(max))?;
+        let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
+        Ok(Self { fd, supported, tsc_deadline, _ram: memory.ram().clone() })
+    }
+
+    /// Adds vCPU `id` of `count`. vCPU 0 is runnable; the others wait for INIT and SIPI.
+    ///
+    /// # Errors
+    /// The ioctl that failed.
+    pub fn create_vcpu(&self, id: u32, count: u32) -> Result<Vcpu, Error> {
+        let fd = ioctl("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))?;
+        let frequency = cpuid::Frequencies {
+            // 0 where the host's counter is not stable: the guest then finds out by itself.
+            tsc_khz: fd.get_tsc_khz().unwrap_or(0),
+        };
+        let topology = cpuid::Topology { id, count };
+        let table = cpuid::table(self.supported.as_slice(), topology, frequency, self.tsc_deadline);
+        let table =
+            kvm_bindings::CpuId::from_entries(&table).map_err(|_| Error::Missing("room for CPUID"))?;
+        ioctl("KVM_SET_CPUID2", fd.set_cpuid2(&table))?;
+        Ok(Vcpu::new(fd, id))
+    }
+}
+
+/// An irqfd: a write to it is an edge on the interrupt line.
+struct IrqFd(EventFd);
+
+impl Interrupt for IrqFd {
+    fn trigger(&self) {
+        // Only a counter at its maximum refuses, and then an interrupt is pending anyway.
+        let _ = self.0.write(1);
+    }
+}
+
+fn errno(error: kvm_ioctls::Error) -> io::Error {
+    io::Error::from_raw_os_error(error.errno())
+}
+
+impl crate::vm::Vm for Vm {
+    fn irq_line(&self, gsi: u32) -> io::Result<Arc<dyn Interrupt>> {
+        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        self.fd.register_irqfd(&event, gsi).map_err(errno)?;
+        Ok(Arc::new(IrqFd(event)))
+    }
+
+    fn ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()> {
+        let IoEventAddress::Mmio { address, value } = at;
+        let address = kvm_ioctls::IoEventAddress::Mmio(address);
+        match value {
+            Some(value) => self.fd.register_ioevent(event, &address, value),
+            None => self.fd.register_ioevent(event, &address, NoDatamatch),
+        }
+        .map_err(errno)
+    }
+
+    fn remove_ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()> {
+        let IoEventAddress::Mmio { address, value } = at;
+        let address = kvm_ioctls::IoEventAddress::Mmio(address);
+        match value {
+            Some(value) => self.fd.unregister_ioevent(event, &address, value),
+            None => self.fd.unregister_ioevent(event, &address, NoDatamatch),
+        }
+        .map_err(errno)
+    }
+}
