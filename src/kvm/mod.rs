@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Cap;
 
-pub use vcpu::{Kicker, Vcpu};
+pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;
 
 /// Why the hypervisor could not be used. The texts name the ioctl, because that is what its documentation

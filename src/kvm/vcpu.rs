@@ -7,10 +7,11 @@ use std::cell::Cell;
 use std::io;
 use std::ptr;
 use std::sync::Once;
+use std::thread::JoinHandle;
 
 use kvm_bindings::{kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs};
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::signal;
+use vmm_sys_util::signal::{self, Killable};
 
 use super::exit::{self, Exit};
 use super::regs::{self, Entry};
@@ -83,16 +84,14 @@ impl Vcpu {
         }
     }
 
-    /// Makes this thread the one that runs the vCPU, and returns the means to kick it out of the guest.
-    pub fn bind(&mut self) -> Kicker {
+    /// Makes this thread the one that runs the vCPU, and the one to [`kick`].
+    pub fn bind(&mut self) {
         static HANDLER: Once = Once::new();
         HANDLER.call_once(|| {
             // Fails only for a signal number out of range.
             let _ = signal::register_signal_handler(kick_signal(), on_kick);
         });
         RUN.set(self.fd.get_kvm_run());
-        // SAFETY: pthread_self has no preconditions.
-        Kicker(unsafe { libc::pthread_self() })
     }
 
     /// Enters the guest until something needs the monitor.
@@ -166,17 +165,8 @@ impl Drop for Vcpu {
     }
 }
 
-/// Brings a vCPU out of the guest, from any thread.
-#[derive(Debug, Clone, Copy)]
-pub struct Kicker(libc::pthread_t);
-
-impl Kicker {
-    /// Makes the vCPU's thread come back from KVM_RUN, now or at its next call.
-    ///
-    /// # Safety
-    /// The thread that called [`Vcpu::bind`] must not have been joined or detached.
-    pub unsafe fn kick(self) {
-        // SAFETY: the caller's promise keeps the thread identifier valid; the signal has a handler since `bind`.
-        unsafe { libc::pthread_kill(self.0, kick_signal()) };
-    }
+/// Makes the thread that bound a vCPU come back from KVM_RUN, now or at its next call. From any thread.
+pub fn kick<T>(thread: &JoinHandle<T>) {
+    // Fails only for a thread that has ended.
+    let _ = thread.kill(kick_signal());
 }

@@ -1,0 +1,248 @@
+//! [`dispatch`]: from an exit to the device that answers it, and what the vCPU does next.
+//!
+//! A pure function over [`Exit`] and the two buses: no KVM, no thread, no clock, so that every exit is tested with
+//! plain values. Called by the run loop in [`super`] for each exit.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use kvm_bindings as kb;
+
+use crate::bus::{Bus, Effect};
+use crate::kvm::exit::Exit;
+
+/// The two address spaces of a PC.
+#[derive(Debug, Default)]
+pub struct Buses {
+    /// Port I/O.
+    pub pio: Bus,
+    /// Memory-mapped I/O.
+    pub mmio: Bus,
+    unclaimed: AtomicU32,
+}
+
+impl Buses {
+    /// After so many accesses that nobody answered, they are no longer logged one by one: a guest can make any
+    /// number of them.
+    const LOGGED: u32 = 64;
+
+    /// Two filled buses.
+    pub fn new(pio: Bus, mmio: Bus) -> Self {
+        Self { pio, mmio, unclaimed: AtomicU32::new(0) }
+    }
+
+    fn log_unclaimed(&self, access: std::fmt::Arguments<'_>) {
+        if log::log_enabled!(log::Level::Debug)
+            && self.unclaimed.fetch_add(1, Ordering::Relaxed) < Self::LOGGED
+        {
+            log::debug!("nobody answers {access}");
+        }
+    }
+}
+
+/// What a vCPU does after an exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Enters the guest again.
+    Again,
+    /// Looks at the gate: someone wants it to leave or to park.
+    Gate,
+    /// The machine's run is over.
+    End(End),
+}
+
+/// How a run ends, as the vCPU that ended it saw it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The guest powered itself off.
+    Shutdown,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest ended with a status.
+    Exit(u8),
+    /// The guest's processor went into shutdown: a triple fault.
+    TripleFault,
+    /// The guest reported its own crash through a paravirtual call.
+    GuestCrash,
+    /// KVM cannot go on.
+    Stuck(Stuck),
+}
+
+/// Why KVM cannot go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stuck {
+    /// KVM_EXIT_FAIL_ENTRY.
+    FailEntry {
+        /// Hardware's reason.
+        reason: u64,
+        /// Host CPU.
+        cpu: u32,
+    },
+    /// KVM_EXIT_INTERNAL_ERROR.
+    InternalError {
+        /// KVM_INTERNAL_ERROR_*.
+        suberror: u32,
+        /// The instruction's bytes, where KVM gave them, and how many of them count.
+        instruction: Option<([u8; 15], usize)>,
+    },
+    /// An exit that nothing here asks for.
+    Unexpected(u32),
+}
+
+/// Answers one exit.
+pub fn dispatch(exit: Exit<'_>, buses: &Buses) -> Next {
+    match exit {
+        Exit::PioIn { port, size, data } => {
+            for element in data.chunks_mut(size) {
+                if !buses.pio.read(u64::from(port), element) {
+                    buses.log_unclaimed(format_args!("in {size} at port {port:#x}"));
+                }
+            }
+            Next::Again
+        }
+        Exit::PioOut { port, size, data } => {
+            for element in data.chunks(size) {
+                match buses.pio.write(u64::from(port), element) {
+                    Some(Effect::None) => {}
+                    Some(effect) => return after(effect),
+                    None => buses.log_unclaimed(format_args!("out {size} at port {port:#x}")),
+                }
+            }
+            Next::Again
+        }
+        Exit::MmioRead { address, data } => {
+            if !buses.mmio.read(address, data) {
+                buses.log_unclaimed(format_args!("read {} at {address:#x}", data.len()));
+            }
+            Next::Again
+        }
+        Exit::MmioWrite { address, data } => match buses.mmio.write(address, data) {
+            Some(effect) => after(effect),
+            None => {
+                buses.log_unclaimed(format_args!("write {} at {address:#x}", data.len()));
+                Next::Again
+            }
+        },
+        // Interrupt controllers are in the kernel and HLT waits there; where it does come here the vCPU just goes on,
+        // and waits inside KVM_RUN. An EOI for a split controller's pin has no listener: all pins are edges.
+        Exit::Halt | Exit::IoApicEoi(_) => Next::Again,
+        Exit::Kicked => Next::Gate,
+        Exit::Shutdown => Next::End(End::TripleFault),
+        Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_SHUTDOWN) => Next::End(End::Shutdown),
+        Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_RESET) => Next::End(End::Reset),
+        Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH) => Next::End(End::GuestCrash),
+        Exit::FailEntry { reason, cpu } => Next::End(End::Stuck(Stuck::FailEntry { reason, cpu })),
+        Exit::InternalError { suberror, instruction } => {
+            Next::End(End::Stuck(Stuck::InternalError { suberror, instruction }))
+        }
+        Exit::SystemEvent(_) => Next::End(End::Stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
+        // Nobody asked for debug exits yet.
+        Exit::Debug { .. } => Next::End(End::Stuck(Stuck::Unexpected(kb::KVM_EXIT_DEBUG))),
+        Exit::Other(number) => Next::End(End::Stuck(Stuck::Unexpected(number))),
+    }
+}
+
+fn after(effect: Effect) -> Next {
+    match effect {
+        Effect::None => Next::Again,
+        Effect::Reset => Next::End(End::Reset),
+        Effect::Shutdown => Next::End(End::Shutdown),
+        Effect::Exit(code) => Next::End(End::Exit(code)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::bus::Device;
+    use crate::state::{StateError, Stateful};
+
+    /// Remembers what was written, element by element; reads count up; writing 0xee powers off.
+    #[derive(Default)]
+    struct Tape(Vec<(u64, Vec<u8>)>, u8);
+    impl Stateful for Tape {
+        type State = ();
+        fn save(&self) {}
+        fn restore(&mut self, (): ()) -> Result<(), StateError> {
+            Ok(())
+        }
+    }
+    impl Device for Tape {
+        fn read(&mut self, _: u64, data: &mut [u8]) {
+            self.1 += 1;
+            data.fill(self.1);
+        }
+        fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+            self.0.push((offset, data.to_vec()));
+            if data[0] == 0xee { Effect::Shutdown } else { Effect::None }
+        }
+    }
+
+    fn buses() -> (Arc<Mutex<Tape>>, Buses) {
+        let tape = Arc::new(Mutex::new(Tape::default()));
+        let (mut pio, mut mmio) = (Bus::default(), Bus::default());
+        pio.insert("tape", 0x10, 8, tape.clone()).unwrap();
+        mmio.insert("tape", 0x1000, 0x1000, tape.clone()).unwrap();
+        (tape, Buses::new(pio, mmio))
+    }
+
+    #[test]
+    fn rep_strings_come_element_by_element() {
+        let (tape, buses) = buses();
+        let out = Exit::PioOut { port: 0x12, size: 2, data: &[1, 2, 3, 4, 5, 6] };
+        assert_eq!(dispatch(out, &buses), Next::Again);
+        assert_eq!(tape.lock().unwrap().0, [(2, vec![1, 2]), (2, vec![3, 4]), (2, vec![5, 6])]);
+        let mut data = [0; 8];
+        assert_eq!(dispatch(Exit::PioIn { port: 0x10, size: 4, data: &mut data }, &buses), Next::Again);
+        assert_eq!(data, [1, 1, 1, 1, 2, 2, 2, 2]);
+    }
+
+    #[test]
+    fn an_effect_ends_a_string_in_the_middle() {
+        let (tape, buses) = buses();
+        let out = Exit::PioOut { port: 0x10, size: 1, data: &[1, 0xee, 2] };
+        assert_eq!(dispatch(out, &buses), Next::End(End::Shutdown));
+        assert_eq!(tape.lock().unwrap().0.len(), 2);
+    }
+
+    #[test]
+    fn unknown_addresses_read_all_ones() {
+        let (_, buses) = buses();
+        for size in [1, 2, 4] {
+            let mut data = [0; 4];
+            dispatch(Exit::PioIn { port: 0xcf8, size, data: &mut data }, &buses);
+            assert_eq!(data, [0xff; 4]);
+        }
+        let mut data = [0; 8];
+        assert_eq!(dispatch(Exit::MmioRead { address: 0xfed0_0000, data: &mut data }, &buses), Next::Again);
+        assert_eq!(data, [0xff; 8]);
+        assert_eq!(dispatch(Exit::MmioWrite { address: 0, data: &[1] }, &buses), Next::Again);
+        assert_eq!(dispatch(Exit::PioOut { port: 0x80, size: 1, data: &[1] }, &buses), Next::Again);
+    }
+
+    #[test]
+    fn every_other_exit_has_its_answer() {
+        let (_, buses) = buses();
+        let stuck = |s| Next::End(End::Stuck(s));
+        for (exit, next) in [
+            (Exit::Halt, Next::Again),
+            (Exit::IoApicEoi(3), Next::Again),
+            (Exit::Kicked, Next::Gate),
+            (Exit::Shutdown, Next::End(End::TripleFault)),
+            (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_SHUTDOWN), Next::End(End::Shutdown)),
+            (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_RESET), Next::End(End::Reset)),
+            (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH), Next::End(End::GuestCrash)),
+            (Exit::SystemEvent(99), stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
+            (Exit::FailEntry { reason: 7, cpu: 1 }, stuck(Stuck::FailEntry { reason: 7, cpu: 1 })),
+            (
+                Exit::InternalError { suberror: 1, instruction: None },
+                stuck(Stuck::InternalError { suberror: 1, instruction: None }),
+            ),
+            (Exit::Debug { rip: 1 }, stuck(Stuck::Unexpected(kb::KVM_EXIT_DEBUG))),
+            (Exit::Other(77), stuck(Stuck::Unexpected(77))),
+        ] {
+            assert_eq!(dispatch(exit, &buses), next);
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! The report of a failed run: what happened, what to try, registers, and the code at RIP.
+//!
+//! Written for the person in front of the terminal; called once, by the vCPU thread that failed.
+
+use std::fmt::Write;
+
+use iced_x86::{Decoder, DecoderOptions, Formatter, NasmFormatter};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::dispatch::{End, Stuck};
+use crate::kvm::{self, Error, Vcpu};
+use crate::memory::GuestRam;
+
+/// Longest x86 instruction.
+const INSTRUCTION_MAX: usize = 15;
+
+/// The report; none for an end that is not a failure.
+pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<String> {
+    let mut text = String::new();
+    let mut bytes = None;
+    let id = vcpu.id();
+    let line = match end {
+        Ok(End::Shutdown | End::Reset | End::Exit(_)) => return None,
+        Ok(End::TripleFault) => format!(
+            "vcpu{id}: triple fault: an exception while delivering a double fault, most often because the guest has no \
+             valid IDT or stack yet; watch early output with --serial stdio and earlyprintk=serial on its command line"
+        ),
+        Ok(End::GuestCrash) => format!("vcpu{id}: the guest reported its own crash: see its console"),
+        Ok(End::Stuck(Stuck::FailEntry { reason, cpu })) => format!(
+            "vcpu{id}: the processor refused to enter the guest (hardware reason {reason:#x}, host CPU {cpu}): \
+             its register state is invalid, or the host's kernel log tells more (dmesg)"
+        ),
+        Ok(End::Stuck(Stuck::InternalError { suberror, instruction })) => {
+            bytes = *instruction;
+            internal_error(id, *suberror)
+        }
+        Ok(End::Stuck(Stuck::Unexpected(number))) => {
+            format!("vcpu{id}: KVM left the guest for a reason that nothing asked for (exit reason {number})")
+        }
+        Err(error) => format!("vcpu{id}: {}", crate::error_chain(error)),
+    };
+    text.push_str(&line);
+    // Writing to a String does not fail.
+    let _ = registers(&mut text, vcpu);
+    let _ = code(&mut text, vcpu, ram, bytes);
+    Some(text)
+}
+
+fn internal_error(id: u32, suberror: u32) -> String {
+    match suberror {
+        kvm_bindings::KVM_INTERNAL_ERROR_EMULATION if !kvm::host_has_hardware_virtualization() => format!(
+            "vcpu{id}: the host's KVM could not emulate the instruction below. This processor offers no hardware \
+             virtualization (no vmx or svm flag), so KVM emulates every guest instruction, and not all of them: \
+             run on a host with VT-x or AMD-V, or with nested virtualization enabled"
+        ),
+        kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => format!(
+            "vcpu{id}: KVM could not emulate the instruction below: as a rule the guest executes or touches an address \
+             where there is neither RAM nor a device"
+        ),
+        other => format!("vcpu{id}: KVM internal error, suberror {other}: see the host's kernel log (dmesg)"),
+    }
+}
+
+fn registers(text: &mut String, vcpu: &Vcpu) -> std::fmt::Result {
+    let (Ok(r), Ok(s)) = (vcpu.regs(), vcpu.sregs()) else { return Ok(()) };
+    let general = [
+        [("rax", r.rax), ("rbx", r.rbx), ("rcx", r.rcx), ("rdx", r.rdx)],
+        [("rsi", r.rsi), ("rdi", r.rdi), ("rbp", r.rbp), ("rsp", r.rsp)],
+        [("r8 ", r.r8), ("r9 ", r.r9), ("r10", r.r10), ("r11", r.r11)],
+        [("r12", r.r12), ("r13", r.r13), ("r14", r.r14), ("r15", r.r15)],
+        [("rip", r.rip), ("flg", r.rflags), ("cr0", s.cr0), ("cr2", s.cr2)],
+        [("cr3", s.cr3), ("cr4", s.cr4), ("efr", s.efer), ("cs ", u64::from(s.cs.selector))],
+    ];
+    for row in general {
+        write!(text, "\n ")?;
+        for (name, value) in row {
+            write!(text, " {name}={value:016x}")?;
+        }
+    }
+    Ok(())
+}
+
+/// The instruction at RIP: its bytes (KVM's, or those in guest memory) and what they mean.
+fn code(
+    text: &mut String,
+    vcpu: &Vcpu,
+    ram: &GuestRam,
+    known: Option<([u8; 15], usize)>,
+) -> std::fmt::Result {
+    let (Ok(r), Ok(s)) = (vcpu.regs(), vcpu.sregs()) else { return Ok(()) };
+    let mut bytes = [0; INSTRUCTION_MAX];
+    let len = match known {
+        Some((known, len)) => {
+            bytes = known;
+            len
+        }
+        None => read_linear(vcpu, ram, s.cs.base.wrapping_add(r.rip), &mut bytes),
+    };
+    if len == 0 {
+        return write!(text, "\n  no readable memory at rip");
+    }
+    let bitness = match (s.cs.l, s.cs.db) {
+        (1, _) => 64,
+        (_, 1) => 32,
+        _ => 16,
+    };
+    let mut decoder = Decoder::with_ip(bitness, &bytes[..len], r.rip, DecoderOptions::NONE);
+    let instruction = decoder.decode();
+    let mut shown = String::new();
+    if instruction.is_invalid() {
+        shown.push_str("(no valid instruction)");
+    } else {
+        NasmFormatter::new().format(&instruction, &mut shown);
+    }
+    let count = if instruction.is_invalid() { len } else { instruction.len() };
+    write!(text, "\n  {:#x}: ", r.rip)?;
+    bytes[..count].iter().try_for_each(|b| write!(text, "{b:02x} "))?;
+    write!(text, " {shown}")
+}
+
+/// Reads guest memory at a linear address; returns how many bytes could be read.
+fn read_linear(vcpu: &Vcpu, ram: &GuestRam, linear: u64, bytes: &mut [u8]) -> usize {
+    let mut done = 0;
+    while done < bytes.len() {
+        let at = linear.wrapping_add(done as u64);
+        let in_page = (0x1000 - (at & 0xfff) as usize).min(bytes.len() - done);
+        let Some(physical) = vcpu.translate(at) else { break };
+        if ram.read_slice(&mut bytes[done..done + in_page], GuestAddress(physical)).is_err() {
+            break;
+        }
+        done += in_page;
+    }
+    done
+}
