@@ -1,10 +1,12 @@
 //! A virtual machine monitor on KVM.
 
+pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod disk;
 pub mod event_loop;
 pub mod kvm;
+pub mod legacy;
 pub mod memory;
 pub mod state;
 pub mod vcpu;

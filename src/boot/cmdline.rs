@@ -1,0 +1,81 @@
+//! The kernel command line: its limits, its place in guest memory, and the default when the user gives none.
+//!
+//! The loaders call [`write`]; the machine calls [`default_for`].
+
+use super::error::Error;
+use super::image::Image;
+use crate::config::{VmConfig, Where};
+use crate::memory::{GuestRam, layout};
+
+/// What an ELF kernel takes without the final NUL: COMMAND_LINE_SIZE (2048 on x86) less one. A bzImage says it
+/// itself, in its setup header's cmdline_size.
+pub const ELF_MAX: usize = 2047;
+
+/// Checks `cmdline` against the kernel's limit `max` and writes it to [`layout::CMDLINE`], NUL-terminated.
+///
+/// # Errors
+/// [`Error::CmdlineTooLong`], [`Error::CmdlineCharacter`].
+pub(super) fn write(kernel: &Image, ram: &GuestRam, cmdline: &str, max: usize) -> Result<(), Error> {
+    let path = || kernel.path().to_owned();
+    // The room in the layout is far more than any known kernel takes, so that one limit is enough to report.
+    let max = max.min(layout::CMDLINE_SIZE as usize - 1);
+    if cmdline.len() > max {
+        return Err(Error::CmdlineTooLong { path: path(), len: cmdline.len(), max });
+    }
+    if let Some(at) = cmdline.bytes().position(|b| b == 0 || !b.is_ascii()) {
+        let what = if cmdline.as_bytes()[at] == 0 { "a NUL" } else { "a character that is not ASCII" };
+        return Err(Error::CmdlineCharacter { path: path(), what, at });
+    }
+    kernel.write_bytes(ram, layout::CMDLINE, cmdline.as_bytes(), "the command line")?;
+    kernel.write(ram, layout::CMDLINE + cmdline.len() as u64, &0u8, "the command line")
+}
+
+/// The command line for a user who gives none. It says what is there and nothing else:
+///
+/// - `console=` each console that is not off; the last one, hvc0 before ttyS0, is /dev/console. Without a serial port,
+///   `8250.nr_uarts=0` saves the kernel the search for one.
+/// - `root=/dev/vda` with `rw`, or `ro` if that disk is read-only, when there is a disk and no initrd (an initrd finds
+///   its root itself).
+/// - `panic=-1`: a panic restarts at once, which ends the run, instead of hanging for ever.
+///
+/// No `reboot=`: a kernel with ACPI uses the reset register of the FADT, which is there; others the i8042, which is too.
+pub fn default_for(config: &VmConfig) -> String {
+    let mut words = Vec::new();
+    match config.serial {
+        Where::Off => words.push("8250.nr_uarts=0"),
+        _ => words.push("console=ttyS0"),
+    }
+    if config.console() != Where::Off {
+        words.push("console=hvc0");
+    }
+    if let (Some(disk), None) = (config.disk.first(), &config.initrd) {
+        words.push("root=/dev/vda");
+        words.push(if disk.readonly { "ro" } else { "rw" });
+    }
+    words.push("panic=-1");
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn default(json: &str) -> String {
+        default_for(&serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn the_default_says_what_is_there() {
+        assert_eq!(default("{}"), "8250.nr_uarts=0 console=hvc0 panic=-1");
+        assert_eq!(default(r#"{"serial": "stdio"}"#), "console=ttyS0 panic=-1");
+        assert_eq!(
+            default(r#"{"serial": "pty", "disk": ["/d"]}"#),
+            "console=ttyS0 console=hvc0 root=/dev/vda rw panic=-1"
+        );
+        assert_eq!(
+            default(r#"{"console": "off", "disk": ["/d,readonly", "/e"]}"#),
+            "8250.nr_uarts=0 root=/dev/vda ro panic=-1"
+        );
+        assert_eq!(default(r#"{"disk": ["/d"], "initrd": "/i"}"#), "8250.nr_uarts=0 console=hvc0 panic=-1");
+    }
+}

@@ -1,0 +1,244 @@
+//! Why a kernel cannot be booted: each variant names the file, and [`Error::hint`] says what to do about it.
+//!
+//! Made by the loaders of this module; shown by the command line.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// What a file was given as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The kernel.
+    Kernel,
+    /// The initial RAM disk.
+    Initrd,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kernel => "kernel",
+            Self::Initrd => "initrd",
+        })
+    }
+}
+
+/// Why a kernel cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file could not be opened.
+    #[error("open {role} {}", path.display())]
+    Open {
+        /// What it was given as.
+        role: Role,
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file could not be read.
+    #[error("read {role} {}", path.display())]
+    Read {
+        /// What it was given as.
+        role: Role,
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The path is a directory, a pipe, a device ...
+    #[error("{role} {} is {kind}", path.display())]
+    NotAFile {
+        /// What it was given as.
+        role: Role,
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// The file has no bytes.
+    #[error("{role} {} is empty", path.display())]
+    Empty {
+        /// What it was given as.
+        role: Role,
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file ends before a part that its own headers announce.
+    #[error("{role} {} is cut short: {part} ends at byte {end}, the file at byte {len}", path.display())]
+    Truncated {
+        /// What it was given as.
+        role: Role,
+        /// The file.
+        path: PathBuf,
+        /// The part that is missing, or a piece of it.
+        part: &'static str,
+        /// Where in the file the part ends by the headers.
+        end: u64,
+        /// Length of the file.
+        len: u64,
+    },
+    /// The content is something else altogether.
+    #[error("kernel {} is {what}, not a kernel", path.display())]
+    NotAKernel {
+        /// The file.
+        path: PathBuf,
+        /// What the content looks like.
+        what: &'static str,
+        /// What to do about it.
+        hint: &'static str,
+    },
+    /// A kernel for other CPUs.
+    #[error("kernel {} is for {machine}; this machine's CPUs are x86-64", path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What it is made for.
+        machine: String,
+    },
+    /// A kernel without the 64-bit entry point.
+    #[error("kernel {} is for 32-bit x86 only", path.display())]
+    Only32Bit {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A bzImage from before the 64-bit boot protocol was marked in the header.
+    #[error("kernel {} has boot protocol {}.{:02}; 2.12 is the oldest that can be booted", path.display(),
+        version >> 8, version & 0xff)]
+    OldProtocol {
+        /// The file.
+        path: PathBuf,
+        /// Its boot protocol, as in the setup header.
+        version: u16,
+    },
+    /// PVH was asked for and the kernel has no such entry.
+    #[error("kernel {} has no PVH entry point: {why}", path.display())]
+    NoPvh {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        why: &'static str,
+        /// What to do about it.
+        hint: &'static str,
+    },
+    /// The headers contradict themselves or the layout of memory.
+    #[error("kernel {} is damaged: {what}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The contradiction.
+        what: String,
+    },
+    /// The kernel does not fit into the guest's memory.
+    #[error("kernel {} takes memory up to {end:#x} ({}), the guest has {}", path.display(),
+        Mib(*end), Mib(*have))]
+    KernelTooBig {
+        /// The file.
+        path: PathBuf,
+        /// First byte after the kernel.
+        end: u64,
+        /// Memory that the guest has below the hole, in bytes.
+        have: u64,
+        /// Memory that would do, in bytes; none if no amount does.
+        needed: Option<u64>,
+    },
+    /// The initial RAM disk does not fit beside the kernel.
+    #[error("initrd {} ({}) does not fit into the guest's memory beside the kernel", path.display(), Mib(*size))]
+    InitrdTooBig {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// Memory that would do, in bytes; none if no amount does.
+        needed: Option<u64>,
+    },
+    /// The kernel would cut the command line off.
+    #[error("command line of {len} bytes: kernel {} takes {max}", path.display())]
+    CmdlineTooLong {
+        /// The kernel.
+        path: PathBuf,
+        /// Bytes of the command line.
+        len: usize,
+        /// Bytes that the kernel takes.
+        max: usize,
+    },
+    /// The command line has a character that no kernel takes.
+    #[error("command line for kernel {}: {what} at byte {at}", path.display())]
+    CmdlineCharacter {
+        /// The kernel.
+        path: PathBuf,
+        /// What stands there.
+        what: &'static str,
+        /// Where.
+        at: usize,
+    },
+    /// The boot structures themselves could not be written to guest memory.
+    #[error("write {what} for kernel {} to guest memory at {address:#x}", path.display())]
+    Write {
+        /// The kernel.
+        path: PathBuf,
+        /// Which structure.
+        what: &'static str,
+        /// Guest physical address.
+        address: u64,
+        /// What guest memory said.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+    /// The ACPI tables do not fit into their place.
+    #[error("ACPI tables for kernel {}", path.display())]
+    Tables {
+        /// The kernel.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: super::tables::Error,
+    },
+}
+
+impl Error {
+    /// What the user can do about it: one sentence.
+    pub fn hint(&self) -> Cow<'static, str> {
+        Cow::Borrowed(match self {
+            Self::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                "check the path; `cargo guest -- kernel` fetches a kernel to start with"
+            }
+            Self::Open { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                "the file must be readable by the user who runs vmm"
+            }
+            Self::Open { .. } | Self::Read { .. } => "check the file and the disk that it is on",
+            Self::NotAFile { .. } => "give a regular file (a pipe cannot be read at any place)",
+            Self::Empty { .. } => "the file has no content; build or fetch it again",
+            Self::Truncated { .. } => "an interrupted download or copy, perhaps: fetch the file again",
+            Self::NotAKernel { hint, .. } | Self::NoPvh { hint, .. } => hint,
+            Self::Foreign { .. } => "fetch or build the kernel for x86-64 (amd64)",
+            Self::Only32Bit { .. } => "build it with CONFIG_64BIT=y, or fetch an amd64 kernel",
+            Self::OldProtocol { .. } => "Linux 3.8 and newer have it",
+            Self::Damaged { .. } => "fetch or build the kernel again",
+            Self::KernelTooBig { needed: None, .. } | Self::InitrdTooBig { needed: None, .. } => {
+                "no amount of memory makes room: it would reach into the device hole below 4 GiB"
+            }
+            Self::KernelTooBig { needed: Some(needed), .. }
+            | Self::InitrdTooBig { needed: Some(needed), .. } => {
+                return Cow::Owned(format!("it takes --mem {}M at least", needed.div_ceil(1 << 20)));
+            }
+            Self::CmdlineTooLong { .. } => "shorten --cmdline",
+            Self::CmdlineCharacter { .. } => "write --cmdline in plain ASCII",
+            Self::Write { .. } => "the guest's memory is smaller than any kernel can use: raise --mem",
+            Self::Tables { .. } => "ask for fewer --cpus or devices",
+        })
+    }
+}
+
+/// A number of bytes as MiB, rounded up: for messages.
+struct Mib(u64);
+
+impl fmt::Display for Mib {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} MiB", self.0.div_ceil(1 << 20))
+    }
+}

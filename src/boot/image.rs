@@ -1,0 +1,173 @@
+//! A file that goes into guest memory: opened once, checked to be a regular one, read by parts straight to where
+//! they belong.
+//!
+//! The loaders use it for kernel and initrd. No part of the file is held in the monitor's own memory, except the
+//! headers that the loaders ask for.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
+
+use super::error::{Error, Role};
+use crate::memory::GuestRam;
+
+/// An open kernel or initrd.
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    role: Role,
+    len: u64,
+}
+
+impl Image {
+    /// Opens `path`, which must be a regular file with something in it.
+    ///
+    /// # Errors
+    /// [`Error::Open`], [`Error::NotAFile`], [`Error::Empty`].
+    pub fn open(path: &Path, role: Role) -> Result<Self, Error> {
+        let failed = |source| Error::Open { role, path: path.to_owned(), source };
+        // NONBLOCK: opening a pipe must not wait for its writer. It changes nothing for a regular file.
+        let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let kind = metadata.file_type();
+        if !kind.is_file() {
+            let kind = match () {
+                () if kind.is_dir() => "a directory",
+                () if kind.is_fifo() => "a pipe",
+                () if kind.is_char_device() || kind.is_block_device() => "a device",
+                () => "not a regular file",
+            };
+            return Err(Error::NotAFile { role, path: path.to_owned(), kind });
+        }
+        if metadata.len() == 0 {
+            return Err(Error::Empty { role, path: path.to_owned() });
+        }
+        Ok(Self { file, path: path.to_owned(), role, len: metadata.len() })
+    }
+
+    /// The file's length in bytes when it was opened.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads a header: a plain structure at `offset`. `part` is its name for messages.
+    ///
+    /// # Errors
+    /// [`Error::Truncated`] if the file ends before it does, [`Error::Read`].
+    pub fn header<T: ByteValued + Default>(&self, offset: u64, part: &'static str) -> Result<T, Error> {
+        let mut value = T::default();
+        self.bytes(offset, value.as_mut_slice(), part)?;
+        Ok(value)
+    }
+
+    /// Fills `buf` from `offset`. `part` is its name for messages.
+    ///
+    /// # Errors
+    /// As [`Image::header`].
+    pub fn bytes(&self, offset: u64, buf: &mut [u8], part: &'static str) -> Result<(), Error> {
+        self.check(offset, buf.len() as u64, part)?;
+        self.file.read_exact_at(buf, offset).map_err(|source| self.read_error(source))
+    }
+
+    /// As much of `buf` as the file has from its start: for looking at what it is.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub fn start<'a>(&self, buf: &'a mut [u8]) -> Result<&'a [u8], Error> {
+        let len = usize::try_from(self.len).map_or(buf.len(), |len| len.min(buf.len()));
+        self.file.read_exact_at(&mut buf[..len], 0).map_err(|source| self.read_error(source))?;
+        Ok(&buf[..len])
+    }
+
+    /// Reads `len` bytes at `offset` to guest physical address `to`, with no copy in between.
+    ///
+    /// # Errors
+    /// As [`Image::header`]; [`Error::Read`] also when `to..to + len` is not all RAM, which callers check first to
+    /// say it better.
+    pub fn load(
+        &self,
+        offset: u64,
+        len: u64,
+        ram: &GuestRam,
+        to: u64,
+        part: &'static str,
+    ) -> Result<(), Error> {
+        self.check(offset, len, part)?;
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(offset)).map_err(|source| self.read_error(source))?;
+        let mut done = 0;
+        while done < len {
+            let rest = usize::try_from(len - done).unwrap_or(usize::MAX);
+            let read = match ram.read_volatile_from(GuestAddress(to.saturating_add(done)), &mut file, rest) {
+                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => Ok(read as u64),
+                Err(GuestMemoryError::IOError(e)) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
+                Err(GuestMemoryError::IOError(e)) => Err(e),
+                Err(other) => Err(io::Error::other(other)),
+            };
+            done += read.map_err(|source| self.read_error(source))?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, offset: u64, len: u64, part: &'static str) -> Result<(), Error> {
+        let end = offset.saturating_add(len);
+        if end > self.len {
+            let (role, path) = (self.role, self.path.clone());
+            return Err(Error::Truncated { role, path, part, end, len: self.len });
+        }
+        Ok(())
+    }
+
+    fn read_error(&self, source: io::Error) -> Error {
+        Error::Read { role: self.role, path: self.path.clone(), source }
+    }
+
+    /// For kernels: the headers contradict themselves.
+    pub fn damaged(&self, what: impl Into<String>) -> Error {
+        Error::Damaged { path: self.path.clone(), what: what.into() }
+    }
+
+    /// Writes a boot structure that belongs to this kernel.
+    ///
+    /// # Errors
+    /// [`Error::Write`] if there is no RAM at `to`.
+    pub fn write<T: ByteValued>(
+        &self,
+        ram: &GuestRam,
+        to: u64,
+        value: &T,
+        what: &'static str,
+    ) -> Result<(), Error> {
+        self.write_bytes(ram, to, value.as_slice(), what)
+    }
+
+    /// [`Image::write`] for bytes.
+    ///
+    /// # Errors
+    /// [`Error::Write`] if there is no RAM at `to`.
+    pub fn write_bytes(
+        &self,
+        ram: &GuestRam,
+        to: u64,
+        bytes: &[u8],
+        what: &'static str,
+    ) -> Result<(), Error> {
+        let path = || self.path.clone();
+        ram.write_slice(bytes, GuestAddress(to)).map_err(|source| Error::Write {
+            path: path(),
+            what,
+            address: to,
+            source,
+        })
+    }
+}

@@ -1,0 +1,65 @@
+//! What a kernel file is, by its content: the two formats that boot, and a name for the ones that do not.
+//!
+//! Called by [`load`](super::load) only.
+
+use super::error::Error;
+use super::image::Image;
+
+/// A format that can be booted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Linux's bzImage: setup header "HdrS" at 0x202 (Documentation/arch/x86/boot.rst).
+    BzImage,
+    /// ELF.
+    Elf,
+}
+
+/// Offset and value of the signatures of what people give for a kernel by mistake.
+const OTHERS: &[(usize, &[u8], &str, &str)] = &[
+    (0, b"\x1f\x8b", "a gzip file", "unpack it with gunzip first"),
+    (0, b"\xfd7zXZ\0", "an xz file", "unpack it with unxz first"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it with unzstd first"),
+    (0, b"BZh", "a bzip2 file", "unpack it with bunzip2 first"),
+    (0, b"\x02\x21\x4c\x18", "an lz4 file", "unpack it with unlz4 first"),
+    (0, b"\x04\x22\x4d\x18", "an lz4 file", "unpack it with unlz4 first"),
+    (0, b"\x5d\0\0", "an lzma file", "unpack it with unlzma first"),
+    (0, b"\x89LZO", "an lzop file", "unpack it with lzop -d first"),
+    (0, b"!<arch>\n", "an archive (a .deb, perhaps)", "unpack it with dpkg-deb -x and take boot/vmlinuz-*"),
+    (0, b"\xed\xab\xee\xdb", "an RPM package", "unpack it and take the vmlinuz inside"),
+    (0, b"07070", "a cpio archive (an initramfs)", "give it as --initrd, and a kernel as --kernel"),
+    (0, b"QFI\xfb", "a qcow2 disk image", "give disks as --disk, and a kernel as --kernel"),
+    (0, b"#!", "a script", "give a bzImage or a vmlinux"),
+    (0x38, b"ARMd", "an arm64 kernel", "fetch or build the kernel for x86-64 (amd64)"),
+    (0x438, b"\x53\xef", "an ext4 file system", "give disks as --disk, and a kernel as --kernel"),
+    (0x8001, b"CD001", "a CD image", "give disks as --disk, and a kernel as --kernel"),
+    (
+        0,
+        b"MZ",
+        "an EFI program",
+        "give the bzImage inside it (objcopy -O binary -j .linux for a unified image)",
+    ),
+];
+
+/// Looks at the content of `kernel`.
+///
+/// # Errors
+/// [`Error::NotAKernel`] saying what it is instead; [`Error::Read`].
+pub fn kernel(kernel: &Image) -> Result<Format, Error> {
+    let mut buf = [0; 0x8006];
+    let bytes = kernel.start(&mut buf)?;
+    let has = |at: usize, signature: &[u8]| bytes.get(at..).is_some_and(|rest| rest.starts_with(signature));
+    if has(0, b"\x7fELF") {
+        return Ok(Format::Elf);
+    }
+    if has(0x202, b"HdrS") && has(0x1fe, b"\x55\xaa") {
+        return Ok(Format::BzImage);
+    }
+    let hit = OTHERS.iter().find(|(at, signature, ..)| has(*at, signature));
+    let (what, hint) = match hit {
+        Some((_, _, what, hint)) => (*what, *hint),
+        None if bytes.len() < 0x206 => ("too short for a kernel", "give a bzImage or a vmlinux"),
+        None if bytes.iter().all(|b| *b == 0) => ("all zeroes", "fetch or build it again"),
+        None => ("neither a bzImage nor an ELF file", "give a bzImage or a vmlinux"),
+    };
+    Err(Error::NotAKernel { path: kernel.path().to_owned(), what, hint })
+}

@@ -1,0 +1,58 @@
+//! What firmware would tell the guest about the platform: memory map and ACPI tables.
+//!
+//! The machine fills in [`Platform`] from the devices it built; [`boot::load`](super::load) writes the tables.
+
+pub mod acpi;
+pub mod e820;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::memory::{GuestRam, layout};
+
+/// The platform as the tables describe it. Sleep, reset and event registers (`legacy::acpi_pm`), power button, local
+/// APICs and the I/O APIC are always there; there is no PIC, PIT, RTC, VGA or keyboard controller to speak of.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Platform {
+    /// Virtual CPUs; their APIC ids are 0, 1, 2 ...
+    pub cpus: u32,
+    /// The virtio-mmio devices.
+    pub virtio_mmio: Vec<VirtioMmio>,
+    /// There is a 16550 at [`layout::COM1`].
+    pub com1: bool,
+}
+
+/// A virtio-mmio device: [`layout::VIRTIO_MMIO_SIZE`] bytes of registers and an edge-triggered interrupt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VirtioMmio {
+    /// Guest physical address of its registers.
+    pub base: u32,
+    /// Its global system interrupt.
+    pub gsi: u32,
+}
+
+/// Why there are no tables.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// They do not fit.
+    #[error("{size} bytes of tables do not fit into {}", layout::ACPI_SIZE)]
+    TooBig {
+        /// Bytes of all tables.
+        size: usize,
+    },
+    /// Guest memory does not reach to their place.
+    #[error("write to guest memory at {:#x}", layout::ACPI)]
+    Write(#[source] vm_memory::GuestMemoryError),
+}
+
+/// Writes the ACPI tables and gives the guest physical address of the RSDP.
+///
+/// # Errors
+/// [`Error`].
+pub fn write(ram: &GuestRam, platform: &Platform) -> Result<u64, Error> {
+    let bytes = acpi::tables(platform, layout::ACPI);
+    if bytes.len() as u64 > layout::ACPI_SIZE {
+        return Err(Error::TooBig { size: bytes.len() });
+    }
+    ram.write_slice(&bytes, GuestAddress(layout::ACPI)).map_err(Error::Write)?;
+    Ok(layout::ACPI)
+}
