@@ -20,7 +20,7 @@ const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 /// More program headers than any kernel has; bounds the work that a hostile file can ask for.
 const MAX_PROGRAM_HEADERS: u16 = 64;
 /// Likewise for the bytes of one note segment. Linux's is less than 1 KiB.
-const MAX_NOTES: u64 = 64 << 10;
+const MAX_NOTES: u64 = 16 << 10;
 
 /// A piece of the file and its place.
 #[derive(Debug, Clone, Copy)]

@@ -9,7 +9,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
 use super::error::{Error, Role};
 use crate::memory::GuestRam;
@@ -88,7 +88,7 @@ impl Image {
         Ok(&buf[..len])
     }
 
-    /// Reads `len` bytes at `offset` to guest physical address `to`, with no copy in between.
+    /// Reads `len` bytes at `offset` to guest physical address `to`, with no copy in the monitor's own memory.
     ///
     /// # Errors
     /// As [`Image::header`]; [`Error::Read`] also when `to..to + len` is not all RAM, which callers check first to
@@ -102,9 +102,9 @@ impl Image {
         part: &'static str,
     ) -> Result<(), Error> {
         self.check(offset, len, part)?;
+        let mut done = self.send(offset, len, ram, to);
         let mut file = &self.file;
-        file.seek(SeekFrom::Start(offset)).map_err(|source| self.read_error(source))?;
-        let mut done = 0;
+        file.seek(SeekFrom::Start(offset + done)).map_err(|source| self.read_error(source))?;
         while done < len {
             let rest = usize::try_from(len - done).unwrap_or(usize::MAX);
             let read = match ram.read_volatile_from(GuestAddress(to.saturating_add(done)), &mut file, rest) {
@@ -117,6 +117,28 @@ impl Image {
             done += read.map_err(|source| self.read_error(source))?;
         }
         Ok(())
+    }
+
+    /// [`Image::load`] within the host's page cache: from the file to the memory object behind guest RAM, so that no
+    /// page need be mapped and zeroed first (twice as fast). Gives the bytes done: fewer, down to none, where memory
+    /// has no such object or it takes no writes (huge pages); reading does the rest and finds out about errors.
+    fn send(&self, offset: u64, len: u64, ram: &GuestRam, to: u64) -> u64 {
+        let Some((region, at)) = ram.to_region_addr(GuestAddress(to)) else { return 0 };
+        let Some(object) = region.file_offset() else { return 0 };
+        let len = len.min(region.len() - at.0);
+        let mut out = object.file();
+        if out.seek(SeekFrom::Start(object.start() + at.0)).is_err() {
+            return 0;
+        }
+        let mut position = offset;
+        while position - offset < len {
+            let rest = usize::try_from(len - (position - offset)).unwrap_or(usize::MAX);
+            match rustix::fs::sendfile(out, &self.file, Some(&mut position), rest) {
+                Ok(sent) if sent > 0 => {}
+                _ => break,
+            }
+        }
+        position - offset
     }
 
     fn check(&self, offset: u64, len: u64, part: &'static str) -> Result<(), Error> {

@@ -30,6 +30,8 @@ const HEADER_SIZE: u32 = 36;
 /// FADT, IAPC_BOOT_ARCH (ACPI 6.5, table 5.11): there is no VGA and no CMOS RTC. The bit for an 8042 is clear, since
 /// what is at its ports (`legacy::i8042`) only resets.
 const IAPC_BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
+/// Likewise: there are devices that are found only by their known address (a serial port).
+const LEGACY_DEVICES: u16 = 1;
 /// FADT and MADT of ACPI 6.3: the newest that all kernels in use know.
 const MADT_REVISION: u8 = 5;
 /// DSDT with 64-bit integers.
@@ -62,7 +64,7 @@ pub fn tables(platform: &Platform, base: u64) -> Vec<u8> {
         at
     };
     let dsdt = put(dsdt(platform).as_slice());
-    let fadt = put(&bytes_of(&fadt(dsdt)));
+    let fadt = put(&bytes_of(&fadt(platform, dsdt)));
     let madt = put(madt(platform.cpus).as_slice());
     let xsdt = put(sdt(*b"XSDT", 1, &[fadt, madt].map(u64::to_le_bytes).concat()).as_slice());
     let rsdp = bytes_of(&Rsdp::new(OEM_ID, xsdt));
@@ -83,7 +85,7 @@ fn sdt(signature: [u8; 4], revision: u8, body: &[u8]) -> Sdt {
     sdt
 }
 
-fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
+fn fadt(platform: &Platform, dsdt: u64) -> acpi_tables::fadt::FADT {
     let register = |offset| {
         let address = layout::ACPI_PM + offset;
         GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
@@ -98,7 +100,8 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.creator_id = CREATOR_ID;
-    fadt.iapc_boot_arch = IAPC_BOOT_ARCH.into();
+    let legacy = if platform.com1 { LEGACY_DEVICES } else { 0 };
+    fadt.iapc_boot_arch = (IAPC_BOOT_ARCH | legacy).into();
     fadt.reset_reg = register(RESET);
     fadt.reset_value = RESET_VALUE;
     fadt.sleep_control_reg = register(SLEEP_CONTROL);
@@ -227,4 +230,138 @@ fn power_button(sink: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(sink);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path as FilePath;
+    use std::process::Command;
+
+    fn platform(cpus: u32) -> Platform {
+        let slots = (0u32..).zip(layout::VIRTIO_GSIS);
+        let base = |slot| (layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE) as u32;
+        let virtio_mmio = slots.map(|(slot, gsi)| VirtioMmio { base: base(slot), gsi }).collect();
+        Platform { cpus, virtio_mmio, com1: true }
+    }
+
+    fn int(bytes: &[u8], at: usize, len: usize) -> u64 {
+        bytes[at..at + len].iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    /// Follows the pointers from the RSDP as a guest does; gives each table by its signature.
+    fn walk(bytes: &[u8], base: u64) -> Vec<(String, &[u8])> {
+        let table = |address: u64| {
+            let at = usize::try_from(address - base).unwrap();
+            let table = &bytes[at..at + int(bytes, at + 4, 4) as usize];
+            assert_eq!(sum(table), 0, "checksum at {address:#x}");
+            (String::from_utf8(table[..4].to_vec()).unwrap(), table)
+        };
+        assert_eq!(&bytes[..8], b"RSD PTR ");
+        assert_eq!((bytes[15], sum(&bytes[..20]), sum(&bytes[..36])), (2, 0, 0));
+        let (name, xsdt) = table(int(bytes, 24, 8));
+        assert_eq!(name, "XSDT");
+        let mut tables = vec![(name, xsdt)];
+        for at in (36..xsdt.len()).step_by(8) {
+            let (name, found) = table(int(xsdt, at, 8));
+            if name == "FACP" {
+                tables.push(table(int(found, 140, 8)));
+            }
+            tables.push((name, found));
+        }
+        tables
+    }
+
+    fn find<'a>(tables: &[(String, &'a [u8])], name: &str) -> &'a [u8] {
+        tables.iter().find(|(n, _)| n == name).expect(name).1
+    }
+
+    #[test]
+    fn the_fadt_says_what_is_there() {
+        let bytes = tables(&platform(1), layout::ACPI);
+        let fadt = find(&walk(&bytes, layout::ACPI), "FACP");
+        let flags = int(fadt, 112, 4);
+        assert_eq!(flags >> 20 & 1, 1, "hardware-reduced");
+        assert_eq!(flags >> 10 & 1, 1, "reset register");
+        assert_eq!(int(fadt, 109, 2), 0b10_0101, "legacy devices, no 8042, no VGA, no RTC");
+        // Address space 1 (I/O), 8 bits wide, byte access.
+        let register = |port: u64| port << 32 | 0x0100_0801;
+        for (at, port) in [(116, 0x602), (244, 0x600), (256, 0x601)] {
+            assert_eq!(int(fadt, at, 8), register(port), "register at {at}");
+        }
+        assert_eq!(fadt[128], RESET_VALUE);
+        let bytes = tables(&Platform { com1: false, ..platform(1) }, layout::ACPI);
+        assert_eq!(int(find(&walk(&bytes, layout::ACPI), "FACP"), 109, 2), 0b10_0100);
+    }
+
+    #[test]
+    fn the_madt_lists_each_cpu_and_the_io_apic() {
+        for cpus in [1, 64, 254, 300] {
+            let bytes = tables(&platform(cpus), layout::ACPI);
+            let madt = find(&walk(&bytes, layout::ACPI), "APIC");
+            assert_eq!((int(madt, 36, 4), int(madt, 40, 4)), (layout::LOCAL_APIC, 0));
+            let (mut ids, mut io_apics, mut at) = (Vec::new(), 0, 44);
+            while at < madt.len() {
+                match madt[at] {
+                    0 => ids.push((int(madt, at + 3, 1), int(madt, at + 4, 4))),
+                    9 => ids.push((int(madt, at + 4, 4), int(madt, at + 8, 4))),
+                    1 => {
+                        assert_eq!((int(madt, at + 4, 4), int(madt, at + 8, 4)), (layout::IO_APIC, 0));
+                        io_apics += 1;
+                    }
+                    other => panic!("structure {other}"),
+                }
+                at += usize::from(madt[at + 1]);
+            }
+            assert_eq!(ids, (0..u64::from(cpus)).map(|id| (id, 1)).collect::<Vec<_>>());
+            assert_eq!(io_apics, 1);
+        }
+    }
+
+    #[test]
+    fn the_largest_platform_fits() {
+        let cpus = crate::config::Cpus::MAX;
+        let size = tables(&platform(cpus), layout::ACPI).len() as u64;
+        assert!(size < layout::ACPI_SIZE, "{size} bytes");
+    }
+
+    /// The tables as ACPICA, which is what Linux runs, sees them: disassembled, and the DSDT compiled again.
+    #[test]
+    fn iasl_has_nothing_to_complain_about() {
+        if Command::new("iasl").arg("-v").output().is_err() {
+            assert!(std::env::var("CI").is_err(), "iasl is missing: install acpica-tools");
+            eprintln!(
+                "SKIPPED: iasl is missing (install acpica-tools), so the ACPI tables were not checked with it"
+            );
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let iasl = |flag: &str, file: &FilePath| {
+            let out = Command::new("iasl").arg(flag).arg(file).current_dir(&folder).output().unwrap();
+            let text = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+            assert!(out.status.success(), "iasl {flag} {}: {text}", file.display());
+            text
+        };
+        let bytes = tables(&platform(300), layout::ACPI);
+        for (name, table) in walk(&bytes, layout::ACPI) {
+            let file = folder.path().join(format!("{name}.aml"));
+            std::fs::write(&file, table).unwrap();
+            let text = iasl("-d", &file).to_lowercase();
+            for word in ["warning", "error", "invalid", "unknown"] {
+                assert!(!text.contains(word), "{name}: {text}");
+            }
+        }
+        // -we: warnings are errors. (No -f etc.: the disassembly must compile as it is.)
+        let text = iasl("-we", &folder.path().join("DSDT.dsl"));
+        assert!(text.contains("0 Errors, 0 Warnings, 0 Remarks"), "{text}");
+        let source = std::fs::read_to_string(folder.path().join("DSDT.dsl")).unwrap();
+        assert_eq!(source.matches("LNRO0005").count(), layout::VIRTIO_GSIS.len());
+        for device in ["PNP0501", "PNP0C0C", "ACPI0013"] {
+            assert!(source.contains(device), "{device}");
+        }
+    }
 }
