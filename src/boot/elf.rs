@@ -127,7 +127,7 @@ pub fn check_fits(kernel: &Image, memory: &Memory, end: u64) -> Result<(), Error
 
 fn check_machine(kernel: &Image, header: &Elf64_Ehdr) -> Result<(), Error> {
     let path = || kernel.path().to_owned();
-    let little = header.e_ident[EI_DATA as usize] == ELFDATA2LSB as u8;
+    let little = header.e_ident[EI_DATA] == ELFDATA2LSB;
     let machine = if little { header.e_machine } else { header.e_machine.swap_bytes() };
     match machine {
         EM_386 => return Err(Error::Only32Bit { path: path() }),
@@ -141,7 +141,7 @@ fn check_machine(kernel: &Image, header: &Elf64_Ehdr) -> Result<(), Error> {
             return Err(Error::Foreign { path: path(), machine });
         }
     }
-    if header.e_ident[EI_CLASS as usize] != ELFCLASS64 as u8 {
+    if header.e_ident[EI_CLASS] != ELFCLASS64 {
         return Err(Error::Only32Bit { path: path() });
     }
     let not = |what| Err(Error::NotAKernel { path: path(), what, hint: "give a bzImage or a vmlinux" });

@@ -84,3 +84,6 @@ struct Boot<'a> {
     /// Guest physical address of the ACPI root pointer.
     rsdp: u64,
 }
+
+#[cfg(test)]
+mod tests;
