@@ -5,11 +5,13 @@ pub mod bus;
 pub mod config;
 pub mod disk;
 pub mod event_loop;
+pub mod guest_log;
 pub mod kvm;
 pub mod legacy;
 pub mod memory;
 pub mod state;
 pub mod vcpu;
+pub mod virtio;
 pub mod vm;
 
 /// An error and its sources on one line, outermost first.
