@@ -11,7 +11,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -126,16 +126,14 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Starts QEMU, and the file server if the machine needs it. `extra` are descriptors that
-    /// QEMU is told of later, by their number.
+    /// Starts QEMU, and the file server if the machine needs it.
     pub fn start(
         shape: Shape,
         files: &BootFiles,
         start: Start,
         console: &Console,
-        extra: &[RawFd],
     ) -> Result<Machine> {
-        let mut inherited = extra.to_vec();
+        let mut inherited = Vec::new();
         let mut pass = |fd: &dyn AsRawFd| {
             inherited.push(fd.as_raw_fd());
             fd.as_raw_fd()

@@ -136,7 +136,7 @@ fn booted(
     console: &Console,
 ) -> Result<i32, Failure> {
     let request = request(options).map_err(Failure::Run)?;
-    let start = |start| Machine::start(shape, files, start, console, &[]).map_err(Failure::Start);
+    let start = |start| Machine::start(shape, files, start, console).map_err(Failure::Start);
     if options.icount {
         // A request on its way in at any moment of the wall clock would upset the machine's own.
         let machine = start(Start::Boot(Some(&request.encode())))?;

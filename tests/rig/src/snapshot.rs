@@ -58,8 +58,7 @@ impl Snapshot {
         }
         let fresh = boot_files::fresh_folder(&files.cache)?;
         let state = File::create(fresh.join("state"))?;
-        let extra = [state.as_raw_fd()];
-        let mut machine = Machine::start(shape, files, Start::BootToSave, console, &extra)?;
+        let mut machine = Machine::start(shape, files, Start::BootToSave, console)?;
         machine.control.set_read_timeout(Some(BOOT_PATIENCE))?;
         loop {
             match Frame::read(&mut machine.control).context("the booting machine")? {
@@ -71,10 +70,8 @@ impl Snapshot {
         let mut qmp = Qmp::new(machine.qmp.try_clone()?)?;
         qmp.execute("stop", json!({}))?;
         leave_memory_out(&mut qmp)?;
-        qmp.execute(
-            "migrate",
-            json!({ "uri": format!("fd:{}", state.as_raw_fd()) }),
-        )?;
+        let uri = format!("exec:cat >{}", path_of(&state));
+        qmp.execute("migrate", json!({ "uri": uri }))?;
         qmp.finish_migration()?;
         save_memory(&machine.memory, &File::create(fresh.join("memory"))?)?;
         drop(machine);
@@ -85,13 +82,12 @@ impl Snapshot {
 
     /// A machine that goes on from the saved one, with the file server plugged in.
     pub fn start(&self, shape: Shape, files: &BootFiles, console: &Console) -> Result<Machine> {
-        let extra = [self.state.as_raw_fd()];
-        let machine = Machine::start(shape, files, Start::Restore, console, &extra)?;
+        let machine = Machine::start(shape, files, Start::Restore, console)?;
         // While QEMU starts: it looks at the memory only when the machine runs.
         load_memory(&self.memory, &machine.memory)?;
         let mut qmp = Qmp::new(machine.qmp.try_clone()?)?;
         leave_memory_out(&mut qmp)?;
-        let uri = format!("fd:{}", self.state.as_raw_fd());
+        let uri = format!("exec:cat <{}", path_of(&self.state));
         qmp.execute("migrate-incoming", json!({ "uri": uri }))?;
         qmp.finish_migration()?;
         qmp.execute("device_add", file_device())?;
@@ -103,6 +99,11 @@ impl Snapshot {
     pub fn discard(self) {
         let _ = fs::remove_dir_all(self.folder);
     }
+}
+
+/// A path to an open file that QEMU's child can use, free of characters special to a shell.
+fn path_of(file: &File) -> String {
+    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
 }
 
 fn leave_memory_out(qmp: &mut Qmp) -> Result<()> {
