@@ -17,7 +17,14 @@ pub fn say(parts: &[&[u8]]) -> bool {
 
 /// Says what failed with which errno.
 pub fn complain(what: &[u8], name: &[u8], error: io::Errno) {
-    say(&[b"guest-init: ", what, b" ", name, b": errno ", Text::<12>::decimal(error.raw_os_error() as u32).bytes()]);
+    say(&[
+        b"guest-init: ",
+        what,
+        b" ",
+        name,
+        b": errno ",
+        Text::<12>::decimal(error.raw_os_error() as u32).bytes(),
+    ]);
 }
 
 /// Makes the console standard input, output and error: the one that `console=` named last, waiting a little for it (a

@@ -17,7 +17,10 @@ pub struct Text<const N: usize> {
 impl<const N: usize> Text<N> {
     /// Empty.
     pub const fn new() -> Self {
-        Self { bytes: [0; N], length: 0 }
+        Self {
+            bytes: [0; N],
+            length: 0,
+        }
     }
 
     /// A number in decimal.
@@ -79,7 +82,10 @@ pub fn wait_for_path(path: &[u8], milliseconds: u32) -> bool {
             return true;
         }
         if milliseconds > 0 {
-            let step = Timespec { tv_sec: 0, tv_nsec: i64::from(STEP_MS) * 1_000_000 };
+            let step = Timespec {
+                tv_sec: 0,
+                tv_nsec: i64::from(STEP_MS) * 1_000_000,
+            };
             let _ = rustix::event::poll(&mut [], Some(&step));
         }
     }
@@ -99,14 +105,24 @@ fn mount_on(kind: &CStr, target: &CStr, flags: MountFlags, data: Option<&CStr>) 
 /// /dev and /proc: what reading the orders and the first word on the console need.
 pub fn mount_first() {
     mount_on(c"devtmpfs", c"/dev", MountFlags::NOSUID, Some(c"mode=0755"));
-    mount_on(c"proc", c"/proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None);
+    mount_on(
+        c"proc",
+        c"/proc",
+        MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+        None,
+    );
 }
 
 /// The rest of what programs expect.
 pub fn mount_rest() {
     let plain = MountFlags::NOSUID | MountFlags::NODEV;
     mount_on(c"sysfs", c"/sys", plain | MountFlags::NOEXEC, None);
-    mount_on(c"devpts", c"/dev/pts", MountFlags::NOSUID | MountFlags::NOEXEC, Some(c"mode=0620,ptmxmode=0666"));
+    mount_on(
+        c"devpts",
+        c"/dev/pts",
+        MountFlags::NOSUID | MountFlags::NOEXEC,
+        Some(c"mode=0620,ptmxmode=0666"),
+    );
     mount_on(c"tmpfs", c"/dev/shm", plain, Some(c"mode=1777"));
     mount_on(c"tmpfs", c"/run", plain, Some(c"mode=0755"));
     mount_on(c"tmpfs", c"/tmp", plain, Some(c"mode=1777"));
@@ -166,14 +182,19 @@ pub fn switch_root(root: &[u8], orders: &Orders<'_>) -> bool {
         .and_then(|()| mount_move(c".", c"/"))
         .and_then(|()| rustix::process::chroot(c"."))
         .and_then(|()| rustix::process::chdir(c"/"));
-    switched.inspect_err(|&error| complain(b"switch to", root, error)).is_ok()
+    switched
+        .inspect_err(|&error| complain(b"switch to", root, error))
+        .is_ok()
 }
 
 /// Tells the flags that mount(2) takes as bits from those that the file system parses.
 fn split_flags(options: &[u8]) -> (MountFlags, Text<256>) {
     let mut flags = MountFlags::empty();
     let mut data = Text::new();
-    for option in options.split(|&b| b == b',').filter(|option| !option.is_empty()) {
+    for option in options
+        .split(|&b| b == b',')
+        .filter(|option| !option.is_empty())
+    {
         match option {
             b"ro" => flags |= MountFlags::RDONLY,
             b"rw" => flags -= MountFlags::RDONLY,
