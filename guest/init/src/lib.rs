@@ -1,0 +1,72 @@
+//! PID 1 of guests, as a library: everything but the entry point, so that it builds, lints and tests like any crate.
+//! `src/bin/guest-init.rs` calls [`run`]; `cargo guest -- initramfs` builds that program. It has no libc, no heap and no
+//! formatting: it should cost a booting guest as few pages and instructions as it can.
+//!
+//! A run, top to bottom: mount what every program expects, read the orders from the kernel command line, load modules,
+//! open the console, switch to another root if asked, run the command (or a shell), wait for its end or for the power
+//! button, report the exit code, end the machine.
+#![no_std]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod console;
+pub mod finish;
+pub mod kernel;
+pub mod mounts;
+pub mod orders;
+pub mod program;
+pub mod watch;
+
+use finish::Outcome;
+use orders::Orders;
+use watch::Watch;
+
+/// The line that says: user space runs. Boot benchmarks wait for it.
+pub const MARKER: &[u8] = b"guest: init";
+
+/// Room for /proc/cmdline: x86 keeps 2048 bytes.
+const COMMAND_LINE_SIZE: usize = 4096;
+
+/// The whole life of PID 1. `environment` is the `envp` that the kernel gave.
+///
+/// # Safety
+/// `environment` must be a NULL-terminated array of pointers to C strings, valid for the rest of the process, and the
+/// process must have one thread.
+pub unsafe fn run(environment: *const *const u8) -> ! {
+    mounts::mount_first();
+    let mut buffer = [0; COMMAND_LINE_SIZE];
+    let orders = Orders::parse(mounts::read_file(c"/proc/cmdline", &mut buffer));
+    if let Some(port) = orders.mark {
+        kernel::write_port(port, 1);
+    }
+    // The kernel's own stdio is /dev/console already, unless its driver is a module that is yet to come.
+    let marked = !orders.marker || console::say(&[MARKER]);
+    mounts::mount_rest();
+    mounts::load_modules();
+    console::open(orders.console);
+    if !marked {
+        console::say(&[MARKER]);
+    }
+    if let Some(word) = orders.unknown {
+        console::say(&[b"guest-init: did not understand ", word]);
+    }
+    let watch = Watch::start();
+    let rooted = orders
+        .root
+        .is_none_or(|root| mounts::switch_root(root, &orders));
+    let child = match rooted {
+        // SAFETY: this function's own contract.
+        true => unsafe { program::start(orders.command, environment) },
+        false => None,
+    };
+    let outcome = match child {
+        Some(child) => watch.until_end_of(child, orders.end),
+        None => Outcome {
+            code: Some(finish::NOT_RUN),
+            end: orders.end,
+            child: None,
+        },
+    };
+    finish::finish(&orders, outcome, &watch)
+}

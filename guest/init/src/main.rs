@@ -1,3 +1,0 @@
-//! PID 1 of test guests.
-
-fn main() {}
