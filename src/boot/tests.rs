@@ -416,8 +416,6 @@ fn values() -> impl Strategy<Value = u64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
-
     /// Good kernels with some fields overwritten: the headers are in the first 0x300 bytes, the notes at the end.
     #[test]
     fn damaged_headers_never_harm(
