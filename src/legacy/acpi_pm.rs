@@ -12,6 +12,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{Device, Effect};
+use crate::guest_warn;
 use crate::state::{StateError, Stateful};
 use crate::vm::Interrupt;
 
@@ -77,10 +78,7 @@ impl Device for AcpiPm {
                     return Effect::Shutdown;
                 }
                 SLEEP_CONTROL if byte & SLP_EN != 0 => {
-                    log::warn!(
-                        "guest asked for sleep type {}, of which the tables know nothing",
-                        (byte >> 2) & 7
-                    );
+                    guest_warn!("wants sleep type {}, which its tables do not have", (byte >> 2) & 7);
                 }
                 RESET if *byte == RESET_VALUE => return Effect::Reset,
                 _ => {}

@@ -1,6 +1,6 @@
 //! ACPI tables of a hardware-reduced platform (ACPI 6.5, 3.11.1): RSDP, XSDT, FADT, MADT, DSDT.
 //!
-//! [`write`](super::write) puts them into guest memory. What is not described does not exist for the guest, which
+//! [`write()`](super::write) puts them into guest memory. What is not described does not exist for the guest, which
 //! saves it the search.
 
 use acpi_tables::aml::{
