@@ -199,6 +199,18 @@ fn a_bzimage_gets_what_the_64_bit_protocol_promises() {
     assert_eq!(guest.int(layout::GDT + 0x18, 8) >> 40 & 0xff, 0x93);
 }
 
+/// Memory without an object behind it takes the kernel by reading instead of sending.
+#[test]
+fn anonymous_memory_is_loaded_just_the_same() {
+    let case = Case::new(&pvh_elf()).initrd(&[0x5a; 5000]);
+    let bytes = |mem| {
+        let (_, guest) = case.boot(mem).unwrap();
+        [(0, MIB), (PREFERRED, 2 * MIB), (62 * MIB, 2 * MIB)].map(|(at, len)| guest.bytes(at, len as usize))
+    };
+    let (sent, read) = (bytes("64M"), bytes("64M,backing=anonymous"));
+    assert!(sent == read && read[2].contains(&0x5a));
+}
+
 #[test]
 fn a_setup_header_is_copied_to_its_own_end_only() {
     let mut kernel = bzimage();
