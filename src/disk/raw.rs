@@ -366,3 +366,98 @@ fn advance(vectors: &mut &mut [libc::iovec], mut n: usize) {
         *vectors = &mut std::mem::take(vectors)[1..];
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    static SYNCS: AtomicUsize = AtomicUsize::new(0);
+
+    /// A disk whose flushes are counted, and take a moment.
+    fn disk() -> (tempfile::TempDir, Raw) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let config = config::Disk { path, readonly: false, serial: None, block_size: None };
+        let mut raw = Raw::open(&config).unwrap();
+        Arc::get_mut(&mut raw.shared).unwrap().image.sync = |file| {
+            thread::sleep(Duration::from_millis(50));
+            rustix::fs::fdatasync(file)?;
+            SYNCS.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        };
+        (dir, raw)
+    }
+
+    fn wait(disk: &mut Raw) -> (u16, io::Result<u32>) {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(done) = disk.done() {
+                return done;
+            }
+            assert!(Instant::now() < end, "no completion");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_flush_is_an_fdatasync_that_is_over_when_it_completes() {
+        let (_keep, mut disk) = disk();
+        let before = SYNCS.load(Ordering::SeqCst);
+        disk.submit(1, Io::WriteZeroes { offset: 0, len: 4096, unmap: false });
+        assert_eq!(wait(&mut disk).0, 1);
+        assert_eq!(SYNCS.load(Ordering::SeqCst), before, "a write alone is none");
+        disk.submit(2, Io::Flush);
+        assert!(disk.done().is_none(), "not before it is over");
+        let (tag, result) = wait(&mut disk);
+        assert_eq!((tag, result.unwrap(), SYNCS.load(Ordering::SeqCst)), (2, 0, before + 1));
+        // Dropping waits for what is in flight.
+        disk.submit(3, Io::Flush);
+        drop(disk);
+        assert_eq!(SYNCS.load(Ordering::SeqCst), before + 2);
+    }
+
+    #[test]
+    fn zeroes_are_written_where_the_file_system_cannot_make_them() {
+        let (keep, disk) = disk();
+        let path = keep.path().join("disk");
+        std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+        disk.shared.image.write_zeroes_plainly(512, 100 << 10).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let end = 512 + (100 << 10);
+        assert!(bytes[..512].iter().chain(&bytes[end..]).all(|b| *b == 7));
+        assert!(bytes[512..end].iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn an_image_that_shrinks_under_the_guest_gives_errors() {
+        let (keep, mut disk) = disk();
+        File::options().write(true).open(keep.path().join("disk")).unwrap().set_len(4096).unwrap();
+        let ram = crate::memory::GuestRam::from_ranges(&[(vm_memory::GuestAddress(0), 4096)]).unwrap();
+        let mut to = Buffers::empty(Arc::new(ram));
+        to.push(0, 4096).unwrap();
+        disk.submit(0, Io::Read { offset: 4096, to: to.clone() });
+        assert!(wait(&mut disk).1.is_err());
+        disk.submit(0, Io::Read { offset: 0, to });
+        assert_eq!(wait(&mut disk).1.unwrap(), 4096);
+    }
+
+    #[test]
+    fn partial_transfers_go_on_in_the_middle_of_a_vector() {
+        let mut bytes = [0u8; 10];
+        let base: *mut u8 = bytes.as_mut_ptr();
+        let vector =
+            |from: usize, len| libc::iovec { iov_base: base.wrapping_add(from).cast(), iov_len: len };
+        let mut vectors = [vector(0, 3), vector(3, 0), vector(3, 4), vector(7, 3)];
+        let mut left = &mut vectors[..];
+        advance(&mut left, 5);
+        assert_eq!((left.len(), left[0].iov_len, left[0].iov_base as usize), (2, 2, base as usize + 5));
+        advance(&mut left, 2);
+        assert_eq!((left.len(), left[0].iov_len), (1, 3));
+        advance(&mut left, 3);
+        assert!(left.is_empty());
+    }
+}
