@@ -4,11 +4,53 @@
 //! never see epoll.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use rustix::event::EventfdFlags;
+
+/// A flag that a thread can wait for: an eventfd. Readable from [`Event::signal`] until [`Event::clear`].
+///
+/// (vmm-sys-util's cannot be borrowed as a descriptor, which is what [`Handler::sources`] gives.)
+#[derive(Debug)]
+pub struct Event(OwnedFd);
+
+impl Event {
+    /// A flag that is not set.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    /// Sets the flag. Callable from any thread; never blocks.
+    pub fn signal(&self) {
+        // Fails only where the count is full: then the flag is set anyway.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Takes the flag down.
+    pub fn clear(&self) {
+        // Fails only where it is not set.
+        let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
+    }
+
+    /// Another handle on the same flag.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+}
+
+impl AsFd for Event {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 /// What a [`Worker`] runs.
 pub trait Handler: Send {
@@ -22,7 +64,7 @@ pub trait Handler: Send {
 /// A thread that serves one [`Handler`]. Dropping it stops and joins the thread.
 #[derive(Debug)]
 pub struct Worker {
-    stop: EventFd,
+    stop: Event,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -32,7 +74,7 @@ impl Worker {
     /// # Errors
     /// The host is out of descriptors or threads, or a source cannot be polled.
     pub fn spawn(name: &str, handler: impl Handler + 'static) -> io::Result<Self> {
-        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        let stop = Event::new()?;
         let serve = Serve { handler, stop: stop.try_clone()?, stopping: false, failed: None };
         let mut manager = EventManager::new().map_err(io::Error::other)?;
         let id = manager.add_subscriber(serve);
@@ -55,7 +97,8 @@ impl Drop for Worker {
     fn drop(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         // A handler may drop its own worker; a thread cannot join itself.
-        if self.stop.write(1).is_ok() && thread.thread().id() != thread::current().id() {
+        self.stop.signal();
+        if thread.thread().id() != thread::current().id() {
             let _ = thread.join();
         }
     }
@@ -66,7 +109,7 @@ const STOP: u32 = u32::MAX;
 
 struct Serve<H> {
     handler: H,
-    stop: EventFd,
+    stop: Event,
     stopping: bool,
     failed: Option<io::Error>,
 }
@@ -74,7 +117,7 @@ struct Serve<H> {
 impl<H: Handler> MutEventSubscriber for Serve<H> {
     fn init(&mut self, ops: &mut EventOps) {
         let mut add = |fd: i32, token| ops.add(Events::with_data_raw(fd, token, EventSet::IN));
-        let mut result = add(self.stop.as_raw_fd(), STOP);
+        let mut result = add(self.stop.as_fd().as_raw_fd(), STOP);
         for (index, source) in self.handler.sources().iter().enumerate() {
             result = result.and_then(|()| add(source.as_raw_fd(), index as u32));
         }
@@ -92,7 +135,6 @@ impl<H: Handler> MutEventSubscriber for Serve<H> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
     use std::sync::mpsc;
 
     struct Echo(io::PipeReader, mpsc::Sender<u8>);

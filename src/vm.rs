@@ -4,9 +4,8 @@
 //! without `/dev/kvm`. Devices must not know more of KVM than this file.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-
-use vmm_sys_util::eventfd::EventFd;
 
 /// An interrupt that a device can raise. Edge semantics: each call is one interrupt.
 ///
@@ -45,22 +44,22 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// The hypervisor refused the line.
     fn irq_line(&self, gsi: u32) -> io::Result<Arc<dyn Interrupt>>;
-    /// Makes writes to `at` signal `event`.
+    /// Makes writes to `at` signal `event`, an eventfd.
     ///
     /// # Errors
     /// The address is taken already, or the hypervisor is out of room for it.
-    fn ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()>;
+    fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()>;
     /// Undoes [`Vm::ioeventfd`]; both arguments as given there.
     ///
     /// # Errors
     /// No such registration.
-    fn remove_ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()>;
+    fn remove_ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()>;
 }
 
 /// A [`Vm`] that only takes notes. For tests, inside and outside this crate.
 pub mod fake {
     use super::*;
-    use std::os::fd::AsRawFd;
+    use std::os::fd::{AsRawFd, OwnedFd};
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -85,7 +84,7 @@ pub mod fake {
     #[derive(Debug, Default)]
     pub struct FakeVm {
         lines: Mutex<Vec<(u32, Arc<FakeInterrupt>)>>,
-        doorbells: Mutex<Vec<(IoEventAddress, i32, EventFd)>>,
+        doorbells: Mutex<Vec<(IoEventAddress, i32, OwnedFd)>>,
     }
 
     impl FakeVm {
@@ -103,7 +102,7 @@ pub mod fake {
                 let IoEventAddress::Mmio { address: a, value: v } = at;
                 *a == address && v.is_none_or(|v| v == value)
             });
-            hit.is_some_and(|(_, _, event)| event.write(1).is_ok())
+            hit.is_some_and(|(_, _, event)| rustix::io::write(event, &1u64.to_ne_bytes()).is_ok())
         }
 
         /// How many doorbells are registered.
@@ -119,16 +118,16 @@ pub mod fake {
             Ok(line)
         }
 
-        fn ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()> {
+        fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {
             let mut doorbells = self.doorbells.lock().expect("not poisoned");
             if doorbells.iter().any(|(taken, _, _)| *taken == at) {
                 return Err(io::ErrorKind::AlreadyExists.into());
             }
-            doorbells.push((at, event.as_raw_fd(), event.try_clone()?));
+            doorbells.push((at, event.as_raw_fd(), event.try_clone_to_owned()?));
             Ok(())
         }
 
-        fn remove_ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()> {
+        fn remove_ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {
             let mut doorbells = self.doorbells.lock().expect("not poisoned");
             let before = doorbells.len();
             doorbells.retain(|(a, fd, _)| (*a, *fd) != (at, event.as_raw_fd()));

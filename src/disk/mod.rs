@@ -2,10 +2,83 @@
 //!
 //! A back end (raw file, later image formats and faster engines) implements [`Disk`]; virtio-blk is one front end.
 
+mod raw;
+
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 
 use crate::memory::Buffers;
+
+pub use raw::Raw;
+
+/// Why a disk could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host refused it.
+    #[error("open disk image {path}", path = path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process has it open.
+    #[error("disk image {path} is in use by another process", path = path.display())]
+    Locked {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("disk image {path} is neither a file nor a block device", path = path.display())]
+    NotAnImage {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Its size is not that of a disk.
+    #[error("disk image {path} has {size} bytes, which is no number of {block_size}-byte blocks", path = path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its bytes.
+        size: u64,
+        /// Bytes of a block.
+        block_size: u32,
+    },
+    /// The block device cannot be written in blocks of this size.
+    #[error("disk {path} has blocks of {native} bytes, not {block_size}", path = path.display())]
+    BlockSize {
+        /// The block device.
+        path: PathBuf,
+        /// What was asked for.
+        block_size: u32,
+        /// The device's own.
+        native: u32,
+    },
+}
+
+impl Error {
+    /// What to try.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Open { path, source } => match source.kind() {
+                io::ErrorKind::NotFound => format!("create one: truncate -s 4G {}", path.display()),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                    "if reading is enough, add ,readonly".to_owned()
+                }
+                _ => return None,
+            },
+            Self::Locked { .. } => "stop the other one, or give both ,readonly".to_owned(),
+            Self::NotAnImage { .. } => "give a raw disk image or a block device".to_owned(),
+            Self::Size { path, size, block_size } => {
+                let round = size.next_multiple_of(u64::from(*block_size)).max(1 << 20);
+                format!("if it is a raw image, grow it: truncate -s {round} {}", path.display())
+            }
+            Self::BlockSize { native, .. } => format!("use block-size={native} or a larger power of two"),
+        })
+    }
+}
 
 /// What a disk is. Constant while a machine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

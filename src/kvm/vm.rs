@@ -4,6 +4,7 @@
 //! there are interrupt controllers, so they come first.
 
 use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -77,6 +78,14 @@ impl Interrupt for IrqFd {
     }
 }
 
+/// The descriptor in the type that kvm-ioctls wants. The kernel knows a doorbell by its eventfd, not by its descriptor,
+/// and keeps it alive, so a duplicate that goes again does for both calls below.
+fn eventfd(event: BorrowedFd<'_>) -> io::Result<EventFd> {
+    let own = event.try_clone_to_owned()?;
+    // SAFETY: the descriptor was just made, and its ownership goes into the EventFd.
+    Ok(unsafe { EventFd::from_raw_fd(own.into_raw_fd()) })
+}
+
 fn errno(error: kvm_ioctls::Error) -> io::Error {
     io::Error::from_raw_os_error(error.errno())
 }
@@ -88,22 +97,22 @@ impl crate::vm::Vm for Vm {
         Ok(Arc::new(IrqFd(event)))
     }
 
-    fn ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()> {
+    fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {
         let IoEventAddress::Mmio { address, value } = at;
         let address = kvm_ioctls::IoEventAddress::Mmio(address);
         match value {
-            Some(value) => self.fd.register_ioevent(event, &address, value),
-            None => self.fd.register_ioevent(event, &address, NoDatamatch),
+            Some(value) => self.fd.register_ioevent(&eventfd(event)?, &address, value),
+            None => self.fd.register_ioevent(&eventfd(event)?, &address, NoDatamatch),
         }
         .map_err(errno)
     }
 
-    fn remove_ioeventfd(&self, at: IoEventAddress, event: &EventFd) -> io::Result<()> {
+    fn remove_ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {
         let IoEventAddress::Mmio { address, value } = at;
         let address = kvm_ioctls::IoEventAddress::Mmio(address);
         match value {
-            Some(value) => self.fd.unregister_ioevent(event, &address, value),
-            None => self.fd.unregister_ioevent(event, &address, NoDatamatch),
+            Some(value) => self.fd.unregister_ioevent(&eventfd(event)?, &address, value),
+            None => self.fd.unregister_ioevent(&eventfd(event)?, &address, NoDatamatch),
         }
         .map_err(errno)
     }

@@ -1,5 +1,74 @@
 //! virtio: devices, their queues, the core that drives them, and transports.
+//!
+//! [`Device`] lists what there is. To add a device: its file, and an arm of that list.
 
+pub mod block;
+pub mod core;
 pub mod device;
+pub mod mmio;
 pub mod queue;
+pub mod rng;
 pub mod testing;
+
+use crate::config::{self, VmConfig};
+use crate::disk;
+use device::VirtioDevice;
+
+/// A device that a configuration asks for.
+#[derive(Debug, Clone, Copy)]
+pub enum Device<'a> {
+    /// A disk, the `usize`th.
+    Block(usize, &'a config::Disk),
+    /// The entropy device.
+    Rng,
+}
+
+/// Why a device could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its disk image.
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+}
+
+impl Error {
+    /// What to try.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Disk(error) => error.hint(),
+        }
+    }
+}
+
+impl<'a> Device<'a> {
+    /// All that `config` asks for, in the order in which the guest finds them.
+    pub fn list(config: &'a VmConfig) -> Vec<Self> {
+        let mut list: Vec<_> = config.disk.iter().enumerate().map(|(i, disk)| Self::Block(i, disk)).collect();
+        if config.rng {
+            list.push(Self::Rng);
+        }
+        list
+    }
+
+    /// A name of its own in the machine, and its worker thread's (at most 15 bytes).
+    pub fn name(&self) -> String {
+        match self {
+            Self::Block(index, _) => format!("virtio-blk{index}"),
+            Self::Rng => "virtio-rng".to_owned(),
+        }
+    }
+
+    /// Opens what it needs of the host, and builds it.
+    ///
+    /// # Errors
+    /// [`Error`]: the host has not got what the configuration names.
+    pub fn build(&self) -> Result<Box<dyn VirtioDevice>, Error> {
+        Ok(match self {
+            Self::Block(index, disk) => {
+                let id = disk.serial.clone().unwrap_or_else(|| format!("disk{index}"));
+                Box::new(block::Block::new(Box::new(disk::Raw::open(disk)?), &id))
+            }
+            Self::Rng => Box::new(rng::Rng),
+        })
+    }
+}

@@ -29,9 +29,7 @@ pub struct Outcome {
 
 /// Ends the machine.
 pub fn finish(orders: &Orders<'_>, outcome: Outcome, watch: &Watch) -> ! {
-    let code = stop_all(outcome.child, watch)
-        .or(outcome.code)
-        .unwrap_or(NOT_RUN);
+    let code = stop_all(outcome.child, watch).or(outcome.code).unwrap_or(NOT_RUN);
     sync();
     // A disk as root ends clean; an initramfs does not mind.
     let _ = mount_remount(c"/", MountFlags::RDONLY, c"");
@@ -124,12 +122,7 @@ fn send(report: Report<'_>, code: i32) {
 
 /// The device of a named virtio console port. No udev makes /dev/virtio-ports here, so sysfs is asked for the names.
 fn virtio_port(name: &[u8]) -> Option<Text<64>> {
-    let names = open(
-        c"/sys/class/virtio-ports",
-        OFlags::RDONLY | OFlags::DIRECTORY,
-        Mode::empty(),
-    )
-    .ok()?;
+    let names = open(c"/sys/class/virtio-ports", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).ok()?;
     let mut buffer = [core::mem::MaybeUninit::uninit(); 1024];
     let mut entries = rustix::fs::RawDir::new(&names, &mut buffer);
     while let Some(Ok(entry)) = entries.next() {

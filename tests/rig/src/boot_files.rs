@@ -16,18 +16,8 @@ const INIT: &[u8] = include_bytes!(env!("RIG_INIT"));
 
 /// Modules to load, after those that they need. The first is what the rig is for; the others
 /// are there for networks, sockets and file systems of tests.
-const MODULES: [&str; 10] = [
-    "kvm_amd",
-    "tun",
-    "vhost_net",
-    "vhost_vsock",
-    "overlay",
-    "erofs",
-    "loop",
-    "nbd",
-    "bridge",
-    "veth",
-];
+const MODULES: [&str; 10] =
+    ["kvm_amd", "tun", "vhost_net", "vhost_vsock", "overlay", "erofs", "loop", "nbd", "bridge", "veth"];
 
 /// A kernel and its modules in the cache.
 #[derive(Debug)]
@@ -57,10 +47,7 @@ pub fn prepare(options: &Options) -> Result<BootFiles> {
     packages::unpack(&package, &root)?;
     let kernel = extract_kernel(&root.join("boot").join(format!("vmlinuz-{release}")))?;
     fs::write(fresh.join("vmlinux"), kernel)?;
-    unpack_modules(
-        &root.join("lib/modules").join(&release),
-        &fresh.join("modules"),
-    )?;
+    unpack_modules(&root.join("lib/modules").join(&release), &fresh.join("modules"))?;
     fs::remove_dir_all(&root)?;
     fs::remove_file(&package)?;
     fs::rename(&fresh, cache.join(format!("kernel-{release}")))?;
@@ -85,11 +72,7 @@ impl BootFiles {
             archive.add(&format!("{folder}/{name}"), PROGRAM, &bytes);
         }
         if let Some(request) = request {
-            archive.add(
-                rig_init::REQUEST_FILE.trim_start_matches('/'),
-                PROGRAM,
-                request,
-            );
+            archive.add(rig_init::REQUEST_FILE.trim_start_matches('/'), PROGRAM, request);
         }
         archive.add("TRAILER!!!", 0, &[]);
         Ok(archive.0)
@@ -103,11 +86,7 @@ impl BootFiles {
 
 /// An exclusive lock on the cache, until it is dropped.
 pub fn lock(cache: &Path) -> Result<File> {
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(cache.join("lock"))?;
+    let file = File::options().write(true).create(true).truncate(false).open(cache.join("lock"))?;
     flock(&file, FlockOperation::LockExclusive)?;
     Ok(file)
 }
@@ -141,15 +120,10 @@ fn find(cache: &Path) -> Result<Option<BootFiles>> {
     let Some(folder) = folder.map(|entry| entry.path()) else {
         return Ok(None);
     };
-    let mut modules: Vec<_> = fs::read_dir(folder.join("modules"))?
-        .map(|entry| Ok(entry?.path()))
-        .collect::<Result<_>>()?;
+    let mut modules: Vec<_> =
+        fs::read_dir(folder.join("modules"))?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
     modules.sort();
-    Ok(Some(BootFiles {
-        kernel: folder.join("vmlinux"),
-        cache: cache.to_owned(),
-        modules,
-    }))
+    Ok(Some(BootFiles { kernel: folder.join("vmlinux"), cache: cache.to_owned(), modules }))
 }
 
 /// The ELF kernel inside a bzImage: entering it directly (PVH) spares the machine the work of
@@ -160,10 +134,7 @@ fn extract_kernel(image: &Path) -> Result<Vec<u8>> {
         let field = bytes.get(at..at + 4).context("kernel image too short")?;
         Ok(u32::from_le_bytes(field.try_into()?) as usize)
     };
-    ensure!(
-        field(0x202)? & 0xffff >= 0x208,
-        "kernel image of an old boot protocol"
-    );
+    ensure!(field(0x202)? & 0xffff >= 0x208, "kernel image of an old boot protocol");
     let sectors = match bytes[0x1f1] {
         0 => 4,
         count => usize::from(count),
@@ -172,11 +143,7 @@ fn extract_kernel(image: &Path) -> Result<Vec<u8>> {
     let end = start + field(0x24c)?;
     let payload = bytes.get(start..end).context("kernel image cut short")?;
     let kernel = decompress(payload)?;
-    ensure!(
-        kernel.starts_with(b"\x7fELF"),
-        "no ELF file in {}",
-        image.display()
-    );
+    ensure!(kernel.starts_with(b"\x7fELF"), "no ELF file in {}", image.display());
     Ok(kernel)
 }
 
@@ -199,11 +166,7 @@ fn decompress(bytes: &[u8]) -> Result<Vec<u8>> {
         .output()
         .with_context(|| format!("run {program}"))?;
     let text = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "{program} failed: {}",
-        text.trim_end()
-    );
+    ensure!(output.status.success(), "{program} failed: {}", text.trim_end());
     Ok(output.stdout)
 }
 
@@ -222,11 +185,7 @@ fn unpack_modules(from: &Path, to: &Path) -> Result<()> {
     for wanted in MODULES {
         unpack_module(wanted, &files, to, &mut done)?;
     }
-    ensure!(
-        done.iter().any(|name| name == "kvm_amd"),
-        "no module kvm_amd in {}",
-        from.display()
-    );
+    ensure!(done.iter().any(|name| name == "kvm_amd"), "no module kvm_amd in {}", from.display());
     Ok(())
 }
 
@@ -298,9 +257,7 @@ impl Archive {
         let size = content.len() as u32;
         let name_size = name.len() as u32 + 1;
         self.0.extend(b"070701");
-        for field in [
-            number, mode, 0, 0, 1, 0, size, 0, 0, major, minor, name_size, 0,
-        ] {
+        for field in [number, mode, 0, 0, 1, 0, size, 0, 0, major, minor, name_size, 0] {
             self.0.extend(format!("{field:08x}").bytes());
         }
         self.0.extend(name.bytes());

@@ -63,9 +63,7 @@ impl Frame {
             Frame::Note(text) => (5, text.clone().into_bytes()),
             Frame::Exit(code) => (6, code.to_le_bytes().to_vec()),
             Frame::Request(request) => (7, request.encode()),
-            Frame::Resize(rows, columns) => {
-                (8, [rows.to_le_bytes(), columns.to_le_bytes()].concat())
-            }
+            Frame::Resize(rows, columns) => (8, [rows.to_le_bytes(), columns.to_le_bytes()].concat()),
             Frame::Stdin(bytes) => (9, bytes.clone()),
         }
     }
@@ -98,14 +96,10 @@ impl Frame {
             3 => Frame::Stdout(payload),
             4 => Frame::Stderr(payload),
             5 => Frame::Note(String::from_utf8_lossy(&payload).into_owned()),
-            6 => Frame::Exit(i32::from_le_bytes(
-                payload.try_into().map_err(|_| broken("exit code"))?,
-            )),
+            6 => Frame::Exit(i32::from_le_bytes(payload.try_into().map_err(|_| broken("exit code"))?)),
             7 => Frame::Request(Box::new(Request::decode(&payload)?)),
             8 => match payload[..] {
-                [a, b, c, d] => {
-                    Frame::Resize(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]))
-                }
+                [a, b, c, d] => Frame::Resize(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])),
                 _ => return Err(broken("terminal size")),
             },
             9 => Frame::Stdin(payload),
@@ -223,10 +217,7 @@ impl Fields<'_> {
 }
 
 fn broken(what: &str) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidData,
-        format!("broken frame between rig and machine: {what}"),
-    )
+    io::Error::new(io::ErrorKind::InvalidData, format!("broken frame between rig and machine: {what}"))
 }
 
 #[cfg(test)]
@@ -274,10 +265,7 @@ mod tests {
         assert!(Frame::read(&mut &b"\xc8\0\0\0\0"[..]).is_err());
         assert!(Frame::read(&mut &b"\x03\xff\xff\xff\xff"[..]).is_err());
         assert!(Request::decode(&Request::default().encode()).is_err());
-        let good = Request {
-            args: vec![b"true".to_vec()],
-            ..Request::default()
-        };
+        let good = Request { args: vec![b"true".to_vec()], ..Request::default() };
         let bytes = good.encode();
         assert_eq!(Request::decode(&bytes).unwrap(), good);
         for cut in 0..bytes.len() {

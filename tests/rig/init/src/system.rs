@@ -61,11 +61,7 @@ pub fn prepare() -> io::Result<()> {
 pub fn port(name: &str) -> io::Result<File> {
     let start = Instant::now();
     loop {
-        for entry in fs::read_dir("/sys/class/virtio-ports")
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
+        for entry in fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten() {
             let label = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
             if label.trim_end() == name {
                 let node = Path::new("/dev").join(entry.file_name());
@@ -96,14 +92,8 @@ pub fn load_modules() -> io::Result<Vec<String>> {
         };
         let module = File::open(file.path())?;
         // SAFETY: finit_module reads a file that is open and a string that ends in NUL.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_finit_module,
-                module.as_raw_fd(),
-                parameters.as_ptr(),
-                0,
-            )
-        };
+        let result =
+            unsafe { libc::syscall(libc::SYS_finit_module, module.as_raw_fd(), parameters.as_ptr(), 0) };
         if result != 0 {
             notes.push(format!("module {name}: {}", io::Error::last_os_error()));
         }
@@ -198,11 +188,7 @@ fn seed(bytes: &[u8]) -> io::Result<()> {
     let Ok(bytes) = bytes.try_into() else {
         return Ok(());
     };
-    let entropy = Entropy {
-        bits: 256,
-        size: 32,
-        bytes,
-    };
+    let entropy = Entropy { bits: 256, size: 32, bytes };
     let random = File::open("/dev/urandom")?;
     // SAFETY: RNDADDENTROPY reads a header and the 32 bytes behind it; both are in `entropy`.
     check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, &entropy) })?;
@@ -215,13 +201,7 @@ fn mount(what: &str, at: &str, kind: &str, flags: libc::c_ulong, options: &str) 
         [what, at, kind, options].map(|s| CString::new(s).unwrap_or_default());
     // SAFETY: the four strings end in NUL and outlive the call.
     check(unsafe {
-        libc::mount(
-            source.as_ptr(),
-            target.as_ptr(),
-            kind_name.as_ptr(),
-            flags,
-            data.as_ptr().cast(),
-        )
+        libc::mount(source.as_ptr(), target.as_ptr(), kind_name.as_ptr(), flags, data.as_ptr().cast())
     })
     .map_err(|error| naming(error, &format!("mount {what} at {at}")))
 }

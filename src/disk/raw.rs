@@ -1,0 +1,463 @@
+//! Raw disks: an image file or a block device, served by a few I/O threads with plain system calls.
+//!
+//! A front end submits through the [`Disk`] trait. The threads start with the first request, so that a disk that nobody
+//! uses costs none. A faster engine can stand behind the same trait.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use rustix::fs::{FallocateFlags, FlockOperation};
+
+use super::{Disk, Error, Info, Io};
+use crate::config;
+use crate::event_loop::Event;
+use crate::memory::Buffers;
+
+/// I/O threads of one disk: with two, a slow flush does not hold up a read.
+const THREADS: usize = 2;
+
+/// An open raw image.
+#[derive(Debug)]
+pub struct Raw {
+    info: Info,
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What the I/O threads and the front end share.
+#[derive(Debug)]
+struct Shared {
+    image: Image,
+    work: Mutex<Work>,
+    arrived: Condvar,
+    ready: Event,
+}
+
+#[derive(Debug, Default)]
+struct Work {
+    queue: VecDeque<(u16, Io)>,
+    done: VecDeque<(u16, io::Result<u32>)>,
+    closing: bool,
+}
+
+impl Raw {
+    /// Opens the image that `config` names and locks it: shared if read-only, else for this process alone.
+    ///
+    /// # Errors
+    /// [`Error`] names the image, and [`Error::hint`] what to do.
+    pub fn open(config: &config::Disk) -> Result<Self, Error> {
+        let path = &config.path;
+        let failed = |source: io::Error| Error::Open { path: path.clone(), source };
+        // Without O_NONBLOCK a FIFO would be waited for; files and block devices do not know it.
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(!config.readonly).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.map_err(failed)?;
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::NotAnImage { path: path.clone() });
+        }
+        lock_image(&file, path, config.readonly)?;
+
+        let device = kind.is_block_device();
+        let native =
+            if device { rustix::fs::ioctl_blksszget(&file).map_err(|e| failed(e.into()))? } else { 512 };
+        let block_size = config.block_size.map_or(native, |size| size.bytes() as u32);
+        if block_size < native || !block_size.is_power_of_two() {
+            return Err(Error::BlockSize { path: path.clone(), block_size, native });
+        }
+        let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
+        if size == 0 || !size.is_multiple_of(u64::from(block_size)) {
+            return Err(Error::Size { path: path.clone(), size, block_size });
+        }
+        let physical = if device { rustix::fs::ioctl_blkpbszget(&file).unwrap_or(native) } else { 4096 };
+        // A partition or a sparse file may end in the middle of a physical block: that costs speed, nothing else.
+        let physical_block_size =
+            if physical.is_power_of_two() { physical.max(block_size) } else { block_size };
+        let info = Info {
+            size,
+            readonly: config.readonly,
+            block_size,
+            physical_block_size,
+            discard: !config.readonly,
+        };
+        let image = Image { file, device, info, sync: |file| rustix::fs::fdatasync(file) };
+        let ready = Event::new().map_err(failed)?;
+        let shared = Shared { image, work: Mutex::default(), arrived: Condvar::new(), ready };
+        Ok(Self { info, shared: Arc::new(shared), threads: Vec::new() })
+    }
+
+    fn start_threads(&mut self) -> io::Result<()> {
+        while self.threads.len() < THREADS {
+            let shared = self.shared.clone();
+            let name = format!("disk-io{}", self.threads.len());
+            match thread::Builder::new().name(name).spawn(move || shared.serve()) {
+                Ok(thread) => self.threads.push(thread),
+                // One thread does the work too, only slower.
+                Err(_) if !self.threads.is_empty() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Disk for Raw {
+    fn info(&self) -> Info {
+        self.info
+    }
+
+    fn submit(&mut self, tag: u16, io: Io) {
+        let started = if self.threads.is_empty() { self.start_threads() } else { Ok(()) };
+        let mut work = self.shared.work();
+        match started {
+            Ok(()) => {
+                work.queue.push_back((tag, io));
+                self.shared.arrived.notify_one();
+            }
+            Err(error) => {
+                work.done.push_back((tag, Err(error)));
+                self.shared.ready.signal();
+            }
+        }
+    }
+
+    fn done(&mut self) -> Option<(u16, io::Result<u32>)> {
+        let mut work = self.shared.work();
+        let next = work.done.pop_front();
+        if work.done.is_empty() {
+            self.shared.ready.clear();
+        }
+        next
+    }
+
+    fn ready(&self) -> BorrowedFd<'_> {
+        self.shared.ready.as_fd()
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        self.shared.work().closing = true;
+        self.shared.arrived.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An I/O thread: takes requests until the disk closes and none is left.
+    fn serve(&self) {
+        let mut work = self.work();
+        loop {
+            if let Some((tag, io)) = work.queue.pop_front() {
+                drop(work);
+                let result = self.image.perform(io);
+                work = self.work();
+                work.done.push_back((tag, result));
+                self.ready.signal();
+            } else if work.closing {
+                return;
+            } else {
+                work = self.arrived.wait(work).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+}
+
+/// Locks the open image. The lock goes with the file, however the process ends.
+fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
+    let how = if readonly {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    match rustix::fs::flock(file, how) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Locked { path: path.to_owned() }),
+        Err(error) => {
+            // Some network file systems know no locks.
+            log::warn!("disk image {} cannot be locked: {error}", path.display());
+            Ok(())
+        }
+    }
+}
+
+/// The file itself: one request at a time on the calling thread. Knows no queue.
+#[derive(Debug)]
+struct Image {
+    file: File,
+    device: bool,
+    info: Info,
+    /// fdatasync; a test counts its calls.
+    sync: fn(&File) -> rustix::io::Result<()>,
+}
+
+impl Image {
+    fn perform(&self, io: Io) -> io::Result<u32> {
+        match &io {
+            Io::Read { offset, to } => {
+                self.check(*offset, to.len() as u64, false)?;
+                self.transfer(*offset, to, false)
+            }
+            Io::Write { offset, from } => {
+                self.check(*offset, from.len() as u64, true)?;
+                self.transfer(*offset, from, true)
+            }
+            Io::Flush => self.flush(),
+            Io::Discard { offset, len } => {
+                self.check(*offset, *len, true)?;
+                self.discard(*offset, *len)
+            }
+            Io::WriteZeroes { offset, len, unmap } => {
+                self.check(*offset, *len, true)?;
+                self.write_zeroes(*offset, *len, *unmap)
+            }
+        }
+    }
+
+    fn check(&self, offset: u64, len: u64, write: bool) -> io::Result<()> {
+        let block = u64::from(self.info.block_size);
+        if write && self.info.readonly {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        let end = offset.checked_add(len);
+        let fits = end.is_some_and(|end| end <= self.info.size)
+            && offset.is_multiple_of(block)
+            && len.is_multiple_of(block);
+        if fits { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+
+    /// Moves all of `buffers` to or from the file at `offset`.
+    fn transfer(&self, mut offset: u64, buffers: &Buffers, write: bool) -> io::Result<u32> {
+        // The guards keep the mapping in place while the kernel has its addresses.
+        let guards: Vec<_> = buffers.slices().map(|slice| (slice.ptr_guard_mut(), slice.len())).collect();
+        let mut vectors: Vec<libc::iovec> = guards
+            .iter()
+            .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: *len })
+            .collect();
+        let mut left = &mut vectors[..];
+        let mut moved = 0;
+        while !left.is_empty() {
+            let count = left.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
+            let at = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+            let fd = self.file.as_raw_fd();
+            // SAFETY: the vectors are what is left of slices of guest RAM, which `buffers` keeps mapped; the kernel
+            // copies to or from them while the guest may write them too, which is a race only for the guest: no Rust
+            // reference to that memory exists. `count` is at most their number, and the descriptor is open.
+            let n = unsafe {
+                if write {
+                    libc::pwritev(fd, left.as_ptr(), count, at)
+                } else {
+                    libc::preadv(fd, left.as_ptr(), count, at)
+                }
+            };
+            match usize::try_from(n) {
+                // The image was cut behind our back.
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => {
+                    offset += n as u64;
+                    moved += n as u32;
+                    advance(&mut left, n);
+                }
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(moved)
+    }
+
+    /// What was written before is on stable storage afterwards.
+    fn flush(&self) -> io::Result<u32> {
+        (self.sync)(&self.file)?;
+        Ok(0)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<u32> {
+        let punched = if self.device {
+            self.range_ioctl(BLKDISCARD, offset, len)
+        } else {
+            self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len)
+        };
+        match punched {
+            // The contents may be anything after a discard, what they were among it.
+            Err(error) if unsupported(&error) => Ok(0),
+            result => result.map(|()| 0),
+        }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<u32> {
+        let fast = if self.device {
+            self.range_ioctl(BLKZEROOUT, offset, len)
+        } else {
+            let how = if unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
+            self.fallocate(how, offset, len)
+        };
+        match fast {
+            Err(error) if unsupported(&error) => self.write_zeroes_plainly(offset, len),
+            result => result.map(|()| 0),
+        }
+    }
+
+    fn write_zeroes_plainly(&self, mut offset: u64, mut len: u64) -> io::Result<u32> {
+        use std::os::unix::fs::FileExt;
+        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+        while len > 0 {
+            let part = len.min(ZEROES.len() as u64);
+            self.file.write_all_at(&ZEROES[..part as usize], offset)?;
+            offset += part;
+            len -= part;
+        }
+        Ok(0)
+    }
+
+    fn fallocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        Ok(rustix::fs::fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, len)?)
+    }
+
+    /// BLKDISCARD and BLKZEROOUT take a byte range.
+    fn range_ioctl(&self, request: libc::Ioctl, offset: u64, len: u64) -> io::Result<()> {
+        let range = [offset, len];
+        if len == 0 {
+            return Ok(());
+        }
+        // SAFETY: both requests read two u64 from the pointer and keep none of it; the descriptor is open.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), request, range.as_ptr()) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+/// `_IO(0x12, 119)`
+const BLKDISCARD: libc::Ioctl = 0x1277;
+/// `_IO(0x12, 127)`
+const BLKZEROOUT: libc::Ioctl = 0x127f;
+
+/// The file system or device has not got this operation.
+fn unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::ENODEV))
+}
+
+/// Drops `n` bytes from the front of `vectors`.
+fn advance(vectors: &mut &mut [libc::iovec], mut n: usize) {
+    while let Some(first) = vectors.first_mut() {
+        if n < first.iov_len {
+            first.iov_base = first.iov_base.cast::<u8>().wrapping_add(n).cast();
+            first.iov_len -= n;
+            return;
+        }
+        n -= first.iov_len;
+        *vectors = &mut std::mem::take(vectors)[1..];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    static SYNCS: AtomicUsize = AtomicUsize::new(0);
+
+    /// A disk whose flushes are counted, and take a moment.
+    fn disk() -> (tempfile::TempDir, Raw) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let config = config::Disk { path, readonly: false, serial: None, block_size: None };
+        let mut raw = Raw::open(&config).unwrap();
+        Arc::get_mut(&mut raw.shared).unwrap().image.sync = |file| {
+            thread::sleep(Duration::from_millis(50));
+            rustix::fs::fdatasync(file)?;
+            SYNCS.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        };
+        (dir, raw)
+    }
+
+    fn wait(disk: &mut Raw) -> (u16, io::Result<u32>) {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(done) = disk.done() {
+                return done;
+            }
+            assert!(Instant::now() < end, "no completion");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_flush_is_an_fdatasync_that_is_over_when_it_completes() {
+        let (_keep, mut disk) = disk();
+        let before = SYNCS.load(Ordering::SeqCst);
+        disk.submit(1, Io::WriteZeroes { offset: 0, len: 4096, unmap: false });
+        assert_eq!(wait(&mut disk).0, 1);
+        assert_eq!(SYNCS.load(Ordering::SeqCst), before, "a write alone is none");
+        disk.submit(2, Io::Flush);
+        assert!(disk.done().is_none(), "not before it is over");
+        let (tag, result) = wait(&mut disk);
+        assert_eq!((tag, result.unwrap(), SYNCS.load(Ordering::SeqCst)), (2, 0, before + 1));
+        // Dropping waits for what is in flight.
+        disk.submit(3, Io::Flush);
+        drop(disk);
+        assert_eq!(SYNCS.load(Ordering::SeqCst), before + 2);
+    }
+
+    #[test]
+    fn zeroes_are_written_where_the_file_system_cannot_make_them() {
+        let (keep, disk) = disk();
+        let path = keep.path().join("disk");
+        std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+        disk.shared.image.write_zeroes_plainly(512, 100 << 10).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let end = 512 + (100 << 10);
+        assert!(bytes[..512].iter().chain(&bytes[end..]).all(|b| *b == 7));
+        assert!(bytes[512..end].iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn an_image_that_shrinks_under_the_guest_gives_errors() {
+        let (keep, mut disk) = disk();
+        File::options().write(true).open(keep.path().join("disk")).unwrap().set_len(4096).unwrap();
+        let ram = crate::memory::GuestRam::from_ranges(&[(vm_memory::GuestAddress(0), 4096)]).unwrap();
+        let mut to = Buffers::empty(Arc::new(ram));
+        to.push(0, 4096).unwrap();
+        disk.submit(0, Io::Read { offset: 4096, to: to.clone() });
+        assert!(wait(&mut disk).1.is_err());
+        disk.submit(0, Io::Read { offset: 0, to });
+        assert_eq!(wait(&mut disk).1.unwrap(), 4096);
+    }
+
+    #[test]
+    fn partial_transfers_go_on_in_the_middle_of_a_vector() {
+        let mut bytes = [0u8; 10];
+        let base: *mut u8 = bytes.as_mut_ptr();
+        let vector =
+            |from: usize, len| libc::iovec { iov_base: base.wrapping_add(from).cast(), iov_len: len };
+        let mut vectors = [vector(0, 3), vector(3, 0), vector(3, 4), vector(7, 3)];
+        let mut left = &mut vectors[..];
+        advance(&mut left, 5);
+        assert_eq!((left.len(), left[0].iov_len, left[0].iov_base as usize), (2, 2, base as usize + 5));
+        advance(&mut left, 2);
+        assert_eq!((left.len(), left[0].iov_len), (1, 3));
+        advance(&mut left, 3);
+        assert!(left.is_empty());
+    }
+}

@@ -1,0 +1,519 @@
+//! [`Core`]: what is the same for every virtio device behind every transport.
+//!
+//! Feature negotiation, the device status machine, queue setup, configuration space, the worker thread, reset, save
+//! and restore (virtio 1.3, 2.1 to 2.5 and 3.1). Transports decode registers into calls on it; devices never see it.
+//!
+//! Two locks: the transport's mutex covers the registers here, and [`Parts`] behind their own mutex are what the
+//! worker needs, so that a vCPU at a register and the worker at a queue meet only where they must.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::device::{Traits, VirtioDevice};
+use super::queue::{Notifier, Position, Setup, Virtqueue};
+use crate::bus::lock;
+use crate::event_loop::{Event, Handler, Worker};
+use crate::guest_warn;
+use crate::memory::GuestRam;
+use crate::state::{StateError, Stateful};
+
+bitflags! {
+    /// The device status field (virtio 1.3, 2.1).
+    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+    pub struct Status: u8 {
+        /// The guest has noticed the device.
+        const ACKNOWLEDGE = 1;
+        /// It knows how to drive it.
+        const DRIVER = 2;
+        /// The driver is set up.
+        const DRIVER_OK = 4;
+        /// Features are agreed on.
+        const FEATURES_OK = 8;
+        /// The device cannot go on without a reset.
+        const NEEDS_RESET = 64;
+        /// The guest has given up on the device.
+        const FAILED = 128;
+    }
+}
+
+const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+/// Offered for every device, beside the device's own bits.
+const RING_FEATURES: u64 = EVENT_IDX | VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// Chains that one callback may take from one queue before the worker looks whether it should stop.
+const CHAINS_PER_CALL: usize = 256;
+
+/// What the worker tells the registers, without a lock.
+#[derive(Debug, Default)]
+struct Signals {
+    needs_reset: AtomicBool,
+    config_generation: AtomicU32,
+}
+
+/// The data path: what the worker holds while it serves the device.
+struct Parts {
+    device: Box<dyn VirtioDevice>,
+    queues: Vec<Virtqueue>,
+    doorbells: Vec<Event>,
+    notifier: Arc<dyn Notifier>,
+    signals: Arc<Signals>,
+    /// The configuration space as it was after the last callback.
+    config: Vec<u8>,
+}
+
+impl Parts {
+    /// One callback, with all that belongs around it.
+    fn call(&mut self, callback: impl FnOnce(&mut dyn VirtioDevice, &mut [Virtqueue])) {
+        for queue in &mut self.queues {
+            queue.allow(CHAINS_PER_CALL);
+        }
+        callback(&mut *self.device, &mut self.queues);
+        let mut changed = self.config_moved();
+        for (queue, doorbell) in self.queues.iter_mut().zip(&self.doorbells) {
+            queue.notify();
+            if queue.is_broken() && !self.signals.needs_reset.swap(true, Ordering::SeqCst) {
+                // 2.1.2: with DRIVER_OK set, the driver hears of it by a configuration interrupt.
+                changed = true;
+            }
+            if queue.wants_more() {
+                doorbell.signal();
+            }
+        }
+        if changed {
+            self.notifier.config_changed();
+        }
+    }
+
+    /// Counts a change of the configuration space; true if there was one.
+    fn config_moved(&mut self) -> bool {
+        let config = self.device.config();
+        if config == self.config {
+            return false;
+        }
+        self.config = config.to_vec();
+        self.signals.config_generation.fetch_add(1, Ordering::SeqCst);
+        true
+    }
+}
+
+/// What the worker thread runs.
+struct Service {
+    parts: Arc<Mutex<Parts>>,
+    /// The queues' doorbells, then the device's own sources.
+    sources: Vec<OwnedFd>,
+    doorbells: Vec<Event>,
+}
+
+impl Handler for Service {
+    fn sources(&self) -> Vec<BorrowedFd<'_>> {
+        self.sources.iter().map(AsFd::as_fd).collect()
+    }
+
+    fn ready(&mut self, index: usize) {
+        match self.doorbells.get(index) {
+            Some(doorbell) => {
+                // Before the look at the queue: a kick that comes after the look is then still there.
+                doorbell.clear();
+                lock(&self.parts).call(|device, queues| device.on_queue(index, queues));
+            }
+            None => {
+                let source = index - self.doorbells.len();
+                lock(&self.parts).call(|device, queues| device.on_event(source, queues));
+            }
+        }
+    }
+}
+
+/// A virtio device with everything but its transport. Called by the transport, under the transport's mutex.
+pub struct Core {
+    /// The worker thread's name, and the device's in messages.
+    name: String,
+    traits: Traits,
+    /// Accepted by the driver so far.
+    features: u64,
+    /// As written by the driver.
+    status: Status,
+    queues: Vec<Setup>,
+    doorbells: Vec<Event>,
+    signals: Arc<Signals>,
+    parts: Arc<Mutex<Parts>>,
+    worker: Option<Worker>,
+}
+
+/// [`Core`]'s saved state, the device's included.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    features: u64,
+    status: u8,
+    needs_reset: bool,
+    config_generation: u32,
+    queues: Vec<(Setup, Position)>,
+    device: Vec<u8>,
+}
+
+impl Core {
+    /// `device` at rest, called `name` (`virtio-blk0`), whose driver hears of things by `notifier`.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn new(
+        name: &str,
+        ram: &Arc<GuestRam>,
+        device: Box<dyn VirtioDevice>,
+        notifier: Arc<dyn Notifier>,
+    ) -> io::Result<Self> {
+        let traits = device.traits();
+        let doorbell = |_: &u16| Event::new();
+        let doorbells = traits.queues.iter().map(doorbell).collect::<io::Result<Vec<_>>>()?;
+        let queue = |(i, size): (usize, &u16)| Virtqueue::new(ram.clone(), notifier.clone(), i, *size);
+        let signals = Arc::<Signals>::default();
+        let parts = Parts {
+            queues: traits.queues.iter().enumerate().map(queue).collect(),
+            doorbells: clones(&doorbells)?,
+            signals: signals.clone(),
+            config: device.config().to_vec(),
+            device,
+            notifier,
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            features: 0,
+            status: Status::empty(),
+            queues: initial_queues(&traits),
+            traits,
+            doorbells,
+            signals,
+            parts: Arc::new(Mutex::new(parts)),
+            worker: None,
+        })
+    }
+
+    /// What the device is.
+    pub fn traits(&self) -> &Traits {
+        &self.traits
+    }
+
+    /// The event that a kick of each queue signals. Ringing one early or in vain is harmless.
+    pub fn doorbells(&self) -> &[Event] {
+        &self.doorbells
+    }
+
+    /// A kick that came as a register write.
+    pub fn kick(&self, queue: usize) {
+        if let Some(doorbell) = self.doorbells.get(queue) {
+            doorbell.signal();
+        }
+    }
+
+    fn offered(&self) -> u64 {
+        self.traits.features | RING_FEATURES
+    }
+
+    /// Offered features: 32 of them, from bit 32 * `page`.
+    pub fn offered_features(&self, page: u32) -> u32 {
+        self.offered().checked_shr(page.saturating_mul(32)).unwrap_or(0) as u32
+    }
+
+    /// The driver accepts features: 32 of them, from bit 32 * `page`. Ignored once they are agreed on.
+    pub fn accept_features(&mut self, page: u32, value: u32) {
+        if !self.status.contains(Status::DRIVER) || self.status.contains(Status::FEATURES_OK) {
+            guest_warn!("{}: features accepted at the wrong time", self.name);
+            return;
+        }
+        match page {
+            0 | 1 => {
+                let shift = page * 32;
+                self.features = self.features & !(u64::from(u32::MAX) << shift) | u64::from(value) << shift;
+            }
+            _ if value == 0 => {}
+            // Nothing is offered there: a bit that makes FEATURES_OK fail stands for it.
+            _ => self.features |= 1 << 63,
+        }
+    }
+
+    /// The device status as the driver reads it.
+    pub fn status(&self) -> u8 {
+        let needs_reset = self.signals.needs_reset.load(Ordering::SeqCst);
+        (self.status | if needs_reset { Status::NEEDS_RESET } else { Status::empty() }).bits()
+    }
+
+    /// The driver writes the device status. True if that was a reset, and the transport's registers have to follow.
+    pub fn write_status(&mut self, value: u8) -> bool {
+        let new = Status::from_bits_truncate(value) - Status::NEEDS_RESET;
+        if value == 0 {
+            self.reset();
+            return true;
+        }
+        if !new.contains(self.status) {
+            guest_warn!("{}: status {:?} to {new:?}: bits only go by a reset", self.name, self.status);
+            return false;
+        }
+        // One bit after the other, in the order of 3.1.1, each only if those before it hold.
+        for (bit, needs) in [
+            (Status::ACKNOWLEDGE, Status::empty()),
+            (Status::DRIVER, Status::ACKNOWLEDGE),
+            (Status::FEATURES_OK, Status::DRIVER),
+            (Status::DRIVER_OK, Status::FEATURES_OK),
+            (Status::FAILED, Status::empty()),
+        ] {
+            if !new.contains(bit) || self.status.contains(bit) {
+                continue;
+            }
+            if !self.status.contains(needs) || (bit == Status::FEATURES_OK && !self.features_fit()) {
+                guest_warn!(
+                    "{}: {bit:?} refused in {:?}, features {:#x}",
+                    self.name,
+                    self.status,
+                    self.features
+                );
+                continue;
+            }
+            self.status |= bit;
+            if bit == Status::DRIVER_OK {
+                self.start();
+            }
+        }
+        false
+    }
+
+    fn features_fit(&self) -> bool {
+        self.features & !self.offered() == 0 && self.features & VERSION_1 != 0
+    }
+
+    /// The largest size of queue `index`; `None` if there is no such queue.
+    pub fn queue_max(&self, index: usize) -> Option<u16> {
+        self.traits.queues.get(index).copied()
+    }
+
+    /// Whether queue `index` is enabled.
+    pub fn queue_ready(&self, index: usize) -> bool {
+        self.queues.get(index).is_some_and(|queue| queue.ready)
+    }
+
+    /// Sets up queue `index`. Ignored while it is enabled and after DRIVER_OK (4.2.2.2).
+    pub fn set_up_queue(&mut self, index: usize, change: impl FnOnce(&mut Setup)) {
+        let late = self.status.contains(Status::DRIVER_OK);
+        match self.queues.get_mut(index) {
+            Some(queue) if !queue.ready && !late => change(queue),
+            Some(_) => guest_warn!("{}: queue {index} set up while in use", self.name),
+            None => guest_warn!("{}: there is no queue {index}", self.name),
+        }
+    }
+
+    /// Enables or disables queue `index`. A queue can be disabled at any time, and enabled before DRIVER_OK.
+    pub fn set_queue_ready(&mut self, index: usize, ready: bool) {
+        if self.queue_ready(index) == ready {
+            return;
+        }
+        let late = self.status.contains(Status::DRIVER_OK);
+        let (Some(max), Some(queue)) = (self.queue_max(index), self.queues.get_mut(index)) else { return };
+        if ready && (late || !queue.size.is_power_of_two() || queue.size > max) {
+            guest_warn!("{}: queue {index} cannot be enabled: {queue:x?}", self.name);
+            return;
+        }
+        queue.ready = ready;
+        if late {
+            self.pause();
+            lock(&self.parts).queues[index].disable();
+            self.resume();
+        }
+    }
+
+    /// Counts changes of the configuration space.
+    pub fn config_generation(&self) -> u32 {
+        self.signals.config_generation.load(Ordering::SeqCst)
+    }
+
+    /// Reads configuration space; what lies outside it leaves `data` as it is.
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let parts = lock(&self.parts);
+        if let Some(bytes) = part(parts.device.config(), offset, data.len()) {
+            data.copy_from_slice(bytes);
+        }
+    }
+
+    /// Writes configuration space; ignored outside it.
+    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let mut parts = lock(&self.parts);
+        if part(parts.device.config(), offset, data.len()).is_some() {
+            parts.device.write_config(offset as usize, data);
+            // The driver knows what it wrote: a new generation, but no interrupt.
+            parts.config_moved();
+        }
+    }
+
+    /// DRIVER_OK: from here on the device may touch the queues.
+    fn start(&mut self) {
+        let event_idx = self.features & EVENT_IDX != 0;
+        let mut parts = lock(&self.parts);
+        let mut fine = true;
+        for (queue, setup) in parts.queues.iter_mut().zip(&self.queues) {
+            fine &= !setup.ready || queue.enable(setup, Position::default(), event_idx);
+        }
+        if !fine {
+            parts.queues.iter_mut().for_each(Virtqueue::disable);
+            drop(parts);
+            self.give_up();
+            return;
+        }
+        parts.device.start(self.features);
+        parts.config_moved();
+        drop(parts);
+        self.resume();
+    }
+
+    /// The device cannot go on until the driver resets it.
+    fn give_up(&self) {
+        if !self.signals.needs_reset.swap(true, Ordering::SeqCst) {
+            lock(&self.parts).notifier.config_changed();
+        }
+    }
+
+    /// Comes to rest: the worker is gone and no work is in flight when it returns. Idempotent.
+    pub fn pause(&mut self) {
+        self.worker = None;
+        lock(&self.parts).call(|device, queues| {
+            device.drain(queues);
+            for (index, queue) in queues.iter().enumerate() {
+                if queue.in_flight() > 0 && queue.is_usable() {
+                    log::error!("queue {index}: {} requests left after drain", queue.in_flight());
+                }
+            }
+        });
+    }
+
+    /// Goes on, if the driver had started the device. Idempotent.
+    pub fn resume(&mut self) {
+        if !self.status.contains(Status::DRIVER_OK) || self.worker.is_some() || self.failed() {
+            return;
+        }
+        match self.spawn() {
+            Ok(worker) => {
+                self.worker = Some(worker);
+                // What came while nobody looked.
+                for (index, queue) in self.queues.iter().enumerate() {
+                    if queue.ready {
+                        self.kick(index);
+                    }
+                }
+            }
+            Err(error) => {
+                log::error!("{}: start the worker thread: {error}", self.name);
+                self.give_up();
+            }
+        }
+    }
+
+    fn failed(&self) -> bool {
+        self.signals.needs_reset.load(Ordering::SeqCst)
+    }
+
+    fn spawn(&self) -> io::Result<Worker> {
+        let doorbells = clones(&self.doorbells)?;
+        let parts = lock(&self.parts);
+        // Own descriptors, because the device's can be borrowed only under the lock. epoll takes both for the same.
+        let own = parts.device.event_sources();
+        let all = doorbells.iter().map(AsFd::as_fd).chain(own);
+        let sources = all.map(|fd| fd.try_clone_to_owned()).collect::<io::Result<Vec<_>>>()?;
+        drop(parts);
+        Worker::spawn(&self.name, Service { parts: self.parts.clone(), sources, doorbells })
+    }
+
+    /// Back to as built (2.4).
+    pub fn reset(&mut self) {
+        self.pause();
+        let mut parts = lock(&self.parts);
+        parts.device.reset();
+        parts.queues.iter_mut().for_each(Virtqueue::disable);
+        parts.config_moved();
+        drop(parts);
+        self.features = 0;
+        self.status = Status::empty();
+        self.queues = initial_queues(&self.traits);
+        self.signals.needs_reset.store(false, Ordering::SeqCst);
+    }
+}
+
+/// `data.len()` bytes of `config` from `offset`, if they are all there.
+fn part(config: &[u8], offset: u64, len: usize) -> Option<&[u8]> {
+    let start = usize::try_from(offset).ok()?;
+    config.get(start..start.checked_add(len)?)
+}
+
+fn initial_queues(traits: &Traits) -> Vec<Setup> {
+    traits.queues.iter().map(|size| Setup { size: *size, ..Setup::default() }).collect()
+}
+
+fn clones(events: &[Event]) -> io::Result<Vec<Event>> {
+    events.iter().map(Event::try_clone).collect()
+}
+
+/// Only between [`Core::pause`] and [`Core::resume`]. `restore` leaves the device at rest, too.
+impl Stateful for Core {
+    type State = State;
+
+    fn save(&self) -> State {
+        let parts = lock(&self.parts);
+        let needs_reset = self.failed();
+        // A broken device stands still until its reset, so nobody can tell where in the rings it was.
+        let position = |queue: &Virtqueue| if needs_reset { Position::default() } else { queue.position() };
+        State {
+            features: self.features,
+            status: self.status.bits(),
+            needs_reset,
+            config_generation: self.config_generation(),
+            queues: self.queues.iter().zip(&parts.queues).map(|(s, q)| (*s, position(q))).collect(),
+            device: parts.device.save_bytes(),
+        }
+    }
+
+    fn restore(&mut self, state: State) -> Result<(), StateError> {
+        let invalid = |what: String| Err(StateError::Invalid(format!("{}: {what}", self.name)));
+        let status = Status::from_bits_truncate(state.status);
+        if status.bits() != state.status || status.contains(Status::NEEDS_RESET) {
+            return invalid(format!("status {:#x}", state.status));
+        }
+        let chain = [Status::ACKNOWLEDGE, Status::DRIVER, Status::FEATURES_OK, Status::DRIVER_OK];
+        if chain.windows(2).any(|step| status.contains(step[1]) && !status.contains(step[0])) {
+            return invalid(format!("status {status:?}"));
+        }
+        let agreed = status.contains(Status::FEATURES_OK);
+        let fit = state.features & !self.offered() == 0 && state.features & VERSION_1 != 0;
+        if agreed && !fit {
+            return invalid(format!("features {:#x}, but {:#x} are offered", state.features, self.offered()));
+        }
+        let fits =
+            |(setup, max): (&Setup, u16)| !setup.ready || (setup.size.is_power_of_two() && setup.size <= max);
+        let setups = state.queues.iter().map(|(setup, _)| setup).zip(self.traits.queues.iter().copied());
+        if state.queues.len() != self.queues.len() || !setups.into_iter().all(fits) {
+            return invalid(format!("queues {:x?}", state.queues));
+        }
+
+        let running = status.contains(Status::DRIVER_OK) && !state.needs_reset;
+        let mut parts = lock(&self.parts);
+        parts.device.restore_bytes(&state.device)?;
+        for (queue, (setup, position)) in parts.queues.iter_mut().zip(&state.queues) {
+            queue.disable();
+            let event_idx = state.features & EVENT_IDX != 0;
+            if running && setup.ready && !queue.enable(setup, *position, event_idx) {
+                return invalid(format!("queue {setup:x?}"));
+            }
+        }
+        parts.config = parts.device.config().to_vec();
+        drop(parts);
+        self.signals.needs_reset.store(state.needs_reset, Ordering::SeqCst);
+        self.signals.config_generation.store(state.config_generation, Ordering::SeqCst);
+        self.features = state.features;
+        self.status = status;
+        self.queues = state.queues.into_iter().map(|(setup, _)| setup).collect();
+        Ok(())
+    }
+}

@@ -1,0 +1,328 @@
+//! virtio-blk on a real file: data against a model, every answer, limits, durability, the image's own errors.
+
+use std::fs::{File, read};
+use std::os::unix::fs::MetadataExt;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use vmm::bus::Device;
+use vmm::config;
+use vmm::disk::{Error, Raw};
+
+use crate::guest::{DATA, Guest, HIGH};
+use crate::subjects::{header, image, open};
+
+const SIZE: u64 = 1 << 20;
+const SECTORS: u64 = SIZE / 512;
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+/// VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH
+const WCE: u64 = 1 << 11;
+const F_FLUSH: u64 = 1 << 9;
+
+const STATUS_BYTE: u64 = DATA + 0x20;
+const BUFFER: u64 = DATA + 0x1000;
+
+fn guest(disk: &config::Disk) -> Guest {
+    let mut guest = Guest::new(open(disk));
+    guest.start(0);
+    guest
+}
+
+/// One request, with `out` behind its header and the given buffers for the answer: status, and bytes written.
+fn ask(guest: &mut Guest, kind: u32, sector: u64, out: &[(u64, u32)], back: &[(u64, u32)]) -> (u8, u32) {
+    header(guest, DATA, kind, sector);
+    guest.store(STATUS_BYTE, &[0xee]);
+    let readable = [&[(DATA, 16)], out].concat();
+    let writable = [back, &[(STATUS_BYTE, 1)]].concat();
+    let written = guest.request(0, &readable, &writable);
+    (guest.load(STATUS_BYTE, 1)[0], written)
+}
+
+/// A discard or write-zeroes request.
+fn range(guest: &mut Guest, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+    guest.store(BUFFER, &[&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat());
+    ask(guest, kind, 0, &[(BUFFER, 16)], &[]).0
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Read { sector: u64, cuts: Vec<u32> },
+    Write { sector: u64, cuts: Vec<u32>, byte: u8 },
+    Zero { sector: u64, sectors: u32, unmap: bool },
+    Flush,
+    Reopen,
+}
+
+/// Lengths of segments, of a whole number of sectors in all.
+fn cuts() -> impl Strategy<Value = Vec<u32>> {
+    prop::collection::vec(prop_oneof![1..1500u32, Just(512), Just(4096)], 1..20).prop_map(|mut cuts| {
+        let odd = cuts.iter().sum::<u32>() % 512;
+        cuts.push(512 - odd);
+        cuts
+    })
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let sector = || 0..SECTORS - 200;
+    prop_oneof![
+        4 => (sector(), cuts()).prop_map(|(sector, cuts)| Op::Read { sector, cuts }),
+        4 => (sector(), cuts(), any::<u8>()).prop_map(|(sector, cuts, byte)| Op::Write { sector, cuts, byte }),
+        2 => (sector(), 0..64u32, any::<bool>())
+            .prop_map(|(sector, sectors, unmap)| Op::Zero { sector, sectors, unmap }),
+        1 => Just(Op::Flush),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+/// Buffers for the segments: scattered, in both halves of RAM, next to each other only by chance.
+fn scatter(cuts: &[u32]) -> Vec<(u64, u32)> {
+    let place = |(i, len): (usize, &u32)| {
+        let at = if i % 3 == 2 && i < 12 { HIGH + i as u64 * 0x1000 } else { BUFFER + i as u64 * 0x1007 };
+        (at, *len)
+    };
+    cuts.iter().enumerate().map(place).collect()
+}
+
+#[test]
+fn random_requests_agree_with_a_model() {
+    let config = Config { cases: 60, failure_persistence: None, ..Config::default() };
+    let mut runner = TestRunner::new(config);
+    let result = runner.run(&prop::collection::vec(op(), 1..40), |ops| {
+        let (_keep, disk) = image(SIZE);
+        let mut model = read(&disk.path).unwrap();
+        let mut vm = guest(&disk);
+        for op in ops {
+            match op {
+                Op::Read { sector, cuts } => {
+                    let buffers = scatter(&cuts);
+                    let total: u32 = cuts.iter().sum();
+                    let before = vm.load(BUFFER + 40 * 0x1007, 64);
+                    prop_assert_eq!(ask(&mut vm, IN, sector, &[], &buffers), (OK, total + 1));
+                    let mut at = sector as usize * 512;
+                    for (address, len) in buffers {
+                        let expect = &model[at..at + len as usize];
+                        prop_assert_eq!(&vm.load(address, len as usize)[..], expect);
+                        at += len as usize;
+                    }
+                    prop_assert_eq!(vm.load(BUFFER + 40 * 0x1007, 64), before);
+                }
+                Op::Write { sector, cuts, byte } => {
+                    let buffers = scatter(&cuts);
+                    let mut at = sector as usize * 512;
+                    for (i, (address, len)) in buffers.iter().enumerate() {
+                        let bytes: Vec<u8> =
+                            (0..*len).map(|n| byte.wrapping_add(i as u8).wrapping_mul(n as u8 | 1)).collect();
+                        vm.store(*address, &bytes);
+                        model[at..at + bytes.len()].copy_from_slice(&bytes);
+                        at += bytes.len();
+                    }
+                    prop_assert_eq!(ask(&mut vm, OUT, sector, &buffers, &[]), (OK, 1));
+                }
+                Op::Zero { sector, sectors, unmap } => {
+                    prop_assert_eq!(range(&mut vm, WRITE_ZEROES, sector, sectors, unmap.into()), OK);
+                    model[sector as usize * 512..][..sectors as usize * 512].fill(0);
+                }
+                Op::Flush => prop_assert_eq!(ask(&mut vm, FLUSH, 0, &[], &[]), (OK, 1)),
+                Op::Reopen => {
+                    drop(vm);
+                    vm = guest(&disk);
+                }
+            }
+        }
+        vm.mmio.pause();
+        prop_assert!(read(&disk.path).unwrap() == model, "the file is the model");
+        vm.check_guards();
+        Ok(())
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+}
+
+#[test]
+fn many_requests_in_flight_and_many_segments() {
+    let (_keep, disk) = image(SIZE);
+    let mut vm = guest(&disk);
+    // 60 segments in one indirect request, then a full ring of indirect ones.
+    let segments: Vec<_> = (0..60).map(|i| (BUFFER + i * 1024, 512)).collect();
+    assert_eq!(ask(&mut vm, IN, 5, &[], &segments), (OK, 60 * 512 + 1));
+    for (i, (address, _)) in segments.iter().enumerate() {
+        assert_eq!(vm.load(*address, 512), [i as u8 + 5; 512]);
+    }
+    for round in 0..50u64 {
+        let old = vm.rings[0].available();
+        let mut sectors = std::collections::HashMap::new();
+        for i in 0..64u64 {
+            let at = BUFFER + i * 0x800;
+            let sector = (round * 64 + i * 7) % SECTORS;
+            header(&vm, at, IN, sector);
+            vm.store(at + 0x20, &[0xee]);
+            let head = vm.rings[0].add_indirect(at + 0x40, &[(at, 16)], &[(at + 0x200, 512), (at + 0x20, 1)]);
+            sectors.insert(head, (at, sector));
+        }
+        vm.kick(0, old);
+        for _ in 0..64 {
+            let (head, written) = vm.rings[0].wait_used(10);
+            let (at, sector) = sectors.remove(&head).expect("each comes back once");
+            assert_eq!((written, vm.load(at + 0x20, 1)[0]), (513, OK));
+            assert_eq!(vm.load(at + 0x200, 512), [sector as u8; 512]);
+        }
+    }
+}
+
+#[test]
+fn what_a_request_may_not_do_is_an_error_in_its_status() {
+    let (_keep, disk) = image(SIZE);
+    let before = read(&disk.path).unwrap();
+    let mut vm = guest(&disk);
+    let sector = (BUFFER, 512);
+    for at in [SECTORS, SECTORS + 1, u64::MAX, u64::MAX / 512, u64::MAX / 512 + 1, 1 << 55] {
+        assert_eq!(ask(&mut vm, IN, at, &[], &[sector]), (IOERR, 0), "read {at}");
+        assert_eq!(ask(&mut vm, OUT, at, &[sector], &[]), (IOERR, 1), "write {at}");
+        assert_eq!(range(&mut vm, DISCARD, at, 1, 0), IOERR, "discard {at}");
+        assert_eq!(range(&mut vm, WRITE_ZEROES, at, 1, 0), IOERR, "zero {at}");
+    }
+    assert_eq!(ask(&mut vm, IN, SECTORS - 1, &[], &[(BUFFER, 1024)]).0, IOERR, "over the end");
+    assert_eq!(ask(&mut vm, IN, 0, &[], &[(BUFFER, 511)]).0, IOERR, "half a sector");
+    assert_eq!(ask(&mut vm, OUT, 0, &[(BUFFER, 513)], &[]).0, IOERR);
+    assert_eq!(ask(&mut vm, OUT, 0, &[], &[]).0, OK, "nothing is a whole number of sectors");
+    assert_eq!(range(&mut vm, DISCARD, 0, u32::MAX, 0), IOERR, "beyond the advertised limit");
+    assert_eq!(range(&mut vm, DISCARD, 0, 8, 1), UNSUPP, "unmap is no flag of discard");
+    assert_eq!(range(&mut vm, WRITE_ZEROES, 0, 8, 2), UNSUPP, "a reserved flag");
+    vm.store(BUFFER, &[0; 40]);
+    assert_eq!(ask(&mut vm, DISCARD, 0, &[(BUFFER, 15)], &[]).0, IOERR, "a short segment");
+    assert_eq!(ask(&mut vm, DISCARD, 0, &[(BUFFER, 32)], &[]).0, IOERR, "more segments than advertised");
+    for kind in [2, 3, 5, 10, 14, 16, u32::MAX] {
+        assert_eq!(ask(&mut vm, kind, 0, &[], &[sector]).0, UNSUPP, "kind {kind}");
+    }
+    vm.store(STATUS_BYTE, &[0xee]);
+    assert_eq!(vm.request(0, &[(DATA, 15)], &[(STATUS_BYTE, 1)]), 1, "a short header");
+    assert_eq!(vm.load(STATUS_BYTE, 1)[0], IOERR);
+    vm.mmio.pause();
+    assert!(read(&disk.path).unwrap() == before, "and nothing was written");
+}
+
+#[test]
+fn the_configuration_says_what_holds() {
+    let (_keep, mut disk) = image(SIZE);
+    disk.block_size = Some("4096".parse().unwrap());
+    disk.serial = Some("a serial of 20 bytes".to_owned());
+    let device = vmm::virtio::Device::Block(0, &disk).build().unwrap();
+    let mut vm = Guest::new(device);
+    vm.start(0);
+    let config: [u8; 60] = vm.config(0);
+    let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    assert_eq!(config[..8], SECTORS.to_le_bytes());
+    assert_eq!((word(12), word(20)), (254, 4096));
+    assert_eq!((config[24], config[32]), (0, 1), "physical blocks of 4096; writeback");
+    assert_eq!((word(40), word(44), word(52), config[56]), (1, 8, 1, 1));
+    assert_eq!(ask(&mut vm, IN, 8, &[], &[(BUFFER, 4096)]).0, OK);
+    assert_eq!(ask(&mut vm, IN, 1, &[], &[(BUFFER, 4096)]).0, IOERR, "not at a block");
+    assert_eq!(ask(&mut vm, IN, 8, &[], &[(BUFFER, 512)]).0, IOERR, "not a whole block");
+    assert_eq!(ask(&mut vm, GET_ID, 0, &[], &[(BUFFER, 20)]), (OK, 21));
+    assert_eq!(vm.load(BUFFER, 20), b"a serial of 20 bytes");
+    assert_eq!(ask(&mut vm, GET_ID, 0, &[], &[(BUFFER, 4)]), (OK, 5));
+    // Out of range, and half in range: all ones, as where nothing is.
+    let beyond: [u8; 8] = vm.config(56);
+    assert_eq!(beyond, [0xff; 8]);
+}
+
+#[test]
+fn the_cache_mode_is_the_drivers_choice() {
+    let (_keep, disk) = image(SIZE);
+    for (without, writeback) in [(0, 1), (WCE, 1), (F_FLUSH, 1), (WCE | F_FLUSH, 0)] {
+        let mut vm = guest(&disk);
+        vm.start(without);
+        assert_eq!(vm.config::<1>(32), [writeback], "{without:#x}");
+        assert_eq!(ask(&mut vm, OUT, 3, &[(BUFFER, 512)], &[]).0, OK);
+        let generation = vm.read(0xfc);
+        vm.mmio.write(0x120, &[2]);
+        vm.mmio.write(0x100, &[9; 8]);
+        assert_eq!((vm.config::<1>(32), vm.read(0xfc)), ([writeback], generation), "nothing else is taken");
+        vm.mmio.write(0x120, &[1 - writeback]);
+        assert_eq!(vm.config::<1>(32), [1 - writeback]);
+        assert_ne!(vm.read(0xfc), generation);
+        assert_eq!(ask(&mut vm, OUT, 3, &[(BUFFER, 512)], &[]).0, OK);
+    }
+}
+
+#[test]
+fn discard_gives_space_back_and_readonly_keeps_all() {
+    let (_keep, mut disk) = image(SIZE);
+    let blocks = |disk: &config::Disk| std::fs::metadata(&disk.path).unwrap().blocks();
+    let mut vm = guest(&disk);
+    assert_eq!(ask(&mut vm, FLUSH, 0, &[], &[]).0, OK);
+    let before = blocks(&disk);
+    assert_eq!(range(&mut vm, DISCARD, 1024, 1024, 0), OK);
+    assert_eq!(std::fs::metadata(&disk.path).unwrap().len(), SIZE, "the size stays");
+    if blocks(&disk) == before {
+        eprintln!("SKIPPED: the file system under {} gives no space back", disk.path.display());
+    }
+    drop(vm);
+
+    disk.readonly = true;
+    let before = read(&disk.path).unwrap();
+    let mut vm = guest(&disk);
+    assert_eq!(
+        vm.features & (1 << 5 | 1 << 13 | 1 << 14),
+        1 << 5,
+        "RO, and neither discard nor write-zeroes"
+    );
+    assert_eq!(ask(&mut vm, OUT, 0, &[(BUFFER, 512)], &[]).0, IOERR);
+    assert_eq!(range(&mut vm, DISCARD, 0, 8, 0), UNSUPP);
+    assert_eq!(range(&mut vm, WRITE_ZEROES, 0, 8, 0), UNSUPP);
+    assert_eq!(ask(&mut vm, FLUSH, 0, &[], &[]).0, OK);
+    assert!(read(&disk.path).unwrap() == before);
+}
+
+#[test]
+fn images_that_cannot_be_are_refused_with_a_hint() {
+    let (keep, disk) = image(4096);
+    let at = |name: &str, len: Option<u64>| {
+        let path = keep.path().join(name);
+        if let Some(len) = len {
+            File::create(&path).unwrap().set_len(len).unwrap();
+        }
+        config::Disk { path, ..disk.clone() }
+    };
+    let open = |disk: &config::Disk| Raw::open(disk).expect_err("refused");
+    for (disk, word) in [
+        (at("missing", None), "open disk image"),
+        (at("empty", Some(0)), "0 bytes"),
+        (at("odd", Some(1000)), "1000 bytes"),
+        (config::Disk { path: keep.path().to_owned(), ..disk.clone() }, "is a directory"),
+        (config::Disk { path: keep.path().to_owned(), readonly: true, ..disk.clone() }, "neither a file"),
+        (config::Disk { path: "/dev/null".into(), ..disk.clone() }, "neither a file"),
+        (config::Disk { block_size: Some("4096".parse().unwrap()), ..at("small", Some(512)) }, "4096-byte"),
+    ] {
+        let error = open(&disk);
+        let text = vmm::error_chain(&error).to_lowercase();
+        assert!(text.contains(word) && text.contains(&*disk.path.to_string_lossy().to_lowercase()), "{text}");
+        assert!(error.hint().is_some() || word == "is a directory", "{text}: no hint");
+    }
+    let fifo = at("fifo", None);
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo.path, rustix::fs::Mode::RWXU).unwrap();
+    assert!(matches!(open(&fifo), Error::NotAnImage { .. }), "and it does not wait for a writer");
+}
+
+#[test]
+fn an_image_has_one_writer_or_many_readers() {
+    let (_keep, disk) = image(4096);
+    let readonly = config::Disk { readonly: true, ..disk.clone() };
+    let locked = |disk| matches!(Raw::open(disk), Err(Error::Locked { .. }));
+    let writer = Raw::open(&disk).unwrap();
+    assert!(locked(&disk) && locked(&readonly));
+    drop(writer);
+    let readers = [Raw::open(&readonly).unwrap(), Raw::open(&readonly).unwrap()];
+    assert!(locked(&disk));
+    drop(readers);
+    assert!(!locked(&disk));
+}

@@ -1,0 +1,202 @@
+//! One life of every device: start, traffic, drain, save, fresh device, restore, equal, go on, reset.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use vmm::bus::Device;
+use vmm::state::Saved;
+
+use crate::guest::{EVENT_IDX, Guest, NEEDS_RESET, STATUS};
+use crate::subjects::{Subject, all};
+
+fn for_each(test: impl Fn(&Subject)) {
+    for subject in all() {
+        eprintln!("-- {}", subject.name);
+        test(&subject);
+    }
+}
+
+#[test]
+fn a_device_lives_through_save_and_restore_in_the_middle_of_its_work() {
+    for_each(|subject| {
+        for without in [0, EVENT_IDX, 1 << 28] {
+            let mut guest = Guest::new((subject.build)());
+            guest.start(without);
+            (subject.traffic)(&mut guest);
+            (subject.traffic)(&mut guest);
+            guest.mmio.pause();
+            let saved = guest.mmio.save_bytes();
+            guest.mmio.pause();
+            assert_eq!(guest.mmio.save_bytes(), saved, "a paused device stands still");
+
+            let mut guest = Guest::on(guest.unplug(), (subject.build)());
+            guest.mmio.restore_bytes(&saved).unwrap();
+            assert_eq!(guest.mmio.save_bytes(), saved, "restored is as saved");
+            guest.mmio.resume();
+            guest.mmio.resume();
+            assert_eq!(guest.read(STATUS), 15);
+            (subject.traffic)(&mut guest);
+
+            guest.mmio.pause();
+            guest.mmio.resume();
+            (subject.traffic)(&mut guest);
+
+            guest.write(STATUS, 0);
+            guest.start(without);
+            (subject.traffic)(&mut guest);
+            assert!(guest.interrupts() > 0);
+            guest.check_guards();
+        }
+    });
+}
+
+#[test]
+fn a_reset_device_is_as_built() {
+    for_each(|subject| {
+        let mut guest = Guest::new((subject.build)());
+        let built = guest.mmio.save_bytes();
+        guest.start(0);
+        (subject.traffic)(&mut guest);
+        guest.write(STATUS, 0);
+        let mut config = [0; 8];
+        guest.mmio.read(0x100, &mut config);
+        let rest = guest.unplug();
+        let mut fresh = Guest::on(rest, (subject.build)());
+        let mut as_built = [0; 8];
+        fresh.mmio.read(0x100, &mut as_built);
+        assert_eq!((fresh.mmio.save_bytes(), config), (built, as_built));
+    });
+}
+
+#[test]
+fn what_is_kicked_while_paused_is_done_after_resume() {
+    for_each(|subject| {
+        let mut guest = Guest::new((subject.build)());
+        guest.start(0);
+        (subject.traffic)(&mut guest);
+        guest.mmio.pause();
+        let interrupts = guest.interrupts();
+        // A kick of every queue, in vain or not.
+        for queue in 0..guest.rings.len() {
+            guest.vm.ring(crate::guest::BASE + crate::guest::QUEUE_NOTIFY, queue as u32);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(guest.interrupts(), interrupts, "a paused device is quiet");
+        guest.mmio.resume();
+        (subject.traffic)(&mut guest);
+    });
+}
+
+#[test]
+fn a_broken_ring_asks_for_a_reset_and_gets_over_it() {
+    for_each(|subject| {
+        let mut guest = Guest::new((subject.build)());
+        guest.start(0);
+        (subject.traffic)(&mut guest);
+        for queue in 0..guest.rings.len() {
+            guest.rings[queue].offer(u16::MAX);
+            guest.vm.ring(crate::guest::BASE + crate::guest::QUEUE_NOTIFY, queue as u32);
+        }
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while guest.read(STATUS) & NEEDS_RESET == 0 {
+            assert!(std::time::Instant::now() < end, "{}: NEEDS_RESET does not come", subject.name);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let reasons = guest.read(0x60);
+        assert_ne!(reasons & 2, 0, "a configuration interrupt tells of it: {reasons:#x}");
+
+        guest.mmio.pause();
+        let saved = guest.mmio.save_bytes();
+        let mut guest = Guest::on(guest.unplug(), (subject.build)());
+        guest.mmio.restore_bytes(&saved).unwrap();
+        assert_eq!(guest.mmio.save_bytes(), saved);
+        guest.mmio.resume();
+        assert_ne!(guest.read(STATUS) & NEEDS_RESET, 0);
+        guest.start(0);
+        (subject.traffic)(&mut guest);
+    });
+}
+
+#[test]
+fn damaged_state_is_refused_or_harmless() {
+    for_each(|subject| {
+        let mut guest = Guest::new((subject.build)());
+        guest.start(0);
+        (subject.traffic)(&mut guest);
+        guest.mmio.pause();
+        let saved = guest.mmio.save_bytes();
+        let mut rest = guest.unplug();
+        let mut refused = 0;
+        for at in 0..saved.len() {
+            let mut cases = vec![saved[..at].to_vec()];
+            for flip in [0x01, 0x80, 0xff] {
+                let mut bytes = saved.clone();
+                bytes[at] ^= flip;
+                cases.push(bytes);
+            }
+            for bytes in cases {
+                let mut guest = Guest::on(rest, (subject.build)());
+                let result = catch_unwind(AssertUnwindSafe(|| guest.mmio.restore_bytes(&bytes)));
+                let result = result.unwrap_or_else(|_| panic!("{}: byte {at} of {bytes:?}", subject.name));
+                refused += usize::from(result.is_err());
+                guest.mmio.resume();
+                guest.check_guards();
+                rest = guest.unplug();
+            }
+        }
+        assert!(refused > saved.len(), "{}: every cut is refused", subject.name);
+        let mut guest = Guest::on(rest, (subject.build)());
+        guest.start(0);
+        (subject.traffic)(&mut guest);
+    });
+}
+
+#[test]
+fn negotiation_follows_the_rules() {
+    for_each(|subject| {
+        let mut guest = Guest::new((subject.build)());
+        assert_eq!(guest.read(0), 0x7472_6976);
+        assert_eq!(guest.read(4), 2);
+        let offered = guest.offered();
+        assert_ne!(offered & 1 << 32, 0, "VERSION_1 is offered");
+        let accept = |guest: &mut Guest, page: u32, value: u32| {
+            guest.write(0x24, page);
+            guest.write(0x20, value);
+        };
+        // Out of order, and with what is not offered: FEATURES_OK does not stand.
+        let bad = !offered & 0xffff_ffff;
+        for (low, high, other) in
+            [(0, 0, 0), (offered as u32, 0, 0), (bad as u32, 1, 0), (0, 3, 0), (0, 1, 1)]
+        {
+            guest.write(STATUS, 0);
+            guest.write(STATUS, 8);
+            assert_eq!(guest.read(STATUS), 0, "not before DRIVER");
+            guest.write(STATUS, 1);
+            guest.write(STATUS, 3);
+            accept(&mut guest, 0, low);
+            accept(&mut guest, 1, high);
+            accept(&mut guest, 7, other);
+            guest.write(STATUS, 15);
+            assert_eq!(guest.read(STATUS), 3, "{low:#x} {high:#x} {other:#x}");
+        }
+        guest.start(0);
+        // Later changes do nothing: features, queues, bits taken back.
+        accept(&mut guest, 0, 0);
+        guest.write(0x30, 0);
+        guest.write(0x80, 0);
+        guest.write(0x38, 2);
+        guest.write(STATUS, 1);
+        assert_eq!(guest.read(STATUS), 15);
+        (subject.traffic)(&mut guest);
+        // A queue that is disabled stays quiet, and nothing else breaks.
+        guest.write(0x44, 0);
+        assert_eq!(guest.read(0x44), 0);
+        guest.write(0x44, 1);
+        assert_eq!(guest.read(0x44), 0, "not again before a reset");
+        assert_eq!(guest.read(STATUS), 15);
+        guest.write(STATUS, 128);
+        guest.write(STATUS, 128 | 15);
+        assert_eq!(guest.read(STATUS), 128 | 15);
+        guest.start(0);
+        (subject.traffic)(&mut guest);
+    });
+}

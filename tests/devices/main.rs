@@ -1,0 +1,10 @@
+//! Device tests without KVM: real rings in guest memory, a driver at the registers, a hypervisor that takes notes.
+//!
+//! `subjects` lists every virtio device once; `conformance` and `hostile` run over that list, so a new device is
+//! tested by adding it there.
+
+mod block;
+mod conformance;
+mod guest;
+mod hostile;
+mod subjects;
