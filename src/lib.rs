@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod bus;
+pub mod chardev;
 pub mod config;
 pub mod disk;
 pub mod event_loop;

@@ -1,0 +1,252 @@
+//! The host's ends of character devices: terminal, pipes, files, pseudo-terminals, sockets.
+//!
+//! The console and the serial port read and write an [`Endpoint`] from their worker threads; nothing in it ever
+//! blocks, and all it keeps is bounded. It knows nothing of devices or virtio.
+
+mod backlog;
+mod escape;
+mod poll;
+mod pty;
+mod socket;
+mod stdio;
+mod stream;
+pub mod terminal;
+
+use std::fmt;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use rustix::fs::OFlags;
+
+use crate::bus::lock;
+use crate::config::Where;
+use poll::Poll;
+use stream::{Descriptor, Stream};
+
+pub use escape::Escape;
+
+/// Why there is no host end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The output file.
+    #[error("open output file {path}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The listening socket.
+    #[error("{what} {path}")]
+    Socket {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Something else has the socket's name, and is not ours to remove.
+    #[error("{0} exists and is not a socket")]
+    NotASocket(PathBuf),
+    /// Somebody listens there.
+    #[error("socket {0} is in use by another process")]
+    InUse(PathBuf),
+    /// The pseudo-terminal.
+    #[error("make a pseudo-terminal")]
+    Pty(#[source] io::Error),
+    /// Standard input or output.
+    #[error("use standard input and output")]
+    Stdio(#[source] io::Error),
+    /// The descriptors to wait with.
+    #[error("make an epoll descriptor")]
+    Poll(#[source] io::Error),
+}
+
+/// What a device waits for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Interest {
+    /// Input that it has room for.
+    pub input: bool,
+    /// Room for output that was refused, or simply another turn soon, where there is always room.
+    pub output: bool,
+}
+
+/// Size of a terminal in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowSize {
+    /// Width.
+    pub columns: u16,
+    /// Height.
+    pub rows: u16,
+}
+
+/// One kind of host end. Nothing here blocks.
+trait Host: Send {
+    /// Takes input: 0 if there is none now.
+    fn read(&mut self, buf: &mut [u8]) -> usize;
+    /// Takes output: 0 if it is stalled.
+    fn write(&mut self, data: &[u8]) -> usize;
+    /// Looks after itself: clients come and go.
+    fn service(&mut self) {}
+    /// Registers what should wake the device. True if it is ready already and cannot be waited for.
+    fn watch(&mut self, poll: &Poll, want: Interest) -> bool;
+    /// Somebody is at the other end.
+    fn connected(&self) -> bool {
+        true
+    }
+    /// The terminal's size, if it is one.
+    fn size(&self) -> Option<WindowSize> {
+        None
+    }
+    /// Where to reach it.
+    fn path(&self) -> Option<&Path> {
+        None
+    }
+    /// Who is told of the terminal's escape sequences.
+    fn on_escape(&self, _: Box<dyn FnMut(Escape) + Send>) {}
+}
+
+struct Shared {
+    host: Box<dyn Host>,
+    poll: Poll,
+}
+
+/// A host end: a byte stream each way. Clones are the same end; it lasts as long as one of them.
+///
+/// One device drives it at a time, like this: wait until [`Endpoint::as_fd`] is readable; call
+/// [`service`](Endpoint::service); [`read`](Endpoint::read) and [`write`](Endpoint::write) until they return 0 or
+/// the device has had enough; say what to wait for next by [`want`](Endpoint::want). A clone that
+/// is kept aside lets clients, the terminal and the pseudo-terminal's name outlive the device (a guest's reboot).
+///
+/// Nobody connected (socket, pty): output is never refused; the latest 64 KiB of it are kept for the next client.
+/// Somebody connected who does not read: [`write`](Endpoint::write) refuses, and nothing is lost.
+#[derive(Clone)]
+pub struct Endpoint {
+    shared: Arc<Mutex<Shared>>,
+    fd: Arc<OwnedFd>,
+    text: Arc<str>,
+}
+
+impl Endpoint {
+    /// Opens what the configuration says.
+    ///
+    /// # Errors
+    /// [`Error`] names the path and what was tried. Nothing that others use was changed, except that
+    /// an output file is truncated.
+    pub fn open(place: &Where) -> Result<Self, Error> {
+        let host: Box<dyn Host> = match place {
+            Where::Off => Box::new(Stream::default()),
+            Where::Stdio => Box::new(stdio::Stdio::open().map_err(Error::Stdio)?),
+            Where::Pty => Box::new(pty::Pty::open()?),
+            Where::Socket(path) => Box::new(socket::Socket::listen(path)?),
+            Where::File(path) => Box::new(open_file(path)?),
+        };
+        let text = match (place, host.path()) {
+            (Where::Pty, Some(path)) => format!("pty={}", path.display()),
+            _ => place.to_string(),
+        };
+        Self::new(host, &text).map_err(Error::Poll)
+    }
+
+    /// A host end over a connected stream: for tests and for whoever brings their own.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn from_stream(stream: UnixStream) -> io::Result<Self> {
+        let input = Some(Descriptor::owned(stream.try_clone()?.into(), "stream")?);
+        let output = Some(Descriptor::owned(stream.into(), "stream")?);
+        Self::new(Box::new(Stream { input, output }), "stream")
+    }
+
+    fn new(host: Box<dyn Host>, text: &str) -> io::Result<Self> {
+        let poll = Poll::new()?;
+        let fd = Arc::new(poll.try_clone_fd()?);
+        let endpoint = Self { shared: Arc::new(Mutex::new(Shared { host, poll })), fd, text: text.into() };
+        endpoint.want(Interest::default());
+        Ok(endpoint)
+    }
+
+    /// Lets the host end look after itself (clients who come and go). First thing on every event.
+    pub fn service(&self) {
+        lock(&self.shared).host.service();
+    }
+
+    /// Reads input into `buf`: 0 if there is none now. Input may come again later even after an end of file: a
+    /// new client connects.
+    pub fn read(&self, buf: &mut [u8]) -> usize {
+        lock(&self.shared).host.read(buf)
+    }
+
+    /// Takes output, or as much of it as there is room for: 0 means that the other end is stalled. What
+    /// nobody will ever read (a closed pipe, `off`) is taken and vanishes.
+    pub fn write(&self, data: &[u8]) -> usize {
+        lock(&self.shared).host.write(data)
+    }
+
+    /// Says what to wait for. Due after every use, because use changes what there is to wait for.
+    pub fn want(&self, interest: Interest) {
+        let shared = &mut *lock(&self.shared);
+        let ready = shared.host.watch(&shared.poll, interest);
+        if let Err(error) = shared.poll.set_ready(ready) {
+            log::error!("{self}: wait: {error}");
+        }
+    }
+
+    /// Somebody is at the other end. True of what has no such notion.
+    pub fn connected(&self) -> bool {
+        lock(&self.shared).host.connected()
+    }
+
+    /// The size of the terminal at the other end, if it is one that tells.
+    pub fn size(&self) -> Option<WindowSize> {
+        lock(&self.shared).host.size()
+    }
+
+    /// Where to reach the other end: the pseudo-terminal's or the socket's path.
+    pub fn path(&self) -> Option<PathBuf> {
+        lock(&self.shared).host.path().map(Path::to_owned)
+    }
+
+    /// Has `act` called, on a thread of the terminal's own, when a person types an escape sequence. It replaces who
+    /// was told before. Without effect where there is no terminal.
+    pub fn on_escape(&self, act: impl FnMut(Escape) + Send + 'static) {
+        lock(&self.shared).host.on_escape(Box::new(act));
+    }
+}
+
+impl AsFd for Endpoint {
+    /// Readable (level-triggered) when something that the device wants has come about.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// As the configuration writes it, with the path of a pseudo-terminal.
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Endpoint").field(&self.text).finish()
+    }
+}
+
+/// A file for output only: created or truncated. A FIFO must have a reader.
+fn open_file(path: &Path) -> Result<Stream, Error> {
+    let failed = |source| Error::File { path: path.to_owned(), source };
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
+    let file = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(path);
+    let output = Descriptor::owned(file.map_err(failed)?.into(), &path.display().to_string());
+    Ok(Stream { input: None, output: Some(output.map_err(failed)?) })
+}
