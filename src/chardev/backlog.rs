@@ -57,7 +57,7 @@ mod tests {
             backlog.push(piece);
         }
         assert_eq!(backlog.dropped, (all.len() - Backlog::LIMIT) as u64);
-        let (mut got, mut calls) = (Vec::new(), 0);
+        let (mut got, mut calls) = (Vec::<u8>::new(), 0);
         while !backlog.flush(|data| {
             calls += 1;
             let take = if calls % 3 == 0 { 0 } else { data.len().min(1000) };

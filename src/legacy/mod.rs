@@ -7,3 +7,4 @@ pub mod acpi_pm;
 pub mod boot_marks;
 pub mod debug_exit;
 pub mod i8042;
+pub mod serial;

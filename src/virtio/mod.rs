@@ -3,6 +3,7 @@
 //! [`Device`] lists what there is. To add a device: its file, and an arm of that list.
 
 pub mod block;
+pub mod console;
 pub mod core;
 pub mod device;
 pub mod mmio;

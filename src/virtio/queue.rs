@@ -291,6 +291,16 @@ impl Virtqueue {
         }
     }
 
+    /// Undoes the pop of chain `head`, the last one popped: it comes out again, read anew. For a device that must come
+    /// to rest while it cannot finish a request. Ignored if the queue was reset or broken since.
+    pub fn put_back(&mut self, head: u16) {
+        let taken = self.taken.get_mut(usize::from(head)).is_some_and(std::mem::take);
+        if taken {
+            self.in_flight -= 1;
+            self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+        }
+    }
+
     /// Interrupts the driver for what was completed since the last call, if it wants that. The core calls this after
     /// each callback; a device does so only to have the interrupt earlier.
     pub fn notify(&mut self) {
@@ -485,6 +495,22 @@ mod tests {
         let (mut ring, mut queue, _) = self::ring(false);
         ring.set_available(9);
         assert!(queue.pop().is_none() && queue.is_broken());
+    }
+
+    #[test]
+    fn what_was_put_back_comes_out_again_in_order() {
+        for event_idx in [false, true] {
+            let (mut ring, mut queue, _) = ring(event_idx);
+            let heads = [ring.add(&[(DATA, 1)], &[]), ring.add(&[(DATA, 2)], &[])];
+            let first = queue.pop().unwrap();
+            queue.put_back(first.head);
+            queue.put_back(first.head);
+            assert_eq!((queue.in_flight(), queue.position().next_available), (0, 0));
+            let again: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|chain| chain.head).collect();
+            assert_eq!(again, heads);
+            queue.complete(heads[0], 0);
+            assert_eq!(ring.used(), Some((heads[0], 0)));
+        }
     }
 
     #[test]

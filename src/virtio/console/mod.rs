@@ -1,0 +1,286 @@
+//! virtio-console (virtio 1.3, 5.3): hvc0, and named ports beside it.
+//!
+//! F_MULTIPORT is offered only when there are named ports: without it Linux has hvc0 as soon as it finds
+//! the device, with it only after half a dozen messages. The device says nothing of resizing before the guest's
+//! driver asks, and holds at most a piece of each stream ([`port`]): a stalled host end stalls the guest's writer.
+
+mod control;
+mod port;
+#[cfg(test)]
+mod tests;
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use serde::{Deserialize, Serialize};
+
+use super::device::{Kind, Traits, VirtioDevice};
+use super::queue::Virtqueue;
+use crate::chardev::{Endpoint, WindowSize};
+use crate::guest_warn;
+use crate::state::{StateError, Stateful};
+use control::{HEADER, Pending};
+use port::{Port, PortState};
+
+// Feature bits (5.3.3).
+const F_SIZE: u64 = 1 << 0;
+const F_MULTIPORT: u64 = 1 << 1;
+const F_EMERG_WRITE: u64 = 1 << 2;
+
+/// Named ports that a console has at most.
+pub const MAX_PORTS: usize = 30;
+
+/// Linux fills each receive queue with pages of its own as soon as it finds the port: so they are short.
+static QUEUES: [u16; 2 * (MAX_PORTS + 2)] = [16; 2 * (MAX_PORTS + 2)];
+
+/// Queue of messages to the driver; the one from it comes next (5.3.2).
+const CONTROL_RECEIVE: usize = 2;
+const CONTROL_TRANSMIT: usize = 3;
+
+/// `emerg_wr` in the configuration space (5.3.4): cols, rows, max_nr_ports, emerg_wr.
+const EMERG_WR: usize = 8;
+const CONFIG_SIZE: usize = 12;
+/// Emergency output that waits for a stalled host end at most; what comes then is lost.
+const EMERGENCY_LIMIT: usize = 4096;
+
+/// A console: port 0 and the named ones.
+pub struct Console {
+    ports: Vec<Port>,
+    multiport: bool,
+    config: [u8; CONFIG_SIZE],
+    size: Option<WindowSize>,
+    emergency: Vec<u8>,
+    emergency_lost: u64,
+}
+
+/// [`Console`]'s saved state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    multiport: bool,
+    columns: u16,
+    rows: u16,
+    emergency: Vec<u8>,
+    ports: Vec<PortState>,
+}
+
+impl Console {
+    /// A console at `main`, with further ports by name: at most [`MAX_PORTS`], those behind are left out.
+    pub fn new(main: Endpoint, named: Vec<(String, Endpoint)>) -> Self {
+        let mut ports = vec![Port::new("hvc0", main)];
+        ports.extend(named.into_iter().take(MAX_PORTS).map(|(name, endpoint)| Port::new(&name, endpoint)));
+        let mut config = [0; CONFIG_SIZE];
+        config[4..EMERG_WR].copy_from_slice(&(ports.len() as u32).to_le_bytes());
+        let mut console =
+            Self { ports, multiport: false, config, size: None, emergency: Vec::new(), emergency_lost: 0 };
+        console.measure();
+        console
+    }
+
+    /// Takes the terminal's size over. True if it changed.
+    fn measure(&mut self) -> bool {
+        let size = self.ports[0].endpoint.size();
+        let changed = size.is_some() && size != self.size;
+        if changed {
+            self.set_size(size);
+        }
+        changed
+    }
+
+    fn set_size(&mut self, size: Option<WindowSize>) {
+        self.size = size;
+        let (columns, rows) = size.map_or((0, 0), |size| (size.columns, size.rows));
+        self.config[..2].copy_from_slice(&columns.to_le_bytes());
+        self.config[2..4].copy_from_slice(&rows.to_le_bytes());
+    }
+
+    /// The queue that port `id` receives from; the one it transmits to comes next (5.3.2).
+    fn receive_queue(id: usize) -> usize {
+        if id == 0 { 0 } else { 2 * id + 2 }
+    }
+
+    /// The port that queue `index` belongs to, if it is not a control queue.
+    fn port_of(index: usize) -> Option<usize> {
+        match index {
+            0 | 1 => Some(0),
+            CONTROL_RECEIVE | CONTROL_TRANSMIT => None,
+            _ => Some(index / 2 - 1),
+        }
+    }
+
+    fn flush_emergency(&mut self) {
+        while !self.emergency.is_empty() {
+            let taken = self.ports[0].endpoint.write(&self.emergency);
+            if taken == 0 {
+                return;
+            }
+            self.emergency.drain(..taken);
+        }
+    }
+
+    /// A turn for port `id`.
+    fn serve(&mut self, id: usize, queues: &mut [Virtqueue], receive: bool, transmit: bool) {
+        if id > 0 && !self.multiport {
+            return;
+        }
+        let queue = Self::receive_queue(id);
+        if id == 0 {
+            self.flush_emergency();
+        }
+        let port = &mut self.ports[id];
+        if transmit {
+            port.send(&mut queues[queue + 1]);
+        }
+        if receive {
+            port.receive(&mut queues[queue]);
+        }
+        port.wait(id == 0 && !self.emergency.is_empty());
+    }
+
+    /// Hears what the driver has to say, and acts on it.
+    fn hear(&mut self, queues: &mut [Virtqueue]) {
+        while let Some(mut chain) = queues[CONTROL_TRANSMIT].pop() {
+            let mut header = [0; HEADER];
+            let whole = chain.readable.read_exact(&mut header).is_ok();
+            queues[CONTROL_TRANSMIT].complete(chain.head, 0);
+            if !whole || !control::heard(&mut self.ports, header) {
+                guest_warn!("console: a control message without sense: {header:02x?}");
+            }
+        }
+        // A port that was opened takes input from now on.
+        for id in 0..self.ports.len() {
+            self.serve(id, queues, true, false);
+        }
+    }
+
+    /// Tells the driver what waits to be told.
+    fn tell(&mut self, queues: &mut [Virtqueue]) {
+        if !self.multiport {
+            return;
+        }
+        for (id, port) in self.ports.iter_mut().enumerate() {
+            if id > 0 && port.ready && port.told_open != port.endpoint.connected() {
+                port.pending |= Pending::OPEN;
+            }
+            if self.size.is_none() {
+                port.pending -= Pending::RESIZE;
+            }
+            while !port.pending.is_empty() {
+                // Having seen that there is none, the queue asks for a kick when there is one.
+                let Some(mut chain) = queues[CONTROL_RECEIVE].pop() else { return };
+                let message = control::next(id, port, self.size.unwrap_or_default());
+                let mut written = 0;
+                if chain.writable.len() < message.len() {
+                    guest_warn!("console: no room for a control message of {} bytes", message.len());
+                } else {
+                    written = chain.writable.write(&message).unwrap_or(0);
+                }
+                queues[CONTROL_RECEIVE].complete(chain.head, written as u32);
+            }
+        }
+    }
+}
+
+impl VirtioDevice for Console {
+    fn traits(&self) -> Traits {
+        let named = self.ports.len() - 1;
+        let (multiport, queues) = if named == 0 { (0, 2) } else { (F_MULTIPORT, 4 + 2 * named) };
+        Traits {
+            kind: Kind::Console,
+            features: F_SIZE | F_EMERG_WRITE | multiport,
+            queues: &QUEUES[..queues],
+        }
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// Output for when nothing else works: a byte to `emerg_wr`, before or after the driver is ready.
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let Some(byte) = EMERG_WR.checked_sub(offset).and_then(|at| data.get(at)) else { return };
+        if self.emergency.len() < EMERGENCY_LIMIT {
+            self.emergency.push(*byte);
+        } else {
+            self.emergency_lost += 1;
+            guest_warn!("console: {} bytes of emergency output lost", self.emergency_lost);
+        }
+        self.flush_emergency();
+    }
+
+    fn start(&mut self, features: u64) {
+        self.multiport = features & F_MULTIPORT != 0;
+        // Without control messages there is only port 0, and nothing that opens it.
+        self.ports[0].guest_open = !self.multiport;
+        self.measure();
+    }
+
+    fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
+        match Self::port_of(index) {
+            Some(id) => self.serve(id, queues, index % 2 == 0, index % 2 == 1),
+            None if !self.multiport => {}
+            None => {
+                if index == CONTROL_TRANSMIT {
+                    self.hear(queues);
+                }
+                self.tell(queues);
+            }
+        }
+    }
+
+    fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
+        self.ports.iter().map(|port| port.endpoint.as_fd()).collect()
+    }
+
+    fn on_event(&mut self, source: usize, queues: &mut [Virtqueue]) {
+        let Some(port) = self.ports.get(source) else { return };
+        port.endpoint.service();
+        if source == 0 && self.measure() {
+            self.ports[0].pending |= Pending::RESIZE;
+        }
+        self.serve(source, queues, true, true);
+        self.tell(queues);
+    }
+
+    fn drain(&mut self, queues: &mut [Virtqueue]) {
+        self.flush_emergency();
+        for (id, port) in self.ports.iter_mut().enumerate() {
+            if let Some(queue) = queues.get_mut(Self::receive_queue(id) + 1) {
+                port.drain(queue);
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        self.ports.iter_mut().for_each(Port::reset);
+        self.multiport = false;
+    }
+}
+
+impl Stateful for Console {
+    type State = State;
+
+    fn save(&self) -> State {
+        let (columns, rows) = self.size.map_or((0, 0), |size| (size.columns, size.rows));
+        let ports = self.ports.iter().map(Port::save).collect();
+        State { multiport: self.multiport, columns, rows, emergency: self.emergency.clone(), ports }
+    }
+
+    fn restore(&mut self, state: State) -> Result<(), StateError> {
+        let State { multiport, columns, rows, emergency, ports } = state;
+        let invalid = |what: String| Err(StateError::Invalid(format!("console: {what}")));
+        if ports.len() != self.ports.len() {
+            return invalid(format!("{} ports, but there are {}", ports.len(), self.ports.len()));
+        }
+        if (multiport && ports.len() == 1) || emergency.len() > EMERGENCY_LIMIT {
+            return invalid(format!("multiport {multiport}, {} bytes of emergency output", emergency.len()));
+        }
+        for (port, state) in self.ports.iter_mut().zip(ports) {
+            port.restore(state)?;
+        }
+        (self.multiport, self.emergency) = (multiport, emergency);
+        // The guest knows the old size. The terminal here may have another: the first event tells.
+        self.set_size((columns > 0 && rows > 0).then_some(WindowSize { columns, rows }));
+        self.ports[0].wait(true);
+        Ok(())
+    }
+}
