@@ -250,3 +250,6 @@ fn open_file(path: &Path) -> Result<Stream, Error> {
     let output = Descriptor::owned(file.map_err(failed)?.into(), &path.display().to_string());
     Ok(Stream { input: None, output: Some(output.map_err(failed)?) })
 }
+
+#[cfg(test)]
+mod tests;

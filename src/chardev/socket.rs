@@ -43,6 +43,12 @@ struct Client {
 }
 
 impl Client {
+    /// Notices that it is gone. HUP: both directions are closed. A half-closed client is not gone.
+    fn look(&mut self) {
+        let ready = ready_now(self.stream.as_fd(), PollFlags::empty());
+        self.gone |= ready.intersects(PollFlags::HUP | PollFlags::ERR);
+    }
+
     fn read(&mut self, buf: &mut [u8]) -> usize {
         if self.silent || buf.is_empty() {
             return 0;
@@ -99,7 +105,9 @@ impl Socket {
                 log::info!("{}: turned a second client away", self.path.display());
                 continue;
             }
-            self.client = Some(Client { stream, watch: None, silent: false, gone: false });
+            let mut client = Client { stream, watch: None, silent: false, gone: false };
+            client.look();
+            self.client = Some(client);
             log::info!("{}: a client connected", self.path.display());
         }
     }
@@ -156,9 +164,7 @@ impl Host for Socket {
 
     fn service(&mut self) {
         if let Some(client) = &mut self.client {
-            // HUP: both directions are closed. A half-closed client is not gone.
-            client.gone |= ready_now(client.stream.as_fd(), PollFlags::empty())
-                .intersects(PollFlags::HUP | PollFlags::ERR);
+            client.look();
         }
         self.reap();
         self.accept();

@@ -91,7 +91,7 @@ struct Keyboard {
     /// Readable after the size of the window has changed.
     resized: OwnedFd,
     attached: AtomicBool,
-    act: Mutex<Option<EscapeHandler>>,
+    escape: Mutex<Option<EscapeHandler>>,
 }
 
 type EscapeHandler = Box<dyn FnMut(Escape) + Send>;
@@ -118,7 +118,7 @@ impl Keyboard {
             look: event()?,
             resized: event()?,
             attached: AtomicBool::new(false),
-            act: Mutex::default(),
+            escape: Mutex::default(),
         });
         let input = Descriptor::shared(io::stdin().as_fd(), OFlags::RDONLY, "terminal")?;
         let echo = Descriptor::shared(io::stdin().as_fd(), OFlags::WRONLY, "terminal")?;
@@ -179,18 +179,26 @@ impl Keyboard {
                 Key::Help => {
                     echo.write(escape::HELP.as_bytes());
                 }
-                Key::Escape(escape) => {
-                    match self.act.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-                        Some(act) => act(escape),
-                        None => log::warn!("terminal: nobody is there yet to act on {escape:?}"),
-                    }
-                }
+                Key::Escape(escape) => self.act(escape),
             }
         }
         // With the queue locked, so that it cannot be emptied between the look and the signal.
         let queue = self.queue();
         if !queue.is_empty() {
             signal(&self.available);
+        }
+    }
+
+    /// Calls the handler with no lock held: it may end the very endpoint that it was given to.
+    fn act(&self, escape: Escape) {
+        let slot = || self.escape.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut act) = slot().take() else {
+            log::warn!("terminal: nobody is there to act on {escape:?}");
+            return;
+        };
+        act(escape);
+        if self.attached.load(Ordering::SeqCst) {
+            slot().get_or_insert(act);
         }
     }
 
@@ -308,7 +316,7 @@ impl Terminal {
 
     /// Says who is told of escape sequences.
     pub(super) fn on_escape(&self, act: EscapeHandler) {
-        *self.keyboard.act.lock().unwrap_or_else(PoisonError::into_inner) = Some(act);
+        *self.keyboard.escape.lock().unwrap_or_else(PoisonError::into_inner) = Some(act);
     }
 }
 
@@ -317,7 +325,7 @@ impl Drop for Terminal {
         restore();
         self.keyboard.attached.store(false, Ordering::SeqCst);
         // What the handler holds may be the machine: let it go.
-        *self.keyboard.act.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.keyboard.escape.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
