@@ -1,14 +1,17 @@
 //! A virtual machine monitor on KVM.
 
+pub mod api;
 pub mod boot;
 pub mod bus;
 pub mod chardev;
+pub mod cli;
 pub mod config;
 pub mod disk;
 pub mod event_loop;
 pub mod guest_log;
 pub mod kvm;
 pub mod legacy;
+pub mod machine;
 pub mod memory;
 pub mod state;
 pub mod vcpu;

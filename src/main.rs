@@ -1,3 +1,7 @@
-//! Command line entry.
+//! Entry of the `vmm` command: everything is in `vmm::cli`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main()
+}

@@ -4,6 +4,7 @@
 //! blocks, and all it keeps is bounded. It knows nothing of devices or virtio.
 
 mod backlog;
+mod ends;
 mod escape;
 mod poll;
 mod pty;
@@ -28,6 +29,7 @@ use crate::config::Where;
 use poll::Poll;
 use stream::{Descriptor, Stream};
 
+pub use ends::Ends;
 pub use escape::Escape;
 
 /// Why there is no host end.

@@ -32,6 +32,11 @@ impl Size {
         Self(mib << 20)
     }
 
+    /// `bytes` bytes.
+    pub const fn from_bytes(bytes: u64) -> Self {
+        Self(bytes)
+    }
+
     /// The number of bytes.
     pub const fn bytes(self) -> u64 {
         self.0

@@ -47,14 +47,18 @@ impl Thread {
     ///
     /// # Errors
     /// The host is out of threads.
-    pub fn start(mut vcpu: Vcpu, shared: Arc<Shared>, ended: Sender<Ended>) -> io::Result<Self> {
+    pub fn start<E: From<Ended> + Send + 'static>(
+        mut vcpu: Vcpu,
+        shared: Arc<Shared>,
+        ended: Sender<E>,
+    ) -> io::Result<Self> {
         let name = format!("vcpu{}", vcpu.id());
         let thread = thread::Builder::new().name(name).spawn(move || {
             vcpu.bind();
             let end = run(&mut vcpu, &shared);
             if let Some(end) = end {
                 let report = report::report(&vcpu, &shared.ram, &end);
-                let _ = ended.send(Ended { end, report });
+                let _ = ended.send(Ended { end, report }.into());
             }
             shared.gate.left();
         })?;

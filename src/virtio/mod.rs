@@ -11,7 +11,8 @@ pub mod queue;
 pub mod rng;
 pub mod testing;
 
-use crate::config::{self, VmConfig};
+use crate::chardev::{self, Ends};
+use crate::config::{self, VmConfig, Where};
 use crate::disk;
 use device::VirtioDevice;
 
@@ -22,6 +23,8 @@ pub enum Device<'a> {
     Block(usize, &'a config::Disk),
     /// The entropy device.
     Rng,
+    /// The console: where hvc0 goes, and the named ports.
+    Console(&'a VmConfig),
 }
 
 /// Why a device could not be built.
@@ -30,6 +33,9 @@ pub enum Error {
     /// Its disk image.
     #[error(transparent)]
     Disk(#[from] disk::Error),
+    /// A host end of its.
+    #[error(transparent)]
+    Chardev(#[from] chardev::Error),
 }
 
 impl Error {
@@ -37,6 +43,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Disk(error) => error.hint(),
+            Self::Chardev(_) => None,
         }
     }
 }
@@ -48,6 +55,10 @@ impl<'a> Device<'a> {
         if config.rng {
             list.push(Self::Rng);
         }
+        // Last, because opening a host end may change it (a file is truncated), and disks may still be refused.
+        if config.console() != Where::Off || !config.port.is_empty() {
+            list.push(Self::Console(config));
+        }
         list
     }
 
@@ -56,20 +67,29 @@ impl<'a> Device<'a> {
         match self {
             Self::Block(index, _) => format!("virtio-blk{index}"),
             Self::Rng => "virtio-rng".to_owned(),
+            Self::Console(_) => "virtio-console".to_owned(),
         }
     }
 
-    /// Opens what it needs of the host, and builds it.
+    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`.
     ///
     /// # Errors
     /// [`Error`]: the host has not got what the configuration names.
-    pub fn build(&self) -> Result<Box<dyn VirtioDevice>, Error> {
+    pub fn build(&self, ends: &mut Ends) -> Result<Box<dyn VirtioDevice>, Error> {
         Ok(match self {
             Self::Block(index, disk) => {
                 let id = disk.serial.clone().unwrap_or_else(|| format!("disk{index}"));
                 Box::new(block::Block::new(Box::new(disk::Raw::open(disk)?), &id))
             }
             Self::Rng => Box::new(rng::Rng),
+            Self::Console(config) => {
+                let main = ends.get("console", &config.console())?;
+                let mut named = Vec::new();
+                for port in &config.port {
+                    named.push((port.name.clone(), ends.get(&format!("port {}", port.name), &port.to)?));
+                }
+                Box::new(console::Console::new(main, named))
+            }
         })
     }
 }

@@ -1,0 +1,387 @@
+//! Names of running virtual machines: one socket each in a directory of the user's own.
+//!
+//! A name is alive if something listens on its socket; what is left of a killed monitor is cleaned up by whoever meets
+//! it. Every change to the directory happens under its lock, so that two starts cannot both clean up and take one name.
+
+use std::env;
+use std::fs;
+use std::io;
+use std::mem;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, fchmod, flock, fstat, mkdir, open, unlinkat};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+use rustix::process::geteuid;
+
+use super::Error;
+
+/// How long to wait for another process to let go of the directory, or for room in a socket's queue.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 64;
+
+/// The directory of control sockets.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    path: PathBuf,
+}
+
+/// A name that is ours, and the socket that listens on it. Dropping it gives both back.
+#[derive(Debug)]
+pub struct Entry {
+    registry: Registry,
+    name: String,
+    listener: UnixListener,
+    inode: (u64, u64),
+}
+
+/// The directory's lock.
+struct Locked(OwnedFd);
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Not left to closing: a forked child may hold the same description for longer.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+impl Registry {
+    /// The user's: `$XDG_RUNTIME_DIR/vmm`, `/run/user/UID/vmm` or `/tmp/vmm-UID`, the first that can be.
+    pub fn of_user() -> Self {
+        let uid = geteuid().as_raw();
+        let own = |path: &Path| fs::metadata(path).is_ok_and(|m| m.is_dir() && m.uid() == uid);
+        let given = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|p| p.is_absolute());
+        let candidates = [given, Some(format!("/run/user/{uid}").into())];
+        match candidates.into_iter().flatten().find(|path| own(path)) {
+            Some(runtime) => Self::at(runtime.join("vmm")),
+            None => Self::at(format!("/tmp/vmm-{uid}")),
+        }
+    }
+
+    /// The one in `path`, which need not exist yet.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The socket of `name`.
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}.sock"))
+    }
+
+    /// Takes `name`, or a generated one that is free, and listens on it.
+    ///
+    /// # Errors
+    /// The name is taken, or the directory or socket cannot be made.
+    pub fn register(&self, name: Option<&str>) -> Result<Entry, Error> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let locked = self.lock(true)?;
+            let generated;
+            let wanted = match name {
+                Some(name) => name,
+                None => {
+                    generated = generate();
+                    &generated
+                }
+            };
+            match self.listen(&locked, wanted) {
+                Err(Error::NameTaken(_)) if name.is_none() && Instant::now() < deadline => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn listen(&self, _: &Locked, name: &str) -> Result<Entry, Error> {
+        let path = self.socket(name);
+        let failed = |what| {
+            let path = path.clone();
+            move |source: Errno| Error::Socket { what, path, source: source.into() }
+        };
+        let address = address(&path).map_err(failed("make"))?;
+        let socket = nonblocking_socket().map_err(failed("make"))?;
+        // The file that bind makes takes its mode from the socket, so it is never open to others.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(failed("protect"))?;
+        match bind(&socket, &address) {
+            Err(Errno::ADDRINUSE) => {
+                if self.alive(name)? {
+                    return Err(Error::NameTaken(name.to_owned()));
+                }
+                log::info!("removing {}, which nobody listens on any more", path.display());
+                rustix::fs::unlink(&path).map_err(failed("remove stale"))?;
+                bind(&socket, &address).map_err(failed("make"))?;
+            }
+            result => result.map_err(failed("make"))?,
+        }
+        listen(&socket, BACKLOG).map_err(failed("listen on"))?;
+        let stat = rustix::fs::lstat(&path).map_err(failed("find"))?;
+        Ok(Entry {
+            registry: self.clone(),
+            name: name.to_owned(),
+            listener: socket.into(),
+            inode: (stat.st_dev, stat.st_ino),
+        })
+    }
+
+    /// The names of the virtual machines that are alive, sorted. Removes what dead ones left.
+    ///
+    /// # Errors
+    /// The directory is there but cannot be used.
+    pub fn names(&self) -> Result<Vec<String>, Error> {
+        let failed = |source| Error::Directory { path: self.path.clone(), source };
+        let _locked = match self.lock(false) {
+            Err(Error::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(Vec::new());
+            }
+            locked => locked?,
+        };
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.path).map_err(failed)? {
+            let file = entry.map_err(failed)?.file_name();
+            let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".sock")) else { continue };
+            match self.alive(name) {
+                Ok(true) => names.push(name.to_owned()),
+                Ok(false) => {
+                    let _ = fs::remove_file(self.socket(name));
+                }
+                Err(error) => log::warn!("{error}"),
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Connects to `name`.
+    ///
+    /// # Errors
+    /// Nothing of this name is alive, or it does not take connections.
+    pub fn connect(&self, name: &str) -> Result<UnixStream, Error> {
+        let path = self.socket(name);
+        if name.is_empty() || name.contains('/') {
+            return Err(Error::NoSuchVm(name.to_owned()));
+        }
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.try_connect(&path) {
+                Ok(stream) => return Ok(stream),
+                Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(Error::NoSuchVm(name.to_owned())),
+                Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
+                Err(Errno::AGAIN) => return Err(Error::NoAnswer(name.to_owned())),
+                Err(source) => return Err(Error::Socket { what: "connect to", path, source: source.into() }),
+            }
+        }
+    }
+
+    fn try_connect(&self, path: &Path) -> Result<UnixStream, Errno> {
+        let socket = nonblocking_socket()?;
+        connect(&socket, &address(path)?)?;
+        Ok(socket.into())
+    }
+
+    /// Someone listens on the socket of `name`. A full queue is a sign of life too.
+    fn alive(&self, name: &str) -> Result<bool, Error> {
+        let path = self.socket(name);
+        match self.try_connect(&path) {
+            Ok(_) | Err(Errno::AGAIN) => Ok(true),
+            Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+            Err(source) => Err(Error::Socket { what: "probe", path, source: source.into() }),
+        }
+    }
+
+    /// Locks the directory, making it first if asked to.
+    fn lock(&self, create: bool) -> Result<Locked, Error> {
+        let failed = |source: Errno| Error::Directory { path: self.path.clone(), source: source.into() };
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if create {
+                match mkdir(&self.path, Mode::RWXU) {
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(error) => return Err(failed(error)),
+                }
+            }
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let directory = match open(&self.path, flags, Mode::empty()) {
+                Err(Errno::NOENT) if create && Instant::now() < deadline => continue,
+                result => result.map_err(failed)?,
+            };
+            let stat = fstat(&directory).map_err(failed)?;
+            if stat.st_uid != geteuid().as_raw() {
+                return Err(Error::Unsafe { path: self.path.clone(), what: "belongs to another user" });
+            }
+            if stat.st_mode & 0o077 != 0 {
+                return Err(Error::Unsafe { path: self.path.clone(), what: "is open to other users" });
+            }
+            // The lock is held for microseconds; a holder that was stopped must not stop everyone else.
+            while let Err(error) = flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+                if !matches!(error, Errno::WOULDBLOCK | Errno::INTR) || Instant::now() > deadline {
+                    return Err(failed(error));
+                }
+                thread::sleep(Duration::from_micros(500));
+            }
+            let locked = Locked(directory);
+            // Removed, or removed and made again, while we waited for it: a lock that protects nothing.
+            match rustix::fs::lstat(&self.path) {
+                Ok(now) if (now.st_dev, now.st_ino) == (stat.st_dev, stat.st_ino) => return Ok(locked),
+                _ if Instant::now() < deadline => {}
+                Ok(_) => return Err(failed(Errno::WOULDBLOCK)),
+                Err(error) => return Err(failed(error)),
+            }
+        }
+    }
+}
+
+impl Entry {
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The socket, which does not block.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let Ok(locked) = self.registry.lock(false) else { return };
+        let file = format!("{}.sock", self.name);
+        // Ours only: someone may have removed the file and started another of this name.
+        let stat = rustix::fs::statat(&locked.0, &*file, AtFlags::SYMLINK_NOFOLLOW);
+        if stat.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.inode) {
+            let _ = unlinkat(&locked.0, &*file, AtFlags::empty());
+        }
+        // The last one out leaves nothing behind. Fails if there are others.
+        let _ = fs::remove_dir(&self.registry.path);
+    }
+}
+
+fn nonblocking_socket() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+fn address(path: &Path) -> Result<SocketAddrUnix, Errno> {
+    SocketAddrUnix::new(path.as_os_str().as_bytes()).map_err(|_| Errno::INVAL)
+}
+
+/// A short name that can be said aloud. Not a secret, and not unique by itself.
+fn generate() -> String {
+    const FIRST: [&str; 32] = [
+        "amber", "bold", "brave", "brisk", "calm", "clear", "clever", "cosy", "crisp", "dapper", "eager",
+        "early", "fair", "fleet", "fond", "gentle", "glad", "happy", "keen", "kind", "late", "light",
+        "lucky", "mellow", "merry", "neat", "nimble", "proud", "quiet", "swift", "warm", "wise",
+    ];
+    const SECOND: [&str; 32] = [
+        "badger", "beaver", "bison", "crane", "crow", "dolphin", "falcon", "finch", "fox", "gecko", "goose",
+        "hare", "heron", "ibis", "jay", "koala", "lark", "lemur", "lynx", "marten", "mole", "newt", "otter",
+        "owl", "panda", "raven", "robin", "seal", "stork", "swan", "tapir", "wren",
+    ];
+    let mut random = [0u8; mem::size_of::<u32>()];
+    if rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::NONBLOCK) != Ok(random.len()) {
+        random = std::process::id().to_le_bytes();
+    }
+    let [a, b, c, _] = random.map(usize::from);
+    format!("{}-{}-{c:02x}", FIRST[a % 32], SECOND[b % 32])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
+
+    fn registry() -> (tempfile::TempDir, Registry) {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::at(dir.path().join("vmm"));
+        (dir, registry)
+    }
+
+    #[test]
+    fn a_name_is_taken_while_its_owner_lives() {
+        let (_dir, registry) = registry();
+        assert!(registry.names().unwrap().is_empty());
+        assert!(!registry.path().exists(), "listing makes nothing");
+        let entry = registry.register(Some("a")).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(registry.path()), mode(&registry.socket("a"))), (0o700, 0o600));
+        assert!(matches!(registry.register(Some("a")), Err(Error::NameTaken(name)) if name == "a"));
+        let other = registry.register(None).unwrap();
+        assert_eq!(registry.names().unwrap().len(), 2);
+        drop(entry);
+        assert_eq!(registry.names().unwrap(), [other.name()]);
+        assert!(matches!(registry.connect("a"), Err(Error::NoSuchVm(_))));
+        drop(other);
+        assert!(!registry.path().exists(), "the last one out leaves nothing");
+    }
+
+    #[test]
+    fn what_a_killed_monitor_left_is_cleaned_up() {
+        let (_dir, registry) = registry();
+        // As after SIGKILL: the file stays, and nobody listens.
+        let leave = |name| {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(registry.path()).unwrap();
+            drop(UnixListener::bind(registry.socket(name)).unwrap());
+        };
+        leave("a");
+        let entry = registry.register(Some("a")).unwrap();
+        registry.connect("a").unwrap();
+        leave("b");
+        assert_eq!(registry.names().unwrap(), ["a"]);
+        assert!(!registry.socket("b").exists());
+        // Somebody else's socket under our name is not ours to remove.
+        fs::remove_file(registry.socket("a")).unwrap();
+        let usurper = UnixListener::bind(registry.socket("a")).unwrap();
+        drop(entry);
+        assert!(registry.socket("a").exists());
+        drop(usurper);
+    }
+
+    #[test]
+    fn a_directory_that_others_may_enter_is_refused() {
+        let (dir, registry) = registry();
+        fs::create_dir(registry.path()).unwrap();
+        fs::set_permissions(registry.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(matches!(registry.register(None), Err(Error::Unsafe { .. })));
+        fs::remove_dir(registry.path()).unwrap();
+        symlink(dir.path(), registry.path()).unwrap();
+        assert!(matches!(registry.register(None), Err(Error::Directory { .. })));
+    }
+
+    #[test]
+    fn a_name_too_long_for_a_socket_is_an_error_with_a_hint() {
+        let (_dir, registry) = registry();
+        let error = registry.register(Some(&"x".repeat(200))).unwrap_err();
+        assert!(error.hint().unwrap().contains("too long"), "{error}");
+    }
+
+    #[test]
+    fn racing_starts_get_the_name_once() {
+        let (_dir, registry) = registry();
+        for _ in 0..20 {
+            let barrier = std::sync::Barrier::new(8);
+            let winners = thread::scope(|scope| {
+                let start = || {
+                    barrier.wait();
+                    registry.register(Some("x"))
+                };
+                let threads: Vec<_> = (0..8).map(|_| scope.spawn(start)).collect();
+                threads.into_iter().filter_map(|t| t.join().unwrap().ok()).collect::<Vec<_>>()
+            });
+            assert_eq!(winners.len(), 1);
+        }
+        assert!(!registry.path().exists());
+    }
+}

@@ -1,0 +1,107 @@
+//! The process's signals as something to poll: SIGTERM and SIGINT ask the guest to power off, SIGHUP ends it.
+//!
+//! The handlers do nothing but write a byte to a socket, which is all that is safe in them; [`super::server`] reads it.
+//! Taken before anything needs cleaning up, so that a signal during start-up is kept, not fatal.
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use signal_hook::SigId;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::low_level;
+
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// SIGTERM, SIGINT: the power button; the second time, a hard stop.
+    Stop,
+    /// SIGHUP: a hard stop. There is nobody left to wait.
+    Kill,
+}
+
+/// The signals, taken. While this lives they do not end the process by themselves.
+#[derive(Debug)]
+pub struct Signals {
+    stop: UnixStream,
+    kill: UnixStream,
+    handlers: Vec<SigId>,
+}
+
+impl Signals {
+    /// Takes the signals over, except those that the parent had this process ignore (`nohup`, a shell's `&`).
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn take() -> io::Result<Self> {
+        let (stop, stop_writer) = UnixStream::pair()?;
+        let (kill, kill_writer) = UnixStream::pair()?;
+        stop.set_nonblocking(true)?;
+        kill.set_nonblocking(true)?;
+        let ignored = ignored();
+        let mut handlers = Vec::new();
+        for (signal, writer) in [(SIGTERM, &stop_writer), (SIGINT, &stop_writer), (SIGHUP, &kill_writer)] {
+            if ignored & (1 << (signal - 1)) == 0 {
+                handlers.push(low_level::pipe::register(signal, writer.try_clone()?)?);
+            }
+        }
+        Ok(Self { stop, kill, handlers })
+    }
+
+    /// What to wait on.
+    pub fn sources(&self) -> [BorrowedFd<'_>; 2] {
+        [self.stop.as_fd(), self.kill.as_fd()]
+    }
+
+    /// The signals that came, since the last call.
+    pub fn wishes(&mut self) -> Vec<Wish> {
+        let mut wishes = Vec::new();
+        let mut bytes = [0; 16];
+        for (source, wish) in [(&mut self.stop, Wish::Stop), (&mut self.kill, Wish::Kill)] {
+            while let Ok(count @ 1..) = source.read(&mut bytes) {
+                wishes.extend((0..count).map(|_| wish));
+            }
+        }
+        wishes
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // The signals stay without effect from here on: what is left to do is an orderly end.
+        for id in self.handlers.drain(..) {
+            low_level::unregister(id);
+        }
+    }
+}
+
+/// The set of signals that are ignored: bit n - 1 is signal n. From proc(5), as there is no other way without `unsafe`;
+/// a host without /proc is one where nothing is.
+fn ignored() -> u64 {
+    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The second field is a name in parentheses, which may hold anything; sigignore is the 33rd.
+    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    fields.split_ascii_whitespace().nth(30).and_then(|field| field.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ignored_signals_are_known() {
+        // Rust's runtime ignores SIGPIPE (13) in every process, and nothing ignores SIGTERM here.
+        assert_eq!(ignored() & (1 << 12 | 1 << 14), 1 << 12);
+    }
+
+    #[test]
+    fn a_signal_becomes_a_wish() {
+        let mut signals = Signals::take().unwrap();
+        assert!(signals.wishes().is_empty());
+        low_level::raise(SIGTERM).unwrap();
+        low_level::raise(SIGINT).unwrap();
+        low_level::raise(SIGHUP).unwrap();
+        assert_eq!(signals.wishes(), [Wish::Stop, Wish::Stop, Wish::Kill]);
+    }
+}

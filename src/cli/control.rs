@@ -1,0 +1,113 @@
+//! `vmm status`, `pause`, `resume`, `stop`, `kill`: one command to one running virtual machine.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use super::exit::{Code, Failure, pretty, print};
+use super::list::uptime;
+use crate::api::client::Client;
+use crate::api::protocol::Command;
+use crate::api::registry::Registry;
+use crate::api::{Error, Status};
+use crate::config::Size;
+
+/// How much longer than the guest's own time to wait for the monitor's end.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// The options of a command to one virtual machine.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Its name, as vmm list shows it
+    name: String,
+    /// Print the virtual machine's status as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The options of `vmm stop`.
+#[derive(Debug, clap::Args)]
+pub struct StopOptions {
+    #[command(flatten)]
+    options: Options,
+    /// Stop the guest hard after so many seconds [default: the --stop-timeout it was started with]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Stop the guest hard at once, as vmm kill does
+    #[arg(long, conflicts_with = "timeout")]
+    force: bool,
+}
+
+/// `vmm status`.
+pub fn status(options: Options) -> Result<Code, Failure> {
+    let status = connect(&options)?.ask(Command::Status)?;
+    print(&if options.json { pretty(&status) } else { text(&status) })?;
+    Ok(Code::Success)
+}
+
+/// `vmm pause`.
+pub fn pause(options: Options) -> Result<Code, Failure> {
+    change(options, Command::Pause)
+}
+
+/// `vmm resume`.
+pub fn resume(options: Options) -> Result<Code, Failure> {
+    change(options, Command::Resume)
+}
+
+/// `vmm kill`.
+pub fn kill(options: Options) -> Result<Code, Failure> {
+    end(options, Command::Kill, Some(Duration::ZERO))
+}
+
+/// `vmm stop`.
+pub fn stop(options: StopOptions) -> Result<Code, Failure> {
+    if options.force {
+        return kill(options.options);
+    }
+    let timeout_seconds = options.timeout;
+    end(options.options, Command::Stop { timeout_seconds }, timeout_seconds.map(Duration::from_secs))
+}
+
+fn connect(options: &Options) -> Result<Client, Error> {
+    Client::connect(&Registry::of_user(), &options.name)
+}
+
+fn change(options: Options, command: Command) -> Result<Code, Failure> {
+    let status = connect(&options)?.ask(command)?;
+    if options.json {
+        print(&pretty(&status))?;
+    }
+    Ok(Code::Success)
+}
+
+/// Has the machine end, and waits for that: `timeout` is the time that the guest has, if it is known here.
+fn end(options: Options, command: Command, timeout: Option<Duration>) -> Result<Code, Failure> {
+    let mut client = connect(&options)?;
+    let status = client.ask(command)?;
+    if options.json {
+        print(&pretty(&status))?;
+    }
+    client.wait_for_end(timeout.map_or(Duration::MAX, |timeout| timeout.saturating_add(GRACE)))?;
+    Ok(Code::Success)
+}
+
+fn text(status: &Status) -> String {
+    let mut text = String::new();
+    let mut line = |key: &str, value: &dyn std::fmt::Display| {
+        // Writing to a String does not fail.
+        let _ = writeln!(text, "{key:<8} {value}");
+    };
+    line("name", &status.name);
+    line("pid", &status.pid);
+    line("state", &status.state);
+    line("uptime", &uptime(status.uptime_seconds));
+    line("cpus", &status.cpus);
+    line("memory", &Size::from_bytes(status.memory_bytes));
+    if let Some(kernel) = &status.kernel {
+        line("kernel", &kernel.display());
+    }
+    for pty in &status.ptys {
+        line("pty", &format_args!("{} ({})", pty.path.display(), pty.device));
+    }
+    text
+}

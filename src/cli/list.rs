@@ -1,0 +1,100 @@
+//! `vmm list`: what runs.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::exit::{Code, Failure, pretty, print};
+use crate::api::client::Client;
+use crate::api::protocol::Command;
+use crate::api::registry::Registry;
+use crate::api::{Error, Status};
+use crate::config::Size;
+use crate::error_chain;
+
+/// The options of `vmm list`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// `vmm list`.
+pub fn list(options: Options) -> Result<Code, Failure> {
+    let registry = Registry::of_user();
+    let mut rows = Vec::new();
+    for name in registry.names()? {
+        match Client::connect(&registry, &name).and_then(|mut client| client.ask(Command::Status)) {
+            // It ended while we were looking.
+            Err(Error::NoSuchVm(_)) => {}
+            answer => rows.push((name, answer)),
+        }
+    }
+    print(&if options.json { json(&rows) } else { table(&rows) })?;
+    Ok(Code::Success)
+}
+
+/// A row of `--json`.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Row<'a> {
+    Status(&'a Status),
+    Error { name: &'a str, error: String },
+}
+
+fn json(rows: &[(String, Result<Status, Error>)]) -> String {
+    let rows = rows.iter().map(|(name, answer)| match answer {
+        Ok(status) => Row::Status(status),
+        Err(error) => Row::Error { name, error: error_chain(error) },
+    });
+    pretty(&rows.collect::<Vec<_>>())
+}
+
+fn table(rows: &[(String, Result<Status, Error>)]) -> String {
+    let mut text = String::new();
+    let _ = writeln!(
+        text,
+        "{:<24} {:>8} {:<9} {:>9} {:>4} {:>7}  KERNEL",
+        "NAME", "PID", "STATE", "UPTIME", "CPUS", "MEMORY"
+    );
+    for (name, answer) in rows {
+        // Writing to a String does not fail.
+        let _ = match answer {
+            Ok(s) => writeln!(
+                text,
+                "{name:<24} {:>8} {:<9} {:>9} {:>4} {:>7}  {}",
+                s.pid,
+                s.state,
+                uptime(s.uptime_seconds),
+                s.cpus,
+                Size::from_bytes(s.memory_bytes).to_string(),
+                s.kernel.as_ref().map_or("-".into(), |path| path.display().to_string()),
+            ),
+            Err(error) => writeln!(text, "{name:<24} {:>8} {}", "-", error_chain(error)),
+        };
+    }
+    text
+}
+
+/// Seconds as people say them: `7s`, `12m03s`, `3h05m`, `2d04h`.
+pub fn uptime(seconds: f64) -> String {
+    let s = seconds as u64;
+    match s {
+        0..60 => format!("{s}s"),
+        60..3600 => format!("{}m{:02}s", s / 60, s % 60),
+        3600..86400 => format!("{}h{:02}m", s / 3600, s / 60 % 60),
+        _ => format!("{}d{:02}h", s / 86400, s / 3600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn uptimes() {
+        let times = [(0.9, "0s"), (59.0, "59s"), (61.0, "1m01s"), (3599.0, "59m59s"), (90061.0, "1d01h")];
+        for (seconds, text) in times {
+            assert_eq!(super::uptime(seconds), text);
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The options of `vmm run`, and how they and a configuration file become one [`VmConfig`].
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow};
+use clap::{ArgAction, Args};
+use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::Error as ValueError;
+
+use super::exit::{Code, Failure};
+use crate::config::{BootProtocol, Console, Cpus, Disk, Memory, OnReboot, Port, VmConfig, Where};
+
+/// The largest configuration file that is read.
+const MAX_CONFIG: u64 = 1 << 20;
+
+/// All options of `vmm run`. Those absent leave the configuration file's value, or the default.
+#[derive(Debug, Default, Args)]
+pub struct Options {
+    /// The kernel: a bzImage, or an ELF vmlinux
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// The initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line [default: one that fits the devices]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// Guest memory: SIZE[,prefault][,thp][,hugepages=2M|1G][,backing=memfd|anonymous] [default: 256M]
+    #[arg(long, value_name = "SIZE")]
+    mem: Option<Memory>,
+    /// Number of CPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<Cpus>,
+    /// A disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ...
+    #[arg(long, value_name = "path=FILE")]
+    disk: Vec<Disk>,
+    /// Where the console hvc0 goes: stdio, pty, file=PATH, socket=PATH, off [default: stdio]
+    #[arg(long, value_name = "WHERE")]
+    console: Option<Console>,
+    /// A named port, /dev/virtio-ports/NAME in the guest; may be repeated
+    #[arg(long, value_name = "NAME=WHERE")]
+    port: Vec<Port>,
+    /// Where the serial port ttyS0 goes; stdio takes it from the console [default: off]
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<Where>,
+    /// Give the guest an entropy device
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
+    rng: Option<bool>,
+    /// The name for vmm list, stop and so on [default: a generated one]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Read the configuration from a JSON file; options given here win over it (lists replace its lists)
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The way into the kernel: auto, linux64, pvh [default: auto, which takes PVH where the kernel offers it]
+    #[arg(long, value_name = "PROTOCOL", value_parser = keyword::<BootProtocol>)]
+    boot: Option<BootProtocol>,
+    /// What a reboot of the guest does: exit, reset [default: exit]
+    #[arg(long, value_name = "WHAT", value_parser = keyword::<OnReboot>)]
+    on_reboot: Option<OnReboot>,
+    /// Give the guest a port that ends the run with an exit code: writing V makes it 2V+1
+    #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true, default_missing_value = "0xf4", value_parser = port_number)]
+    debug_exit: Option<u16>,
+    /// Log the guest's writes to port 0x80 with their time
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
+    boot_marks: Option<bool>,
+    /// Seconds from a stop (SIGTERM, SIGINT, vmm stop) until the guest is stopped hard
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub stop_timeout: u64,
+    /// Print the resolved configuration and the guest's memory map as JSON, and run nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Log more: -v what happens, -vv details (RUST_LOG, in env_logger's form, says it by module)
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+impl Options {
+    /// The virtual machine that is asked for, checked as far as that goes without opening what it names.
+    ///
+    /// # Errors
+    /// The configuration file cannot be read, or no machine can be as described.
+    pub fn resolve(self) -> Result<VmConfig, Failure> {
+        let mut config = match &self.config {
+            Some(path) => read(path).map_err(|error| {
+                let hint =
+                    "the file has the options' names as keys: {\"kernel\": \"vmlinux\", \"mem\": \"512M\"}";
+                Failure::new(Code::BadArgument, error).hint(Some(hint))
+            })?,
+            None => VmConfig::default(),
+        };
+        self.apply(&mut config);
+        config.validate()?;
+        if config.kernel.is_none() {
+            return Err(Failure::new(Code::BadArgument, anyhow!("there is no kernel to boot"))
+                .hint(Some("name one: --kernel FILE")));
+        }
+        Ok(config)
+    }
+
+    fn apply(self, config: &mut VmConfig) {
+        fn set<T>(target: &mut T, value: Option<T>) {
+            if let Some(value) = value {
+                *target = value;
+            }
+        }
+        let some = |list: bool| list.then_some(());
+        config.name = self.name.or(config.name.take());
+        config.kernel = self.kernel.or(config.kernel.take());
+        config.initrd = self.initrd.or(config.initrd.take());
+        config.cmdline = self.cmdline.or(config.cmdline.take());
+        config.debug_exit = self.debug_exit.or(config.debug_exit);
+        set(&mut config.boot, self.boot);
+        set(&mut config.mem, self.mem);
+        set(&mut config.cpus, self.cpus);
+        set(&mut config.disk, some(!self.disk.is_empty()).map(|()| self.disk));
+        set(&mut config.console, self.console);
+        set(&mut config.port, some(!self.port.is_empty()).map(|()| self.port));
+        set(&mut config.serial, self.serial);
+        set(&mut config.rng, self.rng);
+        set(&mut config.boot_marks, self.boot_marks);
+        set(&mut config.on_reboot, self.on_reboot);
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<VmConfig> {
+    let context = || format!("read configuration file {}", path.display());
+    let mut text = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MAX_CONFIG + 1).read_to_end(&mut text))
+        .with_context(context)?;
+    if text.len() as u64 > MAX_CONFIG {
+        return Err(anyhow!("it is larger than {MAX_CONFIG} bytes")).with_context(context);
+    }
+    serde_json::from_slice(&text).with_context(context)
+}
+
+/// A word as the configuration's serde form knows it.
+fn keyword<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T, ValueError> {
+    T::deserialize(text.into_deserializer())
+}
+
+fn switch(text: &str) -> Result<bool, &'static str> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("it is on or off"),
+    }
+}
+
+fn port_number(text: &str) -> Result<u16, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u16::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| "an I/O port is a number up to 65535, or 0x...".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Only {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn resolve(arguments: &str) -> VmConfig {
+        let arguments = ["vmm"].into_iter().chain(arguments.split_whitespace());
+        Only::try_parse_from(arguments).unwrap().options.resolve().unwrap()
+    }
+
+    #[test]
+    fn options_fill_the_same_tree_as_a_file_and_win_over_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let json = r#"{"kernel": "k", "mem": "1G,thp", "cpus": 2, "disk": ["a", "b,readonly"], "rng": true,
+            "on_reboot": "reset", "boot": "pvh", "port": ["p=off"], "debug_exit": 244}"#;
+        std::fs::write(file.path(), json).unwrap();
+        let from_file = format!("--config {}", file.path().display());
+        let options = "--kernel k --mem 1G,thp --cpus 2 --disk a --disk b,readonly --rng --on-reboot reset \
+            --boot pvh --port p=off --debug-exit";
+        assert_eq!(resolve(&from_file), resolve(options));
+        let both = resolve(&format!("{from_file} --mem 2G --disk c --rng=off --boot auto --cmdline -x"));
+        assert_eq!((both.mem.size.bytes(), both.mem.thp), (2 << 30, false));
+        assert_eq!(both.disk.len(), 1);
+        assert_eq!((both.rng, both.boot, both.cpus.0), (false, BootProtocol::Auto, 2));
+        assert_eq!(both.cmdline.as_deref(), Some("-x"));
+    }
+
+    #[test]
+    fn every_key_of_a_file_has_its_option() {
+        // What a file can say and the command line cannot would be a configuration that only one of them reaches.
+        let tree = serde_json::to_value(VmConfig::default()).unwrap();
+        let command = <Only as clap::CommandFactory>::command();
+        for key in tree.as_object().unwrap().keys() {
+            let option = key.replace('_', "-");
+            assert!(command.get_arguments().any(|a| a.get_long() == Some(&option)), "--{option}");
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! `vmm run`: from options to a running machine, and from its end to an exit code.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::anyhow;
+
+use super::exit::{Code, Failure, print};
+use super::options::Options;
+use super::plan::plan;
+use crate::api;
+use crate::api::registry::Registry;
+use crate::api::running::Running;
+use crate::api::server::Server;
+use crate::api::signals::Signals;
+use crate::config::{OnReboot, VmConfig};
+use crate::machine::{self, Ends, Outcome};
+
+/// `vmm run`.
+pub fn run(options: Options) -> Result<Code, Failure> {
+    let stop_timeout = Duration::from_secs(options.stop_timeout);
+    let dry_run = options.dry_run;
+    let config = options.resolve()?;
+    if dry_run {
+        print(&plan(config))?;
+        return Ok(Code::Success);
+    }
+    // Before anything that a signal would have to undo.
+    let signals = Signals::take().map_err(api::Error::Thread)?;
+    let entry = Registry::of_user().register(config.name.as_deref())?;
+    log::info!("{}: control socket registered", entry.name());
+    let running = Arc::new(Running::new(entry.name(), &config));
+    let server = Server::start(entry, Some(signals), running.clone(), stop_timeout)?;
+    let mut ends = Ends::default();
+    let end = live(&config, &mut ends, &running);
+    // Frees the name, then the terminal, before anything is said.
+    drop(server);
+    drop(ends);
+    end
+}
+
+/// Runs the machine, and again after each reboot if that is wanted.
+fn live(config: &VmConfig, ends: &mut Ends, running: &Running) -> Result<Code, Failure> {
+    loop {
+        let machine = machine::build(config, ends)?;
+        running.built(machine.handle(), Vec::new());
+        let outcome = machine.run();
+        let stopped = running.ended();
+        match outcome? {
+            Outcome::Reset if config.on_reboot == OnReboot::Reset && !stopped => {
+                log::info!("the guest rebooted: starting it again");
+            }
+            Outcome::Shutdown | Outcome::Reset => return Ok(Code::Success),
+            Outcome::Exit(code) => return Ok(Code::Guest(code)),
+            Outcome::Killed => return Ok(Code::Killed),
+            Outcome::Crash(report) => return Err(Failure::new(Code::GuestCrash, anyhow!(report))),
+            Outcome::InternalError(report) => return Err(Failure::new(Code::Internal, anyhow!(report))),
+        }
+    }
+}
+
+impl From<machine::Error> for Failure {
+    fn from(error: machine::Error) -> Self {
+        let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
+        let hint = error.hint().map(|hint| hint.into_owned());
+        Self::new(code, error).hint(hint)
+    }
+}

@@ -1,0 +1,162 @@
+//! The assembly: from a configuration to a machine, read top to bottom.
+//!
+//! The order is that of the ioctls' cost: memory slots, then interrupt controllers, then interrupts and doorbells, then
+//! vCPUs. The kernel is loaded by a thread of its own while KVM sets up, because it needs only the memory and the plan.
+
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Instant;
+
+use super::{Error, Handle, Machine, Phase, Shared, kvm_path};
+use crate::boot::tables::{Platform, VirtioMmio};
+use crate::boot::{self, Payload};
+use crate::bus::{Bus, Device, SharedDevice};
+use crate::chardev::{Ends, Escape};
+use crate::config::{VmConfig, Where};
+use crate::kvm::Kvm;
+use crate::legacy::acpi_pm::AcpiPm;
+use crate::legacy::boot_marks::BootMarks;
+use crate::legacy::debug_exit::{self, DebugExit};
+use crate::legacy::i8042::I8042;
+use crate::legacy::serial::SerialPort;
+use crate::memory::{Memory, layout};
+use crate::vcpu;
+use crate::vcpu::dispatch::Buses;
+use crate::vcpu::gate::Gate;
+use crate::virtio;
+use crate::virtio::mmio::Mmio;
+use crate::vm::{Interrupt, Vm};
+
+/// Builds the machine that `config` describes. `ends` keeps the host ends of its consoles over resets of the guest: those
+/// that are not open yet are opened here, last of all that can fail for want of something that the user named.
+///
+/// # Errors
+/// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several `ends` that failed.
+pub fn build(config: &VmConfig, ends: &mut Ends) -> Result<Machine, Error> {
+    let start = Instant::now();
+    config.validate()?;
+    let payload = payload(config)?;
+    let platform = platform(config)?;
+
+    let kvm = Kvm::open(&kvm_path())?;
+    let cpus = config.cpus.0;
+    if cpus as usize > kvm.max_vcpus() {
+        return Err(Error::TooManyCpus { wanted: cpus, possible: kvm.max_vcpus() });
+    }
+    let memory = Memory::new(&config.mem)?;
+    let (vm, entry) = thread::scope(|scope| {
+        let loader = thread::Builder::new().name("loader".to_owned());
+        let loaded = loader.spawn_scoped(scope, || boot::load(&memory, &payload, &platform));
+        let vm = kvm.create_vm(&memory)?;
+        let loaded =
+            loaded.map_err(|source| Error::Host { what: "the loader's thread".to_owned(), source })?;
+        // A panic there is a defect of ours, and goes on as one.
+        let entry = loaded.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok::<_, Error>((Arc::new(vm), entry))
+    })?;
+
+    let mut board = Board { vm: vm.clone(), pio: Bus::default(), mmio: Bus::default(), devices: Vec::new() };
+    let power = Arc::new(Mutex::new(AcpiPm::new(board.interrupt("power button", layout::ACPI_GSI)?)));
+    board.port("acpi-pm", layout::ACPI_PM, layout::ACPI_PM_SIZE, power.clone())?;
+    board.port("i8042", layout::I8042, layout::I8042_SIZE, shared(I8042))?;
+    if let Some(port) = config.debug_exit {
+        board.port("debug-exit", u64::from(port), debug_exit::SIZE, shared(DebugExit))?;
+    }
+    if config.boot_marks {
+        board.port("boot-marks", layout::POST, 1, shared(BootMarks::new(start)))?;
+    }
+    for (device, at) in virtio::Device::list(config).iter().zip(&platform.virtio_mmio) {
+        let (name, base) = (device.name(), u64::from(at.base));
+        let mmio = Mmio::new(&*vm, memory.ram(), base, at.gsi, &name, device.build(ends)?)?;
+        board.memory(&name, base, layout::VIRTIO_MMIO_SIZE, shared(mmio))?;
+    }
+    if config.serial != Where::Off {
+        let interrupt = board.interrupt("serial port", layout::COM1_GSI)?;
+        let mut serial = SerialPort::new(ends.get("serial", &config.serial)?, interrupt);
+        serial.resume();
+        board.port("serial", layout::COM1, 8, shared(serial))?;
+    }
+
+    let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus)).collect::<Result<Vec<_>, _>>()?;
+    vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
+    vcpus[0].enter_at(entry)?;
+
+    let (events, ended) = channel();
+    let shared = Arc::new(Shared {
+        vcpus: Arc::new(vcpu::Shared {
+            buses: Buses::new(board.pio, board.mmio),
+            gate: Gate::new(vcpus.len()),
+            ram: memory.ram().clone(),
+        }),
+        threads: Mutex::default(),
+        devices: board.devices,
+        power,
+        phase: Mutex::new(Phase::Running),
+        events,
+    });
+    let handle = Handle(shared.clone());
+    ends.on_escape(move |escape| match escape {
+        Escape::Quit => handle.kill(),
+        Escape::PowerButton => handle.power_button(),
+    });
+    Ok(Machine { shared, vcpus, events: ended, _vm: vm })
+}
+
+fn payload(config: &VmConfig) -> Result<Payload, Error> {
+    Ok(Payload {
+        kernel: config.kernel.clone().ok_or(Error::NoKernel)?,
+        initrd: config.initrd.clone(),
+        cmdline: config.cmdline.clone().unwrap_or_else(|| boot::cmdline::default_for(config)),
+        protocol: config.boot,
+    })
+}
+
+/// What the guest's tables say of the machine: where each device of `config` is, before any is built.
+///
+/// # Errors
+/// [`Error::TooManyDevices`].
+pub fn platform(config: &VmConfig) -> Result<Platform, Error> {
+    let wanted = virtio::Device::list(config).len();
+    let possible = layout::VIRTIO_GSIS.len();
+    if wanted > possible {
+        return Err(Error::TooManyDevices { wanted, possible });
+    }
+    let slot = |(index, gsi)| VirtioMmio {
+        base: (layout::VIRTIO_MMIO + index as u64 * layout::VIRTIO_MMIO_SIZE) as u32,
+        gsi,
+    };
+    let virtio_mmio = layout::VIRTIO_GSIS.into_iter().take(wanted).enumerate().map(slot).collect();
+    Ok(Platform { cpus: config.cpus.0, virtio_mmio, com1: config.serial != Where::Off })
+}
+
+fn shared(device: impl Device + 'static) -> SharedDevice {
+    Arc::new(Mutex::new(device))
+}
+
+/// What devices are put on.
+struct Board {
+    vm: Arc<crate::kvm::Vm>,
+    pio: Bus,
+    mmio: Bus,
+    devices: Vec<(String, SharedDevice)>,
+}
+
+impl Board {
+    fn interrupt(&self, what: &str, gsi: u32) -> Result<Arc<dyn Interrupt>, Error> {
+        let failed = |source| Error::Host { what: format!("the interrupt of the {what}"), source };
+        self.vm.irq_line(gsi).map_err(failed)
+    }
+
+    fn port(&mut self, name: &str, base: u64, size: u64, device: SharedDevice) -> Result<(), Error> {
+        self.pio.insert(name, base, size, device.clone())?;
+        self.devices.push((name.to_owned(), device));
+        Ok(())
+    }
+
+    fn memory(&mut self, name: &str, base: u64, size: u64, device: SharedDevice) -> Result<(), Error> {
+        self.mmio.insert(name, base, size, device.clone())?;
+        self.devices.push((name.to_owned(), device));
+        Ok(())
+    }
+}

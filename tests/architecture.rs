@@ -1,0 +1,163 @@
+//! The structure that `src/lib.rs` draws, held against the code: layers, where `unsafe` may stand, file headers.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Modules by layer: one uses only its own layer and those before it.
+const LAYERS: [&[&str]; 10] = [
+    &["event_loop", "state", "config", "guest_log"],
+    &["memory", "vm", "bus"],
+    &["disk", "net", "chardev"],
+    &["kvm"],
+    &["legacy", "pci", "virtio"],
+    &["boot", "vcpu"],
+    &["machine"],
+    &["snapshot"],
+    &["api", "oci", "sandbox", "trace"],
+    &["cli", "main", "bench"],
+];
+
+/// Edges that the layers would allow and the design does not: device models know the `Vm` trait, never KVM, and
+/// never each other's family.
+const FORBIDDEN: [(&str, &str); 9] = [
+    ("legacy", "kvm"),
+    ("pci", "kvm"),
+    ("virtio", "kvm"),
+    ("legacy", "virtio"),
+    ("virtio", "legacy"),
+    ("legacy", "pci"),
+    ("disk", "chardev"),
+    ("chardev", "disk"),
+    ("vcpu", "boot"),
+];
+
+/// Edges upward that are part of the design: sizes and limits are the layout's to know.
+const ALLOWED: [(&str, &str); 1] = [("config", "memory")];
+
+/// Where `unsafe` may stand.
+const UNSAFE: [&str; 5] = ["memory", "kvm", "disk", "snapshot", "sandbox"];
+
+fn files(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// Each source file with the top-level module that it belongs to, without comments and strings' worth of noise:
+/// lines that are comments are dropped.
+fn sources() -> Vec<(PathBuf, String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut paths = Vec::new();
+    files(&root, &mut paths);
+    assert!(paths.len() > 10, "found only {paths:?}");
+    paths
+        .into_iter()
+        .map(|path| {
+            let relative = path.strip_prefix(&root).unwrap();
+            let module = relative.components().next().unwrap().as_os_str().to_str().unwrap();
+            let module = module.trim_end_matches(".rs").to_owned();
+            let text = fs::read_to_string(&path).unwrap();
+            (relative.to_owned(), module, text)
+        })
+        .collect()
+}
+
+fn code(text: &str) -> String {
+    let lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// The modules that a file names after `crate::`, also in `crate::{a, b::c}`.
+fn uses(text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for (at, marker) in text.match_indices("crate::") {
+        if text[..at].ends_with('$') || text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_') {
+            continue;
+        }
+        let rest = &text[at + marker.len()..];
+        let word = |s: &str| s.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+        if let Some(group) = rest.strip_prefix('{') {
+            let mut depth = 1;
+            let mut start = true;
+            for (i, c) in group.char_indices() {
+                match c {
+                    '{' => depth += 1,
+                    '}' => depth -= 1,
+                    ',' if depth == 1 => start = true,
+                    c if start && !c.is_whitespace() => {
+                        found.push(word(&group[i..]));
+                        start = false;
+                    }
+                    _ => {}
+                }
+                if depth == 0 {
+                    break;
+                }
+            }
+        } else {
+            found.push(word(rest));
+        }
+    }
+    found
+}
+
+#[test]
+fn the_reader_of_uses_reads() {
+    let text = "use crate::a::B; use crate::{c, d::{e, f}, g}; x::crate::no; let x = crate::h::I;";
+    assert_eq!(uses(text), ["a", "c", "d", "g", "no", "h"]);
+}
+
+#[test]
+fn modules_use_only_their_layer_and_those_below() {
+    let layer: BTreeMap<_, _> =
+        LAYERS.iter().enumerate().flat_map(|(n, modules)| modules.iter().map(move |m| (*m, n))).collect();
+    let mut wrong = Vec::new();
+    for (path, module, text) in sources() {
+        if module == "lib" {
+            continue;
+        }
+        let Some(own) = layer.get(module.as_str()) else {
+            wrong.push(format!("{}: module {module} has no layer", path.display()));
+            continue;
+        };
+        for used in uses(&code(&text)) {
+            let Some(other) = layer.get(used.as_str()) else { continue };
+            let pair = (module.as_str(), used.as_str());
+            if (other > own && !ALLOWED.contains(&pair)) || FORBIDDEN.contains(&pair) {
+                wrong.push(format!("{}: {module} uses {used}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn unsafe_stands_only_where_the_design_says() {
+    let is_unsafe = |line: &str| {
+        line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe")
+            && !line.contains('"')
+    };
+    let mut wrong = Vec::new();
+    for (path, module, text) in sources() {
+        if !UNSAFE.contains(&module.as_str()) && code(&text).lines().any(is_unsafe) {
+            wrong.push(path.display().to_string());
+        }
+    }
+    assert!(wrong.is_empty(), "unsafe in {}", wrong.join(", "));
+}
+
+#[test]
+fn every_file_says_what_it_is() {
+    let wrong: Vec<_> = sources()
+        .into_iter()
+        .filter(|(_, _, text)| !text.starts_with("//!"))
+        .map(|(path, _, _)| path.display().to_string())
+        .collect();
+    assert!(wrong.is_empty(), "no //! at the top of {}", wrong.join(", "));
+}
