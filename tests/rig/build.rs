@@ -14,14 +14,7 @@ fn main() {
     let variable = |name: &str| env::var_os(name).unwrap_or_else(|| panic!("{name} is not set"));
     let folder = PathBuf::from(variable("OUT_DIR")).join("init");
     let status = Command::new(variable("CARGO"))
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            "rig-init",
-            "--bin",
-            "rig-init",
-        ])
+        .args(["build", "--quiet", "--package", "rig-init", "--bin", "rig-init"])
         .args(["--release", "--target", TARGET])
         .arg("--target-dir")
         .arg(&folder)

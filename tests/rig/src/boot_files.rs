@@ -2,6 +2,7 @@
 //! modules, and the initramfs around the machine's first process. Called once per run; knows
 //! nothing of QEMU.
 
+use crate::memory_root::Tree;
 use crate::options::Options;
 use crate::packages;
 use anyhow::{Context, Result, bail, ensure};
@@ -16,18 +17,8 @@ const INIT: &[u8] = include_bytes!(env!("RIG_INIT"));
 
 /// Modules to load, after those that they need. The first is what the rig is for; the others
 /// are there for networks, sockets and file systems of tests.
-const MODULES: [&str; 10] = [
-    "kvm_amd",
-    "tun",
-    "vhost_net",
-    "vhost_vsock",
-    "overlay",
-    "erofs",
-    "loop",
-    "nbd",
-    "bridge",
-    "veth",
-];
+const MODULES: [&str; 10] =
+    ["kvm_amd", "tun", "vhost_net", "vhost_vsock", "overlay", "erofs", "loop", "nbd", "bridge", "veth"];
 
 /// A kernel and its modules in the cache.
 #[derive(Debug)]
@@ -38,6 +29,15 @@ pub struct BootFiles {
     pub cache: PathBuf,
     /// Module files in load order.
     modules: Vec<PathBuf>,
+}
+
+/// What a machine runs that has everything from the start.
+#[derive(Debug)]
+pub struct FixedRun {
+    /// The encoded request.
+    pub request: Vec<u8>,
+    /// The files of its root.
+    pub root: Tree,
 }
 
 /// Finds the boot files, fetching and unpacking them if need be.
@@ -57,10 +57,7 @@ pub fn prepare(options: &Options) -> Result<BootFiles> {
     packages::unpack(&package, &root)?;
     let kernel = extract_kernel(&root.join("boot").join(format!("vmlinuz-{release}")))?;
     fs::write(fresh.join("vmlinux"), kernel)?;
-    unpack_modules(
-        &root.join("lib/modules").join(&release),
-        &fresh.join("modules"),
-    )?;
+    unpack_modules(&root.join("lib/modules").join(&release), &fresh.join("modules"))?;
     fs::remove_dir_all(&root)?;
     fs::remove_file(&package)?;
     fs::rename(&fresh, cache.join(format!("kernel-{release}")))?;
@@ -68,8 +65,9 @@ pub fn prepare(options: &Options) -> Result<BootFiles> {
 }
 
 impl BootFiles {
-    /// The initramfs: the first process, modules, and the file `request` if there is one.
-    pub fn initramfs(&self, request: Option<&[u8]>) -> Result<Vec<u8>> {
+    /// The initramfs: the first process, modules, and for a machine that takes no request later
+    /// the request and the root that it runs in.
+    pub fn initramfs(&self, fixed: Option<&FixedRun>) -> Result<Vec<u8>> {
         const FOLDER: u32 = 0o040755;
         const PROGRAM: u32 = 0o100755;
         const CHARACTER_DEVICE: u32 = 0o020600;
@@ -84,12 +82,14 @@ impl BootFiles {
             let bytes = fs::read(module).with_context(|| format!("read {}", module.display()))?;
             archive.add(&format!("{folder}/{name}"), PROGRAM, &bytes);
         }
-        if let Some(request) = request {
-            archive.add(
-                rig_init::REQUEST_FILE.trim_start_matches('/'),
-                PROGRAM,
-                request,
-            );
+        if let Some(FixedRun { request, root }) = fixed {
+            let request_file = rig_init::REQUEST_FILE.trim_start_matches('/');
+            archive.add(request_file, PROGRAM, request);
+            let folder = rig_init::ROOT_FOLDER.trim_start_matches('/');
+            archive.add(folder, FOLDER, &[]);
+            for (path, entry) in root {
+                archive.add(&format!("{folder}{}", path.display()), entry.mode, &entry.content);
+            }
         }
         archive.add("TRAILER!!!", 0, &[]);
         Ok(archive.0)
@@ -103,11 +103,7 @@ impl BootFiles {
 
 /// An exclusive lock on the cache, until it is dropped.
 pub fn lock(cache: &Path) -> Result<File> {
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(cache.join("lock"))?;
+    let file = File::options().write(true).create(true).truncate(false).open(cache.join("lock"))?;
     flock(&file, FlockOperation::LockExclusive)?;
     Ok(file)
 }
@@ -141,15 +137,10 @@ fn find(cache: &Path) -> Result<Option<BootFiles>> {
     let Some(folder) = folder.map(|entry| entry.path()) else {
         return Ok(None);
     };
-    let mut modules: Vec<_> = fs::read_dir(folder.join("modules"))?
-        .map(|entry| Ok(entry?.path()))
-        .collect::<Result<_>>()?;
+    let mut modules: Vec<_> =
+        fs::read_dir(folder.join("modules"))?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
     modules.sort();
-    Ok(Some(BootFiles {
-        kernel: folder.join("vmlinux"),
-        cache: cache.to_owned(),
-        modules,
-    }))
+    Ok(Some(BootFiles { kernel: folder.join("vmlinux"), cache: cache.to_owned(), modules }))
 }
 
 /// The ELF kernel inside a bzImage: entering it directly (PVH) spares the machine the work of
@@ -160,10 +151,7 @@ fn extract_kernel(image: &Path) -> Result<Vec<u8>> {
         let field = bytes.get(at..at + 4).context("kernel image too short")?;
         Ok(u32::from_le_bytes(field.try_into()?) as usize)
     };
-    ensure!(
-        field(0x202)? & 0xffff >= 0x208,
-        "kernel image of an old boot protocol"
-    );
+    ensure!(field(0x202)? & 0xffff >= 0x208, "kernel image of an old boot protocol");
     let sectors = match bytes[0x1f1] {
         0 => 4,
         count => usize::from(count),
@@ -172,11 +160,7 @@ fn extract_kernel(image: &Path) -> Result<Vec<u8>> {
     let end = start + field(0x24c)?;
     let payload = bytes.get(start..end).context("kernel image cut short")?;
     let kernel = decompress(payload)?;
-    ensure!(
-        kernel.starts_with(b"\x7fELF"),
-        "no ELF file in {}",
-        image.display()
-    );
+    ensure!(kernel.starts_with(b"\x7fELF"), "no ELF file in {}", image.display());
     Ok(kernel)
 }
 
@@ -199,11 +183,7 @@ fn decompress(bytes: &[u8]) -> Result<Vec<u8>> {
         .output()
         .with_context(|| format!("run {program}"))?;
     let text = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "{program} failed: {}",
-        text.trim_end()
-    );
+    ensure!(output.status.success(), "{program} failed: {}", text.trim_end());
     Ok(output.stdout)
 }
 
@@ -222,11 +202,7 @@ fn unpack_modules(from: &Path, to: &Path) -> Result<()> {
     for wanted in MODULES {
         unpack_module(wanted, &files, to, &mut done)?;
     }
-    ensure!(
-        done.iter().any(|name| name == "kvm_amd"),
-        "no module kvm_amd in {}",
-        from.display()
-    );
+    ensure!(done.iter().any(|name| name == "kvm_amd"), "no module kvm_amd in {}", from.display());
     Ok(())
 }
 
@@ -298,9 +274,7 @@ impl Archive {
         let size = content.len() as u32;
         let name_size = name.len() as u32 + 1;
         self.0.extend(b"070701");
-        for field in [
-            number, mode, 0, 0, 1, 0, size, 0, 0, major, minor, name_size, 0,
-        ] {
+        for field in [number, mode, 0, 0, 1, 0, size, 0, 0, major, minor, name_size, 0] {
             self.0.extend(format!("{field:08x}").bytes());
         }
         self.0.extend(name.bytes());

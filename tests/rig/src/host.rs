@@ -21,11 +21,7 @@ pub fn kvm_runs_linux() -> bool {
     let processors = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     has_virtualization(&processors)
         && !Path::new("/sys/module/kvm_pvm").exists()
-        && fs::File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .is_ok()
+        && fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
 fn has_virtualization(cpuinfo: &str) -> bool {
@@ -95,10 +91,7 @@ pub fn run(options: &Options) -> Result<i32> {
             Ok(Event::Signal(signal)) => send(signal),
             Err(RecvTimeoutError::Timeout) => {
                 send(libc::SIGKILL);
-                warn(format!(
-                    "the command ran longer than {} seconds: killed",
-                    time.as_secs()
-                ));
+                warn(format!("the command ran longer than {} seconds: killed", time.as_secs()));
                 return Ok(EXIT_TIMEOUT);
             }
             Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the command was lost"),
@@ -114,9 +107,7 @@ mod tests {
     fn virtualization_is_a_whole_flag_of_a_processor() {
         assert!(has_virtualization("processor: 0\nflags\t\t: fpu vmx sse\n"));
         assert!(has_virtualization("flags\t\t: fpu svm\n"));
-        assert!(!has_virtualization(
-            "flags\t\t: fpu svm_lock\nbugs\t\t: vmx\n"
-        ));
+        assert!(!has_virtualization("flags\t\t: fpu svm_lock\nbugs\t\t: vmx\n"));
         assert!(!has_virtualization("vmx flags\t: vnmi vmx\n"));
         assert!(!has_virtualization(""));
     }

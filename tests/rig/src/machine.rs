@@ -1,7 +1,7 @@
 //! The emulated machine: QEMU's command line, its memory, its ports and the file server for its
 //! root. Called by `session` and `snapshot`; knows nothing of what the machine runs.
 
-use crate::boot_files::BootFiles;
+use crate::boot_files::{BootFiles, FixedRun};
 use crate::options::Options;
 use crate::packages::{QEMU, VIRTIOFSD};
 use crate::process::Process;
@@ -47,11 +47,7 @@ impl Shape {
 
     /// QEMU's arguments that a saved machine's state depends on.
     pub fn arguments(&self) -> Vec<String> {
-        let accelerator = if self.icount {
-            "tcg,thread=single"
-        } else {
-            "tcg,thread=multi"
-        };
+        let accelerator = if self.icount { "tcg,thread=single" } else { "tcg,thread=multi" };
         let mut arguments = [
             "-nodefaults",
             "-no-user-config",
@@ -71,15 +67,8 @@ impl Shape {
         arguments.extend(["-m".into(), self.mem.to_string()]);
         if self.icount {
             arguments.extend(
-                [
-                    "-icount",
-                    "shift=0,sleep=off",
-                    "-seed",
-                    "42",
-                    "-rtc",
-                    "base=2026-01-01T00:00:00,clock=vm",
-                ]
-                .map(str::to_owned),
+                ["-icount", "shift=0,sleep=off", "-seed", "42", "-rtc", "base=2026-01-01T00:00:00,clock=vm"]
+                    .map(str::to_owned),
             );
         }
         arguments
@@ -102,8 +91,10 @@ impl Shape {
 /// How a machine begins.
 #[derive(Clone, Copy, Debug)]
 pub enum Start<'a> {
-    /// Boot, with the file server's device in place; the initramfs may hold an encoded request.
-    Boot(Option<&'a [u8]>),
+    /// Boot, with the host's root as a file server's device.
+    Boot,
+    /// Boot with everything in memory.
+    BootFixed(&'a FixedRun),
     /// Boot without a file server, to be saved.
     BootToSave,
     /// Wait for a saved state.
@@ -127,12 +118,7 @@ pub struct Machine {
 
 impl Machine {
     /// Starts QEMU, and the file server if the machine needs it.
-    pub fn start(
-        shape: Shape,
-        files: &BootFiles,
-        start: Start,
-        console: &Console,
-    ) -> Result<Machine> {
+    pub fn start(shape: Shape, files: &BootFiles, start: Start, console: &Console) -> Result<Machine> {
         let mut inherited = Vec::new();
         let mut pass = |fd: &dyn AsRawFd| {
             inherited.push(fd.as_raw_fd());
@@ -148,55 +134,48 @@ impl Machine {
             pass(&memory)
         ));
         let log = console.file.try_clone()?;
-        qemu.arg("-chardev").arg(format!(
-            "file,id=console,path=/dev/fd/{},append=on",
-            pass(&log)
-        ));
+        qemu.arg("-chardev").arg(format!("file,id=console,path=/dev/fd/{},append=on", pass(&log)));
         qemu.args(["-serial", "chardev:console"]);
 
         // Both ends of every connection are made here: no names, no races, nothing to clean up.
         let (control, control_end) = UnixStream::pair()?;
         let (stdin, stdin_end) = UnixStream::pair()?;
         let (qmp, qmp_end) = UnixStream::pair()?;
-        qemu.args(["-device", "virtio-serial-pci"]);
-        for (id, end, port) in [
-            ("control", &control_end, CONTROL_PORT),
-            ("stdin", &stdin_end, STDIN_PORT),
-        ] {
-            qemu.arg("-chardev")
-                .arg(format!("socket,id={id},fd={}", pass(end)));
-            qemu.arg("-device")
-                .arg(format!("virtserialport,chardev={id},name={port}"));
+        // With a repeatable clock a kick is carried out at once: from another thread it would
+        // arrive at a time of the host's.
+        let kick = if shape.icount { "off" } else { "on" };
+        let ports = format!("virtio-serial-pci,ioeventfd={kick}");
+        qemu.args(["-device", &ports]);
+        for (id, end, port) in [("control", &control_end, CONTROL_PORT), ("stdin", &stdin_end, STDIN_PORT)] {
+            qemu.arg("-chardev").arg(format!("socket,id={id},fd={}", pass(end)));
+            qemu.arg("-device").arg(format!("virtserialport,chardev={id},name={port}"));
         }
-        qemu.arg("-chardev")
-            .arg(format!("socket,id=qmp,fd={}", pass(&qmp_end)));
+        qemu.arg("-chardev").arg(format!("socket,id=qmp,fd={}", pass(&qmp_end)));
         qemu.args(["-mon", "chardev=qmp,mode=control"]);
         qemu.args(["-device", &format!("pcie-root-port,id={SLOT},chassis=1")]);
 
         let mut file_server = None;
         let connection;
-        if !matches!(start, Start::BootToSave) {
+        if matches!(start, Start::Boot | Start::Restore) {
             let (server, stream) = start_file_server(console)?;
             file_server = Some(server);
             connection = stream;
-            qemu.arg("-chardev")
-                .arg(format!("socket,id={FILE_SERVER},fd={}", pass(&connection)));
+            qemu.arg("-chardev").arg(format!("socket,id={FILE_SERVER},fd={}", pass(&connection)));
         }
-        if let Start::Boot(_) = start {
+        if let Start::Boot = start {
             qemu.arg("-device").arg(file_device_argument());
         }
         let initramfs;
         if let Start::Restore = start {
             qemu.args(["-incoming", "defer"]);
         } else {
-            let request = match start {
-                Start::Boot(request) => request,
+            let fixed = match start {
+                Start::BootFixed(fixed) => Some(fixed),
                 _ => None,
             };
-            initramfs = in_memory(&files.initramfs(request)?)?;
+            initramfs = in_memory(&files.initramfs(fixed)?)?;
             qemu.arg("-kernel").arg(&files.kernel);
-            qemu.arg("-initrd")
-                .arg(format!("/dev/fd/{}", pass(&initramfs)));
+            qemu.arg("-initrd").arg(format!("/dev/fd/{}", pass(&initramfs)));
             qemu.args(["-append", &shape.command_line()]);
         }
         qemu.stdin(Stdio::null());
@@ -239,14 +218,7 @@ fn start_file_server(console: &Console) -> Result<(Process, UnixStream)> {
     let mut server = Command::new(VIRTIOFSD);
     server
         .arg(format!("--fd={}", listener.as_raw_fd()))
-        .args([
-            "-o",
-            "source=/",
-            "-o",
-            "sandbox=chroot",
-            "-o",
-            "cache=always",
-        ])
+        .args(["-o", "source=/", "-o", "sandbox=chroot", "-o", "cache=always"])
         .args(["-o", "log_level=warn", "--thread-pool-size=0", "-f"])
         .stdin(Stdio::null())
         .stdout(console.file.try_clone()?)
@@ -277,11 +249,7 @@ impl Console {
             None => memory(0)?.into(),
         };
         rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::APPEND)?;
-        Ok(Console {
-            file,
-            kept: path.is_some(),
-            reported: Cell::new(0),
-        })
+        Ok(Console { file, kept: path.is_some(), reported: Cell::new(0) })
     }
 
     /// The last lines since the last report, for another; none when the user keeps the whole.
@@ -299,10 +267,7 @@ impl Console {
         let text = String::from_utf8_lossy(&bytes);
         let mut lines: Vec<_> = text.lines().rev().take(LINES).collect();
         lines.reverse();
-        lines
-            .iter()
-            .map(|line| format!("  | {}\n", line.trim_end()))
-            .collect()
+        lines.iter().map(|line| format!("  | {}\n", line.trim_end())).collect()
     }
 }
 

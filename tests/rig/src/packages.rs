@@ -70,9 +70,7 @@ pub fn fetch_kernel(options: &Options, folder: &Path) -> Result<(String, PathBuf
     let fetch = || -> Result<String> {
         let package = newest_kernel()?;
         options.say(format!("fetching {package}"));
-        apt(Command::new("apt-get")
-            .args(["download", "--quiet", &package])
-            .current_dir(folder))?;
+        apt(Command::new("apt-get").args(["download", "--quiet", &package]).current_dir(folder))?;
         Ok(package)
     };
     let package = fetch().or_else(|_| update(options).and_then(|()| fetch()))?;
@@ -93,10 +91,7 @@ pub fn unpack(package: &Path, folder: &Path) -> Result<()> {
 /// What `command` writes to its standard output; an error when it fails.
 pub fn capture(command: &mut Command) -> Result<Vec<u8>> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("run {name}"))?;
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("run {name}"))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
         bail!("{name} failed ({}): {}", output.status, text.trim_end());
@@ -122,15 +117,10 @@ fn newest_kernel() -> Result<String> {
 /// The cloud kernel with the highest version among package names, one a line.
 fn newest(names: &str) -> Option<String> {
     let version = |name: &str| -> Option<u32> {
-        let middle = name
-            .strip_prefix(KERNEL_PREFIX)?
-            .strip_suffix(KERNEL_SUFFIX)?;
+        let middle = name.strip_prefix(KERNEL_PREFIX)?.strip_suffix(KERNEL_SUFFIX)?;
         middle.parse().ok()
     };
-    let (_, name) = names
-        .lines()
-        .filter_map(|name| Some((version(name)?, name)))
-        .max()?;
+    let (_, name) = names.lines().filter_map(|name| Some((version(name)?, name))).max()?;
     Some(name.to_owned())
 }
 
@@ -143,10 +133,7 @@ mod tests {
                      linux-image-6.12.118+deb12-amd64\n\
                      linux-image-6.12.119+deb12-cloud-amd64-dbg\n";
         let newest = super::newest(names);
-        assert_eq!(
-            newest.as_deref(),
-            Some("linux-image-6.12.117+deb12-cloud-amd64")
-        );
+        assert_eq!(newest.as_deref(), Some("linux-image-6.12.117+deb12-cloud-amd64"));
         assert_eq!(super::newest("linux-image-6.1.0\n"), None);
     }
 }

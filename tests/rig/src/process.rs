@@ -13,13 +13,7 @@ use std::thread;
 static GROUPS: Mutex<Vec<libc::pid_t>> = Mutex::new(Vec::new());
 
 /// Signals that the rig answers itself.
-const WATCHED: [libc::c_int; 5] = [
-    libc::SIGINT,
-    libc::SIGTERM,
-    libc::SIGHUP,
-    libc::SIGQUIT,
-    libc::SIGWINCH,
-];
+const WATCHED: [libc::c_int; 5] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGWINCH];
 
 /// A child in a process group of its own, killed when this value or the rig goes.
 #[derive(Debug)]
@@ -61,11 +55,7 @@ pub fn prepare_child(inherited: &[RawFd]) -> io::Result<()> {
         check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
         let mut none = std::mem::zeroed();
         libc::sigemptyset(&mut none);
-        check(libc::sigprocmask(
-            libc::SIG_SETMASK,
-            &none,
-            std::ptr::null_mut(),
-        ))?;
+        check(libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()))?;
         for &fd in inherited {
             check(libc::fcntl(fd, libc::F_SETFD, 0))?;
         }
@@ -114,9 +104,7 @@ fn watched_set() -> libc::sigset_t {
 }
 
 fn groups() -> std::sync::MutexGuard<'static, Vec<libc::pid_t>> {
-    GROUPS
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
+    GROUPS.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// The error of a C call that returned a negative number.

@@ -20,9 +20,7 @@ impl Qmp {
     /// Takes QEMU's greeting from `stream` and enters command mode.
     pub fn new(stream: UnixStream) -> Result<Qmp> {
         stream.set_read_timeout(Some(PATIENCE))?;
-        let mut qmp = Qmp {
-            stream: BufReader::new(stream),
-        };
+        let mut qmp = Qmp { stream: BufReader::new(stream) };
         qmp.read().context("QEMU's greeting")?;
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
@@ -35,9 +33,7 @@ impl Qmp {
         let stream = self.stream.get_mut();
         stream.write_all(line.as_bytes()).context("write to QEMU")?;
         loop {
-            let mut answer = self
-                .read()
-                .with_context(|| format!("QEMU's answer to {command}"))?;
+            let mut answer = self.read().with_context(|| format!("QEMU's answer to {command}"))?;
             if let Some(result) = answer.get_mut("return") {
                 return Ok(result.take());
             }

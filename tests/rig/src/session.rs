@@ -2,8 +2,9 @@
 //! machine dies before the command runs), hand over the request, carry output and input, wait for
 //! the end. Called by `main`; knows frames, not QEMU.
 
-use crate::boot_files::BootFiles;
+use crate::boot_files::{BootFiles, FixedRun};
 use crate::machine::{Console, Machine, Shape, Start};
+use crate::memory_root;
 use crate::options::{Options, warn};
 use crate::process;
 use crate::snapshot::Snapshot;
@@ -45,10 +46,7 @@ enum Failure {
 
 /// Runs the command that `options` names; its exit code.
 pub fn run(options: &Options, files: &BootFiles) -> Result<i32> {
-    ensure!(
-        !options.tty || io::stdin().is_terminal(),
-        "--tty: standard input is not a terminal"
-    );
+    ensure!(!options.tty || io::stdin().is_terminal(), "--tty: standard input is not a terminal");
     process::watch_signals(|signal| match signal {
         libc::SIGWINCH => resize(),
         _ => {
@@ -69,9 +67,7 @@ pub fn run(options: &Options, files: &BootFiles) -> Result<i32> {
     };
     let again = match first {
         Err(Failure::Start(error)) => {
-            warn(format!(
-                "the machine did not start ({error:#}); booting another"
-            ));
+            warn(format!("the machine did not start ({error:#}); booting another"));
             eprint!("{}", console.tail());
             if let Some(snapshot) = snapshot {
                 snapshot.discard();
@@ -88,12 +84,7 @@ pub fn run(options: &Options, files: &BootFiles) -> Result<i32> {
     })
 }
 
-fn saved_machine(
-    options: &Options,
-    shape: Shape,
-    files: &BootFiles,
-    console: &Console,
-) -> Option<Snapshot> {
+fn saved_machine(options: &Options, shape: Shape, files: &BootFiles, console: &Console) -> Option<Snapshot> {
     let found = Snapshot::find(shape, files).and_then(|found| match found {
         Some(snapshot) => Ok(snapshot),
         None => {
@@ -116,40 +107,23 @@ fn restored(
     console: &Console,
     snapshot: &Snapshot,
 ) -> Result<i32, Failure> {
-    let machine = snapshot
-        .start(shape, files, console)
-        .map_err(Failure::Start)?;
+    let machine = snapshot.start(shape, files, console).map_err(Failure::Start)?;
     let request = request(options).map_err(Failure::Run)?;
-    serve(
-        options,
-        machine,
-        Some(request),
-        false,
-        Duration::from_secs(60),
-    )
+    serve(options, machine, Some(request), false, Duration::from_secs(60))
 }
 
-fn booted(
-    options: &Options,
-    shape: Shape,
-    files: &BootFiles,
-    console: &Console,
-) -> Result<i32, Failure> {
+fn booted(options: &Options, shape: Shape, files: &BootFiles, console: &Console) -> Result<i32, Failure> {
     let request = request(options).map_err(Failure::Run)?;
     let start = |start| Machine::start(shape, files, start, console).map_err(Failure::Start);
-    if options.icount {
-        // A request on its way in at any moment of the wall clock would upset the machine's own.
-        let machine = start(Start::Boot(Some(&request.encode())))?;
-        return serve(options, machine, None, false, Duration::from_secs(1200));
+    if !options.icount {
+        let machine = start(Start::Boot)?;
+        return serve(options, machine, Some(request), true, Duration::from_secs(180));
     }
-    let machine = start(Start::Boot(None))?;
-    serve(
-        options,
-        machine,
-        Some(request),
-        true,
-        Duration::from_secs(180),
-    )
+    // A request or a file on its way in at any moment of the wall clock would upset the machine's.
+    let fixed =
+        FixedRun { request: request.encode(), root: memory_root::collect(options).map_err(Failure::Run)? };
+    let machine = start(Start::BootFixed(&fixed))?;
+    serve(options, machine, None, false, Duration::from_secs(1200))
 }
 
 /// Hands `request` to the machine (after it said that it is ready, if it will) and serves the
@@ -175,20 +149,14 @@ fn serve(
     }
     if let Some(request) = &mut request {
         request.time = now();
-        Frame::Request(Box::new(request.clone()))
-            .write(&mut control)
-            .map_err(start_error)?;
+        Frame::Request(Box::new(request.clone())).write(&mut control).map_err(start_error)?;
     }
     match next(&events, Some(deadline)) {
         Ok(Event::Started) => (),
         other => return Err(Failure::Start(unexpected(other))),
     }
 
-    let raw = options
-        .tty
-        .then(RawTerminal::new)
-        .transpose()
-        .map_err(|error| Failure::Run(error.into()))?;
+    let raw = options.tty.then(RawTerminal::new).transpose().map_err(|error| Failure::Run(error.into()))?;
     if options.tty {
         *resized() = Some(control);
         resize();
@@ -197,9 +165,7 @@ fn serve(
         let port = machine.stdin.try_clone().map_err(start_error)?;
         thread::spawn(move || send_stdin(port));
     }
-    let deadline = options
-        .time()
-        .map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let deadline = options.time().map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let result = match next(&events, deadline) {
         Ok(Event::Exit(code)) => Ok(code),
         Ok(Event::Unread) => Ok(128 + libc::SIGPIPE),
@@ -211,9 +177,9 @@ fn serve(
             ));
             return Ok(EXIT_TIMEOUT);
         }
-        other => Err(Failure::Run(unexpected(other).context(
-            "the machine died under the command, which is not run again",
-        ))),
+        other => Err(Failure::Run(
+            unexpected(other).context("the machine died under the command, which is not run again"),
+        )),
     };
     drop(raw);
     result
@@ -286,9 +252,7 @@ fn send_stdin(mut port: UnixStream) {
 }
 
 fn resized() -> std::sync::MutexGuard<'static, Option<UnixStream>> {
-    RESIZED
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
+    RESIZED.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// Tells the machine the terminal's size, if the command has a terminal.
@@ -323,11 +287,7 @@ fn request(options: &Options) -> Result<Request> {
         bail!("no command");
     }
     Ok(Request {
-        args: options
-            .command
-            .iter()
-            .map(|arg| arg.as_bytes().to_vec())
-            .collect(),
+        args: options.command.iter().map(|arg| arg.as_bytes().to_vec()).collect(),
         env: std::env::vars_os()
             .map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat())
             .collect(),
@@ -336,6 +296,7 @@ fn request(options: &Options) -> Result<Request> {
         seed,
         limits: limits.to_vec(),
         umask: umask(),
+        own_root: options.icount,
         time: 0,
         terminal: options.tty.then(terminal::size).transpose()?,
         stdin: options.stdin || options.tty,
@@ -344,9 +305,7 @@ fn request(options: &Options) -> Result<Request> {
 
 /// Wall-clock time in nanoseconds since 1970.
 fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_nanos() as u64)
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64)
 }
 
 /// The file mode creation mask, which can only be read by setting it.

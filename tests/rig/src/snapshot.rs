@@ -43,11 +43,7 @@ impl Snapshot {
         };
         let now = fs::FileTimes::new().set_modified(std::time::SystemTime::now());
         let _ = File::open(&folder).and_then(|folder| folder.set_times(now));
-        Ok(Some(Snapshot {
-            folder,
-            state,
-            memory,
-        }))
+        Ok(Some(Snapshot { folder, state, memory }))
     }
 
     /// Boots a machine of this shape and saves it, unless another rig did so meanwhile.
@@ -108,10 +104,7 @@ fn path_of(file: &File) -> String {
 
 fn leave_memory_out(qmp: &mut Qmp) -> Result<()> {
     let capability = json!({ "capability": "x-ignore-shared", "state": true });
-    qmp.execute(
-        "migrate-set-capabilities",
-        json!({ "capabilities": [capability] }),
-    )?;
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": [capability] }))?;
     Ok(())
 }
 
@@ -125,13 +118,9 @@ fn folder(shape: Shape, files: &BootFiles) -> Result<PathBuf> {
     (qemu.size(), qemu.mtime()).hash(&mut hasher);
     // The emulated machine's time stamp counter has the pace of the host's.
     let processors = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = processors
-        .lines()
-        .find(|line| line.starts_with("model name"));
+    let model = processors.lines().find(|line| line.starts_with("model name"));
     model.hash(&mut hasher);
-    Ok(files
-        .cache
-        .join(format!("snapshot-{:016x}", hasher.finish())))
+    Ok(files.cache.join(format!("snapshot-{:016x}", hasher.finish())))
 }
 
 /// Removes the saved machines that were not used for the longest time.
@@ -150,10 +139,7 @@ fn discard_old(cache: &Path) {
 }
 
 /// Calls `on_data` with each extent of `file` that is not a hole, in pieces.
-fn for_each_piece(
-    file: &File,
-    mut on_data: impl FnMut(u64, &[u8]) -> std::io::Result<()>,
-) -> Result<()> {
+fn for_each_piece(file: &File, mut on_data: impl FnMut(u64, &[u8]) -> std::io::Result<()>) -> Result<()> {
     let size = file.metadata()?.len();
     let mut buffer = vec![0; 1 << 20];
     let mut at = 0;
@@ -208,12 +194,7 @@ mod tests {
     fn memory_comes_back_byte_for_byte_and_stays_sparse() {
         let folder = tempfile::tempdir().unwrap();
         let create = |name| {
-            File::options()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .open(folder.path().join(name))
-                .unwrap()
+            File::options().read(true).write(true).create_new(true).open(folder.path().join(name)).unwrap()
         };
         let size = 64 << 20;
         let (first, saved, second) = (create("first"), create("saved"), create("second"));

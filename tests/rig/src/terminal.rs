@@ -18,9 +18,7 @@ impl RawTerminal {
         let before = termios::tcgetattr(io::stdin())?;
         let mut raw = before.clone();
         raw.make_raw();
-        *BEFORE
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(before);
+        *BEFORE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(before);
         termios::tcsetattr(io::stdin(), OptionalActions::Now, &raw)?;
         Ok(RawTerminal(()))
     }
@@ -34,9 +32,7 @@ impl Drop for RawTerminal {
 
 /// Gives the terminal its mode back, if it was changed.
 pub fn restore() {
-    let mut before = BEFORE
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut before = BEFORE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if let Some(before) = before.take() {
         let _ = termios::tcsetattr(io::stdin(), OptionalActions::Now, &before);
     }

@@ -115,10 +115,7 @@ fn command_of(request: &Request) -> Command {
                 check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
             }
             for &(which, soft, hard) in &limits {
-                let limit = libc::rlimit {
-                    rlim_cur: soft,
-                    rlim_max: hard,
-                };
+                let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
                 // A limit beyond what this kernel allows stays as it is here.
                 libc::setrlimit(which, &limit);
             }
@@ -131,11 +128,7 @@ fn command_of(request: &Request) -> Command {
 
 /// Sends what the command writes until it has ended and nothing is left. A process that stays
 /// behind may hold the other end open: that does not delay the end.
-fn relay(
-    mut outputs: Vec<(File, ToFrame)>,
-    ended: &impl AsRawFd,
-    control: &Control,
-) -> io::Result<()> {
+fn relay(mut outputs: Vec<(File, ToFrame)>, ended: &impl AsRawFd, control: &Control) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     let mut remainder = REMAINDER;
     loop {
@@ -143,11 +136,7 @@ fn relay(
             .iter()
             .map(|(file, _)| file.as_raw_fd())
             .chain([ended.as_raw_fd()])
-            .map(|fd| libc::pollfd {
-                fd,
-                events: libc::POLLIN,
-                revents: 0,
-            })
+            .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 })
             .collect();
         // SAFETY: pointer and length are those of one vector.
         check(unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) })?;
@@ -167,9 +156,7 @@ fn relay(
                     if over {
                         remainder = remainder.saturating_sub(count);
                     }
-                    failure = failure
-                        .take()
-                        .or(send(control, &frame(buffer[..count].to_vec())).err());
+                    failure = failure.take().or(send(control, &frame(buffer[..count].to_vec())).err());
                     true
                 }
             }
@@ -232,20 +219,12 @@ fn open_terminal() -> io::Result<(File, File)> {
     }
     // SAFETY: ptsname_r wrote a string that ends in NUL within the buffer.
     let name = unsafe { CStr::from_ptr(name.as_ptr()) };
-    let slave = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(OsStr::from_bytes(name.to_bytes()))?;
+    let slave = OpenOptions::new().read(true).write(true).open(OsStr::from_bytes(name.to_bytes()))?;
     Ok((master, slave))
 }
 
 fn resize(terminal: &File, rows: u16, columns: u16) -> io::Result<()> {
-    let size = libc::winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCSWINSZ reads one winsize, which outlives the call.
     check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &size) })
 }

@@ -17,6 +17,8 @@ pub const ROOT_TAG: &str = "rig.root";
 pub const MODULE_FOLDER: &str = "/modules";
 /// File of the initramfs that holds an encoded [`Request`], when it is known before the start.
 pub const REQUEST_FILE: &str = "/request";
+/// Folder of the initramfs that becomes the root when the request says so.
+pub const ROOT_FOLDER: &str = "/host";
 /// Word on the kernel command line that loads `kvm_amd` without nested paging.
 pub const NO_NPT: &str = "rig.no_npt";
 
@@ -63,9 +65,7 @@ impl Frame {
             Frame::Note(text) => (5, text.clone().into_bytes()),
             Frame::Exit(code) => (6, code.to_le_bytes().to_vec()),
             Frame::Request(request) => (7, request.encode()),
-            Frame::Resize(rows, columns) => {
-                (8, [rows.to_le_bytes(), columns.to_le_bytes()].concat())
-            }
+            Frame::Resize(rows, columns) => (8, [rows.to_le_bytes(), columns.to_le_bytes()].concat()),
             Frame::Stdin(bytes) => (9, bytes.clone()),
         }
     }
@@ -98,14 +98,10 @@ impl Frame {
             3 => Frame::Stdout(payload),
             4 => Frame::Stderr(payload),
             5 => Frame::Note(String::from_utf8_lossy(&payload).into_owned()),
-            6 => Frame::Exit(i32::from_le_bytes(
-                payload.try_into().map_err(|_| broken("exit code"))?,
-            )),
+            6 => Frame::Exit(i32::from_le_bytes(payload.try_into().map_err(|_| broken("exit code"))?)),
             7 => Frame::Request(Box::new(Request::decode(&payload)?)),
             8 => match payload[..] {
-                [a, b, c, d] => {
-                    Frame::Resize(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]))
-                }
+                [a, b, c, d] => Frame::Resize(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])),
                 _ => return Err(broken("terminal size")),
             },
             9 => Frame::Stdin(payload),
@@ -131,6 +127,8 @@ pub struct Request {
     pub limits: Vec<(u32, u64, u64)>,
     /// The file mode creation mask.
     pub umask: u32,
+    /// Whether the root is in the initramfs instead of on the host.
+    pub own_root: bool,
     /// Wall-clock time in nanoseconds since 1970; 0 leaves the machine's clock alone.
     pub time: u64,
     /// Rows and columns of the terminal that the command gets; none: pipes.
@@ -164,6 +162,7 @@ impl Request {
         let (rows, columns) = self.terminal.unwrap_or_default();
         for n in [
             self.umask.into(),
+            self.own_root.into(),
             self.time,
             self.terminal.is_some().into(),
             rows.into(),
@@ -186,6 +185,7 @@ impl Request {
             seed: from.string()?,
             limits: from.list(|f| Ok((f.number()? as u32, f.number()?, f.number()?)))?,
             umask: from.number()? as u32,
+            own_root: from.number()? != 0,
             time: from.number()?,
             terminal: match [from.number()?, from.number()?, from.number()?] {
                 [0, ..] => None,
@@ -223,10 +223,7 @@ impl Fields<'_> {
 }
 
 fn broken(what: &str) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidData,
-        format!("broken frame between rig and machine: {what}"),
-    )
+    io::Error::new(io::ErrorKind::InvalidData, format!("broken frame between rig and machine: {what}"))
 }
 
 #[cfg(test)]
@@ -274,10 +271,7 @@ mod tests {
         assert!(Frame::read(&mut &b"\xc8\0\0\0\0"[..]).is_err());
         assert!(Frame::read(&mut &b"\x03\xff\xff\xff\xff"[..]).is_err());
         assert!(Request::decode(&Request::default().encode()).is_err());
-        let good = Request {
-            args: vec![b"true".to_vec()],
-            ..Request::default()
-        };
+        let good = Request { args: vec![b"true".to_vec()], ..Request::default() };
         let bytes = good.encode();
         assert_eq!(Request::decode(&bytes).unwrap(), good);
         for cut in 0..bytes.len() {

@@ -49,10 +49,7 @@ fn serve(control: &Control) -> io::Result<()> {
     for note in system::load_modules()? {
         send(control, &Frame::Note(note))?;
     }
-    let mut requests = control
-        .lock()
-        .map_err(|_| io::ErrorKind::BrokenPipe)?
-        .try_clone()?;
+    let mut requests = control.lock().map_err(|_| io::ErrorKind::BrokenPipe)?.try_clone()?;
     let request = match fs::read(REQUEST_FILE) {
         Ok(bytes) => Request::decode(&bytes)?,
         Err(_) => {

@@ -2,7 +2,7 @@
 //! mounts, modules, ports, clock, random numbers, the change to the host's root. Called by
 //! `main.rs` in the order of the functions here; knows nothing of the command.
 
-use rig_init::{MODULE_FOLDER, NO_NPT, ROOT_TAG, Request};
+use rig_init::{MODULE_FOLDER, NO_NPT, ROOT_FOLDER, ROOT_TAG, Request};
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -14,9 +14,6 @@ use std::time::{Duration, Instant};
 
 /// How long devices may take to appear.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Mount point of the host's root, before it becomes the root.
-const HOST: &str = "/host";
 
 /// Mounts the kernel's file systems and brings the loopback interface up.
 pub fn prepare() -> io::Result<()> {
@@ -61,11 +58,7 @@ pub fn prepare() -> io::Result<()> {
 pub fn port(name: &str) -> io::Result<File> {
     let start = Instant::now();
     loop {
-        for entry in fs::read_dir("/sys/class/virtio-ports")
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
+        for entry in fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten() {
             let label = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
             if label.trim_end() == name {
                 let node = Path::new("/dev").join(entry.file_name());
@@ -96,14 +89,8 @@ pub fn load_modules() -> io::Result<Vec<String>> {
         };
         let module = File::open(file.path())?;
         // SAFETY: finit_module reads a file that is open and a string that ends in NUL.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_finit_module,
-                module.as_raw_fd(),
-                parameters.as_ptr(),
-                0,
-            )
-        };
+        let result =
+            unsafe { libc::syscall(libc::SYS_finit_module, module.as_raw_fd(), parameters.as_ptr(), 0) };
         if result != 0 {
             notes.push(format!("module {name}: {}", io::Error::last_os_error()));
         }
@@ -128,9 +115,14 @@ pub fn enter(request: &Request) -> io::Result<()> {
     // SAFETY: pointer and length are those of one slice.
     check(unsafe { libc::sethostname(request.hostname.as_ptr().cast(), request.hostname.len()) })?;
 
-    fs::create_dir_all(HOST)?;
+    fs::create_dir_all(ROOT_FOLDER)?;
+    if request.own_root {
+        mount(ROOT_FOLDER, ROOT_FOLDER, "", libc::MS_BIND, "")?;
+    }
     let start = Instant::now();
-    while let Err(error) = mount(ROOT_TAG, HOST, "virtiofs", 0, "") {
+    while !request.own_root
+        && let Err(error) = mount(ROOT_TAG, ROOT_FOLDER, "virtiofs", 0, "")
+    {
         // The device is plugged in while the machine runs: it may still have to appear.
         if start.elapsed() > PATIENCE {
             return Err(error);
@@ -138,9 +130,9 @@ pub fn enter(request: &Request) -> io::Result<()> {
         std::thread::sleep(Duration::from_millis(1));
     }
     for point in ["/dev", "/proc", "/sys", "/run"] {
-        mount(point, &format!("{HOST}{point}"), "", libc::MS_MOVE, "")?;
+        mount(point, &format!("{ROOT_FOLDER}{point}"), "", libc::MS_MOVE, "")?;
     }
-    std::env::set_current_dir(HOST)?;
+    std::env::set_current_dir(ROOT_FOLDER)?;
     mount(".", "/", "", libc::MS_MOVE, "")?;
     std::os::unix::fs::chroot(".")?;
     std::env::set_current_dir("/")?;
@@ -198,11 +190,7 @@ fn seed(bytes: &[u8]) -> io::Result<()> {
     let Ok(bytes) = bytes.try_into() else {
         return Ok(());
     };
-    let entropy = Entropy {
-        bits: 256,
-        size: 32,
-        bytes,
-    };
+    let entropy = Entropy { bits: 256, size: 32, bytes };
     let random = File::open("/dev/urandom")?;
     // SAFETY: RNDADDENTROPY reads a header and the 32 bytes behind it; both are in `entropy`.
     check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, &entropy) })?;
@@ -215,13 +203,7 @@ fn mount(what: &str, at: &str, kind: &str, flags: libc::c_ulong, options: &str) 
         [what, at, kind, options].map(|s| CString::new(s).unwrap_or_default());
     // SAFETY: the four strings end in NUL and outlive the call.
     check(unsafe {
-        libc::mount(
-            source.as_ptr(),
-            target.as_ptr(),
-            kind_name.as_ptr(),
-            flags,
-            data.as_ptr().cast(),
-        )
+        libc::mount(source.as_ptr(), target.as_ptr(), kind_name.as_ptr(), flags, data.as_ptr().cast())
     })
     .map_err(|error| naming(error, &format!("mount {what} at {at}")))
 }
