@@ -302,15 +302,17 @@ mod tests {
     }
 
     #[test]
-    fn archive_is_one_that_cpio_lists() {
+    fn archive_entries_are_aligned_and_in_order() {
         let mut archive = Archive::default();
         archive.add("a", 0o100644, b"12345");
         archive.add("TRAILER!!!", 0, &[]);
         assert_eq!(archive.0.len() % 4, 0);
         assert!(archive.0.starts_with(b"070701"));
         let text = String::from_utf8_lossy(&archive.0).into_owned();
-        assert!(text.contains("12345"));
-        assert_eq!(text.matches("070701").count(), 2);
+        let (first, second) = text[6..].split_once("070701").unwrap();
+        assert!(first.ends_with("a\x0012345\0\0\0"), "{first:?}");
+        assert!(second.ends_with("TRAILER!!!\0\0\0\0"), "{second:?}");
+        assert_eq!(&text[54..62], "00000005", "the content's length");
     }
 
     #[test]

@@ -29,7 +29,8 @@ static RESIZED: Mutex<Option<UnixStream>> = Mutex::new(None);
 /// What the reading thread tells the waiting one.
 enum Event {
     Ready,
-    Started,
+    /// The command runs; the caller's terminal is raw if the command has one.
+    Started(io::Result<Option<RawTerminal>>),
     Exit(i32),
     /// The caller no longer reads the command's output.
     Unread,
@@ -139,7 +140,8 @@ fn serve(
     let mut control = machine.control.try_clone().map_err(start_error)?;
     let (sender, events) = mpsc::channel();
     let frames = machine.control.try_clone().map_err(start_error)?;
-    thread::spawn(move || read_frames(frames, &sender));
+    let tty = options.tty;
+    thread::spawn(move || read_frames(frames, tty, &sender));
     let deadline = Instant::now() + patience;
     if says_ready {
         match next(&events, Some(deadline)) {
@@ -151,12 +153,11 @@ fn serve(
         request.time = now();
         Frame::Request(Box::new(request.clone())).write(&mut control).map_err(start_error)?;
     }
-    match next(&events, Some(deadline)) {
-        Ok(Event::Started) => (),
+    let raw = match next(&events, Some(deadline)) {
+        Ok(Event::Started(raw)) => raw.map_err(|error| Failure::Run(error.into()))?,
         other => return Err(Failure::Start(unexpected(other))),
-    }
+    };
 
-    let raw = options.tty.then(RawTerminal::new).transpose().map_err(|error| Failure::Run(error.into()))?;
     if options.tty {
         *resized() = Some(control);
         resize();
@@ -194,15 +195,16 @@ fn next(events: &Receiver<Event>, deadline: Option<Instant>) -> Result<Event, Re
 
 fn unexpected(event: Result<Event, RecvTimeoutError>) -> anyhow::Error {
     anyhow::anyhow!(match event {
-        Ok(Event::Ready | Event::Started | Event::Exit(_)) => "an answer out of order",
+        Ok(Event::Ready | Event::Started(_) | Event::Exit(_)) => "an answer out of order",
         Ok(Event::Unread) => "nobody reads the output",
         Ok(Event::Closed) | Err(RecvTimeoutError::Disconnected) => "it ended without an exit code",
         Err(RecvTimeoutError::Timeout) => "no answer in time",
     })
 }
 
-/// Writes the command's output where it belongs and tells `events` the rest.
-fn read_frames(mut from: UnixStream, events: &Sender<Event>) {
+/// Writes the command's output where it belongs and tells `events` the rest. With `tty` the
+/// terminal becomes raw here, before the first output and not earlier.
+fn read_frames(mut from: UnixStream, tty: bool, events: &Sender<Event>) {
     loop {
         let event = match Frame::read(&mut from) {
             Ok(Frame::Stdout(bytes)) => match write_out(io::stdout().lock(), &bytes) {
@@ -218,11 +220,11 @@ fn read_frames(mut from: UnixStream, events: &Sender<Event>) {
                 continue;
             }
             Ok(Frame::Ready) => Event::Ready,
-            Ok(Frame::Started) => Event::Started,
+            Ok(Frame::Started) => Event::Started(tty.then(RawTerminal::new).transpose()),
             Ok(Frame::Exit(code)) => Event::Exit(code),
             Ok(_) | Err(_) => Event::Closed,
         };
-        let last = !matches!(event, Event::Ready | Event::Started);
+        let last = !matches!(event, Event::Ready | Event::Started(_));
         if events.send(event).is_err() || last {
             return;
         }
