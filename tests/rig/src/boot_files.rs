@@ -2,6 +2,7 @@
 //! modules, and the initramfs around the machine's first process. Called once per run; knows
 //! nothing of QEMU.
 
+use crate::memory_root::Tree;
 use crate::options::Options;
 use crate::packages;
 use anyhow::{Context, Result, bail, ensure};
@@ -30,6 +31,15 @@ pub struct BootFiles {
     modules: Vec<PathBuf>,
 }
 
+/// What a machine runs that has everything from the start.
+#[derive(Debug)]
+pub struct FixedRun {
+    /// The encoded request.
+    pub request: Vec<u8>,
+    /// The files of its root.
+    pub root: Tree,
+}
+
 /// Finds the boot files, fetching and unpacking them if need be.
 pub fn prepare(options: &Options) -> Result<BootFiles> {
     let cache = cache_folder()?;
@@ -55,8 +65,9 @@ pub fn prepare(options: &Options) -> Result<BootFiles> {
 }
 
 impl BootFiles {
-    /// The initramfs: the first process, modules, and the file `request` if there is one.
-    pub fn initramfs(&self, request: Option<&[u8]>) -> Result<Vec<u8>> {
+    /// The initramfs: the first process, modules, and for a machine that takes no request later
+    /// the request and the root that it runs in.
+    pub fn initramfs(&self, fixed: Option<&FixedRun>) -> Result<Vec<u8>> {
         const FOLDER: u32 = 0o040755;
         const PROGRAM: u32 = 0o100755;
         const CHARACTER_DEVICE: u32 = 0o020600;
@@ -71,8 +82,14 @@ impl BootFiles {
             let bytes = fs::read(module).with_context(|| format!("read {}", module.display()))?;
             archive.add(&format!("{folder}/{name}"), PROGRAM, &bytes);
         }
-        if let Some(request) = request {
-            archive.add(rig_init::REQUEST_FILE.trim_start_matches('/'), PROGRAM, request);
+        if let Some(FixedRun { request, root }) = fixed {
+            let request_file = rig_init::REQUEST_FILE.trim_start_matches('/');
+            archive.add(request_file, PROGRAM, request);
+            let folder = rig_init::ROOT_FOLDER.trim_start_matches('/');
+            archive.add(folder, FOLDER, &[]);
+            for (path, entry) in root {
+                archive.add(&format!("{folder}{}", path.display()), entry.mode, &entry.content);
+            }
         }
         archive.add("TRAILER!!!", 0, &[]);
         Ok(archive.0)
@@ -285,15 +302,17 @@ mod tests {
     }
 
     #[test]
-    fn archive_is_one_that_cpio_lists() {
+    fn archive_entries_are_aligned_and_in_order() {
         let mut archive = Archive::default();
         archive.add("a", 0o100644, b"12345");
         archive.add("TRAILER!!!", 0, &[]);
         assert_eq!(archive.0.len() % 4, 0);
         assert!(archive.0.starts_with(b"070701"));
         let text = String::from_utf8_lossy(&archive.0).into_owned();
-        assert!(text.contains("12345"));
-        assert_eq!(text.matches("070701").count(), 2);
+        let (first, second) = text[6..].split_once("070701").unwrap();
+        assert!(first.ends_with("a\x0012345\0\0\0"), "{first:?}");
+        assert!(second.ends_with("TRAILER!!!\0\0\0\0"), "{second:?}");
+        assert_eq!(&text[54..62], "00000005", "the content's length");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The emulated machine: QEMU's command line, its memory, its ports and the file server for its
 //! root. Called by `session` and `snapshot`; knows nothing of what the machine runs.
 
-use crate::boot_files::BootFiles;
+use crate::boot_files::{BootFiles, FixedRun};
 use crate::options::Options;
 use crate::packages::{QEMU, VIRTIOFSD};
 use crate::process::Process;
@@ -91,8 +91,10 @@ impl Shape {
 /// How a machine begins.
 #[derive(Clone, Copy, Debug)]
 pub enum Start<'a> {
-    /// Boot, with the file server's device in place; the initramfs may hold an encoded request.
-    Boot(Option<&'a [u8]>),
+    /// Boot, with the host's root as a file server's device.
+    Boot,
+    /// Boot with everything in memory.
+    BootFixed(&'a FixedRun),
     /// Boot without a file server, to be saved.
     BootToSave,
     /// Wait for a saved state.
@@ -139,7 +141,11 @@ impl Machine {
         let (control, control_end) = UnixStream::pair()?;
         let (stdin, stdin_end) = UnixStream::pair()?;
         let (qmp, qmp_end) = UnixStream::pair()?;
-        qemu.args(["-device", "virtio-serial-pci"]);
+        // With a repeatable clock a kick is carried out at once: from another thread it would
+        // arrive at a time of the host's.
+        let kick = if shape.icount { "off" } else { "on" };
+        let ports = format!("virtio-serial-pci,ioeventfd={kick}");
+        qemu.args(["-device", &ports]);
         for (id, end, port) in [("control", &control_end, CONTROL_PORT), ("stdin", &stdin_end, STDIN_PORT)] {
             qemu.arg("-chardev").arg(format!("socket,id={id},fd={}", pass(end)));
             qemu.arg("-device").arg(format!("virtserialport,chardev={id},name={port}"));
@@ -150,24 +156,24 @@ impl Machine {
 
         let mut file_server = None;
         let connection;
-        if !matches!(start, Start::BootToSave) {
+        if matches!(start, Start::Boot | Start::Restore) {
             let (server, stream) = start_file_server(console)?;
             file_server = Some(server);
             connection = stream;
             qemu.arg("-chardev").arg(format!("socket,id={FILE_SERVER},fd={}", pass(&connection)));
         }
-        if let Start::Boot(_) = start {
+        if let Start::Boot = start {
             qemu.arg("-device").arg(file_device_argument());
         }
         let initramfs;
         if let Start::Restore = start {
             qemu.args(["-incoming", "defer"]);
         } else {
-            let request = match start {
-                Start::Boot(request) => request,
+            let fixed = match start {
+                Start::BootFixed(fixed) => Some(fixed),
                 _ => None,
             };
-            initramfs = in_memory(&files.initramfs(request)?)?;
+            initramfs = in_memory(&files.initramfs(fixed)?)?;
             qemu.arg("-kernel").arg(&files.kernel);
             qemu.arg("-initrd").arg(format!("/dev/fd/{}", pass(&initramfs)));
             qemu.args(["-append", &shape.command_line()]);

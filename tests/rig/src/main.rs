@@ -8,6 +8,7 @@
 mod boot_files;
 mod host;
 mod machine;
+mod memory_root;
 mod options;
 mod packages;
 mod process;

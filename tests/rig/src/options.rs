@@ -8,7 +8,7 @@ const EXAMPLES: &str = "\
 Examples:
   rig -- cargo test --test boot        run tests where /dev/kvm boots Linux
   rig --tty -- target/debug/vmm --kernel bzImage
-  rig --icount -- target/release/vmm bench boot
+  rig --icount --with initrd.cpio -- sh -c 'target/release/vmm --initrd initrd.cpio ...'
 
 Exit codes: the command's own; 128+N when signal N ended it; 124 when it ran out of time;
 125 when the rig itself failed; 126 and 127 when the command cannot be executed or found.";
@@ -30,10 +30,15 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub smp: u8,
 
-    /// Give the emulated machine a repeatable clock: one instruction is one nanosecond (implies
-    /// --cold and --smp 1; about 33 times slower than the wall clock).
+    /// Give the emulated machine a repeatable clock: one instruction is one nanosecond. Implies
+    /// --cold and --smp 1. The machine then sees a copy of the command, of the arguments that are
+    /// files, of their libraries and of what --with names, instead of the host's root.
     #[arg(long)]
     pub icount: bool,
+
+    /// With --icount: a further file, program or folder that the command needs.
+    #[arg(long, value_name = "PATH", requires = "icount")]
+    pub with: Vec<PathBuf>,
 
     /// Boot the machine instead of starting it from a snapshot.
     #[arg(long)]

@@ -2,8 +2,9 @@
 //! machine dies before the command runs), hand over the request, carry output and input, wait for
 //! the end. Called by `main`; knows frames, not QEMU.
 
-use crate::boot_files::BootFiles;
+use crate::boot_files::{BootFiles, FixedRun};
 use crate::machine::{Console, Machine, Shape, Start};
+use crate::memory_root;
 use crate::options::{Options, warn};
 use crate::process;
 use crate::snapshot::Snapshot;
@@ -28,7 +29,8 @@ static RESIZED: Mutex<Option<UnixStream>> = Mutex::new(None);
 /// What the reading thread tells the waiting one.
 enum Event {
     Ready,
-    Started,
+    /// The command runs; the caller's terminal is raw if the command has one.
+    Started(io::Result<Option<RawTerminal>>),
     Exit(i32),
     /// The caller no longer reads the command's output.
     Unread,
@@ -114,13 +116,15 @@ fn restored(
 fn booted(options: &Options, shape: Shape, files: &BootFiles, console: &Console) -> Result<i32, Failure> {
     let request = request(options).map_err(Failure::Run)?;
     let start = |start| Machine::start(shape, files, start, console).map_err(Failure::Start);
-    if options.icount {
-        // A request on its way in at any moment of the wall clock would upset the machine's own.
-        let machine = start(Start::Boot(Some(&request.encode())))?;
-        return serve(options, machine, None, false, Duration::from_secs(1200));
+    if !options.icount {
+        let machine = start(Start::Boot)?;
+        return serve(options, machine, Some(request), true, Duration::from_secs(180));
     }
-    let machine = start(Start::Boot(None))?;
-    serve(options, machine, Some(request), true, Duration::from_secs(180))
+    // A request or a file on its way in at any moment of the wall clock would upset the machine's.
+    let fixed =
+        FixedRun { request: request.encode(), root: memory_root::collect(options).map_err(Failure::Run)? };
+    let machine = start(Start::BootFixed(&fixed))?;
+    serve(options, machine, None, false, Duration::from_secs(1200))
 }
 
 /// Hands `request` to the machine (after it said that it is ready, if it will) and serves the
@@ -136,7 +140,8 @@ fn serve(
     let mut control = machine.control.try_clone().map_err(start_error)?;
     let (sender, events) = mpsc::channel();
     let frames = machine.control.try_clone().map_err(start_error)?;
-    thread::spawn(move || read_frames(frames, &sender));
+    let tty = options.tty;
+    thread::spawn(move || read_frames(frames, tty, &sender));
     let deadline = Instant::now() + patience;
     if says_ready {
         match next(&events, Some(deadline)) {
@@ -148,12 +153,11 @@ fn serve(
         request.time = now();
         Frame::Request(Box::new(request.clone())).write(&mut control).map_err(start_error)?;
     }
-    match next(&events, Some(deadline)) {
-        Ok(Event::Started) => (),
+    let raw = match next(&events, Some(deadline)) {
+        Ok(Event::Started(raw)) => raw.map_err(|error| Failure::Run(error.into()))?,
         other => return Err(Failure::Start(unexpected(other))),
-    }
+    };
 
-    let raw = options.tty.then(RawTerminal::new).transpose().map_err(|error| Failure::Run(error.into()))?;
     if options.tty {
         *resized() = Some(control);
         resize();
@@ -191,15 +195,16 @@ fn next(events: &Receiver<Event>, deadline: Option<Instant>) -> Result<Event, Re
 
 fn unexpected(event: Result<Event, RecvTimeoutError>) -> anyhow::Error {
     anyhow::anyhow!(match event {
-        Ok(Event::Ready | Event::Started | Event::Exit(_)) => "an answer out of order",
+        Ok(Event::Ready | Event::Started(_) | Event::Exit(_)) => "an answer out of order",
         Ok(Event::Unread) => "nobody reads the output",
         Ok(Event::Closed) | Err(RecvTimeoutError::Disconnected) => "it ended without an exit code",
         Err(RecvTimeoutError::Timeout) => "no answer in time",
     })
 }
 
-/// Writes the command's output where it belongs and tells `events` the rest.
-fn read_frames(mut from: UnixStream, events: &Sender<Event>) {
+/// Writes the command's output where it belongs and tells `events` the rest. With `tty` the
+/// terminal becomes raw here, before the first output and not earlier.
+fn read_frames(mut from: UnixStream, tty: bool, events: &Sender<Event>) {
     loop {
         let event = match Frame::read(&mut from) {
             Ok(Frame::Stdout(bytes)) => match write_out(io::stdout().lock(), &bytes) {
@@ -215,11 +220,11 @@ fn read_frames(mut from: UnixStream, events: &Sender<Event>) {
                 continue;
             }
             Ok(Frame::Ready) => Event::Ready,
-            Ok(Frame::Started) => Event::Started,
+            Ok(Frame::Started) => Event::Started(tty.then(RawTerminal::new).transpose()),
             Ok(Frame::Exit(code)) => Event::Exit(code),
             Ok(_) | Err(_) => Event::Closed,
         };
-        let last = !matches!(event, Event::Ready | Event::Started);
+        let last = !matches!(event, Event::Ready | Event::Started(_));
         if events.send(event).is_err() || last {
             return;
         }
@@ -293,6 +298,7 @@ fn request(options: &Options) -> Result<Request> {
         seed,
         limits: limits.to_vec(),
         umask: umask(),
+        own_root: options.icount,
         time: 0,
         terminal: options.tty.then(terminal::size).transpose()?,
         stdin: options.stdin || options.tty,

@@ -169,7 +169,7 @@ fn save_memory(memory: &File, to: &File) -> Result<()> {
         let used = |page: &&[u8]| page.iter().any(|&byte| byte != 0);
         let pages: Vec<_> = bytes.chunks(PAGE).collect();
         let mut index = 0;
-        for run in pages.chunk_by(|a, b| used(&a) == used(&b)) {
+        for run in pages.chunk_by(|a, b| used(a) == used(b)) {
             if used(&run[0]) {
                 let start = index * PAGE;
                 let end = (start + run.len() * PAGE).min(bytes.len());

@@ -17,6 +17,8 @@ pub const ROOT_TAG: &str = "rig.root";
 pub const MODULE_FOLDER: &str = "/modules";
 /// File of the initramfs that holds an encoded [`Request`], when it is known before the start.
 pub const REQUEST_FILE: &str = "/request";
+/// Folder of the initramfs that becomes the root when the request says so.
+pub const ROOT_FOLDER: &str = "/host";
 /// Word on the kernel command line that loads `kvm_amd` without nested paging.
 pub const NO_NPT: &str = "rig.no_npt";
 
@@ -125,6 +127,8 @@ pub struct Request {
     pub limits: Vec<(u32, u64, u64)>,
     /// The file mode creation mask.
     pub umask: u32,
+    /// Whether the root is in the initramfs instead of on the host.
+    pub own_root: bool,
     /// Wall-clock time in nanoseconds since 1970; 0 leaves the machine's clock alone.
     pub time: u64,
     /// Rows and columns of the terminal that the command gets; none: pipes.
@@ -158,6 +162,7 @@ impl Request {
         let (rows, columns) = self.terminal.unwrap_or_default();
         for n in [
             self.umask.into(),
+            self.own_root.into(),
             self.time,
             self.terminal.is_some().into(),
             rows.into(),
@@ -180,6 +185,7 @@ impl Request {
             seed: from.string()?,
             limits: from.list(|f| Ok((f.number()? as u32, f.number()?, f.number()?)))?,
             umask: from.number()? as u32,
+            own_root: from.number()? != 0,
             time: from.number()?,
             terminal: match [from.number()?, from.number()?, from.number()?] {
                 [0, ..] => None,

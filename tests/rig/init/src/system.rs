@@ -2,7 +2,7 @@
 //! mounts, modules, ports, clock, random numbers, the change to the host's root. Called by
 //! `main.rs` in the order of the functions here; knows nothing of the command.
 
-use rig_init::{MODULE_FOLDER, NO_NPT, ROOT_TAG, Request};
+use rig_init::{MODULE_FOLDER, NO_NPT, ROOT_FOLDER, ROOT_TAG, Request};
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -14,9 +14,6 @@ use std::time::{Duration, Instant};
 
 /// How long devices may take to appear.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Mount point of the host's root, before it becomes the root.
-const HOST: &str = "/host";
 
 /// Mounts the kernel's file systems and brings the loopback interface up.
 pub fn prepare() -> io::Result<()> {
@@ -118,9 +115,14 @@ pub fn enter(request: &Request) -> io::Result<()> {
     // SAFETY: pointer and length are those of one slice.
     check(unsafe { libc::sethostname(request.hostname.as_ptr().cast(), request.hostname.len()) })?;
 
-    fs::create_dir_all(HOST)?;
+    fs::create_dir_all(ROOT_FOLDER)?;
+    if request.own_root {
+        mount(ROOT_FOLDER, ROOT_FOLDER, "", libc::MS_BIND, "")?;
+    }
     let start = Instant::now();
-    while let Err(error) = mount(ROOT_TAG, HOST, "virtiofs", 0, "") {
+    while !request.own_root
+        && let Err(error) = mount(ROOT_TAG, ROOT_FOLDER, "virtiofs", 0, "")
+    {
         // The device is plugged in while the machine runs: it may still have to appear.
         if start.elapsed() > PATIENCE {
             return Err(error);
@@ -128,9 +130,9 @@ pub fn enter(request: &Request) -> io::Result<()> {
         std::thread::sleep(Duration::from_millis(1));
     }
     for point in ["/dev", "/proc", "/sys", "/run"] {
-        mount(point, &format!("{HOST}{point}"), "", libc::MS_MOVE, "")?;
+        mount(point, &format!("{ROOT_FOLDER}{point}"), "", libc::MS_MOVE, "")?;
     }
-    std::env::set_current_dir(HOST)?;
+    std::env::set_current_dir(ROOT_FOLDER)?;
     mount(".", "/", "", libc::MS_MOVE, "")?;
     std::os::unix::fs::chroot(".")?;
     std::env::set_current_dir("/")?;
