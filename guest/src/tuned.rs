@@ -3,6 +3,7 @@
 
 use crate::cache::Cache;
 use crate::debian;
+use crate::elf;
 use crate::kconfig::Config;
 use crate::kernel::Kernel;
 use crate::run::{Tool, last_lines, say};
@@ -32,6 +33,9 @@ const BUILD_PACKAGES: [&str; 10] = [
     "patch",
     "xz-utils",
 ];
+
+/// To be raised when this module makes something else of the same source and fragment.
+const FORMAT: u8 = 1;
 
 /// About how many steps (compilations, archives, links) a build prints; only the progress display uses it.
 const STEPS: usize = 1600;
@@ -91,6 +95,7 @@ pub fn get(refresh: bool) -> Result<Kernel> {
         fs::rename(build.join(from), item.join(to))
             .with_context(|| format!("the build left no {from}"))?;
     }
+    slim(&item.join("vmlinux"))?;
     fs::write(item.join("source-version"), &version)?;
     Kernel::open(&cache.publish(&item, &name)?)
 }
@@ -99,7 +104,7 @@ fn source_version(folder: &Path) -> Option<String> {
     fs::read_to_string(folder.join("source-version")).ok()
 }
 
-/// Names a build by all that decides what comes out.
+/// Names a build by all that decides what comes out; [`FORMAT`] stands for this module's own part in it.
 fn key(version: &str) -> Result<String> {
     let compiler = Tool::new("gcc")
         .arg("--version")
@@ -107,7 +112,7 @@ fn key(version: &str) -> Result<String> {
         .context("ask gcc for its version")?;
     let mut hash = Sha256::new();
     hash.update(FRAGMENT);
-    hash.update([0]);
+    hash.update([0, FORMAT]);
     hash.update(compiler.lines().next().unwrap_or_default());
     let hash: String = hash
         .finalize()
@@ -116,6 +121,19 @@ fn key(version: &str) -> Result<String> {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     Ok(format!("{version}_{hash}"))
+}
+
+/// Takes the padding out of what a loader copies of a vmlinux.
+fn slim(vmlinux: &Path) -> Result<()> {
+    let mut file = fs::read(vmlinux)?;
+    let (before, after) =
+        elf::leave_out_padding(&mut file).context("slim the segments of vmlinux")?;
+    say(format_args!(
+        "of {} KiB in the segments of vmlinux {} KiB are padding",
+        before >> 10,
+        (before - after) >> 10
+    ));
+    fs::write(vmlinux, file).context("write vmlinux")
 }
 
 /// Kbuild in `build`, with everything fixed that would make two builds differ.
