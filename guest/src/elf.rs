@@ -165,10 +165,15 @@ fn split(segment: &Segment, file: &[u8]) -> Result<Vec<Segment>, Error> {
         .skip(1)
         .map(|next| next.start as u64)
         .chain([segment.memory_size]);
-    let parts = kept.iter().zip(ends);
-    Ok(parts
-        .map(|(r, end)| segment.part(r.start as u64, r.len() as u64, end - r.start as u64))
-        .collect())
+    let before = kept
+        .first()
+        .filter(|first| first.start > 0)
+        .map(|first| segment.part(0, 0, first.start as u64));
+    let parts = kept
+        .iter()
+        .zip(ends)
+        .map(|(r, end)| segment.part(r.start as u64, r.len() as u64, end - r.start as u64));
+    Ok(before.into_iter().chain(parts).collect())
 }
 
 /// Where `bytes` are not filler for at least [`SHORTEST_RUN`]; whole pages from the beginning of `bytes`.
@@ -269,6 +274,15 @@ mod tests {
         let mut file = elf(&vec![0; 20 * PAGE], 6, 20 * PAGE as u64);
         assert_eq!(leave_out_padding(&mut file), Ok((20 * PAGE as u64, 0)));
         assert_eq!(load(&file).1, 20 * PAGE as u64);
+        // Zeros in front are memory too.
+        let content = [&[0; 20 * PAGE][..], &[1]].concat();
+        let mut file = elf(&content, 6, 30 * PAGE as u64);
+        assert_eq!(leave_out_padding(&mut file), Ok((20 * PAGE as u64 + 1, 1)));
+        assert_eq!(
+            read_segments(&file).unwrap()[0].memory_size,
+            20 * PAGE as u64
+        );
+        assert_eq!(load(&file).1, 30 * PAGE as u64);
     }
 
     #[test]
