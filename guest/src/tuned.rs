@@ -43,12 +43,8 @@ const STEPS: usize = 1600;
 /// The cached one, or else one built now. With `refresh` apt is asked for a newer source first.
 pub fn get(refresh: bool) -> Result<Kernel> {
     let cache = Cache::open("tuned")?;
-    // What is cached counts as current if fragment and compiler are still the same, whatever apt may have by now.
-    if let Some(folder) = cache.current().filter(|_| !refresh)
-        && let Some(version) = source_version(&folder)
-        && folder.ends_with(key(&version)?)
-    {
-        return Kernel::open(&folder);
+    if !refresh && let Some(kernel) = current(&cache)? {
+        return Ok(kernel);
     }
 
     debian::check_host()?;
@@ -98,6 +94,25 @@ pub fn get(refresh: bool) -> Result<Kernel> {
     slim(&item.join("vmlinux"))?;
     fs::write(item.join("source-version"), &version)?;
     Kernel::open(&cache.publish(&item, &name)?)
+}
+
+/// The cached one, if it is still what would be built (but for what apt may have by now).
+pub fn cached() -> Result<Option<Kernel>> {
+    current(&Cache::open("tuned")?)
+}
+
+fn current(cache: &Cache) -> Result<Option<Kernel>> {
+    match cache.current() {
+        Some(folder)
+            if source_version(&folder)
+                .map(|version| key(&version))
+                .transpose()?
+                .is_some_and(|key| folder.ends_with(key)) =>
+        {
+            Kernel::open(&folder).map(Some)
+        }
+        _ => Ok(None),
+    }
 }
 
 fn source_version(folder: &Path) -> Option<String> {
