@@ -212,7 +212,7 @@ fn the_tuned_kernel_runs_a_command_and_reports_its_code() {
     let command = r#"vmm.marker vmm.exit=ioport:0xf4 vmm.run="echo hello; tty; exit 3""#;
     let ended = Boot::new(&kernel.vmlinux, Some(&initramfs), command).run();
     assert_ended(&ended, 3 * 2 + 1, &["guest: init", "hello", "/dev/ttyS0"]);
-    let command = r#"vmm.exit=ioport:0xf4 -- test "$(nproc)" = 2 && kill -9 $$"#;
+    let command = r#"vmm.exit=ioport:0xf4 -- test "$(nproc)$(hostname)" = 2guest && ping -c 1 127.0.0.1 && kill -9 $$"#;
     let ended = Boot::new(&kernel.bzimage, Some(&initramfs), command).run();
     assert_ended(&ended, (128 + 9) * 2 + 1, &["Run /init"]);
     assert!(

@@ -51,6 +51,8 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
     if let Some(word) = orders.unknown {
         console::say(&[b"guest-init: did not understand ", word]);
     }
+    let _ = rustix::system::sethostname(b"guest");
+    kernel::start_loopback();
     let watch = Watch::start();
     let rooted = orders
         .root

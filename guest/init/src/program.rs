@@ -1,6 +1,6 @@
 //! Starts the ordered command, or a shell, in a session of its own with the console as its controlling terminal.
 
-use crate::console::complain;
+use crate::console::{complain, stdio};
 use crate::kernel;
 use crate::mounts::Text;
 use core::ffi::CStr;
@@ -23,8 +23,7 @@ const VARIABLES: usize = 40;
 pub unsafe fn start(command: Option<&[u8]>, environment: *const *const u8) -> Option<Pid> {
     let child = || {
         let _ = rustix::process::setsid();
-        // SAFETY: used as a plain descriptor, which fails cleanly if it is not open.
-        let _ = rustix::process::ioctl_tiocsctty(unsafe { rustix::stdio::stdin() });
+        let _ = rustix::process::ioctl_tiocsctty(stdio(0));
         // SAFETY: the caller's contract.
         unsafe { execute(command, environment) };
         NOT_FOUND
