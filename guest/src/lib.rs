@@ -6,12 +6,14 @@
 //! initramfs   PID 1, busybox, modules        cpio     the format             modules  what to load, in which order
 //! rootfs      ext4 images                    programs what goes into both    bzimage  the vmlinux inside
 //! cache       finished items, or none        debian   packages               run      tools
+//!                                                elf      what of a vmlinux is loaded
 //! ```
 
 pub mod bzimage;
 pub mod cache;
 pub mod cpio;
 pub mod debian;
+pub mod elf;
 pub mod initramfs;
 pub mod kconfig;
 pub mod kernel;

@@ -3,6 +3,7 @@
 
 use crate::cache::Cache;
 use crate::debian;
+use crate::elf;
 use crate::kconfig::Config;
 use crate::kernel::Kernel;
 use crate::run::{Tool, last_lines, say};
@@ -20,8 +21,21 @@ pub const FRAGMENT: &str = include_str!("../kernel/tuned.config");
 const SOURCE_PACKAGE: &str = "linux-source-6.1";
 
 /// What the kernel's build needs of Debian. libelf is for objtool, bc for its time constants.
-const BUILD_PACKAGES: [&str; 10] =
-    ["bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "lz4", "make", "patch", "xz-utils"];
+const BUILD_PACKAGES: [&str; 10] = [
+    "bc",
+    "bison",
+    "flex",
+    "gcc",
+    "libc6-dev",
+    "libelf-dev",
+    "lz4",
+    "make",
+    "patch",
+    "xz-utils",
+];
+
+/// To be raised when this module makes something else of the same source and fragment.
+const FORMAT: u8 = 1;
 
 /// About how many steps (compilations, archives, links) a build prints; only the progress display uses it.
 const STEPS: usize = 1600;
@@ -29,19 +43,16 @@ const STEPS: usize = 1600;
 /// The cached one, or else one built now. With `refresh` apt is asked for a newer source first.
 pub fn get(refresh: bool) -> Result<Kernel> {
     let cache = Cache::open("tuned")?;
-    // What is cached counts as current if fragment and compiler are still the same, whatever apt may have by now.
-    if let Some(folder) = cache.current().filter(|_| !refresh)
-        && let Some(version) = source_version(&folder)
-        && folder.ends_with(key(&version)?)
-    {
-        return Kernel::open(&folder);
+    if !refresh && let Some(kernel) = current(&cache)? {
+        return Ok(kernel);
     }
 
     debian::check_host()?;
     debian::refresh_lists(refresh)?;
     debian::ensure_installed(&BUILD_PACKAGES)?;
-    let version = debian::available(SOURCE_PACKAGE)
-        .with_context(|| format!("no package {SOURCE_PACKAGE}; this is made for Debian 12 (bookworm)"))?;
+    let version = debian::available(SOURCE_PACKAGE).with_context(|| {
+        format!("no package {SOURCE_PACKAGE}; this is made for Debian 12 (bookworm)")
+    })?;
     let name = key(&version)?;
     if let Some(folder) = cache.get(&name) {
         cache.set_current(&name)?;
@@ -77,25 +88,67 @@ pub fn get(refresh: bool) -> Result<Kernel> {
         ("System.map", "System.map"),
         ("include/config/kernel.release", "release"),
     ] {
-        fs::rename(build.join(from), item.join(to)).with_context(|| format!("the build left no {from}"))?;
+        fs::rename(build.join(from), item.join(to))
+            .with_context(|| format!("the build left no {from}"))?;
     }
+    slim(&item.join("vmlinux"))?;
     fs::write(item.join("source-version"), &version)?;
     Kernel::open(&cache.publish(&item, &name)?)
+}
+
+/// The cached one, if it is still what would be built (but for what apt may have by now).
+pub fn cached() -> Result<Option<Kernel>> {
+    current(&Cache::open("tuned")?)
+}
+
+fn current(cache: &Cache) -> Result<Option<Kernel>> {
+    match cache.current() {
+        Some(folder)
+            if source_version(&folder)
+                .map(|version| key(&version))
+                .transpose()?
+                .is_some_and(|key| folder.ends_with(key)) =>
+        {
+            Kernel::open(&folder).map(Some)
+        }
+        _ => Ok(None),
+    }
 }
 
 fn source_version(folder: &Path) -> Option<String> {
     fs::read_to_string(folder.join("source-version")).ok()
 }
 
-/// Names a build by all that decides what comes out.
+/// Names a build by all that decides what comes out; [`FORMAT`] stands for this module's own part in it.
 fn key(version: &str) -> Result<String> {
-    let compiler = Tool::new("gcc").arg("--version").output().context("ask gcc for its version")?;
+    let compiler = Tool::new("gcc")
+        .arg("--version")
+        .output()
+        .context("ask gcc for its version")?;
     let mut hash = Sha256::new();
     hash.update(FRAGMENT);
-    hash.update([0]);
+    hash.update([0, FORMAT]);
     hash.update(compiler.lines().next().unwrap_or_default());
-    let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let hash: String = hash
+        .finalize()
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     Ok(format!("{version}_{hash}"))
+}
+
+/// Takes the padding out of what a loader copies of a vmlinux.
+fn slim(vmlinux: &Path) -> Result<()> {
+    let mut file = fs::read(vmlinux)?;
+    let (before, after) =
+        elf::leave_out_padding(&mut file).context("slim the segments of vmlinux")?;
+    say(format_args!(
+        "of {} KiB in the segments of vmlinux {} KiB are padding",
+        before >> 10,
+        (before - after) >> 10
+    ));
+    fs::write(vmlinux, file).context("write vmlinux")
 }
 
 /// Kbuild in `build`, with everything fixed that would make two builds differ.
@@ -115,13 +168,17 @@ fn configure(source: &Path, build: &Path) -> Result<()> {
     let fragment = build.join("tuned.config");
     fs::write(&fragment, FRAGMENT)?;
     make(source, build).arg("tinyconfig").quiet()?;
-    Tool::new(&source.join("scripts/kconfig/merge_config.sh").to_string_lossy())
-        .args(["-m", "-O"])
-        .arg(build)
-        .arg(build.join(".config"))
-        .arg(&fragment)
-        .dir(source)
-        .quiet()?;
+    Tool::new(
+        &source
+            .join("scripts/kconfig/merge_config.sh")
+            .to_string_lossy(),
+    )
+    .args(["-m", "-O"])
+    .arg(build)
+    .arg(build.join(".config"))
+    .arg(&fragment)
+    .dir(source)
+    .quiet()?;
     make(source, build).arg("olddefconfig").quiet()?;
     check(FRAGMENT, &fs::read_to_string(build.join(".config"))?)
 }
@@ -144,7 +201,9 @@ pub fn check(fragment: &str, result: &str) -> Result<()> {
 
 fn compile(source: &Path, build: &Path) -> Result<()> {
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    say(format_args!("building the tuned kernel with {jobs} jobs; some minutes, once"));
+    say(format_args!(
+        "building the tuned kernel with {jobs} jobs; some minutes, once"
+    ));
     let log_path = build.join("build.log");
     let mut log = File::create(&log_path)?;
     let mut child = make(source, build)
@@ -167,7 +226,10 @@ fn compile(source: &Path, build: &Path) -> Result<()> {
     progress.end();
     if !status.success() {
         let log = fs::read_to_string(&log_path).unwrap_or_default();
-        bail!("the kernel's build failed ({status}); its last words:\n{}", last_lines(&log, 30));
+        bail!(
+            "the kernel's build failed ({status}); its last words:\n{}",
+            last_lines(&log, 30)
+        );
     }
     Ok(())
 }
@@ -184,16 +246,29 @@ struct Progress {
 impl Progress {
     fn new() -> Self {
         let terminal = std::io::stderr().is_terminal();
-        Self { start: Instant::now(), steps: 0, shown: Duration::ZERO, terminal }
+        Self {
+            start: Instant::now(),
+            steps: 0,
+            shown: Duration::ZERO,
+            terminal,
+        }
     }
 
     fn step(&mut self) {
         self.steps += 1;
         let passed = self.start.elapsed();
-        let pause = if self.terminal { Duration::from_millis(200) } else { Duration::from_secs(15) };
+        let pause = if self.terminal {
+            Duration::from_millis(200)
+        } else {
+            Duration::from_secs(15)
+        };
         if passed - self.shown >= pause {
             self.shown = passed;
-            let (start, end) = if self.terminal { ("\r", "\x1b[K") } else { ("", "\n") };
+            let (start, end) = if self.terminal {
+                ("\r", "\x1b[K")
+            } else {
+                ("", "\n")
+            };
             eprint!(
                 "{start}guest: {} of about {} steps, {} s{end}",
                 self.steps,
@@ -205,7 +280,11 @@ impl Progress {
 
     fn end(&self) {
         let start = if self.terminal { "\r\x1b[K" } else { "" };
-        eprintln!("{start}guest: {} steps in {} s", self.steps, self.start.elapsed().as_secs());
+        eprintln!(
+            "{start}guest: {} steps in {} s",
+            self.steps,
+            self.start.elapsed().as_secs()
+        );
     }
 }
 
@@ -216,7 +295,12 @@ mod tests {
     #[test]
     fn a_lost_option_fails_by_name() {
         check("CONFIG_A=y\n# CONFIG_B is not set\n", "CONFIG_A=y\n").unwrap();
-        let error = check("CONFIG_A=y\nCONFIG_PVH=y\n", "CONFIG_A=y\n").unwrap_err().to_string();
-        assert!(error.contains("1 of 2") && error.contains("CONFIG_PVH"), "{error}");
+        let error = check("CONFIG_A=y\nCONFIG_PVH=y\n", "CONFIG_A=y\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("1 of 2") && error.contains("CONFIG_PVH"),
+            "{error}"
+        );
     }
 }

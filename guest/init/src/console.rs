@@ -1,6 +1,7 @@
 //! The terminal that init and its command speak through, and init's own messages on it.
 
 use crate::mounts::{Text, wait_for_path};
+use rustix::fd::BorrowedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io;
 
@@ -11,8 +12,7 @@ pub fn say(parts: &[&[u8]]) -> bool {
         line.push(part);
     }
     line.push(b"\n");
-    // SAFETY: used as a plain descriptor, which fails cleanly if it is not open.
-    io::write(unsafe { rustix::stdio::stderr() }, line.bytes()).is_ok()
+    io::write(stdio(2), line.bytes()).is_ok()
 }
 
 /// Says what failed with which errno.
@@ -53,6 +53,11 @@ pub fn open(named: Option<&[u8]>) {
 
 /// Waits until all output has left the terminal's buffers.
 pub fn drain() {
-    // SAFETY: used as a plain descriptor, which fails cleanly if it is not open.
-    let _ = rustix::termios::tcdrain(unsafe { rustix::stdio::stdout() });
+    let _ = rustix::termios::tcdrain(stdio(1));
+}
+
+/// Standard input, output or error.
+pub fn stdio(number: i32) -> BorrowedFd<'static> {
+    // SAFETY: these three stay what they are from `open` on; before that, a call on one that is not open fails cleanly.
+    unsafe { BorrowedFd::borrow_raw(number) }
 }

@@ -7,7 +7,7 @@ use crate::orders::{End, Orders, Report};
 use crate::watch::{Event, Watch};
 use rustix::fs::{Mode, OFlags, open, sync};
 use rustix::mount::{MountFlags, mount_remount};
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, wait};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, wait};
 use rustix::system::{RebootCommand, reboot};
 
 /// The code that is reported when the command could not even be started.
@@ -29,7 +29,9 @@ pub struct Outcome {
 
 /// Ends the machine.
 pub fn finish(orders: &Orders<'_>, outcome: Outcome, watch: &Watch) -> ! {
-    let code = stop_all(outcome.child, watch).or(outcome.code).unwrap_or(NOT_RUN);
+    let code = stop_all(outcome.child, orders.command.is_none(), watch)
+        .or(outcome.code)
+        .unwrap_or(NOT_RUN);
     sync();
     // A disk as root ends clean; an initramfs does not mind.
     let _ = mount_remount(c"/", MountFlags::RDONLY, c"");
@@ -52,27 +54,36 @@ pub fn finish(orders: &Orders<'_>, outcome: Outcome, watch: &Watch) -> ! {
 }
 
 /// Asks all other processes to end, waits, then kills the rest. The exit code of `child`, if it ended here.
-fn stop_all(child: Option<Pid>, watch: &Watch) -> Option<i32> {
+fn stop_all(child: Option<Pid>, is_shell: bool, watch: &Watch) -> Option<i32> {
     let mut code = None;
     if reap_all(child, &mut code) {
         return code;
     }
-    for signal in [Signal::TERM, Signal::HUP, Signal::CONT] {
-        signal_all_others(signal);
+    signal_all_others(Signal::TERM);
+    // An interactive shell ignores SIGTERM, and passes SIGHUP on to its jobs. Nobody else gets that: it would cut short
+    // what they do on SIGTERM.
+    if let (true, Some(shell)) = (is_shell, child) {
+        let _ = kill_process(shell, Signal::HUP);
     }
+    signal_all_others(Signal::CONT);
     let mut left = GRACE_MS;
-    while left > 0 && !reap_all(child, &mut code) {
+    while left > 0 {
+        if reap_all(child, &mut code) {
+            return code;
+        }
         const STEP_MS: u32 = 100;
-        if watch.next(Some(STEP_MS)) == Event::Timeout {
-            left = left.saturating_sub(STEP_MS);
-        }
+        // Other events come quickly; counting them too lets even a stream of them end.
+        let passed = if watch.next(Some(STEP_MS)) == Event::Timeout {
+            STEP_MS
+        } else {
+            1
+        };
+        left = left.saturating_sub(passed);
     }
-    if left == 0 {
-        say(&[b"guest-init: killing what did not end"]);
-        signal_all_others(Signal::KILL);
-        while let Ok(Some(ended)) = wait(WaitOptions::empty()) {
-            note(ended, child, &mut code);
-        }
+    say(&[b"guest-init: killing what did not end"]);
+    signal_all_others(Signal::KILL);
+    while let Ok(Some(ended)) = wait(WaitOptions::empty()) {
+        note(ended, child, &mut code);
     }
     code
 }
@@ -122,7 +133,12 @@ fn send(report: Report<'_>, code: i32) {
 
 /// The device of a named virtio console port. No udev makes /dev/virtio-ports here, so sysfs is asked for the names.
 fn virtio_port(name: &[u8]) -> Option<Text<64>> {
-    let names = open(c"/sys/class/virtio-ports", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).ok()?;
+    let names = open(
+        c"/sys/class/virtio-ports",
+        OFlags::RDONLY | OFlags::DIRECTORY,
+        Mode::empty(),
+    )
+    .ok()?;
     let mut buffer = [core::mem::MaybeUninit::uninit(); 1024];
     let mut entries = rustix::fs::RawDir::new(&names, &mut buffer);
     while let Some(Ok(entry)) = entries.next() {
