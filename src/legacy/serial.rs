@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::{NoEvents, SerialState};
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial as Uart, Trigger};
 
 use crate::bus::{Device, Effect, lock};
 use crate::chardev::{Endpoint, Interest};
@@ -89,7 +89,7 @@ impl io::Write for Output {
 }
 
 struct Inner {
-    uart: Serial<Line, NoEvents, Output>,
+    uart: Uart<Line, NoEvents, Output>,
     interrupt: Arc<dyn Interrupt>,
 }
 
@@ -141,13 +141,13 @@ impl Inner {
 }
 
 /// The serial port. It works as soon as it is built, but for input, which starts with [`Device::resume`].
-pub struct SerialPort {
+pub struct Serial {
     inner: Arc<Mutex<Inner>>,
     endpoint: Endpoint,
     worker: Option<Worker>,
 }
 
-/// [`SerialPort`]'s saved state. Register names as in the crate that emulates them.
+/// [`Serial`]'s saved state. Register names as in the crate that emulates them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     baud_divisor_low: u8,
@@ -163,11 +163,11 @@ pub struct State {
     kept: Vec<u8>,
 }
 
-impl SerialPort {
+impl Serial {
     /// A port at `endpoint` that raises `interrupt`.
     pub fn new(endpoint: Endpoint, interrupt: Arc<dyn Interrupt>) -> Self {
         let output = Output { endpoint: endpoint.clone(), kept: VecDeque::new(), lost: 0 };
-        let uart = Serial::new(Line(interrupt.clone()), output);
+        let uart = Uart::new(Line(interrupt.clone()), output);
         Self { inner: Arc::new(Mutex::new(Inner { uart, interrupt })), endpoint, worker: None }
     }
 }
@@ -187,7 +187,7 @@ impl Handler for Service {
     }
 }
 
-impl Device for SerialPort {
+impl Device for Serial {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let ([byte], Ok(offset @ 0..8)) = (data, u8::try_from(offset)) else { return };
         let inner = &mut *lock(&self.inner);
@@ -238,7 +238,7 @@ impl Device for SerialPort {
     }
 }
 
-impl Drop for SerialPort {
+impl Drop for Serial {
     /// The guest may have written its last words a moment ago: a reader that is only slow still gets them.
     fn drop(&mut self) {
         self.worker = None;
@@ -263,7 +263,7 @@ impl Drop for SerialPort {
 }
 
 /// Between [`Device::pause`] and [`Device::resume`].
-impl Stateful for SerialPort {
+impl Stateful for Serial {
     type State = State;
 
     fn save(&self) -> State {
@@ -314,7 +314,7 @@ impl Stateful for SerialPort {
         };
         let output = Output { endpoint: self.endpoint.clone(), kept: state.kept.into(), lost: 0 };
         let line = Line(inner.interrupt.clone());
-        inner.uart = Serial::from_state(&registers, line, NoEvents, output)
+        inner.uart = Uart::from_state(&registers, line, NoEvents, output)
             .map_err(|error| StateError::Invalid(format!("serial port: {error}")))?;
         Ok(())
     }
@@ -328,14 +328,14 @@ mod tests {
     use super::*;
     use crate::vm::fake::FakeInterrupt;
 
-    fn port() -> (SerialPort, UnixStream, Arc<FakeInterrupt>) {
+    fn port() -> (Serial, UnixStream, Arc<FakeInterrupt>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let interrupt = Arc::<FakeInterrupt>::default();
-        let port = SerialPort::new(Endpoint::from_stream(ours).unwrap(), interrupt.clone());
+        let port = Serial::new(Endpoint::from_stream(ours).unwrap(), interrupt.clone());
         (port, theirs, interrupt)
     }
 
-    fn read(port: &mut SerialPort, offset: u64) -> u8 {
+    fn read(port: &mut Serial, offset: u64) -> u8 {
         let mut byte = [0xff];
         port.read(offset, &mut byte);
         byte[0]
