@@ -141,13 +141,13 @@ impl Inner {
 }
 
 /// The serial port. It works as soon as it is built, but for input, which starts with [`Device::resume`].
-pub struct Serial {
+pub struct SerialPort {
     inner: Arc<Mutex<Inner>>,
     endpoint: Endpoint,
     worker: Option<Worker>,
 }
 
-/// [`Serial`]'s saved state. Register names as in the crate that emulates them.
+/// [`SerialPort`]'s saved state. Register names as in the crate that emulates them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     baud_divisor_low: u8,
@@ -163,7 +163,7 @@ pub struct State {
     kept: Vec<u8>,
 }
 
-impl Serial {
+impl SerialPort {
     /// A port at `endpoint` that raises `interrupt`.
     pub fn new(endpoint: Endpoint, interrupt: Arc<dyn Interrupt>) -> Self {
         let output = Output { endpoint: endpoint.clone(), kept: VecDeque::new(), lost: 0 };
@@ -187,7 +187,7 @@ impl Handler for Service {
     }
 }
 
-impl Device for Serial {
+impl Device for SerialPort {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let ([byte], Ok(offset @ 0..8)) = (data, u8::try_from(offset)) else { return };
         let inner = &mut *lock(&self.inner);
@@ -238,7 +238,7 @@ impl Device for Serial {
     }
 }
 
-impl Drop for Serial {
+impl Drop for SerialPort {
     /// The guest may have written its last words a moment ago: a reader that is only slow still gets them.
     fn drop(&mut self) {
         self.worker = None;
@@ -263,7 +263,7 @@ impl Drop for Serial {
 }
 
 /// Between [`Device::pause`] and [`Device::resume`].
-impl Stateful for Serial {
+impl Stateful for SerialPort {
     type State = State;
 
     fn save(&self) -> State {
@@ -328,14 +328,14 @@ mod tests {
     use super::*;
     use crate::vm::fake::FakeInterrupt;
 
-    fn port() -> (Serial, UnixStream, Arc<FakeInterrupt>) {
+    fn port() -> (SerialPort, UnixStream, Arc<FakeInterrupt>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let interrupt = Arc::<FakeInterrupt>::default();
-        let port = Serial::new(Endpoint::from_stream(ours).unwrap(), interrupt.clone());
+        let port = SerialPort::new(Endpoint::from_stream(ours).unwrap(), interrupt.clone());
         (port, theirs, interrupt)
     }
 
-    fn read(port: &mut Serial, offset: u64) -> u8 {
+    fn read(port: &mut SerialPort, offset: u64) -> u8 {
         let mut byte = [0xff];
         port.read(offset, &mut byte);
         byte[0]
