@@ -72,6 +72,25 @@ pub enum Error {
     Poll(#[source] io::Error),
 }
 
+impl Error {
+    /// What to try.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::File { .. } => {
+                Some("give the path of a file in a folder that exists and can be written to")
+            }
+            Self::Socket { .. } => {
+                Some("give a path of at most 107 bytes, in a folder that exists and can be written to")
+            }
+            Self::NotASocket(_) => Some("remove it, or give another path"),
+            Self::InUse(_) => Some("stop that process, or give another path"),
+            Self::Pty(_) => Some("see /proc/sys/kernel/pty/max and /proc/sys/fs/inotify/max_user_instances"),
+            Self::Stdio(_) => Some("give the console another place: pty, file=PATH, socket=PATH or off"),
+            Self::Poll(_) => Some("raise the limit of open files: ulimit -n"),
+        }
+    }
+}
+
 /// What a device waits for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Interest {

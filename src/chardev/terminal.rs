@@ -123,7 +123,7 @@ impl Keyboard {
         let input = Descriptor::shared(io::stdin().as_fd(), OFlags::RDONLY, "terminal")?;
         let echo = Descriptor::shared(io::stdin().as_fd(), OFlags::WRONLY, "terminal")?;
         let (read, write) = UnixStream::pair()?;
-        let signals = SignalDelivery::with_pipe(read, write, SignalOnly::default(), ours())?;
+        let signals = SignalDelivery::with_pipe(read, write, SignalOnly, ours())?;
         let shared = keyboard.clone();
         thread::Builder::new()
             .name("terminal".to_owned())

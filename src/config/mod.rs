@@ -207,6 +207,11 @@ pub struct Invalid {
     pub hint: &'static str,
 }
 
+impl Port {
+    /// The most that a console has: each takes two queues, and Linux gives each queue memory at once.
+    pub const MAX: usize = 30;
+}
+
 impl VmConfig {
     /// The console's end, with the rule that it gives stdio up to a serial port that wants it.
     pub fn console(&self) -> Where {
@@ -262,6 +267,9 @@ impl VmConfig {
             if disk.block_size.is_some_and(|s| ![512, 4096].contains(&s.bytes())) {
                 return invalid(format!("disk {path}: block size not possible"), "512 or 4096");
             }
+        }
+        if self.port.len() > Port::MAX {
+            return invalid(format!("{} ports: too many", self.port.len()), "at most 30");
         }
         for (i, port) in self.port.iter().enumerate() {
             if port.name.is_empty() || port.name.len() > 64 || port.name.contains(['/', '\0']) {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::{NoEvents, SerialState};
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial as Uart, Trigger};
 
 use crate::bus::{Device, Effect, lock};
 use crate::chardev::{Endpoint, Interest};
@@ -89,7 +89,7 @@ impl io::Write for Output {
 }
 
 struct Inner {
-    uart: Serial<Line, NoEvents, Output>,
+    uart: Uart<Line, NoEvents, Output>,
     interrupt: Arc<dyn Interrupt>,
 }
 
@@ -167,7 +167,7 @@ impl SerialPort {
     /// A port at `endpoint` that raises `interrupt`.
     pub fn new(endpoint: Endpoint, interrupt: Arc<dyn Interrupt>) -> Self {
         let output = Output { endpoint: endpoint.clone(), kept: VecDeque::new(), lost: 0 };
-        let uart = Serial::new(Line(interrupt.clone()), output);
+        let uart = Uart::new(Line(interrupt.clone()), output);
         Self { inner: Arc::new(Mutex::new(Inner { uart, interrupt })), endpoint, worker: None }
     }
 }
@@ -314,7 +314,7 @@ impl Stateful for SerialPort {
         };
         let output = Output { endpoint: self.endpoint.clone(), kept: state.kept.into(), lost: 0 };
         let line = Line(inner.interrupt.clone());
-        inner.uart = Serial::from_state(&registers, line, NoEvents, output)
+        inner.uart = Uart::from_state(&registers, line, NoEvents, output)
             .map_err(|error| StateError::Invalid(format!("serial port: {error}")))?;
         Ok(())
     }

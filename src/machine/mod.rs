@@ -89,11 +89,8 @@ impl Error {
             Self::NoKernel => Some("give a bzImage or vmlinux: --kernel FILE".into()),
             Self::TooManyDevices { .. } => Some("leave out disks".into()),
             Self::Memory(_) => Some("ask for less with --mem, or free memory on the host".into()),
-            Self::TooManyCpus { .. }
-            | Self::Layout(_)
-            | Self::Host { .. }
-            | Self::Chardev(_)
-            | Self::Transport(_) => None,
+            Self::TooManyCpus { .. } | Self::Layout(_) | Self::Host { .. } | Self::Transport(_) => None,
+            Self::Chardev(e) => e.hint().map(Cow::from),
         }
     }
 

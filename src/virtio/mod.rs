@@ -43,7 +43,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Disk(error) => error.hint(),
-            Self::Chardev(_) => None,
+            Self::Chardev(error) => error.hint().map(str::to_owned),
         }
     }
 }

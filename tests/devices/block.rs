@@ -215,7 +215,7 @@ fn the_configuration_says_what_holds() {
     let (_keep, mut disk) = image(SIZE);
     disk.block_size = Some("4096".parse().unwrap());
     disk.serial = Some("a serial of 20 bytes".to_owned());
-    let device = vmm::virtio::Device::Block(0, &disk).build().unwrap();
+    let device = vmm::virtio::Device::Block(0, &disk).build(&mut vmm::chardev::Ends::default()).unwrap();
     let mut vm = Guest::new(device);
     vm.start(0);
     let config: [u8; 60] = vm.config(0);

@@ -3,13 +3,18 @@
 //! To add a device, add a [`Subject`] to [`all`].
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::time::Duration;
 
 use tempfile::TempDir;
+use vmm::chardev::Endpoint;
 use vmm::config;
 use vmm::disk::Raw;
 use vmm::virtio::block::Block;
+use vmm::virtio::console::Console;
 use vmm::virtio::device::VirtioDevice;
 use vmm::virtio::rng::Rng;
 
@@ -28,7 +33,7 @@ pub struct Subject {
 
 /// The list.
 pub fn all() -> Vec<Subject> {
-    vec![block(), block_readonly(), rng()]
+    vec![block(), block_readonly(), rng(), console(), console_with_a_port()]
 }
 
 fn rng() -> Subject {
@@ -110,5 +115,83 @@ fn block_readonly() -> Subject {
             assert_eq!(guest.load(status, 1), [1], "a write is an error");
         }),
         _keep: Some(keep),
+    }
+}
+
+/// A host end, and the other end of it.
+fn stream() -> (Endpoint, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    (Endpoint::from_stream(ours).unwrap(), theirs)
+}
+
+/// Bytes both ways over a port: its receive queue, and the transmit queue behind that.
+fn talk(guest: &mut Guest, receive: usize, mut host: &UnixStream, round: u32) {
+    let said = format!("said in round {round}.");
+    guest.store(DATA, said.as_bytes());
+    let (half, len) = (said.len() as u32 / 2, said.len() as u32);
+    let parts = [(DATA, half), (DATA + u64::from(half), len - half)];
+    let (transmit, old) = (receive + 1, guest.rings[receive + 1].available());
+    let head = guest.rings[transmit].add(&parts, &[]);
+    guest.kick(transmit, old);
+    // A hostile driver may have said a lot before, which nobody has read yet.
+    let (mut heard, mut buf) = (Vec::new(), [0; 65536]);
+    while !heard.ends_with(said.as_bytes()) {
+        let len = host.read(&mut buf).expect("what the guest says");
+        heard.extend(&buf[..len]);
+    }
+    assert_eq!(guest.rings[transmit].wait_used(10), (head, 0));
+    let typed = format!("typed in round {round}\n");
+    host.write_all(typed.as_bytes()).unwrap();
+    assert_eq!(guest.request(receive, &[], &[(DATA + 0x100, 5), (DATA + 0x200, 100)]) as usize, typed.len());
+    let got = [guest.load(DATA + 0x100, 5), guest.load(DATA + 0x200, typed.len() - 5)].concat();
+    assert_eq!(got, typed.as_bytes());
+}
+
+fn console() -> Subject {
+    let (end, host) = stream();
+    let round = AtomicU32::new(0);
+    Subject {
+        name: "console",
+        build: Box::new(move || Box::new(Console::new(end.clone(), vec![]))),
+        traffic: Box::new(move |guest| talk(guest, 0, &host, round.fetch_add(1, Ordering::Relaxed))),
+        _keep: None,
+    }
+}
+
+fn console_with_a_port() -> Subject {
+    let ((main, main_host), (port, port_host)) = (stream(), stream());
+    let round = AtomicU32::new(0);
+    let say = |guest: &mut Guest, id: u8, event: u8, value: u8| {
+        guest.store(DATA, &[id, 0, 0, 0, event, 0, value, 0]);
+        guest.request(3, &[(DATA, 8)], &[]);
+    };
+    let hear = |guest: &mut Guest, expect: &[u8]| {
+        let len = guest.request(2, &[], &[(DATA, 64)]) as usize;
+        assert_eq!(guest.load(DATA, len), expect);
+    };
+    Subject {
+        name: "console with a port",
+        build: Box::new(move || {
+            Box::new(Console::new(main.clone(), vec![("agent".to_owned(), port.clone())]))
+        }),
+        traffic: Box::new(move |guest| {
+            // DEVICE_READY; DEVICE_ADD of both.
+            say(guest, 0, 0, 1);
+            hear(guest, &[0, 0, 0, 0, 1, 0, 0, 0]);
+            hear(guest, &[1, 0, 0, 0, 1, 0, 0, 0]);
+            // PORT_READY; CONSOLE_PORT, or PORT_NAME and PORT_OPEN. Then PORT_OPEN from the driver.
+            say(guest, 0, 3, 1);
+            hear(guest, &[0, 0, 0, 0, 4, 0, 1, 0]);
+            say(guest, 1, 3, 1);
+            hear(guest, b"\x01\0\0\0\x07\0\x01\0agent");
+            hear(guest, &[1, 0, 0, 0, 6, 0, 1, 0]);
+            say(guest, 0, 6, 1);
+            say(guest, 1, 6, 1);
+            let round = round.fetch_add(1, Ordering::Relaxed);
+            talk(guest, 0, &main_host, round);
+            talk(guest, 4, &port_host, round);
+        }),
+        _keep: None,
     }
 }

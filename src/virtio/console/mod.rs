@@ -1,8 +1,9 @@
 //! virtio-console (virtio 1.3, 5.3): hvc0, and named ports beside it.
 //!
 //! F_MULTIPORT is offered only when there are named ports: without it Linux has hvc0 as soon as it finds
-//! the device, with it only after half a dozen messages. The device says nothing of resizing before the guest's
-//! driver asks, and holds at most a piece of each stream ([`port`]): a stalled host end stalls the guest's writer.
+//! the device, with it only after half a dozen messages. The device holds at most a piece of each stream, so a stalled
+//! host end stalls the guest's writer. (Linux spins in that writer: a host end that nobody reads for long, with
+//! somebody connected, shows in the guest as a lockup report.)
 
 mod control;
 mod port;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::device::{Kind, Traits, VirtioDevice};
 use super::queue::Virtqueue;
 use crate::chardev::{Endpoint, WindowSize};
+use crate::config;
 use crate::guest_warn;
 use crate::state::{StateError, Stateful};
 use control::{HEADER, Pending};
@@ -27,11 +29,8 @@ const F_SIZE: u64 = 1 << 0;
 const F_MULTIPORT: u64 = 1 << 1;
 const F_EMERG_WRITE: u64 = 1 << 2;
 
-/// Named ports that a console has at most.
-pub const MAX_PORTS: usize = 30;
-
 /// Linux fills each receive queue with pages of its own as soon as it finds the port: so they are short.
-static QUEUES: [u16; 2 * (MAX_PORTS + 2)] = [16; 2 * (MAX_PORTS + 2)];
+static QUEUES: [u16; 2 * (config::Port::MAX + 2)] = [16; 2 * (config::Port::MAX + 2)];
 
 /// Queue of messages to the driver; the one from it comes next (5.3.2).
 const CONTROL_RECEIVE: usize = 2;
@@ -64,10 +63,13 @@ pub struct State {
 }
 
 impl Console {
-    /// A console at `main`, with further ports by name: at most [`MAX_PORTS`], those behind are left out.
+    /// A console at `main`, with further ports by name: the configuration allows at most
+    /// [`config::Port::MAX`], and those behind are left out.
     pub fn new(main: Endpoint, named: Vec<(String, Endpoint)>) -> Self {
         let mut ports = vec![Port::new("hvc0", main)];
-        ports.extend(named.into_iter().take(MAX_PORTS).map(|(name, endpoint)| Port::new(&name, endpoint)));
+        ports.extend(
+            named.into_iter().take(config::Port::MAX).map(|(name, endpoint)| Port::new(&name, endpoint)),
+        );
         let mut config = [0; CONFIG_SIZE];
         config[4..EMERG_WR].copy_from_slice(&(ports.len() as u32).to_le_bytes());
         let mut console =
@@ -216,7 +218,7 @@ impl VirtioDevice for Console {
 
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
         match Self::port_of(index) {
-            Some(id) => self.serve(id, queues, index % 2 == 0, index % 2 == 1),
+            Some(id) => self.serve(id, queues, index & 1 == 0, index & 1 == 1),
             None if !self.multiport => {}
             None => {
                 if index == CONTROL_TRANSMIT {
