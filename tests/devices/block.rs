@@ -8,6 +8,7 @@ use proptest::test_runner::{Config, TestRunner};
 use vmm::bus::Device;
 use vmm::config;
 use vmm::disk::{Error, Raw};
+use vmm::state::Saved;
 
 use crate::guest::{DATA, Guest, HIGH};
 use crate::subjects::{header, image, open};
@@ -176,6 +177,22 @@ fn many_requests_in_flight_and_many_segments() {
             assert_eq!(vm.load(at + 0x200, 512), [sector as u8; 512]);
         }
     }
+}
+
+#[test]
+fn a_request_that_nobody_saw_before_the_save_is_served_after_the_restore() {
+    let (_keep, disk) = image(SIZE);
+    let mut vm = guest(&disk);
+    vm.mmio.pause();
+    header(&vm, DATA, IN, 9);
+    let head = vm.rings[0].add(&[(DATA, 16)], &[(BUFFER, 512), (STATUS_BYTE, 1)]);
+    // The driver's kick went to the old device's doorbell, which is gone.
+    let saved = vm.mmio.save_bytes();
+    let mut vm = Guest::on(vm.unplug(), open(&disk));
+    vm.mmio.restore_bytes(&saved).unwrap();
+    vm.mmio.resume();
+    assert_eq!(vm.rings[0].wait_used(10), (head, 513));
+    assert_eq!(vm.load(BUFFER, 512), [9; 512]);
 }
 
 #[test]
