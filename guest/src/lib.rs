@@ -9,6 +9,7 @@
 //!                                                elf      what of a vmlinux is loaded
 //! ```
 
+pub mod bundle;
 pub mod bzimage;
 pub mod cache;
 pub mod cpio;

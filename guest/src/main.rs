@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 use guest::initramfs::Compression;
 use guest::kernel::{Kernel, Kind};
-use guest::{initramfs, rootfs};
+use guest::{bundle, initramfs, rootfs};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -30,6 +30,18 @@ enum Command {
     Initramfs(InitramfsArgs),
     /// Build an ext4 root image
     Rootfs(RootfsArgs),
+    /// Everything that the tests and `make run` boot, in one folder
+    Bundle(BundleArgs),
+}
+
+#[derive(Debug, Args)]
+struct BundleArgs {
+    /// The folder
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Only this kernel and its initramfs
+    #[arg(long, value_name = "KIND")]
+    only: Option<Kind>,
 }
 
 #[derive(Debug, Args)]
@@ -110,22 +122,19 @@ fn run(cli: Cli) -> Result<()> {
             recipe.write(&args.out, args.compress)?;
             println!("initramfs {}", args.out.display());
         }
+        Command::Bundle(args) => match args.only {
+            Some(kind) => bundle::write(&args.out, &[kind], false)?,
+            None => bundle::write(&args.out, &[Kind::Stock, Kind::Tuned], true)?,
+        },
         Command::Rootfs(args) => {
             let source = if args.from.as_os_str() == "debian" {
-                rootfs::Source::Debian {
-                    include: args.include,
-                }
+                rootfs::Source::Debian { include: args.include }
             } else if args.include.is_empty() {
                 rootfs::Source::Folder(args.from)
             } else {
                 bail!("--include is for --from debian");
             };
-            rootfs::Recipe {
-                source,
-                size: args.size,
-                label: args.label,
-            }
-            .write(&args.out)?;
+            rootfs::Recipe { source, size: args.size, label: args.label }.write(&args.out)?;
             println!("rootfs {}", args.out.display());
         }
     }

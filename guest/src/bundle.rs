@@ -1,0 +1,52 @@
+//! A folder with everything that tests and `make run` boot, under fixed names. Called from the command line.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::initramfs::{self, Compression};
+use crate::kernel::{Kernel, Kind};
+use crate::rootfs;
+
+/// What the Debian root has beyond the minimum: a disk test that verifies what it wrote, and tools to look around.
+const ROOT_PACKAGES: [&str; 3] = ["fio", "procps", "util-linux"];
+
+/// Fills `out` with `NAME-bzImage`, `NAME-vmlinux` and `NAME.cpio` (busybox) for each of `kinds`, `tiny.cpio`, and, if
+/// `root`, a Debian disk `debian.ext4`. The disk is made once; remove it to have it made anew.
+///
+/// # Errors
+/// A package could not be fetched, or a tool failed.
+pub fn write(out: &Path, kinds: &[Kind], root: bool) -> Result<()> {
+    fs::create_dir_all(out).with_context(|| format!("make folder {}", out.display()))?;
+    for &kind in kinds {
+        let kernel = Kernel::get(kind, false)?;
+        let name = match kind {
+            Kind::Stock => "stock",
+            Kind::Tuned => "tuned",
+        };
+        link(&kernel.bzimage, &out.join(format!("{name}-bzImage")))?;
+        link(&kernel.vmlinux, &out.join(format!("{name}-vmlinux")))?;
+        recipe(Some(kind)).write(&out.join(format!("{name}.cpio")), Compression::default())?;
+    }
+    let tiny = initramfs::Recipe { tiny: true, busybox: false, ..recipe(None) };
+    tiny.write(&out.join("tiny.cpio"), Compression::default())?;
+    let disk = out.join("debian.ext4");
+    if root && !disk.exists() {
+        let source = rootfs::Source::Debian { include: ROOT_PACKAGES.map(str::to_owned).to_vec() };
+        rootfs::Recipe { source, size: "1G".to_owned(), label: "root".to_owned() }.write(&disk)?;
+    }
+    Ok(())
+}
+
+fn recipe(kernel: Option<Kind>) -> initramfs::Recipe {
+    let (modules, add) = (Vec::new(), Vec::new());
+    initramfs::Recipe { init: None, tiny: false, kernel, modules, busybox: true, add }
+}
+
+/// Makes `at` a link to `file`, in place of what was there.
+fn link(file: &Path, at: &Path) -> Result<()> {
+    let _ = fs::remove_file(at);
+    symlink(file, at).with_context(|| format!("link {} to {}", at.display(), file.display()))
+}
