@@ -31,8 +31,8 @@ pub struct Entry {
 /// Files by absolute path, folders before what they hold.
 pub type Tree = BTreeMap<PathBuf, Entry>;
 
-/// The command, what else the user named, every argument that is a file, and the libraries of all
-/// of them.
+/// The command, what else the user named, every word of an argument that is a file or a command,
+/// and the libraries of all of them.
 pub fn collect(options: &Options) -> Result<Tree> {
     let cwd = std::env::current_dir().context("working directory")?;
     let mut named: Vec<PathBuf> = FOLDERS.iter().chain(&SYSTEM_FILES).map(PathBuf::from).collect();
@@ -42,13 +42,14 @@ pub fn collect(options: &Options) -> Result<Tree> {
         fs::symlink_metadata(path).with_context(|| format!("--with {}", path.display()))?;
         named.push(cwd.join(path));
     }
+    // Also the FILE in `--option=FILE` and `key=FILE,key=FILE`, and what a script in an argument
+    // calls: a file too many costs memory, one too few the run.
+    let ends_word = |byte: &u8| byte.is_ascii_whitespace() || b"=,;:|&<>()'\"`".contains(byte);
     for argument in &options.command[1..] {
-        // Also the FILE in `--option=FILE` and `key=FILE,key=FILE`.
-        for part in argument.as_bytes().split(|&byte| byte == b'=' || byte == b',') {
-            let path = cwd.join(OsStr::from_bytes(part));
-            if !part.is_empty() && path.is_file() {
-                named.push(path);
-            }
+        let words = argument.as_bytes().split(ends_word).map(OsStr::from_bytes);
+        for word in words.filter(|word| !word.is_empty()) {
+            let path = cwd.join(word);
+            named.extend(path.is_file().then_some(path).or_else(|| find_program(word)));
         }
     }
     let mut tree = Tree::new();
@@ -65,7 +66,7 @@ pub fn collect(options: &Options) -> Result<Tree> {
 /// The file that execvp(3) would take for `name`.
 fn find_program(name: &OsStr) -> Option<PathBuf> {
     if name.as_bytes().contains(&b'/') {
-        return std::path::absolute(name).ok();
+        return std::path::absolute(name).ok().filter(|path| path.is_file());
     }
     let folders = std::env::var_os("PATH")?;
     std::env::split_paths(&folders)

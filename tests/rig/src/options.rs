@@ -8,7 +8,7 @@ const EXAMPLES: &str = "\
 Examples:
   rig -- cargo test --test boot        run tests where /dev/kvm boots Linux
   rig --tty -- target/debug/vmm --kernel bzImage
-  rig --icount --with initrd.cpio -- sh -c 'target/release/vmm --initrd initrd.cpio ...'
+  rig --icount -- sh -c 'date +%N; target/release/vmm --kernel bzImage; date +%N'
 
 Exit codes: the command's own; 128+N when signal N ended it; 124 when it ran out of time;
 125 when the rig itself failed; 126 and 127 when the command cannot be executed or found.";
@@ -31,8 +31,9 @@ pub struct Options {
     pub smp: u8,
 
     /// Give the emulated machine a repeatable clock: one instruction is one nanosecond. Implies
-    /// --cold and --smp 1. The machine then sees a copy of the command, of the arguments that are
-    /// files, of their libraries and of what --with names, instead of the host's root.
+    /// --cold and --smp 1. The machine then sees copies of the command, of files and commands among
+    /// the words of its arguments, of their libraries and of what --with names, instead of the
+    /// host's root.
     #[arg(long)]
     pub icount: bool,
 

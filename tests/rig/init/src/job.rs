@@ -16,8 +16,8 @@ use std::thread;
 /// What is read from the command and sent at once, in bytes.
 const CHUNK: usize = 64 << 10;
 
-/// How much output is still taken once the command has ended, in bytes: all that a pipe may hold
-/// by default's upper limit, so that a process that stays behind and writes cannot delay the end.
+/// How much output is still taken once the command has ended, in bytes: what an enlarged pipe may
+/// hold at most by default. A process that stays behind and writes cannot delay the end further.
 const REMAINDER: usize = 1 << 20;
 
 type ToFrame = fn(Vec<u8>) -> Frame;

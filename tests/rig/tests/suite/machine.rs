@@ -140,7 +140,7 @@ fn a_signal_to_the_rig_leaves_no_process() {
             !stat.is_empty() && !stat.contains(") Z ")
         };
         // After SIGKILL it is the kernel that ends them, a little later.
-        while children.iter().any(|id| lives(id)) {
+        while children.iter().any(lives) {
             assert!(signal == libc::SIGKILL && start.elapsed() < Duration::from_secs(10));
             thread::sleep(Duration::from_millis(10));
         }
@@ -228,12 +228,13 @@ fn a_repeatable_clock_repeats() {
     }
     let run = || {
         thread::spawn(|| {
-            let script = "i=0; while [ $i -lt 1000 ]; do i=$((i+1)); done; date +%s.%N; exit 3";
-            rig(&["--icount", "--with", "/bin/date", "--", "sh", "-c", script]).run()
+            let script = "i=0; while [ $i -lt 1000 ]; do i=$((i+1)); done; date +%s.%N; ls /var; exit 3";
+            rig(&["--icount", "--", "sh", "-c", script]).run()
         })
     };
     let [first, second] = [run(), run()].map(|thread| thread.join().unwrap());
     assert_eq!(first.code, 3, "{}", first.errors());
     assert!(first.stdout.starts_with(b"17672256"), "a time of 2026-01-01");
+    assert!(first.errors().contains("/var"), "files of the host: {first:?}");
     assert_eq!(first, second);
 }
