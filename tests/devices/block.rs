@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use vmm::bus::Device;
+use vmm::chardev::Ends;
 use vmm::config;
 use vmm::disk::{Error, Raw};
 use vmm::state::Saved;
@@ -232,7 +233,7 @@ fn the_configuration_says_what_holds() {
     let (_keep, mut disk) = image(SIZE);
     disk.block_size = Some("4096".parse().unwrap());
     disk.serial = Some("a serial of 20 bytes".to_owned());
-    let device = vmm::virtio::Device::Block(0, &disk).build().unwrap();
+    let device = vmm::virtio::Device::Block(0, &disk).build(&mut Ends::default()).unwrap();
     let mut vm = Guest::new(device);
     vm.start(0);
     let config: [u8; 60] = vm.config(0);
