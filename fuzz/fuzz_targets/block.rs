@@ -18,6 +18,8 @@ use vmm::virtio::testing::{CountingNotifier, ram};
 
 static RAM: LazyLock<Arc<GuestRam>> = LazyLock::new(|| ram(0x4000));
 const SIZE: u64 = 64 << 10;
+const LENGTHS: [u32; 16] =
+    [0, 1, 15, 16, 17, 20, 32, 48, 511, 512, 513, 1024, 4096, 0x2000, 0x8000_0000, u32::MAX];
 
 /// In memory; finishes in an order that the fuzzer decides.
 struct Strict {
@@ -96,8 +98,14 @@ fuzz_target!(|data: &[u8]| {
         discard: head[0] & 4 != 0,
     };
     let (waiting, done) = (Vec::new(), VecDeque::new());
-    let disk =
-        Strict { bytes: vec![0; SIZE as usize], info, waiting, done, order: head[1], ready: Event::new().unwrap() };
+    let disk = Strict {
+        bytes: vec![0; SIZE as usize],
+        info,
+        waiting,
+        done,
+        order: head[1],
+        ready: Event::new().unwrap(),
+    };
     let mut block = Block::new(Box::new(disk), "fuzz");
     block.start(if head[0] & 8 != 0 { u64::MAX } else { 0 });
 
@@ -106,10 +114,35 @@ fuzz_target!(|data: &[u8]| {
     let setup = Setup { size, ready: true, descriptors: 0x1000, available: 0x1100, used: 0x1200 };
     let mut queue = [Virtqueue::new(RAM.clone(), Arc::new(CountingNotifier::default()), 0, 256)];
     assert!(queue[0].enable(&setup, Position::default(), false));
-    // Descriptors at 0x1000, available ring at 0x1100; headers and indirect tables in front of them from 0xc00 on.
-    let len = rest.len().min(0x600);
-    RAM.write_slice(&rest[..len], GuestAddress(0xc00)).unwrap();
-    // The index that lets the ring be seen at all.
+    // Descriptors from four bytes each, so that most lie in RAM and have lengths that mean something.
+    let (descriptors, rest) = rest.split_at_checked(4 * 16).unwrap_or((rest, &[]));
+    for (i, d) in descriptors.chunks_exact(4).enumerate() {
+        let address = if d[2] & 0x80 != 0 { u64::MAX - u64::from(d[0]) } else { u64::from(d[0]) * 0x20 };
+        let descriptor = [
+            &address.to_le_bytes()[..],
+            &LENGTHS[usize::from(d[1]) % LENGTHS.len()].to_le_bytes(),
+            &u16::from(d[2] & 7).to_le_bytes(),
+            &u16::from(d[3] % 17).to_le_bytes(),
+        ];
+        RAM.write_slice(&descriptor.concat(), GuestAddress(0x1000 + 16 * i as u64)).unwrap();
+    }
+    // Headers with a discard segment behind them, from eight bytes each; what is left over goes in as it is.
+    let (headers, raw) = rest.split_at(rest.len().min(8 * 16));
+    for (i, h) in headers.chunks_exact(8).enumerate() {
+        let sector = i64::from(i16::from_le_bytes([h[2], h[3]])) << (h[1] & 0x3f);
+        let bytes = [
+            &u64::from(h[0] & 0x8f).to_le_bytes()[..],
+            &sector.to_le_bytes(),
+            &sector.to_le_bytes(),
+            &u32::from(h[4]).to_le_bytes(),
+            &u32::from(h[5]).to_le_bytes(),
+        ];
+        RAM.write_slice(&bytes.concat(), GuestAddress(0x40 * i as u64)).unwrap();
+    }
+    RAM.write_slice(&raw[..raw.len().min(0x400)], GuestAddress(0xc00)).unwrap();
+    for i in 0..size {
+        RAM.write_obj(i, GuestAddress(0x1104 + 2 * u64::from(i))).unwrap();
+    }
     RAM.write_obj(u16::from(head[2] % 17), GuestAddress(0x1102)).unwrap();
     block.on_queue(0, &mut queue);
     block.on_event(0, &mut queue);

@@ -33,8 +33,11 @@ fuzz_target!(|data: &[u8]| {
     RAM.write_slice(&[0; 0x8000], GuestAddress(0)).unwrap();
     let notifier = Arc::new(CountingNotifier::default());
     let sizes = console.traits().queues;
-    let mut queues: Vec<_> =
-        sizes.iter().enumerate().map(|(i, size)| Virtqueue::new(RAM.clone(), notifier.clone(), i, *size)).collect();
+    let mut queues: Vec<_> = sizes
+        .iter()
+        .enumerate()
+        .map(|(i, size)| Virtqueue::new(RAM.clone(), notifier.clone(), i, *size))
+        .collect();
     for (i, queue) in queues.iter_mut().enumerate() {
         let base = 0x1000 + QUEUE * i as u64;
         let setup =

@@ -24,8 +24,8 @@ fuzz_target!(|data: &[u8]| {
     };
     let (_kernel, kernel) = file(rest, u64::from(head[0] & 0x3f) << 14);
     let (_initrd, initrd) = file(b"initrd", 6);
-    let protocol =
-        [BootProtocol::Auto, BootProtocol::Linux64, BootProtocol::Pvh, BootProtocol::Auto][usize::from(head[1] & 3)];
+    let protocol = [BootProtocol::Auto, BootProtocol::Linux64, BootProtocol::Pvh, BootProtocol::Auto]
+        [usize::from(head[1] & 3)];
     let payload = Payload {
         kernel,
         initrd: (head[1] & 4 != 0).then_some(initrd),

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use vmm::bus::Device;
+use vmm::chardev::Ends;
 use vmm::config;
 use vmm::disk::{Error, Raw};
 use vmm::state::Saved;
@@ -232,7 +233,11 @@ fn the_configuration_says_what_holds() {
     let (_keep, mut disk) = image(SIZE);
     disk.block_size = Some("4096".parse().unwrap());
     disk.serial = Some("a serial of 20 bytes".to_owned());
+<<<<<<< HEAD
     let device = vmm::virtio::Device::Block(0, &disk).build(&mut vmm::chardev::Ends::default()).unwrap();
+=======
+    let device = vmm::virtio::Device::Block(0, &disk).build(&mut Ends::default()).unwrap();
+>>>>>>> virtio
     let mut vm = Guest::new(device);
     vm.start(0);
     let config: [u8; 60] = vm.config(0);
@@ -342,4 +347,54 @@ fn an_image_has_one_writer_or_many_readers() {
     assert!(locked(&disk));
     drop(readers);
     assert!(!locked(&disk));
+}
+
+/// A loop device, for as long as it is held.
+struct Loop(std::path::PathBuf);
+
+impl Loop {
+    fn new(image: &std::path::Path, sector: &str) -> Result<Self, String> {
+        let mut losetup = std::process::Command::new("losetup");
+        let out = losetup.args(["--find", "--show", "--sector-size", sector]).arg(image).output();
+        let out = out.map_err(|error| format!("losetup: {error}"))?;
+        match String::from_utf8_lossy(&out.stdout).trim() {
+            "" => Err(String::from_utf8_lossy(&out.stderr).trim().to_owned()),
+            path => Ok(Self(path.into())),
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk_like_any_other() {
+    let (_keep, backing) = image(SIZE);
+    let device = match Loop::new(&backing.path, "4096") {
+        Ok(device) => device,
+        Err(why) => return eprintln!("SKIPPED: no loop device: {why}"),
+    };
+    let disk = config::Disk { path: device.0.clone(), ..backing.clone() };
+    let small = config::Disk { block_size: Some("512".parse().unwrap()), ..disk.clone() };
+    let error = Raw::open(&small).expect_err("blocks of 512 bytes cannot be written there");
+    assert!(matches!(error, Error::BlockSize { native: 4096, .. }) && error.hint().is_some(), "{error}");
+
+    let mut vm = guest(&disk);
+    assert_eq!(vm.config::<8>(0), SECTORS.to_le_bytes());
+    assert_eq!(vm.config::<4>(20), 4096u32.to_le_bytes());
+    assert_eq!(ask(&mut vm, IN, 8, &[], &[(BUFFER, 4096)]), (OK, 4097));
+    assert_eq!((vm.load(BUFFER, 512), vm.load(BUFFER + 3584, 512)), (vec![8; 512], vec![15; 512]));
+    vm.store(BUFFER, &[0x77; 4096]);
+    assert_eq!(ask(&mut vm, OUT, 8, &[(BUFFER, 4096)], &[]).0, OK);
+    assert_eq!(range(&mut vm, WRITE_ZEROES, 16, 8, 1), OK);
+    assert_eq!(range(&mut vm, DISCARD, 24, 8, 0), OK);
+    assert_eq!(ask(&mut vm, FLUSH, 0, &[], &[]).0, OK);
+    drop(vm);
+    let bytes = read(&backing.path).unwrap();
+    assert!(bytes[8 * 512..16 * 512].iter().all(|byte| *byte == 0x77), "written through to the image");
+    assert!(bytes[16 * 512..24 * 512].iter().all(|byte| *byte == 0));
+    assert!(bytes[..512].iter().all(|byte| *byte == 0) && bytes[7 * 512] == 7 && bytes[32 * 512] == 32);
 }
