@@ -233,11 +233,7 @@ fn the_configuration_says_what_holds() {
     let (_keep, mut disk) = image(SIZE);
     disk.block_size = Some("4096".parse().unwrap());
     disk.serial = Some("a serial of 20 bytes".to_owned());
-<<<<<<< HEAD
-    let device = vmm::virtio::Device::Block(0, &disk).build(&mut vmm::chardev::Ends::default()).unwrap();
-=======
     let device = vmm::virtio::Device::Block(0, &disk).build(&mut Ends::default()).unwrap();
->>>>>>> virtio
     let mut vm = Guest::new(device);
     vm.start(0);
     let config: [u8; 60] = vm.config(0);
