@@ -37,6 +37,7 @@ impl Cache {
         for entry in fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
             let entry = entry?;
             if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+                crate::run::say("removing what an interrupted build left");
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
