@@ -68,11 +68,7 @@ pub fn payload(image: &[u8]) -> Result<(Range<usize>, Compression), Error> {
         [0x7f, b'E', b'L', b'F'] => Compression::None,
         other => return Err(Error::Compression(other)),
     };
-    let trailer = if matches!(compression, Compression::Gzip | Compression::None) {
-        0
-    } else {
-        4
-    };
+    let trailer = if matches!(compression, Compression::Gzip | Compression::None) { 0 } else { 4 };
     Ok((start..end - trailer, compression))
 }
 

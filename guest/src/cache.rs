@@ -24,16 +24,12 @@ impl Cache {
     }
 
     fn open_in(folder: &Path) -> Result<Self> {
-        fs::create_dir_all(folder)
-            .with_context(|| format!("make the cache folder {}", folder.display()))?;
+        fs::create_dir_all(folder).with_context(|| format!("make the cache folder {}", folder.display()))?;
         let path = folder.join(".lock");
         let lock = File::create(&path).with_context(|| format!("create {}", path.display()))?;
         use rustix::fs::{FlockOperation, flock};
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            crate::run::say(format_args!(
-                "waiting for another build in {}",
-                folder.display()
-            ));
+            crate::run::say(format_args!("waiting for another build in {}", folder.display()));
             flock(&lock, FlockOperation::LockExclusive)
                 .with_context(|| format!("lock {}", path.display()))?;
         }
@@ -44,10 +40,7 @@ impl Cache {
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
-        Ok(Self {
-            folder: folder.to_owned(),
-            _lock: lock,
-        })
+        Ok(Self { folder: folder.to_owned(), _lock: lock })
     }
 
     /// The finished item of that name.
@@ -91,11 +84,7 @@ impl Cache {
 }
 
 fn root() -> Result<PathBuf> {
-    let variable = |name| {
-        std::env::var_os(name)
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-    };
+    let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let caches = match (variable("XDG_CACHE_HOME"), variable("HOME")) {
         (Some(caches), _) => caches,
         (None, Some(home)) => home.join(".cache"),
@@ -120,10 +109,7 @@ mod tests {
         fs::write(work.path().join("out/file"), "x").unwrap();
         let path = cache.publish(&work.path().join("out"), "v1").unwrap();
         assert!(path.join("file").is_file());
-        assert_eq!(
-            (cache.get("v1"), cache.current()),
-            (Some(path.clone()), Some(path))
-        );
+        assert_eq!((cache.get("v1"), cache.current()), (Some(path.clone()), Some(path)));
         drop((cache, work));
         let cache = Cache::open_in(folder.path()).unwrap();
         assert!(!interrupted.exists());

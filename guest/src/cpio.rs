@@ -74,19 +74,14 @@ impl Archive {
             return Err(Error::TooLarge(path.to_owned()));
         }
         for (at, _) in path.match_indices('/') {
-            let above = self
-                .entries
-                .entry(path[..at].to_owned())
-                .or_insert(Entry::Directory { mode: 0o755 });
+            let above = self.entries.entry(path[..at].to_owned()).or_insert(Entry::Directory { mode: 0o755 });
             if !matches!(above, Entry::Directory { .. }) {
                 return Err(Error::Conflict(path[..at].to_owned()));
             }
         }
         let is_directory = |entry: &Entry| matches!(entry, Entry::Directory { .. });
         match self.entries.get(path) {
-            Some(old) if is_directory(old) != is_directory(&entry) => {
-                Err(Error::Conflict(path.to_owned()))
-            }
+            Some(old) if is_directory(old) != is_directory(&entry) => Err(Error::Conflict(path.to_owned())),
             _ => {
                 self.entries.insert(path.to_owned(), entry);
                 Ok(())
@@ -112,20 +107,10 @@ impl Archive {
                 Entry::File { mode, data } => (0o100_000, *mode, data, (0, 0)),
                 Entry::Directory { mode } => (0o040_000, *mode, &[], (0, 0)),
                 Entry::Symlink(target) => (0o120_000, 0o777, target.as_bytes(), (0, 0)),
-                Entry::CharDevice { mode, major, minor } => {
-                    (0o020_000, *mode, &[], (*major, *minor))
-                }
+                Entry::CharDevice { mode, major, minor } => (0o020_000, *mode, &[], (*major, *minor)),
             };
             let links = if kind == 0o040_000 { 2 } else { 1 };
-            write_entry(
-                &mut out,
-                path,
-                inode as u32 + 1,
-                kind | (mode & 0o7777),
-                links,
-                data,
-                device,
-            )?;
+            write_entry(&mut out, path, inode as u32 + 1, kind | (mode & 0o7777), links, data, device)?;
         }
         write_entry(&mut out, "TRAILER!!!", 0, 0, 1, &[], (0, 0))?;
         out.flush()
@@ -170,10 +155,7 @@ mod tests {
     use super::*;
 
     fn file(data: &[u8]) -> Entry {
-        Entry::File {
-            mode: 0o644,
-            data: data.to_vec(),
-        }
+        Entry::File { mode: 0o644, data: data.to_vec() }
     }
 
     #[test]
@@ -181,9 +163,7 @@ mod tests {
         let write = |paths: &[&str]| {
             let mut archive = Archive::new();
             for path in paths {
-                archive
-                    .add(path, file(path.trim_start_matches('/').as_bytes()))
-                    .unwrap();
+                archive.add(path, file(path.trim_start_matches('/').as_bytes())).unwrap();
             }
             let mut bytes = Vec::new();
             archive.write(&mut bytes).unwrap();
@@ -197,20 +177,11 @@ mod tests {
     fn paths_stay_inside_and_kinds_do_not_clash() {
         let mut archive = Archive::new();
         for path in ["", "/", "..", "a/../b", "a//b", "./a", "a/", "//a"] {
-            assert!(
-                matches!(archive.add(path, file(b"")), Err(Error::Path(_))),
-                "{path}"
-            );
+            assert!(matches!(archive.add(path, file(b"")), Err(Error::Path(_))), "{path}");
         }
         archive.add("a/b", file(b"")).unwrap();
-        assert!(matches!(
-            archive.add("a", file(b"")),
-            Err(Error::Conflict(_))
-        ));
-        assert!(matches!(
-            archive.add("a/b/c", file(b"")),
-            Err(Error::Conflict(_))
-        ));
+        assert!(matches!(archive.add("a", file(b"")), Err(Error::Conflict(_))));
+        assert!(matches!(archive.add("a/b/c", file(b"")), Err(Error::Conflict(_))));
         archive.add("a", Entry::Directory { mode: 0o700 }).unwrap();
         assert_eq!(archive.len(), 2);
     }

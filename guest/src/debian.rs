@@ -12,11 +12,7 @@ const LISTS_FRESH: Duration = Duration::from_secs(3 * 24 * 3600);
 
 /// Installs those of `packages` that are missing, and says so.
 pub fn ensure_installed(packages: &[&str]) -> Result<()> {
-    let missing: Vec<&str> = packages
-        .iter()
-        .copied()
-        .filter(|package| !is_installed(package))
-        .collect();
+    let missing: Vec<&str> = packages.iter().copied().filter(|package| !is_installed(package)).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -27,12 +23,7 @@ pub fn ensure_installed(packages: &[&str]) -> Result<()> {
         .args(&missing)
         .env("DEBIAN_FRONTEND", "noninteractive")
         .quiet()
-        .with_context(|| {
-            format!(
-                "install {} (needs root; by hand: apt-get install {0})",
-                missing.join(" ")
-            )
-        })
+        .with_context(|| format!("install {} (needs root; by hand: apt-get install {0})", missing.join(" ")))
 }
 
 fn is_installed(package: &str) -> bool {
@@ -51,15 +42,10 @@ pub fn refresh_lists(now: bool) -> Result<()> {
         .filter(|entry| entry.file_name().to_string_lossy().contains("_Packages"))
         .filter_map(|entry| entry.metadata().and_then(|data| data.modified()).ok())
         // A list keeps the server's time stamp; partial/ is touched at each update.
-        .chain(
-            fs::metadata("/var/lib/apt/lists/partial")
-                .and_then(|data| data.modified())
-                .ok(),
-        )
+        .chain(fs::metadata("/var/lib/apt/lists/partial").and_then(|data| data.modified()).ok())
         .max();
     let has_lists = newest.is_some() && available("base-files").is_some();
-    let fresh =
-        has_lists && newest.is_some_and(|time| time.elapsed().is_ok_and(|age| age < LISTS_FRESH));
+    let fresh = has_lists && newest.is_some_and(|time| time.elapsed().is_ok_and(|age| age < LISTS_FRESH));
     if fresh && !now {
         return Ok(());
     }
@@ -76,10 +62,7 @@ pub fn refresh_lists(now: bool) -> Result<()> {
 
 /// The version that apt would install.
 pub fn available(package: &str) -> Option<String> {
-    let policy = Tool::new("apt-cache")
-        .args(["policy", package])
-        .output()
-        .ok()?;
+    let policy = Tool::new("apt-cache").args(["policy", package]).output().ok()?;
     candidate(&policy)
 }
 
@@ -89,8 +72,9 @@ pub fn dependency(package: &str, prefix: &str, suffix: &str) -> Result<String> {
         .args(["depends", "--no-recommends", "--no-suggests", package])
         .output()
         .with_context(|| format!("look up what {package} depends on"))?;
-    first_dependency(&text, prefix, suffix)
-        .with_context(|| format!("{package} does not depend on any {prefix}*{suffix}; this is made for Debian 12 (bookworm)"))
+    first_dependency(&text, prefix, suffix).with_context(|| {
+        format!("{package} does not depend on any {prefix}*{suffix}; this is made for Debian 12 (bookworm)")
+    })
 }
 
 /// Fetches a package into `folder` without installing it.
@@ -112,21 +96,13 @@ pub fn download(package: &str, folder: &Path) -> Result<PathBuf> {
     fs::read_dir(folder)?
         .flatten()
         .map(|entry| entry.path())
-        .find(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
-        })
+        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)))
         .with_context(|| format!("apt-get left no {prefix}*.deb"))
 }
 
 /// Unpacks a package's files under `folder`.
 pub fn unpack(package: &Path, folder: &Path) -> Result<()> {
-    Tool::new("dpkg-deb")
-        .arg("-x")
-        .arg(package)
-        .arg(folder)
-        .quiet()
-        .context("unpack a package")
+    Tool::new("dpkg-deb").arg("-x").arg(package).arg(folder).quiet().context("unpack a package")
 }
 
 /// Fetches and unpacks in one go.
@@ -144,19 +120,13 @@ pub fn check_host() -> Result<()> {
 }
 
 fn candidate(policy: &str) -> Option<String> {
-    let version = policy
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Candidate: "))?;
+    let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "))?;
     (version != "(none)").then(|| version.to_owned())
 }
 
 fn first_dependency(text: &str, prefix: &str, suffix: &str) -> Option<String> {
     text.lines()
-        .filter_map(|line| {
-            line.trim()
-                .trim_start_matches('|')
-                .strip_prefix("Depends: ")
-        })
+        .filter_map(|line| line.trim().trim_start_matches('|').strip_prefix("Depends: "))
         .find(|name| name.starts_with(prefix) && name.ends_with(suffix))
         .map(str::to_owned)
 }
@@ -167,15 +137,12 @@ mod tests {
 
     #[test]
     fn answers_of_apt_cache_are_understood() {
-        let policy =
-            "linux-source-6.1:\n  Installed: (none)\n  Candidate: 6.1.192-2\n  Version table:\n";
+        let policy = "linux-source-6.1:\n  Installed: (none)\n  Candidate: 6.1.192-2\n  Version table:\n";
         assert_eq!(candidate(policy).as_deref(), Some("6.1.192-2"));
-        assert_eq!(
-            candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"),
-            None
-        );
+        assert_eq!(candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
         assert_eq!(candidate(""), None);
-        let depends = "linux-image-cloud-amd64\n  Depends: other\n |Depends: linux-image-6.1.0-56-cloud-amd64\n";
+        let depends =
+            "linux-image-cloud-amd64\n  Depends: other\n |Depends: linux-image-6.1.0-56-cloud-amd64\n";
         assert_eq!(
             first_dependency(depends, "linux-image-", "-cloud-amd64").as_deref(),
             Some("linux-image-6.1.0-56-cloud-amd64")

@@ -54,22 +54,12 @@ pub fn leave_out_padding(file: &mut [u8]) -> Result<(u64, u64), Error> {
             _ => slim.push(*segment),
         }
     }
-    let loaded = |segments: &[Segment]| {
-        segments
-            .iter()
-            .filter(|s| s.kind == PT_LOAD)
-            .map(|s| s.file_size)
-            .sum()
-    };
+    let loaded =
+        |segments: &[Segment]| segments.iter().filter(|s| s.kind == PT_LOAD).map(|s| s.file_size).sum();
     let sizes = (loaded(&segments), loaded(&slim));
 
     let table = EHDR_SIZE..EHDR_SIZE + slim.len() * PHDR_SIZE;
-    let first_content = segments
-        .iter()
-        .filter(|s| s.file_size > 0)
-        .map(|s| s.offset)
-        .min()
-        .unwrap_or(0);
+    let first_content = segments.iter().filter(|s| s.file_size > 0).map(|s| s.offset).min().unwrap_or(0);
     if table.end as u64 > first_content || table.end > file.len() || slim.len() >= 0xffff {
         return Err(Error::NoRoom(slim.len()));
     }
@@ -98,10 +88,7 @@ fn read_segments(file: &[u8]) -> Result<Vec<Segment>, Error> {
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> Result<u64, Error> {
-    let bytes = bytes
-        .get(at..)
-        .and_then(|rest| rest.first_chunk::<8>())
-        .ok_or(Error::Malformed)?;
+    let bytes = bytes.get(at..).and_then(|rest| rest.first_chunk::<8>()).ok_or(Error::Malformed)?;
     Ok(u64::from_le_bytes(*bytes))
 }
 
@@ -123,15 +110,8 @@ impl Segment {
     fn write(&self, bytes: &mut [u8]) {
         bytes[0..4].copy_from_slice(&self.kind.to_le_bytes());
         bytes[4..8].copy_from_slice(&self.flags.to_le_bytes());
-        let words = [
-            self.offset,
-            self.vaddr,
-            self.paddr,
-            self.file_size,
-            self.memory_size,
-            self.align,
-        ]
-        .map(u64::to_le_bytes);
+        let words = [self.offset, self.vaddr, self.paddr, self.file_size, self.memory_size, self.align]
+            .map(u64::to_le_bytes);
         bytes[8..].copy_from_slice(words.as_flattened());
     }
 
@@ -160,15 +140,9 @@ fn split(segment: &Segment, file: &[u8]) -> Result<Vec<Segment>, Error> {
     if kept.is_empty() {
         return Ok(vec![segment.part(0, 0, segment.memory_size)]);
     }
-    let ends = kept
-        .iter()
-        .skip(1)
-        .map(|next| next.start as u64)
-        .chain([segment.memory_size]);
-    let before = kept
-        .first()
-        .filter(|first| first.start > 0)
-        .map(|first| segment.part(0, 0, first.start as u64));
+    let ends = kept.iter().skip(1).map(|next| next.start as u64).chain([segment.memory_size]);
+    let before =
+        kept.first().filter(|first| first.start > 0).map(|first| segment.part(0, 0, first.start as u64));
     let parts = kept
         .iter()
         .zip(ends)
@@ -181,9 +155,7 @@ fn content(bytes: &[u8], code: bool) -> Vec<Range<usize>> {
     let mut kept: Vec<Range<usize>> = Vec::new();
     for (index, page) in bytes.chunks(PAGE).enumerate() {
         let filler = page[0];
-        if (filler == 0 || (code && filler == CODE_FILLER))
-            && page.iter().all(|&byte| byte == filler)
-        {
+        if (filler == 0 || (code && filler == CODE_FILLER)) && page.iter().all(|&byte| byte == filler) {
             continue;
         }
         let (start, end) = (index * PAGE, index * PAGE + page.len());
@@ -230,9 +202,8 @@ mod tests {
             let at = (s.paddr - BASE) as usize;
             assert_eq!(s.vaddr - 0xffff_ffff_8100_0000, s.paddr - BASE);
             memory.resize(memory.len().max(at + s.file_size as usize), None);
-            for (to, from) in memory[at..]
-                .iter_mut()
-                .zip(&file[s.offset as usize..(s.offset + s.file_size) as usize])
+            for (to, from) in
+                memory[at..].iter_mut().zip(&file[s.offset as usize..(s.offset + s.file_size) as usize])
             {
                 *to = Some(*from);
             }
@@ -250,27 +221,18 @@ mod tests {
         code.extend(vec![0x91; 7]);
         let mut file = elf(&code, 5, 100 * PAGE as u64);
         let (before, after) = leave_out_padding(&mut file).unwrap();
-        assert_eq!(
-            (before, after),
-            (code.len() as u64, (2 * PAGE + 4 * PAGE + 7) as u64)
-        );
+        assert_eq!((before, after), (code.len() as u64, (2 * PAGE + 4 * PAGE + 7) as u64));
         let (memory, end) = load(&file);
         assert_eq!(end, 100 * PAGE as u64);
         for (at, (&want, got)) in code.iter().zip(memory).enumerate() {
-            assert!(
-                got == Some(want) || (got.is_none() && want == CODE_FILLER),
-                "at {at:#x}"
-            );
+            assert!(got == Some(want) || (got.is_none() && want == CODE_FILLER), "at {at:#x}");
         }
     }
 
     #[test]
     fn filler_of_code_is_data_elsewhere() {
         let mut file = elf(&vec![CODE_FILLER; 20 * PAGE], 6, 20 * PAGE as u64);
-        assert_eq!(
-            leave_out_padding(&mut file),
-            Ok((20 * PAGE as u64, 20 * PAGE as u64))
-        );
+        assert_eq!(leave_out_padding(&mut file), Ok((20 * PAGE as u64, 20 * PAGE as u64)));
         let mut file = elf(&vec![0; 20 * PAGE], 6, 20 * PAGE as u64);
         assert_eq!(leave_out_padding(&mut file), Ok((20 * PAGE as u64, 0)));
         assert_eq!(load(&file).1, 20 * PAGE as u64);
@@ -278,10 +240,7 @@ mod tests {
         let content = [&[0; 20 * PAGE][..], &[1]].concat();
         let mut file = elf(&content, 6, 30 * PAGE as u64);
         assert_eq!(leave_out_padding(&mut file), Ok((20 * PAGE as u64 + 1, 1)));
-        assert_eq!(
-            read_segments(&file).unwrap()[0].memory_size,
-            20 * PAGE as u64
-        );
+        assert_eq!(read_segments(&file).unwrap()[0].memory_size, 20 * PAGE as u64);
         assert_eq!(load(&file).1, 30 * PAGE as u64);
     }
 
@@ -293,10 +252,7 @@ mod tests {
         let mut file = elf(&code, 5, code.len() as u64);
         leave_out_padding(&mut file).unwrap();
         let once = file.clone();
-        assert_eq!(
-            leave_out_padding(&mut file),
-            Ok((2 * PAGE as u64, 2 * PAGE as u64))
-        );
+        assert_eq!(leave_out_padding(&mut file), Ok((2 * PAGE as u64, 2 * PAGE as u64)));
         assert!(file == once);
     }
 
@@ -311,15 +267,9 @@ mod tests {
         far[32..40].copy_from_slice(&u64::MAX.to_le_bytes());
         assert_eq!(leave_out_padding(&mut far), Err(Error::Malformed));
         // The first section right behind the table.
-        let mut tight = elf(
-            &[[1; PAGE].as_slice(), &[0; 20 * PAGE], &[1; PAGE]].concat(),
-            5,
-            30 * PAGE as u64,
-        );
+        let mut tight =
+            elf(&[[1; PAGE].as_slice(), &[0; 20 * PAGE], &[1; PAGE]].concat(), 5, 30 * PAGE as u64);
         tight[72..80].copy_from_slice(&120_u64.to_le_bytes());
-        assert!(matches!(
-            leave_out_padding(&mut tight),
-            Err(Error::NoRoom(_))
-        ));
+        assert!(matches!(leave_out_padding(&mut tight), Err(Error::NoRoom(_))));
     }
 }

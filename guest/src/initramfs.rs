@@ -69,14 +69,7 @@ impl Recipe {
             for path in ["dev", "newroot", "proc", "root", "run", "sys", "tmp"] {
                 archive.add(path, Entry::Directory { mode: 0o755 })?;
             }
-            archive.add(
-                "dev/console",
-                Entry::CharDevice {
-                    mode: 0o600,
-                    major: 5,
-                    minor: 1,
-                },
-            )?;
+            archive.add("dev/console", Entry::CharDevice { mode: 0o600, major: 5, minor: 1 })?;
         }
         if self.busybox {
             add_busybox(&mut archive)?;
@@ -93,19 +86,13 @@ impl Recipe {
     }
 
     fn add_modules(&self, archive: &mut Archive, kernel: &Kernel) -> Result<()> {
-        let folder = kernel
-            .modules
-            .as_ref()
-            .context("the stock kernel has no modules folder")?;
-        let names: Vec<&str> = STOCK_MODULES
-            .into_iter()
-            .chain(self.modules.iter().map(String::as_str))
-            .collect();
+        let folder = kernel.modules.as_ref().context("the stock kernel has no modules folder")?;
+        let names: Vec<&str> =
+            STOCK_MODULES.into_iter().chain(self.modules.iter().map(String::as_str)).collect();
         let mut list = String::new();
         for file in Modules::read(folder)?.load_order(&names)? {
             let path = folder.join(&file);
-            let data =
-                fs::read(&path).with_context(|| format!("read module {}", path.display()))?;
+            let data = fs::read(&path).with_context(|| format!("read module {}", path.display()))?;
             let (stem, packer) = match file.rsplit_once(".ko") {
                 Some((stem, ".xz")) => (stem, Some("xz")),
                 Some((stem, ".zst")) => (stem, Some("zstd")),
@@ -121,13 +108,7 @@ impl Recipe {
             archive.add(&place, Entry::File { mode: 0o644, data })?;
             list.push_str(&format!("/{place}\n"));
         }
-        archive.add(
-            "lib/modules.load",
-            Entry::File {
-                mode: 0o644,
-                data: list.into_bytes(),
-            },
-        )?;
+        archive.add("lib/modules.load", Entry::File { mode: 0o644, data: list.into_bytes() })?;
         Ok(())
     }
 
@@ -149,20 +130,13 @@ impl Recipe {
 
 /// Writes a file so that it is either there and whole, or as it was.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder)
-        .with_context(|| format!("write in {}", folder.display()))?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file =
+        tempfile::NamedTempFile::new_in(folder).with_context(|| format!("write in {}", folder.display()))?;
     std::io::Write::write_all(&mut file, bytes)?;
     // A temporary file is private to its owner; an image is as any file.
-    fs::set_permissions(
-        file.path(),
-        std::os::unix::fs::PermissionsExt::from_mode(0o644),
-    )?;
-    file.persist(path)
-        .with_context(|| format!("write {}", path.display()))?;
+    fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    file.persist(path).with_context(|| format!("write {}", path.display()))?;
     Ok(())
 }
 
@@ -185,8 +159,7 @@ fn add_busybox(archive: &mut Archive) -> Result<()> {
 
 /// Adds a file, link or whole folder of the host at `guest`.
 fn add_tree(archive: &mut Archive, host: &Path, guest: &str) -> Result<()> {
-    let metadata =
-        fs::symlink_metadata(host).with_context(|| format!("read {}", host.display()))?;
+    let metadata = fs::symlink_metadata(host).with_context(|| format!("read {}", host.display()))?;
     let mode = metadata.mode() & 0o7777;
     let kind = metadata.file_type();
     let read = || fs::read(host).with_context(|| format!("read {}", host.display()));
@@ -206,29 +179,16 @@ fn add_tree(archive: &mut Archive, host: &Path, guest: &str) -> Result<()> {
         let target = fs::read_link(host)?;
         archive.add(guest, Entry::Symlink(utf8(target.as_os_str())?.to_owned()))?;
     } else if kind.is_file() {
-        archive.add(
-            guest,
-            Entry::File {
-                mode,
-                data: read()?,
-            },
-        )?;
+        archive.add(guest, Entry::File { mode, data: read()? })?;
     } else if kind.is_char_device() {
-        let (major, minor) = (
-            rustix::fs::major(metadata.rdev()),
-            rustix::fs::minor(metadata.rdev()),
-        );
+        let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
         archive.add(guest, Entry::CharDevice { mode, major, minor })?;
     } else {
-        bail!(
-            "{} is neither file, folder, link nor character device",
-            host.display()
-        );
+        bail!("{} is neither file, folder, link nor character device", host.display());
     }
     Ok(())
 }
 
 fn utf8(name: &OsStr) -> Result<&str> {
-    name.to_str()
-        .with_context(|| format!("{} is not UTF-8", name.display()))
+    name.to_str().with_context(|| format!("{} is not UTF-8", name.display()))
 }

@@ -21,17 +21,10 @@ pub struct Lost {
 
 impl fmt::Display for Lost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            option,
-            wanted,
-            got,
-        } = self;
+        let Self { option, wanted, got } = self;
         match got {
             Some(got) => write!(f, "{option}={wanted} came out as {got}"),
-            None => write!(
-                f,
-                "{option}={wanted} is gone (unknown, or its dependencies are not met)"
-            ),
+            None => write!(f, "{option}={wanted} is gone (unknown, or its dependencies are not met)"),
         }
     }
 }
@@ -52,20 +45,14 @@ impl Config {
         let mut options = BTreeMap::new();
         for (index, line) in text.lines().enumerate() {
             let line = line.trim();
-            let unset = line
-                .strip_prefix("# ")
-                .and_then(|line| line.strip_suffix(" is not set"));
+            let unset = line.strip_prefix("# ").and_then(|line| line.strip_suffix(" is not set"));
             if let Some(option) = unset.filter(|option| is_option(option)) {
                 options.insert(option.to_owned(), "n".to_owned());
-            } else if let Some((option, value)) =
-                line.split_once('=').filter(|(option, _)| is_option(option))
+            } else if let Some((option, value)) = line.split_once('=').filter(|(option, _)| is_option(option))
             {
                 options.insert(option.to_owned(), value.to_owned());
             } else if !line.is_empty() && !line.starts_with('#') {
-                return Err(Error {
-                    line: index + 1,
-                    text: line.to_owned(),
-                });
+                return Err(Error { line: index + 1, text: line.to_owned() });
             }
         }
         Ok(Self(options))
@@ -79,11 +66,7 @@ impl Config {
             .filter_map(|(option, wanted)| {
                 let got = result.0.get(option);
                 let kept = got.map_or("n", String::as_str) == wanted;
-                (!kept).then(|| Lost {
-                    option: option.clone(),
-                    wanted: wanted.clone(),
-                    got: got.cloned(),
-                })
+                (!kept).then(|| Lost { option: option.clone(), wanted: wanted.clone(), got: got.cloned() })
             })
             .collect()
     }
@@ -101,10 +84,7 @@ impl Config {
 
 fn is_option(text: &str) -> bool {
     text.strip_prefix("CONFIG_").is_some_and(|name| {
-        !name.is_empty()
-            && name
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
     })
 }
 
@@ -119,13 +99,8 @@ mod tests {
         )
         .unwrap();
         assert_eq!(fragment.len(), 6);
-        let result =
-            Config::parse("CONFIG_A=y\nCONFIG_B=y\nCONFIG_C=32\nCONFIG_F=\"x=y\"\n").unwrap();
-        let lost: Vec<String> = fragment
-            .lost_in(&result)
-            .iter()
-            .map(Lost::to_string)
-            .collect();
+        let result = Config::parse("CONFIG_A=y\nCONFIG_B=y\nCONFIG_C=32\nCONFIG_F=\"x=y\"\n").unwrap();
+        let lost: Vec<String> = fragment.lost_in(&result).iter().map(Lost::to_string).collect();
         assert_eq!(
             lost,
             [
@@ -141,11 +116,7 @@ mod tests {
         let error = Config::parse("CONFIG_A=y\nwithout a hash\n").unwrap_err();
         assert_eq!((error.line, error.text.as_str()), (2, "without a hash"));
         assert!(Config::parse("CONFIG_A y").is_err());
-        assert!(
-            Config::parse("# prose which is not set\n")
-                .unwrap()
-                .is_empty()
-        );
+        assert!(Config::parse("# prose which is not set\n").unwrap().is_empty());
     }
 
     #[test]

@@ -45,11 +45,7 @@ impl Kernel {
         let file = |name: &str| {
             let path = folder.join(name);
             if !path.is_file() {
-                bail!(
-                    "{} is missing; remove {} and try again",
-                    path.display(),
-                    folder.display()
-                );
+                bail!("{} is missing; remove {} and try again", path.display(), folder.display());
             }
             Ok(path)
         };

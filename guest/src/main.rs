@@ -112,20 +112,13 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Rootfs(args) => {
             let source = if args.from.as_os_str() == "debian" {
-                rootfs::Source::Debian {
-                    include: args.include,
-                }
+                rootfs::Source::Debian { include: args.include }
             } else if args.include.is_empty() {
                 rootfs::Source::Folder(args.from)
             } else {
                 bail!("--include is for --from debian");
             };
-            rootfs::Recipe {
-                source,
-                size: args.size,
-                label: args.label,
-            }
-            .write(&args.out)?;
+            rootfs::Recipe { source, size: args.size, label: args.label }.write(&args.out)?;
             println!("rootfs {}", args.out.display());
         }
     }

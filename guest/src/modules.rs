@@ -40,10 +40,7 @@ impl Modules {
             let path = folder.join(name);
             fs::read_to_string(&path).map_err(|error| Error::Read(path, error))
         };
-        Ok(Self::parse(
-            &read("modules.dep")?,
-            &read("modules.builtin")?,
-        ))
+        Ok(Self::parse(&read("modules.dep")?, &read("modules.builtin")?))
     }
 
     /// From the text of `modules.dep` and `modules.builtin`.
@@ -56,10 +53,7 @@ impl Modules {
                 (name_of(path), (path.to_owned(), needs))
             })
             .collect();
-        Self {
-            modules,
-            builtin: builtin.lines().map(name_of).collect(),
-        }
+        Self { modules, builtin: builtin.lines().map(name_of).collect() }
     }
 
     /// The files to load for `names`, each after what it needs and none twice, as paths relative to the modules folder.
@@ -78,12 +72,7 @@ impl Modules {
         Ok(order)
     }
 
-    fn visit(
-        &self,
-        name: &str,
-        seen: &mut HashSet<String>,
-        order: &mut Vec<String>,
-    ) -> Result<(), Error> {
+    fn visit(&self, name: &str, seen: &mut HashSet<String>, order: &mut Vec<String>) -> Result<(), Error> {
         // Marked before its needs are visited, so that a circle ends.
         if !seen.insert(name.to_owned()) {
             return Ok(());
@@ -93,10 +82,7 @@ impl Modules {
         for need in needs.iter().rev() {
             let key = name_of(need);
             if !self.modules.contains_key(&key) {
-                return Err(Error::Dangling {
-                    module: path.clone(),
-                    needs: need.clone(),
-                });
+                return Err(Error::Dangling { module: path.clone(), needs: need.clone() });
             }
             self.visit(&key, seen, order)?;
         }
@@ -138,10 +124,7 @@ kernel/x/lost.ko: kernel/x/nowhere.ko
             "kernel/c/virtio-rng.ko.xz",
         ];
         assert_eq!(order(&["virtio_mmio", "virtio-rng"]).unwrap(), expected);
-        assert_eq!(
-            order(&["virtio-mmio", "virtio_rng", "virtio"]).unwrap(),
-            expected
-        );
+        assert_eq!(order(&["virtio-mmio", "virtio_rng", "virtio"]).unwrap(), expected);
     }
 
     #[test]

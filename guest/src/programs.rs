@@ -24,9 +24,7 @@ pub fn init(which: Init) -> Result<PathBuf> {
         Init::Full => "guest-init",
         Init::Tiny => "guest-tiny",
     };
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .context("the workspace's folder")?;
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace's folder")?;
     // A target folder of its own: other flags, and no waiting for whoever builds the monitor meanwhile.
     let target = match std::env::var_os("CARGO_TARGET_DIR") {
         Some(folder) => workspace.join(folder),
@@ -41,7 +39,10 @@ pub fn init(which: Init) -> Result<PathBuf> {
         .args(["--config", "profile.release.panic='abort'", "--config", "profile.release.opt-level='s'"])
         .args(["--config", "profile.release.debug=0", "--config", "profile.release.strip='symbols'"])
         .args(["--", "-C", "relocation-model=static"])
-        .args(["-C", "link-args=-nostartfiles -nostdlib -static -Wl,--build-id=none,-z,norelro,-z,noseparate-code"])
+        .args([
+            "-C",
+            "link-args=-nostartfiles -nostdlib -static -Wl,--build-id=none,-z,norelro,-z,noseparate-code",
+        ])
         // What flags the caller set for their own programs (sanitizers, coverage) cannot work here.
         .env("RUSTFLAGS", "")
         .env("CARGO_ENCODED_RUSTFLAGS", "")
@@ -70,10 +71,7 @@ pub fn busybox() -> Result<PathBuf> {
         .map(|path| unpacked.join(path))
         .into_iter()
         .find(|path| path.is_file());
-    fs::rename(
-        program.context("busybox-static has no busybox")?,
-        item.join("busybox"),
-    )?;
+    fs::rename(program.context("busybox-static has no busybox")?, item.join("busybox"))?;
     let folder = cache.publish(&item, &version.replace(['/', ':'], "_"))?;
     say(format_args!("busybox {version} is unpacked"));
     Ok(folder.join("busybox"))

@@ -57,38 +57,21 @@ impl Recipe {
         if !folder.is_dir() {
             bail!("{} is no folder", folder.display());
         }
-        let beside = out
-            .parent()
-            .filter(|folder| !folder.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        let image = tempfile::Builder::new()
-            .suffix(".ext4")
-            .tempfile_in(beside)?;
+        let beside = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let image = tempfile::Builder::new().suffix(".ext4").tempfile_in(beside)?;
         Tool::new("mke2fs")
             .args(["-q", "-F", "-t", "ext4", "-m", "0", "-L", &self.label, "-d"])
             .arg(folder)
             // Initialised here, where it costs nothing, and not by a thread in the running guest.
-            .args([
-                "-E",
-                "root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0",
-            ])
+            .args(["-E", "root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0"])
             .arg(image.path())
             .arg(&self.size)
             .quiet()
             .with_context(|| {
-                format!(
-                    "make an ext4 image of {} with {} (a larger --size?)",
-                    folder.display(),
-                    self.size
-                )
+                format!("make an ext4 image of {} with {} (a larger --size?)", folder.display(), self.size)
             })?;
-        fs::set_permissions(
-            image.path(),
-            std::os::unix::fs::PermissionsExt::from_mode(0o644),
-        )?;
-        image
-            .persist(out)
-            .with_context(|| format!("write {}", out.display()))?;
+        fs::set_permissions(image.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        image.persist(out).with_context(|| format!("write {}", out.display()))?;
         Ok(())
     }
 }
@@ -134,10 +117,7 @@ fn debian_archive(include: &[String]) -> Result<PathBuf> {
         .arg(item.join("root.tar"))
         .arg(".")
         .quiet()?;
-    Tool::as_root("rm")
-        .args(["-rf", "--one-file-system"])
-        .arg(&root)
-        .quiet()?;
+    Tool::as_root("rm").args(["-rf", "--one-file-system"]).arg(&root).quiet()?;
     Ok(cache.publish(&item, &name)?.join("root.tar"))
 }
 
@@ -175,7 +155,7 @@ fn add_init(root: &Path) -> Result<()> {
 fn is_package_name(name: &str) -> bool {
     name.len() >= 2
         && name.starts_with(|first: char| first.is_ascii_lowercase() || first.is_ascii_digit())
-        && name.bytes().all(|byte| {
-            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"+-.".contains(&byte)
-        })
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"+-.".contains(&byte))
 }

@@ -16,20 +16,13 @@ impl Tool {
     pub fn new(program: &str) -> Self {
         let mut command = Command::new(program);
         let path = std::env::var("PATH").unwrap_or_default();
-        command
-            .env("PATH", format!("{path}:/usr/sbin:/sbin"))
-            .env("LC_ALL", "C")
-            .stdin(Stdio::null());
+        command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("LC_ALL", "C").stdin(Stdio::null());
         Self(command)
     }
 
     /// As root: by sudo if we are not.
     pub fn as_root(program: &str) -> Self {
-        if rustix::process::geteuid().is_root() {
-            Self::new(program)
-        } else {
-            Self::new("sudo").arg(program)
-        }
+        if rustix::process::geteuid().is_root() { Self::new(program) } else { Self::new("sudo").arg(program) }
     }
 
     /// Adds one argument.
@@ -70,11 +63,7 @@ impl Tool {
     /// Runs it with its output going to our standard error.
     pub fn loud(mut self) -> Result<()> {
         let name = self.describe();
-        let status = self
-            .0
-            .stdout(std::io::stderr())
-            .status()
-            .with_context(|| format!("run `{name}`"))?;
+        let status = self.0.stdout(std::io::stderr()).status().with_context(|| format!("run `{name}`"))?;
         if !status.success() {
             bail!("`{name}` failed ({status})");
         }
@@ -104,11 +93,7 @@ impl Tool {
         .with_context(|| format!("run `{name}`"))?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
-            bail!(
-                "`{name}` failed ({}): {}",
-                output.status,
-                last_lines(&said, 15)
-            );
+            bail!("`{name}` failed ({}): {}", output.status, last_lines(&said, 15));
         }
         Ok(output.stdout)
     }
@@ -151,19 +136,9 @@ mod tests {
 
     #[test]
     fn a_failure_shows_the_command_and_its_words() {
-        let error = Tool::new("sh")
-            .args(["-c", "echo broken >&2; exit 3"])
-            .quiet()
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("sh -c") && error.contains("broken") && error.contains('3'),
-            "{error}"
-        );
-        let error = Tool::new("no-such-program")
-            .quiet()
-            .unwrap_err()
-            .to_string();
+        let error = Tool::new("sh").args(["-c", "echo broken >&2; exit 3"]).quiet().unwrap_err().to_string();
+        assert!(error.contains("sh -c") && error.contains("broken") && error.contains('3'), "{error}");
+        let error = Tool::new("no-such-program").quiet().unwrap_err().to_string();
         assert!(error.contains("no-such-program"), "{error}");
     }
 }

@@ -43,8 +43,7 @@ pub fn get(refresh: bool) -> Result<Kernel> {
     let item = work.path().join("item");
     fs::create_dir(&item)?;
     let take = |from: String, to: &str| {
-        fs::rename(unpacked.join(&from), item.join(to))
-            .with_context(|| format!("{package} has no {from}"))
+        fs::rename(unpacked.join(&from), item.join(to)).with_context(|| format!("{package} has no {from}"))
     };
     take(format!("boot/vmlinuz-{release}"), "bzImage")?;
     take(format!("boot/config-{release}"), "config")?;
@@ -53,8 +52,6 @@ pub fn get(refresh: bool) -> Result<Kernel> {
     let image = fs::read(item.join("bzImage"))?;
     fs::write(item.join("vmlinux"), crate::bzimage::vmlinux(&image)?)?;
     let folder = cache.publish(&item, &name)?;
-    say(format_args!(
-        "Debian's kernel {release} (package version {version}) is unpacked"
-    ));
+    say(format_args!("Debian's kernel {release} (package version {version}) is unpacked"));
     Kernel::open(&folder)
 }

@@ -21,18 +21,8 @@ pub const FRAGMENT: &str = include_str!("../kernel/tuned.config");
 const SOURCE_PACKAGE: &str = "linux-source-6.1";
 
 /// What the kernel's build needs of Debian. libelf is for objtool, bc for its time constants.
-const BUILD_PACKAGES: [&str; 10] = [
-    "bc",
-    "bison",
-    "flex",
-    "gcc",
-    "libc6-dev",
-    "libelf-dev",
-    "lz4",
-    "make",
-    "patch",
-    "xz-utils",
-];
+const BUILD_PACKAGES: [&str; 10] =
+    ["bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "lz4", "make", "patch", "xz-utils"];
 
 /// To be raised when this module makes something else of the same source and fragment.
 const FORMAT: u8 = 1;
@@ -50,9 +40,8 @@ pub fn get(refresh: bool) -> Result<Kernel> {
     debian::check_host()?;
     debian::refresh_lists(refresh)?;
     debian::ensure_installed(&BUILD_PACKAGES)?;
-    let version = debian::available(SOURCE_PACKAGE).with_context(|| {
-        format!("no package {SOURCE_PACKAGE}; this is made for Debian 12 (bookworm)")
-    })?;
+    let version = debian::available(SOURCE_PACKAGE)
+        .with_context(|| format!("no package {SOURCE_PACKAGE}; this is made for Debian 12 (bookworm)"))?;
     let name = key(&version)?;
     if let Some(folder) = cache.get(&name) {
         cache.set_current(&name)?;
@@ -88,8 +77,7 @@ pub fn get(refresh: bool) -> Result<Kernel> {
         ("System.map", "System.map"),
         ("include/config/kernel.release", "release"),
     ] {
-        fs::rename(build.join(from), item.join(to))
-            .with_context(|| format!("the build left no {from}"))?;
+        fs::rename(build.join(from), item.join(to)).with_context(|| format!("the build left no {from}"))?;
     }
     slim(&item.join("vmlinux"))?;
     fs::write(item.join("source-version"), &version)?;
@@ -121,28 +109,19 @@ fn source_version(folder: &Path) -> Option<String> {
 
 /// Names a build by all that decides what comes out; [`FORMAT`] stands for this module's own part in it.
 fn key(version: &str) -> Result<String> {
-    let compiler = Tool::new("gcc")
-        .arg("--version")
-        .output()
-        .context("ask gcc for its version")?;
+    let compiler = Tool::new("gcc").arg("--version").output().context("ask gcc for its version")?;
     let mut hash = Sha256::new();
     hash.update(FRAGMENT);
     hash.update([0, FORMAT]);
     hash.update(compiler.lines().next().unwrap_or_default());
-    let hash: String = hash
-        .finalize()
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     Ok(format!("{version}_{hash}"))
 }
 
 /// Takes the padding out of what a loader copies of a vmlinux.
 fn slim(vmlinux: &Path) -> Result<()> {
     let mut file = fs::read(vmlinux)?;
-    let (before, after) =
-        elf::leave_out_padding(&mut file).context("slim the segments of vmlinux")?;
+    let (before, after) = elf::leave_out_padding(&mut file).context("slim the segments of vmlinux")?;
     say(format_args!(
         "of {} KiB in the segments of vmlinux {} KiB are padding",
         before >> 10,
@@ -168,17 +147,13 @@ fn configure(source: &Path, build: &Path) -> Result<()> {
     let fragment = build.join("tuned.config");
     fs::write(&fragment, FRAGMENT)?;
     make(source, build).arg("tinyconfig").quiet()?;
-    Tool::new(
-        &source
-            .join("scripts/kconfig/merge_config.sh")
-            .to_string_lossy(),
-    )
-    .args(["-m", "-O"])
-    .arg(build)
-    .arg(build.join(".config"))
-    .arg(&fragment)
-    .dir(source)
-    .quiet()?;
+    Tool::new(&source.join("scripts/kconfig/merge_config.sh").to_string_lossy())
+        .args(["-m", "-O"])
+        .arg(build)
+        .arg(build.join(".config"))
+        .arg(&fragment)
+        .dir(source)
+        .quiet()?;
     make(source, build).arg("olddefconfig").quiet()?;
     check(FRAGMENT, &fs::read_to_string(build.join(".config"))?)
 }
@@ -201,9 +176,7 @@ pub fn check(fragment: &str, result: &str) -> Result<()> {
 
 fn compile(source: &Path, build: &Path) -> Result<()> {
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    say(format_args!(
-        "building the tuned kernel with {jobs} jobs; some minutes, once"
-    ));
+    say(format_args!("building the tuned kernel with {jobs} jobs; some minutes, once"));
     let log_path = build.join("build.log");
     let mut log = File::create(&log_path)?;
     let mut child = make(source, build)
@@ -226,10 +199,7 @@ fn compile(source: &Path, build: &Path) -> Result<()> {
     progress.end();
     if !status.success() {
         let log = fs::read_to_string(&log_path).unwrap_or_default();
-        bail!(
-            "the kernel's build failed ({status}); its last words:\n{}",
-            last_lines(&log, 30)
-        );
+        bail!("the kernel's build failed ({status}); its last words:\n{}", last_lines(&log, 30));
     }
     Ok(())
 }
@@ -246,29 +216,16 @@ struct Progress {
 impl Progress {
     fn new() -> Self {
         let terminal = std::io::stderr().is_terminal();
-        Self {
-            start: Instant::now(),
-            steps: 0,
-            shown: Duration::ZERO,
-            terminal,
-        }
+        Self { start: Instant::now(), steps: 0, shown: Duration::ZERO, terminal }
     }
 
     fn step(&mut self) {
         self.steps += 1;
         let passed = self.start.elapsed();
-        let pause = if self.terminal {
-            Duration::from_millis(200)
-        } else {
-            Duration::from_secs(15)
-        };
+        let pause = if self.terminal { Duration::from_millis(200) } else { Duration::from_secs(15) };
         if passed - self.shown >= pause {
             self.shown = passed;
-            let (start, end) = if self.terminal {
-                ("\r", "\x1b[K")
-            } else {
-                ("", "\n")
-            };
+            let (start, end) = if self.terminal { ("\r", "\x1b[K") } else { ("", "\n") };
             eprint!(
                 "{start}guest: {} of about {} steps, {} s{end}",
                 self.steps,
@@ -280,11 +237,7 @@ impl Progress {
 
     fn end(&self) {
         let start = if self.terminal { "\r\x1b[K" } else { "" };
-        eprintln!(
-            "{start}guest: {} steps in {} s",
-            self.steps,
-            self.start.elapsed().as_secs()
-        );
+        eprintln!("{start}guest: {} steps in {} s", self.steps, self.start.elapsed().as_secs());
     }
 }
 
@@ -295,12 +248,7 @@ mod tests {
     #[test]
     fn a_lost_option_fails_by_name() {
         check("CONFIG_A=y\n# CONFIG_B is not set\n", "CONFIG_A=y\n").unwrap();
-        let error = check("CONFIG_A=y\nCONFIG_PVH=y\n", "CONFIG_A=y\n")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("1 of 2") && error.contains("CONFIG_PVH"),
-            "{error}"
-        );
+        let error = check("CONFIG_A=y\nCONFIG_PVH=y\n", "CONFIG_A=y\n").unwrap_err().to_string();
+        assert!(error.contains("1 of 2") && error.contains("CONFIG_PVH"), "{error}");
     }
 }

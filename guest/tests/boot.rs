@@ -24,15 +24,9 @@ fn skip(test: &str, reason: &str) {
 }
 
 fn has_qemu(test: &str) -> bool {
-    let found = Tool::new("qemu-system-x86_64")
-        .arg("--version")
-        .quiet()
-        .is_ok();
+    let found = Tool::new("qemu-system-x86_64").arg("--version").quiet().is_ok();
     if !found {
-        skip(
-            test,
-            "no qemu-system-x86_64 (apt-get install qemu-system-x86)",
-        );
+        skip(test, "no qemu-system-x86_64 (apt-get install qemu-system-x86)");
     }
     found
 }
@@ -44,10 +38,7 @@ fn tuned_kernel(test: &str) -> Option<Kernel> {
     }
     let cached = tuned::cached().expect("look into the cache");
     if cached.is_none() {
-        skip(
-            test,
-            "the tuned kernel is not built yet (cargo guest -- kernel tuned)",
-        );
+        skip(test, "the tuned kernel is not built yet (cargo guest -- kernel tuned)");
     }
     cached
 }
@@ -68,24 +59,8 @@ struct Ended {
 impl Boot {
     fn new(kernel: &Path, initramfs: Option<&Path>, command_line: &str) -> Self {
         let mut command = Tool::new("timeout").into_command();
-        command.args([
-            "-s",
-            "KILL",
-            &PATIENCE.as_secs().to_string(),
-            "qemu-system-x86_64",
-        ]);
-        command.args([
-            "-M",
-            "q35",
-            "-accel",
-            "tcg",
-            "-cpu",
-            "max,-la57",
-            "-m",
-            "256",
-            "-smp",
-            "2",
-        ]);
+        command.args(["-s", "KILL", &PATIENCE.as_secs().to_string(), "qemu-system-x86_64"]);
+        command.args(["-M", "q35", "-accel", "tcg", "-cpu", "max,-la57", "-m", "256", "-smp", "2"]);
         command.args([
             "-nodefaults",
             "-no-user-config",
@@ -95,17 +70,12 @@ impl Boot {
             "-serial",
             "stdio",
         ]);
-        command
-            .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel"])
-            .arg(kernel);
+        command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel"]).arg(kernel);
         if let Some(path) = initramfs {
             command.arg("-initrd").arg(path);
         }
         // reboot=t: a reset by triple fault, for a machine whose other ways the tuned kernel does not know.
-        command.args([
-            "-append",
-            &format!("console=ttyS0 panic=-1 reboot=t {command_line}"),
-        ]);
+        command.args(["-append", &format!("console=ttyS0 panic=-1 reboot=t {command_line}")]);
         Self { command }
     }
 
@@ -115,32 +85,19 @@ impl Boot {
     }
 
     fn spawn(mut self) -> Child {
-        self.command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("start QEMU")
+        self.command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("start QEMU")
     }
 
     fn run(self) -> Ended {
         let output = self.spawn().wait_with_output().expect("wait for QEMU");
-        Ended {
-            status: output.status.code(),
-            output: String::from_utf8_lossy(&output.stdout).into_owned(),
-        }
+        Ended { status: output.status.code(), output: String::from_utf8_lossy(&output.stdout).into_owned() }
     }
 }
 
 fn busybox_initramfs(folder: &Path, kernel: Kind) -> PathBuf {
     let path = folder.join("initramfs.cpio");
-    let recipe = initramfs::Recipe {
-        kernel: Some(kernel),
-        busybox: true,
-        ..Default::default()
-    };
-    recipe
-        .write(&path, Compression::None)
-        .expect("build an initramfs");
+    let recipe = initramfs::Recipe { kernel: Some(kernel), busybox: true, ..Default::default() };
+    recipe.write(&path, Compression::None).expect("build an initramfs");
     path
 }
 
@@ -154,11 +111,7 @@ fn busybox_root(folder: &Path) -> PathBuf {
     for name in ["sh", "echo", "cat", "sync", "mount", "grep"] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
     }
-    fs::copy(
-        programs::init(programs::Init::Full).unwrap(),
-        root.join("sbin/guest-init"),
-    )
-    .unwrap();
+    fs::copy(programs::init(programs::Init::Full).unwrap(), root.join("sbin/guest-init")).unwrap();
     fs::write(root.join("greeting"), "from the disk\n").unwrap();
     let image = folder.join("root.ext4");
     let recipe = rootfs::Recipe {
@@ -172,20 +125,11 @@ fn busybox_root(folder: &Path) -> PathBuf {
 
 fn drive(image: &Path) -> [String; 4] {
     let drive = format!("if=none,id=root,format=raw,file={}", image.display());
-    [
-        "-drive".to_owned(),
-        drive,
-        "-device".to_owned(),
-        "virtio-blk-pci,drive=root".to_owned(),
-    ]
+    ["-drive".to_owned(), drive, "-device".to_owned(), "virtio-blk-pci,drive=root".to_owned()]
 }
 
 fn assert_clean(image: &Path) {
-    Tool::new("e2fsck")
-        .arg("-fn")
-        .arg(image)
-        .quiet()
-        .expect("a clean file system");
+    Tool::new("e2fsck").arg("-fn").arg(image).quiet().expect("a clean file system");
 }
 
 #[track_caller]
@@ -212,14 +156,11 @@ fn the_tuned_kernel_runs_a_command_and_reports_its_code() {
     let command = r#"vmm.marker vmm.exit=ioport:0xf4 vmm.run="echo hello; tty; exit 3""#;
     let ended = Boot::new(&kernel.vmlinux, Some(&initramfs), command).run();
     assert_ended(&ended, 3 * 2 + 1, &["guest: init", "hello", "/dev/ttyS0"]);
-    let command = r#"vmm.exit=ioport:0xf4 -- test "$(nproc)$(hostname)" = 2guest && ping -c 1 127.0.0.1 && kill -9 $$"#;
+    let command =
+        r#"vmm.exit=ioport:0xf4 -- test "$(nproc)$(hostname)" = 2guest && ping -c 1 127.0.0.1 && kill -9 $$"#;
     let ended = Boot::new(&kernel.bzimage, Some(&initramfs), command).run();
     assert_ended(&ended, (128 + 9) * 2 + 1, &["Run /init"]);
-    assert!(
-        !ended.output.contains("guest: init"),
-        "no marker was asked for:\n{}",
-        ended.output
-    );
+    assert!(!ended.output.contains("guest: init"), "no marker was asked for:\n{}", ended.output);
 }
 
 #[test]
@@ -230,18 +171,12 @@ fn the_tuned_kernel_starts_init_from_a_disk_alone() {
     };
     let folder = tempfile::tempdir().unwrap();
     let image = busybox_root(folder.path());
-    let command =
-        r#"root=/dev/vda rw init=/sbin/guest-init vmm.run="cat /greeting; echo kept > /new""#;
-    let ended = Boot::new(&kernel.vmlinux, None, command)
-        .args(drive(&image).each_ref().map(String::as_str))
-        .run();
+    let command = r#"root=/dev/vda rw init=/sbin/guest-init vmm.run="cat /greeting; echo kept > /new""#;
+    let ended =
+        Boot::new(&kernel.vmlinux, None, command).args(drive(&image).each_ref().map(String::as_str)).run();
     assert_ended(&ended, 0, &["from the disk", "Power down"]);
     assert_clean(&image);
-    let kept = Tool::new("debugfs")
-        .args(["-R", "cat /new"])
-        .arg(&image)
-        .output()
-        .unwrap();
+    let kept = Tool::new("debugfs").args(["-R", "cat /new"]).arg(&image).output().unwrap();
     assert_eq!(kept, "kept\n");
 }
 
@@ -253,10 +188,7 @@ fn the_tiny_init_says_its_line_and_powers_off() {
     };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tiny.cpio");
-    let recipe = initramfs::Recipe {
-        tiny: true,
-        ..Default::default()
-    };
+    let recipe = initramfs::Recipe { tiny: true, ..Default::default() };
     recipe.write(&path, Compression::None).unwrap();
     let size = fs::metadata(&path).unwrap().len();
     assert!(size < 2048, "{size} bytes");
@@ -280,32 +212,15 @@ fn the_stock_kernel_finds_its_disk_by_modules_and_reports_through_a_console_port
     let command = r#"vmm.marker vmm.root=/dev/vda vmm.exit=port:org.vmm.exit vmm.end=reboot vmm.run="cat /greeting; mount; exit 42""#;
     let ended = Boot::new(&kernel.bzimage, Some(&initramfs), command)
         .args(drive(&image).each_ref().map(String::as_str))
-        .args([
-            "-device",
-            "virtio-serial-pci",
-            "-device",
-            "virtserialport,chardev=report,name=org.vmm.exit",
-        ])
-        .args([
-            "-chardev",
-            &format!("file,id=report,path={}", report.display()),
-        ])
+        .args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=report,name=org.vmm.exit"])
+        .args(["-chardev", &format!("file,id=report,path={}", report.display())])
         .run();
     assert_ended(
         &ended,
         0,
-        &[
-            "guest: init",
-            "from the disk",
-            "/dev/vda on / type ext4 (rw",
-            "Restarting system",
-        ],
+        &["guest: init", "from the disk", "/dev/vda on / type ext4 (rw", "Restarting system"],
     );
-    assert!(
-        !ended.output.contains("guest-init:"),
-        "complaints:\n{}",
-        ended.output
-    );
+    assert!(!ended.output.contains("guest-init:"), "complaints:\n{}", ended.output);
     assert_eq!(fs::read_to_string(&report).unwrap(), "42\n");
     assert_clean(&image);
 }
@@ -336,23 +251,15 @@ fn press_power_button(kernel: &Path, kind: Kind) {
     let command = r#"vmm.root=/dev/vda vmm.run="trap 'echo asked to end > /ended; exit 0' TERM; echo waiting; while :; do read line; done""#;
     let mut child = Boot::new(kernel, Some(&initramfs), command)
         .args(drive(&image).each_ref().map(String::as_str))
-        .args([
-            "-qmp",
-            &format!("unix:{},server=on,wait=off", socket.display()),
-        ])
+        .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
         .spawn();
     let mut console = BufReader::new(child.stdout.take().unwrap());
     let mut output = String::new();
     while !output.ends_with("waiting\r\n") && !output.ends_with("waiting\n") {
-        assert_ne!(
-            console.read_line(&mut output).unwrap(),
-            0,
-            "the guest ended early:\n{output}"
-        );
+        assert_ne!(console.read_line(&mut output).unwrap(), 0, "the guest ended early:\n{output}");
     }
     let mut qmp = UnixStream::connect(&socket).unwrap();
-    qmp.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"system_powerdown\"}")
-        .unwrap();
+    qmp.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"system_powerdown\"}").unwrap();
     let pressed = Instant::now();
     let mut rest = Vec::new();
     console.read_to_end(&mut rest).unwrap();
@@ -364,10 +271,6 @@ fn press_power_button(kernel: &Path, kind: Kind) {
         pressed.elapsed()
     );
     assert_clean(&image);
-    let ended = Tool::new("debugfs")
-        .args(["-R", "cat /ended"])
-        .arg(&image)
-        .output()
-        .unwrap();
+    let ended = Tool::new("debugfs").args(["-R", "cat /ended"]).arg(&image).output().unwrap();
     assert_eq!(ended, "asked to end\n");
 }

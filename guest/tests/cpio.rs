@@ -19,10 +19,7 @@ fn has_cpio(test: &str) -> bool {
 
 fn list(archive: &[u8]) -> String {
     String::from_utf8(
-        Tool::new("cpio")
-            .args(["-itv", "--quiet", "--numeric-uid-gid"])
-            .filter(archive)
-            .unwrap(),
+        Tool::new("cpio").args(["-itv", "--quiet", "--numeric-uid-gid"]).filter(archive).unwrap(),
     )
     .unwrap()
 }
@@ -36,29 +33,10 @@ fn cpio_reads_every_kind_of_entry() {
     // Every remainder by 4, of names and of contents.
     for length in 0..9 {
         let name = format!("files/{}", "n".repeat(length + 1));
-        archive
-            .add(
-                &name,
-                Entry::File {
-                    mode: 0o640,
-                    data: vec![b'x'; length],
-                },
-            )
-            .unwrap();
+        archive.add(&name, Entry::File { mode: 0o640, data: vec![b'x'; length] }).unwrap();
     }
-    archive
-        .add(
-            "dev/console",
-            Entry::CharDevice {
-                mode: 0o600,
-                major: 5,
-                minor: 1,
-            },
-        )
-        .unwrap();
-    archive
-        .add("bin/sh", Entry::Symlink("/bin/busybox".to_owned()))
-        .unwrap();
+    archive.add("dev/console", Entry::CharDevice { mode: 0o600, major: 5, minor: 1 }).unwrap();
+    archive.add("bin/sh", Entry::Symlink("/bin/busybox".to_owned())).unwrap();
     let mut bytes = Vec::new();
     archive.write(&mut bytes).unwrap();
 
@@ -66,24 +44,15 @@ fn cpio_reads_every_kind_of_entry() {
     let lines: Vec<&str> = listing.lines().collect();
     assert_eq!(lines.len(), archive.len(), "{listing}");
     let find = |end: &str| {
-        *lines
-            .iter()
-            .find(|line| line.ends_with(end))
-            .unwrap_or_else(|| panic!("{end}:\n{listing}"))
+        *lines.iter().find(|line| line.ends_with(end)).unwrap_or_else(|| panic!("{end}:\n{listing}"))
     };
     assert!(find(" bin").starts_with("drwxr-xr-x"));
     assert!(find("bin/sh -> /bin/busybox").starts_with("lrwxrwxrwx"));
-    assert!(
-        find("dev/console").starts_with("crw-------") && find("dev/console").contains("5,   1")
-    );
+    assert!(find("dev/console").starts_with("crw-------") && find("dev/console").contains("5,   1"));
     assert!(find(" files/nnn").contains("-rw-r-----") && find(" files/nnn").contains(" 2 "));
 
     let folder = tempfile::tempdir().unwrap();
-    Tool::new("cpio")
-        .args(["-idm", "--quiet", "files/*"])
-        .dir(folder.path())
-        .filter(&bytes)
-        .unwrap();
+    Tool::new("cpio").args(["-idm", "--quiet", "files/*"]).dir(folder.path()).filter(&bytes).unwrap();
     for length in 0..9 {
         let path = folder.path().join("files").join("n".repeat(length + 1));
         assert_eq!(fs::read(&path).unwrap(), vec![b'x'; length]);
@@ -106,10 +75,7 @@ fn an_initramfs_has_what_was_added_and_is_the_same_twice() {
     fs::write(&init, "not a real one").unwrap();
     let recipe = Recipe {
         init: Some(init.clone()),
-        add: vec![
-            (tree.clone(), "/opt/tree".to_owned()),
-            (init, "etc/copy".to_owned()),
-        ],
+        add: vec![(tree.clone(), "/opt/tree".to_owned()), (init, "etc/copy".to_owned())],
         ..Recipe::default()
     };
     let path = folder.path().join("out.cpio");
@@ -118,31 +84,13 @@ fn an_initramfs_has_what_was_added_and_is_the_same_twice() {
     recipe.write(&path, Compression::None).unwrap();
     assert!(first == fs::read(&path).unwrap(), "two builds differ");
     let listing = list(&first);
-    for line in [
-        "init",
-        "opt/tree/sub/script",
-        "opt/tree/link -> sub/script",
-        "etc/copy",
-        "dev/console",
-    ] {
-        assert!(
-            listing
-                .lines()
-                .any(|entry| entry.ends_with(&format!(" {line}"))),
-            "no {line}:\n{listing}"
-        );
+    for line in ["init", "opt/tree/sub/script", "opt/tree/link -> sub/script", "etc/copy", "dev/console"] {
+        assert!(listing.lines().any(|entry| entry.ends_with(&format!(" {line}"))), "no {line}:\n{listing}");
     }
     for (compression, program) in [(Compression::Gzip, "gzip"), (Compression::Lz4, "lz4")] {
         recipe.write(&path, compression).unwrap();
         let packed = fs::read(&path).unwrap();
-        assert!(
-            Tool::new(program)
-                .args(["-d", "-c"])
-                .filter(&packed)
-                .unwrap()
-                == first,
-            "{program}"
-        );
+        assert!(Tool::new(program).args(["-d", "-c"]).filter(&packed).unwrap() == first, "{program}");
     }
 }
 
@@ -153,27 +101,12 @@ fn bad_additions_are_errors() {
     fs::write(&init, "").unwrap();
     let build = |host: &str, guest: &str| {
         let add = vec![(folder.path().join(host), guest.to_owned())];
-        Recipe {
-            init: Some(init.clone()),
-            add,
-            ..Recipe::default()
-        }
-        .build()
-        .map(|archive| archive.len())
+        Recipe { init: Some(init.clone()), add, ..Recipe::default() }.build().map(|archive| archive.len())
     };
     assert!(build("init", "x").is_ok());
-    assert!(
-        build("missing", "x")
-            .unwrap_err()
-            .to_string()
-            .contains("missing")
-    );
+    assert!(build("missing", "x").unwrap_err().to_string().contains("missing"));
     assert!(build("init", "../x").is_err());
     assert!(build("init", "dev").is_err(), "a file over a folder");
-    let modules = Recipe {
-        init: Some(init.clone()),
-        modules: vec!["ext4".to_owned()],
-        ..Recipe::default()
-    };
+    let modules = Recipe { init: Some(init.clone()), modules: vec!["ext4".to_owned()], ..Recipe::default() };
     assert!(modules.build().unwrap_err().to_string().contains("modules"));
 }

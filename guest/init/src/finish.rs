@@ -29,9 +29,7 @@ pub struct Outcome {
 
 /// Ends the machine.
 pub fn finish(orders: &Orders<'_>, outcome: Outcome, watch: &Watch) -> ! {
-    let code = stop_all(outcome.child, orders.command.is_none(), watch)
-        .or(outcome.code)
-        .unwrap_or(NOT_RUN);
+    let code = stop_all(outcome.child, orders.command.is_none(), watch).or(outcome.code).unwrap_or(NOT_RUN);
     sync();
     // A disk as root ends clean; an initramfs does not mind.
     let _ = mount_remount(c"/", MountFlags::RDONLY, c"");
@@ -73,11 +71,7 @@ fn stop_all(child: Option<Pid>, is_shell: bool, watch: &Watch) -> Option<i32> {
         }
         const STEP_MS: u32 = 100;
         // Other events come quickly; counting them too lets even a stream of them end.
-        let passed = if watch.next(Some(STEP_MS)) == Event::Timeout {
-            STEP_MS
-        } else {
-            1
-        };
+        let passed = if watch.next(Some(STEP_MS)) == Event::Timeout { STEP_MS } else { 1 };
         left = left.saturating_sub(passed);
     }
     say(&[b"guest-init: killing what did not end"]);
@@ -133,12 +127,7 @@ fn send(report: Report<'_>, code: i32) {
 
 /// The device of a named virtio console port. No udev makes /dev/virtio-ports here, so sysfs is asked for the names.
 fn virtio_port(name: &[u8]) -> Option<Text<64>> {
-    let names = open(
-        c"/sys/class/virtio-ports",
-        OFlags::RDONLY | OFlags::DIRECTORY,
-        Mode::empty(),
-    )
-    .ok()?;
+    let names = open(c"/sys/class/virtio-ports", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).ok()?;
     let mut buffer = [core::mem::MaybeUninit::uninit(); 1024];
     let mut entries = rustix::fs::RawDir::new(&names, &mut buffer);
     while let Some(Ok(entry)) = entries.next() {

@@ -26,14 +26,8 @@ const SIGINFO_SIZE: usize = 128;
 const SIGSET_SIZE: usize = 8;
 
 /// The signals that init answers. All are blocked, and read through [`next_signal`].
-const SIGNALS: [Signal; 6] = [
-    Signal::CHILD,
-    Signal::TERM,
-    Signal::INT,
-    Signal::USR1,
-    Signal::USR2,
-    Signal::POWER,
-];
+const SIGNALS: [Signal; 6] =
+    [Signal::CHILD, Signal::TERM, Signal::INT, Signal::USR1, Signal::USR2, Signal::POWER];
 
 /// # Safety
 /// As for the system call `number` with these arguments.
@@ -52,19 +46,11 @@ unsafe fn syscall4(number: usize, a: usize, b: usize, c: usize, d: usize) -> Res
 
 /// Blocks [`SIGNALS`] and returns a descriptor that becomes readable when one comes.
 pub fn take_signals() -> Result<OwnedFd, Errno> {
-    let mask = SIGNALS
-        .iter()
-        .fold(0u64, |mask, signal| mask | 1 << (signal.as_raw() - 1));
+    let mask = SIGNALS.iter().fold(0u64, |mask, signal| mask | 1 << (signal.as_raw() - 1));
     set_signal_mask(mask)?;
     // SAFETY: `mask` is a valid set of SIGSET_SIZE bytes, and lives over the call.
     let fd = unsafe {
-        syscall4(
-            SYS_SIGNALFD4,
-            usize::MAX,
-            &raw const mask as usize,
-            SIGSET_SIZE,
-            SIGNALFD_FLAGS,
-        )?
+        syscall4(SYS_SIGNALFD4, usize::MAX, &raw const mask as usize, SIGSET_SIZE, SIGNALFD_FLAGS)?
     };
     // SAFETY: the kernel has just made it, and nobody else has it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
@@ -73,16 +59,7 @@ pub fn take_signals() -> Result<OwnedFd, Errno> {
 fn set_signal_mask(mask: u64) -> Result<(), Errno> {
     const SIG_SETMASK: usize = 2;
     // SAFETY: `mask` is a valid set of SIGSET_SIZE bytes, and lives over the call; the old one is not asked for.
-    unsafe {
-        syscall4(
-            SYS_RT_SIGPROCMASK,
-            SIG_SETMASK,
-            &raw const mask as usize,
-            0,
-            SIGSET_SIZE,
-        )
-    }
-    .map(drop)
+    unsafe { syscall4(SYS_RT_SIGPROCMASK, SIG_SETMASK, &raw const mask as usize, 0, SIGSET_SIZE) }.map(drop)
 }
 
 /// Makes a child that runs `child`, with no signal blocked. What `child` returns is the exit code.
@@ -107,21 +84,10 @@ pub unsafe fn fork(child: impl FnOnce() -> u8) -> Result<Pid, Errno> {
 ///
 /// # Safety
 /// `arguments` and `environment` must be NULL-terminated arrays of pointers to C strings.
-pub unsafe fn execute(
-    path: &CStr,
-    arguments: *const *const u8,
-    environment: *const *const u8,
-) -> Errno {
+pub unsafe fn execute(path: &CStr, arguments: *const *const u8, environment: *const *const u8) -> Errno {
     // SAFETY: the caller's contract.
-    match unsafe {
-        syscall4(
-            SYS_EXECVE,
-            path.as_ptr() as usize,
-            arguments as usize,
-            environment as usize,
-            0,
-        )
-    } {
+    match unsafe { syscall4(SYS_EXECVE, path.as_ptr() as usize, arguments as usize, environment as usize, 0) }
+    {
         Ok(_) => Errno::INVAL,
         Err(error) => error,
     }
@@ -151,13 +117,7 @@ pub fn has_power_key(device: impl AsFd) -> bool {
     let request = (2 << 30) | (keys.len() << 16) | (0x45 << 8) | (0x20 + EV_KEY);
     // SAFETY: the kernel writes at most the 96 bytes that the request names.
     let got = unsafe {
-        syscall4(
-            SYS_IOCTL,
-            device.as_fd().as_raw_fd() as usize,
-            request,
-            &raw mut keys as usize,
-            0,
-        )
+        syscall4(SYS_IOCTL, device.as_fd().as_raw_fd() as usize, request, &raw mut keys as usize, 0)
     };
     got.is_ok() && keys[KEY_POWER / 8] & (1 << (KEY_POWER % 8)) != 0
 }
@@ -180,13 +140,7 @@ pub fn start_loopback() {
     let socket = unsafe { OwnedFd::from_raw_fd(socket as i32) };
     // SAFETY: `request` is a whole ifreq, and lives over the call.
     let _ = unsafe {
-        syscall4(
-            SYS_IOCTL,
-            socket.as_raw_fd() as usize,
-            SIOCSIFFLAGS,
-            &raw const request as usize,
-            0,
-        )
+        syscall4(SYS_IOCTL, socket.as_raw_fd() as usize, SIOCSIFFLAGS, &raw const request as usize, 0)
     };
 }
 
@@ -197,9 +151,7 @@ pub fn write_port(port: u16, value: u8) -> bool {
         return false;
     }
     // SAFETY: the port was just opened to us, and whoever ordered it knows what it does.
-    unsafe {
-        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
-    };
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
     true
 }
 
@@ -211,10 +163,9 @@ mod tests {
     fn code_of(child: impl FnOnce() -> u8) -> Option<i32> {
         // SAFETY: the child touches nothing that another thread of the test harness could have locked.
         let pid = unsafe { fork(child) }.expect("fork");
-        let (_, status) =
-            rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty())
-                .expect("waitpid")
-                .expect("an ended child");
+        let (_, status) = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty())
+            .expect("waitpid")
+            .expect("an ended child");
         status.exit_status()
     }
 
@@ -249,11 +200,8 @@ mod tests {
 
     #[test]
     fn a_plain_file_has_no_power_key() {
-        let file = rustix::fs::open(
-            c"/proc/self/stat",
-            rustix::fs::OFlags::RDONLY,
-            rustix::fs::Mode::empty(),
-        );
+        let file =
+            rustix::fs::open(c"/proc/self/stat", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
         assert!(!has_power_key(file.expect("procfs")));
     }
 }

@@ -54,9 +54,7 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
     let _ = rustix::system::sethostname(b"guest");
     kernel::start_loopback();
     let watch = Watch::start();
-    let rooted = orders
-        .root
-        .is_none_or(|root| mounts::switch_root(root, &orders));
+    let rooted = orders.root.is_none_or(|root| mounts::switch_root(root, &orders));
     let child = match rooted {
         // SAFETY: this function's own contract.
         true => unsafe { program::start(orders.command, environment) },
@@ -64,11 +62,7 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
     };
     let outcome = match child {
         Some(child) => watch.until_end_of(child, orders.end),
-        None => Outcome {
-            code: Some(finish::NOT_RUN),
-            end: orders.end,
-            child: None,
-        },
+        None => Outcome { code: Some(finish::NOT_RUN), end: orders.end, child: None },
     };
     finish::finish(&orders, outcome, &watch)
 }

@@ -17,10 +17,7 @@ pub struct Text<const N: usize> {
 impl<const N: usize> Text<N> {
     /// Empty.
     pub const fn new() -> Self {
-        Self {
-            bytes: [0; N],
-            length: 0,
-        }
+        Self { bytes: [0; N], length: 0 }
     }
 
     /// A number in decimal.
@@ -82,10 +79,7 @@ pub fn wait_for_path(path: &[u8], milliseconds: u32) -> bool {
             return true;
         }
         if milliseconds > 0 {
-            let step = Timespec {
-                tv_sec: 0,
-                tv_nsec: i64::from(STEP_MS) * 1_000_000,
-            };
+            let step = Timespec { tv_sec: 0, tv_nsec: i64::from(STEP_MS) * 1_000_000 };
             let _ = rustix::event::poll(&mut [], Some(&step));
         }
     }
@@ -105,12 +99,7 @@ fn mount_on(kind: &CStr, target: &CStr, flags: MountFlags, data: Option<&CStr>) 
 /// /dev and /proc: what reading the orders and the first word on the console need.
 pub fn mount_first() {
     mount_on(c"devtmpfs", c"/dev", MountFlags::NOSUID, Some(c"mode=0755"));
-    mount_on(
-        c"proc",
-        c"/proc",
-        MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
-        None,
-    );
+    mount_on(c"proc", c"/proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None);
 }
 
 /// The rest of what programs expect.
@@ -160,9 +149,7 @@ pub fn switch_root(root: &[u8], orders: &Orders<'_>) -> bool {
     let _ = mkdir(NEW, Mode::from_raw_mode(0o755));
     let (flags, data) = split_flags(orders.root_flags.unwrap_or(b""));
     let kind = orders.root_type.unwrap_or(b"ext4");
-    let mounted = data
-        .bytes()
-        .into_with_c_str(|data| mount(root, NEW, kind, flags, Some(data)));
+    let mounted = data.bytes().into_with_c_str(|data| mount(root, NEW, kind, flags, Some(data)));
     if let Err(error) = mounted {
         complain(b"mount", root, error);
         return false;
@@ -182,19 +169,14 @@ pub fn switch_root(root: &[u8], orders: &Orders<'_>) -> bool {
         .and_then(|()| mount_move(c".", c"/"))
         .and_then(|()| rustix::process::chroot(c"."))
         .and_then(|()| rustix::process::chdir(c"/"));
-    switched
-        .inspect_err(|&error| complain(b"switch to", root, error))
-        .is_ok()
+    switched.inspect_err(|&error| complain(b"switch to", root, error)).is_ok()
 }
 
 /// Tells the flags that mount(2) takes as bits from those that the file system parses.
 fn split_flags(options: &[u8]) -> (MountFlags, Text<256>) {
     let mut flags = MountFlags::empty();
     let mut data = Text::new();
-    for option in options
-        .split(|&b| b == b',')
-        .filter(|option| !option.is_empty())
-    {
+    for option in options.split(|&b| b == b',').filter(|option| !option.is_empty()) {
         match option {
             b"ro" => flags |= MountFlags::RDONLY,
             b"rw" => flags -= MountFlags::RDONLY,

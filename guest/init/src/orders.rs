@@ -158,10 +158,7 @@ mod tests {
 
     #[test]
     fn an_open_quote_runs_to_the_end() {
-        assert_eq!(
-            Orders::parse(b"vmm.run=\"echo a").command,
-            Some(&b"echo a"[..])
-        );
+        assert_eq!(Orders::parse(b"vmm.run=\"echo a").command, Some(&b"echo a"[..]));
     }
 
     #[test]
@@ -169,14 +166,8 @@ mod tests {
         let orders = Orders::parse(b"vmm.run=no console=ttyS0 -- echo \"a  b\" console=x -- c\n");
         assert_eq!(orders.command, Some(&b"echo \"a  b\" console=x -- c"[..]));
         assert_eq!(orders.console, Some(&b"ttyS0"[..]));
-        assert_eq!(
-            Orders::parse(b"vmm.run=yes -- \n").command,
-            Some(&b"yes"[..])
-        );
-        assert_eq!(
-            Orders::parse(b"vmm.run=\"a -- b\"").command,
-            Some(&b"a -- b"[..])
-        );
+        assert_eq!(Orders::parse(b"vmm.run=yes -- \n").command, Some(&b"yes"[..]));
+        assert_eq!(Orders::parse(b"vmm.run=\"a -- b\"").command, Some(&b"a -- b"[..]));
     }
 
     #[test]
@@ -190,38 +181,25 @@ mod tests {
         let report = |line: &'static str| Orders::parse(line.as_bytes()).report;
         assert_eq!(report("vmm.exit=ioport:0xf4"), Some(Report::IoPort(0xf4)));
         assert_eq!(report("vmm.exit=ioport:128"), Some(Report::IoPort(128)));
-        assert_eq!(
-            report("vmm.exit=port:exit"),
-            Some(Report::VirtioPort(b"exit"))
-        );
-        for bad in [
-            "vmm.exit=ioport:",
-            "vmm.exit=ioport:0x10000",
-            "vmm.exit=port:",
-            "vmm.exit=f4",
-            "vmm.exit",
-        ] {
+        assert_eq!(report("vmm.exit=port:exit"), Some(Report::VirtioPort(b"exit")));
+        for bad in
+            ["vmm.exit=ioport:", "vmm.exit=ioport:0x10000", "vmm.exit=port:", "vmm.exit=f4", "vmm.exit"]
+        {
             let orders = Orders::parse(bad.as_bytes());
-            assert_eq!(
-                (orders.report, orders.unknown),
-                (None, Some(bad.as_bytes())),
-                "{bad}"
-            );
+            assert_eq!((orders.report, orders.unknown), (None, Some(bad.as_bytes())), "{bad}");
         }
     }
 
     #[test]
     fn root_end_and_mark() {
-        let orders =
-            Orders::parse(b"vmm.root=/dev/vda vmm.rootfstype=erofs vmm.rootflags=ro,noatime vmm.end=reboot vmm.mark=0x80");
+        let orders = Orders::parse(
+            b"vmm.root=/dev/vda vmm.rootfstype=erofs vmm.rootflags=ro,noatime vmm.end=reboot vmm.mark=0x80",
+        );
         assert_eq!(orders.root, Some(&b"/dev/vda"[..]));
         assert_eq!(orders.root_type, Some(&b"erofs"[..]));
         assert_eq!(orders.root_flags, Some(&b"ro,noatime"[..]));
         assert_eq!(orders.end, End::Reboot);
         assert_eq!(orders.mark, Some(0x80));
-        assert_eq!(
-            Orders::parse(b"vmm.end=never").unknown,
-            Some(&b"vmm.end=never"[..])
-        );
+        assert_eq!(Orders::parse(b"vmm.end=never").unknown, Some(&b"vmm.end=never"[..]));
     }
 }

@@ -29,9 +29,7 @@ pub unsafe fn start(command: Option<&[u8]>, environment: *const *const u8) -> Op
         NOT_FOUND
     };
     // SAFETY: one thread, by contract.
-    unsafe { kernel::fork(child) }
-        .inspect_err(|&error| complain(b"make", b"a process", error))
-        .ok()
+    unsafe { kernel::fork(child) }.inspect_err(|&error| complain(b"make", b"a process", error)).ok()
 }
 
 /// Returns only if nothing could be executed.
@@ -55,18 +53,8 @@ unsafe fn execute(command: Option<&[u8]>, environment: *const *const u8) {
     for shell in shells {
         let name = shell.as_ptr().cast();
         let arguments: [*const u8; 4] = match command {
-            Some(_) => [
-                name,
-                c"-c".as_ptr().cast(),
-                text.bytes().as_ptr(),
-                core::ptr::null(),
-            ],
-            None => [
-                name,
-                core::ptr::null(),
-                core::ptr::null(),
-                core::ptr::null(),
-            ],
+            Some(_) => [name, c"-c".as_ptr().cast(), text.bytes().as_ptr(), core::ptr::null()],
+            None => [name, core::ptr::null(), core::ptr::null(), core::ptr::null()],
         };
         // SAFETY: both arrays end with NULL and hold C strings that outlive the call.
         error = unsafe { kernel::execute(shell, arguments.as_ptr(), variables.as_ptr()) };
@@ -78,10 +66,7 @@ unsafe fn execute(command: Option<&[u8]>, environment: *const *const u8) {
 ///
 /// # Safety
 /// As for [`crate::run`].
-unsafe fn collect_environment(
-    mut environment: *const *const u8,
-    variables: &mut [*const u8; VARIABLES],
-) {
+unsafe fn collect_environment(mut environment: *const *const u8, variables: &mut [*const u8; VARIABLES]) {
     let mut count = 0;
     let mut put = |variable: *const u8| {
         if count < VARIABLES - 1 {
@@ -120,17 +105,12 @@ mod tests {
         unsafe { collect_environment(pointers.as_ptr(), &mut variables) };
         let strings = variables.iter().take_while(|v| !v.is_null());
         // SAFETY: C strings that were given, all of them literals here.
-        strings
-            .map(|&v| unsafe { CStr::from_ptr(v.cast()) }.to_bytes())
-            .collect()
+        strings.map(|&v| unsafe { CStr::from_ptr(v.cast()) }.to_bytes()).collect()
     }
 
     #[test]
     fn home_is_ours_and_a_path_is_added_only_if_missing() {
-        assert_eq!(
-            collected(&[c"HOME=/", c"TERM=linux"]),
-            [HOME.to_bytes(), b"TERM=linux", PATH.to_bytes()]
-        );
+        assert_eq!(collected(&[c"HOME=/", c"TERM=linux"]), [HOME.to_bytes(), b"TERM=linux", PATH.to_bytes()]);
         assert_eq!(collected(&[c"PATH=/x"]), [HOME.to_bytes(), b"PATH=/x"]);
     }
 

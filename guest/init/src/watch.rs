@@ -37,9 +37,8 @@ pub enum Event {
 impl Watch {
     /// Takes the signals and opens every input device with a power key. To be called when modules are loaded.
     pub fn start() -> Self {
-        let signals = take_signals()
-            .inspect_err(|&error| crate::console::complain(b"take", b"signals", error))
-            .ok();
+        let signals =
+            take_signals().inspect_err(|&error| crate::console::complain(b"take", b"signals", error)).ok();
         let mut buttons = [const { None }; BUTTONS];
         let mut count = 0;
         for number in 0..32 {
@@ -63,10 +62,8 @@ impl Watch {
         let Some(signals) = &self.signals else {
             return Event::Child;
         };
-        let timeout = milliseconds.map(|ms| Timespec {
-            tv_sec: i64::from(ms / 1000),
-            tv_nsec: i64::from(ms % 1000) * 1_000_000,
-        });
+        let timeout = milliseconds
+            .map(|ms| Timespec { tv_sec: i64::from(ms / 1000), tv_nsec: i64::from(ms % 1000) * 1_000_000 });
         loop {
             if let Some(event) = next_signal(signals.as_fd()).and_then(event_of_signal) {
                 return event;
@@ -80,8 +77,8 @@ impl Watch {
                 *slot = button.as_ref().map(AsFd::as_fd);
             }
             // A missing button waits on the signals twice: harmless, and the array keeps its size.
-            let mut polled = fds
-                .map(|fd| PollFd::from_borrowed_fd(fd.unwrap_or(signals.as_fd()), PollFlags::IN));
+            let mut polled =
+                fds.map(|fd| PollFd::from_borrowed_fd(fd.unwrap_or(signals.as_fd()), PollFlags::IN));
             if poll(&mut polled, timeout.as_ref()) == Ok(0) {
                 return Event::Timeout;
             }
@@ -94,19 +91,11 @@ impl Watch {
             match self.next(None) {
                 Event::Child => {
                     if let Some(code) = self.reap(child) {
-                        return Outcome {
-                            code: Some(code),
-                            end,
-                            child: None,
-                        };
+                        return Outcome { code: Some(code), end, child: None };
                     }
                 }
                 Event::End(end) => {
-                    return Outcome {
-                        code: None,
-                        end,
-                        child: Some(child),
-                    };
+                    return Outcome { code: None, end, child: Some(child) };
                 }
                 Event::Timeout => {}
             }
@@ -116,11 +105,7 @@ impl Watch {
     /// Reaps all that have ended; the exit code of `child` if it was among them.
     pub fn reap(&self, child: Pid) -> Option<i32> {
         // Without a descriptor for signals this is where init sleeps.
-        let options = if self.signals.is_some() {
-            WaitOptions::NOHANG
-        } else {
-            WaitOptions::empty()
-        };
+        let options = if self.signals.is_some() { WaitOptions::NOHANG } else { WaitOptions::empty() };
         let mut code = None;
         while let Ok(Some((pid, status))) = wait(options) {
             if pid == child {
@@ -188,14 +173,8 @@ mod tests {
 
     #[test]
     fn signals_mean_what_busybox_means_by_them() {
-        assert_eq!(
-            event_of_signal(Signal::USR2.as_raw()),
-            Some(Event::End(End::PowerOff))
-        );
-        assert_eq!(
-            event_of_signal(Signal::TERM.as_raw()),
-            Some(Event::End(End::Reboot))
-        );
+        assert_eq!(event_of_signal(Signal::USR2.as_raw()), Some(Event::End(End::PowerOff)));
+        assert_eq!(event_of_signal(Signal::TERM.as_raw()), Some(Event::End(End::Reboot)));
         assert_eq!(event_of_signal(Signal::HUP.as_raw()), None);
     }
 }

@@ -25,11 +25,7 @@ const CMD_POWER_OFF: usize = 0x4321_fedc;
 unsafe extern "C" fn entry(stack: *const usize) -> ! {
     let line = b"guest: init\n";
     // SAFETY: the kernel's layout (System V ABI for x86-64, 3.4.1).
-    let how = if unsafe { stack.read() } > 1 {
-        CMD_RESTART
-    } else {
-        CMD_POWER_OFF
-    };
+    let how = if unsafe { stack.read() } > 1 { CMD_RESTART } else { CMD_POWER_OFF };
     // SAFETY: a write of a static text, then the end of the machine.
     unsafe {
         asm!("syscall", inlateout("rax") SYS_WRITE => _, in("rdi") 1, in("rsi") line.as_ptr(), in("rdx") line.len(),
