@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::exit::pretty;
+use super::exit::{Failure, pretty};
+use crate::boot::{self, tables::Platform};
 use crate::config::{Console, VmConfig, Where};
 use crate::memory::layout;
+use crate::{machine, virtio};
 
 #[derive(Serialize)]
 struct Plan {
@@ -24,10 +26,16 @@ struct Row {
 }
 
 /// The resolved configuration and the guest's address map.
-pub fn plan(mut config: VmConfig) -> String {
-    // The one default that depends on other values.
+///
+/// # Errors
+/// More devices than there is room for.
+pub fn plan(mut config: VmConfig) -> Result<String, Failure> {
+    let platform = machine::platform(&config)?;
+    // The defaults that depend on other values.
+    let cmdline = boot::cmdline::default_for(&config);
+    config.cmdline.get_or_insert(cmdline);
     config.console = Console(Some(config.console()));
-    pretty(&Plan { memory_map: memory_map(&config), ports: ports(&config), config })
+    Ok(pretty(&Plan { memory_map: memory_map(&config, &platform), ports: ports(&config), config }))
 }
 
 fn row(range: Range<u64>, what: impl Into<String>) -> Row {
@@ -40,36 +48,24 @@ fn sized(start: u64, size: u64, what: impl Into<String>) -> Row {
 }
 
 /// What the guest finds at its physical addresses, ascending.
-fn memory_map(config: &VmConfig) -> Vec<Row> {
+fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
     let ram = layout::ram(config.mem.size.bytes());
     let mut map = vec![
         row(0..layout::LOW_END.min(ram[0].end), "RAM: boot parameters, page tables, command line"),
         sized(layout::ACPI, layout::ACPI_SIZE, "ACPI tables"),
         row(layout::HIGH_RAM..ram[0].end, "RAM: kernel, then free memory, then initrd"),
     ];
-    for (slot, device) in (0..).zip(devices(config)) {
-        let gsi = layout::VIRTIO_GSIS.get(slot as usize).map_or("none left".to_owned(), ToString::to_string);
-        let start = layout::VIRTIO_MMIO + slot * layout::VIRTIO_MMIO_SIZE;
-        map.push(sized(start, layout::VIRTIO_MMIO_SIZE, format!("{device}, interrupt {gsi}")));
+    for (device, at) in virtio::Device::list(config).iter().zip(&platform.virtio_mmio) {
+        let file = if let virtio::Device::Block(_, disk) = device { disk.path.to_str() } else { None };
+        let file = file.map(|path| format!(" ({path})")).unwrap_or_default();
+        let what = format!("{}{file}, interrupt {}", device.name(), at.gsi);
+        map.push(sized(at.base.into(), layout::VIRTIO_MMIO_SIZE, what));
     }
     map.push(sized(layout::IO_APIC, 0x1000, "I/O APIC"));
     map.push(sized(layout::LOCAL_APIC, 0x1000, "local APIC"));
     map.push(sized(layout::KVM_IDENTITY_MAP, 0x4000, "reserved for KVM"));
     map.extend(ram.into_iter().skip(1).map(|range| row(range, "RAM: above the hole")));
     map
-}
-
-/// The virtio-mmio devices in the order of their slots.
-fn devices(config: &VmConfig) -> Vec<String> {
-    let mut devices = Vec::new();
-    if config.console() != Where::Off || !config.port.is_empty() {
-        devices.push("virtio console".to_owned());
-    }
-    devices.extend(config.disk.iter().map(|disk| format!("virtio block: {}", disk.path.display())));
-    if config.rng {
-        devices.push("virtio entropy".to_owned());
-    }
-    devices
 }
 
 /// What the guest finds at its I/O ports, ascending.
@@ -99,7 +95,7 @@ mod tests {
         let json = r#"{"kernel": "k", "mem": "5G", "disk": ["a.img", "b.img"], "rng": true, "serial": "pty",
             "debug_exit": 244}"#;
         let config: VmConfig = serde_json::from_str(json).unwrap();
-        let plan: Value = serde_json::from_str(&plan(config)).unwrap();
+        let plan: Value = serde_json::from_str(&plan(config).unwrap()).unwrap();
         let number = |row: &Value, key: &str| {
             u64::from_str_radix(row[key].as_str().unwrap().strip_prefix("0x").unwrap(), 16).unwrap()
         };
@@ -108,7 +104,7 @@ mod tests {
             assert!(rows.windows(2).all(|w| number(&w[0], "end") < number(&w[1], "start")), "{rows:#?}");
         }
         let text = plan["memory_map"].to_string();
-        for word in ["console", "a.img", "b.img", "entropy", "above the hole", "0x17fffffff"] {
+        for word in ["console", "a.img", "b.img", "virtio-rng", "above the hole", "0x17fffffff"] {
             assert!(text.contains(word), "{word}: {text}");
         }
         assert_eq!(plan["config"]["console"], "stdio");

@@ -1,5 +1,6 @@
 //! `vmm run`: from options to a running machine, and from its end to an exit code.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,11 +9,11 @@ use anyhow::anyhow;
 use super::exit::{Code, Failure, print};
 use super::options::Options;
 use super::plan::plan;
-use crate::api;
 use crate::api::registry::Registry;
 use crate::api::running::Running;
 use crate::api::server::Server;
 use crate::api::signals::Signals;
+use crate::api::{self, Pty};
 use crate::config::{OnReboot, VmConfig};
 use crate::machine::{self, Ends, Outcome};
 
@@ -22,7 +23,7 @@ pub fn run(options: Options) -> Result<Code, Failure> {
     let dry_run = options.dry_run;
     let config = options.resolve()?;
     if dry_run {
-        print(&plan(config))?;
+        print(&plan(config)?)?;
         return Ok(Code::Success);
     }
     // Before anything that a signal would have to undo.
@@ -41,9 +42,18 @@ pub fn run(options: Options) -> Result<Code, Failure> {
 
 /// Runs the machine, and again after each reboot if that is wanted.
 fn live(config: &VmConfig, ends: &mut Ends, running: &Running) -> Result<Code, Failure> {
+    let mut first = true;
     loop {
         let machine = machine::build(config, ends)?;
-        running.built(machine.handle(), Vec::new());
+        let ptys = ptys(ends);
+        if first {
+            for pty in &ptys {
+                // Not a log line: without it the pseudo-terminal cannot be found.
+                let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
+            }
+        }
+        first = false;
+        running.built(machine.handle(), ptys);
         let outcome = machine.run();
         let stopped = running.ended();
         match outcome? {
@@ -57,6 +67,14 @@ fn live(config: &VmConfig, ends: &mut Ends, running: &Running) -> Result<Code, F
             Outcome::InternalError(report) => return Err(Failure::new(Code::Internal, anyhow!(report))),
         }
     }
+}
+
+fn ptys(ends: &Ends) -> Vec<Pty> {
+    let pty = |(role, place): (&str, String)| {
+        let path = place.strip_prefix("pty=")?.into();
+        Some(Pty { device: role.to_owned(), path })
+    };
+    ends.list().filter_map(pty).collect()
 }
 
 impl From<machine::Error> for Failure {

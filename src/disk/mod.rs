@@ -67,6 +67,7 @@ impl Error {
                 io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
                     "if reading is enough, add ,readonly".to_owned()
                 }
+                io::ErrorKind::IsADirectory => "give a raw disk image or a block device".to_owned(),
                 _ => return None,
             },
             Self::Locked { .. } => "stop the other one, or give both ,readonly".to_owned(),

@@ -113,7 +113,8 @@ fn map(
     size: u64,
 ) -> Result<GuestRegionMmap, Error> {
     let failed = |reason: String| Error::Map { size, reason };
-    let mut flags = libc::MAP_NORESERVE;
+    // Huge pages are reserved here and now: found missing later, they would be a SIGBUS.
+    let mut flags = if config.hugepages.is_some() { 0 } else { libc::MAP_NORESERVE };
     if config.prefault {
         flags |= libc::MAP_POPULATE;
     }

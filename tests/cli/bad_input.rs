@@ -1,0 +1,295 @@
+//! A table of input that cannot work.
+//!
+//! Each row gives one error and one hint, the documented exit code, no panic, and leaves everything as it was.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::images::*;
+use crate::place::*;
+
+#[test]
+fn arguments_that_cannot_be() {
+    let place = Place::new();
+    place.file("k", "");
+    let long = "x".repeat(65);
+    for (arguments, words) in [
+        ("run", &["no kernel"][..]),
+        ("--mem 1G", &["no kernel"]),
+        ("--kernel k --mem 0", &["--mem 0"]),
+        ("--kernel k --mem 1M", &["--mem 1M"]),
+        ("--kernel k --mem 999T", &["--mem 999T"]),
+        ("--kernel k --mem 99999999T", &["99999999T"]),
+        ("--kernel k --mem 5000001", &["4096"]),
+        ("--kernel k --mem lots", &["lots", "512M"]),
+        ("--kernel k --mem", &["--mem"]),
+        ("--kernel k --mem 512M,hugepages=3M", &["3M"]),
+        ("--kernel k --mem 100M,hugepages=1G", &["huge page"]),
+        ("--kernel k --cpus 0", &["--cpus 0"]),
+        ("--kernel k --cpus 100000", &["100000"]),
+        ("--kernel k --cpus two", &["two"]),
+        ("--kernel k --disk path=d,raedonly", &["raedonly"]),
+        ("--kernel k --disk readonly=on", &["path"]),
+        ("--kernel k --disk path=d,block-size=1024", &["block size"]),
+        ("--kernel k --console nowhere", &["nowhere", "stdio"]),
+        ("--kernel k --console stdio --serial stdio", &["twice"]),
+        ("--kernel k --port a=off --port a=pty", &["twice"]),
+        ("--kernel k --port a", &["NAME=WHERE"]),
+        ("--kernel k --name ../x", &["../x"]),
+        (&format!("--kernel k --name {long}"), &["name"]),
+        ("--kernel k --boot bios", &["bios", "linux64"]),
+        ("--kernel k --on-reboot dance", &["dance", "reset"]),
+        ("--kernel k --debug-exit=0x10000", &["65535"]),
+        ("--kernel k --rng=perhaps", &["perhaps"]),
+        ("--kernel k --stop-timeout -1", &["-1"]),
+        ("--kernl k", &["--kernl"]),
+        ("--kernel k --kernel k", &["--kernel"]),
+        ("--kernel k surplus", &["surplus"]),
+        ("run --kernel", &["--kernel"]),
+        ("explode", &["explode"]),
+        ("status", &["NAME"]),
+        ("stop a --timeout soon", &["soon"]),
+        ("stop a --timeout 1 --force", &["--force"]),
+    ] {
+        refused(&place, arguments, BAD_ARGUMENT, words);
+        let dry = if arguments.contains("--") { format!("{arguments} --dry-run") } else { continue };
+        if !arguments.starts_with("stop") && !arguments.ends_with("--mem") {
+            refused(&place, &dry, BAD_ARGUMENT, words);
+        }
+    }
+}
+
+#[test]
+fn configuration_files_that_cannot_be() {
+    let place = Place::new();
+    place.file("k", "");
+    place.file("empty", "");
+    place.file("text", "kernel = k");
+    place.file("unknown", r#"{"kernel": "k", "colour": "red"}"#);
+    place.file("type", r#"{"kernel": "k", "cpus": "many"}"#);
+    place.file("value", r#"{"kernel": "k", "mem": "1M"}"#);
+    place.file("list", r#"{"kernel": "k", "disk": ["path=a,b=c"]}"#);
+    place.file("large", vec![b' '; (1 << 20) + 1]);
+    place.file("deep", format!(r#"{{"mem": {}"#, "[".repeat(1 << 19)));
+    for (file, words) in [
+        ("missing", &["missing", "No such file"][..]),
+        (".", &["directory"]),
+        ("empty", &["empty", "line 1"]),
+        ("text", &["line 1"]),
+        ("unknown", &["colour", "cmdline"]),
+        ("type", &["many"]),
+        ("value", &["1M"]),
+        ("list", &["unknown field `b`"]),
+        ("large", &["larger"]),
+        ("deep", &["recursion"]),
+        ("/dev/zero", &["larger"]),
+    ] {
+        refused(&place, &format!("--config {file}"), BAD_ARGUMENT, words);
+    }
+}
+
+#[test]
+fn kernels_and_initrds_that_cannot_be() {
+    if !has_kvm("kernels_and_initrds_that_cannot_be") {
+        return;
+    }
+    let place = Place::new();
+    place.file("empty", "");
+    place.file(
+        "random",
+        (0..200_000u32).map(|i| (i.wrapping_mul(2654435761) >> 13) as u8).collect::<Vec<_>>(),
+    );
+    place.file("script", "#!/bin/sh\necho hello\n");
+    place.file("kernel", kernel(&HALT));
+    place.file("elf-cut", &kernel(&[0x90; 4096])[..5000]);
+    place.file("elf-head", &kernel(&HALT)[..60]);
+    let bz = bzimage(1, 64 << 10);
+    place.file("bz", &bz);
+    place.file("bz-cut", &bz[..bz.len() / 2]);
+    place.file("bz-head", &bz[..0x210]);
+    place.file("bz-32", bzimage(0, 64 << 10));
+    let mut elf32 = kernel(&HALT);
+    (elf32[4], elf32[18]) = (1, 3);
+    place.file("elf-32", &elf32);
+    let mut arm = kernel(&HALT);
+    arm[18] = 183;
+    place.file("elf-arm", &arm);
+    fs::create_dir(place.path("directory")).unwrap();
+    File::create(place.path("initrd")).unwrap().set_len(200 << 20).unwrap();
+    place.file("small-initrd", "070701");
+    for (arguments, words) in [
+        ("--kernel missing", &["missing", "No such file"][..]),
+        ("--kernel directory", &["directory"]),
+        ("--kernel empty", &["empty"]),
+        ("--kernel random", &["random", "not a kernel"]),
+        ("--kernel script", &["script", "not a kernel"]),
+        ("--kernel elf-cut", &["cut short"]),
+        ("--kernel elf-head", &["elf-head"]),
+        ("--kernel bz-cut", &["cut short"]),
+        ("--kernel bz-head", &["bz-head"]),
+        ("--kernel bz-32", &["32-bit"]),
+        ("--kernel elf-32", &["elf-32"]),
+        ("--kernel elf-arm", &["elf-arm"]),
+        ("--kernel kernel --boot pvh", &["PVH"]),
+        ("--kernel kernel --mem 8M", &["kernel", "8 MiB"]),
+        ("--kernel kernel --initrd missing", &["initrd", "missing"]),
+        ("--kernel kernel --initrd directory", &["initrd", "directory"]),
+        ("--kernel kernel --initrd empty", &["initrd", "empty"]),
+        ("--kernel kernel --initrd initrd --mem 128M", &["initrd", "200 MiB"]),
+        (&format!("--kernel kernel --cmdline {}", "x".repeat(70_000)), &["command line", "70000"]),
+        (&format!("--kernel bz --cmdline {}", "x".repeat(2100)), &["command line", "2100"]),
+    ] {
+        // The output file must not have been touched by a run that does not come about.
+        let arguments = format!("{arguments} --console file=out --serial file=out2");
+        refused(&place, &arguments, BAD_ARGUMENT, words);
+    }
+}
+
+#[test]
+fn disks_and_places_that_cannot_be() {
+    if !has_kvm("disks_and_places_that_cannot_be") {
+        return;
+    }
+    let place = Place::new();
+    place.file("kernel", kernel(&HALT));
+    place.file("odd", vec![0; 1000]);
+    place.file("empty", "");
+    place.file("disk", vec![7; 4096 * 4]);
+    fs::create_dir(place.path("directory")).unwrap();
+    for (arguments, words) in [
+        ("--disk path=missing", &["missing", "No such file"][..]),
+        ("--disk path=directory", &["directory"]),
+        ("--disk path=odd", &["odd", "1000"]),
+        ("--disk path=empty", &["empty"]),
+        ("--disk path=/dev/null", &["/dev/null"]),
+        ("--disk path=disk --disk path=missing", &["missing"]),
+        ("--disk path=disk --disk path=disk", &["disk", "in use"]),
+        ("--console file=no/such/place", &["no/such/place"]),
+        ("--console socket=no/such/place", &["no/such/place"]),
+        ("--serial file=directory --console off", &["directory"]),
+    ] {
+        refused(&place, &format!("--kernel kernel {arguments}"), BAD_ARGUMENT, words);
+    }
+    let many = "--disk path=disk,readonly ".repeat(40);
+    refused(&place, &format!("--kernel kernel {many}"), BAD_ARGUMENT, &["devices"]);
+}
+
+#[test]
+fn files_that_may_not_be_read() {
+    let test = "files_that_may_not_be_read";
+    if !has_kvm(test) {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: {test} needs root, to become another user");
+        return;
+    }
+    let place = Place::new();
+    place.file("kernel", kernel(&HALT));
+    for name in ["secret-kernel", "secret-disk"] {
+        place.file(name, kernel(&HALT));
+        fs::set_permissions(place.path(name), fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    fs::set_permissions(place.path("kernel"), fs::Permissions::from_mode(0o644)).unwrap();
+    fs::set_permissions(place.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    std::os::unix::fs::chown(place.path("run"), Some(65534), Some(65534)).unwrap();
+    // Where the build directory is not open to others, neither is the command in it.
+    let binary = place.path("vmm-copy");
+    fs::copy(env!("CARGO_BIN_EXE_vmm"), &binary).unwrap();
+    fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
+    let open = |mode| fs::set_permissions(place.path("kvm"), fs::Permissions::from_mode(mode));
+    let other_user = |arguments: &str| {
+        let mut command = Command::new(&binary);
+        command.args(arguments.split_whitespace());
+        place.set_up(&mut command);
+        command.env("VMM_KVM", place.path("kvm")).uid(65534).gid(65534);
+        command
+    };
+    // A device node of our own, so that the host's need not be opened to others.
+    let made = Command::new("mknod").arg(place.path("kvm")).args(["c", "10", "232"]).status();
+    if !made.is_ok_and(|status| status.success()) || open(0o666).is_err() {
+        eprintln!("SKIPPED: {test} needs mknod for a KVM device of its own");
+        return;
+    }
+    let permission = &["Permission denied"];
+    refused_command(&place, other_user("--kernel secret-kernel"), BAD_ARGUMENT, permission);
+    refused_command(&place, other_user("--kernel kernel --initrd secret-kernel"), BAD_ARGUMENT, permission);
+    refused_command(&place, other_user("--kernel kernel --disk secret-disk"), BAD_ARGUMENT, permission);
+    open(0o600).unwrap();
+    refused_command(&place, other_user("--kernel kernel"), HOST, &["kvm", "Permission denied"]);
+}
+
+#[test]
+fn hosts_without_what_it_takes() {
+    let place = Place::new();
+    place.file("kernel", kernel(&HALT));
+    let with_kvm = |path: &str| {
+        let mut command = place.command("--kernel kernel --console file=out");
+        command.env("VMM_KVM", path);
+        command
+    };
+    refused_command(&place, with_kvm("/nonexistent/kvm"), HOST, &["/nonexistent/kvm", "No such file"]);
+    refused_command(&place, with_kvm("/dev/null"), HOST, &["/dev/null"]);
+    refused_command(&place, with_kvm("kernel"), HOST, &["kernel"]);
+    if has_kvm("hosts_without_what_it_takes") {
+        // More than any host has reserved, so it must be refused at the start, not met by a SIGBUS later.
+        for memory in ["1T,hugepages=1G", "1T,hugepages=2M", "1T,hugepages=2M,backing=anonymous"] {
+            refused(&place, &format!("--kernel kernel --console off --mem {memory}"), HOST, &["memory"]);
+        }
+    }
+    // The runtime directory.
+    fs::create_dir(place.path("run/vmm")).unwrap();
+    fs::set_permissions(place.path("run/vmm"), fs::Permissions::from_mode(0o755)).unwrap();
+    refused(&place, "--kernel kernel", HOST, &["open to other users"]);
+    refused(&place, "list", HOST, &["open to other users"]);
+}
+
+#[test]
+fn names_that_nothing_has() {
+    let place = Place::new();
+    for command in ["status", "pause", "resume", "stop", "kill"] {
+        refused(&place, &format!("{command} nobody"), HOST, &["nobody"]);
+        refused(&place, &format!("{command} ../../etc/passwd"), HOST, &["passwd"]);
+    }
+    let list = place.vmm("list --json");
+    assert_eq!((list.status.code(), text(&list.stdout).trim()), (Some(0), "[]"));
+}
+
+#[test]
+fn help_tells_the_codes_the_keys_and_examples() {
+    let place = Place::new();
+    for arguments in ["--help", "run --help", "-h"] {
+        let output = place.vmm(arguments);
+        let help = text(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{help}");
+        for word in ["Examples:", "Exit codes:", "Ctrl-A x", "vmm --kernel", "triple fault"] {
+            assert!(help.contains(word), "{arguments}: {word}");
+        }
+    }
+    assert!(text(&place.vmm("--version").stdout).starts_with("vmm "));
+    let nothing = place.vmm("");
+    assert_eq!(nothing.status.code(), Some(BAD_ARGUMENT));
+    assert!(text(&nothing.stderr).contains("Usage:"));
+}
+
+#[test]
+fn a_dry_run_is_json_and_touches_nothing() {
+    let place = Place::new();
+    let before = place.contents();
+    let output = place.vmm(
+        "--kernel k --mem 5G --cpus 4 --disk d,readonly --rng --console file=out --serial pty --name x --dry-run",
+    );
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["config"]["mem"]["size"], "5G");
+    assert_eq!(plan["config"]["disk"][0]["readonly"], true);
+    assert!(plan["memory_map"].as_array().unwrap().iter().any(|row| row["end"] == "0x17fffffff"), "{plan:#}");
+    assert!(before == place.contents());
+    // What it prints is a configuration that gives the same again.
+    place.file("again.json", plan["config"].to_string());
+    let again = place.vmm("--config again.json --dry-run");
+    assert_eq!(text(&again.stdout), text(&output.stdout));
+}

@@ -1,0 +1,230 @@
+//! Tiny guests from their start to their exit code, controlled as from another terminal.
+//!
+//! They are a few instructions in an ELF file, so they run wherever there is a KVM at all.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
+use std::process::{Child, Output};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::images::*;
+use crate::place::*;
+
+/// A command that runs while the test goes on, and is ended when the test is over.
+struct Running(Option<Child>);
+
+impl Running {
+    fn pid(&self) -> i32 {
+        self.0.as_ref().unwrap().id() as i32
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.pid()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    fn finish(mut self) -> Output {
+        finish(self.0.take().unwrap())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Place {
+    /// Starts a guest under a name and waits until its vCPU runs.
+    fn start(&self, name: &str, arguments: &str) -> Running {
+        let child = self.command(&format!("--kernel halt --console off --name {name} {arguments}")).spawn();
+        let running = Running(Some(child.unwrap()));
+        let deadline = Instant::now() + PATIENCE;
+        while self.status(name)["state"] != "running" {
+            assert!(Instant::now() < deadline, "{name} does not start");
+            thread::sleep(Duration::from_millis(5));
+        }
+        running
+    }
+
+    fn status(&self, name: &str) -> Value {
+        serde_json::from_slice(&self.vmm(&format!("status {name} --json")).stdout).unwrap_or_default()
+    }
+
+    #[track_caller]
+    fn done(&self, arguments: &str) -> String {
+        let output = self.vmm(arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    fn sockets(&self) -> Vec<PathBuf> {
+        let dir = fs::read_dir(self.path("run/vmm")).into_iter().flatten();
+        dir.map(|entry| entry.unwrap().path()).collect()
+    }
+}
+
+#[test]
+fn the_exit_code_tells_how_the_guest_ended() {
+    if !has_kvm("the_exit_code_tells_how_the_guest_ended") {
+        return;
+    }
+    let place = Place::new();
+    place.file("exit", kernel(&out(0xf4, 21)));
+    place.file("off", kernel(&out(0x600, 5 << 2 | 1 << 5)));
+    place.file("reset", kernel(&out(0x602, 1)));
+    place.file("i8042", kernel(&out(0x64, 0xfe)));
+    place.file("crash", kernel(&[0x0f, 0x0b]));
+    for (guest, code) in
+        [("exit --debug-exit", 43), ("off", 0), ("reset", 0), ("i8042", 0), ("crash", GUEST_CRASH)]
+    {
+        let output = place.vmm(&format!("--kernel {guest} --mem 64M"));
+        assert_eq!(output.status.code(), Some(code), "{guest}: {}", text(&output.stderr));
+        if code == GUEST_CRASH {
+            assert!(text(&output.stderr).starts_with("vmm: error: vcpu0: triple fault"), "{guest}");
+        } else {
+            assert!(output.stderr.is_empty(), "{guest}: {}", text(&output.stderr));
+        }
+        assert!(place.sockets().is_empty(), "{guest} left its socket");
+    }
+}
+
+#[test]
+fn a_guest_is_controlled_from_another_terminal() {
+    if !has_kvm("a_guest_is_controlled_from_another_terminal") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    let first = place.start("first", "--mem 64M --serial pty");
+    let second = place.start("second", "--mem 32M --cpus 2");
+    let status = place.status("first");
+    assert_eq!(status["pid"], first.pid());
+    assert_eq!((&status["cpus"], &status["memory_bytes"]), (&1.into(), &(64 << 20).into()));
+    assert_eq!(status["kernel"], place.path("halt").canonicalize().unwrap().to_str().unwrap());
+    let pty = status["ptys"][0]["path"].as_str().unwrap();
+    assert!(fs::metadata(pty).unwrap().file_type().is_char_device(), "{pty}");
+    assert!(place.done("status first").contains(pty));
+    let list: Value = serde_json::from_str(&place.done("list --json")).unwrap();
+    assert_eq!((&list[0]["name"], &list[1]["name"]), (&"first".into(), &"second".into()));
+    assert_eq!(place.done("list").lines().count(), 3);
+
+    refused(&place, "--kernel halt --console file=out --name first", HOST, &["first", "already"]);
+    place.done("pause first");
+    place.done("pause first");
+    assert_eq!(place.status("first")["state"], "paused");
+    assert_eq!(place.status("second")["state"], "running");
+    place.done("resume first");
+    assert_eq!(place.status("first")["state"], "running");
+
+    // These guests do not know what a power button is.
+    let asked = Instant::now();
+    place.done("stop second --timeout 1");
+    assert!(asked.elapsed() >= Duration::from_secs(1));
+    let second = second.finish();
+    assert_eq!(second.status.code(), Some(KILLED));
+    assert!(text(&second.stderr).contains("did not power off in time"));
+    // Killed although paused, and the name is free when the command returns.
+    place.done("pause first");
+    place.done("kill first");
+    place.start("first", "");
+    let first = first.finish();
+    assert_eq!(first.status.code(), Some(KILLED));
+    assert!(text(&first.stderr).contains(pty), "the pseudo-terminal is told at the start");
+}
+
+#[test]
+fn signals_stop_a_guest() {
+    use rustix::process::Signal;
+    if !has_kvm("signals_stop_a_guest") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    for (signals, timeout) in [
+        (&[Signal::TERM][..], 1),
+        (&[Signal::TERM, Signal::TERM], 600),
+        (&[Signal::INT, Signal::INT], 600),
+        (&[Signal::HUP], 600),
+    ] {
+        let guest = place.start("guest", &format!("--stop-timeout {timeout}"));
+        for signal in signals {
+            guest.signal(*signal);
+            // Two signals of a kind that come at once are one.
+            thread::sleep(Duration::from_millis(100));
+        }
+        assert_eq!(guest.finish().status.code(), Some(KILLED), "{signals:?}");
+        assert!(place.sockets().is_empty());
+    }
+}
+
+#[test]
+fn a_guest_that_heeds_its_power_button_ends_well() {
+    if !has_kvm("a_guest_that_heeds_its_power_button_ends_well") {
+        return;
+    }
+    let place = Place::new();
+    // Reads the event register (port 0x604) until the button is pressed, then powers off.
+    let mut code = vec![0x66, 0xba, 0x04, 0x06, 0xec, 0xa8, 0x01, 0x74, 0xfb];
+    code.extend(out(0x600, 5 << 2 | 1 << 5));
+    place.file("halt", kernel(&code));
+    let guest = place.start("guest", "");
+    guest.signal(rustix::process::Signal::TERM);
+    assert_eq!(guest.finish().status.code(), Some(0));
+    let guest = place.start("guest", "");
+    place.done("pause guest");
+    place.done("stop guest");
+    assert_eq!(guest.finish().status.code(), Some(0));
+}
+
+#[test]
+fn a_reboot_really_restarts_if_asked_to() {
+    if !has_kvm("a_reboot_really_restarts_if_asked_to") {
+        return;
+    }
+    let place = Place::new();
+    let mut code = out(0x3f8, b'r');
+    code.truncate(7);
+    code.extend(out(0x64, 0xfe));
+    place.file("halt", kernel(&code));
+    let output = place.vmm("--kernel halt --console off --serial file=out");
+    assert_eq!((output.status.code(), fs::read(place.path("out")).unwrap()), (Some(0), b"r".to_vec()));
+
+    let arguments = "--kernel halt --console off --serial file=out --on-reboot reset --name guest";
+    let guest = Running(Some(place.command(arguments).spawn().unwrap()));
+    let deadline = Instant::now() + PATIENCE;
+    while fs::metadata(place.path("out")).map_or(0, |meta| meta.len()) < 5 {
+        assert!(Instant::now() < deadline, "it does not restart");
+        thread::sleep(Duration::from_millis(5));
+    }
+    // The end that was asked for is not undone by the next reboot.
+    guest.signal(rustix::process::Signal::TERM);
+    let output = guest.finish();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(fs::read(place.path("out")).unwrap().iter().all(|byte| *byte == b'r'));
+}
+
+#[test]
+fn what_a_killed_monitor_leaves_does_not_take_its_name() {
+    if !has_kvm("what_a_killed_monitor_leaves_does_not_take_its_name") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    let guest = place.start("guest", "");
+    guest.signal(rustix::process::Signal::KILL);
+    guest.finish();
+    assert_eq!(place.sockets().len(), 1);
+    let guest = place.start("guest", "");
+    guest.signal(rustix::process::Signal::KILL);
+    guest.finish();
+    assert_eq!(place.done("list --json").trim(), "[]");
+    assert!(place.sockets().is_empty(), "list cleans up");
+}

@@ -1,0 +1,152 @@
+//! Where a test's commands run, and how they are judged.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub const BAD_ARGUMENT: i32 = 2;
+pub const HOST: i32 = 4;
+pub const GUEST_CRASH: i32 = 6;
+pub const KILLED: i32 = 10;
+
+/// No command takes longer than this, unless it hangs.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A directory with everything that a test's commands see, the runtime directory included.
+pub struct Place {
+    pub dir: tempfile::TempDir,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("run")).unwrap();
+        fs::set_permissions(dir.path().join("run"), fs::Permissions::from_mode(0o700)).unwrap();
+        Self { dir }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.path(name), content).unwrap();
+    }
+
+    /// `vmm` with `arguments`, split at blanks, in this place.
+    pub fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+        command.args(arguments.split_whitespace());
+        self.set_up(&mut command);
+        command
+    }
+
+    pub fn set_up(&self, command: &mut Command) {
+        command.current_dir(self.dir.path()).env("XDG_RUNTIME_DIR", self.path("run"));
+        command.env_remove("RUST_LOG").env_remove("VMM_KVM");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    }
+
+    pub fn vmm(&self, arguments: &str) -> Output {
+        finish(self.command(arguments).spawn().unwrap())
+    }
+
+    /// Every file, with its kind, mode, size, time of change and content.
+    pub fn contents(&self) -> BTreeMap<PathBuf, String> {
+        let mut all = BTreeMap::new();
+        let mut dirs = vec![self.dir.path().to_owned()];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                let meta = fs::symlink_metadata(&path).unwrap();
+                let kind = meta.file_type();
+                let content = if kind.is_file() && meta.len() < 1 << 20 {
+                    fs::read(&path).unwrap_or_default()
+                } else {
+                    Vec::new()
+                };
+                let socket = kind.is_socket();
+                let facts = (meta.mode(), meta.len(), meta.mtime(), meta.mtime_nsec(), socket, content);
+                if kind.is_dir() {
+                    dirs.push(path.clone());
+                    // A socket that came and went leaves its mark on the directory's time; nothing else may.
+                    all.insert(path, format!("{:o}", meta.mode()));
+                } else {
+                    all.insert(path, format!("{facts:?}"));
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Waits for the end, within reason.
+pub fn finish(mut child: Child) -> Output {
+    let pipes = [
+        child.stdout.take().map(|p| Box::new(p) as Box<dyn Read + Send>),
+        child.stderr.take().map(|p| Box::new(p) as Box<dyn Read + Send>),
+    ];
+    let readers = pipes.map(|pipe| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
+            bytes
+        })
+    });
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None if Instant::now() > deadline => {
+                child.kill().unwrap();
+                panic!("vmm hangs");
+            }
+            None => thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    let [stdout, stderr] = readers.map(|reader| reader.join().unwrap());
+    Output { status, stdout, stderr }
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// One row of the table: runs `command` and checks that it fails as a failure should. `words` must be in the error.
+#[track_caller]
+pub fn refused_command(place: &Place, mut command: Command, code: i32, words: &[&str]) {
+    let before = place.contents();
+    let output = finish(command.spawn().unwrap());
+    let stderr = text(&output.stderr);
+    let case = format!("{command:?}\n{stderr}");
+    assert_eq!(output.status.code(), Some(code), "{case}");
+    assert!(output.stdout.is_empty(), "{case}{}", text(&output.stdout));
+    let lines: Vec<_> = stderr.lines().collect();
+    let [error, hint] = lines[..] else { panic!("not one error and one hint: {case}") };
+    assert!(error.starts_with("vmm: error: ") && hint.starts_with("hint: "), "{case}");
+    for word in words {
+        assert!(error.contains(word), "no {word:?} in: {case}");
+    }
+    assert!(!stderr.contains("panic") && !stderr.contains("src/"), "{case}");
+    let after = place.contents();
+    assert!(before == after, "something was created or changed by {case}\n{before:#?}\n{after:#?}");
+}
+
+#[track_caller]
+pub fn refused(place: &Place, arguments: &str, code: i32, words: &[&str]) {
+    refused_command(place, place.command(arguments), code, words);
+}
+
+/// There is a KVM to run guests on. Says so where not.
+pub fn has_kvm(test: &str) -> bool {
+    let open = File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &open {
+        eprintln!("SKIPPED: {test} needs /dev/kvm: {error}");
+    }
+    open.is_ok()
+}

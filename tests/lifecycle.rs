@@ -1,0 +1,264 @@
+//! The control socket against a machine that only takes notes: well-behaved clients, hostile ones, and signals.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmm::api::client::Client;
+use vmm::api::protocol::{Command, MAX_REQUEST};
+use vmm::api::registry::Registry;
+use vmm::api::server::Server;
+use vmm::api::signals::Signals;
+use vmm::api::{Control, Error, State, Status};
+
+#[derive(Default)]
+struct Fake {
+    name: String,
+    notes: Mutex<Vec<&'static str>>,
+    paused: Mutex<bool>,
+}
+
+impl Fake {
+    fn note(&self, what: &'static str) {
+        self.notes.lock().unwrap().push(what);
+    }
+
+    fn notes(&self) -> Vec<&'static str> {
+        self.notes.lock().unwrap().clone()
+    }
+
+    /// Waits for `what` to be the last note.
+    fn await_note(&self, what: &str) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.notes().last() != Some(&what) {
+            assert!(Instant::now() < deadline, "no {what}: {:?}", self.notes());
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Control for Fake {
+    fn status(&self) -> Status {
+        let state = if *self.paused.lock().unwrap() { State::Paused } else { State::Running };
+        Status {
+            name: self.name.clone(),
+            pid: std::process::id(),
+            state,
+            uptime_seconds: 1.5,
+            cpus: 2,
+            memory_bytes: 128 << 20,
+            kernel: Some("/boot/vmlinux".into()),
+            ptys: Vec::new(),
+        }
+    }
+
+    fn pause(&self) -> Result<(), String> {
+        *self.paused.lock().unwrap() = true;
+        self.note("pause");
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        *self.paused.lock().unwrap() = false;
+        self.note("resume");
+        Ok(())
+    }
+
+    fn power_button(&self) -> Result<(), String> {
+        if self.name == "buttonless" {
+            return Err("it has no power button".to_owned());
+        }
+        self.note("button");
+        Ok(())
+    }
+
+    fn kill(&self) {
+        self.note("kill");
+    }
+}
+
+struct Scene {
+    registry: Registry,
+    _dir: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self { registry: Registry::at(dir.path().join("vmm")), _dir: dir }
+    }
+
+    fn start(&self, name: &str, signals: Option<Signals>) -> (Server, Arc<Fake>) {
+        let fake = Arc::new(Fake { name: name.to_owned(), ..Fake::default() });
+        let entry = self.registry.register(Some(name)).unwrap();
+        let server = Server::start(entry, signals, fake.clone(), Duration::from_secs(60)).unwrap();
+        (server, fake)
+    }
+
+    fn ask(&self, name: &str, command: Command) -> Result<Status, Error> {
+        Client::connect(&self.registry, name)?.ask(command)
+    }
+
+    /// A connection with nothing between it and the server.
+    fn raw(&self, name: &str) -> UnixStream {
+        let stream = UnixStream::connect(self.registry.socket(name)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    }
+}
+
+/// All that comes until the other side hangs up.
+fn read_to_end(mut stream: &UnixStream) -> String {
+    let mut bytes = Vec::new();
+    let mut part = [0; 4096];
+    loop {
+        match stream.read(&mut part) {
+            Ok(0) => break,
+            Ok(count) => bytes.extend_from_slice(&part[..count]),
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => break,
+            Err(e) => panic!("the server did not hang up: {e}"),
+        }
+    }
+    String::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn two_machines_are_controlled_apart() {
+    let scene = Scene::new();
+    let (_a, fake_a) = scene.start("a", None);
+    let (_b, fake_b) = scene.start("b", None);
+    assert_eq!(scene.registry.names().unwrap(), ["a", "b"]);
+    assert_eq!(scene.ask("a", Command::Pause).unwrap().state, State::Paused);
+    assert_eq!(scene.ask("a", Command::Status).unwrap(), fake_a.status());
+    assert_eq!(scene.ask("b", Command::Status).unwrap().state, State::Running);
+    assert_eq!(scene.ask("a", Command::Resume).unwrap().state, State::Running);
+    assert_eq!(fake_a.notes(), ["pause", "resume"]);
+    assert!(fake_b.notes().is_empty());
+    assert!(matches!(scene.ask("c", Command::Status), Err(Error::NoSuchVm(name)) if name == "c"));
+}
+
+#[test]
+fn stop_wakes_presses_waits_and_then_is_hard() {
+    let scene = Scene::new();
+    let (server, fake) = scene.start("a", None);
+    scene.ask("a", Command::Pause).unwrap();
+    let mut client = Client::connect(&scene.registry, "a").unwrap();
+    let status = client.ask(Command::Stop { timeout_seconds: Some(1) }).unwrap();
+    assert_eq!(status.state, State::Stopping);
+    assert_eq!(fake.notes(), ["pause", "resume", "button"]);
+    assert!(matches!(scene.ask("a", Command::Pause), Err(Error::Refused { .. })), "too late to pause");
+    let pressed = Instant::now();
+    fake.await_note("kill");
+    let waited = pressed.elapsed();
+    assert!((900..3000).contains(&waited.as_millis()), "{waited:?}");
+    // The one who stopped it hears of its end, and finds the name free.
+    let end = thread::spawn(move || client.wait_for_end(Duration::from_secs(10)));
+    drop(server);
+    end.join().unwrap().unwrap();
+    scene.start("a", None);
+}
+
+#[test]
+fn a_refusal_reaches_the_one_who_asked() {
+    let scene = Scene::new();
+    let (_server, fake) = scene.start("buttonless", None);
+    let refused = scene.ask("buttonless", Command::Stop { timeout_seconds: None }).unwrap_err();
+    assert!(refused.to_string().contains("no power button"), "{refused}");
+    assert_eq!(scene.ask("buttonless", Command::Status).unwrap().state, State::Running);
+    assert_eq!(scene.ask("buttonless", Command::Kill).unwrap().state, State::Stopping);
+    assert_eq!(fake.notes(), ["kill"]);
+}
+
+#[test]
+fn garbage_is_answered_and_harms_nobody() {
+    let scene = Scene::new();
+    let (_server, fake) = scene.start("a", None);
+    let junk = scene.raw("a");
+    (&junk)
+        .write_all(b"GET / HTTP/1.1\r\n\xff\x00\xfe\n{}\n{\"version\":1,\"command\":\"explode\"}\n")
+        .unwrap();
+    (&junk).write_all(&[b'x'; MAX_REQUEST]).unwrap();
+    let answers = read_to_end(&junk);
+    assert_eq!(answers.lines().count(), 5, "{answers}");
+    assert!(answers.lines().all(|line| line.starts_with(r#"{"version":1,"error":"#)), "{answers}");
+    // A newer client is told, not misunderstood.
+    let newer = scene.raw("a");
+    (&newer).write_all(b"{\"version\":2,\"command\":{\"kill\":{}}}\n").unwrap();
+    newer.shutdown(std::net::Shutdown::Write).unwrap();
+    assert!(read_to_end(&newer).contains("version 2"));
+    scene.ask("a", Command::Status).unwrap();
+    assert!(fake.notes().is_empty());
+}
+
+#[test]
+fn slow_clients_and_crowds_keep_nobody_waiting_for_long() {
+    let scene = Scene::new();
+    let (_server, _) = scene.start("a", None);
+    let slow = scene.raw("a");
+    (&slow).write_all(br#"{"version":1,"comm"#).unwrap();
+    let asked = Instant::now();
+    scene.ask("a", Command::Status).unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(2), "others are served meanwhile");
+    // More than the server takes at a time. Those who wait in the queue get their turn when the idle are cut off.
+    let crowd: Vec<_> = (0..100).map(|_| scene.raw("a")).collect();
+    scene.ask("a", Command::Status).unwrap();
+    assert_eq!(read_to_end(&slow), "", "cut off");
+    drop(crowd);
+}
+
+#[test]
+fn one_who_asks_and_does_not_listen_is_cut_off() {
+    let scene = Scene::new();
+    let (_server, _) = scene.start("a", None);
+    let deaf = scene.raw("a");
+    deaf.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    let request = b"{\"version\":1,\"command\":\"status\"}\n".repeat(100);
+    let cut_off = (0..10_000).any(|_| (&deaf).write_all(&request).is_err());
+    assert!(cut_off, "a million answers were kept for someone");
+    scene.ask("a", Command::Status).unwrap();
+}
+
+#[test]
+fn many_clients_at_once() {
+    let scene = Scene::new();
+    let (_server, fake) = scene.start("a", None);
+    thread::scope(|scope| {
+        for i in 0..16 {
+            let scene = &scene;
+            scope.spawn(move || {
+                for _ in 0..25 {
+                    let command = if i % 2 == 0 { Command::Pause } else { Command::Resume };
+                    scene.ask("a", command).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(fake.notes().len(), 16 * 25);
+}
+
+#[test]
+fn signals_press_the_button_once_and_then_end_it() {
+    let scene = Scene::new();
+    let raise = |signal| signal_hook::low_level::raise(signal).unwrap();
+    let signals = Signals::take().unwrap();
+    // Before there is anybody to see to it: kept.
+    raise(signal_hook::consts::SIGTERM);
+    let (server, fake) = scene.start("a", Some(signals));
+    fake.await_note("button");
+    assert_eq!(scene.ask("a", Command::Status).unwrap().state, State::Stopping);
+    raise(signal_hook::consts::SIGINT);
+    fake.await_note("kill");
+    assert_eq!(fake.notes(), ["button", "kill"]);
+    drop(server);
+
+    let (_server, fake) = scene.start("b", Some(Signals::take().unwrap()));
+    raise(signal_hook::consts::SIGHUP);
+    fake.await_note("kill");
+    assert_eq!(fake.notes(), ["kill"]);
+
+    let (_server, fake) = scene.start("buttonless", Some(Signals::take().unwrap()));
+    raise(signal_hook::consts::SIGTERM);
+    fake.await_note("kill");
+}
