@@ -1,0 +1,57 @@
+# `make run`: a shell inside a VM. `make test`: everything that CI runs. `make figures`: what the README quotes.
+SHELL := /bin/bash
+GUESTS := target/guests
+VMM := target/release/vmm
+# The rig runs a command where /dev/kvm boots Linux: right here if it does, else inside an emulated AMD-V machine.
+RIG := target/release/rig
+STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio --mem 512M --cpus 2 --rng
+SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
+SAY = @printf '\n\033[1m== %s\033[0m\n'
+
+.PHONY: run test figures tools build clean-guests
+
+run: build
+	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
+	@cargo run --quiet --release --package guest -- bundle --only stock --out $(GUESTS)
+	$(SAY) 'a VM: $(STOCK)'
+	@if [ -t 0 ] && [ -t 1 ]; then \
+		echo 'Ctrl-A h shows the escape keys; leave the VM by: exit'; \
+		$(RIG) --tty -- $(STOCK) --cmdline 'console=hvc0 quiet'; \
+	else \
+		echo 'input is not a terminal: a short scripted session'; \
+		$(RIG) -- $(STOCK) --cmdline 'console=hvc0 quiet vmm.run="$(SESSION)"' </dev/null; \
+	fi
+
+build:
+	$(SAY) 'build vmm (release; a minute or two the first time)'
+	@command -v cargo >/dev/null || { echo 'cargo is missing: install Rust 1.88 or later (https://rustup.rs)'; exit 1; }
+	@command -v cc >/dev/null || { echo 'cc is missing: installing gcc'; apt-get install -qq -y gcc libc6-dev; }
+	@cargo build --quiet --release --package vmm --package rig --package guest
+
+# What the tests call. The rig and the guest builder install what they need by themselves.
+TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck acpica-tools:iasl cpio:cpio
+tools:
+	$(SAY) 'tools for the tests'
+	@missing=; for pair in $(TOOLS); do command -v "$${pair#*:}" >/dev/null || missing="$$missing $${pair%:*}"; done; \
+	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; fi
+
+IN_RIG := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/target/debug/rig --timeout 1800 --" VMM_REQUIRE_LINUX_GUESTS=1
+test: tools
+	$(SAY) 'format, lints, docs'
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps
+	$(SAY) 'the guests: Debian stock kernel, tuned kernel (built once: 5 minutes or so), initramfs, root disk'
+	cargo guest bundle --out $(GUESTS)
+	$(SAY) 'unit tests, device tests, and tests on this /dev/kvm'
+	cargo test --workspace
+	$(SAY) 'Linux guests, where KVM can run them'
+	$(IN_RIG) cargo test --package vmm --test boot --test cli --test lifecycle
+
+figures: build
+	$(SAY) 'figures'
+	@cargo run --quiet --release --package guest -- bundle --only tuned --out $(GUESTS)
+	cargo bench --bench figures
+
+clean-guests:
+	rm -rf $(GUESTS)
