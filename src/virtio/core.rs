@@ -3,8 +3,8 @@
 //! Feature negotiation, the device status machine, queue setup, configuration space, the worker thread, reset, save
 //! and restore (virtio 1.3, 2.1 to 2.5 and 3.1). Transports decode registers into calls on it; devices never see it.
 //!
-//! Two locks: the transport's mutex covers the registers here, and [`Parts`] behind their own mutex are what the
-//! worker needs, so that a vCPU at a register and the worker at a queue meet only where they must.
+//! Two locks: the transport's mutex covers the registers here, and device and queues behind one of their own are
+//! what the worker needs, so that a vCPU at a register and the worker at a queue meet only where they must.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -137,8 +137,8 @@ pub struct Core {
     /// The worker thread's name, and the device's in messages.
     name: String,
     traits: Traits,
-    /// Accepted by the driver so far.
-    features: u64,
+    /// Accepted by the driver so far; four pages, of which devices know two.
+    features: u128,
     /// As written by the driver.
     status: Status,
     queues: Vec<Setup>,
@@ -151,7 +151,7 @@ pub struct Core {
 /// [`Core`]'s saved state, the device's included.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    features: u64,
+    features: u128,
     status: u8,
     needs_reset: bool,
     config_generation: u32,
@@ -228,14 +228,10 @@ impl Core {
             guest_warn!("{}: features accepted at the wrong time", self.name);
             return;
         }
-        match page {
-            0 | 1 => {
-                let shift = page * 32;
-                self.features = self.features & !(u64::from(u32::MAX) << shift) | u64::from(value) << shift;
-            }
-            _ if value == 0 => {}
-            // Nothing is offered there: a bit that makes FEATURES_OK fail stands for it.
-            _ => self.features |= 1 << 63,
+        // Nothing is offered further up, and no driver looks there.
+        if page < 4 {
+            let shift = page * 32;
+            self.features = self.features & !(u128::from(u32::MAX) << shift) | u128::from(value) << shift;
         }
     }
 
@@ -285,7 +281,12 @@ impl Core {
     }
 
     fn features_fit(&self) -> bool {
-        self.features & !self.offered() == 0 && self.features & VERSION_1 != 0
+        self.features & !u128::from(self.offered()) == 0 && self.accepted() & VERSION_1 != 0
+    }
+
+    /// The accepted features that a device or a ring can know.
+    fn accepted(&self) -> u64 {
+        self.features as u64
     }
 
     /// The largest size of queue `index`; `None` if there is no such queue.
@@ -352,7 +353,7 @@ impl Core {
 
     /// DRIVER_OK: from here on the device may touch the queues.
     fn start(&mut self) {
-        let event_idx = self.features & EVENT_IDX != 0;
+        let event_idx = self.accepted() & EVENT_IDX != 0;
         let mut parts = lock(&self.parts);
         let mut fine = true;
         for (queue, setup) in parts.queues.iter_mut().zip(&self.queues) {
@@ -364,7 +365,7 @@ impl Core {
             self.give_up();
             return;
         }
-        parts.device.start(self.features);
+        parts.device.start(self.accepted());
         parts.config_moved();
         drop(parts);
         self.resume();
@@ -486,7 +487,8 @@ impl Stateful for Core {
             return invalid(format!("status {status:?}"));
         }
         let agreed = status.contains(Status::FEATURES_OK);
-        let fit = state.features & !self.offered() == 0 && state.features & VERSION_1 != 0;
+        let features = state.features as u64;
+        let fit = state.features & !u128::from(self.offered()) == 0 && features & VERSION_1 != 0;
         if agreed && !fit {
             return invalid(format!("features {:#x}, but {:#x} are offered", state.features, self.offered()));
         }
@@ -502,7 +504,7 @@ impl Stateful for Core {
         parts.device.restore_bytes(&state.device)?;
         for (queue, (setup, position)) in parts.queues.iter_mut().zip(&state.queues) {
             queue.disable();
-            let event_idx = state.features & EVENT_IDX != 0;
+            let event_idx = features & EVENT_IDX != 0;
             if running && setup.ready && !queue.enable(setup, *position, event_idx) {
                 return invalid(format!("queue {setup:x?}"));
             }

@@ -275,11 +275,11 @@ fn footprint() -> (u64, usize, usize) {
     (pages * 4096, count("/proc/self/fd"), count("/proc/self/task"))
 }
 
-fn property(mutate: bool, seconds: u64) {
+fn property(mutate: bool, time: Duration) {
     for index in 0..all().len() {
         within(120, all()[index].name, move || {
             let subject = &all()[index];
-            let end = Instant::now() + Duration::from_secs(seconds);
+            let end = Instant::now() + time;
             let mut config = Config { cases: 400, max_shrink_time: 20_000, ..Config::default() };
             config.failure_persistence = None;
             let mut runner = TestRunner::new(config);
@@ -297,19 +297,19 @@ fn property(mutate: bool, seconds: u64) {
             if let Err(error) = result {
                 panic!("{}: {error}", subject.name);
             }
-            assert!(cases > 10, "{}: only {cases} cases in {seconds} s", subject.name);
+            assert!(cases > 0, "{}: not one case in {time:?}", subject.name);
         });
     }
 }
 
 #[test]
 fn arbitrary_drivers_break_nothing() {
-    property(false, 2);
+    property(false, Duration::from_millis(1500));
 }
 
 #[test]
 fn descriptors_that_change_under_the_device_break_nothing() {
-    property(true, 2);
+    property(true, Duration::from_millis(1500));
 }
 
 #[test]
@@ -319,7 +319,7 @@ fn resets_with_work_in_flight_leave_nothing_behind() {
             let subject = &all()[index];
             let mut guest = Guest::new((subject.build)());
             let mut after_some = None;
-            for round in 0..300 {
+            for round in 0..150 {
                 guest.start(0);
                 for ring in &mut guest.rings {
                     for i in 0..(ring.free() as u64 / 4).min(12) {
