@@ -28,7 +28,7 @@ fuzz_target!(|data: &[u8]| {
     let (mut host, end) = pair();
     let (mut other, named) = pair();
     let named = if head[0] & 1 != 0 { vec![("log".to_owned(), named)] } else { Vec::new() };
-    let mut console = Console::new(end, named);
+    let mut console = Console::new(end, named).expect("a timer");
 
     RAM.write_slice(&[0; 0x8000], GuestAddress(0)).unwrap();
     let notifier = Arc::new(CountingNotifier::default());

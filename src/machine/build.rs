@@ -95,10 +95,14 @@ pub fn build(config: &VmConfig, ends: &mut Ends) -> Result<Machine, Error> {
         phase: Mutex::new(Phase::Running),
         events,
     });
-    let handle = Handle(shared.clone());
-    ends.on_escape(move |escape| match escape {
-        Escape::Quit => handle.kill(),
-        Escape::PowerButton => handle.power_button(),
+    // Weak, because the ends outlive the machine, and its devices hold locks on their images.
+    let machine = Arc::downgrade(&shared);
+    ends.on_escape(move |escape| {
+        let Some(handle) = machine.upgrade().map(Handle) else { return };
+        match escape {
+            Escape::Quit => handle.kill(),
+            Escape::PowerButton => handle.power_button(),
+        }
     });
     Ok(Machine { shared, vcpus, events: ended, _vm: vm })
 }

@@ -36,6 +36,9 @@ pub enum Error {
     /// A host end of its.
     #[error(transparent)]
     Chardev(#[from] chardev::Error),
+    /// The console's timer.
+    #[error("make a timer for the console")]
+    Console(#[source] std::io::Error),
 }
 
 impl Error {
@@ -44,6 +47,7 @@ impl Error {
         match self {
             Self::Disk(error) => error.hint(),
             Self::Chardev(error) => error.hint().map(str::to_owned),
+            Self::Console(_) => None,
         }
     }
 }
@@ -88,7 +92,7 @@ impl<'a> Device<'a> {
                 for port in &config.port {
                     named.push((port.name.clone(), ends.get(&format!("port {}", port.name), &port.to)?));
                 }
-                Box::new(console::Console::new(main, named))
+                Box::new(console::Console::new(main, named).map_err(Error::Console)?)
             }
         })
     }

@@ -153,7 +153,7 @@ fn console() -> Subject {
     let round = AtomicU32::new(0);
     Subject {
         name: "console",
-        build: Box::new(move || Box::new(Console::new(end.clone(), vec![]))),
+        build: Box::new(move || Box::new(Console::new(end.clone(), vec![]).unwrap())),
         traffic: Box::new(move |guest| talk(guest, 0, &host, round.fetch_add(1, Ordering::Relaxed))),
         _keep: None,
     }
@@ -173,7 +173,7 @@ fn console_with_a_port() -> Subject {
     Subject {
         name: "console with a port",
         build: Box::new(move || {
-            Box::new(Console::new(main.clone(), vec![("agent".to_owned(), port.clone())]))
+            Box::new(Console::new(main.clone(), vec![("agent".to_owned(), port.clone())]).unwrap())
         }),
         traffic: Box::new(move |guest| {
             // DEVICE_READY; DEVICE_ADD of both.

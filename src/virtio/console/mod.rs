@@ -7,10 +7,11 @@
 
 mod control;
 mod port;
+mod settle;
 #[cfg(test)]
 mod tests;
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,7 @@ use crate::guest_warn;
 use crate::state::{StateError, Stateful};
 use control::{HEADER, Pending};
 use port::{Port, PortState};
+use settle::Settle;
 
 // Feature bits (5.3.3).
 const F_SIZE: u64 = 1 << 0;
@@ -46,6 +48,7 @@ const EMERGENCY_LIMIT: usize = 4096;
 pub struct Console {
     ports: Vec<Port>,
     multiport: bool,
+    settle: Settle,
     config: [u8; CONFIG_SIZE],
     size: Option<WindowSize>,
     emergency: Vec<u8>,
@@ -65,17 +68,21 @@ pub struct State {
 impl Console {
     /// A console at `main`, with further ports by name: the configuration allows at most
     /// [`config::Port::MAX`], and those behind are left out.
-    pub fn new(main: Endpoint, named: Vec<(String, Endpoint)>) -> Self {
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn new(main: Endpoint, named: Vec<(String, Endpoint)>) -> io::Result<Self> {
         let mut ports = vec![Port::new("hvc0", main)];
         ports.extend(
             named.into_iter().take(config::Port::MAX).map(|(name, endpoint)| Port::new(&name, endpoint)),
         );
         let mut config = [0; CONFIG_SIZE];
         config[4..EMERG_WR].copy_from_slice(&(ports.len() as u32).to_le_bytes());
+        let (settle, emergency) = (Settle::new()?, Vec::new());
         let mut console =
-            Self { ports, multiport: false, config, size: None, emergency: Vec::new(), emergency_lost: 0 };
+            Self { ports, multiport: false, settle, config, size: None, emergency, emergency_lost: 0 };
         console.measure();
-        console
+        Ok(console)
     }
 
     /// Takes the terminal's size over. True if it changed.
@@ -211,14 +218,18 @@ impl VirtioDevice for Console {
 
     fn start(&mut self, features: u64) {
         self.multiport = features & F_MULTIPORT != 0;
-        // Without control messages there is only port 0, and nothing that opens it.
-        self.ports[0].guest_open = !self.multiport;
         self.measure();
     }
 
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
         match Self::port_of(index) {
-            Some(id) => self.serve(id, queues, index & 1 == 0, index & 1 == 1),
+            Some(id) => {
+                // Without control messages there is only port 0, and nothing that opens it.
+                if !self.multiport && !self.ports[0].guest_open {
+                    self.settle.touch();
+                }
+                self.serve(id, queues, index & 1 == 0, index & 1 == 1);
+            }
             None if !self.multiport => {}
             None => {
                 if index == CONTROL_TRANSMIT {
@@ -230,11 +241,15 @@ impl VirtioDevice for Console {
     }
 
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
-        self.ports.iter().map(|port| port.endpoint.as_fd()).collect()
+        self.ports.iter().map(|port| port.endpoint.as_fd()).chain([self.settle.as_fd()]).collect()
     }
 
     fn on_event(&mut self, source: usize, queues: &mut [Virtqueue]) {
-        let Some(port) = self.ports.get(source) else { return };
+        let Some(port) = self.ports.get(source) else {
+            self.settle.stop();
+            self.ports[0].guest_open |= !self.multiport;
+            return self.serve(0, queues, true, false);
+        };
         port.endpoint.service();
         if source == 0 && self.measure() {
             self.ports[0].pending |= Pending::RESIZE;
@@ -254,6 +269,7 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         self.ports.iter_mut().for_each(Port::reset);
+        self.settle.stop();
         self.multiport = false;
     }
 }

@@ -143,7 +143,7 @@ fn pair() -> (Endpoint, UnixStream) {
 
 fn console() -> (Console, UnixStream) {
     let (endpoint, theirs) = pair();
-    (Console::new(endpoint, vec![]), theirs)
+    (Console::new(endpoint, vec![]).unwrap(), theirs)
 }
 
 fn pattern(len: usize, seed: u32) -> Vec<u8> {
@@ -283,7 +283,7 @@ fn the_end_of_input_is_not_the_end_and_wakes_nobody() {
 #[test]
 fn nowhere_takes_everything() {
     let endpoint = Endpoint::open(&crate::config::Where::Off).unwrap();
-    let mut rig = Rig::new(Console::new(endpoint, vec![]), 0);
+    let mut rig = Rig::new(Console::new(endpoint, vec![]).unwrap(), 0);
     for _ in 0..100 {
         assert!(rig.transmit(1, &[b'x'; BUFFER as usize]));
         rig.settle();
@@ -315,7 +315,7 @@ fn a_request_half_sent_goes_over_to_a_restored_device() {
     rig.console.drain(&mut rig.queues);
     assert!(rig.queues.iter().all(|queue| queue.in_flight() == 0));
     let bytes = crate::state::Saved::save_bytes(&rig.console);
-    let mut fresh = Console::new(endpoint, vec![]);
+    let mut fresh = Console::new(endpoint, vec![]).unwrap();
     crate::state::Saved::restore_bytes(&mut fresh, &bytes).unwrap();
     assert_eq!(crate::state::Saved::save_bytes(&fresh), bytes);
     rig.console = fresh;
@@ -377,7 +377,7 @@ fn multiport(dir: &tempfile::TempDir) -> (Rig, UnixStream, std::path::PathBuf) {
     let path = dir.path().join("port");
     let (main, theirs) = pair();
     let agent = Endpoint::open(&crate::config::Where::Socket(path.clone())).unwrap();
-    let console = Console::new(main, vec![("org.agent".to_owned(), agent)]);
+    let console = Console::new(main, vec![("org.agent".to_owned(), agent)]).unwrap();
     let traits = console.traits();
     assert_eq!((traits.features & F_MULTIPORT, traits.queues.len()), (F_MULTIPORT, 6));
     assert_eq!(console.config()[4..8], [2, 0, 0, 0]);
@@ -433,7 +433,7 @@ fn named_ports_are_introduced_opened_and_closed() {
 fn without_multiport_the_named_ports_are_not_there() {
     let (main, mut theirs) = pair();
     let (named, _other) = pair();
-    let mut rig = Rig::new(Console::new(main, vec![("n".to_owned(), named)]), 0);
+    let mut rig = Rig::new(Console::new(main, vec![("n".to_owned(), named)]).unwrap(), 0);
     assert!(rig.transmit(1, b"hello") && rig.transmit(CONTROL_TRANSMIT, &header(0, 0, 1)));
     assert!(rig.used(CONTROL_TRANSMIT).is_none());
     let mut got = [0; 5];
