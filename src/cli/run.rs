@@ -13,7 +13,7 @@ use crate::api::registry::Registry;
 use crate::api::running::Running;
 use crate::api::server::Server;
 use crate::api::signals::Signals;
-use crate::api::{self, Pty};
+use crate::api::{self, Control, Pty};
 use crate::config::{OnReboot, VmConfig};
 use crate::machine::{self, Ends, Outcome};
 
@@ -31,17 +31,33 @@ pub fn run(options: Options) -> Result<Code, Failure> {
     let entry = Registry::of_user().register(config.name.as_deref())?;
     log::info!("{}: control socket registered", entry.name());
     let running = Arc::new(Running::new(entry.name(), &config));
-    let server = Server::start(entry, Some(signals), running.clone(), stop_timeout)?;
+    // Whoever signals or connects before the control thread is there is kept waiting, not lost; so the guest need not
+    // wait for the thread.
+    let mut unserved = Some((entry, signals));
+    let mut server = None;
+    let mut serve = || {
+        if let Some((entry, signals)) = unserved.take() {
+            let started = Server::start(entry, Some(signals), running.clone(), stop_timeout);
+            if started.is_err() {
+                running.kill();
+            }
+            server = Some(started);
+        }
+    };
     let mut ends = Ends::default();
-    let end = live(&config, &mut ends, &running);
-    // Frees the name, then the terminal, before anything is said.
-    drop(server);
-    drop(ends);
+    let end = live(&config, &mut ends, &running, &mut serve);
+    // Why there is no server says more than that the machine was killed for want of it.
+    server.transpose()?;
     end
 }
 
-/// Runs the machine, and again after each reboot if that is wanted.
-fn live(config: &VmConfig, ends: &mut Ends, running: &Running) -> Result<Code, Failure> {
+/// Runs the machine, and again after each reboot if that is wanted. Calls `serve` whenever it has begun to run.
+fn live(
+    config: &VmConfig,
+    ends: &mut Ends,
+    running: &Running,
+    serve: &mut dyn FnMut(),
+) -> Result<Code, Failure> {
     let mut first = true;
     loop {
         let machine = machine::build(config, ends)?;
@@ -54,7 +70,7 @@ fn live(config: &VmConfig, ends: &mut Ends, running: &Running) -> Result<Code, F
         }
         first = false;
         running.built(machine.handle(), ptys);
-        let outcome = machine.run();
+        let outcome = machine.run(&mut *serve);
         let stopped = running.ended();
         match outcome? {
             Outcome::Reset if config.on_reboot == OnReboot::Reset && !stopped => {

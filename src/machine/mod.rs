@@ -189,10 +189,11 @@ impl Machine {
     }
 
     /// Runs the guest until it ends, one thread per vCPU. Devices have flushed what they owe the host when it returns.
+    /// Calls `meanwhile` once the vCPUs run: the place for work that the guest need not wait for.
     ///
     /// # Errors
     /// A thread could not be started, or KVM_RUN failed.
-    pub fn run(mut self) -> Result<Outcome, Error> {
+    pub fn run(mut self, meanwhile: impl FnOnce()) -> Result<Outcome, Error> {
         let mut started = Ok(());
         for vcpu in self.vcpus.drain(..) {
             let what = format!("the thread of vCPU {}", vcpu.id());
@@ -203,6 +204,9 @@ impl Machine {
                     started = Err(Error::Host { what, source });
                 }
             }
+        }
+        if started.is_ok() {
+            meanwhile();
         }
         // `shared` holds a sender, so there is an event in the end.
         let event = if started.is_ok() { self.events.recv().unwrap_or(Event::Kill) } else { Event::Kill };

@@ -5,7 +5,7 @@
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
-use std::process::{Child, Output};
+use std::process::{Child, Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -46,12 +46,16 @@ impl Place {
     fn start(&self, name: &str, arguments: &str) -> Running {
         let child = self.command(&format!("--kernel halt --console off --name {name} {arguments}")).spawn();
         let running = Running(Some(child.unwrap()));
+        self.await_running(name);
+        running
+    }
+
+    fn await_running(&self, name: &str) {
         let deadline = Instant::now() + PATIENCE;
         while self.status(name)["state"] != "running" {
             assert!(Instant::now() < deadline, "{name} does not start");
             thread::sleep(Duration::from_millis(5));
         }
-        running
     }
 
     fn status(&self, name: &str) -> Value {
@@ -163,6 +167,17 @@ fn signals_stop_a_guest() {
         assert_eq!(guest.finish().status.code(), Some(KILLED), "{signals:?}");
         assert!(place.sockets().is_empty());
     }
+    // Started by nohup, a hang-up is none of its business.
+    let mut nohup = Command::new("sh");
+    nohup.args(["-c", "trap '' HUP; exec \"$0\" --kernel halt --console off --name guest"]);
+    nohup.arg(env!("CARGO_BIN_EXE_vmm"));
+    place.set_up(&mut nohup);
+    let guest = Running(Some(nohup.spawn().unwrap()));
+    place.await_running("guest");
+    guest.signal(Signal::HUP);
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(place.status("guest")["state"], "running");
+    place.done("kill guest");
 }
 
 #[test]
