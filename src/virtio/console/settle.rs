@@ -14,7 +14,7 @@ use rustix::time::{
 };
 
 /// A pause this long ends the wait.
-const PAUSE: Duration = Duration::from_millis(50);
+pub const PAUSE: Duration = Duration::from_millis(50);
 /// The wait ends after this long in any case: a guest may print without a pause.
 const LIMIT: Duration = Duration::from_secs(1);
 

@@ -118,7 +118,7 @@ impl Rig {
     /// Turns until the worker would sleep. It must come to that.
     fn settle(&mut self) {
         let end = Instant::now() + Duration::from_secs(10);
-        while self.turn(Duration::from_millis(20)) {
+        while self.turn(super::settle::PAUSE + Duration::from_millis(20)) {
             assert!(Instant::now() < end, "the worker never sleeps");
         }
     }
@@ -222,6 +222,7 @@ fn a_stalled_reader_holds_the_guest_at_bounded_cost_and_may_come_back() {
         while rig.used(1).is_some() {}
         assert!(sent < 64 << 20, "nothing stalls");
     }
+    rig.settle();
     assert!(rig.ready(Duration::from_millis(50)).is_empty(), "the worker sleeps while the reader does");
     assert!(rig.console.ports[0].held() <= 2 * PIECE);
     assert!(rig.queues[1].in_flight() == 1, "one request is at hand, the others stay in the ring");
@@ -259,6 +260,21 @@ fn input_waits_for_buffers_bounded_and_without_spinning() {
         }
     }
     assert!(got == input[..sent]);
+}
+
+#[test]
+fn early_input_waits_until_the_driver_has_come_to_rest() {
+    let (console, mut theirs) = console();
+    let mut rig = Rig::new(console, 0);
+    theirs.write_all(b"typed before there was a console").unwrap();
+    assert!(rig.offer(0, 100));
+    for _ in 0..3 {
+        rig.turn(Duration::from_millis(5));
+        assert!(rig.used(0).is_none(), "Linux would throw it away");
+        assert!(rig.transmit(1, b"the log so far"));
+    }
+    rig.settle();
+    assert_eq!(rig.used(0).unwrap(), b"typed before there was a console");
 }
 
 #[test]
@@ -321,9 +337,14 @@ fn a_request_half_sent_goes_over_to_a_restored_device() {
     rig.console = fresh;
     rig.resume();
     assert!(rig.offer(0, 100));
-    assert_eq!(rig.used(0).unwrap(), b"typed ahead");
     theirs.set_nonblocking(true).unwrap();
     let mut buf = vec![0; 100_000];
+    while let Ok(len) = theirs.read(&mut buf) {
+        got.extend(&buf[..len]);
+        rig.turn(Duration::ZERO);
+    }
+    rig.settle();
+    assert_eq!(rig.used(0).unwrap(), b"typed ahead");
     while got.len() < sent.len() {
         if let Ok(len) = theirs.read(&mut buf) {
             got.extend(&buf[..len]);
