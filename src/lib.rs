@@ -1,4 +1,50 @@
-//! A virtual machine monitor on KVM.
+//! `vmm`: a type-2 hypervisor. A Linux process that opens `/dev/kvm`, maps guest memory, loads a kernel, runs one thread
+//! per vCPU, and answers VM exits (trap and emulate) with device models.
+//!
+//! # The map
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
+//! | [`state`] | saved state: one plain value per part |
+//! | [`event_loop`], [`guest_log`] | worker threads; rate-limited warnings about the guest |
+//! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
+//! | [`vm`], [`bus`] | what devices may ask of the hypervisor; address to device |
+//! | [`disk`], [`chardev`] | host ends: disk images; terminals, pipes, sockets. They know no virtio |
+//! | [`kvm`] | the only module that issues KVM ioctls |
+//! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine |
+//! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
+//! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
+//! | [`api`], [`cli`] | names and control sockets; one file per command |
+//!
+//! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `memory`,
+//! `kvm` and `disk` alone. `tests/architecture.rs` holds the code against it.
+//!
+//! ```text
+//! 0 event_loop state config guest_log
+//! 1 memory vm bus
+//! 2 disk chardev
+//! 3 kvm
+//! 4 legacy virtio        never kvm, machine, or another family of devices
+//! 5 boot vcpu
+//! 6 machine
+//! 8 api
+//! 9 cli main
+//! ```
+//!
+//! # Four flows, each one way
+//!
+//! 1. **Boot**: `VmConfig` → `Memory` → `kvm::Vm` beside `boot::load` (tables, kernel, initrd → `Entry`) → devices on the buses →
+//!    vCPUs → vCPU 0's registers from `Entry` → run.
+//! 2. **Exit**: KVM_RUN → [`kvm::exit`] → [`vcpu::dispatch`] → [`bus::Bus`] → [`bus::Device`] → [`bus::Effect`] → next entry or the
+//!    run's end. A virtqueue kick does not come this way.
+//! 3. **Block**: ioeventfd → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
+//!    `on_event` → status byte → used ring → irqfd.
+//! 4. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and drains → nothing moves.
+//!    Every part can then give its state ([`state::Saved`]).
+//!
+//! **Guest memory is shared with an adversary.** Descriptors and headers are read once into owned memory. Nothing that a guest
+//! writes may panic, hang or grow the monitor: it gets what the spec says (0xff, a status byte, DEVICE_NEEDS_RESET).
 
 pub mod api;
 pub mod boot;

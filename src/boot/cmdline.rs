@@ -1,6 +1,6 @@
 //! The kernel command line: its limits, its place in guest memory, and the default when the user gives none.
 //!
-//! The loaders call [`write()`]; the machine calls [`default_for`].
+//! The loaders call `write`; the machine calls [`default_for`].
 
 use super::error::Error;
 use super::image::Image;

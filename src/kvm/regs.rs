@@ -5,7 +5,7 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use crate::memory::layout;
 
 /// Where and how vCPU 0 starts. The loaders in `boot` return it, having put the GDT and the page tables at
-/// [`layout::GDT`](crate::memory::layout::GDT) and [`layout::PAGE_TABLES`](crate::memory::layout::PAGE_TABLES).
+/// [`layout::GDT`] and [`layout::PAGE_TABLES`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entry {
     /// Linux's 64-bit boot protocol: long mode, flat segments, paging on (identity), interrupts off,
@@ -26,7 +26,7 @@ pub enum Entry {
     },
 }
 
-/// The boot GDT's descriptors; the loaders write them at [`layout::GDT`](crate::memory::layout::GDT).
+/// The boot GDT's descriptors; the loaders write them at [`layout::GDT`].
 /// Linux's 64-bit entry wants __BOOT_CS = 0x10 and __BOOT_DS = 0x18; PVH takes any flat ones.
 pub const GDT: [u64; 5] = [
     0,
