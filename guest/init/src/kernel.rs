@@ -44,7 +44,7 @@ unsafe fn syscall4(number: usize, a: usize, b: usize, c: usize, d: usize) -> Res
     }
 }
 
-/// Blocks [`SIGNALS`] and returns a descriptor that becomes readable when one comes.
+/// Blocks `SIGNALS` and returns a descriptor that becomes readable when one comes.
 pub fn take_signals() -> Result<OwnedFd, Errno> {
     let mask = SIGNALS.iter().fold(0u64, |mask, signal| mask | 1 << (signal.as_raw() - 1));
     set_signal_mask(mask)?;
