@@ -109,10 +109,10 @@ fn time_runs_out() {
     if !available("time") {
         return;
     }
-    let output = rig(&["--timeout", "1", "--", "sh", "-c", "echo begun; sleep 300"]).run();
+    let output = rig(&["--timeout", "10", "--", "sh", "-c", "echo begun; sleep 300"]).run();
     assert_eq!(output.code, 124);
     assert_eq!(output.stdout, b"begun\n");
-    assert!(output.errors().contains("1 seconds"));
+    assert!(output.errors().contains("10 seconds"));
 }
 
 #[test]
