@@ -35,7 +35,6 @@ tools:
 	@missing=; for pair in $(TOOLS); do command -v "$${pair#*:}" >/dev/null || missing="$$missing $${pair%:*}"; done; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; fi
 
-IN_RIG := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/target/debug/rig --timeout 1800 --" VMM_REQUIRE_LINUX_GUESTS=1
 test: tools
 	$(SAY) 'format, lints, docs'
 	cargo fmt --all --check
@@ -46,7 +45,8 @@ test: tools
 	$(SAY) 'unit tests, device tests, and tests on this /dev/kvm'
 	cargo test --workspace
 	$(SAY) 'Linux guests, where KVM can run them'
-	$(IN_RIG) cargo test --package vmm --test boot --test cli --test lifecycle
+	cargo build --quiet --package rig
+	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
 
 figures: build
 	$(SAY) 'figures'

@@ -1,0 +1,91 @@
+//! Disks under a real guest: a Debian root that is written, verified and checked; read-only; and a monitor that dies.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+
+use crate::guest::{Guest, Kernel, available, bare, bundle, run, vmm};
+
+fn tool(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {text}");
+    text
+}
+
+fn ext4(path: &Path) {
+    File::create(path).unwrap().set_len(64 << 20).unwrap();
+    tool(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(path));
+}
+
+/// One boot of Debian from its disk: fio writes and verifies, lscpu and sysfs tell what the machine is; then the file
+/// system is clean.
+#[test]
+fn debian_root_is_written_verified_and_clean() {
+    if !available("Debian root") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("root.ext4");
+    tool(Command::new("cp").arg("--sparse=always").arg(bundle("debian.ext4")).arg(&image));
+    let fio = "fio --name=v --filename=/root/v --size=24M --rw=randrw --bsrange=4k-128k --ioengine=psync --direct=1 \
+               --fsync=32 --verify=crc32c --verify_fatal=1 --do_verify=1 --minimal >/dev/null; echo fio=$?";
+    let look = "cat /sys/block/vda/serial; echo; cat /sys/block/vda/queue/logical_block_size; fstrim /; echo trim=$?; \
+                lscpu -p=cpu,core,socket | grep -v '#'";
+    let script = format!("echo BEGIN; {fio}; {look}; sync; echo END");
+    let cmdline = format!("console=hvc0 quiet root=/dev/vda rw init=/sbin/guest-init vmm.run=\"{script}\"");
+    let mut command = bare(Kernel::TunedPvh, &cmdline);
+    command
+        .args(["--mem", "512M", "--cpus", "2", "--disk"])
+        .arg(format!("{},serial=ROOT-1", image.display()));
+    let ended = Guest::start(command).finish();
+    let body = ended.body();
+    assert_eq!(body, ["fio=0", "ROOT-1", "512", "trim=0", "0,0,0", "1,1,0"], "{}", ended.text);
+    tool(Command::new("e2fsck").arg("-fn").arg(&image));
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    if !available("read-only disk") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("ro.img");
+    fs::write(&image, vec![0x5a; 1 << 20]).unwrap();
+    let script = "echo BEGIN; cat /sys/block/vda/ro; dd if=/dev/zero of=/dev/vda bs=4k count=4 conv=fsync 2>/dev/null \
+                  && echo written; head -c 3 /dev/vda; echo; echo END";
+    let disk = format!("{},readonly", image.display());
+    let ended = run(Kernel::TunedPvh, &["--mem", "256M", "--disk", &disk], script);
+    assert_eq!(ended.body(), ["1", "ZZZ"]);
+    assert!(fs::read(&image).unwrap().iter().all(|byte| *byte == 0x5a));
+}
+
+#[test]
+fn what_was_fsynced_outlives_a_killed_monitor() {
+    if !available("kill -9") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("data.ext4");
+    ext4(&image);
+    let disk = image.display().to_string();
+    let mount = "mkdir -p /m; mount -t ext4 /dev/vda /m";
+    let script = format!(
+        "{mount}; i=0; while true; do i=$((i+1)); echo v$i | dd of=/m/f$i conv=fsync 2>/dev/null; echo synced=$i.; done"
+    );
+    let mut command = vmm(Kernel::TunedPvh, &script);
+    command.args(["--mem", "256M", "--disk", &disk]);
+    let guest = Guest::start(command);
+    guest.wait_for("synced=25.", 1);
+    guest.signal(libc::SIGKILL);
+    let text = guest.finish().text;
+    let last: u32 = text.rsplit("synced=").find_map(|part| part.split_once('.')?.0.parse().ok()).unwrap();
+    assert!(last >= 25);
+    let check =
+        format!("{mount}; echo BEGIN; for i in $(seq {last}); do cat /m/f$i; done; umount /m; echo END");
+    let ended = run(Kernel::TunedPvh, &["--mem", "256M", "--disk", &disk], &check);
+    let wanted: Vec<_> = (1..=last).map(|i| format!("v{i}")).collect();
+    assert_eq!(ended.body(), wanted);
+    tool(Command::new("e2fsck").arg("-fn").arg(&image));
+}

@@ -1,0 +1,9 @@
+//! Linux guests, from the first instruction to power-off. Runs where KVM can run Linux: `cargo test --test boot` on such
+//! a host, or with its runner set to the rig. Elsewhere each test is skipped, loudly, or fails if
+//! `VMM_REQUIRE_LINUX_GUESTS=1`. What it boots is made by `cargo guest bundle --out target/guests`.
+
+mod console;
+mod disk;
+mod guest;
+mod kernels;
+mod life;
