@@ -294,18 +294,9 @@ mod tests {
 
     #[test]
     fn an_edit_happens_once_or_fails() {
-        let edit = Edit {
-            file: "x.c",
-            from: "old",
-            to: "new",
-        };
+        let edit = Edit { file: "x.c", from: "old", to: "new" };
         assert_eq!(edit.edited("an old word").unwrap(), "an new word");
         assert!(edit.edited("nothing").is_err());
-        assert!(
-            edit.edited("old old")
-                .unwrap_err()
-                .to_string()
-                .contains("2 times")
-        );
+        assert!(edit.edited("old old").unwrap_err().to_string().contains("2 times"));
     }
 }
