@@ -162,6 +162,11 @@ fn the_tuned_kernel_runs_a_command_and_reports_its_code() {
     // QEMU's own exit code is a byte: of 128 + 9 the highest bit is lost in the doubling.
     assert_ended(&ended, ((128 + 9) * 2 + 1) & 0xff, &["Run /init"]);
     assert!(!ended.output.contains("guest: init"), "no marker was asked for:\n{}", ended.output);
+    // The boot mark, at the port that ends QEMU: nothing of init comes after it.
+    let command = "vmm.marker vmm.mark=0xf4 -- echo hello";
+    let ended = Boot::new(&kernel.vmlinux, Some(&initramfs), command).run();
+    assert_ended(&ended, 3, &["Run /init"]);
+    assert!(!ended.output.contains("guest: init"), "{}", ended.output);
 }
 
 #[test]
