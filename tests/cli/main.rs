@@ -1,6 +1,8 @@
 //! The `vmm` command as a user meets it: a table of input that cannot work, and tiny guests from start to end.
 
 mod bad_input;
+#[path = "../images/mod.rs"]
+#[allow(dead_code, reason = "shared with benches, which make other kernels")]
 mod images;
 mod lives;
 mod place;
