@@ -50,7 +50,9 @@ pub fn boot(options: &Options) -> Result<Table, String> {
         return Err("a monitor is missing from the results".to_owned());
     }
     let mut table = Table {
-        title: format!("Linux to its first line in user space, {RAM_MIB} MiB, 1 vCPU: ms, median (p10-p90) of {count}"),
+        title: format!(
+            "Linux to its first line in user space, {RAM_MIB} MiB, 1 vCPU: ms, median (p10-p90) of {count}"
+        ),
         head: heads(&["monitor", "exec to marker", "exec to exit"]),
         rows: Vec::new(),
         notes: host(&monitors),
@@ -64,7 +66,9 @@ pub fn boot(options: &Options) -> Result<Table, String> {
             return Err("a monitor was not weighed".to_owned());
         }
         let middle = |kib: fn(&Weight) -> u64| quantile(&weights.iter().map(kib).collect::<Vec<_>>(), 0.5);
-        row.extend([middle(|w| w.resident), middle(|w| w.private), middle(|w| w.peak)].map(|k| k.to_string()));
+        row.extend(
+            [middle(|w| w.resident), middle(|w| w.private), middle(|w| w.peak)].map(|k| k.to_string()),
+        );
     }
     Ok(table)
 }
@@ -74,8 +78,17 @@ pub fn icount(options: &Options) -> Result<Table, String> {
     let folder = guests::folder(options.guests.as_deref())?;
     let monitors = Monitor::all(options);
     let mut table = Table {
-        title: format!("Linux on the repeatable clock (1 instruction = 1 ns), {RAM_MIB} MiB, 1 vCPU: virtual ms"),
-        head: heads(&["monitor", "exec to marker", "exec to exit", "second start: marker", "exit", "repeats"]),
+        title: format!(
+            "Linux on the repeatable clock (1 instruction = 1 ns), {RAM_MIB} MiB, 1 vCPU: virtual ms"
+        ),
+        head: heads(&[
+            "monitor",
+            "exec to marker",
+            "exec to exit",
+            "second start: marker",
+            "exit",
+            "repeats",
+        ]),
         rows: Vec::new(),
         notes: host(&monitors),
     };
@@ -91,7 +104,10 @@ pub fn icount(options: &Options) -> Result<Table, String> {
             let mut command = rig(options, &flags);
             inside(&mut command, options)?.args(["--only", monitor.name]);
             let (mut times, _) = parse(&output(&mut command)?)?;
-            times.remove(monitor.name).filter(|times| times.len() == 2).ok_or("two starts expected".to_owned())
+            times
+                .remove(monitor.name)
+                .filter(|times| times.len() == 2)
+                .ok_or("two starts expected".to_owned())
         };
         let (first, again) = (measure()?, measure()?);
         let cells = first.iter().flat_map(|times| [ms(times.marker), ms(times.exit)]);
@@ -177,7 +193,10 @@ fn rows(table: &mut Table, monitors: &[Monitor], times: &[Vec<Times>]) {
         let (a, b) = (medians(a), medians(b));
         table.notes.push(format!(
             "{} / {}: {:.2} to the first output, {:.2} to exit.",
-            last.name, first.name, b[0] / a[0], b[1] / a[1]
+            last.name,
+            first.name,
+            b[0] / a[0],
+            b[1] / a[1]
         ));
     }
 }
@@ -186,7 +205,8 @@ fn rows(table: &mut Table, monitors: &[Monitor], times: &[Vec<Times>]) {
 fn host(monitors: &[Monitor]) -> Vec<String> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");
-    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map_or("?", |l| l.1);
+    let cpu =
+        cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map_or("?", |l| l.1);
     let kernel = read("/proc/sys/kernel/osrelease");
     let load = read("/proc/loadavg");
     let load = load.split(' ').next().unwrap_or("?").to_owned();
