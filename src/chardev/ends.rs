@@ -1,6 +1,6 @@
 //! [`Ends`]: the host ends that one configuration names, opened once and kept over the guest's resets.
 
-use super::{Endpoint, Error, Escape};
+use super::{Endpoint, Error, Escape, terminal};
 use crate::config::Where;
 
 /// Host ends by what they serve: `console`, `serial`, `port NAME`. Opened on first use, in the order of use.
@@ -29,5 +29,14 @@ impl Ends {
     /// What is open, by role, as the configuration writes it, pseudo-terminals with their path.
     pub fn list(&self) -> impl Iterator<Item = (&str, String)> {
         self.0.iter().map(|(role, end)| (role.as_str(), end.to_string()))
+    }
+}
+
+impl Drop for Ends {
+    /// Whoever still holds an end, the terminal is given back when the run that opened it is over.
+    fn drop(&mut self) {
+        if self.0.iter().any(|(_, end)| end.is_terminal()) {
+            terminal::restore();
+        }
     }
 }

@@ -131,6 +131,10 @@ trait Host: Send {
     fn path(&self) -> Option<&Path> {
         None
     }
+    /// It has put a terminal into raw mode.
+    fn is_terminal(&self) -> bool {
+        false
+    }
     /// Who is told of the terminal's escape sequences.
     fn on_escape(&self, _: Box<dyn FnMut(Escape) + Send>) {}
 }
@@ -234,6 +238,11 @@ impl Endpoint {
     /// Where to reach the other end: the pseudo-terminal's or the socket's path.
     pub fn path(&self) -> Option<PathBuf> {
         lock(&self.shared).host.path().map(Path::to_owned)
+    }
+
+    /// It is the terminal that the monitor was started from, in raw mode.
+    pub fn is_terminal(&self) -> bool {
+        lock(&self.shared).host.is_terminal()
     }
 
     /// Has `act` called, on a thread of the terminal's own, when a person types an escape sequence. It replaces who

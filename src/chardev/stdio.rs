@@ -82,6 +82,10 @@ impl Host for Stdio {
         Some(WindowSize { columns: size.ws_col, rows: size.ws_row })
     }
 
+    fn is_terminal(&self) -> bool {
+        self.terminal.is_some()
+    }
+
     fn on_escape(&self, act: Box<dyn FnMut(Escape) + Send>) {
         if let Some(terminal) = &self.terminal {
             terminal.on_escape(act);

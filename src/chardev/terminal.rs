@@ -316,7 +316,9 @@ impl Terminal {
 
     /// Says who is told of escape sequences.
     pub(super) fn on_escape(&self, act: EscapeHandler) {
-        *self.keyboard.escape.lock().unwrap_or_else(PoisonError::into_inner) = Some(act);
+        // The old one is dropped with no lock held: what it holds may end an endpoint.
+        let old = self.keyboard.escape.lock().unwrap_or_else(PoisonError::into_inner).replace(act);
+        drop(old);
     }
 }
 
@@ -325,9 +327,10 @@ impl Drop for Terminal {
         restore();
         self.keyboard.attached.store(false, Ordering::SeqCst);
         // What the handler holds may be the machine: let it go.
-        *self.keyboard.escape.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let old = self.keyboard.escape.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(old);
     }
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -18,6 +18,9 @@ fn wakes(end: &Endpoint, millis: u64) -> bool {
     poll(&mut [PollFd::new(end, PollFlags::IN)], Some(&timeout)).unwrap() > 0
 }
 
+/// Other tests start processes, which hold copies of this one's descriptors for a moment: so long that is at most.
+const OTHERS: Duration = Duration::from_millis(20);
+
 const INPUT: Interest = Interest { input: true, output: false };
 const OUTPUT: Interest = Interest { input: false, output: true };
 
@@ -103,6 +106,7 @@ fn a_client_who_left_is_not_waited_for_while_its_words_are_not_wanted() {
     let mut client = UnixStream::connect(&path).unwrap();
     client.write_all(b"first").unwrap();
     drop(client);
+    thread::sleep(OTHERS);
     let mut next = UnixStream::connect(&path).unwrap();
     next.write_all(b"second").unwrap();
     settle(&end, Interest::default());
@@ -164,6 +168,7 @@ fn only_a_stale_socket_is_replaced_and_ours_is_removed() {
     let path = dir.path().join("socket");
     let place = Where::Socket(path.clone());
     drop(UnixListener::bind(&path).unwrap());
+    thread::sleep(OTHERS);
     let end = Endpoint::open(&place).expect("nobody listens on the old one");
     assert!(matches!(Endpoint::open(&place), Err(Error::InUse(_))));
     let aside = end.clone();

@@ -19,7 +19,10 @@ use super::*;
 use crate::chardev::{Endpoint, Interest};
 use crate::config::Where;
 
-const SCENARIO: &str = "TERMINAL_TEST_SCENARIO";
+/// Names what the child is to do.
+pub(crate) const SCENARIO: &str = "TERMINAL_TEST_SCENARIO";
+
+const CHILD: &str = "chardev::terminal::tests::child";
 
 /// What the child does with standard input as its terminal.
 #[test]
@@ -69,15 +72,17 @@ fn child() {
     }
 }
 
-struct OnTerminal {
-    master: File,
+/// A child process on a terminal, and this end of that.
+pub(crate) struct OnTerminal {
+    pub(crate) master: File,
     slave: OwnedFd,
     child: Child,
     seen: String,
 }
 
 impl OnTerminal {
-    fn start(scenario: &str) -> Self {
+    /// Runs the ignored test `test` of this binary, which says when it is ready.
+    pub(crate) fn start(test: &str, scenario: &str) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         unlockpt(&master).unwrap();
         let path = ptsname(&master, Vec::new()).unwrap();
@@ -88,7 +93,7 @@ impl OnTerminal {
         let child = Command::new("setsid")
             .arg("--ctty")
             .arg(env::current_exe().unwrap())
-            .args(["--exact", "chardev::terminal::tests::child", "--ignored", "--nocapture"])
+            .args(["--exact", test, "--ignored", "--nocapture"])
             .env(SCENARIO, scenario)
             .stdin(stdio())
             .stdout(stdio())
@@ -100,12 +105,17 @@ impl OnTerminal {
         this
     }
 
+    pub(crate) fn resize(&self, columns: u16, rows: u16) {
+        let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&self.master, size).unwrap();
+    }
+
     fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }
 
     /// Waits for `text`; returns what came before it.
-    fn expect(&mut self, text: &str) -> String {
+    pub(crate) fn expect(&mut self, text: &str) -> String {
         let end = Instant::now() + Duration::from_secs(20);
         while !self.seen.contains(text) {
             assert!(Instant::now() < end, "no {text:?} in {:?}", self.seen);
@@ -150,13 +160,13 @@ fn modes(terminal: &OwnedFd) -> String {
 #[test]
 fn every_way_to_end_gives_the_terminal_back() {
     for scenario in ["drop", "exit"] {
-        let mut child = OnTerminal::start(scenario);
+        let mut child = OnTerminal::start(CHILD, scenario);
         let code = child.child.wait().unwrap().code();
         assert_eq!(code, Some(if scenario == "exit" { 7 } else { 0 }));
         child.expect_raw(false);
     }
     for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
-        let mut child = OnTerminal::start("busy");
+        let mut child = OnTerminal::start(CHILD, "busy");
         child.expect_raw(true);
         child.kill(signal);
         let status = child.child.wait().unwrap();
@@ -167,14 +177,14 @@ fn every_way_to_end_gives_the_terminal_back() {
 
 #[test]
 fn a_panic_gives_the_terminal_back_before_its_message() {
-    let mut child = OnTerminal::start("panic");
+    let mut child = OnTerminal::start(CHILD, "panic");
     child.expect("on purpose");
     child.expect_raw(false);
 }
 
 #[test]
 fn the_modes_come_back_exactly_and_raw_mode_keeps_nothing_to_itself() {
-    let mut child = OnTerminal::start("busy");
+    let mut child = OnTerminal::start(CHILD, "busy");
     child.expect_raw(true);
     let raw = modes(&child.slave);
     child.kill(Signal::TSTP);
@@ -196,7 +206,7 @@ fn the_modes_come_back_exactly_and_raw_mode_keeps_nothing_to_itself() {
 
 #[test]
 fn escapes_work_while_nobody_takes_the_keys() {
-    let mut child = OnTerminal::start("busy");
+    let mut child = OnTerminal::start(CHILD, "busy");
     child.master.write_all(&[b'k'; 3000]).unwrap();
     child.master.write_all(b"\x01h\x01p").unwrap();
     child.expect("power button");
@@ -205,7 +215,7 @@ fn escapes_work_while_nobody_takes_the_keys() {
 
 #[test]
 fn keys_pass_and_the_window_tells_its_size() {
-    let mut child = OnTerminal::start("echo");
+    let mut child = OnTerminal::start(CHILD, "echo");
     child.master.write_all(b"a\x03\x04\x01a\r\n\x1a").unwrap();
     let keys: Vec<u8> = b"a\x03\x04\x01\r\n\x1a".to_vec();
     // However they are cut into pieces: the sum of what is shown.
@@ -217,8 +227,7 @@ fn keys_pass_and_the_window_tells_its_size() {
     }
     assert_eq!(shown, keys);
     for (columns, rows) in [(132, 43), (80, 24)] {
-        let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
-        tcsetwinsize(&child.master, size).unwrap();
+        child.resize(columns, rows);
         child.expect(&format!("[{columns}x{rows}]"));
     }
     child.master.write_all(b"\x01xq").unwrap();

@@ -51,6 +51,8 @@ pub struct Console {
     settle: Settle,
     config: [u8; CONFIG_SIZE],
     size: Option<WindowSize>,
+    /// The terminal's size is to be looked at in the next callback.
+    measure_due: bool,
     emergency: Vec<u8>,
     emergency_lost: u64,
 }
@@ -78,21 +80,30 @@ impl Console {
         );
         let mut config = [0; CONFIG_SIZE];
         config[4..EMERG_WR].copy_from_slice(&(ports.len() as u32).to_le_bytes());
-        let (settle, emergency) = (Settle::new()?, Vec::new());
-        let mut console =
-            Self { ports, multiport: false, settle, config, size: None, emergency, emergency_lost: 0 };
-        console.measure();
-        Ok(console)
+        Ok(Self {
+            ports,
+            multiport: false,
+            settle: Settle::new()?,
+            config,
+            size: None,
+            measure_due: false,
+            emergency: Vec::new(),
+            emergency_lost: 0,
+        })
     }
 
-    /// Takes the terminal's size over. True if it changed.
-    fn measure(&mut self) -> bool {
+    /// Takes the terminal's size over, and tells the driver if it is new: by the configuration space, or by a message.
+    ///
+    /// The size is 0 until the driver runs: Linux looks at it only when it is told of a change.
+    fn measure(&mut self) {
+        self.measure_due = false;
         let size = self.ports[0].endpoint.size();
-        let changed = size.is_some() && size != self.size;
-        if changed {
+        if size.is_some() && size != self.size {
             self.set_size(size);
+            if self.ports[0].ready {
+                self.ports[0].pending |= Pending::RESIZE;
+            }
         }
-        changed
     }
 
     fn set_size(&mut self, size: Option<WindowSize>) {
@@ -134,6 +145,9 @@ impl Console {
         let queue = Self::receive_queue(id);
         if id == 0 {
             self.flush_emergency();
+            if self.measure_due {
+                self.measure();
+            }
         }
         let port = &mut self.ports[id];
         if transmit {
@@ -218,7 +232,7 @@ impl VirtioDevice for Console {
 
     fn start(&mut self, features: u64) {
         self.multiport = features & F_MULTIPORT != 0;
-        self.measure();
+        self.measure_due = true;
     }
 
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
@@ -251,9 +265,7 @@ impl VirtioDevice for Console {
             return self.serve(0, queues, true, false);
         };
         port.endpoint.service();
-        if source == 0 && self.measure() {
-            self.ports[0].pending |= Pending::RESIZE;
-        }
+        self.measure_due |= source == 0;
         self.serve(source, queues, true, true);
         self.tell(queues);
     }
@@ -271,6 +283,7 @@ impl VirtioDevice for Console {
         self.ports.iter_mut().for_each(Port::reset);
         self.settle.stop();
         self.multiport = false;
+        self.set_size(None);
     }
 }
 
@@ -296,9 +309,9 @@ impl Stateful for Console {
             port.restore(state)?;
         }
         (self.multiport, self.emergency) = (multiport, emergency);
-        // The guest knows the old size. The terminal here may have another: the first event tells.
+        // The guest knows the old size. The terminal here may have another.
         self.set_size((columns > 0 && rows > 0).then_some(WindowSize { columns, rows }));
-        self.ports[0].wait(true);
+        self.measure_due = true;
         Ok(())
     }
 }

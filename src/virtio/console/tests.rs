@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::port::PIECE;
 use super::*;
+use crate::chardev::terminal::tests::{OnTerminal, SCENARIO};
 use crate::memory::GuestRam;
 use crate::virtio::testing::{CountingNotifier, DriverRing, ram};
 
@@ -387,6 +388,38 @@ fn emergency_output_needs_no_driver_and_is_bounded() {
     assert_eq!(console.emergency.len(), EMERGENCY_LIMIT);
     assert!(console.emergency_lost > 0);
     assert_eq!(console.config()[EMERG_WR..], [0; 4]);
+}
+
+/// A console on a terminal: says what the driver reads as its size, whenever that changes.
+#[test]
+#[ignore = "run by the test below, on a terminal of its own"]
+fn on_a_terminal() {
+    if std::env::var(SCENARIO).is_err() {
+        return;
+    }
+    let endpoint = Endpoint::open(&crate::config::Where::Stdio).unwrap();
+    let console = Console::new(endpoint.clone(), vec![]).unwrap();
+    let mut known = console.config().to_vec();
+    endpoint.write(format!("{known:?}[ready]").as_bytes());
+    while endpoint.read(&mut [0; 1]) == 0 {}
+    let mut rig = Rig::new(console, 0);
+    loop {
+        if known != rig.console.config() {
+            known = rig.console.config().to_vec();
+            endpoint.write(format!("{:?}", &known[..4]).as_bytes());
+        }
+        rig.turn(Duration::from_secs(60));
+    }
+}
+
+#[test]
+fn the_driver_is_told_the_terminals_size_first_and_whenever_it_changes() {
+    let mut child = OnTerminal::start("virtio::console::tests::on_a_terminal", "size");
+    child.resize(99, 33);
+    child.master.write_all(b"x").unwrap();
+    child.expect("[99, 0, 33, 0]");
+    child.resize(300, 50);
+    child.expect("[44, 1, 50, 0]");
 }
 
 fn header(id: u8, event: u8, value: u8) -> Vec<u8> {
