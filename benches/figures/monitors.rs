@@ -54,8 +54,15 @@ impl Monitor {
                 command.arg("-kernel").arg(&guest.kernel);
                 match &guest.initrd {
                     Some(initrd) => {
+                        // With more ports Linux learns of the console only some time after its start, and an init as
+                        // quick as this one speaks to nobody.
                         command.arg("-initrd").arg(initrd).args(["-append", CMDLINE]);
-                        command.args(["-chardev", "stdio,id=c", "-device", "virtio-serial-device"]);
+                        command.args([
+                            "-chardev",
+                            "stdio,id=c",
+                            "-device",
+                            "virtio-serial-device,max_ports=1",
+                        ]);
                         command.args(["-device", "virtconsole,chardev=c"])
                     }
                     None => {

@@ -1,8 +1,10 @@
 //! The assembly: from a configuration to a machine, read top to bottom.
 //!
 //! The order is that of the ioctls' cost: memory slots, then interrupt controllers, then interrupts and doorbells, then
-//! vCPUs. The kernel is loaded by a thread of its own while KVM sets up, because it needs only the memory and the plan.
+//! vCPUs. A kernel of some size is loaded by a thread of its own while KVM sets up, because it needs only the memory and the
+//! plan.
 
+use std::fs;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -14,7 +16,8 @@ use crate::boot::{self, Payload};
 use crate::bus::{Bus, Device, SharedDevice};
 use crate::chardev::{Ends, Escape};
 use crate::config::{VmConfig, Where};
-use crate::kvm::Kvm;
+use crate::kvm::regs::Entry;
+use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::boot_marks::BootMarks;
 use crate::legacy::debug_exit::{self, DebugExit};
@@ -45,16 +48,12 @@ pub fn build(config: &VmConfig, ends: &mut Ends) -> Result<Machine, Error> {
         return Err(Error::TooManyCpus { wanted: cpus, possible: kvm.max_vcpus() });
     }
     let memory = Memory::new(&config.mem)?;
-    let (vm, entry) = thread::scope(|scope| {
-        let loader = thread::Builder::new().name("loader".to_owned());
-        let loaded = loader.spawn_scoped(scope, || boot::load(&memory, &payload, &platform));
+    let (vm, entry) = if loads_at_once(&payload) {
         let vm = kvm.create_vm(&memory)?;
-        let loaded =
-            loaded.map_err(|source| Error::Host { what: "the loader's thread".to_owned(), source })?;
-        // A panic there is a defect of ours, and goes on as one.
-        let entry = loaded.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok::<_, Error>((Arc::new(vm), entry))
-    })?;
+        (Arc::new(vm), boot::load(&memory, &payload, &platform)?)
+    } else {
+        load_meanwhile(&memory, &payload, &platform, || kvm.create_vm(&memory))?
+    };
 
     let mut board = Board { vm: vm.clone(), pio: Bus::default(), mmio: Bus::default(), devices: Vec::new() };
     let power = Arc::new(Mutex::new(AcpiPm::new(board.interrupt("power button", layout::ACPI_GSI)?)));
@@ -73,8 +72,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends) -> Result<Machine, Error> {
     }
     if config.serial != Where::Off {
         let interrupt = board.interrupt("serial port", layout::COM1_GSI)?;
-        let mut serial = SerialPort::new(ends.get("serial", &config.serial)?, interrupt);
-        serial.resume();
+        let serial = SerialPort::new(ends.get("serial", &config.serial)?, interrupt);
         board.port("serial", layout::COM1, 8, shared(serial))?;
     }
 
@@ -105,6 +103,34 @@ pub fn build(config: &VmConfig, ends: &mut Ends) -> Result<Machine, Error> {
         }
     });
     Ok(Machine { shared, vcpus, events: ended, _vm: vm })
+}
+
+/// Whether the files are so small that reading them takes less than starting a thread for it: test guests, unikernels.
+fn loads_at_once(payload: &Payload) -> bool {
+    const SMALL: u64 = 256 << 10;
+    let files = [Some(&payload.kernel), payload.initrd.as_ref()];
+    // What is wrong with a file is told by who loads it.
+    let size = |path| fs::metadata(path).map_or(0, |metadata| metadata.len());
+    files.into_iter().flatten().map(size).sum::<u64>() <= SMALL
+}
+
+/// Loads the kernel in a thread of its own while this one sets KVM up.
+fn load_meanwhile(
+    memory: &Memory,
+    payload: &Payload,
+    platform: &Platform,
+    create_vm: impl FnOnce() -> Result<kvm::Vm, kvm::Error>,
+) -> Result<(Arc<kvm::Vm>, Entry), Error> {
+    thread::scope(|scope| {
+        let loader = thread::Builder::new().name("loader".to_owned());
+        let loaded = loader.spawn_scoped(scope, || boot::load(memory, payload, platform));
+        let vm = create_vm()?;
+        let loaded =
+            loaded.map_err(|source| Error::Host { what: "the loader's thread".to_owned(), source })?;
+        // A panic there is a defect of ours, and goes on as one.
+        let entry = loaded.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok((Arc::new(vm), entry))
+    })
 }
 
 fn payload(config: &VmConfig) -> Result<Payload, Error> {
@@ -140,7 +166,7 @@ fn shared(device: impl Device + 'static) -> SharedDevice {
 
 /// What devices are put on.
 struct Board {
-    vm: Arc<crate::kvm::Vm>,
+    vm: Arc<kvm::Vm>,
     pio: Bus,
     mmio: Bus,
     devices: Vec<(String, SharedDevice)>,

@@ -165,6 +165,18 @@ impl Shared {
         lock(&self.threads).iter().for_each(vcpu::Thread::kick);
     }
 
+    /// Unless the machine was paused meanwhile: then they start when it resumes.
+    fn start_devices(&self) {
+        let phase = lock(&self.phase);
+        if *phase == Phase::Running {
+            self.resume_devices();
+        }
+    }
+
+    fn resume_devices(&self) {
+        self.devices.iter().for_each(|(_, device)| lock(device).resume());
+    }
+
     fn pause_devices(&self) {
         for (name, device) in &self.devices {
             log::debug!("pause {name}");
@@ -206,6 +218,8 @@ impl Machine {
             }
         }
         if started.is_ok() {
+            // The guest is on its way while the threads for its input are made.
+            self.shared.start_devices();
             meanwhile();
         }
         // `shared` holds a sender, so there is an event in the end.
@@ -283,7 +297,7 @@ impl Handle {
             Phase::Ended => return Err(AlreadyEnded),
             Phase::Running => {}
             Phase::Paused => {
-                self.0.devices.iter().for_each(|(_, device)| lock(device).resume());
+                self.0.resume_devices();
                 self.0.vcpus.gate.open();
                 *phase = Phase::Running;
             }
