@@ -40,6 +40,11 @@ pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<S
         Err(error) => format!("vcpu{id}: {}", crate::error_chain(error)),
     };
     text.push_str(&line);
+    if matches!(end, Ok(End::TripleFault)) && at_reset_vector(vcpu) {
+        text.push_str(
+            "\n  (AMD-V leaves no state behind: KVM has reset the vCPU, and what follows is its state after reset)",
+        );
+    }
     // Writing to a String does not fail.
     let _ = registers(&mut text, vcpu);
     let _ = code(&mut text, vcpu, ram, bytes);
@@ -59,6 +64,12 @@ fn internal_error(id: u32, suberror: u32) -> String {
         ),
         other => format!("vcpu{id}: KVM internal error, suberror {other}: see the host's kernel log (dmesg)"),
     }
+}
+
+/// After a shutdown the VMCB's contents are undefined (APM vol. 2, 15.14.3), so kvm-amd resets the vCPU before it tells.
+fn at_reset_vector(vcpu: &Vcpu) -> bool {
+    let (Ok(r), Ok(s)) = (vcpu.regs(), vcpu.sregs()) else { return false };
+    s.cs.base.wrapping_add(r.rip) == 0xffff_fff0
 }
 
 fn registers(text: &mut String, vcpu: &Vcpu) -> std::fmt::Result {

@@ -8,3 +8,4 @@ mod conformance;
 mod guest;
 mod hostile;
 mod subjects;
+mod turns;
