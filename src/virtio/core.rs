@@ -206,8 +206,19 @@ impl Core {
         &self.doorbells
     }
 
+    /// Whether a kick of `queue` should come as a register write, and not to its doorbell.
+    pub fn served_by_vcpu(&self, queue: usize) -> bool {
+        lock(&self.parts).device.served_by_vcpu(queue)
+    }
+
     /// A kick that came as a register write.
     pub fn kick(&self, queue: usize) {
+        if self.queue_ready(queue) && self.worker.is_some() {
+            let mut parts = lock(&self.parts);
+            if parts.device.served_by_vcpu(queue) {
+                return parts.call(|device, queues| device.on_queue(queue, queues));
+            }
+        }
         if let Some(doorbell) = self.doorbells.get(queue) {
             doorbell.signal();
         }
@@ -402,7 +413,7 @@ impl Core {
                 // What came while nobody looked.
                 for (index, queue) in self.queues.iter().enumerate() {
                     if queue.ready {
-                        self.kick(index);
+                        self.doorbells[index].signal();
                     }
                 }
             }

@@ -36,8 +36,8 @@ pub enum Kind {
 /// save), then `on_queue` again (resume) or `reset` (back to as built). `restore_bytes` comes in place of `start`:
 /// state must therefore hold the negotiated features that the device cares for.
 ///
-/// Every call is made with the device's one mutex held, by its worker thread or, for configuration space, a
-/// vCPU. None may block for long, panic, or grow without bound, whatever the rings hold. After `drain` returns
+/// Every call is made with the device's one mutex held, by its worker thread or, for configuration space and queues
+/// that are [`served_by_vcpu`](VirtioDevice::served_by_vcpu), a vCPU. None may block for long, panic, or grow without bound, whatever the rings hold. After `drain` returns
 /// no work is in flight: no thread and no kernel request touches guest memory on the device's behalf.
 pub trait VirtioDevice: Saved + Send {
     /// What the device is. Constant for its life.
@@ -53,6 +53,11 @@ pub trait VirtioDevice: Saved + Send {
     /// The driver kicked queue `index`, or work may be waiting there. Pops until the queue is empty or the device can
     /// take no more (it must then look again by itself, from `on_event`).
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]);
+    /// Whether the vCPU that kicks queue `index` serves it itself, without waking the worker. For what a driver spins on until
+    /// it is done, if a turn is short: a wake-up costs more than an exit, and the vCPU would only wait for it.
+    fn served_by_vcpu(&self, _index: usize) -> bool {
+        false
+    }
     /// Descriptors that the device waits on, for reading, level-triggered. Asked at each start of the worker; the set
     /// is constant while it runs (one whose interest changes can be an epoll descriptor).
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {

@@ -1,7 +1,7 @@
 //! virtio over MMIO, version 2 (virtio 1.3, 4.2): decodes registers into calls on [`Core`], and nothing else.
 //!
 //! One on the MMIO bus per device, each with an interrupt of its own. Kicks reach the device's worker without an
-//! exit, by ioeventfds that are registered before there are vCPUs.
+//! exit, by ioeventfds that are registered before there are vCPUs, but for queues that the vCPU is to serve itself.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -151,7 +151,8 @@ impl Mmio {
         let line = Arc::new(Line { reasons: AtomicU32::new(0), interrupt });
         let core = Core::new(&name(), ram, device, line.clone())
             .map_err(|source| Error::Events { name: name(), source })?;
-        for (queue, doorbell) in core.doorbells().iter().enumerate() {
+        let by_worker = |(queue, _): &(usize, _)| !core.served_by_vcpu(*queue);
+        for (queue, doorbell) in core.doorbells().iter().enumerate().filter(by_worker) {
             let at = IoEventAddress::Mmio { address: base + QUEUE_NOTIFY, value: Some(queue as u32) };
             vm.ioeventfd(at, doorbell.as_fd()).map_err(|source| Error::Doorbell {
                 name: name(),

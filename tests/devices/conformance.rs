@@ -77,7 +77,7 @@ fn what_is_kicked_while_paused_is_done_after_resume() {
         let interrupts = guest.interrupts();
         // A kick of every queue, in vain or not.
         for queue in 0..guest.rings.len() {
-            guest.vm.ring(crate::guest::BASE + crate::guest::QUEUE_NOTIFY, queue as u32);
+            guest.notify(queue);
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
         assert_eq!(guest.interrupts(), interrupts, "a paused device is quiet");
@@ -94,7 +94,7 @@ fn a_broken_ring_asks_for_a_reset_and_gets_over_it() {
         (subject.traffic)(&mut guest);
         for queue in 0..guest.rings.len() {
             guest.rings[queue].offer(u16::MAX);
-            guest.vm.ring(crate::guest::BASE + crate::guest::QUEUE_NOTIFY, queue as u32);
+            guest.notify(queue);
         }
         let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
         while guest.read(STATUS) & NEEDS_RESET == 0 {

@@ -193,12 +193,19 @@ impl Guest {
     }
 
     /// Kicks `queue` if the device wants to know of what was offered since `old`. True if it did.
-    pub fn kick(&self, queue: usize, old: u16) -> bool {
+    pub fn kick(&mut self, queue: usize, old: u16) -> bool {
         let wanted = self.rings[queue].wants_kick(old, self.features & EVENT_IDX != 0);
         if wanted {
-            assert!(self.vm.ring(BASE + QUEUE_NOTIFY, queue as u32));
+            self.notify(queue);
         }
         wanted
+    }
+
+    /// Writes to the notification register: to a doorbell if there is one, else as an exit.
+    pub fn notify(&mut self, queue: usize) {
+        if !self.vm.ring(BASE + QUEUE_NOTIFY, queue as u32) {
+            self.write(QUEUE_NOTIFY, queue as u32);
+        }
     }
 
     /// Offers one request on `queue`, kicks, and waits for the answer: the bytes written.

@@ -331,7 +331,7 @@ fn resets_with_work_in_flight_leave_nothing_behind() {
                     }
                 }
                 for queue in 0..guest.rings.len() {
-                    guest.vm.ring(BASE + QUEUE_NOTIFY, queue as u32);
+                    guest.notify(queue);
                 }
                 guest.write(STATUS, 0);
                 if round == 50 {
@@ -370,7 +370,7 @@ fn a_driver_that_never_stops_cannot_keep_the_machine_from_pausing() {
                 }
             });
             for _ in 0..20 {
-                guest.vm.ring(BASE + QUEUE_NOTIFY, 0);
+                guest.notify(0);
                 thread::sleep(Duration::from_millis(2));
                 let start = Instant::now();
                 guest.mmio.pause();

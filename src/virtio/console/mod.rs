@@ -254,6 +254,11 @@ impl VirtioDevice for Console {
         }
     }
 
+    /// Output: Linux's hvc spins until it is taken.
+    fn served_by_vcpu(&self, index: usize) -> bool {
+        index & 1 == 1 && index != CONTROL_TRANSMIT
+    }
+
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
         self.ports.iter().map(|port| port.endpoint.as_fd()).chain([self.settle.as_fd()]).collect()
     }
