@@ -1,9 +1,11 @@
 # `make run`: a shell inside a VM. `make test`: everything that CI runs. `make figures`: what the README quotes.
 SHELL := /bin/bash
 GUESTS := target/guests
-VMM := target/release/vmm
+# Without shared libraries (see .cargo/config.toml).
+BIN := target/x86_64-unknown-linux-gnu/release
+VMM := $(BIN)/vmm
 # The rig runs a command where /dev/kvm boots Linux: right here if it does, else inside an emulated AMD-V machine.
-RIG := target/release/rig
+RIG := $(BIN)/rig
 STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio --mem 512M --cpus 2 --rng
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
@@ -12,7 +14,7 @@ SAY = @printf '\n\033[1m== %s\033[0m\n'
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
-	@cargo run --quiet --release --package guest -- bundle --only stock --out $(GUESTS)
+	@$(BIN)/guest bundle --only stock --out $(GUESTS)
 	$(SAY) 'a VM: $(STOCK)'
 	@if [ -t 0 ] && [ -t 1 ]; then \
 		echo 'Ctrl-A h shows the escape keys; leave the VM by: exit'; \
@@ -26,7 +28,7 @@ build:
 	$(SAY) 'build vmm (release; a minute or two the first time)'
 	@command -v cargo >/dev/null || { echo 'cargo is missing: install Rust 1.88 or later (https://rustup.rs)'; exit 1; }
 	@command -v cc >/dev/null || { echo 'cc is missing: installing gcc'; apt-get install -qq -y gcc libc6-dev; }
-	@cargo build --quiet --release --package vmm --package rig --package guest
+	@cargo static --quiet --package vmm --package rig --package guest
 
 # What the tests call. The rig and the guest builder install what they need by themselves.
 TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck acpica-tools:iasl cpio:cpio
@@ -50,8 +52,8 @@ test: tools
 
 figures: build
 	$(SAY) 'figures'
-	@cargo run --quiet --release --package guest -- bundle --only tuned --out $(GUESTS)
-	cargo bench --bench figures
+	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
+	cargo bench --bench figures -- --vmm $(VMM) --rig $(RIG)
 
 clean-guests:
 	rm -rf $(GUESTS)

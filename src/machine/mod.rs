@@ -218,9 +218,10 @@ impl Machine {
             }
         }
         if started.is_ok() {
-            // The guest is on its way while the threads for its input are made.
-            self.shared.start_devices();
+            // The guest is on its way meanwhile. Input comes last: a device is locked while its thread is made, and the
+            // guest's first output would wait for that.
             meanwhile();
+            self.shared.start_devices();
         }
         // `shared` holds a sender, so there is an event in the end.
         let event = if started.is_ok() { self.events.recv().unwrap_or(Event::Kill) } else { Event::Kill };
