@@ -10,6 +10,7 @@ mod log_output;
 mod options;
 mod plan;
 mod run;
+mod trace;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ Examples:
       watch a kernel that dies early
   vmm --kernel vmlinux --dry-run
       show what would run, and where everything is in the guest's memory
+  vmm trace --stats -- --kernel vmlinux --serial stdio
+      run it, and tell what its exits were and what they cost (vmm trace --help)
   vmm list; vmm pause web; vmm resume web; vmm stop web
       from another terminal
 ";
@@ -59,6 +62,8 @@ struct Cli {
 enum Command {
     /// Boot a virtual machine and stay with it until it ends
     Run(Box<options::Options>),
+    /// Show every exit of a virtual machine as a sentence: what the guest did, who answered, what it cost
+    Trace(Box<trace::Options>),
     /// List the virtual machines that are running
     List(list::Options),
     /// Tell how a virtual machine is
@@ -82,6 +87,7 @@ pub fn main() -> ExitCode {
     log_output::start(if let Command::Run(options) = &command { options.verbose } else { 0 });
     let result = match command {
         Command::Run(options) => run::run(*options),
+        Command::Trace(options) => trace::trace(*options),
         Command::List(options) => list::list(options),
         Command::Status(options) => control::status(options),
         Command::Pause(options) => control::pause(options),

@@ -67,6 +67,9 @@ pub struct Options {
     /// Log the guest's writes to port 0x80 with their time
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     boot_marks: Option<bool>,
+    /// Record every exit in a file, for vmm trace report
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Seconds from a stop (SIGTERM, SIGINT, vmm stop) until the guest is stopped hard
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,

@@ -1,6 +1,7 @@
 //! `vmm run`: from options to a running machine, and from its end to an exit code.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,13 +15,17 @@ use crate::api::running::Running;
 use crate::api::server::Server;
 use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty};
+use crate::bus::Bus;
 use crate::config::{OnReboot, VmConfig};
-use crate::machine::{self, Ends, Outcome};
+use crate::machine::{self, Ends, Handle, Outcome};
+use crate::recorder::Recorder;
+use crate::trace::file::{Header, Range, Recording};
 
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {
     let stop_timeout = Duration::from_secs(options.stop_timeout);
     let dry_run = options.dry_run;
+    let trace = options.trace.clone();
     let config = options.resolve()?;
     if dry_run {
         print(&plan(config)?)?;
@@ -45,22 +50,27 @@ pub fn run(options: Options) -> Result<Code, Failure> {
         }
     };
     let mut ends = Ends::default();
-    let end = live(&config, &mut ends, &running, &mut serve);
+    let end = live(&config, &mut ends, &running, trace.as_deref(), &mut serve);
     // Why there is no server says more than that the machine was killed for want of it.
     server.transpose()?;
     end
 }
 
-/// Runs the machine, and again after each reboot if that is wanted. Calls `serve` whenever it has begun to run.
+/// Runs the machine, and again after each reboot if that is wanted, recording it to `trace` if that is. Calls `serve`
+/// whenever it has begun to run.
 fn live(
     config: &VmConfig,
     ends: &mut Ends,
     running: &Running,
+    trace: Option<&Path>,
     serve: &mut dyn FnMut(),
 ) -> Result<Code, Failure> {
     let mut first = true;
+    let recorder = Arc::<Recorder>::default();
+    // Ends with the last of the machines.
+    let mut recording = None;
     loop {
-        let machine = machine::build(config, ends)?;
+        let machine = machine::build(config, ends, &recorder)?;
         let ptys = ptys(ends);
         if first {
             for pty in &ptys {
@@ -68,20 +78,47 @@ fn live(
                 let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
             }
         }
+        if let (true, Some(path)) = (first, trace) {
+            let header = header(config, &machine.handle());
+            recording = Some(Recording::start(path, &header, recorder.clone())?);
+        }
         first = false;
         running.built(machine.handle(), ptys);
         let outcome = machine.run(&mut *serve);
         let stopped = running.ended();
+        if matches!(outcome, Ok(Outcome::Reset)) && config.on_reboot == OnReboot::Reset && !stopped {
+            log::info!("the guest rebooted: starting it again");
+            continue;
+        }
+        if let Some(recording) = recording.take() {
+            recording.finish()?;
+        }
         match outcome? {
-            Outcome::Reset if config.on_reboot == OnReboot::Reset && !stopped => {
-                log::info!("the guest rebooted: starting it again");
-            }
             Outcome::Shutdown | Outcome::Reset => return Ok(Code::Success),
             Outcome::Exit(code) => return Ok(Code::Guest(code)),
             Outcome::Killed => return Ok(Code::Killed),
             Outcome::Crash(report) => return Err(Failure::new(Code::GuestCrash, anyhow!(report))),
             Outcome::InternalError(report) => return Err(Failure::new(Code::Internal, anyhow!(report))),
         }
+    }
+}
+
+/// What a trace says of its machine.
+fn header(config: &VmConfig, machine: &Handle) -> Header {
+    let ranges = |bus: &Bus| {
+        let range = |(base, size, name): (u64, u64, &str)| Range { name: name.to_owned(), base, size };
+        bus.ranges().map(range).collect()
+    };
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let vendor = cpuinfo.lines().find_map(|line| line.strip_prefix("vendor_id")?.split_once(": "));
+    let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    Header {
+        vmm: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: config.kernel.as_ref().map(absolute),
+        cmdline: config.cmdline.clone(),
+        vendor: vendor.map_or("", |(_, vendor)| vendor).to_owned(),
+        ports: ranges(&machine.buses().pio),
+        addresses: ranges(&machine.buses().mmio),
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Once;
 use std::thread::JoinHandle;
 
 use kvm_bindings::{kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{SyncReg, VcpuFd};
 use vmm_sys_util::signal::{self, Killable};
 
 use super::exit::{self, Exit};
@@ -41,11 +41,13 @@ extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
 pub struct Vcpu {
     fd: VcpuFd,
     id: u32,
+    /// KVM_CAP_SYNC_REGS is there.
+    keeps_registers: bool,
 }
 
 impl Vcpu {
-    pub(super) fn new(fd: VcpuFd, id: u32) -> Self {
-        Self { fd, id }
+    pub(super) fn new(fd: VcpuFd, id: u32, keeps_registers: bool) -> Self {
+        Self { fd, id, keeps_registers }
     }
 
     /// Its number; also its APIC identifier.
@@ -109,6 +111,31 @@ impl Vcpu {
             }
             Err(e) => ioctl("KVM_RUN", Err(e)),
         }
+    }
+
+    /// Has each KVM_RUN leave the general registers in the kvm_run page (KVM_CAP_SYNC_REGS), or no longer. False if this
+    /// KVM cannot.
+    pub fn keep_registers(&mut self, on: bool) -> bool {
+        if on && self.keeps_registers {
+            self.fd.set_sync_valid_reg(SyncReg::Register);
+        } else {
+            self.fd.clear_sync_valid_reg(SyncReg::Register);
+        }
+        self.keeps_registers
+    }
+
+    /// [`Vcpu::run`], and the guest's RIP after it: of the instruction that exited, where that is not finished yet. 0 without
+    /// [`Vcpu::keep_registers`].
+    ///
+    /// # Errors
+    /// As for `run`.
+    pub fn run_observed(&mut self) -> Result<(u64, Exit<'_>), Error> {
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        let exit = self.run()?;
+        // SAFETY: the page lives as long as `self`; the register area is apart from what `exit` refers to (the exit union
+        // and the PIO page), KVM writes it only inside KVM_RUN, and any bytes are valid in it.
+        let rip = unsafe { (*run).s.regs.regs.rip };
+        Ok((rip, exit))
     }
 
     /// Lets KVM finish the instruction whose PIO or MMIO was handled last, without running another. Before that the

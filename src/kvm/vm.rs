@@ -21,6 +21,7 @@ pub struct Vm {
     fd: VmFd,
     supported: kvm_bindings::CpuId,
     tsc_deadline: bool,
+    sync_registers: bool,
     /// The slots refer to this memory: it must outlive `fd`, which is dropped first.
     _ram: Arc<GuestRam>,
 }
@@ -46,7 +47,8 @@ impl Vm {
         let max = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
         let supported = ioctl("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(max))?;
         let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
-        Ok(Self { fd, supported, tsc_deadline, _ram: memory.ram().clone() })
+        let sync_registers = kvm.check_extension(kvm_ioctls::Cap::SyncRegs);
+        Ok(Self { fd, supported, tsc_deadline, sync_registers, _ram: memory.ram().clone() })
     }
 
     /// Adds vCPU `id` of `count`. vCPU 0 is runnable; the others wait for INIT and SIPI.
@@ -64,7 +66,7 @@ impl Vm {
         let table =
             kvm_bindings::CpuId::from_entries(&table).map_err(|_| Error::Missing("room for CPUID"))?;
         ioctl("KVM_SET_CPUID2", fd.set_cpuid2(&table))?;
-        Ok(Vcpu::new(fd, id))
+        Ok(Vcpu::new(fd, id, self.sync_registers))
     }
 }
 

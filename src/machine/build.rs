@@ -24,6 +24,7 @@ use crate::legacy::debug_exit::{self, DebugExit};
 use crate::legacy::i8042::I8042;
 use crate::legacy::serial::SerialPort;
 use crate::memory::{Memory, layout};
+use crate::recorder::Recorder;
 use crate::vcpu;
 use crate::vcpu::dispatch::Buses;
 use crate::vcpu::gate::Gate;
@@ -32,11 +33,12 @@ use crate::virtio::mmio::Mmio;
 use crate::vm::{Interrupt, Vm};
 
 /// Builds the machine that `config` describes. `ends` keeps the host ends of its consoles over resets of the guest: those
-/// that are not open yet are opened here, last of all that can fail for want of something that the user named.
+/// that are not open yet are opened here, last of all that can fail for want of something that the user named. `recorder` is
+/// told of what the machine does.
 ///
 /// # Errors
 /// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several `ends` that failed.
-pub fn build(config: &VmConfig, ends: &mut Ends) -> Result<Machine, Error> {
+pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Result<Machine, Error> {
     let start = Instant::now();
     config.validate()?;
     let payload = payload(config)?;
@@ -86,6 +88,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends) -> Result<Machine, Error> {
             buses: Buses::new(board.pio, board.mmio),
             gate: Gate::new(vcpus.len()),
             ram: memory.ram().clone(),
+            recorder: recorder.clone(),
         }),
         threads: Mutex::default(),
         devices: board.devices,

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::bus::{Overlap, SharedDevice, lock};
 use crate::config;
 use crate::legacy::acpi_pm::AcpiPm;
-use crate::vcpu::dispatch::End;
+use crate::vcpu::dispatch::{Buses, End};
 use crate::vcpu::{self, Ended};
 use crate::{boot, chardev, kvm, memory, virtio};
 
@@ -304,6 +304,11 @@ impl Handle {
             }
         }
         Ok(())
+    }
+
+    /// Where exits go: ports, and memory without RAM.
+    pub fn buses(&self) -> &Buses {
+        &self.0.vcpus.buses
     }
 
     /// Presses the power button: a guest that listens shuts itself down. A paused guest hears it when it resumes.

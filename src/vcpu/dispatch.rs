@@ -88,10 +88,10 @@ pub enum Stuck {
     Unexpected(u32),
 }
 
-/// Answers one exit.
-pub fn dispatch(exit: Exit<'_>, buses: &Buses) -> Next {
-    match exit {
-        Exit::PioIn { port, size, data } => {
+/// Answers one exit. What the guest reads is put into `exit`'s data.
+pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
+    match *exit {
+        Exit::PioIn { port, size, ref mut data } => {
             for element in data.chunks_mut(size) {
                 if !buses.pio.read(u64::from(port), element) {
                     buses.log_unclaimed(format_args!("in {size} at port {port:#x}"));
@@ -109,7 +109,7 @@ pub fn dispatch(exit: Exit<'_>, buses: &Buses) -> Next {
             }
             Next::Again
         }
-        Exit::MmioRead { address, data } => {
+        Exit::MmioRead { address, ref mut data } => {
             if !buses.mmio.read(address, data) {
                 buses.log_unclaimed(format_args!("read {} at {address:#x}", data.len()));
             }
@@ -190,19 +190,19 @@ mod tests {
     #[test]
     fn rep_strings_come_element_by_element() {
         let (tape, buses) = buses();
-        let out = Exit::PioOut { port: 0x12, size: 2, data: &[1, 2, 3, 4, 5, 6] };
-        assert_eq!(dispatch(out, &buses), Next::Again);
+        let mut out = Exit::PioOut { port: 0x12, size: 2, data: &[1, 2, 3, 4, 5, 6] };
+        assert_eq!(dispatch(&mut out, &buses), Next::Again);
         assert_eq!(tape.lock().unwrap().0, [(2, vec![1, 2]), (2, vec![3, 4]), (2, vec![5, 6])]);
         let mut data = [0; 8];
-        assert_eq!(dispatch(Exit::PioIn { port: 0x10, size: 4, data: &mut data }, &buses), Next::Again);
+        assert_eq!(dispatch(&mut Exit::PioIn { port: 0x10, size: 4, data: &mut data }, &buses), Next::Again);
         assert_eq!(data, [1, 1, 1, 1, 2, 2, 2, 2]);
     }
 
     #[test]
     fn an_effect_ends_a_string_in_the_middle() {
         let (tape, buses) = buses();
-        let out = Exit::PioOut { port: 0x10, size: 1, data: &[1, 0xee, 2] };
-        assert_eq!(dispatch(out, &buses), Next::End(End::Shutdown));
+        let mut out = Exit::PioOut { port: 0x10, size: 1, data: &[1, 0xee, 2] };
+        assert_eq!(dispatch(&mut out, &buses), Next::End(End::Shutdown));
         assert_eq!(tape.lock().unwrap().0.len(), 2);
     }
 
@@ -211,21 +211,24 @@ mod tests {
         let (_, buses) = buses();
         for size in [1, 2, 4] {
             let mut data = [0; 4];
-            dispatch(Exit::PioIn { port: 0xcf8, size, data: &mut data }, &buses);
+            dispatch(&mut Exit::PioIn { port: 0xcf8, size, data: &mut data }, &buses);
             assert_eq!(data, [0xff; 4]);
         }
         let mut data = [0; 8];
-        assert_eq!(dispatch(Exit::MmioRead { address: 0xfed0_0000, data: &mut data }, &buses), Next::Again);
+        assert_eq!(
+            dispatch(&mut Exit::MmioRead { address: 0xfed0_0000, data: &mut data }, &buses),
+            Next::Again
+        );
         assert_eq!(data, [0xff; 8]);
-        assert_eq!(dispatch(Exit::MmioWrite { address: 0, data: &[1] }, &buses), Next::Again);
-        assert_eq!(dispatch(Exit::PioOut { port: 0x80, size: 1, data: &[1] }, &buses), Next::Again);
+        assert_eq!(dispatch(&mut Exit::MmioWrite { address: 0, data: &[1] }, &buses), Next::Again);
+        assert_eq!(dispatch(&mut Exit::PioOut { port: 0x80, size: 1, data: &[1] }, &buses), Next::Again);
     }
 
     #[test]
     fn every_other_exit_has_its_answer() {
         let (_, buses) = buses();
         let stuck = |s| Next::End(End::Stuck(s));
-        for (exit, next) in [
+        for (mut exit, next) in [
             (Exit::Halt, Next::Again),
             (Exit::IoApicEoi(3), Next::Again),
             (Exit::Kicked, Next::Gate),
@@ -242,7 +245,7 @@ mod tests {
             (Exit::Debug { rip: 1 }, stuck(Stuck::Unexpected(kb::KVM_EXIT_DEBUG))),
             (Exit::Other(77), stuck(Stuck::Unexpected(77))),
         ] {
-            assert_eq!(dispatch(exit, &buses), next);
+            assert_eq!(dispatch(&mut exit, &buses), next);
         }
     }
 }

@@ -3,8 +3,10 @@
 //! `machine` builds and joins them. This loop is the hottest path of the monitor: between two entries into the
 //! guest there is one dispatch and nothing else.
 
+mod code;
 pub mod dispatch;
 pub mod gate;
+mod observe;
 mod report;
 
 use std::io;
@@ -14,8 +16,10 @@ use std::thread::{self, JoinHandle};
 
 use crate::kvm::{self, Error, Vcpu};
 use crate::memory::GuestRam;
+use crate::recorder::Recorder;
 use dispatch::{Buses, End, Next, dispatch};
 use gate::{Gate, Passed};
+use observe::Observer;
 
 /// What all vCPUs of a machine share.
 #[derive(Debug)]
@@ -24,8 +28,10 @@ pub struct Shared {
     pub buses: Buses,
     /// Where vCPUs park.
     pub gate: Gate,
-    /// Guest RAM, to read the instruction that a failure report shows.
+    /// Guest RAM, to read the instructions that reports and traces show.
     pub ram: Arc<GuestRam>,
+    /// Where exits are told of, when somebody wants to know.
+    pub recorder: Arc<Recorder>,
 }
 
 /// How a run ended, and what a person should know about it.
@@ -79,9 +85,15 @@ impl Thread {
 
 /// Runs until the guest ends (and how), or the gate says to leave (`None`).
 fn run(vcpu: &mut Vcpu, shared: &Shared) -> Option<Result<End, Error>> {
+    let mut observer = Observer::default();
     loop {
-        let next = match vcpu.run() {
-            Ok(exit) => dispatch(exit, &shared.buses),
+        let next = if shared.recorder.is_on() {
+            observer.turn(vcpu, shared)
+        } else {
+            vcpu.run().map(|mut exit| dispatch(&mut exit, &shared.buses))
+        };
+        let next = match next {
+            Ok(next) => next,
             Err(error) => return Some(Err(error)),
         };
         match next {

@@ -5,14 +5,11 @@
 use std::fmt::Write;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, NasmFormatter};
-use vm_memory::{Bytes, GuestAddress};
 
+use super::code;
 use super::dispatch::{End, Stuck};
 use crate::kvm::{self, Error, Vcpu};
 use crate::memory::GuestRam;
-
-/// Longest x86 instruction.
-const INSTRUCTION_MAX: usize = 15;
 
 /// The report; none for an end that is not a failure.
 pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<String> {
@@ -47,7 +44,7 @@ pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<S
     }
     // Writing to a String does not fail.
     let _ = registers(&mut text, vcpu);
-    let _ = code(&mut text, vcpu, ram, bytes);
+    let _ = instruction(&mut text, vcpu, ram, bytes);
     Some(text)
 }
 
@@ -92,20 +89,20 @@ fn registers(text: &mut String, vcpu: &Vcpu) -> std::fmt::Result {
 }
 
 /// The instruction at RIP: its bytes (KVM's, or those in guest memory) and what they mean.
-fn code(
+fn instruction(
     text: &mut String,
     vcpu: &Vcpu,
     ram: &GuestRam,
     known: Option<([u8; 15], usize)>,
 ) -> std::fmt::Result {
     let (Ok(r), Ok(s)) = (vcpu.regs(), vcpu.sregs()) else { return Ok(()) };
-    let mut bytes = [0; INSTRUCTION_MAX];
+    let mut bytes = [0; code::MAX];
     let len = match known {
         Some((known, len)) => {
             bytes = known;
             len
         }
-        None => read_linear(vcpu, ram, s.cs.base.wrapping_add(r.rip), &mut bytes),
+        None => code::read(vcpu, ram, s.cs.base.wrapping_add(r.rip), &mut bytes),
     };
     if len == 0 {
         return write!(text, "\n  no readable memory at rip");
@@ -127,19 +124,4 @@ fn code(
     write!(text, "\n  {:#x}: ", r.rip)?;
     bytes[..count].iter().try_for_each(|b| write!(text, "{b:02x} "))?;
     write!(text, " {shown}")
-}
-
-/// Reads guest memory at a linear address; returns how many bytes could be read.
-fn read_linear(vcpu: &Vcpu, ram: &GuestRam, linear: u64, bytes: &mut [u8]) -> usize {
-    let mut done = 0;
-    while done < bytes.len() {
-        let at = linear.wrapping_add(done as u64);
-        let in_page = (0x1000 - (at & 0xfff) as usize).min(bytes.len() - done);
-        let Some(physical) = vcpu.translate(at) else { break };
-        if ram.read_slice(&mut bytes[done..done + in_page], GuestAddress(physical)).is_err() {
-            break;
-        }
-        done += in_page;
-    }
-    done
 }

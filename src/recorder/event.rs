@@ -1,0 +1,108 @@
+//! [`Event`]: one thing that happened, in 48 bytes.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// One thing that happened. What the fields mean depends on the [`Kind`]; those that it does not name are 0.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Event {
+    /// When, in ticks of [`clock`](super::clock): for an exit, when the monitor had the vCPU back.
+    pub time: u64,
+    /// Ticks that the vCPU was away in KVM_RUN before: in the guest, or halted, or in KVM.
+    pub guest: u64,
+    /// Guest instruction pointer.
+    pub rip: u64,
+    /// Port, guest physical address, queue.
+    pub address: u64,
+    /// What was read or written: the first element.
+    pub value: u64,
+    /// Ticks from `time` until the answer was there; at its maximum: that or longer.
+    pub handled: u32,
+    /// A [`Kind`], as a number.
+    pub kind: u8,
+    /// Bytes of an element.
+    pub size: u8,
+    /// Elements; at 255: that or more.
+    pub count: u8,
+    /// Nothing yet.
+    pub reserved: u8,
+}
+
+impl Event {
+    /// Words of 64 bits that hold an event.
+    pub const WORDS: usize = size_of::<Self>() / 8;
+
+    /// What it is; `None` for a number that this version does not know.
+    pub fn kind(&self) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|kind| *kind as u8 == self.kind)
+    }
+}
+
+/// What happened. The numbers stand in files, so they do not change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Kind {
+    /// IN or INS: `address` is the port, `value` the first element read.
+    PioIn = 1,
+    /// OUT or OUTS.
+    PioOut = 2,
+    /// A read of an address without memory.
+    MmioRead = 3,
+    /// A write to one.
+    MmioWrite = 4,
+    /// HLT.
+    Halt = 5,
+    /// Triple fault.
+    Shutdown = 6,
+    /// A paravirtual request: `address` is its number.
+    SystemEvent = 7,
+    /// The processor refused the guest's state: `value` is its reason.
+    FailEntry = 8,
+    /// KVM gave up: `address` is the suberror.
+    InternalError = 9,
+    /// A breakpoint or step.
+    Debug = 10,
+    /// End of interrupt: `address` is the vector.
+    IoApicEoi = 11,
+    /// A signal to the vCPU's thread: pause, stop.
+    Kicked = 12,
+    /// Another reason: `address` is KVM's number.
+    Other = 13,
+    /// The bytes of code at `rip`, first seen: 8 in `address`, the rest in `value`, `count` in all; `size` is the mode: 16, 32,
+    /// 64 bits.
+    Code = 14,
+    /// A device's worker takes queue `address` up. `value`: requests that it completed then; `handled`: how long it took.
+    Queue = 15,
+    /// A device's worker looks at its host end `address`; the rest as for `Queue`.
+    Source = 16,
+    /// A device interrupts the guest: `address` is the queue, or all ones for a change of its configuration.
+    Interrupt = 17,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 17] = [
+        Self::PioIn,
+        Self::PioOut,
+        Self::MmioRead,
+        Self::MmioWrite,
+        Self::Halt,
+        Self::Shutdown,
+        Self::SystemEvent,
+        Self::FailEntry,
+        Self::InternalError,
+        Self::Debug,
+        Self::IoApicEoi,
+        Self::Kicked,
+        Self::Other,
+        Self::Code,
+        Self::Queue,
+        Self::Source,
+        Self::Interrupt,
+    ];
+
+    /// Whether it is an exit of a vCPU.
+    pub fn is_exit(self) -> bool {
+        self <= Self::Other
+    }
+}

@@ -1,0 +1,382 @@
+//! Trace files: a header that makes them readable anywhere, then chunks as they were drained from the rings.
+//!
+//! Everything is little-endian. The file starts with [`MAGIC`] and the header's length (4 bytes), then the header as JSON;
+//! then chunks: kind, track, length in bytes (4 bytes each), and the contents. A file that ends in the middle (the monitor
+//! was killed) is good up to there.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::recorder::{Event, Recorder, Taken, clock};
+
+/// The first bytes of a trace file; the last is the version.
+pub const MAGIC: [u8; 8] = *b"vmmtrac\x01";
+
+/// Between two drains. A ring holds more exits than a vCPU can make in that time on any hardware.
+const PERIOD: Duration = Duration::from_millis(5);
+
+/// A header's length at most.
+const MAX_HEADER: u32 = 1 << 20;
+/// A chunk's length at most.
+const MAX_CHUNK: u32 = 64 << 20;
+
+// Kinds of chunks.
+/// A track's name.
+const NAME: u32 = 1;
+/// Events.
+const EVENTS: u32 = 2;
+/// 8 bytes: events lost before what comes next of that track.
+const DROPPED: u32 = 3;
+/// Ticks and nanoseconds since the start, 8 bytes each, read together.
+const CLOCK: u32 = 4;
+
+/// Why there is no trace.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file could not be opened, written or read.
+    #[error("{what} trace file {}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not a trace file of this version.
+    #[error("{} is not a trace that this version of vmm can read: {why}", path.display())]
+    Format {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// What a reader must know beside the events.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Header {
+    /// Version of vmm.
+    pub vmm: String,
+    /// The kernel, for its symbols.
+    pub kernel: Option<PathBuf>,
+    /// Its command line.
+    pub cmdline: Option<String>,
+    /// The host's processor: "AuthenticAMD", "GenuineIntel". Decides which hardware's exit reasons are shown first.
+    pub vendor: String,
+    /// Devices by port.
+    pub ports: Vec<Range>,
+    /// Devices by guest address.
+    pub addresses: Vec<Range>,
+}
+
+/// Where a device is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Range {
+    /// The device's name.
+    pub name: String,
+    /// First address.
+    pub base: u64,
+    /// Bytes, or ports.
+    pub size: u64,
+}
+
+impl Header {
+    /// The device at `address` among `ranges`, and the offset into it.
+    pub fn find(ranges: &[Range], address: u64) -> Option<(&str, u64)> {
+        let inside =
+            |range: &&Range| address.checked_sub(range.base).is_some_and(|offset| offset < range.size);
+        ranges.iter().find(inside).map(|range| (range.name.as_str(), address - range.base))
+    }
+}
+
+/// A recording under way. It ends, and the file is whole, with [`Recording::finish`] or when it is dropped.
+#[derive(Debug)]
+pub struct Recording {
+    path: PathBuf,
+    recorder: Arc<Recorder>,
+    stop: Option<Sender<()>>,
+    writer: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Recording {
+    /// Creates the file, and switches `recorder` on.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn start(path: &Path, header: &Header, recorder: Arc<Recorder>) -> Result<Self, Error> {
+        let failed = |what| move |source| Error::Io { what, path: path.to_owned(), source };
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed("create"))?);
+        let start = Instant::now();
+        let json = serde_json::to_vec(header).unwrap_or_default();
+        let write = |file: &mut BufWriter<File>| {
+            file.write_all(&MAGIC)?;
+            file.write_all(&(json.len() as u32).to_le_bytes())?;
+            file.write_all(&json)?;
+            write_clock(file, start)
+        };
+        write(&mut file).map_err(failed("write"))?;
+        let (stop, stopped) = channel::<()>();
+        let source = recorder.clone();
+        let run = move || {
+            let mut known = 0;
+            loop {
+                let over = stopped.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout);
+                drain(&mut file, &source, &mut known)?;
+                if over {
+                    write_clock(&mut file, start)?;
+                    return file.flush();
+                }
+            }
+        };
+        let writer = std::thread::Builder::new().name("trace".to_owned()).spawn(run);
+        let writer = writer.map_err(failed("start the writer of"))?;
+        recorder.set_on(true);
+        Ok(Self { path: path.to_owned(), recorder, stop: Some(stop), writer: Some(writer) })
+    }
+
+    /// Switches the recorder off and completes the file.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: not all of it could be written.
+    pub fn finish(mut self) -> Result<(), Error> {
+        let result = self.end();
+        result.map_err(|source| Error::Io { what: "write", path: self.path.clone(), source })
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.recorder.set_on(false);
+        drop(self.stop.take());
+        match self.writer.take() {
+            Some(writer) => writer.join().unwrap_or_else(|_| Err(io::Error::other("the writer panicked"))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            log::error!("trace file {}: {error}", self.path.display());
+        }
+    }
+}
+
+fn chunk(file: &mut impl Write, kind: u32, track: usize, contents: &[u8]) -> io::Result<()> {
+    for number in [kind, track as u32, contents.len() as u32] {
+        file.write_all(&number.to_le_bytes())?;
+    }
+    file.write_all(contents)
+}
+
+fn write_clock(file: &mut impl Write, start: Instant) -> io::Result<()> {
+    let pair = [clock::ticks(), start.elapsed().as_nanos() as u64];
+    chunk(file, CLOCK, 0, pair.as_bytes())
+}
+
+/// Writes what the recorder has. `known` is how many tracks have been named.
+fn drain(file: &mut impl Write, recorder: &Recorder, known: &mut usize) -> io::Result<()> {
+    let mut result = Ok(());
+    recorder.drain(&mut |Taken { track, name, events, dropped }| {
+        let mut write = || {
+            if track >= *known {
+                chunk(file, NAME, track, name.as_bytes())?;
+                *known = track + 1;
+            }
+            if dropped > 0 {
+                chunk(file, DROPPED, track, &dropped.to_le_bytes())?;
+            }
+            chunk(file, EVENTS, track, events.as_bytes())
+        };
+        if result.is_ok() {
+            result = write();
+        }
+    });
+    result
+}
+
+/// A trace in memory.
+#[derive(Debug, Default)]
+pub struct Trace {
+    /// What the file says of its machine.
+    pub header: Header,
+    /// The tracks' names, by number.
+    pub tracks: BTreeMap<u32, String>,
+    /// Track and event, in order of time.
+    pub events: Vec<(u32, Event)>,
+    /// Events lost, by track.
+    pub dropped: BTreeMap<u32, u64>,
+    /// Ticks at the start.
+    start: u64,
+    /// Nanoseconds per tick.
+    rate: f64,
+}
+
+impl Trace {
+    /// Reads `path`.
+    ///
+    /// # Errors
+    /// It cannot be read, or is no trace. One that ends too early is read as far as it goes.
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let failed = |source| Error::Io { what: "read", path: path.to_owned(), source };
+        let format = |why: &str| Error::Format { path: path.to_owned(), why: why.to_owned() };
+        let mut file = BufReader::with_capacity(1 << 20, File::open(path).map_err(failed)?);
+        let mut magic = [0; 8];
+        file.read_exact(&mut magic).map_err(|_| format("it is too short"))?;
+        if magic != MAGIC {
+            return Err(format("it does not begin like one"));
+        }
+        let length = read_number(&mut file).map_err(|_| format("it has no header"))?;
+        if length > MAX_HEADER {
+            return Err(format("its header is too long"));
+        }
+        let mut json = vec![0; length as usize];
+        file.read_exact(&mut json).map_err(|_| format("its header is cut off"))?;
+        let header =
+            serde_json::from_slice(&json).map_err(|error| format(&format!("its header: {error}")))?;
+        let mut trace = Self { header, ..Self::default() };
+        let mut clocks = Vec::new();
+        loop {
+            match read_chunk(&mut file) {
+                Ok(Some((kind, track, contents))) => trace.take(kind, track, &contents, &mut clocks),
+                Ok(None) => break,
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => break,
+                Err(error) if error.kind() == ErrorKind::InvalidData => {
+                    return Err(format(&error.to_string()));
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        trace.set_clock(&clocks);
+        trace.events.sort_by_key(|(_, event)| event.time);
+        Ok(trace)
+    }
+
+    fn take(&mut self, kind: u32, track: u32, contents: &[u8], clocks: &mut Vec<[u64; 2]>) {
+        match kind {
+            NAME => _ = self.tracks.insert(track, String::from_utf8_lossy(contents).into_owned()),
+            EVENTS => {
+                let events = contents.chunks_exact(size_of::<Event>());
+                self.events
+                    .extend(events.filter_map(|bytes| Some((track, Event::read_from_bytes(bytes).ok()?))));
+            }
+            DROPPED => {
+                let count = <[u8; 8]>::try_from(contents).map_or(0, u64::from_le_bytes);
+                let all = self.dropped.entry(track).or_default();
+                *all = all.saturating_add(count);
+            }
+            CLOCK => clocks.extend(<[u64; 2]>::read_from_bytes(contents)),
+            // Of a later version.
+            _ => {}
+        }
+    }
+
+    /// From the first pair of ticks and nanoseconds and the last, which may be the same in a trace that was cut off: then
+    /// ticks are shown as if there were one a nanosecond.
+    fn set_clock(&mut self, clocks: &[[u64; 2]]) {
+        let (first, last) =
+            (clocks.first().copied().unwrap_or_default(), clocks.last().copied().unwrap_or_default());
+        self.start = first[0];
+        let (ticks, ns) = (last[0].wrapping_sub(first[0]), last[1].saturating_sub(first[1]));
+        self.rate = if ticks == 0 || ns == 0 { 1.0 } else { ns as f64 / ticks as f64 };
+    }
+
+    /// Nanoseconds that `ticks` are.
+    pub fn ns(&self, ticks: u64) -> f64 {
+        ticks as f64 * self.rate
+    }
+
+    /// Nanoseconds from the start of the recording to `time`.
+    pub fn since_start(&self, time: u64) -> f64 {
+        time.wrapping_sub(self.start).cast_signed() as f64 * self.rate
+    }
+}
+
+fn read_number(file: &mut impl Read) -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    file.read_exact(&mut bytes)?;
+    Ok(u32::from_le_bytes(bytes))
+}
+
+/// The next chunk; `None` at the end.
+fn read_chunk(file: &mut impl Read) -> io::Result<Option<(u32, u32, Vec<u8>)>> {
+    let kind = match read_number(file) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
+        result => result?,
+    };
+    let (track, length) = (read_number(file)?, read_number(file)?);
+    if length > MAX_CHUNK {
+        return Err(io::Error::new(ErrorKind::InvalidData, "a chunk is too long"));
+    }
+    // Grows as it is read: the length is the file's word only.
+    let mut contents = Vec::new();
+    if file.take(length.into()).read_to_end(&mut contents)? < length as usize {
+        return Err(ErrorKind::UnexpectedEof.into());
+    }
+    Ok(Some((kind, track, contents)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recorder::Kind;
+
+    fn event(value: u64) -> Event {
+        let (time, kind) = (clock::ticks(), Kind::PioOut as u8);
+        Event { time, value, kind, size: 1, count: 1, ..Event::default() }
+    }
+
+    fn record(path: &Path) {
+        let recorder = Arc::<Recorder>::default();
+        let header = Header { vmm: "1".to_owned(), ..Header::default() };
+        let recording = Recording::start(path, &header, recorder.clone()).unwrap();
+        assert!(recorder.is_on());
+        let (mut a, mut b) = (recorder.track("vcpu0"), recorder.track("vcpu1"));
+        for value in 0..10 {
+            a.write(event(value));
+            b.write(event(100 + value));
+        }
+        recording.finish().unwrap();
+        assert!(!recorder.is_on());
+    }
+
+    #[test]
+    fn what_was_recorded_is_read_in_order_of_time() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        record(file.path());
+        let trace = Trace::read(file.path()).unwrap();
+        assert_eq!(trace.header.vmm, "1");
+        assert_eq!(trace.tracks.values().collect::<Vec<_>>(), ["vcpu0", "vcpu1"]);
+        let values: Vec<_> = trace.events.iter().map(|(track, event)| (*track, event.value)).collect();
+        let expected: Vec<_> = (0..10).flat_map(|value| [(0, value), (1, 100 + value)]).collect();
+        assert_eq!(values, expected);
+        let times: Vec<_> = trace.events.iter().map(|(_, event)| trace.since_start(event.time)).collect();
+        assert!(times[0] >= 0.0 && times[19] < 60e9, "{times:?}");
+    }
+
+    #[test]
+    fn a_file_that_was_cut_off_is_read_as_far_as_it_goes_and_garbage_is_an_error() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        record(file.path());
+        let whole = std::fs::read(file.path()).unwrap();
+        let header = 12 + u32::from_le_bytes(whole[8..12].try_into().unwrap()) as usize;
+        for len in 0..whole.len() {
+            std::fs::write(file.path(), &whole[..len]).unwrap();
+            assert_eq!(Trace::read(file.path()).is_ok(), len >= header, "{len}");
+        }
+        let mut bad = whole.clone();
+        bad[header + 8..header + 12].fill(0xff);
+        std::fs::write(file.path(), &bad).unwrap();
+        assert!(matches!(Trace::read(file.path()), Err(Error::Format { .. })), "a chunk of 4 GiB");
+    }
+}

@@ -1,0 +1,11 @@
+//! Traces: what the recorder took down, kept in a file and told as sentences.
+//!
+//! [`file`] writes and reads traces; [`reasons`] names the hardware's exit reasons, [`devices`] what an access meant to its
+//! device, [`symbols`] and [`code`] where in the guest it was; [`report`] puts them into lines and statistics.
+
+pub mod code;
+pub mod devices;
+pub mod file;
+pub mod reasons;
+pub mod report;
+pub mod symbols;

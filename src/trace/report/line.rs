@@ -1,0 +1,121 @@
+//! One event as a line, or as a JSON object.
+
+use std::io::{self, Write};
+
+use serde_json::{Value, json};
+
+use super::{Report, duration};
+use crate::recorder::{Event, Kind};
+use crate::trace::{devices, reasons};
+
+const DIM: &str = "\x1b[2m";
+const BOLD: &str = "\x1b[1m";
+const PLAIN: &str = "\x1b[0m";
+
+impl Report<'_> {
+    /// `vcpu0 +12.345ms  serial8250_console_putchar+0x15  out dx,al | VT-x 30 I/O instruction (out 1B 0x3f8) | serial THR <- 'H' |
+    /// 1.80us`
+    pub(super) fn line(&self, track: u32, event: &Event, out: &mut dyn Write) -> io::Result<()> {
+        let Some(kind) = event.kind() else { return Ok(()) };
+        let [dim, bold, plain] = if self.colour { [DIM, BOLD, PLAIN] } else { [""; 3] };
+        let time = format!("+{:.3}ms", self.trace.since_start(event.time) / 1e6);
+        let took = duration(self.trace.ns(event.handled.into()));
+        write!(out, "{dim}{:<8} {time:>12}{plain}  ", self.track(track))?;
+        if !kind.is_exit() {
+            return writeln!(out, "{} {dim}| {took}{plain}", worker(kind, event));
+        }
+        let (rip, instruction) = self.code.instruction(event);
+        let place = if rip == 0 { "?".to_owned() } else { self.symbols.name(rip) };
+        let instruction = instruction.unwrap_or_default();
+        let hardware = self.reason(kind, event);
+        let answer = devices::tell(&self.trace.header, event).unwrap_or_else(|| monitor(kind).to_owned());
+        writeln!(
+            out,
+            "{place:<40} {instruction:<28} {dim}|{plain} {hardware:<52} {dim}|{plain} {bold}{answer}{plain} {dim}| {took}{plain}"
+        )
+    }
+
+    /// The hardware's reason, in the terms of the processor that the trace was made on.
+    pub(super) fn reason(&self, kind: Kind, event: &Event) -> String {
+        let amd = self.trace.header.vendor == "AuthenticAMD";
+        let name = match reasons::of(kind) {
+            Some(reason) if amd => format!("AMD-V {:#x} {}", reason.svm, reasons::svm_name(reason.svm)),
+            Some(reason) => format!("VT-x {} {}", reason.vtx, reasons::vtx_name(reason.vtx)),
+            None => plain_name(kind).to_owned(),
+        };
+        match reasons::qualification(event) {
+            Some(qualification) => format!("{name} ({qualification})"),
+            None => name,
+        }
+    }
+
+    /// All that is known, for programs. Reasons in both architectures' terms.
+    pub(super) fn object(&self, track: u32, event: &Event) -> Value {
+        let kind = event.kind();
+        let reason = kind.and_then(reasons::of);
+        let (rip, instruction) = self.code.instruction(event);
+        json!({
+            "track": self.track(track),
+            "ns": self.trace.since_start(event.time),
+            "kind": kind.map(plain_name),
+            "rip": format!("{rip:#x}"),
+            "symbol": self.symbols.find(rip).map(|(name, offset)| format!("{name}+{offset:#x}")),
+            "instruction": instruction,
+            "vtx": reason.map(|reason| json!({"number": reason.vtx, "name": reasons::vtx_name(reason.vtx)})),
+            "svm": reason.map(|reason| json!({"code": reason.svm, "name": reasons::svm_name(reason.svm)})),
+            "address": event.address,
+            "size": event.size,
+            "count": event.count,
+            "value": event.value,
+            "device": devices::name(&self.trace.header, event),
+            "answer": devices::tell(&self.trace.header, event),
+            "guest_ns": self.trace.ns(event.guest),
+            "handled_ns": self.trace.ns(event.handled.into()),
+        })
+    }
+}
+
+/// What a device's worker did.
+fn worker(kind: Kind, event: &Event) -> String {
+    match kind {
+        Kind::Queue => format!("takes queue {} up: {} completed", event.address, event.value),
+        Kind::Source => format!("looks at its host end {}: {} completed", event.address, event.value),
+        Kind::Interrupt if event.address == u64::MAX => {
+            "interrupts the guest: configuration changed".to_owned()
+        }
+        Kind::Interrupt => format!("interrupts the guest: queue {} has used buffers", event.address),
+        _ => plain_name(kind).to_owned(),
+    }
+}
+
+/// What the monitor does about an exit that is no device's.
+fn monitor(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Kicked => "back to the monitor",
+        Kind::Shutdown | Kind::SystemEvent | Kind::FailEntry | Kind::InternalError => "the run ends",
+        _ => "goes on",
+    }
+}
+
+/// A kind in one word.
+pub(super) fn plain_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::PioIn => "in",
+        Kind::PioOut => "out",
+        Kind::MmioRead => "mmio read",
+        Kind::MmioWrite => "mmio write",
+        Kind::Halt => "halt",
+        Kind::Shutdown => "shutdown",
+        Kind::SystemEvent => "system event",
+        Kind::FailEntry => "failed entry",
+        Kind::InternalError => "internal error",
+        Kind::Debug => "debug",
+        Kind::IoApicEoi => "EOI",
+        Kind::Kicked => "signal",
+        Kind::Other => "other",
+        Kind::Code => "code",
+        Kind::Queue => "queue",
+        Kind::Source => "host end",
+        Kind::Interrupt => "interrupt",
+    }
+}

@@ -1,0 +1,90 @@
+//! A trace for people and programs: one line per event, statistics, JSON.
+
+mod filter;
+mod line;
+mod stats;
+
+pub use filter::Filter;
+pub use stats::Stats;
+
+use std::io::{self, Write};
+
+use super::code::Code;
+use super::file::Trace;
+use super::symbols::Symbols;
+
+/// A trace with what is needed to tell it.
+#[derive(Debug)]
+pub struct Report<'a> {
+    /// The events.
+    pub trace: &'a Trace,
+    /// The guest's names; empty if there are none.
+    pub symbols: Symbols,
+    code: Code,
+    /// Colours, for a terminal.
+    pub colour: bool,
+}
+
+impl<'a> Report<'a> {
+    /// Of `trace`.
+    pub fn new(trace: &'a Trace, symbols: Symbols) -> Self {
+        Self { trace, symbols, code: Code::of(trace), colour: false }
+    }
+
+    /// One line per event that passes `filter`, to `out`; then what was lost.
+    ///
+    /// # Errors
+    /// As `out` has them: a closed pipe, most of all.
+    pub fn lines(&self, filter: &Filter, out: &mut dyn Write) -> io::Result<()> {
+        for (track, event) in &self.trace.events {
+            if filter.passes(self, *track, event) {
+                self.line(*track, event, out)?;
+            }
+        }
+        self.losses(out)
+    }
+
+    /// The same as a JSON object per line.
+    ///
+    /// # Errors
+    /// As for [`Report::lines`].
+    pub fn json(&self, filter: &Filter, out: &mut dyn Write) -> io::Result<()> {
+        for (track, event) in &self.trace.events {
+            if filter.passes(self, *track, event) {
+                serde_json::to_writer(&mut *out, &self.object(*track, event))?;
+                writeln!(out)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn losses(&self, out: &mut dyn Write) -> io::Result<()> {
+        for (track, count) in &self.trace.dropped {
+            writeln!(out, "{}: {count} events were lost: the ring was full", self.track(*track))?;
+        }
+        Ok(())
+    }
+
+    /// A track's name.
+    fn track(&self, number: u32) -> &str {
+        self.trace.tracks.get(&number).map_or("?", String::as_str)
+    }
+}
+
+/// Nanoseconds in three digits or so: "1.8us".
+pub fn duration(ns: f64) -> String {
+    let (value, unit) = match ns.abs() {
+        n if n < 1e3 => return format!("{ns:.0}ns"),
+        n if n < 1e6 => (ns / 1e3, "us"),
+        n if n < 1e9 => (ns / 1e6, "ms"),
+        _ => (ns / 1e9, "s"),
+    };
+    let digits = if value.abs() < 10.0 {
+        2
+    } else if value.abs() < 100.0 {
+        1
+    } else {
+        0
+    };
+    format!("{value:.digits$}{unit}")
+}

@@ -1,0 +1,170 @@
+//! Statistics: what a run's exits were, who caused them and what they cost.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use super::line::plain_name;
+use super::{Filter, Report, duration};
+use crate::trace::devices;
+
+/// Counts and costs of the exits that pass a filter.
+#[derive(Debug, Serialize)]
+pub struct Stats {
+    /// Nanoseconds from the first event to the last.
+    pub span: f64,
+    /// By vCPU: where its time went.
+    pub vcpus: Vec<Share>,
+    /// By reason.
+    pub reasons: Vec<Row>,
+    /// By device.
+    pub devices: Vec<Row>,
+    /// By the guest's function.
+    pub symbols: Vec<Row>,
+}
+
+/// A vCPU's time, in nanoseconds.
+#[derive(Debug, Serialize)]
+pub struct Share {
+    /// Its name.
+    pub name: String,
+    /// In KVM_RUN: in the guest, halted, or in KVM.
+    pub guest: f64,
+    /// In the monitor.
+    pub monitor: f64,
+}
+
+/// Exits that have something in common.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    /// What.
+    pub name: String,
+    /// How many.
+    pub count: usize,
+    /// Share of all handling time, 0 to 1.
+    pub share: f64,
+    /// Median handling time, nanoseconds.
+    pub p50: f64,
+    /// 99th percentile of it.
+    pub p99: f64,
+    /// How many took less than 1, 2, 4, 8 ... microseconds; the last: longer.
+    pub histogram: Vec<usize>,
+}
+
+/// Steps of a histogram.
+const STEPS: usize = 12;
+/// Rows of a table at most.
+const TOP: usize = 20;
+
+impl Report<'_> {
+    /// Works them out.
+    pub fn stats(&self, filter: &Filter) -> Stats {
+        let mut by_reason: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        let mut by_device: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        let mut by_symbol: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        let mut vcpus: BTreeMap<u32, (f64, f64)> = BTreeMap::new();
+        let (mut first, mut last) = (None, 0.0);
+        for (track, event) in &self.trace.events {
+            let Some(kind) = event.kind().filter(|kind| kind.is_exit()) else { continue };
+            if !filter.passes(self, *track, event) {
+                continue;
+            }
+            let took = self.trace.ns(event.handled.into());
+            last = self.trace.since_start(event.time);
+            first.get_or_insert(last);
+            let vcpu = vcpus.entry(*track).or_default();
+            vcpu.0 += self.trace.ns(event.guest);
+            vcpu.1 += took;
+            by_reason.entry(plain_name(kind).to_owned()).or_default().push(took);
+            if let Some(name) = devices::name(&self.trace.header, event) {
+                by_device.entry(name.to_owned()).or_default().push(took);
+            }
+            let symbol =
+                self.symbols.find(self.code.instruction(event).0).map_or("(no symbol)", |(name, _)| name);
+            by_symbol.entry(symbol.to_owned()).or_default().push(took);
+        }
+        let all: f64 = by_reason.values().flatten().sum();
+        Stats {
+            span: last - first.unwrap_or(last),
+            vcpus: vcpus
+                .into_iter()
+                .map(|(track, (guest, monitor))| Share { name: self.track(track).to_owned(), guest, monitor })
+                .collect(),
+            reasons: rows(by_reason, all),
+            devices: rows(by_device, all),
+            symbols: rows(by_symbol, all),
+        }
+    }
+
+    /// [`Report::stats`] as tables.
+    ///
+    /// # Errors
+    /// As `out` has them.
+    pub fn write_stats(&self, filter: &Filter, out: &mut dyn Write) -> io::Result<()> {
+        let stats = self.stats(filter);
+        let exits: usize = stats.reasons.iter().map(|row| row.count).sum();
+        writeln!(out, "{exits} exits reached the monitor in {}", duration(stats.span))?;
+        for Share { name, guest, monitor } in &stats.vcpus {
+            let share = 100.0 * monitor / (guest + monitor).max(1.0);
+            writeln!(
+                out,
+                "{name}: {} in KVM_RUN, {} in the monitor ({share:.1}%)",
+                duration(*guest),
+                duration(*monitor)
+            )?;
+        }
+        for (title, rows) in
+            [("reason", &stats.reasons), ("device", &stats.devices), ("guest function", &stats.symbols)]
+        {
+            writeln!(
+                out,
+                "\n{title:<40} {:>8} {:>6} {:>8} {:>8}  histogram: <1us, <2us, <4us ...",
+                "count", "share", "p50", "p99"
+            )?;
+            for row in rows.iter().take(TOP) {
+                writeln!(
+                    out,
+                    "{:<40} {:>8} {:>5.1}% {:>8} {:>8}  {}",
+                    row.name,
+                    row.count,
+                    100.0 * row.share,
+                    duration(row.p50),
+                    duration(row.p99),
+                    bars(&row.histogram)
+                )?;
+            }
+            if rows.len() > TOP {
+                writeln!(out, "... and {} more", rows.len() - TOP)?;
+            }
+        }
+        self.losses(out)
+    }
+}
+
+/// The costliest first.
+fn rows(groups: BTreeMap<String, Vec<f64>>, all: f64) -> Vec<Row> {
+    let mut rows: Vec<Row> = groups
+        .into_iter()
+        .map(|(name, mut took)| {
+            took.sort_by(f64::total_cmp);
+            let at = |share: f64| took[((took.len() - 1) as f64 * share).round() as usize];
+            let mut histogram = vec![0; STEPS];
+            for ns in &took {
+                let step = (ns / 1e3).max(1.0).log2().ceil() as usize;
+                histogram[step.min(STEPS - 1)] += 1;
+            }
+            let share = if all > 0.0 { took.iter().sum::<f64>() / all } else { 0.0 };
+            Row { name, count: took.len(), share, p50: at(0.5), p99: at(0.99), histogram }
+        })
+        .collect();
+    rows.sort_by(|a, b| b.share.total_cmp(&a.share).then(b.count.cmp(&a.count)));
+    rows
+}
+
+/// A histogram as a row of bars.
+fn bars(histogram: &[usize]) -> String {
+    const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let most = histogram.iter().copied().max().unwrap_or(0).max(1);
+    histogram.iter().map(|count| BARS[(count * 8).div_ceil(most)]).collect()
+}

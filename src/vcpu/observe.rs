@@ -1,0 +1,140 @@
+//! [`Observer`]: the run loop's turn when a recorder is on: the same run and dispatch, with an [`Event`] made of it.
+
+use super::Shared;
+use super::code;
+use super::dispatch::{Next, dispatch};
+use crate::kvm::exit::Exit;
+use crate::kvm::{Error, Vcpu};
+use crate::memory::GuestRam;
+use crate::recorder::{Event, Kind, Track, clock};
+
+/// Places whose code has been recorded lately, by the low bits of their address.
+const SEEN: usize = 1024;
+
+/// What a vCPU thread keeps while it records.
+#[derive(Debug, Default)]
+pub struct Observer(Option<Observing>);
+
+#[derive(Debug)]
+struct Observing {
+    track: Track,
+    /// RIPs whose code stands in the record.
+    seen: Box<[u64; SEEN]>,
+    has_rip: bool,
+}
+
+impl Observer {
+    /// Runs the guest until its next exit, answers that, and records it.
+    pub fn turn(&mut self, vcpu: &mut Vcpu, shared: &Shared) -> Result<Next, Error> {
+        let this = self.0.get_or_insert_with(|| Observing {
+            track: shared.recorder.track(&format!("vcpu{}", vcpu.id())),
+            seen: Box::new([0; SEEN]),
+            has_rip: vcpu.keep_registers(true),
+        });
+        let entered = clock::ticks();
+        let (rip, mut exit) = vcpu.run_observed()?;
+        let time = clock::ticks();
+        let mut event = Event { time, guest: time.wrapping_sub(entered), rip, ..before(&exit) };
+        let next = dispatch(&mut exit, &shared.buses);
+        // What was read is there only now.
+        event.value = value(&exit).unwrap_or(event.value);
+        event.handled = u32::try_from(clock::ticks().wrapping_sub(time)).unwrap_or(u32::MAX);
+        if this.has_rip && event.kind().is_some_and(|kind| kind < Kind::Shutdown) {
+            this.code(vcpu, &shared.ram, &event);
+        }
+        this.track.write(event);
+        Ok(next)
+    }
+}
+
+impl Observing {
+    /// Records the code at the event's RIP, unless that was done lately.
+    fn code(&mut self, vcpu: &Vcpu, ram: &GuestRam, event: &Event) {
+        let seen = &mut self.seen[(event.rip as usize ^ (event.rip >> 12) as usize) % SEEN];
+        if *seen == event.rip {
+            return;
+        }
+        *seen = event.rip;
+        let Ok(sregs) = vcpu.sregs() else { return };
+        let bits = match (sregs.cs.l, sregs.cs.db) {
+            (1, _) => 64,
+            (_, 1) => 32,
+            _ => 16,
+        };
+        // KVM's emulator is done with an instruction that writes before it leaves: RIP is behind it then.
+        let written = matches!(event.kind(), Some(Kind::PioOut | Kind::MmioWrite));
+        let before = event.rip.checked_sub(code::MAX as u64).filter(|_| written);
+        for rip in before.into_iter().chain([event.rip]) {
+            let mut bytes = [0; 16];
+            let linear = sregs.cs.base.wrapping_add(rip);
+            let count = code::read(vcpu, ram, linear, &mut bytes[..code::MAX]) as u8;
+            let [address, value] =
+                [0, 8].map(|at| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i])));
+            let (time, kind) = (event.time, Kind::Code as u8);
+            self.track.write(Event {
+                time,
+                rip,
+                address,
+                value,
+                kind,
+                size: bits,
+                count,
+                ..Event::default()
+            });
+        }
+    }
+}
+
+/// What is known before the exit is answered.
+fn before(exit: &Exit<'_>) -> Event {
+    let event = |kind: Kind, address: u64, value: u64| Event {
+        kind: kind as u8,
+        address,
+        value,
+        count: 1,
+        ..Event::default()
+    };
+    let elements = |data: &[u8], size: usize| (data.len() / size.max(1)).min(255) as u8;
+    match exit {
+        Exit::PioIn { port, size, data } => {
+            let count = elements(data, *size);
+            Event { size: *size as u8, count, ..event(Kind::PioIn, (*port).into(), 0) }
+        }
+        Exit::PioOut { port, size, data } => {
+            let (count, value) = (elements(data, *size), number(&data[..*size.min(&data.len())]));
+            Event { size: *size as u8, count, ..event(Kind::PioOut, (*port).into(), value) }
+        }
+        Exit::MmioRead { address, data } => {
+            Event { size: data.len() as u8, ..event(Kind::MmioRead, *address, 0) }
+        }
+        Exit::MmioWrite { address, data } => {
+            Event { size: data.len() as u8, ..event(Kind::MmioWrite, *address, number(data)) }
+        }
+        Exit::Halt => event(Kind::Halt, 0, 0),
+        Exit::Shutdown => event(Kind::Shutdown, 0, 0),
+        Exit::SystemEvent(number) => event(Kind::SystemEvent, (*number).into(), 0),
+        Exit::FailEntry { reason, .. } => event(Kind::FailEntry, 0, *reason),
+        Exit::InternalError { suberror, .. } => event(Kind::InternalError, (*suberror).into(), 0),
+        Exit::Debug { .. } => event(Kind::Debug, 0, 0),
+        Exit::IoApicEoi(vector) => event(Kind::IoApicEoi, (*vector).into(), 0),
+        Exit::Kicked => event(Kind::Kicked, 0, 0),
+        Exit::Other(number) => event(Kind::Other, (*number).into(), 0),
+    }
+}
+
+/// What a read was answered with.
+fn value(exit: &Exit<'_>) -> Option<u64> {
+    match exit {
+        Exit::PioIn { size, data, .. } => Some(number(&data[..*size.min(&data.len())])),
+        Exit::MmioRead { data, .. } => Some(number(data)),
+        _ => None,
+    }
+}
+
+/// Up to 8 bytes as a little-endian number.
+fn number(bytes: &[u8]) -> u64 {
+    let mut all = [0; 8];
+    let len = bytes.len().min(8);
+    all[..len].copy_from_slice(&bytes[..len]);
+    u64::from_le_bytes(all)
+}
