@@ -1,11 +1,12 @@
 //! `vmm trace`: records a run and tells it, or tells an earlier record.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::exit::{Code, Failure};
@@ -70,6 +71,9 @@ struct View {
     /// JSON: an object per line, or one with the statistics
     #[arg(long)]
     json: bool,
+    /// Write the record in the format that ui.perfetto.dev opens (Chromium's trace events)
+    #[arg(long, value_name = "FILE")]
+    perfetto: Option<PathBuf>,
     /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms [default: looked for beside the kernel]
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
@@ -151,6 +155,14 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
     };
     let mut report = Report::new(&trace, symbols);
     report.colour = io::stdout().is_terminal();
+    if let Some(path) = &view.perfetto {
+        let written = File::create(path).map(BufWriter::new).and_then(|mut out| {
+            report.perfetto(&filter, &mut out)?;
+            out.flush()
+        });
+        let context = || format!("write {}", path.display());
+        return written.with_context(context).map_err(|error| Failure::new(Code::Host, error));
+    }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match (view.stats, view.json) {
         (true, true) => serde_json::to_writer_pretty(&mut out, &report.stats(&filter))

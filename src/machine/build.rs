@@ -69,7 +69,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     }
     for (device, at) in virtio::Device::list(config).iter().zip(&platform.virtio_mmio) {
         let (name, base) = (device.name(), u64::from(at.base));
-        let mmio = Mmio::new(&*vm, memory.ram(), base, at.gsi, &name, device.build(ends)?)?;
+        let mmio = Mmio::new(&*vm, memory.ram(), base, at.gsi, &name, device.build(ends)?, recorder)?;
         board.memory(&name, base, layout::VIRTIO_MMIO_SIZE, shared(mmio))?;
     }
     if config.serial != Where::Off {

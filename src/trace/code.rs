@@ -30,22 +30,39 @@ impl Code {
     /// Where the instruction is that `event` came from, and the instruction in Intel's syntax, where the trace has its code.
     ///
     /// RIP is at the instruction as a rule; but KVM's emulator finishes one that writes before it leaves the guest, and RIP is
-    /// behind it. What ends there and makes just such an access is then taken for it, the longest if there are several
-    /// (the shorter ones lack its prefixes).
+    /// behind it. The code before RIP is then read forwards from each byte: the beginnings that lead to RIP soon agree, and
+    /// what most of them end with is taken, if it makes just such an access.
     pub fn instruction(&self, event: &Event) -> (u64, Option<String>) {
         let at = self.decode(event.rip, 0);
         if at.is_some_and(|instruction| fits(&instruction, event)) {
             return (event.rip, at.map(|instruction| text(&instruction)));
         }
         let start = event.rip.wrapping_sub(MAX);
-        let before = (0..MAX as usize).find_map(|skip| {
-            let instruction = self.decode(start, skip)?;
-            (instruction.next_ip() == event.rip && fits(&instruction, event)).then_some(instruction)
-        });
-        match before {
-            Some(instruction) => (instruction.ip(), Some(text(&instruction))),
+        let mut votes: Vec<(usize, Instruction)> = Vec::new();
+        for last in (0..MAX as usize).filter_map(|skip| self.last_before(event.rip, start, skip)) {
+            match votes.iter_mut().find(|(_, known)| known.ip() == last.ip()) {
+                Some((count, _)) => *count += 1,
+                None if fits(&last, event) => votes.push((1, last)),
+                None => {}
+            }
+        }
+        match votes.into_iter().max_by_key(|(count, _)| *count) {
+            Some((_, instruction)) => (instruction.ip(), Some(text(&instruction))),
             None => (event.rip, at.map(|instruction| text(&instruction))),
         }
+    }
+
+    /// The instruction that ends at `rip` for who reads forwards from `skip` bytes behind `start`.
+    fn last_before(&self, rip: u64, start: u64, skip: usize) -> Option<Instruction> {
+        let mut at = skip;
+        while at < MAX as usize {
+            let instruction = self.decode(start, at)?;
+            at += instruction.len();
+            if instruction.next_ip() == rip {
+                return Some(instruction);
+            }
+        }
+        None
     }
 
     /// The instruction `skip` bytes into the code recorded for `start`.

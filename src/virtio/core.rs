@@ -22,6 +22,7 @@ use crate::bus::lock;
 use crate::event_loop::{Event, Handler, Worker};
 use crate::guest_warn;
 use crate::memory::GuestRam;
+use crate::recorder::{Event as Record, Kind, Recorder, Track, clock};
 use crate::state::{StateError, Stateful};
 
 bitflags! {
@@ -67,18 +68,40 @@ struct Parts {
     signals: Arc<Signals>,
     /// The configuration space as it was after the last callback.
     config: Vec<u8>,
+    recorder: Arc<Recorder>,
+    /// Made when something is recorded first.
+    track: Option<Track>,
+    /// The device's name, and its track's.
+    name: String,
+}
+
+/// What a callback is made for.
+#[derive(Clone, Copy)]
+enum Cause {
+    Queue(usize),
+    Source(usize),
+    /// The device comes to rest.
+    Drain,
 }
 
 impl Parts {
     /// One callback, with all that belongs around it.
-    fn call(&mut self, callback: impl FnOnce(&mut dyn VirtioDevice, &mut [Virtqueue])) {
+    fn call(&mut self, cause: Cause) {
         for queue in &mut self.queues {
             queue.allow(CHAINS_PER_CALL);
         }
-        callback(&mut *self.device, &mut self.queues);
+        let start = self.recorder.is_on().then(|| (clock::ticks(), self.completions()));
+        match cause {
+            Cause::Queue(index) => self.device.on_queue(index, &mut self.queues),
+            Cause::Source(index) => self.device.on_event(index, &mut self.queues),
+            Cause::Drain => self.device.drain(&mut self.queues),
+        }
         let mut changed = self.config_moved();
-        for (queue, doorbell) in self.queues.iter_mut().zip(&self.doorbells) {
-            queue.notify();
+        let mut interrupted = None;
+        for (index, (queue, doorbell)) in self.queues.iter_mut().zip(&self.doorbells).enumerate() {
+            if queue.notify() {
+                interrupted = Some(index as u64);
+            }
             if queue.is_broken() && !self.signals.needs_reset.swap(true, Ordering::SeqCst) {
                 // 2.1.2: with DRIVER_OK set, the driver hears of it by a configuration interrupt.
                 changed = true;
@@ -89,6 +112,33 @@ impl Parts {
         }
         if changed {
             self.notifier.config_changed();
+            interrupted = Some(u64::MAX);
+        }
+        if let Some((time, completions)) = start {
+            self.record(cause, time, completions, interrupted);
+        }
+    }
+
+    /// Requests completed so far, in all queues; it wraps.
+    fn completions(&self) -> u16 {
+        self.queues.iter().fold(0, |sum, queue| sum.wrapping_add(queue.position().next_used))
+    }
+
+    #[cold]
+    fn record(&mut self, cause: Cause, time: u64, completions: u16, interrupted: Option<u64>) {
+        let (kind, address) = match cause {
+            Cause::Queue(index) => (Kind::Queue, index as u64),
+            Cause::Source(index) => (Kind::Source, index as u64),
+            Cause::Drain => return,
+        };
+        let completed = self.completions().wrapping_sub(completions);
+        let track = self.track.get_or_insert_with(|| self.recorder.track(&self.name));
+        let now = clock::ticks();
+        let handled = u32::try_from(now.wrapping_sub(time)).unwrap_or(u32::MAX);
+        let (kind, value) = (kind as u8, completed.into());
+        track.write(Record { time, address, value, handled, kind, ..Record::default() });
+        if let Some(address) = interrupted {
+            track.write(Record { time: now, address, kind: Kind::Interrupt as u8, ..Record::default() });
         }
     }
 
@@ -122,11 +172,11 @@ impl Handler for Service {
             Some(doorbell) => {
                 // Before the look at the queue: a kick that comes after the look is then still there.
                 doorbell.clear();
-                lock(&self.parts).call(|device, queues| device.on_queue(index, queues));
+                lock(&self.parts).call(Cause::Queue(index));
             }
             None => {
                 let source = index - self.doorbells.len();
-                lock(&self.parts).call(|device, queues| device.on_event(source, queues));
+                lock(&self.parts).call(Cause::Source(source));
             }
         }
     }
@@ -160,7 +210,8 @@ pub struct State {
 }
 
 impl Core {
-    /// `device` at rest, called `name` (`virtio-blk0`), whose driver hears of things by `notifier`.
+    /// `device` at rest, called `name` (`virtio-blk0`), whose driver hears of things by `notifier`, and `recorder` of what it
+    /// does.
     ///
     /// # Errors
     /// The host is out of descriptors.
@@ -169,6 +220,7 @@ impl Core {
         ram: &Arc<GuestRam>,
         device: Box<dyn VirtioDevice>,
         notifier: Arc<dyn Notifier>,
+        recorder: &Arc<Recorder>,
     ) -> io::Result<Self> {
         let traits = device.traits();
         let doorbell = |_: &u16| Event::new();
@@ -182,6 +234,9 @@ impl Core {
             config: device.config().to_vec(),
             device,
             notifier,
+            recorder: recorder.clone(),
+            track: None,
+            name: name.to_owned(),
         };
         Ok(Self {
             name: name.to_owned(),
@@ -216,7 +271,7 @@ impl Core {
         if self.queue_ready(queue) && self.worker.is_some() {
             let mut parts = lock(&self.parts);
             if parts.device.served_by_vcpu(queue) {
-                return parts.call(|device, queues| device.on_queue(queue, queues));
+                return parts.call(Cause::Queue(queue));
             }
         }
         if let Some(doorbell) = self.doorbells.get(queue) {
@@ -392,14 +447,13 @@ impl Core {
     /// Comes to rest: the worker is gone and no work is in flight when it returns. Idempotent.
     pub fn pause(&mut self) {
         self.worker = None;
-        lock(&self.parts).call(|device, queues| {
-            device.drain(queues);
-            for (index, queue) in queues.iter().enumerate() {
-                if queue.in_flight() > 0 && queue.is_usable() {
-                    log::error!("queue {index}: {} requests left after drain", queue.in_flight());
-                }
+        let mut parts = lock(&self.parts);
+        parts.call(Cause::Drain);
+        for (index, queue) in parts.queues.iter().enumerate() {
+            if queue.in_flight() > 0 && queue.is_usable() {
+                log::error!("queue {index}: {} requests left after drain", queue.in_flight());
             }
-        });
+        }
     }
 
     /// Goes on, if the driver had started the device. Idempotent.

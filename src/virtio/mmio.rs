@@ -16,6 +16,7 @@ use super::queue::{Notifier, Setup};
 use crate::bus::{Device, Effect};
 use crate::guest_warn;
 use crate::memory::GuestRam;
+use crate::recorder::Recorder;
 use crate::state::{StateError, Stateful};
 use crate::vm::{Interrupt, IoEventAddress, Vm};
 
@@ -145,11 +146,12 @@ impl Mmio {
         gsi: u32,
         name: &str,
         device: Box<dyn VirtioDevice>,
+        recorder: &Arc<Recorder>,
     ) -> Result<Self, Error> {
         let name = || name.to_owned();
         let interrupt = vm.irq_line(gsi).map_err(|source| Error::Interrupt { name: name(), gsi, source })?;
         let line = Arc::new(Line { reasons: AtomicU32::new(0), interrupt });
-        let core = Core::new(&name(), ram, device, line.clone())
+        let core = Core::new(&name(), ram, device, line.clone(), recorder)
             .map_err(|source| Error::Events { name: name(), source })?;
         let by_worker = |(queue, _): &(usize, _)| !core.served_by_vcpu(*queue);
         for (queue, doorbell) in core.doorbells().iter().enumerate().filter(by_worker) {

@@ -302,16 +302,20 @@ impl Virtqueue {
     }
 
     /// Interrupts the driver for what was completed since the last call, if it wants that. The core calls this after
-    /// each callback; a device does so only to have the interrupt earlier.
-    pub fn notify(&mut self) {
+    /// each callback; a device does so only to have the interrupt earlier. True if it did.
+    pub fn notify(&mut self) -> bool {
         if !std::mem::take(&mut self.completed) || !self.is_usable() {
-            return;
+            return false;
         }
         match self.interrupt_wanted() {
-            Ok(true) => self.notifier.used(self.index),
+            Ok(true) => {
+                self.notifier.used(self.index);
+                return true;
+            }
             Ok(false) => {}
             Err(error) => self.fail(&error.to_string()),
         }
+        false
     }
 
     fn interrupt_wanted(&mut self) -> Result<bool, Broken> {

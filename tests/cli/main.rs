@@ -6,3 +6,4 @@ mod bad_input;
 mod images;
 mod lives;
 mod place;
+mod trace;

@@ -114,7 +114,7 @@ impl Guest {
     /// A fresh device in the place of another, with the guest's memory as it was.
     pub fn on(rest: Rest, device: Box<dyn VirtioDevice>) -> Self {
         let vm = FakeVm::default();
-        let mmio = Mmio::new(&vm, &rest.ram, BASE, GSI, "virtio-test", device).unwrap();
+        let mmio = Mmio::new(&vm, &rest.ram, BASE, GSI, "virtio-test", device, &Arc::default()).unwrap();
         let Rest { rings, features, ram, guards } = rest;
         Self { mmio, vm, rings, features, ram, guards }
     }

@@ -20,7 +20,10 @@ impl Report<'_> {
         let [dim, bold, plain] = if self.colour { [DIM, BOLD, PLAIN] } else { [""; 3] };
         let time = format!("+{:.3}ms", self.trace.since_start(event.time) / 1e6);
         let took = duration(self.trace.ns(event.handled.into()));
-        write!(out, "{dim}{:<8} {time:>12}{plain}  ", self.track(track))?;
+        write!(out, "{dim}{:<16} {time:>12}{plain}  ", self.track(track))?;
+        if kind == Kind::Interrupt {
+            return writeln!(out, "{}", worker(kind, event));
+        }
         if !kind.is_exit() {
             return writeln!(out, "{} {dim}| {took}{plain}", worker(kind, event));
         }

@@ -2,6 +2,7 @@
 
 mod filter;
 mod line;
+mod perfetto;
 mod stats;
 
 pub use filter::Filter;
