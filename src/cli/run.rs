@@ -80,7 +80,7 @@ fn live(
         }
         if let (true, Some(path)) = (first, trace) {
             let header = header(config, &machine.handle());
-            recording = Some(Recording::start(path, &header, recorder.clone())?);
+            recording = Some(Recording::start(path, header, recorder.clone())?);
         }
         first = false;
         running.built(machine.handle(), ptys);
@@ -119,6 +119,7 @@ fn header(config: &VmConfig, machine: &Handle) -> Header {
         vendor: vendor.map_or("", |(_, vendor)| vendor).to_owned(),
         ports: ranges(&machine.buses().pio),
         addresses: ranges(&machine.buses().mmio),
+        ..Header::default()
     }
 }
 

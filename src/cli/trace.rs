@@ -47,7 +47,7 @@ enum Command {
 /// What to show, and how.
 #[derive(Debug, Clone, clap::Args)]
 struct View {
-    /// Only these: pio, mmio, halt, virtio, other; with commas between
+    /// Only these: pio, mmio, halt, kvm (exits inside it), virtio, other; with commas between
     #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = kinds)]
     only: Vec<Kinds>,
     /// Only accesses to this port, or ports: 0x3f8, 0x3f8-0x3ff
@@ -87,7 +87,7 @@ struct View {
 struct Kinds(&'static [Kind]);
 
 fn kinds(word: &str) -> Result<Kinds, &'static str> {
-    Filter::kinds(word).map(Kinds).ok_or("it is pio, mmio, halt, virtio or other")
+    Filter::kinds(word).map(Kinds).ok_or("it is pio, mmio, halt, kvm, virtio or other")
 }
 
 fn number(text: &str) -> Result<u64, String> {

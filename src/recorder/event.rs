@@ -77,11 +77,14 @@ pub enum Kind {
     Source = 16,
     /// A device interrupts the guest: `address` is the queue, or all ones for a change of its configuration.
     Interrupt = 17,
+    /// An exit that KVM answered by itself: `address` and `value` are what hardware says of it, `count` the number of its
+    /// reason in the trace. Not recorded by threads, but read from the kernel.
+    InKernel = 18,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::PioIn,
         Self::PioOut,
         Self::MmioRead,
@@ -99,9 +102,10 @@ impl Kind {
         Self::Queue,
         Self::Source,
         Self::Interrupt,
+        Self::InKernel,
     ];
 
-    /// Whether it is an exit of a vCPU.
+    /// Whether it is an exit of a vCPU that reached the monitor.
     pub fn is_exit(self) -> bool {
         self <= Self::Other
     }

@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::recorder::{Event, Recorder, Taken, clock};
+use super::kernel::KernelExits;
+use crate::recorder::{Event, Kind, Recorder, Taken, clock};
 
 /// The first bytes of a trace file; the last is the version.
 pub const MAGIC: [u8; 8] = *b"vmmtrac\x01";
@@ -38,6 +39,11 @@ const EVENTS: u32 = 2;
 const DROPPED: u32 = 3;
 /// Ticks and nanoseconds since the start, 8 bytes each, read together.
 const CLOCK: u32 = 4;
+/// The name of the reason, as KVM writes it, whose number stands in place of the track.
+const REASON: u32 = 5;
+
+/// Tracks of exits inside KVM have this and the vCPU's number.
+const IN_KERNEL: u32 = 1 << 16;
 
 /// Why there is no trace.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +84,8 @@ pub struct Header {
     pub ports: Vec<Range>,
     /// Devices by guest address.
     pub addresses: Vec<Range>,
+    /// Where the exits inside KVM are from; or why there are none.
+    pub in_kernel: String,
 }
 
 /// Where a device is.
@@ -110,15 +118,22 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// Creates the file, and switches `recorder` on.
+    /// Creates the file, and switches `recorder` on. To be called by the thread that will start the vCPUs' threads, before it
+    /// does: the kernel's events are those of its descendants.
     ///
     /// # Errors
     /// [`Error::Io`]
-    pub fn start(path: &Path, header: &Header, recorder: Arc<Recorder>) -> Result<Self, Error> {
+    pub fn start(path: &Path, mut header: Header, recorder: Arc<Recorder>) -> Result<Self, Error> {
         let failed = |what| move |source| Error::Io { what, path: path.to_owned(), source };
         let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed("create"))?);
         let start = Instant::now();
-        let json = serde_json::to_vec(header).unwrap_or_default();
+        let kernel = KernelExits::start();
+        header.in_kernel = match &kernel {
+            Ok(_) => "tracefs, kvm:kvm_exit".to_owned(),
+            Err(error) => format!("not recorded: {error}"),
+        };
+        let mut kernel = kernel.ok();
+        let json = serde_json::to_vec(&header).unwrap_or_default();
         let write = |file: &mut BufWriter<File>| {
             file.write_all(&MAGIC)?;
             file.write_all(&(json.len() as u32).to_le_bytes())?;
@@ -129,10 +144,13 @@ impl Recording {
         let (stop, stopped) = channel::<()>();
         let source = recorder.clone();
         let run = move || {
-            let mut known = 0;
+            let (mut known, mut reasons) = (0, 0);
             loop {
                 let over = stopped.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout);
                 drain(&mut file, &source, &mut known)?;
+                if let Some(kernel) = &mut kernel {
+                    drain_kernel(&mut file, kernel, &mut reasons, over)?;
+                }
                 if over {
                     write_clock(&mut file, start)?;
                     return file.flush();
@@ -205,6 +223,28 @@ fn drain(file: &mut impl Write, recorder: &Recorder, known: &mut usize) -> io::R
     result
 }
 
+/// Writes what the kernel has. `known` is how many reasons have been named.
+fn drain_kernel(
+    file: &mut impl Write,
+    kernel: &mut KernelExits,
+    known: &mut usize,
+    over: bool,
+) -> io::Result<()> {
+    let mut tracks: BTreeMap<u32, Vec<Event>> = BTreeMap::new();
+    kernel.take(&mut |vcpu, event| tracks.entry(vcpu).or_default().push(event));
+    for (number, reason) in kernel.reasons().iter().enumerate().skip(*known) {
+        chunk(file, REASON, number, reason.as_bytes())?;
+    }
+    *known = kernel.reasons().len();
+    for (vcpu, events) in tracks {
+        chunk(file, EVENTS, (IN_KERNEL + vcpu % IN_KERNEL) as usize, events.as_bytes())?;
+    }
+    match if over { kernel.lost() } else { 0 } {
+        0 => Ok(()),
+        lost => chunk(file, DROPPED, IN_KERNEL as usize, &lost.to_le_bytes()),
+    }
+}
+
 /// A trace in memory.
 #[derive(Debug, Default)]
 pub struct Trace {
@@ -216,6 +256,8 @@ pub struct Trace {
     pub events: Vec<(u32, Event)>,
     /// Events lost, by track.
     pub dropped: BTreeMap<u32, u64>,
+    /// Reasons of exits inside KVM, as it writes them, by number.
+    pub reasons: BTreeMap<u32, String>,
     /// Ticks at the start.
     start: u64,
     /// Nanoseconds per tick.
@@ -259,7 +301,44 @@ impl Trace {
         }
         trace.set_clock(&clocks);
         trace.events.sort_by_key(|(_, event)| event.time);
+        trace.join_kernel();
         Ok(trace)
+    }
+
+    /// Puts exits inside KVM on the tracks of their vCPUs. Those that went on to the monitor are there already.
+    fn join_kernel(&mut self) {
+        let numbers: BTreeMap<u32, u32> = self
+            .tracks
+            .iter()
+            .filter_map(|(track, name)| Some((name.strip_prefix("vcpu")?.parse().ok()?, *track)))
+            .collect();
+        let mut reached: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
+        for (track, event) in &self.events {
+            if event.kind().is_some_and(Kind::is_exit) {
+                reached.entry(*track).or_default().push(event.time);
+            }
+        }
+        let went_on = |track: u32, event: &Event| {
+            let times = reached.get(&track).map_or(&[][..], Vec::as_slice);
+            let next = times.partition_point(|time| *time < event.time);
+            times.get(next).is_some_and(|time| time - event.time <= event.handled.into())
+        };
+        let known = |track: u32| track.checked_sub(IN_KERNEL).map(|vcpu| numbers.get(&vcpu).copied());
+        for (track, _) in &mut self.events {
+            // A vCPU that never reached the monitor has no track of its own.
+            if let Some(Some(own)) = known(*track) {
+                *track = own;
+            }
+        }
+        self.events.retain(|(track, event)| event.kind() != Some(Kind::InKernel) || !went_on(*track, event));
+        for (track, _) in &self.events {
+            if let Some(vcpu) = track.checked_sub(IN_KERNEL) {
+                self.tracks.entry(*track).or_insert_with(|| format!("vcpu{vcpu}"));
+            }
+        }
+        if self.dropped.contains_key(&IN_KERNEL) {
+            self.tracks.entry(IN_KERNEL).or_insert_with(|| "KVM".to_owned());
+        }
     }
 
     fn take(&mut self, kind: u32, track: u32, contents: &[u8], clocks: &mut Vec<[u64; 2]>) {
@@ -276,6 +355,7 @@ impl Trace {
                 *all = all.saturating_add(count);
             }
             CLOCK => clocks.extend(<[u64; 2]>::read_from_bytes(contents)),
+            REASON => _ = self.reasons.insert(track, String::from_utf8_lossy(contents).into_owned()),
             // Of a later version.
             _ => {}
         }
@@ -329,7 +409,6 @@ fn read_chunk(file: &mut impl Read) -> io::Result<Option<(u32, u32, Vec<u8>)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recorder::Kind;
 
     fn event(value: u64) -> Event {
         let (time, kind) = (clock::ticks(), Kind::PioOut as u8);
@@ -339,7 +418,7 @@ mod tests {
     fn record(path: &Path) {
         let recorder = Arc::<Recorder>::default();
         let header = Header { vmm: "1".to_owned(), ..Header::default() };
-        let recording = Recording::start(path, &header, recorder.clone()).unwrap();
+        let recording = Recording::start(path, header, recorder.clone()).unwrap();
         assert!(recorder.is_on());
         let (mut a, mut b) = (recorder.track("vcpu0"), recorder.track("vcpu1"));
         for value in 0..10 {

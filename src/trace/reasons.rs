@@ -171,6 +171,74 @@ pub fn svm_name(code: u16) -> String {
     }
 }
 
+/// Names that KVM gives reasons in its trace events, where they are not those of the tables above in other letters: VT-x
+/// (arch/x86/include/uapi/asm/vmx.h).
+const KVM_VTX: [(&str, u16); 32] = [
+    ("EXCEPTION_NMI", 0),
+    ("EXTERNAL_INTERRUPT", 1),
+    ("TRIPLE_FAULT", 2),
+    ("INIT_SIGNAL", 3),
+    ("SIPI_SIGNAL", 4),
+    ("INTERRUPT_WINDOW", 7),
+    ("NMI_WINDOW", 8),
+    ("TASK_SWITCH", 9),
+    ("CR_ACCESS", 28),
+    ("DR_ACCESS", 29),
+    ("IO_INSTRUCTION", 30),
+    ("MSR_READ", 31),
+    ("MSR_WRITE", 32),
+    ("INVALID_STATE", 33),
+    ("MSR_LOAD_FAIL", 34),
+    ("MWAIT_INSTRUCTION", 36),
+    ("MONITOR_TRAP_FLAG", 37),
+    ("MONITOR_INSTRUCTION", 39),
+    ("PAUSE_INSTRUCTION", 40),
+    ("MCE_DURING_VMENTRY", 41),
+    ("TPR_BELOW_THRESHOLD", 43),
+    ("APIC_ACCESS", 44),
+    ("EOI_INDUCED", 45),
+    ("GDTR_IDTR", 46),
+    ("LDTR_TR", 47),
+    ("EPT_VIOLATION", 48),
+    ("EPT_MISCONFIG", 49),
+    ("PREEMPTION_TIMER", 52),
+    ("APIC_WRITE", 56),
+    ("PML_FULL", 62),
+    ("BUS_LOCK", 74),
+    ("NOTIFY", 75),
+];
+
+/// The same for AMD-V (svm.h there).
+const KVM_SVM: [(&str, u16); 9] = [
+    ("interrupt", 0x60),
+    ("io", 0x7b),
+    ("msr", 0x7c),
+    ("hypercall", 0x81),
+    ("DB excp", 0x41),
+    ("BP excp", 0x43),
+    ("UD excp", 0x46),
+    ("PF excp", 0x4e),
+    ("AC excp", 0x51),
+];
+
+/// The number and our name of the reason that KVM calls `name`: VT-x's if `vtx`, else AMD-V's.
+pub fn by_kvm_name(name: &str, vtx: bool) -> Option<(u16, String)> {
+    let given =
+        |table: &[(&str, u16)]| table.iter().find(|(known, _)| *known == name).map(|(_, number)| *number);
+    if vtx {
+        let plain =
+            || VTX.iter().find(|(_, known)| known.eq_ignore_ascii_case(name)).map(|(number, _)| *number);
+        let number = given(&KVM_VTX).or_else(plain)?;
+        return Some((number, vtx_name(number).to_owned()));
+    }
+    // "read_cr4" is CR4_READ.
+    let turned =
+        name.split_once('_').map_or_else(String::new, |(access, register)| format!("{register}_{access}"));
+    let is = |code: u16| [name, turned.as_str()].iter().any(|text| svm_name(code).eq_ignore_ascii_case(text));
+    let code = given(&KVM_SVM).or_else(|| (0..=0x403).find(|code| is(*code)))?;
+    Some((code, svm_name(code)))
+}
+
 /// The reason behind an exit that reached the monitor; `None` where hardware had no part in it (a signal to the thread), or
 /// where it cannot be told.
 ///
@@ -222,6 +290,16 @@ mod tests {
             assert_ne!(svm_name(reason.svm), "reserved");
         }
         assert_eq!((vtx_name(30), svm_name(0x7b).as_str()), ("I/O instruction", "IOIO"));
+        let name = |name, vtx| by_kvm_name(name, vtx).map(|(number, _)| number);
+        for (text, code) in
+            [("npf", 0x400), ("read_cr4", 4), ("write_dr0", 0x30), ("cpuid", 0x72), ("io", 0x7b)]
+        {
+            assert_eq!(name(text, false), Some(code), "{text}");
+        }
+        for (text, number) in [("EPT_VIOLATION", 48), ("CPUID", 10), ("HLT", 12), ("XSETBV", 55)] {
+            assert_eq!(name(text, true), Some(number), "{text}");
+        }
+        assert_eq!(name("nonsense", true).or(name("nonsense", false)), None);
         assert_eq!((vtx_name(35), svm_name(0x13).as_str()), ("reserved", "CR3_WRITE"));
     }
 }

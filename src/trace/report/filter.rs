@@ -24,12 +24,13 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// The kinds that a word of `--only` stands for: `pio`, `mmio`, `halt`, `virtio`, `other`.
+    /// The kinds that a word of `--only` stands for: `pio`, `mmio`, `halt`, `kvm`, `virtio`, `other`.
     pub fn kinds(word: &str) -> Option<&'static [Kind]> {
         Some(match word {
             "pio" => &[Kind::PioIn, Kind::PioOut],
             "mmio" => &[Kind::MmioRead, Kind::MmioWrite],
             "halt" => &[Kind::Halt],
+            "kvm" => &[Kind::InKernel],
             "virtio" => &[Kind::Queue, Kind::Source, Kind::Interrupt],
             "other" => &[
                 Kind::Shutdown,

@@ -21,6 +21,15 @@ impl Report<'_> {
         let time = format!("+{:.3}ms", self.trace.since_start(event.time) / 1e6);
         let took = duration(self.trace.ns(event.handled.into()));
         write!(out, "{dim}{:<16} {time:>12}{plain}  ", self.track(track))?;
+        if kind == Kind::InKernel {
+            let place = self.symbols.name(event.rip);
+            let reason = self.reason(kind, event);
+            return writeln!(
+                out,
+                "{place:<40} {:<28} {dim}|{plain} {reason:<52} {dim}| in KVM | {took}{plain}",
+                ""
+            );
+        }
         if kind == Kind::Interrupt {
             return writeln!(out, "{}", worker(kind, event));
         }
@@ -40,7 +49,10 @@ impl Report<'_> {
 
     /// The hardware's reason, in the terms of the processor that the trace was made on.
     pub(super) fn reason(&self, kind: Kind, event: &Event) -> String {
-        let amd = self.trace.header.vendor == "AuthenticAMD";
+        if kind == Kind::InKernel {
+            return self.kernel_reason(event);
+        }
+        let amd = self.is_amd();
         let name = match reasons::of(kind) {
             Some(reason) if amd => format!("AMD-V {:#x} {}", reason.svm, reasons::svm_name(reason.svm)),
             Some(reason) => format!("VT-x {} {}", reason.vtx, reasons::vtx_name(reason.vtx)),
@@ -49,6 +61,26 @@ impl Report<'_> {
         match reasons::qualification(event) {
             Some(qualification) => format!("{name} ({qualification})"),
             None => name,
+        }
+    }
+
+    /// Whether AMD-V's names are the hardware's.
+    fn is_amd(&self) -> bool {
+        self.trace.header.vendor == "AuthenticAMD"
+    }
+
+    fn kernel_reason(&self, event: &Event) -> String {
+        let name = self.trace.reasons.get(&event.count.into()).map_or("?", String::as_str);
+        let amd = self.is_amd();
+        let more = match name {
+            "npf" => format!(" (guest address {:#x})", event.value),
+            "EPT_VIOLATION" => format!(" (qualification {:#x})", event.address),
+            _ => String::new(),
+        };
+        match reasons::by_kvm_name(name, !amd) {
+            Some((code, name)) if amd => format!("AMD-V {code:#x} {name}{more}"),
+            Some((number, name)) => format!("VT-x {number} {name}{more}"),
+            None => format!("{name}{more}"),
         }
     }
 
@@ -72,6 +104,7 @@ impl Report<'_> {
             "value": event.value,
             "device": devices::name(&self.trace.header, event),
             "answer": devices::tell(&self.trace.header, event),
+            "in_kernel": (kind == Some(Kind::InKernel)).then(|| self.kernel_reason(event)),
             "guest_ns": self.trace.ns(event.guest),
             "handled_ns": self.trace.ns(event.handled.into()),
         })
@@ -120,5 +153,6 @@ pub(super) fn plain_name(kind: Kind) -> &'static str {
         Kind::Queue => "queue",
         Kind::Source => "host end",
         Kind::Interrupt => "interrupt",
+        Kind::InKernel => "in KVM",
     }
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::line::plain_name;
 use super::{Filter, Report, duration};
+use crate::recorder::Kind;
 use crate::trace::devices;
 
 /// Counts and costs of the exits that pass a filter.
@@ -18,6 +19,8 @@ pub struct Stats {
     pub vcpus: Vec<Share>,
     /// By reason.
     pub reasons: Vec<Row>,
+    /// Exits that KVM answered by itself, by reason.
+    pub in_kernel: Vec<Row>,
     /// By device.
     pub devices: Vec<Row>,
     /// By the guest's function.
@@ -61,16 +64,21 @@ impl Report<'_> {
     /// Works them out.
     pub fn stats(&self, filter: &Filter) -> Stats {
         let mut by_reason: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        let mut by_kernel: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         let mut by_device: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         let mut by_symbol: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         let mut vcpus: BTreeMap<u32, (f64, f64)> = BTreeMap::new();
         let (mut first, mut last) = (None, 0.0);
         for (track, event) in &self.trace.events {
-            let Some(kind) = event.kind().filter(|kind| kind.is_exit()) else { continue };
-            if !filter.passes(self, *track, event) {
+            let Some(kind) = event.kind().filter(|_| filter.passes(self, *track, event)) else { continue };
+            let took = self.trace.ns(event.handled.into());
+            if kind == Kind::InKernel {
+                let reason = self.trace.reasons.get(&event.count.into()).map_or("?", String::as_str);
+                by_kernel.entry(reason.to_owned()).or_default().push(took);
+            }
+            if !kind.is_exit() {
                 continue;
             }
-            let took = self.trace.ns(event.handled.into());
             last = self.trace.since_start(event.time);
             first.get_or_insert(last);
             let vcpu = vcpus.entry(*track).or_default();
@@ -92,6 +100,10 @@ impl Report<'_> {
                 .map(|(track, (guest, monitor))| Share { name: self.track(track).to_owned(), guest, monitor })
                 .collect(),
             reasons: rows(by_reason, all),
+            in_kernel: {
+                let all = by_kernel.values().flatten().sum();
+                rows(by_kernel, all)
+            },
             devices: rows(by_device, all),
             symbols: rows(by_symbol, all),
         }
@@ -114,9 +126,16 @@ impl Report<'_> {
                 duration(*monitor)
             )?;
         }
-        for (title, rows) in
-            [("reason", &stats.reasons), ("device", &stats.devices), ("guest function", &stats.symbols)]
-        {
+        writeln!(out, "exits inside KVM: {}", self.trace.header.in_kernel)?;
+        for (title, rows) in [
+            ("reason", &stats.reasons),
+            ("device", &stats.devices),
+            ("guest function", &stats.symbols),
+            ("inside KVM (share of that)", &stats.in_kernel),
+        ] {
+            if rows.is_empty() {
+                continue;
+            }
             writeln!(
                 out,
                 "\n{title:<40} {:>8} {:>6} {:>8} {:>8}  histogram: <1us, <2us, <4us ...",

@@ -1,0 +1,196 @@
+//! Exits that KVM answers by itself, from the kernel's own trace events (tracefs, `kvm:kvm_exit` and `kvm:kvm_entry`).
+//!
+//! A trace instance of our own, with the time-stamp counter as its clock, so that its times are the recorder's; filtered to
+//! this process and the threads that it starts. Needs root, as a rule. Source: Documentation/trace/ftrace.rst.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::recorder::{Event, Kind};
+
+/// Where tracefs is mounted.
+const ROOTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+/// The buffer's size for each processor, in KiB.
+const BUFFER_KIB: &str = "16384";
+
+/// The exits inside KVM, while they are wanted.
+#[derive(Debug)]
+pub struct KernelExits {
+    instance: PathBuf,
+    pipe: File,
+    /// Read, and not yet a whole line.
+    text: Vec<u8>,
+    parser: Parser,
+}
+
+/// What is made of the events' text.
+#[derive(Debug, Default)]
+struct Parser {
+    /// Reasons by their number in events: as KVM writes them.
+    reasons: Vec<String>,
+    /// By vCPU: the exit that has not been followed by an entry.
+    open: BTreeMap<u32, Event>,
+}
+
+impl KernelExits {
+    /// Asks the kernel for this process's exits, from now on.
+    ///
+    /// # Errors
+    /// It may not, or the host has no tracefs: then what it is, for the report.
+    pub fn start() -> io::Result<Self> {
+        let root = ROOTS.map(Path::new).into_iter().find(|root| root.join("instances").is_dir());
+        let root =
+            root.ok_or_else(|| io::Error::new(ErrorKind::NotFound, "no tracefs at /sys/kernel/tracing"))?;
+        let instance = root.join("instances").join(format!("vmm-{}", std::process::id()));
+        fs::create_dir(&instance)?;
+        Self::set_up(&instance).inspect_err(|_| _ = fs::remove_dir(&instance))
+    }
+
+    fn set_up(instance: &Path) -> io::Result<Self> {
+        let write = |file: &str, text: &str| {
+            let named = |error: io::Error| io::Error::new(error.kind(), format!("{file}: {error}"));
+            fs::write(instance.join(file), text).map_err(named)
+        };
+        write("trace_clock", "x86-tsc")?;
+        write("buffer_size_kb", BUFFER_KIB)?;
+        write("options/event-fork", "1")?;
+        write("set_event_pid", &std::process::id().to_string())?;
+        write("events/kvm/kvm_exit/enable", "1")?;
+        write("events/kvm/kvm_entry/enable", "1")?;
+        let pipe =
+            OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(instance.join("trace_pipe"))?;
+        Ok(Self { instance: instance.to_owned(), pipe, text: Vec::new(), parser: Parser::default() })
+    }
+
+    /// Takes what there is, in order: the vCPU and its exit, finished by the next entry. `count` is the number of its reason.
+    pub fn take(&mut self, sink: &mut dyn FnMut(u32, Event)) {
+        let mut space = [0; 1 << 16];
+        // An end for this turn, should the guest exit faster than this reads.
+        for _ in 0..256 {
+            match self.pipe.read(&mut space) {
+                Ok(0) => return,
+                Ok(count) => self.text.extend_from_slice(&space[..count]),
+                // Nothing more now; or the file is gone.
+                Err(_) => return,
+            }
+            let Some(end) = self.text.iter().rposition(|byte| *byte == b'\n') else { continue };
+            for line in self.text[..end].split(|byte| *byte == b'\n') {
+                if let Ok(line) = std::str::from_utf8(line) {
+                    self.parser.line(line, sink);
+                }
+            }
+            self.text.drain(..=end);
+        }
+    }
+
+    /// The reasons so far, by number.
+    pub fn reasons(&self) -> &[String] {
+        &self.parser.reasons
+    }
+
+    /// Events that the kernel's buffer had no room for.
+    pub fn lost(&self) -> u64 {
+        let processors = fs::read_dir(self.instance.join("per_cpu")).into_iter().flatten().flatten();
+        let overrun = |folder: fs::DirEntry| {
+            let stats = fs::read_to_string(folder.path().join("stats")).ok()?;
+            stats.lines().find_map(|line| line.strip_prefix("overrun: ")?.trim().parse::<u64>().ok())
+        };
+        processors.filter_map(overrun).sum()
+    }
+}
+
+impl Drop for KernelExits {
+    fn drop(&mut self) {
+        for event in ["kvm_exit", "kvm_entry"] {
+            let _ = fs::write(self.instance.join("events/kvm").join(event).join("enable"), "0");
+        }
+        // An instance in use is not removed: the pipe goes first.
+        if let Ok(null) = File::open("/dev/null") {
+            self.pipe = null;
+        }
+        if let Err(error) = fs::remove_dir(&self.instance) {
+            log::warn!("remove {}: {error}", self.instance.display());
+        }
+    }
+}
+
+impl Parser {
+    /// `  vcpu0-168  [001] d..1.  14644566076: kvm_exit: vcpu 0 reason npf rip 0x1000500 info1 0x100000014 info2 0x...`
+    fn line(&mut self, line: &str, sink: &mut dyn FnMut(u32, Event)) {
+        let Some((before, what, rest)) = ["kvm_exit", "kvm_entry"].into_iter().find_map(|name| {
+            let (before, rest) = line.split_once(&format!(": {name}: "))?;
+            Some((before, name, rest))
+        }) else {
+            return;
+        };
+        let Some(time) = before.split_whitespace().last().and_then(|word| word.parse().ok()) else { return };
+        let after = |key: &str| {
+            let mut words = rest.split([' ', ',']).filter(|word| !word.is_empty());
+            words.by_ref().find(|word| *word == key)?;
+            words.next()
+        };
+        let Some(vcpu) = after("vcpu").and_then(|word| word.parse().ok()) else { return };
+        if what == "kvm_entry" {
+            if let Some(mut event) = self.open.remove(&vcpu) {
+                event.handled = u32::try_from(u64::wrapping_sub(time, event.time)).unwrap_or(u32::MAX);
+                sink(vcpu, event);
+            }
+            return;
+        }
+        let hex = |key: &str| {
+            let word = after(key)?;
+            u64::from_str_radix(word.strip_prefix("0x").unwrap_or(word), 16).ok()
+        };
+        let reason =
+            rest.split_once("reason ").and_then(|(_, rest)| rest.split_once(" rip ")).map(|(name, _)| name);
+        let (Some(reason), Some(rip)) = (reason, hex("rip")) else { return };
+        let (address, value) = (hex("info1").unwrap_or(0), hex("info2").unwrap_or(0));
+        let (kind, count) = (Kind::InKernel as u8, self.number(reason));
+        self.open.insert(vcpu, Event { time, rip, address, value, kind, count, ..Event::default() });
+    }
+
+    /// The number of a reason. There are some hundred at most; those behind the 255th share the last.
+    fn number(&mut self, reason: &str) -> u8 {
+        let known = self.reasons.iter().position(|known| known == reason);
+        let number = known.unwrap_or_else(|| {
+            if self.reasons.len() < 255 {
+                self.reasons.push(reason.to_owned());
+            }
+            self.reasons.len() - 1
+        });
+        u8::try_from(number).unwrap_or(u8::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_lines_are_read() {
+        let text = "\
+           vcpu0-168     [001] d..1.  1000: kvm_exit: vcpu 0 reason npf rip 0x1000500 info1 0x0000000100000014 info2 0x0000000001000500 intr_info 0x0 error_code 0x0
+           vcpu1-169     [000] d..1.  1100: kvm_exit: vcpu 1 reason UD excp rip 0xffffffff81000000 info1 0x1 info2 0x2 intr_info 0x0 error_code 0x0
+           vcpu0-168     [001] d..1.  1500: kvm_entry: vcpu 0, rip 0x1000500
+           CPU:1 [LOST 3 EVENTS]
+           vcpu0-168     [001] d..1.  1700: kvm_exit: vcpu 0 reason npf rip 0x1 info1 0x0 info2 0x0
+           vcpu0-168     [001] d..1.  nonsense: kvm_entry: vcpu 0, rip 0x1
+           vcpu1-169     [000] d..1.  2100: kvm_entry: vcpu 1, rip 0x1
+           vcpu7-169     [000] d..1.  2200: kvm_entry: vcpu 7, rip 0x1";
+        let mut parser = Parser::default();
+        let mut seen = Vec::new();
+        for line in text.lines() {
+            parser.line(line, &mut |vcpu, event| {
+                seen.push((vcpu, event.time, event.handled, event.rip, event.value, event.count));
+            });
+        }
+        assert_eq!(parser.reasons, ["npf", "UD excp"]);
+        assert_eq!(
+            seen,
+            [(0, 1000, 500, 0x100_0500, 0x100_0500, 0), (1, 1100, 1000, 0xffff_ffff_8100_0000, 2, 1)]
+        );
+    }
+}
