@@ -77,9 +77,9 @@ struct View {
     /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms [default: looked for beside the kernel]
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
-    /// How far the guest's kernel runs from where it was linked (KASLR)
-    #[arg(long, value_name = "BYTES", value_parser = number, default_value = "0")]
-    kaslr_offset: u64,
+    /// How far the guest's kernel runs from where it was linked (KASLR) [default: found out, where the symbols are a vmlinux's]
+    #[arg(long, value_name = "BYTES", value_parser = number)]
+    kaslr_offset: Option<u64>,
 }
 
 /// What a word of `--only` stands for.
@@ -144,7 +144,7 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
         Some(path) => Symbols::read(path)?,
         None => trace.header.kernel.as_deref().and_then(Symbols::beside).unwrap_or_default(),
     };
-    symbols.set_shift(view.kaslr_offset);
+    symbols.set_shift(view.kaslr_offset.unwrap_or(0));
     let filter = Filter {
         only: view.only.iter().flat_map(|kinds| kinds.0).copied().collect(),
         port: view.port.clone(),
@@ -154,6 +154,9 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
         symbol: view.symbol.clone(),
     };
     let mut report = Report::new(&trace, symbols);
+    if view.kaslr_offset.is_none() {
+        report.find_shift();
+    }
     report.colour = io::stdout().is_terminal();
     if let Some(path) = &view.perfetto {
         let written = File::create(path).map(BufWriter::new).and_then(|mut out| {

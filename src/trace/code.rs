@@ -27,6 +27,11 @@ impl Code {
         Self { bytes: codes.map(|event| (event.rip, (bits(event), bytes(event)))).collect() }
     }
 
+    /// All code by its address: 15 bytes or fewer at each.
+    pub fn all(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        self.bytes.iter().map(|(address, (_, bytes))| (*address, bytes.as_slice()))
+    }
+
     /// Where the instruction is that `event` came from, and the instruction in Intel's syntax, where the trace has its code.
     ///
     /// RIP is at the instruction as a rule; but KVM's emulator finishes one that writes before it leaves the guest, and RIP is

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use object::{Object, ObjectSymbol, SymbolKind};
+use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
 
 /// A file's size at most: a vmlinux with debug information stays below.
 const MAX_FILE: u64 = 2 << 30;
@@ -37,6 +37,8 @@ pub struct Symbols {
     pub source: Option<PathBuf>,
     /// What is added to the table's addresses in the guest (KASLR).
     shift: u64,
+    /// Code by its address as linked, where the file has it.
+    code: Vec<(u64, Vec<u8>)>,
 }
 
 impl Symbols {
@@ -51,16 +53,16 @@ impl Symbols {
             return Err(failed(std::io::Error::other("it is too large")));
         }
         let bytes = fs::read(path).map_err(failed)?;
-        let mut table = match object::File::parse(&*bytes) {
-            Ok(file) => from_elf(&file),
-            Err(_) => from_list(&bytes),
+        let (mut table, code) = match object::File::parse(&*bytes) {
+            Ok(file) => (from_elf(&file), code(&file)),
+            Err(_) => (from_list(&bytes), Vec::new()),
         };
         if table.is_empty() {
             return Err(Error::None { path: path.to_owned() });
         }
         table.sort_by_key(|(address, _)| *address);
         table.dedup_by_key(|(address, _)| *address);
-        Ok(Self { table, source: Some(path.to_owned()), shift: 0 })
+        Ok(Self { table, source: Some(path.to_owned()), shift: 0, code })
     }
 
     /// Looks at `kernel` itself and at what lies beside it: a vmlinux or System.map of the same name in its place.
@@ -85,6 +87,41 @@ impl Symbols {
     /// The guest runs its kernel this far from where it was linked.
     pub fn set_shift(&mut self, shift: u64) {
         self.shift = shift;
+    }
+
+    /// Finds out how far the guest's kernel runs from where it was linked, from code that was seen in it: `seen` are addresses
+    /// and the bytes there. Changes nothing where that cannot be told: no code in the file, none seen, no agreement.
+    ///
+    /// Linux chooses multiples of CONFIG_PHYSICAL_ALIGN, 2 MiB, below 1 GiB (Documentation/arch/x86/boot.rst, mm.rst); and it
+    /// patches its code a little as it runs, so not every place has to agree.
+    pub fn find_shift<'b>(&mut self, seen: impl Iterator<Item = (u64, &'b [u8])>) -> Option<u64> {
+        const STEP: u64 = 2 << 20;
+        const STEPS: u64 = 512;
+        /// Where Linux maps its own image.
+        const IMAGE: u64 = 0xffff_ffff_8000_0000;
+        let seen: Vec<_> =
+            seen.filter(|(address, bytes)| *address >= IMAGE && bytes.len() >= 8).take(200).collect();
+        let agree = |shift: u64| {
+            let same = |(address, bytes): &&(u64, &[u8])| {
+                self.code_at(address.wrapping_sub(shift), 8) == Some(&bytes[..8])
+            };
+            seen.iter().filter(same).count()
+        };
+        let best = (0..STEPS)
+            .map(|step| step * STEP)
+            .max_by_key(|shift| (agree(*shift), std::cmp::Reverse(*shift)))?;
+        if agree(best) * 2 <= seen.len() {
+            return None;
+        }
+        self.shift = best;
+        Some(best)
+    }
+
+    fn code_at(&self, address: u64, len: usize) -> Option<&[u8]> {
+        self.code.iter().find_map(|(start, bytes)| {
+            let at = usize::try_from(address.checked_sub(*start)?).ok()?;
+            bytes.get(at..at.checked_add(len)?)
+        })
     }
 
     /// The symbol that `address` lies in, and how far. `None` outside the kernel.
@@ -113,6 +150,11 @@ fn from_elf(file: &object::File<'_>) -> Vec<(u64, String)> {
     });
     let named = code.filter_map(|symbol| Some((symbol.address(), symbol.name().ok()?.to_owned())));
     named.filter(|(address, name)| *address != 0 && !name.is_empty()).collect()
+}
+
+fn code(file: &object::File<'_>) -> Vec<(u64, Vec<u8>)> {
+    let sections = file.sections().filter(|section| section.kind() == SectionKind::Text);
+    sections.filter_map(|section| Some((section.address(), section.data().ok()?.to_vec()))).collect()
 }
 
 /// Lines of address, type, name: `ffffffff81000000 T _stext`.
@@ -144,6 +186,27 @@ mod tests {
         assert_eq!(symbols.name(0xffff_ffff_9000_0000), "0xffffffff90000000");
         symbols.set_shift(0x100_0000);
         assert_eq!(symbols.name(0xffff_ffff_8200_0100), "second");
+    }
+
+    #[test]
+    fn the_shift_is_found_from_code_that_was_seen() {
+        let code: Vec<u8> =
+            (0..40_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        let linked = 0xffff_ffff_8100_0000;
+        let mut symbols = Symbols {
+            table: vec![(linked, "start".to_owned())],
+            code: vec![(linked, code.clone())],
+            ..Symbols::default()
+        };
+        let shift = 37 * (2 << 20);
+        let seen = |at: usize| (linked + shift + at as u64, &code[at..at + 15]);
+        let patched = [0x90; 15];
+        let places =
+            [seen(100), seen(5000), (linked + shift + 7, &patched[..]), seen(9999), (0x1000, &patched[..])];
+        assert_eq!(symbols.find_shift(places.into_iter()), Some(shift));
+        assert_eq!(symbols.name(linked + shift + 3), "start+0x3");
+        assert_eq!(symbols.find_shift([(linked, &patched[..])].into_iter()), None);
+        assert_eq!(Symbols::default().find_shift(places.into_iter()), None);
     }
 
     #[test]

@@ -32,6 +32,14 @@ impl<'a> Report<'a> {
         Self { trace, symbols, code: Code::of(trace), colour: false }
     }
 
+    /// Finds out how far the guest's kernel runs from where it was linked (KASLR), as far as the record and the symbols' file
+    /// tell.
+    pub fn find_shift(&mut self) {
+        if let Some(shift) = self.symbols.find_shift(self.code.all()) {
+            log::info!("the guest's kernel runs {shift:#x} bytes from where it was linked");
+        }
+    }
+
     /// One line per event that passes `filter`, to `out`; then what was lost.
     ///
     /// # Errors
