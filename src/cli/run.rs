@@ -80,7 +80,7 @@ fn live(
         }
         if let (true, Some(path)) = (first, trace) {
             let header = header(config, &machine.handle());
-            recording = Some(Recording::start(path, header, recorder.clone())?);
+            recording = Some(Recording::start(path, header, recorder.clone(), machine.counters())?);
         }
         first = false;
         running.built(machine.handle(), ptys);

@@ -5,6 +5,7 @@
 pub mod cpuid;
 pub mod exit;
 pub mod regs;
+mod stats;
 mod vcpu;
 mod vm;
 
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Cap;
 
+pub use stats::Counters;
 pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;
 

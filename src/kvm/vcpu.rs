@@ -15,7 +15,7 @@ use vmm_sys_util::signal::{self, Killable};
 
 use super::exit::{self, Exit};
 use super::regs::{self, Entry};
-use super::{Error, ioctl};
+use super::{Counters, Error, ioctl};
 
 thread_local! {
     /// The kvm_run page of the vCPU that this thread runs, for the signal handler.
@@ -151,6 +151,14 @@ impl Vcpu {
     pub fn announce_pause(&self) {
         // Refused where the guest has not set a kvmclock up: then it has no such watchdog check either.
         let _ = self.fd.kvmclock_ctrl();
+    }
+
+    /// KVM's counters of this vCPU.
+    ///
+    /// # Errors
+    /// This KVM has none (before Linux 5.14), or the host is out of descriptors.
+    pub fn counters(&self) -> io::Result<Counters> {
+        Counters::of(&self.fd)
     }
 
     /// General registers.

@@ -200,6 +200,12 @@ impl Machine {
         Handle(self.shared.clone())
     }
 
+    /// KVM's counters of each vCPU, by its thread's name; where this KVM has them.
+    pub fn counters(&self) -> Vec<(String, kvm::Counters)> {
+        let named = |vcpu: &kvm::Vcpu| Some((format!("vcpu{}", vcpu.id()), vcpu.counters().ok()?));
+        self.vcpus.iter().filter_map(named).collect()
+    }
+
     /// Runs the guest until it ends, one thread per vCPU. Devices have flushed what they owe the host when it returns.
     /// Calls `meanwhile` once the vCPUs run: the place for work that the guest need not wait for.
     ///

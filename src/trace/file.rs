@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::kernel::KernelExits;
+use crate::kvm::Counters;
 use crate::recorder::{Event, Kind, Recorder, Taken, clock};
 
 /// The first bytes of a trace file; the last is the version.
@@ -41,6 +42,8 @@ const DROPPED: u32 = 3;
 const CLOCK: u32 = 4;
 /// The name of the reason, as KVM writes it, whose number stands in place of the track.
 const REASON: u32 = 5;
+/// KVM's counters at the end, as JSON: by vCPU, by name.
+const COUNTERS: u32 = 6;
 
 /// Tracks of exits inside KVM have this and the vCPU's number.
 const IN_KERNEL: u32 = 1 << 16;
@@ -113,17 +116,23 @@ impl Header {
 pub struct Recording {
     path: PathBuf,
     recorder: Arc<Recorder>,
+    counters: Vec<(String, Counters)>,
     stop: Option<Sender<()>>,
-    writer: Option<JoinHandle<io::Result<()>>>,
+    writer: Option<JoinHandle<io::Result<BufWriter<File>>>>,
 }
 
 impl Recording {
     /// Creates the file, and switches `recorder` on. To be called by the thread that will start the vCPUs' threads, before it
-    /// does: the kernel's events are those of its descendants.
+    /// does: the kernel's events are those of its descendants. `counters` are read at the end.
     ///
     /// # Errors
     /// [`Error::Io`]
-    pub fn start(path: &Path, mut header: Header, recorder: Arc<Recorder>) -> Result<Self, Error> {
+    pub fn start(
+        path: &Path,
+        mut header: Header,
+        recorder: Arc<Recorder>,
+        counters: Vec<(String, Counters)>,
+    ) -> Result<Self, Error> {
         let failed = |what| move |source| Error::Io { what, path: path.to_owned(), source };
         let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed("create"))?);
         let start = Instant::now();
@@ -153,14 +162,14 @@ impl Recording {
                 }
                 if over {
                     write_clock(&mut file, start)?;
-                    return file.flush();
+                    return Ok(file);
                 }
             }
         };
         let writer = std::thread::Builder::new().name("trace".to_owned()).spawn(run);
         let writer = writer.map_err(failed("start the writer of"))?;
         recorder.set_on(true);
-        Ok(Self { path: path.to_owned(), recorder, stop: Some(stop), writer: Some(writer) })
+        Ok(Self { path: path.to_owned(), recorder, counters, stop: Some(stop), writer: Some(writer) })
     }
 
     /// Switches the recorder off and completes the file.
@@ -175,10 +184,15 @@ impl Recording {
     fn end(&mut self) -> io::Result<()> {
         self.recorder.set_on(false);
         drop(self.stop.take());
-        match self.writer.take() {
-            Some(writer) => writer.join().unwrap_or_else(|_| Err(io::Error::other("the writer panicked"))),
-            None => Ok(()),
-        }
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        let mut file = writer.join().unwrap_or_else(|_| Err(io::Error::other("the writer panicked")))?;
+        let read = |(name, counters): &(String, Counters)| {
+            Some((name.clone(), counters.read().ok()?.into_iter().collect()))
+        };
+        let counters: BTreeMap<String, BTreeMap<String, u64>> =
+            self.counters.iter().filter_map(read).collect();
+        chunk(&mut file, COUNTERS, 0, &serde_json::to_vec(&counters)?)?;
+        file.flush()
     }
 }
 
@@ -256,6 +270,8 @@ pub struct Trace {
     pub events: Vec<(u32, Event)>,
     /// Events lost, by track.
     pub dropped: BTreeMap<u32, u64>,
+    /// KVM's own counters at the end, by vCPU and name: an independent count.
+    pub counters: BTreeMap<String, BTreeMap<String, u64>>,
     /// Reasons of exits inside KVM, as it writes them, by number.
     pub reasons: BTreeMap<u32, String>,
     /// Ticks at the start.
@@ -356,6 +372,7 @@ impl Trace {
             }
             CLOCK => clocks.extend(<[u64; 2]>::read_from_bytes(contents)),
             REASON => _ = self.reasons.insert(track, String::from_utf8_lossy(contents).into_owned()),
+            COUNTERS => self.counters = serde_json::from_slice(contents).unwrap_or_default(),
             // Of a later version.
             _ => {}
         }
@@ -418,7 +435,7 @@ mod tests {
     fn record(path: &Path) {
         let recorder = Arc::<Recorder>::default();
         let header = Header { vmm: "1".to_owned(), ..Header::default() };
-        let recording = Recording::start(path, header, recorder.clone()).unwrap();
+        let recording = Recording::start(path, header, recorder.clone(), Vec::new()).unwrap();
         assert!(recorder.is_on());
         let (mut a, mut b) = (recorder.track("vcpu0"), recorder.track("vcpu1"));
         for value in 0..10 {

@@ -55,6 +55,24 @@ pub struct Row {
     pub histogram: Vec<usize>,
 }
 
+/// Of KVM's counters, those that tell of exits (arch/x86/include/asm/kvm_host.h, struct kvm_vcpu_stat).
+const COUNTERS: [&str; 14] = [
+    "exits",
+    "io_exits",
+    "mmio_exits",
+    "halt_exits",
+    "irq_exits",
+    "irq_window_exits",
+    "nmi_window_exits",
+    "signal_exits",
+    "request_irq_exits",
+    "hypercalls",
+    "irq_injections",
+    "pf_taken",
+    "insn_emulation",
+    "tlb_flush",
+];
+
 /// Steps of a histogram.
 const STEPS: usize = 12;
 /// Rows of a table at most.
@@ -127,6 +145,12 @@ impl Report<'_> {
             )?;
         }
         writeln!(out, "exits inside KVM: {}", self.trace.header.in_kernel)?;
+        for (vcpu, counters) in &self.trace.counters {
+            let counted =
+                |name: &&str| Some(format!("{name} {}", counters.get(*name).filter(|count| **count > 0)?));
+            let shown: Vec<_> = COUNTERS.iter().filter_map(counted).collect();
+            writeln!(out, "KVM's own count, {vcpu}: {}", shown.join(", "))?;
+        }
         for (title, rows) in [
             ("reason", &stats.reasons),
             ("device", &stats.devices),
