@@ -74,6 +74,9 @@ struct View {
     /// Write the record in the format that ui.perfetto.dev opens (Chromium's trace events)
     #[arg(long, value_name = "FILE")]
     perfetto: Option<PathBuf>,
+    /// Write a page about it that any browser opens: what happened when, lanes, the story of each exit
+    #[arg(long, value_name = "FILE", conflicts_with = "perfetto")]
+    html: Option<PathBuf>,
     /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms [default: looked for beside the kernel]
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
@@ -158,9 +161,12 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
         report.find_shift();
     }
     report.colour = io::stdout().is_terminal();
-    if let Some(path) = &view.perfetto {
+    if let Some(path) = view.html.as_ref().or(view.perfetto.as_ref()) {
         let written = File::create(path).map(BufWriter::new).and_then(|mut out| {
-            report.perfetto(&filter, &mut out)?;
+            match view.html {
+                Some(_) => report.html(&filter, &mut out)?,
+                None => report.perfetto(&filter, &mut out)?,
+            }
             out.flush()
         });
         let context = || format!("write {}", path.display());

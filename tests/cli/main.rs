@@ -5,5 +5,6 @@ mod bad_input;
 #[allow(dead_code, reason = "shared with benches, which make other kernels")]
 mod images;
 mod lives;
+mod page;
 mod place;
 mod trace;

@@ -23,9 +23,9 @@ const TALKER: [u8; 30] = [
     0xeb, 0xfd, // jmp
 ];
 
-const RUN: &str = "--kernel talker --console off --serial stdio --debug-exit";
+pub const RUN: &str = "--kernel talker --console off --serial stdio --debug-exit";
 
-fn place() -> Place {
+pub fn place() -> Place {
     let place = Place::new();
     place.file("talker", kernel(&TALKER));
     place

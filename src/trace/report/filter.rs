@@ -46,6 +46,16 @@ impl Filter {
         })
     }
 
+    /// Whether it lets less than everything through.
+    pub(super) fn is_set(&self) -> bool {
+        !self.only.is_empty()
+            || self.port.is_some()
+            || self.device.is_some()
+            || self.vcpu.is_some()
+            || self.after.is_some()
+            || self.symbol.is_some()
+    }
+
     /// Whether `event` is to be shown.
     pub(super) fn passes(&self, report: &Report<'_>, track: u32, event: &Event) -> bool {
         let Some(kind) = event.kind().filter(|kind| *kind != Kind::Code) else { return false };

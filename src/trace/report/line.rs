@@ -65,7 +65,7 @@ impl Report<'_> {
     }
 
     /// Whether AMD-V's names are the hardware's.
-    fn is_amd(&self) -> bool {
+    pub(super) fn is_amd(&self) -> bool {
         self.trace.header.vendor == "AuthenticAMD"
     }
 
@@ -112,7 +112,7 @@ impl Report<'_> {
 }
 
 /// What a device's worker did.
-fn worker(kind: Kind, event: &Event) -> String {
+pub(super) fn worker(kind: Kind, event: &Event) -> String {
     match kind {
         Kind::Queue => format!("takes queue {} up: {} completed", event.address, event.value),
         Kind::Source => format!("looks at its host end {}: {} completed", event.address, event.value),
@@ -125,7 +125,7 @@ fn worker(kind: Kind, event: &Event) -> String {
 }
 
 /// What the monitor does about an exit that is no device's.
-fn monitor(kind: Kind) -> &'static str {
+pub(super) fn monitor(kind: Kind) -> &'static str {
     match kind {
         Kind::Kicked => "back to the monitor",
         Kind::Shutdown | Kind::SystemEvent | Kind::FailEntry | Kind::InternalError => "the run ends",

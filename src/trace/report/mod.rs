@@ -1,8 +1,13 @@
-//! A trace for people and programs: one line per event, statistics, JSON.
+//! A trace for people and programs: one line per event, statistics, JSON, a page.
 
+mod content;
 mod filter;
+mod group;
+mod html;
 mod line;
+mod meaning;
 mod perfetto;
+mod stages;
 mod stats;
 
 pub use filter::Filter;
