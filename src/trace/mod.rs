@@ -1,6 +1,6 @@
 //! Traces: what the recorder took down, kept in a file and told as sentences.
 //!
-//! [`file`] writes and reads traces, [`kernel`] adds the exits inside KVM; [`reasons`] names the hardware's exit reasons, [`devices`] what an access meant to its
+//! [`mod@file`] writes and reads traces, [`kernel`] adds the exits inside KVM; [`reasons`] names the hardware's exit reasons, [`devices`] what an access meant to its
 //! device, [`symbols`] and [`code`] where in the guest it was; [`report`] puts them into lines and statistics.
 
 pub mod code;

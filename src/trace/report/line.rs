@@ -70,17 +70,12 @@ impl Report<'_> {
     }
 
     fn kernel_reason(&self, event: &Event) -> String {
-        let name = self.trace.reasons.get(&event.count.into()).map_or("?", String::as_str);
-        let amd = self.is_amd();
-        let more = match name {
-            "npf" => format!(" (guest address {:#x})", event.value),
-            "EPT_VIOLATION" => format!(" (qualification {:#x})", event.address),
-            _ => String::new(),
-        };
-        match reasons::by_kvm_name(name, !amd) {
-            Some((code, name)) if amd => format!("AMD-V {code:#x} {name}{more}"),
-            Some((number, name)) => format!("VT-x {number} {name}{more}"),
-            None => format!("{name}{more}"),
+        let known = self.kernel_reasons.get(&event.count.into());
+        let (given, shown) = known.map_or(("?", "?"), |(given, shown)| (given.as_str(), shown.as_str()));
+        match given {
+            "npf" => format!("{shown} (guest address {:#x})", event.value),
+            "EPT_VIOLATION" => format!("{shown} (qualification {:#x})", event.address),
+            _ => shown.to_owned(),
         }
     }
 

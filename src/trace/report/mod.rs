@@ -13,10 +13,12 @@ mod stats;
 pub use filter::Filter;
 pub use stats::Stats;
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use super::code::Code;
 use super::file::Trace;
+use super::reasons;
 use super::symbols::Symbols;
 
 /// A trace with what is needed to tell it.
@@ -27,6 +29,8 @@ pub struct Report<'a> {
     /// The guest's names; empty if there are none.
     pub symbols: Symbols,
     code: Code,
+    /// Reasons of exits inside KVM by number: as KVM calls them, and as they are shown.
+    kernel_reasons: BTreeMap<u32, (String, String)>,
     /// Colours, for a terminal.
     pub colour: bool,
 }
@@ -34,7 +38,14 @@ pub struct Report<'a> {
 impl<'a> Report<'a> {
     /// Of `trace`.
     pub fn new(trace: &'a Trace, symbols: Symbols) -> Self {
-        Self { trace, symbols, code: Code::of(trace), colour: false }
+        let amd = trace.header.vendor == "AuthenticAMD";
+        let shown = |name: &str| match reasons::by_kvm_name(name, !amd) {
+            Some((code, name)) if amd => format!("AMD-V {code:#x} {name}"),
+            Some((number, name)) => format!("VT-x {number} {name}"),
+            None => name.to_owned(),
+        };
+        let names = trace.reasons.iter().map(|(number, name)| (*number, (name.clone(), shown(name))));
+        Self { trace, symbols, code: Code::of(trace), kernel_reasons: names.collect(), colour: false }
     }
 
     /// Finds out how far the guest's kernel runs from where it was linked (KASLR), as far as the record and the symbols' file
