@@ -8,6 +8,7 @@
 //! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
 //! | [`state`] | saved state: one plain value per part |
 //! | [`event_loop`], [`guest_log`] | worker threads; rate-limited warnings about the guest |
+//! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`] | what devices may ask of the hypervisor; address to device |
 //! | [`disk`], [`chardev`] | host ends: disk images; terminals, pipes, sockets. They know no virtio |
@@ -15,20 +16,21 @@
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
+//! | [`trace`] | records in files, told as sentences: hardware reasons, symbols, code, statistics; exits inside KVM joined in |
 //! | [`api`], [`cli`] | names and control sockets; one file per command |
 //!
-//! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `memory`,
-//! `kvm` and `disk` alone. `tests/architecture.rs` holds the code against it.
+//! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
+//! (its clock), `memory`, `kvm` and `disk` alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
-//! 0 event_loop state config guest_log
+//! 0 event_loop state config guest_log recorder
 //! 1 memory vm bus
 //! 2 disk chardev
 //! 3 kvm
 //! 4 legacy virtio        never kvm, machine, or another family of devices
 //! 5 boot vcpu
 //! 6 machine
-//! 8 api
+//! 8 api trace
 //! 9 cli main
 //! ```
 //!
@@ -36,7 +38,7 @@
 //!
 //! 1. **Boot**: `VmConfig` → `Memory` → `kvm::Vm` beside `boot::load` (tables, kernel, initrd → `Entry`) → devices on the buses →
 //!    vCPUs → vCPU 0's registers from `Entry` → run.
-//! 2. **Exit**: KVM_RUN → [`kvm::exit`] → [`vcpu::dispatch`] → [`bus::Bus`] → [`bus::Device`] → [`bus::Effect`] → next entry or the
+//! 2. **Exit**: KVM_RUN → [`kvm::exit`] → [`recorder`], if it is on → [`vcpu::dispatch`] → [`bus::Bus`] → [`bus::Device`] → [`bus::Effect`] → next entry or the
 //!    run's end. A virtqueue kick does not come this way.
 //! 3. **Block**: ioeventfd → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
 //!    `on_event` → status byte → used ring → irqfd.
