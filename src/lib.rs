@@ -47,6 +47,7 @@
 //! writes may panic, hang or grow the monitor: it gets what the spec says (0xff, a status byte, DEVICE_NEEDS_RESET).
 
 pub mod api;
+pub mod bench;
 pub mod boot;
 pub mod bus;
 pub mod chardev;

@@ -3,6 +3,7 @@
 //! [`main`] picks the command, starts logging, runs it and turns what comes back into an exit code. Everything that
 //! must be put back (terminal, control socket) is put back by destructors before the error is printed.
 
+mod bench;
 mod control;
 mod exit;
 mod list;
@@ -59,6 +60,8 @@ struct Cli {
 enum Command {
     /// Boot a virtual machine and stay with it until it ends
     Run(Box<options::Options>),
+    /// Measure virtual machines against containers and other monitors
+    Bench(bench::Options),
     /// List the virtual machines that are running
     List(list::Options),
     /// Tell how a virtual machine is
@@ -82,6 +85,7 @@ pub fn main() -> ExitCode {
     log_output::start(if let Command::Run(options) = &command { options.verbose } else { 0 });
     let result = match command {
         Command::Run(options) => run::run(*options),
+        Command::Bench(options) => bench::bench(options),
         Command::List(options) => list::list(options),
         Command::Status(options) => control::status(options),
         Command::Pause(options) => control::pause(options),

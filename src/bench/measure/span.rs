@@ -1,0 +1,156 @@
+//! The span of one process: from the call that starts it to the output that is waited for, and to its end.
+//!
+//! One clock, the host's monotonic one; waiting is one poll(2) on its output and its end.
+
+use std::io::Read;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// What a started process did, and when.
+#[derive(Debug, Clone)]
+pub struct Span {
+    /// From the call that starts it to each of the marks in its output.
+    pub marks: Vec<Duration>,
+    /// From that call until it is gone.
+    pub exit: Duration,
+    /// How it ended. Judging it is the caller's.
+    pub status: ExitStatus,
+}
+
+/// Ends the process if the measurement is given up.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts `command` and waits for `marks` on its standard output, one behind the other, then for its end. `at_mark` is called
+/// at each with its number and the process id; what it takes counts to what follows.
+///
+/// # Errors
+/// It cannot be started, ends without all marks, or has not ended after `limit`: with what it said.
+pub fn measure(
+    mut command: Command,
+    marks: &[&[u8]],
+    limit: Duration,
+    at_mark: &mut dyn FnMut(usize, u32) -> Result<(), String>,
+) -> Result<Span, String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let failed = |what: &str, error: std::io::Error| format!("{what} {name}: {error}");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let start = Instant::now();
+    let mut running = Running(command.spawn().map_err(|error| failed("start", error))?);
+    let pid = i32::try_from(running.0.id()).ok().and_then(Pid::from_raw).ok_or("no process id")?;
+    let ended = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| failed("watch", error.into()))?;
+    let (Some(mut output), Some(mut errors)) = (running.0.stdout.take(), running.0.stderr.take()) else {
+        return Err("no pipe".to_owned());
+    };
+    let (mut said, mut complaint, mut space) = (Vec::new(), Vec::new(), [0; 4096]);
+    let (mut output_open, mut errors_open) = (true, true);
+    let (mut times, mut searched) = (Vec::new(), 0);
+    loop {
+        while let Some(mark) = marks.get(times.len()) {
+            let Some(at) = said[searched..].windows(mark.len().max(1)).position(|window| window == *mark)
+            else {
+                break;
+            };
+            searched += at + mark.len();
+            times.push(start.elapsed());
+            at_mark(times.len() - 1, running.0.id())?;
+        }
+        let mut fds = [
+            PollFd::new(&ended, PollFlags::IN),
+            PollFd::new(&output, if output_open { PollFlags::IN } else { PollFlags::empty() }),
+            PollFd::new(&errors, if errors_open { PollFlags::IN } else { PollFlags::empty() }),
+        ];
+        let left = limit.saturating_sub(start.elapsed());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let count = poll(&mut fds[..], Some(&timeout)).map_err(|error| failed("wait for", error.into()))?;
+        let [over, more_output, more_errors] = fds.map(|fd| !fd.revents().is_empty());
+        if count == 0 {
+            return Err(complain(&name, &format!("has not ended after {limit:?}"), &said, &complaint));
+        }
+        // A pipe at its end would be ready for ever.
+        if more_output && output_open {
+            let count = output.read(&mut space).map_err(|error| failed("read the output of", error))?;
+            said.extend_from_slice(&space[..count]);
+            output_open = count > 0;
+        }
+        if more_errors && errors_open {
+            let count = errors.read(&mut space).map_err(|error| failed("read the errors of", error))?;
+            complaint.extend_from_slice(&space[..count]);
+            errors_open = count > 0;
+        }
+        // What it wrote before its end is read first.
+        if over && !(more_output && output_open) && !(more_errors && errors_open) {
+            let exit = start.elapsed();
+            let status = running.0.wait().map_err(|error| failed("wait for", error))?;
+            return match marks.get(times.len()) {
+                None => Ok(Span { marks: times, exit, status }),
+                Some(missing) => {
+                    let what = format!("ended ({status}) without {:?}", String::from_utf8_lossy(missing));
+                    Err(complain(&name, &what, &said, &complaint))
+                }
+            };
+        }
+    }
+}
+
+fn complain(name: &str, what: &str, said: &[u8], complaint: &[u8]) -> String {
+    let mut text = format!("{name} {what}");
+    for words in [said, complaint] {
+        let words = String::from_utf8_lossy(words);
+        let words = words.trim();
+        // The last lines tell as a rule.
+        let start = words.char_indices().rev().nth(600).map_or(0, |(at, _)| at);
+        if !words.is_empty() {
+            text.push_str(": ");
+            text.push_str(&words[start..]);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    fn shell(script: &str, limit: Duration) -> Result<Span, String> {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        measure(command, &[b"here", b"there"], limit, &mut |_, _| Ok(()))
+    }
+
+    #[test]
+    fn marks_and_exit_are_told_apart() {
+        let span = shell("sleep 0.2; echo here; sleep 0.1; echo there; sleep 0.3; exit 3", LIMIT).unwrap();
+        assert!(span.marks[0] >= Duration::from_millis(200), "{span:?}");
+        assert!(span.marks[1] >= span.marks[0] + Duration::from_millis(90), "{span:?}");
+        assert!(span.exit >= span.marks[1] + Duration::from_millis(290), "{span:?}");
+        assert_eq!(span.status.code(), Some(3));
+    }
+
+    #[test]
+    fn what_fails_tells_why_and_is_never_fast() {
+        let error = shell("echo nothing; echo there; echo here; echo woe >&2; exit 7", LIMIT).unwrap_err();
+        assert!(error.contains("nothing") && error.contains("woe") && error.contains('7'), "{error}");
+        let error = shell("echo here; echo there; exec sleep 100", Duration::from_millis(300)).unwrap_err();
+        assert!(error.contains("not ended"), "{error}");
+        let error = measure(Command::new("/no/such"), &[b"x"], LIMIT, &mut |_, _| Ok(())).unwrap_err();
+        assert!(error.contains("/no/such"), "{error}");
+    }
+
+    #[test]
+    fn much_output_blocks_nothing() {
+        let script = "head -c 300000 /dev/zero >&2; head -c 300000 /dev/zero; echo here there";
+        assert!(shell(script, LIMIT).unwrap().status.success());
+    }
+}

@@ -1,0 +1,97 @@
+//! What is compared: one file per suite. Each makes its contenders and has `measure` take the samples.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::measure::Plan;
+use super::result::Suite;
+use super::rivals::Setting;
+
+/// The suites by name, in the order in which they run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Name {
+    /// Start to first output and to exit.
+    Boot,
+    /// What idle instances cost in memory.
+    Memory,
+    /// What instances on one image cost on disk.
+    Image,
+    /// Round trips of exits.
+    Exits,
+    /// Integer and floating-point work.
+    Cpu,
+    /// Memory bandwidth and latency.
+    Mem,
+    /// Disk I/O.
+    Block,
+    /// Ping-pong through the console.
+    Console,
+    /// Many at once, many CPUs, much memory.
+    Scale,
+}
+
+impl Name {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Boot,
+        Self::Memory,
+        Self::Image,
+        Self::Exits,
+        Self::Cpu,
+        Self::Mem,
+        Self::Block,
+        Self::Console,
+        Self::Scale,
+    ];
+
+    /// As on the command line.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Boot => "boot",
+            Self::Memory => "memory",
+            Self::Image => "image",
+            Self::Exits => "exits",
+            Self::Cpu => "cpu",
+            Self::Mem => "mem",
+            Self::Block => "block",
+            Self::Console => "console",
+            Self::Scale => "scale",
+        }
+    }
+
+    /// Whether it boots Linux in a VM, so that a KVM without hardware virtualization cannot show all of it.
+    pub fn needs_linux(self) -> bool {
+        !matches!(self, Self::Exits | Self::Image)
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.text())
+    }
+}
+
+impl FromStr for Name {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|name| name.text() == text);
+        found.ok_or_else(|| {
+            format!("there is no suite {text:?}; there are {}", Self::ALL.map(Self::text).join(", "))
+        })
+    }
+}
+
+/// Runs a suite. `progress` is told how far it is (0 to 1), and what it is at.
+///
+/// # Errors
+/// Nothing of it can be measured here, and why. A rival that cannot run is no error: it is told in the result.
+pub fn run(
+    name: Name,
+    setting: &Setting,
+    plan: Plan,
+    progress: &mut dyn FnMut(f64, &str),
+) -> Result<Suite, String> {
+    let _ = (setting, plan, progress);
+    Err(format!("{name}: not there yet"))
+}
