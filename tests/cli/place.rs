@@ -40,8 +40,9 @@ impl Place {
 
     /// `vmm` with `arguments`, split at blanks, in this place.
     pub fn command(&self, arguments: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
-        command.args(arguments.split_whitespace());
+        // By env, so that signals mean the same to it where the tests run in the background, which ignore some.
+        let mut command = Command::new("env");
+        command.args(["--default-signal", env!("CARGO_BIN_EXE_vmm")]).args(arguments.split_whitespace());
         self.set_up(&mut command);
         command
     }
