@@ -99,10 +99,9 @@ mod tests {
     fn a_signal_becomes_a_wish() {
         let mut signals = Signals::take().unwrap();
         assert!(signals.wishes().is_empty());
-        let all = [(SIGTERM, Wish::Stop), (SIGINT, Wish::Stop), (SIGHUP, Wish::Kill)];
-        all.iter().for_each(|(signal, _)| low_level::raise(*signal).unwrap());
-        // Tests that run in the background ignore some, and so do we then.
-        let heard = all.iter().filter(|(signal, _)| ignored() & (1 << (signal - 1)) == 0);
-        assert_eq!(signals.wishes(), heard.map(|(_, wish)| *wish).collect::<Vec<_>>());
+        low_level::raise(SIGTERM).unwrap();
+        low_level::raise(SIGINT).unwrap();
+        low_level::raise(SIGHUP).unwrap();
+        assert_eq!(signals.wishes(), [Wish::Stop, Wish::Stop, Wish::Kill]);
     }
 }

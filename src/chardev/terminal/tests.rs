@@ -89,10 +89,9 @@ impl OnTerminal {
         let slave = open(&path, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).unwrap();
         fcntl_setfl(&master, fcntl_getfl(&master).unwrap() | OFlags::NONBLOCK).unwrap();
         let stdio = || Stdio::from(slave.try_clone().unwrap());
-        // A session of its own, with the terminal as its controlling one: signals come as in a shell, also where the tests
-        // run in the background and ignore some.
-        let child = Command::new("env")
-            .args(["--default-signal", "setsid", "--ctty"])
+        // A session of its own, with the terminal as its controlling one: signals come as in a shell.
+        let child = Command::new("setsid")
+            .arg("--ctty")
             .arg(env::current_exe().unwrap())
             .args(["--exact", test, "--ignored", "--nocapture"])
             .env(SCENARIO, scenario)
@@ -100,7 +99,7 @@ impl OnTerminal {
             .stdout(stdio())
             .stderr(stdio())
             .spawn()
-            .expect("env, of coreutils");
+            .expect("setsid, of util-linux");
         let mut this = Self { master: master.into(), slave, child, seen: String::new() };
         this.expect("[ready]");
         this
