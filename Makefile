@@ -45,7 +45,8 @@ test: tools
 	$(SAY) 'the guests: Debian stock kernel, tuned kernel (built once: 5 minutes or so), initramfs, root disk'
 	cargo guest bundle --out $(GUESTS)
 	$(SAY) 'unit tests, device tests, and tests on this /dev/kvm'
-	cargo test --workspace
+	@# In the background a shell has its commands ignore some signals; the tests send them.
+	env --default-signal cargo test --workspace
 	$(SAY) 'Linux guests, where KVM can run them'
 	cargo build --quiet --package rig
 	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')

@@ -122,6 +122,14 @@ fn complains_of_nothing_that_microvm_does_not() {
 }
 
 #[test]
+fn sixty_four_cpus() {
+    if available("64 CPUs") {
+        let ended = run(Kernel::TunedPvh, &["--mem", "1G", "--cpus", "64"], LOOK);
+        assert_eq!(ended.body()[0], "64", "nproc");
+    }
+}
+
+#[test]
 fn all_memory_is_seen() {
     if !available("memory sizes") {
         return;

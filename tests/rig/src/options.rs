@@ -26,8 +26,8 @@ pub struct Options {
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(512..=65536))]
     pub mem: u32,
 
-    /// Processors of the emulated machine.
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
+    /// Processors of the emulated machine. With several it is quicker, and now and then its kernel crashes (README, Limits).
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub smp: u8,
 
     /// Give the emulated machine a repeatable clock: one instruction is one nanosecond. Implies

@@ -201,8 +201,8 @@ fn a_cold_start_and_shadow_paging_are_had_for_the_asking() {
         return;
     }
     let script = "cat /sys/module/kvm_amd/parameters/npt; nproc";
-    let arguments = ["--cold", "--no-npt", "--smp", "1", "--", "sh", "-c", script];
-    assert_eq!(rig(&arguments).run(), Output::new("N\n1\n", "", 0));
+    let arguments = ["--cold", "--no-npt", "--smp", "2", "--", "sh", "-c", script];
+    assert_eq!(rig(&arguments).run(), Output::new("N\n2\n", "", 0));
 }
 
 #[test]
