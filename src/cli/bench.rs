@@ -130,7 +130,7 @@ fn show(options: &Options, run: &Run) -> Result<(), Failure> {
         }
     };
     write(&options.json, &json)?;
-    if on_stdout { Ok(()) } else { print(&render::table(run)) }
+    if on_stdout { Ok(()) } else { print(&render::table::table(run, false)) }
 }
 
 /// The folder for what is made on the way.
