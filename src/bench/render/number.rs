@@ -23,7 +23,8 @@ pub fn scale(unit: Unit, smallest: f64) -> (f64, &'static str) {
         Unit::Nanoseconds => &[(1e6, "ms"), (1e3, "µs")],
         Unit::Kibibytes => &[(1024.0 * 1024.0, "GiB"), (1024.0, "MiB")],
         Unit::MebibytesPerSecond => &[(1024.0, "GiB/s")],
-        _ => &[],
+        Unit::PerSecond => &[(1e6, "million/s"), (1e3, "thousand/s")],
+        Unit::Cycles => &[],
     };
     let found = larger.iter().find(|(factor, _)| smallest >= *factor);
     found.copied().unwrap_or((1.0, unit.symbol()))

@@ -118,11 +118,11 @@ pub fn svg(axis: &Axis, row: &Row, baseline: Option<f64>) -> String {
     let mut add = |element: std::fmt::Arguments| _ = svg.write_fmt(element);
     for (at, _) in &axis.ticks {
         let x = percent(*at);
-        add(format_args!("<line class=\"grid\" x1=\"{x}\" x2=\"{x}\" y1=\"0\" y2=\"100%\"/>"));
+        add(format_args!("<line class=\"grid\" x1=\"{x}\" x2=\"{x}\" y1=\"-9\" y2=\"{}\"/>", HEIGHT + 9.0));
     }
     if let Some(baseline) = baseline {
         let x = percent(axis.at(baseline));
-        add(format_args!("<line class=\"base\" x1=\"{x}\" x2=\"{x}\" y1=\"0\" y2=\"100%\"/>"));
+        add(format_args!("<line class=\"base\" x1=\"{x}\" x2=\"{x}\" y1=\"-9\" y2=\"{}\"/>", HEIGHT + 9.0));
     }
     let places: Vec<f64> = drawn(&row.samples).into_iter().map(|sample| axis.at(sample)).collect();
     if let Some(path) = density(&places) {

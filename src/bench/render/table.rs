@@ -44,7 +44,11 @@ impl Out {
 
     fn suite(&mut self, suite: &Suite) {
         let heading = cut(&format!("{}: {}", suite.name, suite.title), WIDTH);
-        self.line(&self.strong(&heading, "1"));
+        let place = cut(
+            &format!("  on {}", facts::short(&suite.host)),
+            WIDTH.saturating_sub(heading.chars().count()).max(20),
+        );
+        self.line(&format!("{}{}", self.strong(&heading, "1"), self.strong(&place, "2")));
         for figure in &suite.figures {
             self.figure(suite, &View::of(suite, figure));
         }
