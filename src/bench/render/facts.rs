@@ -8,17 +8,13 @@ pub fn lines(host: &Host) -> [String; 2] {
     let gib = host.memory as f64 / f64::from(1 << 30);
     let cpus = if host.cpus == 1 { "1 CPU".to_owned() } else { format!("{} CPUs", host.cpus) };
     let machine = format!("{}, {cpus}, {gib:.1} GiB, {}, {place}", host.cpu, host.kernel);
-    let kvm = match (host.kvm.is_empty(), host.hardware_virtualization) {
-        (true, true) => "KVM: no modules".to_owned(),
-        (true, false) => "KVM: no modules, no hardware virtualization".to_owned(),
-        (false, true) => format!("KVM: {}", host.kvm.join(", ")),
-        (false, false) => format!("KVM: {} without hardware virtualization", host.kvm.join(", ")),
-    };
+    let kvm = if host.kvm.is_empty() { "no KVM".to_owned() } else { format!("KVM: {}", host.kvm.join(", ")) };
+    let hardware = if host.hardware_virtualization { "" } else { ", no hardware virtualization" };
     let governor =
         host.governor.as_ref().map_or("no frequency governor".to_owned(), |g| format!("governor {g}"));
     let clock = if host.repeatable_clock { ", repeatable clock (1 ns an instruction)" } else { "" };
     let (load, time, vmm) = (host.load, date(host.time), &host.vmm);
-    [machine, format!("{kvm}; {governor}; load {load:.2} before{clock}; {time} UTC; vmm {vmm}")]
+    [machine, format!("{kvm}{hardware}; {governor}; load {load:.2} before{clock}; {time} UTC; vmm {vmm}")]
 }
 
 /// The machine in a few words, to tell hosts apart.

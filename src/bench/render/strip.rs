@@ -181,7 +181,7 @@ fn swarm(places: &[f64]) -> Vec<(f64, f64)> {
 /// The outline of a kernel density estimate (Gaussian, Silverman's bandwidth) on the axis; none where it would say nothing.
 fn density(places: &[f64]) -> Option<String> {
     let count = places.len() as f64;
-    if places.len() < 6 {
+    if places.len() < 10 {
         return None;
     }
     let mean = places.iter().sum::<f64>() / count;
@@ -190,7 +190,7 @@ fn density(places: &[f64]) -> Option<String> {
     let middle = (quartile(0.75) - quartile(0.25)) / 1.34;
     let spread = if middle > 0.0 { deviation.min(middle) } else { deviation };
     let bandwidth = (0.9 * spread * count.powf(-0.2)).max(0.003);
-    let (first, last) = (places.first()? - 3.0 * bandwidth, places.last()? + 3.0 * bandwidth);
+    let (first, last) = (places.first()? - 1.5 * bandwidth, places.last()? + 1.5 * bandwidth);
     let points: Vec<(f64, f64)> = (0..=80)
         .map(|point| {
             let x = first + (last - first) * f64::from(point) / 80.0;

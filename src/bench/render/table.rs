@@ -9,8 +9,8 @@ use crate::bench::result::{Run, Suite};
 
 /// Nothing is wider, commands and errors being wrapped.
 const WIDTH: usize = 110;
-/// Of a contender's name; a longer one is cut.
-const NAME: usize = 34;
+/// A contender's name has so much room at least; a longer one is cut where the line is full.
+const NAME: usize = 30;
 
 /// All of `run`. With `colour`, headings stand out by escape sequences.
 pub fn table(run: &Run, colour: bool) -> String {
@@ -44,11 +44,8 @@ impl Out {
 
     fn suite(&mut self, suite: &Suite) {
         let heading = cut(&format!("{}: {}", suite.name, suite.title), WIDTH);
-        let place = cut(
-            &format!("  on {}", facts::short(&suite.host)),
-            WIDTH.saturating_sub(heading.chars().count()).max(20),
-        );
-        self.line(&format!("{}{}", self.strong(&heading, "1"), self.strong(&place, "2")));
+        self.line(&self.strong(&heading, "1"));
+        self.line(&self.strong(&cut(&format!("on {}", facts::short(&suite.host)), WIDTH), "2"));
         for figure in &suite.figures {
             self.figure(suite, &View::of(suite, figure));
         }
@@ -87,19 +84,22 @@ impl Out {
             let (ratio, words) = row.verdict.words("x", suite.host.repeatable_clock);
             let summary = row.summary;
             let numbers = [summary.median, summary.p10, summary.p90].map(three_digits);
-            let cells = std::iter::once(cut(row.who, NAME)).chain(numbers);
+            let cells = std::iter::once(printable(row.who)).chain(numbers);
             let cells = cells.chain([summary.count.to_string(), ratio, words]);
             columns.iter_mut().zip(cells).for_each(|(column, cell)| column.push(cell));
         }
         columns[1..6].iter_mut().for_each(|column| align(column));
         let heads = ["", "median", "p10", "p90", "n", "ratio", "95% interval"];
-        let widths: Vec<usize> = columns
-            .iter()
-            .zip(heads)
-            .map(|(column, head)| {
-                column.iter().map(|cell| cell.chars().count()).max().unwrap_or(0).max(head.len())
-            })
-            .collect();
+        let width = |column: &[String], head: &str| {
+            column.iter().map(|cell| cell.chars().count()).max().unwrap_or(0).max(head.len())
+        };
+        // Each column has two blanks, and the line three.
+        let others: usize =
+            columns.iter().zip(heads).skip(1).map(|(column, head)| width(column, head) + 2).sum();
+        let room = WIDTH.saturating_sub(others + 5).max(NAME);
+        columns[0].iter_mut().for_each(|name| *name = cut(name, room));
+        let widths: Vec<usize> =
+            columns.iter().zip(heads).map(|(column, head)| width(column, head)).collect();
         let line = |cells: &[&str]| {
             let mut line = "   ".to_owned();
             for (index, (cell, width)) in cells.iter().zip(&widths).enumerate() {
