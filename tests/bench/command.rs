@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -200,11 +200,11 @@ fn another_machine_measures_what_this_one_cannot() {
     let place = Place::new();
     place.file("there.json", SMALL.replace("AMD EPYC", "Another CPU"));
     fs::create_dir(place.path("guests")).unwrap();
-    // Its arguments: quiet -- VMM bench cpu --json FILE ...
+    // Its arguments: quiet -- VMM bench console --json FILE ...
     let script = "echo \"$@\" >arguments; cp there.json \"$7\"";
     let machine = machine(&place, script);
     let mut command =
-        place.command("bench cpu --samples 2 --warm-up 0 --guests guests --json run.json --through");
+        place.command("bench console --samples 2 --warm-up 0 --guests guests --json run.json --through");
     command.arg(format!("{machine}  quiet --"));
     command.args(["--with", &format!("crun={machine}")]);
     let output = finish(command.spawn().unwrap());
@@ -214,10 +214,10 @@ fn another_machine_measures_what_this_one_cannot() {
     assert_eq!(suite["host"]["cpu"], "Another CPU", "{stderr}");
     let method = suite["method"].as_array().unwrap().last().unwrap();
     assert_eq!(*method, format!("Measured by: {machine} quiet -- vmm bench boot --samples 8"));
-    assert!(stderr.contains(&format!("cpu (1 of 1) through {machine} quiet --")), "{stderr}");
+    assert!(stderr.contains(&format!("console (1 of 1) through {machine} quiet --")), "{stderr}");
     let arguments = fs::read_to_string(place.path("arguments")).unwrap();
     for words in
-        ["quiet -- /", " bench cpu --json /", " --samples 2 --warm-up 0 --with crun=/", " --guests /"]
+        ["quiet -- /", " bench console --json /", " --samples 2 --warm-up 0 --with crun=/", " --guests /"]
     {
         assert!(arguments.contains(words), "{words}: {arguments}");
     }
@@ -235,19 +235,46 @@ fn what_another_machine_says_of_its_failure_is_told() {
         ("echo garbage >\"$5\"; exit 0", "not a result of vmm bench"),
         ("kill -9 $$", "signal: 9"),
     ] {
-        let mut command = place.command("bench cpu --samples 1 --warm-up 0 --through");
+        let mut command = place.command("bench console --samples 1 --warm-up 0 --through");
         command.arg(machine(&place, script));
         let output = finish(command.spawn().unwrap());
         let stderr = text(&output.stderr);
         assert_eq!(output.status.code(), Some(HOST), "{stderr}");
         assert!(
-            stderr.contains("not measured: cpu, through another machine: ") && stderr.contains(words),
+            stderr.contains("not measured: console, through another machine: ") && stderr.contains(words),
             "{stderr}"
         );
     }
-    let mut command = place.command("bench cpu --samples 1 --warm-up 0 --through /no/such/machine");
+    let mut command = place.command("bench console --samples 1 --warm-up 0 --through /no/such/machine");
     let output = finish(command.spawn().unwrap());
     assert!(text(&output.stderr).contains("start /no/such/machine: "), "{}", text(&output.stderr));
+}
+
+#[test]
+fn an_interrupt_reaches_the_other_machine() {
+    if !needs_another_machine("an_interrupt_reaches_the_other_machine") {
+        return;
+    }
+    let place = Place::new();
+    place.file("there.json", SMALL.replace("\"interrupted\": false", "\"interrupted\": true"));
+    let script =
+        "trap 'cp there.json \"$5\"; exit 10' INT\necho it runs >&2; touch running\nsleep 1000 & wait";
+    let mut command = place.command("bench console --samples 1 --warm-up 0 --json run.json --through");
+    command.arg(machine(&place, script));
+    let child = command.spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !place.path("running").exists() {
+        assert!(Instant::now() < deadline, "the other machine is not started");
+        thread::sleep(Duration::from_millis(10));
+    }
+    kill_process(Pid::from_raw(child.id() as i32).unwrap(), Signal::INT).unwrap();
+    let output = finish(child);
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(KILLED), "{stderr}");
+    let run = result(&fs::read(place.path("run.json")).unwrap());
+    assert_eq!(run["interrupted"], true);
+    // What it had measured by then is there.
+    assert_eq!(run["suites"].as_array().unwrap().last().unwrap()["name"], "boot", "{stderr}");
 }
 
 #[test]
