@@ -90,28 +90,34 @@ fn measure(options: &Options) -> Result<(Run, Vec<String>), Failure> {
         let progress = Progress::new(counted.clone());
         let result = suites::run(name, &setting, plan, &mut |share, what| progress.show(share, what));
         drop(progress);
-        match result.and_then(|suite| earlier::check(&suite).map(|()| suite)) {
-            Ok(suite) => run.suites.push(suite),
-            // One that was interrupted before it had anything has nothing to tell.
-            Err(_) if INTERRUPTED.load(Ordering::SeqCst) => {}
-            Err(why) => failed.push(format!("{name}: {why}")),
-        }
+        let here = match result.and_then(|suite| earlier::check(&suite).map(|()| suite)) {
+            Ok(suite) => {
+                run.suites.push(suite);
+                None
+            }
+            Err(why) => Some(why),
+        };
         let elsewhere = elsewhere.filter(|_| name.needs_linux() && !INTERRUPTED.load(Ordering::SeqCst));
-        if let Some(words) = elsewhere {
+        let there = elsewhere.map(|words| {
             let place = words.0.join(" ");
             let progress = Progress::new(format!("{counted} through {place}"));
-            let result = through::measure(words, name, options, &setting, &progress);
-            drop(progress);
-            match result {
-                Ok((there, complaint)) => {
-                    for mut suite in there.suites {
-                        suite.method.push(format!("Measured by: {place} {}", there.command.join(" ")));
-                        run.suites.push(suite);
-                    }
-                    failed.extend(complaint.map(|why| format!("{name}, not all of it: {why}")));
+            through::measure(words, name, options, &setting, &progress)
+        });
+        match (here, there) {
+            // What was interrupted before it had anything has nothing to tell.
+            (Some(_), None) | (_, Some(Err(_))) if INTERRUPTED.load(Ordering::SeqCst) => {}
+            (None, None) => {}
+            (Some(why), None) => failed.push(format!("{name}: {why}")),
+            (here, Some(Ok((suites, complaint)))) => {
+                run.suites.extend(suites);
+                if let Some(why) = here {
+                    eprintln!("vmm bench: {name}: measured in the other machine only: {why}");
                 }
-                Err(_) if INTERRUPTED.load(Ordering::SeqCst) => {}
-                Err(why) => failed.push(format!("{name}, through another machine: {why}")),
+                failed.extend(complaint.map(|why| format!("{name}, not all of it: {why}")));
+            }
+            (here, Some(Err(why))) => {
+                failed.extend(here.map(|why| format!("{name}: {why}")));
+                failed.push(format!("{name}, through another machine: {why}"));
             }
         }
         if INTERRUPTED.load(Ordering::SeqCst) {

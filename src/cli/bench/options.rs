@@ -23,7 +23,7 @@ Examples:
 
 Ctrl-C ends the measurement and shows what there is. Whatever cannot be measured is told with its reason.
 
-Exit codes: 0 done; 2 bad arguments or files; 4 not everything could be measured; 10 interrupted;
+Exit codes: 0 done; 2 bad arguments or files; 4 of a suite nothing could be measured; 10 interrupted;
 12 more than 5% worse than the baseline (--compare)";
 
 /// The options of `vmm bench`.

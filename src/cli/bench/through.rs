@@ -15,7 +15,7 @@ use super::options::{Options, Words};
 use super::progress::Progress;
 use crate::bench::earlier;
 use crate::bench::measure::INTERRUPTED;
-use crate::bench::result::Run;
+use crate::bench::result::Suite;
 use crate::bench::rivals::Setting;
 use crate::bench::suites::Name;
 
@@ -24,7 +24,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// What is kept of what it says, from the end.
 const SAID: usize = 4000;
 
-/// Runs suite `name` by `through`. What it said is in the error, or beside the result if it was not content with it.
+/// Runs suite `name` by `through`. What it said is in the error, or beside the suites if it was not content with them.
 ///
 /// # Errors
 /// It cannot be started, ends without a result, or its result makes no sense.
@@ -34,7 +34,7 @@ pub fn measure(
     options: &Options,
     setting: &Setting,
     progress: &Progress,
-) -> Result<(Run, Option<String>), String> {
+) -> Result<(Vec<Suite>, Option<String>), String> {
     let file = setting.scratch.join(format!("through-{name}.json"));
     let mut command = command(through, name, options, setting, &file);
     let program = &through.0[0];
@@ -72,7 +72,10 @@ pub fn measure(
         return Err(complaint());
     }
     let content = status.success() || INTERRUPTED.load(Ordering::SeqCst);
-    Ok((run, (!content).then(complaint)))
+    let by = format!("Measured by: {} {}", through.0.join(" "), run.command.join(" "));
+    let mut suites = run.suites;
+    suites.iter_mut().for_each(|suite| suite.method.push(by.clone()));
+    Ok((suites, (!content).then(complaint)))
 }
 
 fn command(through: &Words, name: Name, options: &Options, setting: &Setting, file: &Path) -> Command {
