@@ -15,8 +15,7 @@
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
-//! | [`api`], [`cli`] | names and control sockets; one file or folder per command |
-//! | [`mod@bench`] | `vmm bench`: suites, rivals, measuring, and the table and page that show it; uses `vmm` as any other program |
+//! | [`api`], [`cli`] | names and control sockets; one file per command |
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `memory`,
 //! `kvm` and `disk` alone. `tests/architecture.rs` holds the code against it.
@@ -30,7 +29,7 @@
 //! 5 boot vcpu
 //! 6 machine
 //! 8 api
-//! 9 cli main bench
+//! 9 cli main
 //! ```
 //!
 //! # Four flows, each one way
