@@ -1,6 +1,7 @@
 //! bubblewrap, the sandbox of Flatpak: no bundle, no state, no daemon.
 
-use super::fixed::{Fixed, found, words};
+use super::command::{found, words};
+use super::fixed::Fixed;
 use super::program::{INIT, Root, WAIT};
 use super::{Found, Life, Setting};
 

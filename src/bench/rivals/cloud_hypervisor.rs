@@ -1,6 +1,7 @@
 //! Cloud Hypervisor, by its command line. Like Firecracker it gets the program's line by the serial port, with no driver for it.
 
-use super::fixed::{Fixed, found, words};
+use super::command::{found, words};
+use super::fixed::Fixed;
 use super::program::{BY_PORT, Root};
 use super::vmm::{cmdline, end, kernel};
 use super::{Found, RAM_MIB, Setting};

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use super::fixed::{found, prepare, shown, version, words};
+use super::command::{found, prepare, shown, version, words};
 use super::program::{INIT, Root, WAIT};
 use super::{Found, Life, Rival, Setting};
 use crate::bench::measure::Absent;
@@ -26,8 +26,10 @@ struct Engine {
     /// The image, or the root file system in its place; with a name for each container if it wants one.
     image: String,
     named: bool,
-    /// What takes down what was made.
-    undo: Vec<Vec<String>>,
+    /// What removes its containers, where it knows of no others.
+    tidy: Option<Vec<String>>,
+    /// What removes the image.
+    undo: Option<Vec<String>>,
     /// A file system of its own.
     mounted: Option<PathBuf>,
     count: usize,
@@ -45,7 +47,7 @@ pub fn podman(setting: &Setting, root: &Root) -> Found {
     let mut run = words(["--rm", "--network", "none", "--cgroups", "disabled", "--log-driver", "none"]);
     run.extend(words(["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=20000:20000"]));
     let mut engine = Engine::new("podman", program, options, run);
-    engine.undo = vec![words(["rm", "--all", "--force"])];
+    engine.tidy = Some(words(["rm", "--all", "--force"]));
     let make = |engine: &mut Engine| {
         there?;
         fs::create_dir_all(&store).map_err(|error| format!("make {}: {error}", store.display()))?;
@@ -67,7 +69,7 @@ pub fn docker(setting: &Setting, root: &Root) -> Found {
     engine.made(|engine| {
         there?;
         engine.answers(&["version", "--format", "{{.Server.Version}}"])?;
-        engine.undo = vec![words(["rmi", "--force", IMAGE])];
+        engine.undo = Some(words(["rmi", "--force", IMAGE]));
         engine.import(root, &words(["import", "-", IMAGE]))
     })
 }
@@ -87,7 +89,18 @@ pub fn ctr(setting: &Setting, root: &Root) -> Found {
 impl Engine {
     fn new(name: &'static str, program: PathBuf, options: Vec<String>, run: Vec<String>) -> Self {
         let image = IMAGE.to_owned();
-        Self { name, program, options, run, image, named: false, undo: Vec::new(), mounted: None, count: 0 }
+        Self {
+            name,
+            program,
+            options,
+            run,
+            image,
+            named: false,
+            tidy: None,
+            undo: None,
+            mounted: None,
+            count: 0,
+        }
     }
 
     fn made(mut self, make: impl FnOnce(&mut Self) -> Result<(), String>) -> Found {
@@ -108,6 +121,15 @@ impl Engine {
         let mut command = self.with_options();
         command.args(arguments);
         prepare(command).map(drop)
+    }
+
+    fn remove(&self, arguments: Option<&[String]>) {
+        let Some(arguments) = arguments else { return };
+        let mut command = self.with_options();
+        command.args(arguments);
+        if let Err(why) = prepare(command) {
+            log::warn!("something of {} is left: {why}", self.name);
+        }
     }
 
     /// Makes the image of a tar archive of the root file system.
@@ -171,6 +193,10 @@ impl Rival for Engine {
         true
     }
 
+    fn tidy(&mut self) {
+        self.remove(self.tidy.as_deref());
+    }
+
     fn limit(&self) -> Duration {
         Duration::from_secs(60)
     }
@@ -178,13 +204,8 @@ impl Rival for Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        for arguments in &self.undo {
-            let mut command = self.with_options();
-            command.args(arguments);
-            if let Err(why) = prepare(command) {
-                log::warn!("something of {} is left: {why}", self.name);
-            }
-        }
+        self.tidy();
+        self.remove(self.undo.as_deref());
         if let Some(mounted) = &self.mounted {
             unmount_all(mounted);
         }

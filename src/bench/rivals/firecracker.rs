@@ -7,7 +7,8 @@ use std::fs;
 
 use serde_json::json;
 
-use super::fixed::{Fixed, found, words};
+use super::command::{found, words};
+use super::fixed::Fixed;
 use super::program::{BY_PORT, RESET, Root, WAIT};
 use super::vmm::{cmdline, kernel};
 use super::{Found, Life, RAM_MIB, Setting};

@@ -1,11 +1,11 @@
-//! A rival whose command is the same each time, and what all rivals share: quoting, versions.
+//! A rival whose command is the same each time.
 
-use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use super::{Found, Life, Rival, Setting};
+use super::command::{shown, version};
+use super::{Found, Life, Rival};
 use crate::bench::measure::Absent;
 
 /// A program and its arguments.
@@ -17,6 +17,7 @@ pub struct Fixed {
     pub version: &'static str,
     pub good_status: i32,
     pub marker: Vec<u8>,
+    pub guest_ram: bool,
 }
 
 impl Fixed {
@@ -27,7 +28,15 @@ impl Fixed {
         arguments: impl Fn(Life) -> Vec<String> + 'static,
     ) -> Self {
         let marker = super::program::MARKER.to_vec();
-        Self { name, program, arguments: Box::new(arguments), version: "--version", good_status: 0, marker }
+        Self {
+            name,
+            program,
+            arguments: Box::new(arguments),
+            version: "--version",
+            good_status: 0,
+            marker,
+            guest_ram: false,
+        }
     }
 
     /// It takes part if `check` says so.
@@ -66,83 +75,11 @@ impl Rival for Fixed {
         self.good_status
     }
 
+    fn guest_ram(&self) -> bool {
+        self.guest_ram
+    }
+
     fn limit(&self) -> Duration {
         Duration::from_secs(60)
-    }
-}
-
-/// Where the program is, or, with the reason for its absence, its bare name to show in the command.
-pub fn found(setting: &Setting, name: &str) -> (PathBuf, Result<(), String>) {
-    match setting.find(name) {
-        Ok(path) => (path, Ok(())),
-        Err(why) => (name.into(), Err(why)),
-    }
-}
-
-/// A command as a shell takes it.
-pub fn shown(program: &OsStr, arguments: &[String]) -> String {
-    let quoted = |word: &str| {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
-        if !word.is_empty() && word.chars().all(plain) {
-            word.to_owned()
-        } else {
-            format!("'{}'", word.replace('\'', r"'\''"))
-        }
-    };
-    let words = std::iter::once(program.to_string_lossy().into_owned()).chain(arguments.iter().cloned());
-    words.map(|word| quoted(&word)).collect::<Vec<_>>().join(" ")
-}
-
-/// The first line of what a program says of its version.
-pub fn version(program: &std::path::Path, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().ok()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let line = text.lines().find(|line| !line.trim().is_empty())?.trim().to_owned();
-    output.status.success().then_some(line)
-}
-
-/// Runs a command that prepares or removes something.
-///
-/// # Errors
-/// It cannot be started, or fails: what it said.
-pub fn prepare(mut command: Command) -> Result<String, String> {
-    let output = command.stdin(Stdio::null()).output();
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = output.map_err(|error| format!("start {name}: {error}"))?;
-    if output.status.success() {
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    } else {
-        let said = String::from_utf8_lossy(&output.stderr);
-        let arguments: Vec<_> =
-            command.get_args().map(|argument| argument.to_string_lossy().into_owned()).collect();
-        let line = shown(command.get_program(), &arguments);
-        Err(format!("{line}: {}: {}", output.status, said.trim()))
-    }
-}
-
-/// Words of text, owned.
-pub fn words<const N: usize>(words: [&str; N]) -> Vec<String> {
-    words.map(str::to_owned).to_vec()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_shown_is_what_a_shell_takes() {
-        let arguments = words(["a b", "it's", "--x=y", ""]);
-        assert_eq!(shown(OsStr::new("/bin/echo"), &arguments), r"/bin/echo 'a b' 'it'\''s' --x=y ''");
-        let line = shown(OsStr::new("printf"), &[&words(["%s|"])[..], &arguments].concat());
-        let output = Command::new("sh").args(["-c", &line]).output().unwrap();
-        assert_eq!(output.stdout, b"a b|it's|--x=y||");
-    }
-
-    #[test]
-    fn what_fails_in_preparing_is_told() {
-        let mut command = Command::new("sh");
-        command.args(["-c", "echo woe >&2; exit 3"]);
-        let error = prepare(command).unwrap_err();
-        assert!(error.contains("woe") && error.contains('3') && error.contains("sh -c"), "{error}");
     }
 }

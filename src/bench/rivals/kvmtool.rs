@@ -1,6 +1,7 @@
 //! kvmtool. It takes no ELF kernel, so it boots the bzImage, which unpacks itself first; and it has no ACPI, so it ends by a reset.
 
-use super::fixed::{Fixed, found, words};
+use super::command::{found, words};
+use super::fixed::Fixed;
 use super::program::{BY_PORT, RESET, Root, WAIT};
 use super::vmm::{cmdline, kernel};
 use super::{Found, Life, RAM_MIB, Setting};

@@ -8,10 +8,12 @@ use std::time::Duration;
 
 mod bwrap;
 mod cloud_hypervisor;
+pub mod command;
 mod elf;
 mod engines;
 mod firecracker;
 mod fixed;
+pub mod idle;
 mod kvmtool;
 mod oci;
 mod place;
@@ -19,6 +21,7 @@ mod process;
 pub mod program;
 mod qemu;
 mod vmm;
+pub mod weight;
 
 pub use place::{Place, Size};
 
@@ -64,6 +67,12 @@ pub trait Rival {
     fn detaches(&self) -> bool {
         false
     }
+    /// Whether it is a VM, with a mapping of [`RAM_MIB`] that is its guest's RAM.
+    fn guest_ram(&self) -> bool {
+        false
+    }
+    /// Removes what idle instances that were killed have left.
+    fn tidy(&mut self) {}
     /// A run that takes longer has failed.
     fn limit(&self) -> Duration {
         Duration::from_secs(30)

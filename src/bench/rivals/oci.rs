@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use super::fixed::{found, prepare, shown, version, words};
+use super::command::{found, prepare, shown, version, words};
 use super::program::{INIT, Root, WAIT};
 use super::{Found, Life, Rival, Setting};
 use crate::bench::measure::Absent;
@@ -116,11 +116,8 @@ impl Rival for Runtime {
     fn detaches(&self) -> bool {
         true
     }
-}
 
-impl Drop for Runtime {
-    fn drop(&mut self) {
-        // What is still there was interrupted, or idle.
+    fn tidy(&mut self) {
         for entry in fs::read_dir(&self.state).into_iter().flatten().flatten() {
             let mut command = Command::new(&self.program);
             command.args(&self.options).args(["delete", "--force"]).arg(entry.file_name());
@@ -128,5 +125,12 @@ impl Drop for Runtime {
                 log::warn!("a container of {} is left: {why}", self.name);
             }
         }
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        // What was interrupted.
+        self.tidy();
     }
 }

@@ -1,6 +1,7 @@
 //! QEMU's microvm machine, as docs/system/i386/microvm.rst tunes it.
 
-use super::fixed::{Fixed, found, words};
+use super::command::{found, words};
+use super::fixed::Fixed;
 use super::program::{BARE_MARKER, Root};
 use super::vmm::{bare_kernel, cmdline, end, kernel};
 use super::{Found, RAM_MIB, Setting};
@@ -20,7 +21,7 @@ pub fn linux(setting: &Setting, root: &Root) -> Found {
     let (program, there) = found(setting, PROGRAM);
     let (kernel, check) = kernel(setting.tuned_kernel(), "tuned-vmlinux");
     let initramfs = root.initramfs.to_string_lossy().into_owned();
-    let rival = Fixed::new("QEMU microvm", program, move |life| {
+    let mut rival = Fixed::new("QEMU microvm", program, move |life| {
         // With acpi=off Linux cannot power the machine off.
         let mut arguments = common("isa-serial=off,acpi=on", "host");
         arguments.extend(words(["-kernel", &kernel.to_string_lossy(), "-initrd", &initramfs]));
@@ -31,6 +32,7 @@ pub fn linux(setting: &Setting, root: &Root) -> Found {
         arguments.extend(words(["-device", "virtconsole,chardev=c"]));
         arguments
     });
+    rival.guest_ram = true;
     rival.if_possible(there.and(check))
 }
 

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::fixed::{Fixed, words};
+use super::command::words;
+use super::fixed::Fixed;
 use super::program::{self, BARE_MARKER, POWER_OFF, Root, WAIT};
 use super::{Found, Life, RAM_MIB, Setting};
 
@@ -23,7 +24,7 @@ pub fn end(life: Life) -> &'static str {
 /// The small kernel.
 pub fn tuned(setting: &Setting, root: &Root) -> Found {
     let (kernel, check) = kernel(setting.tuned_kernel(), "tuned-vmlinux");
-    linux("vmm", setting, root, kernel, &["--console", "stdio"], "console=hvc0").if_possible(check)
+    linux("vmm", setting, root, kernel, &[], "console=hvc0").if_possible(check)
 }
 
 /// A distribution's kernel. Its virtio drivers are modules, which the root file system of this comparison has no room for: it
@@ -52,13 +53,15 @@ fn linux(
 ) -> Fixed {
     let initramfs = root.initramfs.to_string_lossy().into_owned();
     let console: Vec<String> = console.iter().map(|word| (*word).to_owned()).collect();
-    Fixed::new(name, setting.vmm.clone(), move |life| {
+    let mut rival = Fixed::new(name, setting.vmm.clone(), move |life| {
         let mut arguments = words(["--kernel", &kernel.to_string_lossy(), "--initrd", &initramfs]);
         arguments.extend(words(["--mem", &format!("{RAM_MIB}M")]));
         arguments.extend(console.clone());
         arguments.extend(words(["--cmdline", &cmdline(word, 't', end(life))]));
         arguments
-    })
+    });
+    rival.guest_ram = true;
+    rival
 }
 
 /// No Linux: the monitor alone, with a guest that does nothing but speak and end.
