@@ -138,9 +138,16 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> anyhow::Result<Self> {
-        let path = std::env::temp_dir().join(format!("vmm-bench-{}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
-        Ok(Self(path))
+        // Process ids repeat where several machines share the folder.
+        for number in 0.. {
+            let path = std::env::temp_dir().join(format!("vmm-bench-{}-{number}", std::process::id()));
+            match fs::create_dir(&path) {
+                Ok(()) => return Ok(Self(path)),
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error).with_context(|| format!("make {}", path.display())),
+            }
+        }
+        Err(anyhow!("no name is left for a folder in {}", std::env::temp_dir().display()))
     }
 }
 

@@ -26,9 +26,11 @@ const MIB: usize = 1 << 20;
 /// The file that each instance writes anew, with the same content.
 const WRITTEN: usize = 7;
 /// All samples of one contender with one count of instances take no longer.
-const BUDGET: Duration = Duration::from_secs(40);
+const BUDGET: Duration = Duration::from_secs(60);
 /// Each sample makes all instances anew.
 const SAMPLES: usize = 5;
+/// Fewer say nothing of their spread.
+const FEWEST: usize = 3;
 
 const QUANTITIES: [Quantity; 2] = [
     Quantity { name: "on disk", unit: Unit::Kibibytes, better: Better::Lower },
@@ -53,21 +55,23 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
         let start = Instant::now();
         match one.sample() {
             Ok(_) => ways.push((way, start.elapsed())),
+            // What was interrupted did not fail.
+            Err(_) if INTERRUPTED.load(Ordering::SeqCst) => break,
             Err(why) => absent.push(Absent { name: way.name().to_owned(), command: one.command(), why }),
         }
     }
     let (mut parts, mut left_out) = (Vec::new(), Vec::new());
     for (pass, count) in COUNTS.into_iter().enumerate() {
-        let mut samples = plan.samples.min(SAMPLES);
+        let (mut samples, fewest) = (plan.samples.min(SAMPLES), plan.samples.min(FEWEST));
         let mut contenders: Vec<Box<dyn Contender>> = Vec::new();
         for (way, time) in &ways {
             let (time, room) = (*time * count as u32, way.room() * count as u64);
-            if time > BUDGET {
-                left_out.push(format!("{count} by {}: {:.0} s", way.name(), time.as_secs_f64()));
+            if time * fewest as u32 > BUDGET {
+                left_out.push(format!("{count} by {}: {:.0} s each", way.name(), time.as_secs_f64()));
             } else if room > image.room()? / 2 {
                 left_out.push(format!("{count} by {}: {} MiB on disk", way.name(), room >> 20));
             } else {
-                samples = samples.min((BUDGET.as_secs_f64() / time.as_secs_f64()) as usize).max(1);
+                samples = samples.min((BUDGET.as_secs_f64() / time.as_secs_f64()) as usize).max(fewest);
                 contenders.push(Box::new(Instances { way: way.clone(), image: image.clone(), count }));
             }
         }
@@ -110,7 +114,7 @@ fn method(left_out: &[String]) -> Vec<String> {
     ];
     if !left_out.is_empty() {
         method.push(format!(
-            "Left out, since a sample would have taken more than {} s or half of the free space: {}.",
+            "Left out, since {FEWEST} samples would have taken more than {} s, or half of the free space: {}.",
             BUDGET.as_secs(),
             left_out.join("; ")
         ));

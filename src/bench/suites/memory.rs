@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, set_child_subreaper};
@@ -18,9 +19,11 @@ use crate::bench::rivals::{self, RAM_MIB, Rival, Setting};
 /// Instances at a time.
 const COUNTS: [usize; 4] = [1, 10, 50, 100];
 /// All samples of one contender with one count of instances take no longer.
-const BUDGET: Duration = Duration::from_secs(40);
+const BUDGET: Duration = Duration::from_secs(60);
 /// Each sample starts all instances anew, and memory is steadier than time.
 const SAMPLES: usize = 5;
+/// Fewer say nothing of their spread.
+const FEWEST: usize = 3;
 /// The share of the available memory that instances may take.
 const SHARE: f64 = 0.7;
 
@@ -65,18 +68,20 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
     for found in rivals::idle(setting, &root) {
         match found.and_then(|rival| try_out(rival, progress)) {
             Ok(entrant) => entrants.push(entrant),
+            // What was interrupted did not fail.
+            Err(_) if INTERRUPTED.load(Ordering::SeqCst) => break,
             Err(missing) => absent.push(missing),
         }
     }
     let mut parts = Vec::new();
     for (pass, count) in COUNTS.into_iter().enumerate() {
         let available = Kernel::now()?.available as f64;
-        let mut samples = plan.samples.min(SAMPLES);
+        let (mut samples, fewest) = (plan.samples.min(SAMPLES), plan.samples.min(FEWEST));
         let mut contenders: Vec<Box<dyn Contender>> = Vec::new();
         for entrant in &entrants {
             let time = entrant.time * count as u32;
-            if time > BUDGET {
-                left_out.push(format!("{count} of {}: {:.0} s", entrant.name, time.as_secs_f64()));
+            if time * fewest as u32 > BUDGET {
+                left_out.push(format!("{count} of {}: {:.0} s each", entrant.name, time.as_secs_f64()));
             } else if count > 1 && entrant.kib * count as f64 > available * SHARE {
                 left_out.push(format!(
                     "{count} of {}: {:.0} MiB",
@@ -84,7 +89,7 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
                     entrant.kib * count as f64 / 1024.0
                 ));
             } else {
-                samples = samples.min((BUDGET.as_secs_f64() / time.as_secs_f64()) as usize).max(1);
+                samples = samples.min((BUDGET.as_secs_f64() / time.as_secs_f64()) as usize).max(fewest);
                 let (rival, name) = (Rc::clone(&entrant.rival), entrant.name.clone());
                 contenders.push(Box::new(Idle { rival, name, count }));
             }
@@ -107,7 +112,7 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
             }
         }
         parts.push((found, figures));
-        if INTERRUPTED.load(std::sync::atomic::Ordering::SeqCst) {
+        if INTERRUPTED.load(Ordering::SeqCst) {
             break;
         }
     }
@@ -209,7 +214,7 @@ fn method(left_out: &[String]) -> Vec<String> {
     if !left_out.is_empty() {
         let limit = format!("{} s, or {:.0}% of the free memory", BUDGET.as_secs(), SHARE * 100.0);
         method.push(format!(
-            "Left out, since a sample would have taken more than {limit}: {}.",
+            "Left out, since {FEWEST} samples would have taken more than {limit}: {}.",
             left_out.join("; ")
         ));
     }
