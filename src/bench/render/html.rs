@@ -115,13 +115,12 @@ fn section(suite: &Suite) -> String {
     for figure in &suite.figures {
         text.push_str(&self::figure(suite, &View::of(suite, figure)));
     }
-    let failed: Vec<_> = suite.contenders.iter().filter(|contender| contender.failure.is_some()).collect();
-    if !failed.is_empty() {
+    if suite.failures().next().is_some() {
         text.push_str("<div class=\"failures\"><h3>Not measured</h3><dl>\n");
-        for contender in failed {
-            let (who, why) =
-                (escape(&contender.name), escape(contender.failure.as_deref().unwrap_or_default()));
-            _ = writeln!(text, "<dt>{who}</dt><dd class=\"failure\">{why}</dd>");
+        for (contender, why, in_part) in suite.failures() {
+            let (who, why) = (escape(&contender.name), escape(why));
+            let in_part = if in_part { " <small>in part</small>" } else { "" };
+            _ = writeln!(text, "<dt>{who}{in_part}</dt><dd class=\"failure\">{why}</dd>");
         }
         text.push_str("</dl></div>\n");
     }

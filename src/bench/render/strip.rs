@@ -78,12 +78,18 @@ pub fn percent(at: f64) -> String {
     format!("{:.2}%", MARGIN + at * (100.0 - 2.0 * MARGIN))
 }
 
+/// Short, so that labels stay apart: 0.5, 20, 50k, 2M.
 fn label(value: f64) -> String {
+    let (value, letter) = match value.abs() {
+        1e4..1e6 => (value / 1e3, "k"),
+        1e6..1e9 => (value / 1e6, "M"),
+        _ => (value, ""),
+    };
     let text = three_digits(value);
     if text.contains('e') || !text.contains('.') {
-        return text;
+        return text + letter;
     }
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+    format!("{}{letter}", text.trim_end_matches('0').trim_end_matches('.'))
 }
 
 /// 1, 2 and 5 of each decade, or fewer, so that there are seven or so.
@@ -233,6 +239,10 @@ mod tests {
         assert_eq!(labels(&[0.3, 300.0]), (true, false, "0.3 1 3 10 30 100 300".to_owned()));
         assert_eq!(labels(&[1.0, 9.0]), (false, false, "0 2 4 6 8".to_owned()));
         assert_eq!(labels(&[100.0, 108.0]), (false, true, "100 102 104 106 108".to_owned()));
+        assert_eq!(
+            [0.5, 20.0, 2500.0, 5e4, 2e6, 1e12].map(label),
+            ["0.5", "20", "2500", "50k", "2M", "1.00e12"]
+        );
         assert_eq!(labels(&[-5.0, 10.0]), (false, false, "-5 0 5 10".to_owned()));
         for odd in [
             &[0.0][..],

@@ -49,14 +49,13 @@ impl Out {
         for figure in &suite.figures {
             self.figure(suite, &View::of(suite, figure));
         }
-        let failures =
-            suite.contenders.iter().filter_map(|contender| Some((contender, contender.failure.as_ref()?)));
-        for (number, (contender, why)) in failures.enumerate() {
+        for (number, (contender, why, in_part)) in suite.failures().enumerate() {
             if number == 0 {
                 self.line("");
                 self.line(&self.strong("  not measured", "1;31"));
             }
-            self.wrapped("    ", &format!("{}: ", contender.name), why);
+            let in_part = if in_part { " (in part)" } else { "" };
+            self.wrapped("    ", &format!("{}{in_part}: ", contender.name), why);
         }
         self.line("");
         for line in facts::lines(&suite.host) {
@@ -204,6 +203,8 @@ mod tests {
         assert!(table(&run, false).contains("no interval: fewer than 6 samples"));
         run.suites[0].host.repeatable_clock = true;
         assert!(table(&run, false).contains("counted, not sampled"));
+        run.suites[0].contenders[1].failure = Some("the rest of it".to_owned());
+        assert!(table(&run, false).contains("crun (in part): the rest of it"));
         run.suites[0].figures[0].series.clear();
         assert!(table(&run, false).contains("no samples"));
         run.suites.clear();
