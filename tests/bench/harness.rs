@@ -121,7 +121,7 @@ fn a_known_ratio_lies_in_its_interval() {
             Ok(vec![start.elapsed().as_secs_f64() * 1e3])
         }
     };
-    let (_, figures) = take(vec![made("20", sleeper(20)), made("30", sleeper(30))], &[TIME], plan(20, 5));
+    let (_, figures) = take(vec![made("40", sleeper(40)), made("60", sleeper(60))], &[TIME], plan(15, 5));
     let Comparison::Different(ratio) = compared(&figures[0], 5) else {
         panic!("{:?}", compared(&figures[0], 5))
     };
