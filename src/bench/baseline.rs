@@ -10,6 +10,10 @@ use super::result::{Better, Figure, Run, Suite, Unit};
 /// A change of so much is told.
 const TOLERANCE: f64 = 0.05;
 
+/// A difference of less is none: the tick of the counted machine's kernel (250 a second), by which whoever waits may go on
+/// sooner or later.
+const TICK_MS: f64 = 4.0;
+
 /// What the comparison found.
 #[derive(Debug, Default, PartialEq)]
 pub struct Verdict {
@@ -124,6 +128,14 @@ fn one(
             Better::Lower => is / was - 1.0,
             Better::Higher => 1.0 - is / was,
         };
+        let tick = match unit {
+            Unit::Milliseconds => TICK_MS,
+            Unit::Nanoseconds => TICK_MS * 1e6,
+            _ => 0.0,
+        };
+        if (is - was).abs() < tick {
+            continue;
+        }
         let by = change(What::By { worse, was, is, unit });
         if worse > TOLERANCE {
             verdict.worse.push(by);
@@ -144,10 +156,12 @@ mod tests {
         run
     }
 
-    /// The counted run with the samples of the second contender in the first figure multiplied.
+    /// The counted run with the samples of the second contender in the first figure as large as those of a boot, and these
+    /// multiplied.
     fn changed(by: f64, better: Better) -> [Run; 2] {
         let mut before = counted();
         before.suites[0].figures[0].better = better;
+        before.suites[0].figures[0].series[1].samples.iter_mut().for_each(|sample| *sample *= 100.0);
         let mut after = before.clone();
         after.suites[0].figures[0].series[1].samples.iter_mut().for_each(|sample| *sample *= by);
         [before, after]
@@ -171,6 +185,17 @@ mod tests {
         let [before, after] = changed(1.5, Better::Lower);
         let text = compare(&after, &before, &[]).unwrap().worse[0].to_string();
         assert!(text.starts_with("boot: exec to first output: crun: 50.0% worse ("), "{text}");
+    }
+
+    #[test]
+    fn less_than_a_tick_is_a_tie() {
+        let before = counted();
+        let mut after = before.clone();
+        let samples = &mut after.suites[0].figures[0].series[1].samples;
+        samples.iter_mut().for_each(|sample| *sample += TICK_MS - 0.1);
+        assert_eq!(compare(&after, &before, &[]).unwrap(), Verdict { compared: 8, ..Verdict::default() });
+        after.suites[0].figures[0].series[1].samples.iter_mut().for_each(|sample| *sample += 0.2);
+        assert_eq!(compare(&after, &before, &[]).unwrap().worse.len(), 1);
     }
 
     #[test]

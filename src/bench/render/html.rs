@@ -272,4 +272,26 @@ mod tests {
         assert_eq!(page.matches("class=\"dot\"").count(), key + 2 * 4 * 8);
         assert!(page.contains("no difference shown<br>(") && page.contains(">baseline<"), "{page}");
     }
+
+    #[test]
+    fn odd_values_are_drawn_somewhere() {
+        let mut run = run();
+        let odd = [f64::MAX, f64::MIN, f64::MIN_POSITIVE, 5e-324, 0.0, -0.0, 1e-300, 1e15];
+        for figure in &mut run.suites[0].figures {
+            for (series, count) in figure.series.iter_mut().zip([8, 1, 2, 8]) {
+                series.samples = odd[..count].to_vec();
+            }
+            figure.series[3].samples = vec![1.0; 300];
+        }
+        run.suites[0].figures[1].series.clear();
+        run.suites[0].figures[1].baseline = None;
+        run.suites[0].host.time = u64::MAX;
+        run.suites[0].host.memory = u64::MAX;
+        run.suites[0].host.load = f64::MAX;
+        let page = page(&run);
+        let (_, svg) = page.split_once("<svg class=\"strip\"").unwrap();
+        let (svg, _) = svg.rsplit_once("</svg>").unwrap();
+        assert!(!svg.contains("NaN") && !svg.contains("\"inf"), "{svg}");
+        assert!(page.contains("No samples.") && page.contains("no ratio"), "{page}");
+    }
 }

@@ -59,7 +59,8 @@ pub struct Options {
     /// Show results of earlier runs (JSON, or pages) in place of measuring; more than one are put together
     #[arg(long, value_name = "FILE", conflicts_with_all = ["suites", "samples", "warm_up", "with", "guests", "icount", "through"])]
     pub from: Vec<PathBuf>,
-    /// Fail if anything is more than 5% worse than in this result; both from a repeatable clock (with --icount or --from)
+    /// Fail if anything is more than 5% (and a tick of 4 ms) worse than in this result; both from a repeatable clock (with
+    /// --icount or --from)
     #[arg(long, value_name = "FILE")]
     pub compare: Option<PathBuf>,
     /// Write the result as JSON (- for standard output)
