@@ -14,13 +14,13 @@ pub struct Host {
     pub cpus: usize,
     /// Bytes of memory.
     pub memory: u64,
-    /// Release and build of the kernel.
+    /// "Linux" and the kernel's release.
     pub kernel: String,
     /// cpufreq governor of CPU 0, if there is one.
     pub governor: Option<String>,
     /// What the processor says of being in a virtual machine: the hypervisor flag.
     pub in_vm: bool,
-    /// The modules behind /dev/kvm, "kvm_amd" and so on; empty where it is built in or not there.
+    /// The modules behind /dev/kvm, "kvm_amd" and so on; empty where it is not there.
     pub kvm: Vec<String>,
     /// Whether KVM has hardware to build on (a vmx or svm flag).
     pub hardware_virtualization: bool,
@@ -45,8 +45,14 @@ impl Host {
         };
         let flags = field("flags").unwrap_or_default();
         let has = |name: &str| flags.split_whitespace().any(|flag| flag == name);
-        let modules = read("/proc/modules");
-        let names = modules.lines().filter_map(|line| line.split(' ').next());
+        // Those that are built in stand there too, other than in /proc/modules.
+        let modules = fs::read_dir("/sys/module").into_iter().flatten().flatten();
+        let names = modules.filter_map(|module| module.file_name().into_string().ok());
+        let mut kvm: Vec<String> = names.filter(|name| name.starts_with("kvm")).collect();
+        kvm.sort();
+        if !Path::new("/dev/kvm").exists() {
+            kvm.clear();
+        }
         let meminfo = read("/proc/meminfo");
         let total = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"));
         let kib: u64 = total.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0);
@@ -60,11 +66,7 @@ impl Host {
             kernel: format!("Linux {}", read("/proc/sys/kernel/osrelease").trim()),
             governor: (!governor.is_empty()).then_some(governor),
             in_vm: has("hypervisor"),
-            kvm: if Path::new("/dev/kvm").exists() {
-                names.filter(|name| name.starts_with("kvm")).map(str::to_owned).collect()
-            } else {
-                Vec::new()
-            },
+            kvm,
             hardware_virtualization: has("vmx") || has("svm"),
             load: load.unwrap_or(0.0),
             repeatable_clock,

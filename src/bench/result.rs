@@ -36,6 +36,17 @@ pub struct Suite {
     pub figures: Vec<Figure>,
 }
 
+impl Suite {
+    /// Those who failed, with their errors, and whether there are samples of them in some figure all the same.
+    pub fn failures(&self) -> impl Iterator<Item = (&Contender, &str, bool)> {
+        self.contenders.iter().filter_map(|contender| {
+            let why = contender.failure.as_deref()?;
+            let mut series = self.figures.iter().flat_map(|figure| &figure.series);
+            Some((contender, why, series.any(|series| series.who == contender.name)))
+        })
+    }
+}
+
 /// Who was measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Contender {

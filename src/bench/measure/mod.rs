@@ -4,6 +4,7 @@ pub mod span;
 pub mod stats;
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::result::{self, Better, Figure, Series, Unit};
 
@@ -45,7 +46,8 @@ pub struct Plan {
     pub samples: usize,
     /// Samples before those, which count for nothing.
     pub warm_up: usize,
-    /// Seed of the order and of the resampling: chosen anew for each run, and kept in its result by whoever asks.
+    /// Seed of the order and of the resampling: chosen anew for each run, and kept in its result by whoever asks. With 0 the
+    /// contenders come in the order of their list: what must repeat bit for bit depends on who came before.
     pub seed: u64,
 }
 
@@ -66,7 +68,7 @@ pub struct Absent {
 ///
 /// `progress` is called before each sample with how far it is (0 to 1) and whose it is.
 pub fn series(
-    contenders: &mut [Box<dyn Contender>],
+    contenders: &mut [Box<dyn Contender + '_>],
     absent: &[Absent],
     quantities: &[Quantity],
     plan: Plan,
@@ -78,7 +80,11 @@ pub fn series(
     let all = (rounds * contenders.len()).max(1) as f64;
     let mut done = 0usize;
     'rounds: for round in 0..rounds {
-        for index in random.order(contenders.len()) {
+        let order = match plan.seed {
+            0 => (0..contenders.len()).collect(),
+            _ => random.order(contenders.len()),
+        };
+        for index in order {
             if INTERRUPTED.load(Ordering::SeqCst) {
                 break 'rounds;
             }
@@ -96,7 +102,7 @@ pub fn series(
                 Ok(values) if round >= plan.warm_up => samples.push(values),
                 Ok(_) => {}
                 // What was interrupted did not fail.
-                Err(_) if INTERRUPTED.load(Ordering::SeqCst) => break 'rounds,
+                Err(_) if interrupted() => break 'rounds,
                 Err(why) => taken[index] = Err(why),
             }
         }
@@ -132,6 +138,12 @@ pub fn series(
         }
     });
     (entries, figures.collect())
+}
+
+/// Whether Ctrl-C was pressed. What it ended may be known to have failed before the signal has come here.
+fn interrupted() -> bool {
+    std::thread::sleep(Duration::from_millis(20));
+    INTERRUPTED.load(Ordering::SeqCst)
 }
 
 /// A small generator (xorshift64*): for orders and resampling, where nothing depends on its quality but fairness.

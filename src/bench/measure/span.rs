@@ -3,11 +3,19 @@
 //! One clock, the host's monotonic one; waiting is one poll(2) on its output and its end.
 
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+use super::INTERRUPTED;
+
+/// How soon Ctrl-C is seen.
+const GLANCE: Duration = Duration::from_millis(100);
 
 /// What a started process did, and when.
 #[derive(Debug, Clone)]
@@ -20,21 +28,32 @@ pub struct Span {
     pub status: ExitStatus,
 }
 
-/// Ends the process if the measurement is given up.
-struct Running(Child);
+/// Ends the process, and those that it started, if the measurement is given up.
+struct Running {
+    child: Child,
+    over: bool,
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        if self.over {
+            return;
+        }
+        // Not waited for yet, so the number is still its own.
+        if let Some(group) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        let _ = self.child.wait();
     }
 }
 
 /// Starts `command` and waits for `marks` on its standard output, one behind the other, then for its end. `at_mark` is called
 /// at each with its number and the process id; what it takes counts to what follows.
 ///
+/// The process leads a group of its own: Ctrl-C is for the benchmark, which then gives up the sample at hand.
+///
 /// # Errors
-/// It cannot be started, ends without all marks, or has not ended after `limit`: with what it said.
+/// It cannot be started, ends without all marks, or has not ended after `limit`: with what it said. Or Ctrl-C.
 pub fn measure(
     mut command: Command,
     marks: &[&[u8]],
@@ -43,12 +62,14 @@ pub fn measure(
 ) -> Result<Span, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let failed = |what: &str, error: std::io::Error| format!("{what} {name}: {error}");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let start = Instant::now();
-    let mut running = Running(command.spawn().map_err(|error| failed("start", error))?);
-    let pid = i32::try_from(running.0.id()).ok().and_then(Pid::from_raw).ok_or("no process id")?;
+    let child = command.spawn().map_err(|error| failed("start", error))?;
+    let mut running = Running { child, over: false };
+    let pid = i32::try_from(running.child.id()).ok().and_then(Pid::from_raw).ok_or("no process id")?;
     let ended = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| failed("watch", error.into()))?;
-    let (Some(mut output), Some(mut errors)) = (running.0.stdout.take(), running.0.stderr.take()) else {
+    let (Some(mut output), Some(mut errors)) = (running.child.stdout.take(), running.child.stderr.take())
+    else {
         return Err("no pipe".to_owned());
     };
     let (mut said, mut complaint, mut space) = (Vec::new(), Vec::new(), [0; 4096]);
@@ -62,35 +83,46 @@ pub fn measure(
             };
             searched += at + mark.len();
             times.push(start.elapsed());
-            at_mark(times.len() - 1, running.0.id())?;
+            at_mark(times.len() - 1, running.child.id())?;
         }
-        let mut fds = [
-            PollFd::new(&ended, PollFlags::IN),
-            PollFd::new(&output, if output_open { PollFlags::IN } else { PollFlags::empty() }),
-            PollFd::new(&errors, if errors_open { PollFlags::IN } else { PollFlags::empty() }),
-        ];
         let left = limit.saturating_sub(start.elapsed());
-        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-        let count = poll(&mut fds[..], Some(&timeout)).map_err(|error| failed("wait for", error.into()))?;
-        let [over, more_output, more_errors] = fds.map(|fd| !fd.revents().is_empty());
-        if count == 0 {
+        if left.is_zero() {
             return Err(complain(&name, &format!("has not ended after {limit:?}"), &said, &complaint));
         }
-        // A pipe at its end would be ready for ever.
-        if more_output && output_open {
+        if INTERRUPTED.load(Ordering::SeqCst) {
+            return Err("interrupted".to_owned());
+        }
+        let left = left.min(GLANCE);
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let [over, more_output, more_errors] = {
+            // A pipe at its end is ready for ever, asked for or not, so it is left out.
+            let mut fds = vec![PollFd::new(&ended, PollFlags::IN)];
+            fds.extend(output_open.then(|| PollFd::new(&output, PollFlags::IN)));
+            fds.extend(errors_open.then(|| PollFd::new(&errors, PollFlags::IN)));
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(0) | Err(Errno::INTR) => continue,
+                Ok(_) => {}
+                Err(error) => return Err(failed("wait for", error.into())),
+            }
+            let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
+            let mut next = |there: bool| there && ready.next().unwrap_or(false);
+            [next(true), next(output_open), next(errors_open)]
+        };
+        if more_output {
             let count = output.read(&mut space).map_err(|error| failed("read the output of", error))?;
             said.extend_from_slice(&space[..count]);
             output_open = count > 0;
         }
-        if more_errors && errors_open {
+        if more_errors {
             let count = errors.read(&mut space).map_err(|error| failed("read the errors of", error))?;
             complaint.extend_from_slice(&space[..count]);
             errors_open = count > 0;
         }
         // What it wrote before its end is read first.
-        if over && !(more_output && output_open) && !(more_errors && errors_open) {
+        if over && !more_output && !more_errors {
             let exit = start.elapsed();
-            let status = running.0.wait().map_err(|error| failed("wait for", error))?;
+            let status = running.child.wait().map_err(|error| failed("wait for", error))?;
+            running.over = true;
             return match marks.get(times.len()) {
                 None => Ok(Span { marks: times, exit, status }),
                 Some(missing) => {
@@ -146,6 +178,37 @@ mod tests {
         assert!(error.contains("not ended"), "{error}");
         let error = measure(Command::new("/no/such"), &[b"x"], LIMIT, &mut |_, _| Ok(())).unwrap_err();
         assert!(error.contains("/no/such"), "{error}");
+    }
+
+    #[test]
+    fn output_that_is_closed_early_is_not_asked_for_again_and_again() {
+        let busy = || {
+            let times = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+            let fields: Vec<u64> =
+                times.rsplit(')').next().unwrap().split(' ').flat_map(str::parse).collect();
+            // User and system time of this thread in ticks, fields 14 and 15 of proc_pid_stat(5); the state is a letter.
+            fields[10] + fields[11]
+        };
+        let before = busy();
+        shell("echo here there; exec >&- 2>&-; exec sleep 0.7", LIMIT).unwrap();
+        assert!(busy() - before < 20, "{} ticks", busy() - before);
+    }
+
+    #[test]
+    fn giving_up_ends_what_was_started_too() {
+        let mark = format!("1000{}.5", std::process::id());
+        let error = shell(&format!("sleep {mark} & wait"), Duration::from_millis(300)).unwrap_err();
+        assert!(error.contains("not ended"), "{error}");
+        let alive = || {
+            let processes = std::fs::read_dir("/proc").unwrap().flatten();
+            let lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+            lines.filter(|line| line.starts_with(format!("sleep\0{mark}").as_bytes())).count()
+        };
+        let deadline = Instant::now() + LIMIT;
+        while alive() > 0 {
+            assert!(Instant::now() < deadline, "the sleep goes on");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     #[test]
