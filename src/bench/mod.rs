@@ -3,6 +3,7 @@
 //! [`suites`] say what is compared, [`rivals`] how each contender is started, [`measure`] takes the samples and judges
 //! them, [`result`] holds them, [`render`] shows them. The command line is `cli::bench`; nothing else uses this.
 
+pub mod elf;
 pub mod host;
 pub mod measure;
 pub mod render;
