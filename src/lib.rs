@@ -15,10 +15,11 @@
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
-//! | [`api`], [`cli`] | names and control sockets; one file per command |
+//! | [`api`], [`sandbox`] | names and control sockets; processes kept apart without a VM |
+//! | [`bench`], [`cli`] | what is compared, and with whom; one file per command |
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `memory`,
-//! `kvm` and `disk` alone. `tests/architecture.rs` holds the code against it.
+//! `kvm`, `disk` and `sandbox` alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
 //! 0 event_loop state config guest_log
@@ -28,8 +29,8 @@
 //! 4 legacy virtio        never kvm, machine, or another family of devices
 //! 5 boot vcpu
 //! 6 machine
-//! 8 api
-//! 9 cli main
+//! 8 api sandbox
+//! 9 bench cli main
 //! ```
 //!
 //! # Four flows, each one way
@@ -60,6 +61,7 @@ pub mod kvm;
 pub mod legacy;
 pub mod machine;
 pub mod memory;
+pub mod sandbox;
 pub mod state;
 pub mod vcpu;
 pub mod virtio;

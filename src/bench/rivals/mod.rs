@@ -1,8 +1,13 @@
 //! How each contender is started: one file per kind. All run the same program on the same root file system.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::process::Command;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+mod elf;
+mod place;
+
+pub use place::{Place, Size};
 
 /// What a run of `vmm bench` has at hand. Made once, by the command line.
 #[derive(Debug, Clone)]
@@ -36,36 +41,31 @@ impl Setting {
         let found = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
         found.ok_or_else(|| format!("not installed: no {name} in PATH (give it by --with {name}=FILE)"))
     }
-}
 
-/// Where a workload runs: the same program, with the same arguments, natively, in a container, in a VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    /// As a process.
-    Native,
-    /// In namespaces of our own.
-    Container,
-    /// In a Linux guest of vmm.
-    Vm,
-}
-
-impl Place {
-    /// The command that runs `vmm bench-work ARGUMENTS` there, its output on standard output. `cpus` and `memory_mib` size the
-    /// VM; `disk` is what the workload finds at /dev/vda or, outside of a VM, gets as the path itself.
+    /// Whether a Linux guest can run here at all. Asked before one is started, which would only end in its time limit.
     ///
     /// # Errors
-    /// Why it cannot run there.
-    pub fn command(self, setting: &Setting, arguments: &[&str], size: Size) -> Result<Command, String> {
-        let _ = (setting, arguments, size);
-        Err(format!("{self:?}: not there yet"))
+    /// Why not.
+    pub fn linux_guests(&self) -> Result<(), String> {
+        let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+        kvm.map_err(|error| format!("open /dev/kvm: {error}"))?;
+        let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let flags = cpu.lines().find_map(|line| line.strip_prefix("flags")).unwrap_or_default();
+        if flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
+            Ok(())
+        } else {
+            Err("this host's KVM has no hardware virtualization: it runs no Linux".to_owned())
+        }
     }
-}
 
-/// The size of a VM.
-#[derive(Debug, Clone, Copy)]
-pub struct Size {
-    /// Virtual CPUs.
-    pub cpus: u32,
-    /// Memory.
-    pub mib: u64,
+    /// The small kernel, where a Linux guest can run.
+    ///
+    /// # Errors
+    /// There is none, or it cannot run here.
+    pub fn tuned_kernel(&self) -> Result<&Path, String> {
+        self.linux_guests()?;
+        let hint =
+            "no tuned-vmlinux in the folder that --guests names (make it: cargo guest bundle --only tuned)";
+        self.kernel.as_deref().ok_or_else(|| hint.to_owned())
+    }
 }

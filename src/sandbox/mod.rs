@@ -1,0 +1,3 @@
+//! Processes kept apart from the rest of the host by the kernel's own means, without a VM.
+
+pub mod container;
