@@ -95,8 +95,10 @@ fn vm(setting: &Setting, arguments: &[&str], size: Size) -> Result<Command, Stri
     if !initramfs.exists() {
         pack(&setting.vmm, &initramfs)?;
     }
-    let cmdline =
-        format!("console=hvc0 quiet reboot=t panic=-1 rdinit=/vmm -- bench-work {}", arguments.join(" "));
+    let cmdline = format!(
+        "console=hvc0 quiet reboot=t panic=-1 rdinit=/vmm -- bench-work --guest {}",
+        arguments.join(" ")
+    );
     let mut command = Command::new(&setting.vmm);
     command.arg("--kernel").arg(kernel).arg("--initrd").arg(initramfs);
     command.args(["--cpus", &size.cpus.to_string(), "--mem", &format!("{}M", size.mib)]);
