@@ -138,7 +138,10 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> anyhow::Result<Self> {
-        let path = std::env::temp_dir().join(format!("vmm-bench-{}", std::process::id()));
+        // Process ids repeat where machines share a temporary folder.
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let name = format!("vmm-bench-{}-{:x}", std::process::id(), now.as_nanos());
+        let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
         Ok(Self(path))
     }

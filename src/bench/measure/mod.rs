@@ -66,7 +66,7 @@ pub struct Absent {
 ///
 /// `progress` is called before each sample with how far it is (0 to 1) and whose it is.
 pub fn series(
-    contenders: &mut [Box<dyn Contender>],
+    contenders: &mut [Box<dyn Contender + '_>],
     absent: &[Absent],
     quantities: &[Quantity],
     plan: Plan,

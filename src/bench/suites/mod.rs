@@ -1,6 +1,11 @@
 //! What is compared: one file per suite. Each makes its contenders and has `measure` take the samples.
 
+pub mod block;
+pub mod console;
+pub mod cpu;
 pub mod exits;
+pub mod mem;
+mod places;
 
 use std::fmt;
 use std::str::FromStr;
@@ -96,6 +101,10 @@ pub fn run(
 ) -> Result<Suite, String> {
     match name {
         Name::Exits => exits::run(setting, plan, progress),
+        Name::Cpu => cpu::run(setting, plan, progress),
+        Name::Mem => mem::run(setting, plan, progress),
+        Name::Block => block::run(setting, plan, progress),
+        Name::Console => console::run(setting, plan, progress),
         _ => Err(format!("{name}: not there yet")),
     }
 }
