@@ -6,6 +6,7 @@ pub mod cpu;
 pub mod exits;
 pub mod mem;
 mod places;
+pub mod scale;
 
 use std::fmt;
 use std::str::FromStr;
@@ -105,6 +106,7 @@ pub fn run(
         Name::Mem => mem::run(setting, plan, progress),
         Name::Block => block::run(setting, plan, progress),
         Name::Console => console::run(setting, plan, progress),
+        Name::Scale => scale::run(setting, plan, progress),
         _ => Err(format!("{name}: not there yet")),
     }
 }
