@@ -111,7 +111,8 @@ fn method() -> Vec<String> {
         "At once: one host thread per machine, all let go together. Starts per second: their number by the time from the first call \
          to the last machine's first output. Slowest tenth and slowest: of one sample's machines, each from its own call to its \
          first output.",
-        "Memory is neither touched nor reserved before the guest does so: its size should not show.",
+        "Memory is neither touched nor reserved before the guest does so, and its size should not show. Where KVM shadows page \
+         tables (no nested paging), the kernel itself makes tables by its size: 10 bytes and more for each 4 KiB.",
     ]
     .map(str::to_owned)
     .to_vec()
