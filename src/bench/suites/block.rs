@@ -83,7 +83,7 @@ fn method([counts, cached]: &[Vec<u64>; 2]) -> Vec<String> {
         "The VM's own page cache is passed by too, but vmm opens the image through the host's page cache: its reads compare with \
          \"native, cached\", and its writes reach the disk with the fsync."
             .to_owned(),
-        "The host reads the time of the lines before and after the work.".to_owned(),
+        places::CLOCK.to_owned(),
     ]
 }
 

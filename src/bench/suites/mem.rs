@@ -36,9 +36,10 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
             "Bandwidth: STREAM's triad, {rounds} times over three arrays of 32 MiB, counted as two reads and a write. Random \
              access: {steps} loads, each of which says where the next is, all over 64 MiB."
         ),
-        "All memory is touched before the time starts; the host reads the time of the lines before and after the work. 4 KiB \
-         pages unless the host's or the guest's kernel makes larger ones by itself."
+        "All memory is touched before the time starts. 4 KiB pages, unless the host's or the guest's kernel makes larger ones by \
+         itself."
             .to_owned(),
+        places::CLOCK.to_owned(),
     ];
     let titles = ("mem", "Memory: native, container, VM");
     places::suite(titles, setting, Size { cpus: 1, mib: 512 }, &work, method, plan, progress)

@@ -23,8 +23,8 @@ use guest::Kind;
 
 /// Nothing that works takes longer, also where the KVM is emulated.
 const LIMIT: Duration = Duration::from_secs(10);
-/// About what the rounds of one sample should take.
-const SAMPLE: Duration = Duration::from_millis(20);
+/// About what the rounds of one sample should take: so many that the marks do not show, so short that most are not interrupted.
+const SAMPLE: Duration = Duration::from_millis(5);
 /// Rounds of one sample.
 const ROUNDS: std::ops::RangeInclusive<u32> = 100..=50_000;
 /// Interrupts of one sample, of which it is the median.
