@@ -6,10 +6,10 @@ use std::sync::mpsc::Sender;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use kvm_bindings::KVM_EXIT_INTERNAL_ERROR;
+use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR};
 
 use super::guest::{DOORBELL, Kind};
-use super::{Said, brief, text};
+use super::{Said, brief, last_line, text};
 use crate::boot::{self, Payload};
 use crate::config::VmConfig;
 use crate::event_loop::Event;
@@ -103,6 +103,11 @@ fn await_mark(vcpu: &mut Vcpu, ram: &GuestRam, said: &Sender<Said>) -> Result<()
     {
         let _ = said.send(Said::Mark(Instant::now()));
         return Ok(());
+    }
+    if exit == Exit::Kicked {
+        // Given up: where it was is what there is to say.
+        let stuck = Ok(End::Stuck(Stuck::Unexpected(KVM_EXIT_INTR)));
+        return Err(report(vcpu, ram, &stuck).and_then(|text| last_line(&text)).unwrap_or_default());
     }
     let what = format!("{exit:?} in place of a mark");
     match dispatch(exit, &Buses::default()) {

@@ -234,7 +234,12 @@ impl RoundTrip {
                 let line = bare.line.clone();
                 let taken = self.take(&said, &|| line.trigger());
                 bare.stop();
-                taken
+                // Where it was stopped tells more than that it had to be.
+                let over = said.try_iter().find_map(|said| match said {
+                    Said::Over(at) => Some(at),
+                    Said::Mark(_) => None,
+                });
+                taken.map_err(|why| over.map_or(why.clone(), |at| format!("{why}; it was at {at}")))
             }
             Who::Vmm => self.whole(sender, &said),
         }
@@ -290,9 +295,13 @@ impl RoundTrip {
 /// A failure's report in short: what happened, and the instruction, which is its last line.
 fn brief(report: &str) -> String {
     match report.trim().split_once('\n') {
-        Some((first, rest)) => format!("{first}: {}", rest.lines().last().unwrap_or_default().trim()),
+        Some((first, rest)) => format!("{first}: {}", last_line(rest).unwrap_or_default()),
         None => report.trim().to_owned(),
     }
+}
+
+fn last_line(text: &str) -> Option<String> {
+    Some(text.lines().last()?.trim().to_owned())
 }
 
 fn text(error: impl std::error::Error) -> String {
