@@ -122,8 +122,7 @@ pub fn shown(command: &Command) -> String {
 /// # Errors
 /// It cannot be done here.
 pub fn enough(setting: &Setting, start: u64, step: &dyn Fn(u64) -> Step) -> Result<u64, String> {
-    // A repeatable clock is more than 30 times slower than the wall clock, and needs no length to be exact.
-    let wanted = if setting.repeatable_clock { 0.01 } else { 0.1 };
+    const WANTED: f64 = 0.1;
     let mut amount = start;
     loop {
         let step = step(amount);
@@ -132,8 +131,8 @@ pub fn enough(setting: &Setting, start: u64, step: &dyn Fn(u64) -> Step) -> Resu
         let span = span::measure(command, &[begin.as_bytes(), end.as_bytes()], LIMIT, &mut |_, _| Ok(()))?;
         let seconds = (span.marks[1] - span.marks[0]).as_secs_f64().max(1e-5);
         // What is long enough to be told from its start is scaled; the rest is done more of.
-        let scaled = (amount as f64 * wanted / seconds) as u64;
-        if seconds >= wanted / 5.0 || scaled < amount {
+        let scaled = (amount as f64 * WANTED / seconds) as u64;
+        if seconds >= WANTED / 5.0 || scaled < amount {
             return Ok(scaled.max(1));
         }
         amount = scaled.min(amount.saturating_mul(50)).max(amount + 1);
