@@ -16,7 +16,7 @@
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
 //! | [`api`], [`sandbox`] | names and control sockets; processes kept apart without a VM |
-//! | [`bench`], [`cli`] | what is compared, and with whom; one file per command |
+//! | [`mod@bench`], [`cli`] | what is compared, and with whom; one file per command |
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `memory`,
 //! `kvm`, `disk` and `sandbox` alone. `tests/architecture.rs` holds the code against it.

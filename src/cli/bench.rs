@@ -138,12 +138,16 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> anyhow::Result<Self> {
-        // Process ids repeat where machines share a temporary folder.
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let name = format!("vmm-bench-{}-{:x}", std::process::id(), now.as_nanos());
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
-        Ok(Self(path))
+        // Process ids repeat where several machines share the folder.
+        for number in 0.. {
+            let path = std::env::temp_dir().join(format!("vmm-bench-{}-{number}", std::process::id()));
+            match fs::create_dir(&path) {
+                Ok(()) => return Ok(Self(path)),
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error).with_context(|| format!("make {}", path.display())),
+            }
+        }
+        Err(anyhow!("no name is left for a folder in {}", std::env::temp_dir().display()))
     }
 }
 

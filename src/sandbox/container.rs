@@ -17,6 +17,7 @@ use std::ptr::null;
 pub struct Container {
     root: PathBuf,
     binds: Vec<Bind>,
+    detached: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -29,13 +30,20 @@ struct Bind {
 impl Container {
     /// One that sees `root` as its root file system, read-only. `/proc` is mounted where `root` has such a folder.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), binds: Vec::new() }
+        Self { root: root.into(), binds: Vec::new(), detached: false }
     }
 
     /// Shows the host's file or folder `host` at `inside`, which the root file system must have.
     #[must_use]
     pub fn bind(mut self, host: impl Into<PathBuf>, inside: impl Into<PathBuf>, writable: bool) -> Self {
         self.binds.push(Bind { host: host.into(), inside: inside.into(), writable });
+        self
+    }
+
+    /// The command that starts it ends at once, and nothing but the container's own process stays.
+    #[must_use]
+    pub fn detached(mut self) -> Self {
+        self.detached = true;
         self
     }
 
@@ -99,6 +107,7 @@ struct Plan {
     binds: Vec<(CString, CString, bool)>,
     /// What to write into which file of /proc/self, if there is a user namespace.
     maps: Option<[(CString, CString); 3]>,
+    detached: bool,
 }
 
 impl Plan {
@@ -128,6 +137,7 @@ impl Plan {
             proc: proc.is_dir().then(|| text(&proc)).transpose()?,
             binds: binds.collect::<io::Result<_>>()?,
             maps,
+            detached: container.detached,
         })
     }
 
@@ -158,6 +168,8 @@ impl Plan {
                 Ok(())
             }
             -1 => fail("clone3"),
+            // SAFETY: ends the process at once, as a child of fork(2) must.
+            _ if self.detached => unsafe { libc::_exit(0) },
             pid => end_as(pid as libc::pid_t),
         }
     }
@@ -186,8 +198,10 @@ impl Plan {
             };
             call(result, step)
         };
-        // SAFETY: numbers only.
-        call(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }.into(), "prctl PDEATHSIG")?;
+        if !self.detached {
+            // SAFETY: numbers only.
+            call(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }.into(), "prctl PDEATHSIG")?;
+        }
         for (file, text) in self.maps.iter().flatten() {
             // SAFETY: a string that ends in zero; the file is closed by whoever opened it.
             let fd = unsafe { libc::open(file.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };

@@ -1,6 +1,7 @@
-//! What must be known of a program file before it is put where there are no shared libraries and little room.
+//! The little that the rivals need of ELF: to make a program of some instructions, and to know of a program file whether it can
+//! be put where there are no shared libraries.
 //!
-//! The file is one of ours, so a damaged one gets one error and no diagnosis.
+//! The files are our own, so a damaged one gets one error and no diagnosis.
 
 use std::fs;
 use std::path::Path;
@@ -8,6 +9,7 @@ use std::path::Path;
 /// Program header types (System V ABI, gABI 4+, "Program Header").
 const PT_LOAD: u64 = 1;
 const PT_INTERP: u64 = 3;
+const PT_NOTE: u64 = 4;
 /// Offsets in the ELF header of a 64-bit file.
 const SECTION_HEADERS: usize = 40;
 const SECTION_COUNT: usize = 60;
@@ -15,6 +17,44 @@ const HEADER_SIZE: usize = 64;
 
 /// A program header: kind, place in the file, size there.
 type Segment = (u64, usize, usize);
+
+/// Where the code of an [`image`] stands: in the file, and from the address at which the file is loaded.
+pub const CODE: u64 = 0x100;
+
+/// An executable file of one piece, readable and executable, whose `code` ends the file. It is loaded at `base`, its first
+/// page with the headers included, and starts at `base` + [`CODE`]. `note`, if there is one, is what the file's notes hold.
+pub fn image(code: &[u8], base: u64, note: &[u8]) -> Vec<u8> {
+    const NOTE: u64 = 0xc0;
+    let size = CODE + code.len() as u64;
+    // Kind, flags (4 read, 1 execute), then: place in the file, two addresses, two sizes, alignment.
+    let load = (PT_LOAD, 5u32, [0, base, base, size, size, 0x1000]);
+    let length = note.len() as u64;
+    let notes = (PT_NOTE, 4u32, [NOTE, base + NOTE, base + NOTE, length, length, 4]);
+    let headers = if note.is_empty() { vec![load] } else { vec![load, notes] };
+
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let mut put = |bytes: &[u8]| file.extend_from_slice(bytes);
+    put(&2u16.to_le_bytes()); // ET_EXEC
+    put(&62u16.to_le_bytes()); // EM_X86_64
+    put(&1u32.to_le_bytes()); // EV_CURRENT
+    put(&(base + CODE).to_le_bytes());
+    put(&(HEADER_SIZE as u64).to_le_bytes()); // program headers
+    put(&0u64.to_le_bytes()); // section headers
+    put(&0u32.to_le_bytes()); // flags
+    for half in [HEADER_SIZE as u16, 56, headers.len() as u16, 64, 0, 0] {
+        put(&half.to_le_bytes());
+    }
+    for (kind, flags, words) in headers {
+        put(&(kind as u32).to_le_bytes());
+        put(&flags.to_le_bytes());
+        words.iter().for_each(|word| put(&word.to_le_bytes()));
+    }
+    file.resize(NOTE as usize, 0);
+    file.extend_from_slice(note);
+    file.resize(CODE as usize, 0);
+    file.extend_from_slice(code);
+    file
+}
 
 /// # Errors
 /// The program cannot be read, or needs shared libraries.

@@ -3,11 +3,117 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
+mod bwrap;
+mod cloud_hypervisor;
+pub mod command;
 mod elf;
+mod engines;
+mod firecracker;
+mod fixed;
+pub mod idle;
+mod kvmtool;
+mod oci;
 mod place;
+mod process;
+pub mod program;
+mod qemu;
+mod vmm;
+pub mod weight;
 
 pub use place::{Place, Size};
+
+use super::measure::Absent;
+use program::Root;
+
+/// Memory of each VM that is compared.
+pub const RAM_MIB: u64 = 128;
+
+/// What the program does once it has spoken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    /// It ends, and with it whatever it ran in.
+    Once,
+    /// It sleeps until it is killed.
+    Idle,
+}
+
+/// A way to start the program. What it needs beside the command is made when it is made, and taken down when it is dropped.
+pub trait Rival {
+    /// Short and unique: "crun".
+    fn name(&self) -> &str;
+    /// The exact command, or what is done in place of one.
+    fn shown(&self) -> String;
+    /// The version that it tells of itself.
+    fn version(&self) -> Option<String> {
+        None
+    }
+    /// What starts it this time.
+    ///
+    /// # Errors
+    /// What could not be prepared.
+    fn command(&mut self, life: Life) -> Result<Command, String>;
+    /// What is on standard output when the program has spoken.
+    fn marker(&self) -> &[u8] {
+        program::MARKER
+    }
+    /// The exit status of a run that went well.
+    fn good_status(&self) -> i32 {
+        0
+    }
+    /// Whether the command of an idle instance ends as soon as the instance runs.
+    fn detaches(&self) -> bool {
+        false
+    }
+    /// Whether it is a VM, with a mapping of [`RAM_MIB`] that is its guest's RAM.
+    fn guest_ram(&self) -> bool {
+        false
+    }
+    /// Removes what idle instances that were killed have left.
+    fn tidy(&mut self) {}
+    /// A run that takes longer has failed.
+    fn limit(&self) -> Duration {
+        Duration::from_secs(30)
+    }
+}
+
+/// One that can be started, or why not.
+pub type Found = Result<Box<dyn Rival>, Absent>;
+
+/// Makes one of them.
+type Maker = fn(&Setting, &Root) -> Found;
+
+/// All that start the program, the lightest first.
+pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
+    // Where the clock counts instructions each start takes minutes.
+    let quick: [Maker; 4] = [process::spawn, process::container, vmm::tuned, qemu::linux];
+    let rest: [Maker; 12] = [
+        oci::crun,
+        oci::runc,
+        bwrap::bwrap,
+        engines::podman,
+        engines::docker,
+        engines::ctr,
+        vmm::stock,
+        firecracker::firecracker,
+        cloud_hypervisor::cloud_hypervisor,
+        kvmtool::kvmtool,
+        vmm::bare_metal,
+        qemu::bare_metal,
+    ];
+    let makers: Vec<Maker> =
+        if setting.repeatable_clock { quick.to_vec() } else { quick.into_iter().chain(rest).collect() };
+    makers.into_iter().map(|make| make(setting, root)).collect()
+}
+
+/// Those whose idle instances are weighed.
+pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
+    let makers: [Maker; 6] =
+        [process::spawn, process::container, oci::crun, engines::podman, vmm::tuned, qemu::linux];
+    makers.into_iter().map(|make| make(setting, root)).collect()
+}
 
 /// What a run of `vmm bench` has at hand. Made once, by the command line.
 #[derive(Debug, Clone)]
@@ -42,13 +148,21 @@ impl Setting {
         found.ok_or_else(|| format!("not installed: no {name} in PATH (give it by --with {name}=FILE)"))
     }
 
+    /// Whether KVM opens.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn kvm(&self) -> Result<(), String> {
+        let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+        kvm.map(drop).map_err(|error| format!("open /dev/kvm: {error}"))
+    }
+
     /// Whether a Linux guest can run here at all. Asked before one is started, which would only end in its time limit.
     ///
     /// # Errors
     /// Why not.
     pub fn linux_guests(&self) -> Result<(), String> {
-        let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
-        kvm.map_err(|error| format!("open /dev/kvm: {error}"))?;
+        self.kvm()?;
         let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let flags = cpu.lines().find_map(|line| line.strip_prefix("flags")).unwrap_or_default();
         if flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
@@ -63,9 +177,29 @@ impl Setting {
     /// # Errors
     /// There is none, or it cannot run here.
     pub fn tuned_kernel(&self) -> Result<&Path, String> {
+        self.guest(self.kernel.as_deref(), "tuned-vmlinux", "tuned")
+    }
+
+    /// The same as a bzImage.
+    ///
+    /// # Errors
+    /// There is none, or it cannot run here.
+    pub fn tuned_bzimage(&self) -> Result<&Path, String> {
+        self.guest(self.bzimage.as_deref(), "tuned-bzImage", "tuned")
+    }
+
+    /// A distribution's kernel, where a Linux guest can run.
+    ///
+    /// # Errors
+    /// There is none, or it cannot run here.
+    pub fn stock_kernel(&self) -> Result<&Path, String> {
+        self.guest(self.stock.as_ref().map(|(kernel, _)| kernel.as_path()), "stock-bzImage", "stock")
+    }
+
+    fn guest<'a>(&self, kernel: Option<&'a Path>, file: &str, kind: &str) -> Result<&'a Path, String> {
         self.linux_guests()?;
-        let hint =
-            "no tuned-vmlinux in the folder that --guests names (make it: cargo guest bundle --only tuned)";
-        self.kernel.as_deref().ok_or_else(|| hint.to_owned())
+        kernel.ok_or_else(|| {
+            format!("no {file} in the folder that --guests names (make it: cargo guest bundle --only {kind})")
+        })
     }
 }

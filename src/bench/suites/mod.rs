@@ -1,19 +1,23 @@
 //! What is compared: one file per suite. Each makes its contenders and has `measure` take the samples.
 
-pub mod block;
-pub mod console;
-pub mod cpu;
-pub mod exits;
-pub mod mem;
+mod block;
+mod boot;
+mod console;
+mod cpu;
+mod exits;
+mod image;
+mod mem;
+mod memory;
 mod places;
-pub mod scale;
+mod scale;
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::measure::Plan;
-use super::result::Suite;
+use super::result::{Contender, Figure, Suite};
 use super::rivals::Setting;
+use crate::sandbox::mounts;
 
 /// The suites by name, in the order in which they run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,12 +109,44 @@ pub fn run(
             .to_owned());
     }
     match name {
+        Name::Boot => boot::run(setting, plan, progress),
+        Name::Memory => memory::run(setting, plan, progress),
+        Name::Image => image::run(setting, plan, progress),
         Name::Exits => exits::run(setting, plan, progress),
         Name::Cpu => cpu::run(setting, plan, progress),
         Name::Mem => mem::run(setting, plan, progress),
         Name::Block => block::run(setting, plan, progress),
         Name::Console => console::run(setting, plan, progress),
         Name::Scale => scale::run(setting, plan, progress),
-        _ => Err(format!("{name}: not there yet")),
     }
+}
+
+/// Mounts of this run's own, where the user may have them: what contenders mount is gone with them, whatever happens. Whether
+/// a hybrid layout's cgroup version 2 was hidden on the way.
+fn own_mounts() -> bool {
+    mounts::private().is_ok() && mounts::hide_hybrid_cgroup()
+}
+
+/// What several series found, as one: contenders in the order in which they come, figures of one name joined. The first
+/// failure of a contender stands.
+fn merge(parts: impl IntoIterator<Item = (Vec<Contender>, Vec<Figure>)>) -> (Vec<Contender>, Vec<Figure>) {
+    let (mut contenders, mut figures): (Vec<Contender>, Vec<Figure>) = Default::default();
+    for (others, more) in parts {
+        for other in others {
+            match contenders.iter_mut().find(|contender| contender.name == other.name) {
+                None => contenders.push(other),
+                Some(contender) => contender.failure = contender.failure.take().or(other.failure),
+            }
+        }
+        for figure in more {
+            match figures.iter_mut().find(|known| known.name == figure.name) {
+                None => figures.push(figure),
+                Some(known) => {
+                    known.baseline = known.baseline.take().or(figure.baseline);
+                    known.series.extend(figure.series);
+                }
+            }
+        }
+    }
+    (contenders, figures)
 }
