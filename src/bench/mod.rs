@@ -6,6 +6,7 @@
 
 pub mod baseline;
 pub mod earlier;
+pub mod elf;
 pub mod host;
 pub mod measure;
 pub mod render;

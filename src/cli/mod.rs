@@ -4,6 +4,7 @@
 //! must be put back (terminal, control socket) is put back by destructors before the error is printed.
 
 mod bench;
+mod bench_work;
 mod control;
 mod exit;
 mod list;
@@ -62,6 +63,9 @@ enum Command {
     Run(Box<options::Options>),
     /// Measure virtual machines against containers and other monitors
     Bench(bench::Options),
+    /// Do the work that is measured
+    #[command(hide = true)]
+    BenchWork(bench_work::Options),
     /// List the virtual machines that are running
     List(list::Options),
     /// Tell how a virtual machine is
@@ -86,6 +90,7 @@ pub fn main() -> ExitCode {
     let result = match command {
         Command::Run(options) => run::run(*options),
         Command::Bench(options) => bench::bench(options),
+        Command::BenchWork(options) => bench_work::bench_work(options),
         Command::List(options) => list::list(options),
         Command::Status(options) => control::status(options),
         Command::Pause(options) => control::pause(options),

@@ -5,7 +5,7 @@
 
 pub mod dispatch;
 pub mod gate;
-mod report;
+pub mod report;
 
 use std::io;
 use std::sync::Arc;

@@ -15,7 +15,7 @@ pub fn cloud_hypervisor(setting: &Setting, root: &Root) -> Found {
         let mut arguments = words(["--kernel", &kernel.to_string_lossy(), "--initramfs", &initramfs]);
         arguments.extend(words(["--cpus", "boot=1", "--memory", &format!("size={RAM_MIB}M")]));
         arguments.extend(words(["--console", "off", "--serial", "tty", "--cmdline"]));
-        arguments.push(cmdline("8250.nr_uarts=0", 't', &format!("{} {BY_PORT}", end(life))));
+        arguments.push(cmdline("8250.nr_uarts=0", 't', &format!("{BY_PORT}{}", end(life))));
         arguments
     });
     rival.if_possible(there.and(check))

@@ -46,8 +46,7 @@ pub fn podman(setting: &Setting, root: &Root) -> Found {
     options.extend(words(["--cgroup-manager", "cgroupfs", "--events-backend", "none"]));
     let mut run = words(["--rm", "--network", "none", "--cgroups", "disabled", "--log-driver", "none"]);
     run.extend(words(["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=20000:20000"]));
-    let mut engine = Engine::new("podman", program, options, run);
-    engine.tidy = Some(words(["rm", "--all", "--force"]));
+    let engine = Engine::new("podman", program, options, run);
     let make = |engine: &mut Engine| {
         there?;
         fs::create_dir_all(&store).map_err(|error| format!("make {}: {error}", store.display()))?;
@@ -56,7 +55,9 @@ pub fn podman(setting: &Setting, root: &Root) -> Found {
                 .map_err(|error| format!("mount a tmpfs on {}: {error}", store.display()))?;
             engine.mounted = Some(store.clone());
         }
-        engine.import(root, &words(["import", "--quiet", "-", IMAGE]))
+        engine.import(root, &words(["import", "--quiet", "-", IMAGE]))?;
+        engine.tidy = Some(words(["rm", "--all", "--force"]));
+        Ok(())
     };
     engine.made(make)
 }

@@ -27,7 +27,7 @@ pub fn firecracker(setting: &Setting, root: &Root) -> Found {
             "boot-source": {
                 "kernel_image_path": kernel,
                 "initrd_path": root.initramfs,
-                "boot_args": cmdline(SPARED, 'k', &format!("{end} {BY_PORT}")),
+                "boot_args": cmdline(SPARED, 'k', &format!("{BY_PORT}{end}")),
             },
             "drives": [],
             "machine-config": { "vcpu_count": 1, "mem_size_mib": RAM_MIB },

@@ -1,4 +1,4 @@
-//! Idle instances of a rival: started, found among this process's descendants, and ended.
+//! Idle instances of a rival: started, found among this process's descendants, and ended. And whatever else a rival leaves.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,11 +9,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
 
 use super::{Life, Rival};
 
-/// They run until this is dropped. This process must be the subreaper of what they leave behind.
+/// They run until this is dropped, and so does all else that was started meanwhile.
 pub struct Instances {
     /// Those that are no descendants of theirs.
     others: BTreeSet<i32>,
@@ -21,13 +21,23 @@ pub struct Instances {
 }
 
 impl Instances {
+    /// None yet: ends what is started from now on, when it is dropped.
+    ///
+    /// # Errors
+    /// /proc cannot be read.
+    pub fn none() -> Result<Self, String> {
+        // Whoever loses its parent becomes a child of this process, and so stays among its descendants.
+        set_child_subreaper(Some(getpid())).map_err(|error| format!("become a subreaper: {error}"))?;
+        Ok(Self { others: descendants()?, children: Vec::new() })
+    }
+
     /// Starts `count` of them, one after the other, and waits until all have spoken or, if their commands end at once, until
     /// those have ended well.
     ///
     /// # Errors
     /// One that did not come up, with what it said. Those before it are ended.
     pub fn start(rival: &mut dyn Rival, count: usize) -> Result<Self, String> {
-        let mut instances = Self { others: descendants()?, children: Vec::new() };
+        let mut instances = Self::none()?;
         for number in 0..count {
             let command = rival.command(Life::Idle)?;
             let up = if rival.detaches() {

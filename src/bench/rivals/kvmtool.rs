@@ -16,7 +16,7 @@ pub fn kvmtool(setting: &Setting, root: &Root) -> Found {
         let mut arguments = words(["run", "--kernel", &kernel.to_string_lossy(), "--initrd", &initramfs]);
         arguments.extend(words(["--cpus", "1", "--mem", &RAM_MIB.to_string(), "--network", "mode=none"]));
         arguments.extend(words(["--console", "virtio", "--params"]));
-        arguments.push(cmdline("8250.nr_uarts=0", 'k', &format!("{end} {BY_PORT}")));
+        arguments.push(cmdline("8250.nr_uarts=0", 'k', &format!("{BY_PORT}{end}")));
         arguments
     });
     rival.version = "version";

@@ -95,8 +95,10 @@ fn vm(setting: &Setting, arguments: &[&str], size: Size) -> Result<Command, Stri
     if !initramfs.exists() {
         pack(&setting.vmm, &initramfs)?;
     }
-    let cmdline =
-        format!("console=hvc0 quiet reboot=t panic=-1 rdinit=/vmm -- bench-work {}", arguments.join(" "));
+    let cmdline = format!(
+        "console=hvc0 quiet reboot=t panic=-1 rdinit=/vmm -- bench-work --guest {}",
+        arguments.join(" ")
+    );
     let mut command = Command::new(&setting.vmm);
     command.arg("--kernel").arg(kernel).arg("--initrd").arg(initramfs);
     command.args(["--cpus", &size.cpus.to_string(), "--mem", &format!("{}M", size.mib)]);
@@ -123,4 +125,66 @@ fn pack(program: &Path, to: &Path) -> Result<(), String> {
         .and_then(|file| archive.write(BufWriter::new(file)))
         .and_then(|()| fs::rename(&part, to));
     written.map_err(|error| format!("write {}: {error}", to.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::rivals::program;
+
+    fn setting(scratch: &Path, vmm: PathBuf) -> Setting {
+        let (with, scratch) = (Default::default(), scratch.to_owned());
+        Setting { vmm, with, kernel: None, bzimage: None, stock: None, scratch, repeatable_clock: false }
+    }
+
+    const SIZE: Size = Size { cpus: 1, mib: 128 };
+
+    #[test]
+    fn shared_libraries_are_refused_where_there_are_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let setting = setting(folder.path(), "/bin/sh".into());
+        let error = Place::Container.command(&setting, &["x"], SIZE).unwrap_err();
+        assert!(error.contains("/bin/sh") && error.contains("cargo static"), "{error}");
+        let error = pack(Path::new("/bin/sh"), &folder.path().join("work.cpio")).unwrap_err();
+        assert!(error.contains("cargo static"), "{error}");
+        assert_eq!(Place::Native.command(&setting, &["x"], SIZE).unwrap().get_program(), "/bin/sh");
+    }
+
+    #[test]
+    fn the_container_runs_this_program_and_sees_the_scratch_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let vmm = folder.path().join("vmm");
+        program::write(&vmm, &program::image().unwrap()).unwrap();
+        // The stand-in waits if that is the last word.
+        let mut command =
+            Place::Container.command(&setting(folder.path(), vmm), &[program::WAIT], SIZE).unwrap();
+        let mut child = command
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = vec![0; program::MARKER.len()];
+        let read = std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut said);
+        let _ = child.kill();
+        let output = child.wait_with_output().unwrap();
+        if output.stderr.starts_with(b"container: clone3: errno 001") {
+            eprintln!("SKIPPED: this user may make no namespaces");
+            return;
+        }
+        assert!(read.is_ok(), "{output:?}");
+        assert_eq!(said, program::MARKER);
+        assert!(folder.path().join("work-root").join(folder.path().strip_prefix("/").unwrap()).is_dir());
+    }
+
+    #[test]
+    fn the_initramfs_has_the_program() {
+        let folder = tempfile::tempdir().unwrap();
+        let (vmm, initramfs) = (folder.path().join("vmm"), folder.path().join("work.cpio"));
+        let image = program::image().unwrap();
+        program::write(&vmm, &image).unwrap();
+        pack(&vmm, &initramfs).unwrap();
+        let bytes = fs::read(&initramfs).unwrap();
+        let has = |what: &[u8]| bytes.windows(what.len()).any(|window| window == what);
+        assert!(has(b"vmm\0") && has(b"dev/console\0") && has(&image[..]), "{} bytes", bytes.len());
+    }
 }

@@ -19,14 +19,15 @@ pub const MARKER: &[u8] = b"bench: here";
 /// Its path in the root file system.
 pub const INIT: &str = "/init";
 
-/// Arguments that make it power the machine off in place of exiting: it is PID 1 of a VM.
+/// Its last argument, which makes it power the machine off in place of exiting: it is PID 1 of a VM. (A kernel hands words that
+/// it does not know to its first program too, before those that are meant for it.)
 pub const POWER_OFF: &str = "off";
 /// The same by a reset, for machines that know no power-off.
 pub const RESET: &str = "reset";
 /// It stays, asleep, once it has spoken.
 pub const WAIT: &str = "wait";
-/// As a second argument: it speaks by writing to the port of the first serial line itself, with no driver in between.
-pub const BY_PORT: &str = "port";
+/// Before any of these: it speaks by writing to the port of the first serial line itself, with no driver in between.
+pub const BY_PORT: &str = "port-";
 
 /// Where the program is loaded, as most static programs are.
 const BASE: u64 = 0x40_0000;
@@ -36,6 +37,7 @@ const COM1: u32 = 0x3f8;
 // arch/x86/entry/syscalls/syscall_64.tbl
 const WRITE: u32 = 1;
 const PAUSE: u32 = 34;
+const GETPID: u32 = 39;
 const REBOOT: u32 = 169;
 const IOPERM: u32 = 173;
 const EXIT_GROUP: u32 = 231;
@@ -60,12 +62,13 @@ fn code() -> Result<Vec<u8>, IcedError> {
         [(); 7].map(|()| a.create_label());
     let length = MARKER.len() as u32 + 1;
 
-    // The stack as the kernel leaves it (System V ABI for x86-64, 3.4.1): argc, argv[0], argv[1] or null, ...
+    // The stack as the kernel leaves it (System V ABI for x86-64, 3.4.1): argc, argv[0], argv[1] and so on.
     a.mov(r12, qword_ptr(rsp))?;
-    a.mov(r13, qword_ptr(rsp + 16))?;
+    a.mov(r13, qword_ptr(rsp + r12 * 8))?;
     a.lea(rsi, qword_ptr(marker))?;
-    a.cmp(r12, 2)?;
-    a.ja(by_port)?;
+    // Alone it sees its own path, which does not begin like this.
+    a.cmp(byte_ptr(r13), i32::from(BY_PORT.as_bytes()[0]))?;
+    a.je(by_port)?;
 
     a.mov(eax, WRITE)?;
     a.mov(edi, 1)?;
@@ -76,6 +79,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.jmp(end)?;
 
     a.set_label(&mut by_port)?;
+    a.add(r13, BY_PORT.len() as i32)?;
     a.mov(eax, IOPERM)?;
     a.mov(edi, COM1)?;
     a.mov(esi, 1)?;
@@ -90,15 +94,24 @@ fn code() -> Result<Vec<u8>, IcedError> {
 
     a.set_label(&mut end)?;
     a.mov(edi, 0)?;
-    a.test(r13, r13)?;
+    a.cmp(r12, 1)?;
     a.je(exit)?;
     a.mov(al, byte_ptr(r13))?;
     a.cmp(al, i32::from(WAIT.as_bytes()[0]))?;
     a.je(wait)?;
+
+    // Whoever starts it as root outside of a VM keeps the machine.
+    a.mov(eax, GETPID)?;
+    a.syscall()?;
+    a.cmp(eax, 1)?;
+    a.jne(fail)?;
     a.mov(edx, CMD_RESTART)?;
+    a.mov(al, byte_ptr(r13))?;
     a.cmp(al, i32::from(RESET.as_bytes()[0]))?;
     a.je(reboot)?;
     a.mov(edx, CMD_POWER_OFF)?;
+    a.cmp(al, i32::from(POWER_OFF.as_bytes()[0]))?;
+    a.jne(fail)?;
 
     a.set_label(&mut reboot)?;
     a.mov(eax, REBOOT)?;
@@ -218,10 +231,18 @@ mod tests {
     }
 
     #[test]
+    fn it_ends_no_machine_that_is_not_its_own() {
+        let (_folder, init) = program();
+        for word in [POWER_OFF, RESET, "else"] {
+            assert_eq!(Command::new(&init).arg(word).output().unwrap().status.code(), Some(1), "{word}");
+        }
+    }
+
+    #[test]
     fn it_waits_if_told_to() {
         use std::io::Read;
         let (_folder, init) = program();
-        let mut child = Command::new(&init).arg(WAIT).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = Command::new(&init).args(["noacpi", WAIT]).stdout(Stdio::piped()).spawn().unwrap();
         let mut said = vec![0; MARKER.len()];
         child.stdout.take().unwrap().read_exact(&mut said).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(50));

@@ -122,13 +122,27 @@ Private_Dirty:         8 kB
         assert_eq!(weight, Weight { pss: 400, private_dirty: 8, guest: 4000, guests: 1 });
     }
 
+    /// The weight of a shell that holds so many bytes.
+    fn shell(bytes: usize) -> Weight {
+        use std::io::Read;
+        use std::process::{Command, Stdio};
+        let script = format!("x=$(yes | head -c {bytes}); echo $((${{#x}} > -1)); read y");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let ready = child.stdout.as_mut().unwrap().read_exact(&mut [0; 2]);
+        let weight = Weight::of(&[child.id() as i32]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        ready.unwrap();
+        weight.unwrap()
+    }
+
     #[test]
     fn what_a_process_writes_is_seen() {
-        let own = || Weight::of(&[std::process::id() as i32]).unwrap().private_dirty;
-        let before = own();
-        let written = vec![1u8; 8 << 20];
-        let after = own();
-        assert!(after >= before + (7 << 10), "{before} {after} {}", written.len());
+        let (small, large) = (shell(1), shell(8 << 20));
+        assert!(large.private_dirty > small.private_dirty + (7 << 10), "{small:?} {large:?}");
+        assert!(large.pss >= large.private_dirty && small.pss < 16 << 10, "{small:?} {large:?}");
         assert!(Weight::of(&[i32::MAX]).is_err());
     }
 }

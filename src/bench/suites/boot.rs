@@ -4,6 +4,7 @@ use super::{merge, own_mounts};
 use crate::bench::host::Host;
 use crate::bench::measure::{self, Absent, Contender, Plan, Quantity, span};
 use crate::bench::result::{Better, Suite, Unit};
+use crate::bench::rivals::idle::Instances;
 use crate::bench::rivals::program::Root;
 use crate::bench::rivals::{self, Life, RAM_MIB, Rival, Setting};
 
@@ -20,6 +21,8 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
     let host = Host::look(setting.repeatable_clock);
     let hidden = own_mounts();
     let root = Root::make(&setting.scratch)?;
+    // Dropped last: an engine's client that was killed leaves others behind.
+    let _strays = Instances::none()?;
     let (mut contenders, mut absent): (Vec<Box<dyn Contender>>, Vec<Absent>) = Default::default();
     for found in rivals::all(setting, &root) {
         match found {

@@ -5,8 +5,6 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::process::{getpid, set_child_subreaper};
-
 use super::{merge, own_mounts};
 use crate::bench::host::Host;
 use crate::bench::measure::{self, Absent, Contender, INTERRUPTED, Plan, Quantity};
@@ -61,8 +59,6 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
     }
     let host = Host::look(false);
     own_mounts();
-    // What instances leave to run on its own becomes a child of this process, and is weighed with them.
-    set_child_subreaper(Some(getpid())).map_err(|error| format!("become a subreaper: {error}"))?;
     let root = Root::make(&setting.scratch)?;
     let (mut entrants, mut absent, mut left_out) = (Vec::new(), Vec::new(), Vec::new());
     for found in rivals::idle(setting, &root) {
@@ -116,7 +112,6 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
             break;
         }
     }
-    let _ = set_child_subreaper(None);
     let (contenders, figures) = merge(parts);
     Ok(Suite {
         name: "memory".to_owned(),
