@@ -64,31 +64,34 @@ pub fn measure(
             times.push(start.elapsed());
             at_mark(times.len() - 1, running.0.id())?;
         }
-        let mut fds = [
-            PollFd::new(&ended, PollFlags::IN),
-            PollFd::new(&output, if output_open { PollFlags::IN } else { PollFlags::empty() }),
-            PollFd::new(&errors, if errors_open { PollFlags::IN } else { PollFlags::empty() }),
-        ];
+        // A pipe at its end tells so in every poll, asked or not: this would spin, and keep the process from its end on a host
+        // with one CPU.
+        let mut fds = vec![PollFd::new(&ended, PollFlags::IN)];
+        fds.extend(output_open.then(|| PollFd::new(&output, PollFlags::IN)));
+        fds.extend(errors_open.then(|| PollFd::new(&errors, PollFlags::IN)));
         let left = limit.saturating_sub(start.elapsed());
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         let count = poll(&mut fds[..], Some(&timeout)).map_err(|error| failed("wait for", error.into()))?;
-        let [over, more_output, more_errors] = fds.map(|fd| !fd.revents().is_empty());
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let mut ready = ready.into_iter();
+        let over = ready.next() == Some(true);
+        let more_output = output_open && ready.next() == Some(true);
+        let more_errors = errors_open && ready.next() == Some(true);
         if count == 0 {
             return Err(complain(&name, &format!("has not ended after {limit:?}"), &said, &complaint));
         }
-        // A pipe at its end would be ready for ever.
-        if more_output && output_open {
+        if more_output {
             let count = output.read(&mut space).map_err(|error| failed("read the output of", error))?;
             said.extend_from_slice(&space[..count]);
             output_open = count > 0;
         }
-        if more_errors && errors_open {
+        if more_errors {
             let count = errors.read(&mut space).map_err(|error| failed("read the errors of", error))?;
             complaint.extend_from_slice(&space[..count]);
             errors_open = count > 0;
         }
         // What it wrote before its end is read first.
-        if over && !(more_output && output_open) && !(more_errors && errors_open) {
+        if over && !more_output && !more_errors {
             let exit = start.elapsed();
             let status = running.0.wait().map_err(|error| failed("wait for", error))?;
             return match marks.get(times.len()) {
@@ -146,6 +149,21 @@ mod tests {
         assert!(error.contains("not ended"), "{error}");
         let error = measure(Command::new("/no/such"), &[b"x"], LIMIT, &mut |_, _| Ok(())).unwrap_err();
         assert!(error.contains("/no/such"), "{error}");
+    }
+
+    #[test]
+    fn a_process_that_has_closed_its_output_is_waited_for_asleep() {
+        let busy = || {
+            let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+            Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+        };
+        let before = busy();
+        let span = shell("echo here there; exec >&- 2>&-; sleep 0.5", LIMIT).unwrap();
+        let busy = busy() - before;
+        assert!(
+            span.exit >= Duration::from_millis(500) && busy < Duration::from_millis(200),
+            "{busy:?} of {span:?}"
+        );
     }
 
     #[test]
