@@ -38,7 +38,7 @@ pub fn firecracker(setting: &Setting, root: &Root) -> Found {
     let written = write(Life::Once).and_then(|()| write(Life::Idle));
     let scratch = setting.scratch.clone();
     let rival = Fixed::new("Firecracker", program, move |life| {
-        words(["--no-api", "--config-file", &scratch.join(file(life)).to_string_lossy()])
+        words(["--no-api", "--level", "Error", "--config-file", &scratch.join(file(life)).to_string_lossy()])
     });
     rival.if_possible(there.and(check).and(written))
 }

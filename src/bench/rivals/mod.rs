@@ -85,27 +85,29 @@ pub type Found = Result<Box<dyn Rival>, Absent>;
 /// Makes one of them.
 type Maker = fn(&Setting, &Root) -> Found;
 
-/// All that start the program, the lightest first.
+/// All that start the program: processes, containers, engines, virtual machines.
 pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
-    // Where the clock counts instructions each start takes minutes.
-    let quick: [Maker; 4] = [process::spawn, process::container, vmm::tuned, qemu::linux];
-    let rest: [Maker; 12] = [
-        oci::crun,
-        oci::runc,
-        bwrap::bwrap,
-        engines::podman,
-        engines::docker,
-        engines::ctr,
-        vmm::stock,
-        firecracker::firecracker,
-        cloud_hypervisor::cloud_hypervisor,
-        kvmtool::kvmtool,
-        vmm::bare_metal,
-        qemu::bare_metal,
+    // With whether it takes part where the clock counts instructions, and each start takes minutes.
+    let makers: [(Maker, bool); 16] = [
+        (process::spawn, true),
+        (process::container, true),
+        (bwrap::bwrap, false),
+        (oci::crun, false),
+        (oci::runc, false),
+        (engines::podman, false),
+        (engines::docker, false),
+        (engines::ctr, false),
+        (vmm::tuned, true),
+        (vmm::stock, false),
+        (qemu::linux, true),
+        (firecracker::firecracker, false),
+        (cloud_hypervisor::cloud_hypervisor, false),
+        (kvmtool::kvmtool, false),
+        (vmm::bare_metal, false),
+        (qemu::bare_metal, false),
     ];
-    let makers: Vec<Maker> =
-        if setting.repeatable_clock { quick.to_vec() } else { quick.into_iter().chain(rest).collect() };
-    makers.into_iter().map(|make| make(setting, root)).collect()
+    let part = makers.into_iter().filter(|(_, quick)| *quick || !setting.repeatable_clock);
+    part.map(|(make, _)| make(setting, root)).collect()
 }
 
 /// Those whose idle instances are weighed.
