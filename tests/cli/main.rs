@@ -3,7 +3,7 @@
 mod bad_input;
 mod bench_work;
 #[path = "../images/mod.rs"]
-#[allow(dead_code, reason = "shared with benches, which make other kernels")]
+#[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;
 mod lives;
 mod place;

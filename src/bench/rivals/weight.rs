@@ -13,6 +13,8 @@ pub struct Weight {
     pub pss: u64,
     /// What they have written and share with nobody, guest RAM apart.
     pub private_dirty: u64,
+    /// The most that was ever resident (VmHWM), less the guest RAM that is now.
+    pub peak: u64,
     /// Resident guest RAM.
     pub guest: u64,
     /// Mappings that are guest RAM: those of exactly a guest's size.
@@ -27,9 +29,14 @@ impl Weight {
     pub fn of(processes: &[i32]) -> Result<Self, String> {
         let mut sum = Self::default();
         for pid in processes {
-            let path = format!("/proc/{pid}/smaps");
-            sum.add(&fs::read_to_string(&path).map_err(|error| format!("read {path}: {error}"))?);
+            let read = |name| {
+                let path = format!("/proc/{pid}/{name}");
+                fs::read_to_string(&path).map_err(|error| format!("read {path}: {error}"))
+            };
+            sum.add(&read("smaps")?);
+            sum.peak += read("status")?.lines().find_map(|line| kib(line, "VmHWM:")).ok_or("no VmHWM")?;
         }
+        sum.peak = sum.peak.saturating_sub(sum.guest);
         Ok(sum)
     }
 
@@ -119,7 +126,7 @@ Private_Dirty:         8 kB
 ";
         let mut weight = Weight::default();
         weight.add(smaps);
-        assert_eq!(weight, Weight { pss: 400, private_dirty: 8, guest: 4000, guests: 1 });
+        assert_eq!(weight, Weight { pss: 400, private_dirty: 8, peak: 0, guest: 4000, guests: 1 });
     }
 
     /// The weight of a shell that holds so many bytes.
@@ -142,6 +149,7 @@ Private_Dirty:         8 kB
     fn what_a_process_writes_is_seen() {
         let (small, large) = (shell(1), shell(8 << 20));
         assert!(large.private_dirty > small.private_dirty + (7 << 10), "{small:?} {large:?}");
+        assert!(large.peak >= large.private_dirty, "{large:?}");
         assert!(large.pss >= large.private_dirty && small.pss < 16 << 10, "{small:?} {large:?}");
         assert!(Weight::of(&[i32::MAX]).is_err());
     }

@@ -29,9 +29,10 @@ const fn kib(name: &'static str) -> Quantity {
     Quantity { name, unit: Unit::Kibibytes, better: Better::Lower }
 }
 
-const QUANTITIES: [Quantity; 5] = [
+const QUANTITIES: [Quantity; 6] = [
     kib("processes: PSS"),
     kib("processes: private dirty"),
+    kib("processes: peak resident"),
     kib("guest RAM resident"),
     kib("kernel memory"),
     kib("less MemAvailable"),
@@ -178,7 +179,7 @@ impl Contender for Idle {
                     weight.guests
                 ));
             }
-            let own = [weight.pss, weight.private_dirty, weight.guest].map(|kib| kib as f64);
+            let own = [weight.pss, weight.private_dirty, weight.peak, weight.guest].map(|kib| kib as f64);
             let host = [
                 after.kernel as f64 - before.kernel as f64,
                 before.available as f64 - after.available as f64,
@@ -196,7 +197,8 @@ fn method(left_out: &[String]) -> Vec<String> {
          whatever stays running beside it (a monitor, conmon) is weighed with it, a daemon is not."
             .to_owned(),
         "Processes: sums over /proc/PID/smaps, without guest RAM. PSS shares a page's size among all processes that map it, \
-         instances or not; private dirty is what only this process has and has written."
+         instances or not; private dirty is what only this process has and has written; peak resident is the most that it ever had (VmHWM), shared pages \
+         in full."
             .to_owned(),
         format!("Guest RAM resident: the one mapping of exactly the guest's size, {RAM_MIB} MiB: what the guest's kernel and programs \
          have touched of it."),
