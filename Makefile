@@ -1,4 +1,4 @@
-# `make run`: a shell inside a VM. `make test`: everything that CI runs. `make figures`: what the README quotes.
+# `make run`: a shell inside a VM. `make test`: everything that CI runs. `make bench`: VM against container.
 SHELL := /bin/bash
 GUESTS := target/guests
 # Without shared libraries (see .cargo/config.toml).
@@ -10,7 +10,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test figures tools build clean-guests
+.PHONY: run test bench bench-compare tools build clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -31,11 +31,13 @@ build:
 	@cargo static --quiet --package vmm --package rig --package guest
 
 # What the tests call. The rig and the guest builder install what they need by themselves.
-TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck acpica-tools:iasl cpio:cpio
+TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap
+# Installs the packages of PACKAGE:PROGRAM pairs whose program is missing.
+install = missing=; for pair in $(1); do command -v "$${pair\#*:}" >/dev/null || missing="$$missing $${pair%:*}"; done; \
+	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; fi
 tools:
 	$(SAY) 'tools for the tests'
-	@missing=; for pair in $(TOOLS); do command -v "$${pair#*:}" >/dev/null || missing="$$missing $${pair%:*}"; done; \
-	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; fi
+	@$(call install,$(TOOLS))
 
 test: tools
 	$(SAY) 'format, lints, docs'
@@ -45,15 +47,42 @@ test: tools
 	$(SAY) 'the guests: Debian stock kernel, tuned kernel (built once: 5 minutes or so), initramfs, root disk'
 	cargo guest bundle --out $(GUESTS)
 	$(SAY) 'unit tests, device tests, and tests on this /dev/kvm'
-	cargo test --workspace
+	@# In the background a shell has its commands ignore some signals; the tests send them.
+	env --default-signal cargo test --workspace
 	$(SAY) 'Linux guests, where KVM can run them'
 	cargo build --quiet --package rig
 	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
 
-figures: build
-	$(SAY) 'figures'
+# What is quick is measured here; what boots Linux, where KVM does, with fewer samples if that is an emulated machine.
+OUT := target/bench
+RIVALS := crun:crun runc:runc bubblewrap:bwrap qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img
+bench: build
+	$(SAY) 'rivals from Debian: crun, runc, bwrap, QEMU'
+	@$(call install,$(RIVALS))
+	$(SAY) 'the guests: Debian stock kernel, tuned kernel (built once: 5 minutes or so)'
+	@$(BIN)/guest bundle --only stock --out $(GUESTS)
 	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
-	cargo bench --bench figures -- --vmm $(VMM) --rig $(RIG)
+	@mkdir -p $(OUT)
+	$(SAY) 'here'
+	@$(VMM) bench boot image exits scale --json $(OUT)/here.json >$(OUT)/here.txt
+	@$(VMM) bench memory --samples 3 --json $(OUT)/memory.json >$(OUT)/memory.txt
+	$(SAY) 'where KVM boots Linux'
+	@$(RIG) --quiet --mem 6144 --timeout 1200 -- $(VMM) bench boot --samples 6 --warm-up 1 --json $(OUT)/boot-linux.json >$(OUT)/boot-linux.txt
+	@$(RIG) --quiet --mem 6144 --timeout 1200 -- $(VMM) bench memory cpu mem console --samples 3 --warm-up 1 \
+		--json $(OUT)/linux.json >$(OUT)/linux.txt
+	@$(VMM) bench $(foreach part,boot-linux linux here memory,--from $(OUT)/$(part).json) \
+		--json $(OUT)/bench.json --csv $(OUT)/bench.csv --html $(OUT)/bench.html
+	@echo 'with every sample drawn: $(OUT)/bench.html'
+
+# Work done by one start on the rig's repeatable clock, held against what it was when the baseline was last renewed.
+BASELINE := tests/bench/baseline.json
+ICOUNT := --icount --quiet --timeout 1200 --with $(GUESTS)/tuned-vmlinux \
+	--with /usr/bin/qemu-system-x86_64 --with /usr/share/qemu/bios-microvm.bin
+bench-compare: build
+	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
+	@mkdir -p $(OUT)
+	@$(RIG) $(ICOUNT) -- $(VMM) bench boot --icount --json - >$(OUT)/icount.json
+	@$(VMM) bench --from $(OUT)/icount.json --compare $(BASELINE)
 
 clean-guests:
 	rm -rf $(GUESTS)

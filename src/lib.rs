@@ -17,10 +17,11 @@
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
 //! | [`trace`] | records in files, told as sentences: hardware reasons, symbols, code, statistics; exits inside KVM joined in |
-//! | [`api`], [`cli`] | names and control sockets; one file per command |
+//! | [`api`], [`sandbox`] | names and control sockets; processes kept apart without a VM |
+//! | [`mod@bench`], [`cli`] | what is compared, and with whom; one file per command |
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
-//! (its clock), `memory`, `kvm` and `disk` alone. `tests/architecture.rs` holds the code against it.
+//! (its clock), `memory`, `kvm`, `disk` and `sandbox` alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
 //! 0 event_loop state config guest_log recorder
@@ -30,8 +31,8 @@
 //! 4 legacy virtio        never kvm, machine, or another family of devices
 //! 5 boot vcpu
 //! 6 machine
-//! 8 api trace
-//! 9 cli main
+//! 8 api sandbox trace
+//! 9 bench cli main
 //! ```
 //!
 //! # Four flows, each one way
@@ -49,6 +50,7 @@
 //! writes may panic, hang or grow the monitor: it gets what the spec says (0xff, a status byte, DEVICE_NEEDS_RESET).
 
 pub mod api;
+pub mod bench;
 pub mod boot;
 pub mod bus;
 pub mod chardev;
@@ -62,6 +64,7 @@ pub mod legacy;
 pub mod machine;
 pub mod memory;
 pub mod recorder;
+pub mod sandbox;
 pub mod state;
 pub mod trace;
 pub mod vcpu;

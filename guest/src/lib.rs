@@ -12,7 +12,6 @@
 pub mod bundle;
 pub mod bzimage;
 pub mod cache;
-pub mod cpio;
 pub mod debian;
 pub mod elf;
 pub mod initramfs;
@@ -24,3 +23,5 @@ pub mod rootfs;
 pub mod run;
 pub mod stock;
 pub mod tuned;
+
+pub use vmm::boot::cpio;

@@ -21,6 +21,11 @@ impl Ends {
         Ok(end)
     }
 
+    /// Gives `role` an end that is open already, whatever the configuration will say.
+    pub fn put(&mut self, role: &str, end: Endpoint) {
+        self.0.push((role.to_owned(), end));
+    }
+
     /// Has `act` called when a person types an escape sequence at whichever end is a terminal.
     pub fn on_escape(&self, act: impl FnMut(Escape) + Send + Clone + 'static) {
         self.0.iter().for_each(|(_, end)| end.on_escape(act.clone()));

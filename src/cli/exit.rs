@@ -24,19 +24,22 @@ pub enum Code {
     Internal,
     /// Stopped from outside, hard.
     Killed,
+    /// `bench --compare` found something worse than the baseline.
+    Worse,
     /// What the guest wrote to the debug-exit port, as the device makes it: odd.
     Guest(u8),
 }
 
 impl Code {
     /// The code as `--help` explains it.
-    const TABLE: [(Self, &str); 6] = [
+    const TABLE: [(Self, &str); 7] = [
         (Self::Success, "the guest powered off or rebooted; or the command did what was asked"),
         (Self::BadArgument, "an argument, or a file that it names, cannot be used"),
         (Self::Host, "the host lacks or refused something: KVM, memory, a running VM of that name"),
         (Self::GuestCrash, "the guest crashed (triple fault)"),
         (Self::Internal, "KVM could not run the guest (internal error, failed entry)"),
         (Self::Killed, "the VM was stopped hard: kill, a second signal, a stop's timeout, Ctrl-A x"),
+        (Self::Worse, "vmm bench --compare: more than 5% worse than the baseline"),
     ];
 
     /// The number.
@@ -48,6 +51,7 @@ impl Code {
             Self::GuestCrash => 6,
             Self::Internal => 8,
             Self::Killed => 10,
+            Self::Worse => 12,
             Self::Guest(code) => code,
         }
     }

@@ -3,6 +3,8 @@
 //! [`main`] picks the command, starts logging, runs it and turns what comes back into an exit code. Everything that
 //! must be put back (terminal, control socket) is put back by destructors before the error is printed.
 
+mod bench;
+mod bench_work;
 mod control;
 mod exit;
 mod list;
@@ -64,6 +66,11 @@ enum Command {
     Run(Box<options::Options>),
     /// Show every exit of a virtual machine as a sentence: what the guest did, who answered, what it cost
     Trace(Box<trace::Options>),
+    /// Measure virtual machines against containers and other monitors
+    Bench(bench::Options),
+    /// Do the work that is measured
+    #[command(hide = true)]
+    BenchWork(bench_work::Options),
     /// List the virtual machines that are running
     List(list::Options),
     /// Tell how a virtual machine is
@@ -88,6 +95,8 @@ pub fn main() -> ExitCode {
     let result = match command {
         Command::Run(options) => run::run(*options),
         Command::Trace(options) => trace::trace(*options),
+        Command::Bench(options) => bench::bench(options),
+        Command::BenchWork(options) => bench_work::bench_work(options),
         Command::List(options) => list::list(options),
         Command::Status(options) => control::status(options),
         Command::Pause(options) => control::pause(options),

@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::Once;
 use std::thread::JoinHandle;
@@ -136,6 +137,26 @@ impl Vcpu {
         // and the PIO page), KVM writes it only inside KVM_RUN, and any bytes are valid in it.
         let rip = unsafe { (*run).s.regs.regs.rip };
         Ok((rip, exit))
+    }
+
+    /// Enters the guest and returns the raw exit reason (KVM_EXIT_*), with nothing around the system call: what a
+    /// monitor's own share of an exit is measured against. PIO and MMIO are answered with what lies in kvm_run.
+    ///
+    /// # Errors
+    /// KVM_RUN failed, also by a signal.
+    pub fn run_bare(&mut self) -> Result<u32, Error> {
+        // _IO(KVMIO, 0x80), KVM's API, 4.10.
+        const KVM_RUN: libc::c_ulong = 0xae80;
+        // SAFETY: the ioctl takes no argument; what it writes is kvm_run, which `self` lends to nobody now.
+        if unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) } < 0 {
+            return Err(Error::Ioctl { ioctl: "KVM_RUN", source: io::Error::last_os_error() });
+        }
+        Ok(self.fd.get_kvm_run().exit_reason)
+    }
+
+    /// Frequency of the guest's time-stamp counter in kHz, which is the host's; `None` where KVM does not know it.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.fd.get_tsc_khz().ok().filter(|khz| *khz != 0)
     }
 
     /// Lets KVM finish the instruction whose PIO or MMIO was handled last, without running another. Before that the

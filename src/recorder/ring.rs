@@ -28,7 +28,8 @@ impl Ring {
         let zero = || AtomicU64::new(0);
         Self {
             // Zeroed by the kernel, page by page as they are first touched: a thread that begins to write does not stop for it.
-            words: <[AtomicU64]>::new_box_zeroed_with_elems(Self::EVENTS * Event::WORDS).expect("1.5 MiB of memory"),
+            words: <[AtomicU64]>::new_box_zeroed_with_elems(Self::EVENTS * Event::WORDS)
+                .expect("1.5 MiB of memory"),
             written: zero(),
             taken: zero(),
             dropped: zero(),

@@ -7,7 +7,7 @@ mod code;
 pub mod dispatch;
 pub mod gate;
 mod observe;
-mod report;
+pub mod report;
 
 use std::io;
 use std::sync::Arc;

@@ -1,8 +1,9 @@
 //! The `vmm` command as a user meets it: a table of input that cannot work, and tiny guests from start to end.
 
 mod bad_input;
+mod bench_work;
 #[path = "../images/mod.rs"]
-#[allow(dead_code, reason = "shared with benches, which make other kernels")]
+#[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;
 mod lives;
 mod page;

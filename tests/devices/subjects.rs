@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vmm::chardev::Endpoint;
@@ -65,7 +65,18 @@ pub fn image(size: u64) -> (TempDir, config::Disk) {
 
 /// The device on an image, as a machine would build it.
 pub fn open(disk: &config::Disk) -> Box<dyn VirtioDevice> {
-    Box::new(Block::new(Box::new(Raw::open(disk).unwrap()), "conformance"))
+    // Another test may be starting a process at this moment: until that has become another program it holds copies of our
+    // descriptors, and with them the lock of an image that was just closed here.
+    let end = Instant::now() + Duration::from_secs(10);
+    let disk = loop {
+        match Raw::open(disk) {
+            Err(vmm::disk::Error::Locked { .. }) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            result => break result.unwrap(),
+        }
+    };
+    Box::new(Block::new(Box::new(disk), "conformance"))
 }
 
 /// A block request's header at `at`.

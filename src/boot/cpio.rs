@@ -1,5 +1,6 @@
 //! Writes "newc" cpio archives, the format of an initramfs (kernel documentation, driver-api/early-userspace/buffer-format).
-//! Called by `initramfs`. Reproducible: entries are sorted by path, times are 0, owner is root, inode numbers count up.
+//! Called by `vmm bench` and by the guest builder. Reproducible: entries are sorted by path, times are 0, owner is root,
+//! inode numbers count up.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};

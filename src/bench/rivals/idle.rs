@@ -1,0 +1,168 @@
+//! Idle instances of a rival: started, found among this process's descendants, and ended. And whatever else a rival leaves.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
+
+use super::{Life, Rival};
+
+/// They run until this is dropped, and so does all else that was started meanwhile.
+pub struct Instances {
+    /// Those that are no descendants of theirs.
+    others: BTreeSet<i32>,
+    children: Vec<Child>,
+}
+
+impl Instances {
+    /// None yet: ends what is started from now on, when it is dropped.
+    ///
+    /// # Errors
+    /// /proc cannot be read.
+    pub fn none() -> Result<Self, String> {
+        // Whoever loses its parent becomes a child of this process, and so stays among its descendants.
+        set_child_subreaper(Some(getpid())).map_err(|error| format!("become a subreaper: {error}"))?;
+        Ok(Self { others: descendants()?, children: Vec::new() })
+    }
+
+    /// Starts `count` of them, one after the other, and waits until all have spoken or, if their commands end at once, until
+    /// those have ended well.
+    ///
+    /// # Errors
+    /// One that did not come up, with what it said. Those before it are ended.
+    pub fn start(rival: &mut dyn Rival, count: usize) -> Result<Self, String> {
+        let mut instances = Self::none()?;
+        for number in 0..count {
+            let command = rival.command(Life::Idle)?;
+            let up = if rival.detaches() {
+                let (name, limit) = (rival.name().to_owned(), rival.limit());
+                detached(command, &name, limit)
+            } else {
+                instances.child(command, rival)
+            };
+            up.map_err(|why| format!("instance {} of {count}: {why}", number + 1))?;
+        }
+        Ok(instances)
+    }
+
+    fn child(&mut self, mut command: Command, rival: &dyn Rival) -> Result<(), String> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let child = command.spawn().map_err(|error| format!("start {}: {error}", rival.name()))?;
+        self.children.push(child);
+        let output = self.children.last_mut().and_then(|child| child.stdout.as_mut()).ok_or("no pipe")?;
+        let (end, mut said, mut space) = (Instant::now() + rival.limit(), Vec::new(), [0; 4096]);
+        while !said.windows(rival.marker().len()).any(|window| window == rival.marker()) {
+            wait_for(&*output, end, rival.name())?;
+            let count = output.read(&mut space).map_err(|error| format!("read its output: {error}"))?;
+            said.extend_from_slice(&space[..count]);
+            if count == 0 {
+                return Err(format!("it ended: {}", String::from_utf8_lossy(&said).trim()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The processes of all instances.
+    ///
+    /// # Errors
+    /// /proc cannot be read.
+    pub fn processes(&self) -> Result<Vec<i32>, String> {
+        Ok(descendants()?.difference(&self.others).copied().collect())
+    }
+}
+
+impl Drop for Instances {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            let _ = child.kill();
+        }
+        for child in &mut self.children {
+            let _ = child.wait();
+        }
+        let end = Instant::now() + Duration::from_secs(10);
+        while let Ok(left) = self.processes()
+            && !left.is_empty()
+            && Instant::now() < end
+        {
+            for pid in left.into_iter().filter_map(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::KILL);
+                // Not a child of ours yet, or not gone yet: next time.
+                let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+            }
+            sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// Runs a command that ends when its instance runs.
+fn detached(mut command: Command, name: &str, limit: Duration) -> Result<(), String> {
+    // The instance keeps these open: files, since a pipe would not end before it.
+    let failed = |error: std::io::Error| format!("start {name}: {error}");
+    let mut errors = tempfile().map_err(failed)?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors.try_clone().map_err(failed)?);
+    let mut child = command.spawn().map_err(failed)?;
+    let end = Instant::now() + limit;
+    let status = loop {
+        match child.try_wait().map_err(failed)? {
+            Some(status) => break status,
+            None if Instant::now() > end => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(format!("{name} was not up after {limit:?}"));
+            }
+            None => sleep(Duration::from_micros(200)),
+        }
+    };
+    if status.success() {
+        return Ok(());
+    }
+    let mut said = String::new();
+    let _ = std::io::Seek::rewind(&mut errors).and_then(|()| errors.read_to_string(&mut said));
+    Err(format!("{name}: {status}: {}", said.trim()))
+}
+
+fn tempfile() -> std::io::Result<fs::File> {
+    Ok(rustix::fs::memfd_create("errors", rustix::fs::MemfdFlags::CLOEXEC)?.into())
+}
+
+fn wait_for(output: &impl AsFd, end: Instant, name: &str) -> Result<(), String> {
+    let left = end.saturating_duration_since(Instant::now());
+    let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    match poll(&mut [PollFd::new(output, PollFlags::IN)], Some(&timeout)) {
+        Ok(0) => Err(format!("{name} has not spoken in time")),
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("wait for {name}: {error}")),
+    }
+}
+
+/// All processes below this one.
+fn descendants() -> Result<BTreeSet<i32>, String> {
+    let entries = fs::read_dir("/proc").map_err(|error| format!("read /proc: {error}"))?;
+    let mut below: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
+    for entry in entries.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        // Gone meanwhile: not one to count.
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+        // "PID (NAME) STATE PPID ...", and a name may hold anything.
+        let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
+        if let Some(parent) = parent {
+            below.entry(parent).or_default().push(pid);
+        }
+    }
+    let (mut found, mut next) = (BTreeSet::new(), vec![std::process::id() as i32]);
+    while let Some(pid) = next.pop() {
+        for child in below.remove(&pid).unwrap_or_default() {
+            found.insert(child);
+            next.push(child);
+        }
+    }
+    Ok(found)
+}

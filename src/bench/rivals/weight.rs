@@ -1,0 +1,156 @@
+//! What processes and the kernel hold of the host's memory, by /proc/PID/smaps and /proc/meminfo. All in KiB.
+
+use std::fs;
+use std::thread::sleep;
+use std::time::Duration;
+
+use super::RAM_MIB;
+
+/// The sum over some processes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Weight {
+    /// Each page's size shared among all processes that map it, guest RAM apart.
+    pub pss: u64,
+    /// What they have written and share with nobody, guest RAM apart.
+    pub private_dirty: u64,
+    /// The most that was ever resident (VmHWM), less the guest RAM that is now.
+    pub peak: u64,
+    /// Resident guest RAM.
+    pub guest: u64,
+    /// Mappings that are guest RAM: those of exactly a guest's size.
+    pub guests: usize,
+}
+
+impl Weight {
+    /// Of processes that sleep: the file is not read at one instant.
+    ///
+    /// # Errors
+    /// One that is gone, or not ours to look at.
+    pub fn of(processes: &[i32]) -> Result<Self, String> {
+        let mut sum = Self::default();
+        for pid in processes {
+            let read = |name| {
+                let path = format!("/proc/{pid}/{name}");
+                fs::read_to_string(&path).map_err(|error| format!("read {path}: {error}"))
+            };
+            sum.add(&read("smaps")?);
+            sum.peak += read("status")?.lines().find_map(|line| kib(line, "VmHWM:")).ok_or("no VmHWM")?;
+        }
+        sum.peak = sum.peak.saturating_sub(sum.guest);
+        Ok(sum)
+    }
+
+    fn add(&mut self, smaps: &str) {
+        let mut is_guest = false;
+        for line in smaps.lines() {
+            // "Size:" comes first of each mapping's.
+            if let Some(size) = kib(line, "Size:") {
+                is_guest = size == RAM_MIB << 10;
+                self.guests += usize::from(is_guest);
+            } else if let Some(value) = kib(line, "Rss:") {
+                self.guest += if is_guest { value } else { 0 };
+            } else if let Some(value) = kib(line, "Pss:") {
+                self.pss += if is_guest { 0 } else { value };
+            } else if let Some(value) = kib(line, "Private_Dirty:") {
+                self.private_dirty += if is_guest { 0 } else { value };
+            }
+        }
+    }
+}
+
+/// The host's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kernel {
+    /// What programs could still have.
+    pub available: u64,
+    /// What the kernel has taken for itself on behalf of others.
+    pub kernel: u64,
+}
+
+impl Kernel {
+    /// # Errors
+    /// /proc/meminfo cannot be read.
+    pub fn now() -> Result<Self, String> {
+        let text =
+            fs::read_to_string("/proc/meminfo").map_err(|error| format!("read /proc/meminfo: {error}"))?;
+        let field = |key: &str| text.lines().find_map(|line| kib(line, key));
+        let available = field("MemAvailable:").ok_or("no MemAvailable in /proc/meminfo")?;
+        let parts = ["Slab:", "PageTables:", "SecPageTables:", "KernelStack:", "Percpu:"];
+        Ok(Self { available, kernel: parts.into_iter().filter_map(field).sum() })
+    }
+
+    /// Once the kernel has taken back what processes that ended left to it: when two looks in a row see no more than little
+    /// change, or after three seconds.
+    ///
+    /// # Errors
+    /// /proc/meminfo cannot be read.
+    pub fn settled() -> Result<Self, String> {
+        const LITTLE: u64 = 256;
+        let mut last = Self::now()?;
+        for _ in 0..30 {
+            sleep(Duration::from_millis(100));
+            let now = Self::now()?;
+            if now.available.abs_diff(last.available) < LITTLE && now.kernel.abs_diff(last.kernel) < LITTLE {
+                return Ok(now);
+            }
+            last = now;
+        }
+        Ok(last)
+    }
+}
+
+/// The number on a line that begins with `key`.
+fn kib(line: &str, key: &str) -> Option<u64> {
+    line.strip_prefix(key)?.trim().strip_suffix("kB")?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_ram_is_told_apart() {
+        let smaps = "\
+7f00-7f01 rw-s 00000000 00:01 42 /memfd:guest-ram (deleted)
+Size:             131072 kB
+Rss:                4000 kB
+Pss:                4000 kB
+Private_Dirty:      4000 kB
+7f02-7f03 r-xp 00000000 08:01 7 /usr/bin/vmm
+Size:               1000 kB
+Rss:                 800 kB
+Pss:                 400 kB
+Pss_Dirty:           100 kB
+Private_Clean:        50 kB
+Private_Dirty:         8 kB
+";
+        let mut weight = Weight::default();
+        weight.add(smaps);
+        assert_eq!(weight, Weight { pss: 400, private_dirty: 8, peak: 0, guest: 4000, guests: 1 });
+    }
+
+    /// The weight of a shell that holds so many bytes.
+    fn shell(bytes: usize) -> Weight {
+        use std::io::Read;
+        use std::process::{Command, Stdio};
+        let script = format!("x=$(yes | head -c {bytes}); echo $((${{#x}} > -1)); read y");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let ready = child.stdout.as_mut().unwrap().read_exact(&mut [0; 2]);
+        let weight = Weight::of(&[child.id() as i32]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        ready.unwrap();
+        weight.unwrap()
+    }
+
+    #[test]
+    fn what_a_process_writes_is_seen() {
+        let (small, large) = (shell(1), shell(8 << 20));
+        assert!(large.private_dirty > small.private_dirty + (7 << 10), "{small:?} {large:?}");
+        assert!(large.peak >= large.private_dirty, "{large:?}");
+        assert!(large.pss >= large.private_dirty && small.pss < 16 << 10, "{small:?} {large:?}");
+        assert!(Weight::of(&[i32::MAX]).is_err());
+    }
+}

@@ -1,0 +1,70 @@
+//! Suites of `vmm bench`, with few samples, by the program that was just built.
+
+use std::path::Path;
+
+use vmm::bench::measure::Plan;
+use vmm::bench::result::Suite;
+use vmm::bench::rivals::Setting;
+use vmm::bench::suites::{self, Name};
+
+/// The suite's result here, where there is no kernel to boot. `quick`: as where the clock is a repeatable one.
+fn measure(name: Name, quick: bool) -> Result<Suite, String> {
+    let scratch = tempfile::tempdir().unwrap();
+    let setting = Setting {
+        vmm: env!("CARGO_BIN_EXE_vmm").into(),
+        with: Default::default(),
+        kernel: None,
+        bzimage: None,
+        stock: None,
+        scratch: scratch.path().to_owned(),
+        repeatable_clock: quick,
+    };
+    let plan = Plan { samples: 2, warm_up: 0, seed: 7 };
+    suites::run(name, &setting, plan, &mut |share, _| assert!((0.0..=1.0).contains(&share), "{share}"))
+}
+
+/// Everybody was measured or says why not, and whoever failed has no samples.
+fn check(suite: &Suite) {
+    for contender in &suite.contenders {
+        let measured = suite.figures.iter().flat_map(|figure| &figure.series);
+        let samples = measured.filter(|series| series.who == contender.name).count();
+        match &contender.failure {
+            None => assert!(samples > 0, "{} has neither samples nor a failure", contender.name),
+            Some(why) => assert!(samples == 0 && !why.is_empty(), "{}: {why}", contender.name),
+        }
+        assert!(!contender.command.is_empty(), "{}", contender.name);
+    }
+    assert!(!suite.figures.is_empty() && !suite.method.is_empty());
+    for series in suite.figures.iter().flat_map(|figure| &figure.series) {
+        assert!(series.samples.iter().all(|sample| *sample > 0.0 && sample.is_finite()), "{series:?}");
+    }
+}
+
+#[test]
+fn work_is_measured_natively_and_who_cannot_do_it_says_why() {
+    for name in [Name::Cpu, Name::Console] {
+        let suite = measure(name, false).unwrap();
+        check(&suite);
+        let native = suite.contenders.iter().find(|contender| contender.name == "native").unwrap();
+        assert_eq!(native.failure, None, "{name}");
+        let vm = suite.contenders.iter().find(|contender| contender.name == "vmm").unwrap();
+        assert!(vm.failure.is_some(), "{name}: without a kernel");
+    }
+}
+
+#[test]
+fn tiny_guests_start_with_many_cpus_and_much_memory() {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("SKIP: scale: this machine lacks /dev/kvm");
+        return;
+    }
+    let suite = measure(Name::Scale, true).unwrap();
+    check(&suite);
+    let figure = |name: &str| suite.figures.iter().find(|figure| figure.name == name).unwrap();
+    assert_eq!(figure("memory: tiny guest to first output").series.len(), 4);
+    let (output, exit) = (figure("vCPUs: tiny guest to first output"), figure("vCPUs: tiny guest to exit"));
+    for (output, exit) in output.series.iter().zip(&exit.series) {
+        let pairs = output.samples.iter().zip(&exit.samples);
+        assert!(pairs.clone().all(|(output, exit)| output < exit), "{output:?} {exit:?}");
+    }
+}
