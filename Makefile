@@ -31,7 +31,7 @@ build:
 	@cargo static --quiet --package vmm --package rig --package guest
 
 # What the tests call. The rig and the guest builder install what they need by themselves.
-TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap
+TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium
 # Installs the packages of PACKAGE:PROGRAM pairs whose program is missing.
 install = missing=; for pair in $(1); do command -v "$${pair\#*:}" >/dev/null || missing="$$missing $${pair%:*}"; done; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; fi
@@ -52,6 +52,8 @@ test: tools
 	$(SAY) 'Linux guests, where KVM can run them'
 	cargo build --quiet --package rig
 	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
+	$(SAY) 'the work of a boot, counted, against the last baseline'
+	@$(MAKE) --no-print-directory bench-compare
 
 # What is quick is measured here; what boots Linux, where KVM does, with fewer samples if that is an emulated machine.
 OUT := target/bench

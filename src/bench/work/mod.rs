@@ -21,9 +21,9 @@ pub enum Step {
     Integer(u64),
     /// `float=N`: iterations of the Mandelbrot set on a grid of N by N points.
     Float(u64),
-    /// `triad=N`: N times over three arrays of [`memory::ARRAY`] bytes each.
+    /// `triad=N`: N times over three arrays of `memory::ARRAY` bytes each.
     Triad(u64),
-    /// `chase=N`: N dependent loads, all over [`memory::CHASED`] bytes.
+    /// `chase=N`: N dependent loads, all over `memory::CHASED` bytes.
     Chase(u64),
     /// `PATTERN-DIRECTION=N:PATH`: N requests of 4 KiB, one after the other, past the page cache; `-cached`: through it.
     Block {
