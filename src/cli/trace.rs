@@ -68,6 +68,9 @@ struct View {
     /// Counts, shares, percentiles and histograms in place of lines
     #[arg(long)]
     stats: bool,
+    /// What the exits were spent on for nothing, what that cost, and what to change
+    #[arg(long, conflicts_with_all = ["stats", "json"])]
+    advise: bool,
     /// JSON: an object per line, or one with the statistics
     #[arg(long)]
     json: bool,
@@ -174,6 +177,7 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
     }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match (view.stats, view.json) {
+        _ if view.advise => report.write_advice(&mut out),
         (true, true) => serde_json::to_writer_pretty(&mut out, &report.stats(&filter))
             .map_err(io::Error::from)
             .and_then(|()| writeln!(out)),

@@ -1,5 +1,6 @@
 //! A trace for people and programs: one line per event, statistics, JSON, a page.
 
+mod advice;
 mod content;
 mod filter;
 mod group;
