@@ -79,6 +79,8 @@ fn every_exit_is_a_sentence() {
     assert_eq!(first["instruction"], "out dx,al");
     assert_eq!((&first["vtx"]["number"], &first["svm"]["code"]), (&30.into(), &0x7b.into()));
     assert_eq!(first["rip"], "0x1000006");
+    let advice = text(&place.vmm("trace report record --advise").stdout);
+    assert!(advice.starts_with("nothing to say"), "five exits waste nothing: {advice}");
     let stats: Value =
         serde_json::from_slice(&place.vmm("trace report record --stats --json").stdout).unwrap();
     let serial = stats["devices"].as_array().unwrap().iter().find(|row| row["name"] == "serial").unwrap();
