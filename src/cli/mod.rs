@@ -12,6 +12,7 @@ mod log_output;
 mod options;
 mod plan;
 mod run;
+mod scratch;
 mod trace;
 
 use std::ffi::OsString;

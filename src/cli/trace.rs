@@ -10,6 +10,7 @@ use anyhow::{Context, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::exit::{Code, Failure};
+use super::scratch::Scratch;
 use super::{options, run};
 use crate::recorder::Kind;
 use crate::trace::file::{self, Trace};
@@ -116,16 +117,11 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
         return Ok(Code::Success);
     }
     let mut record = run_options(options.run)?;
-    let kept = options.keep.is_some();
-    let file = options
-        .keep
-        .unwrap_or_else(|| std::env::temp_dir().join(format!("vmm-trace-{}", std::process::id())));
+    let scratch = Scratch::new("vmm-trace").map_err(|error| Failure::new(Code::Host, error))?;
+    let file = options.keep.unwrap_or_else(|| scratch.path().join("record"));
     record.trace = Some(file.clone());
     let ended = run::run(record);
     let told = if file.exists() { tell(&file, &options.view) } else { Ok(()) };
-    if !kept {
-        let _ = std::fs::remove_file(&file);
-    }
     // How the run ended matters more than that nobody read the report to its end.
     let code = ended?;
     told.map(|()| code)

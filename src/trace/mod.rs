@@ -1,7 +1,8 @@
 //! Traces: what the recorder took down, kept in a file and told as sentences.
 //!
-//! [`mod@file`] writes and reads traces, [`kernel`] adds the exits inside KVM; [`reasons`] names the hardware's exit reasons, [`devices`] what an access meant to its
-//! device, [`symbols`] and [`code`] where in the guest it was; [`report`] puts them into lines and statistics.
+//! [`mod@file`] writes and reads traces, [`kernel`] adds the exits inside KVM; [`reasons`] names the hardware's exit reasons,
+//! [`devices`] what an access meant to its device, [`symbols`] and [`code`] where in the guest it was; [`report`] puts them
+//! into lines, statistics, advice and a page.
 
 pub mod code;
 pub mod devices;

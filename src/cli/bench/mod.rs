@@ -7,7 +7,7 @@ mod through;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, anyhow};
@@ -15,6 +15,7 @@ use anyhow::{Context, anyhow};
 pub use options::Options;
 
 use super::exit::{Code, Failure, print};
+use super::scratch::Scratch;
 use crate::bench::host::Host;
 use crate::bench::measure::{INTERRUPTED, Plan};
 use crate::bench::result::Run;
@@ -67,8 +68,8 @@ pub fn bench(options: Options) -> Result<Code, Failure> {
 /// Measures. What failed as a whole is told beside the result.
 fn measure(options: &Options) -> Result<(Run, Vec<String>), Failure> {
     let host = |error: anyhow::Error| Failure::new(Code::Host, error);
-    let scratch = Scratch::new().map_err(host)?;
-    let setting = setting(options, &scratch.0).map_err(host)?;
+    let scratch = Scratch::new("vmm-bench").map_err(host)?;
+    let setting = setting(options, scratch.path()).map_err(host)?;
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     // What must repeat bit for bit comes in the order of the list; see `Plan`.
     let seed = if options.icount { 0 } else { since.map_or(1, |since| since.as_nanos() as u64 | 1) };
@@ -176,26 +177,6 @@ fn compare(options: &Options, run: &Run, before: &Run) -> Result<(), Failure> {
     let error = anyhow!("worse than the baseline {path}: {} of its figures", verdict.worse.len());
     Err(Failure::new(Code::Worse, error)
         .hint(Some("they stand above; if that is meant to be so, renew the baseline")))
-}
-
-/// The folder for what is made on the way.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> anyhow::Result<Self> {
-        // Process ids repeat where machines share a temporary folder.
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let name = format!("vmm-bench-{}-{:x}", std::process::id(), now.as_nanos());
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 /// Ctrl-C ends the measurement; what there is is shown. A second one ends the program.
