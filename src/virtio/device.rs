@@ -36,9 +36,10 @@ pub enum Kind {
 /// save), then `on_queue` again (resume) or `reset` (back to as built). `restore_bytes` comes in place of `start`:
 /// state must therefore hold the negotiated features that the device cares for.
 ///
-/// Every call is made with the device's one mutex held, by its worker thread or, for configuration space and queues
-/// that are [`served_by_vcpu`](VirtioDevice::served_by_vcpu), a vCPU. None may block for long, panic, or grow without bound, whatever the rings hold. After `drain` returns
-/// no work is in flight: no thread and no kernel request touches guest memory on the device's behalf.
+/// Every call is made with the device's one mutex held, by its worker thread or, for configuration space and queues that
+/// are [`served_by_vcpu`](VirtioDevice::served_by_vcpu), a vCPU. None may block for long, panic, or grow without bound,
+/// whatever the rings hold. After `drain` returns no work is in flight: no thread and no kernel request touches guest memory
+/// on the device's behalf.
 pub trait VirtioDevice: Saved + Send {
     /// What the device is. Constant for its life.
     fn traits(&self) -> Traits;
