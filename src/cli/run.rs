@@ -70,7 +70,7 @@ fn live(
     // Ends with the last of the machines.
     let mut recording = None;
     loop {
-        let machine = machine::build(config, ends, &recorder)?;
+        let mut machine = machine::build(config, ends, &recorder)?;
         let ptys = ptys(ends);
         if first {
             for pty in &ptys {
@@ -93,6 +93,7 @@ fn live(
         if let Some(recording) = recording.take() {
             recording.finish()?;
         }
+        machine.leave();
         match outcome? {
             Outcome::Shutdown | Outcome::Reset => return Ok(Code::Success),
             Outcome::Exit(code) => return Ok(Code::Guest(code)),

@@ -4,6 +4,7 @@
 
 pub mod cpuid;
 pub mod exit;
+mod linger;
 pub mod regs;
 mod stats;
 mod vcpu;
