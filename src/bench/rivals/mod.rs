@@ -9,7 +9,7 @@ use std::time::Duration;
 mod bwrap;
 mod cloud_hypervisor;
 pub mod command;
-mod elf;
+mod container;
 mod engines;
 mod firecracker;
 mod fixed;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::Setting;
-use super::elf;
+use crate::bench::elf;
 use crate::boot::cpio::{Archive, Entry};
 use crate::sandbox::container::Container;
 
