@@ -10,6 +10,7 @@ use iced_x86::code_asm::{
     CodeAssembler, al, byte_ptr, dx, eax, ecx, edi, edx, esi, qword_ptr, r12, r13, rsi, rsp,
 };
 
+use super::Life;
 use crate::bench::elf;
 use crate::boot::cpio::{Archive, Entry};
 
@@ -137,18 +138,27 @@ fn code() -> Result<Vec<u8>, IcedError> {
 }
 
 /// A kernel of five instructions, for any monitor that enters an ELF file by PVH (in 32-bit mode): it writes [`BARE_MARKER`] to
-/// the serial port and ends the run through the debug-exit port 0xf4.
+/// the serial port and ends the run through the debug-exit port 0xf4, or halts for good.
 ///
 /// # Errors
 /// None that a user can cause.
-pub fn bare_metal() -> Result<Vec<u8>, String> {
+pub fn bare_metal(life: Life) -> Result<Vec<u8>, String> {
     let code = || -> Result<Vec<u8>, IcedError> {
         let mut a = CodeAssembler::new(32)?;
         a.mov(dx, COM1)?;
         a.mov(al, u32::from(BARE_MARKER))?;
         a.out(dx, al)?;
-        a.xor(eax, eax)?;
-        a.out(0xf4, al)?;
+        match life {
+            Life::Once => {
+                a.xor(eax, eax)?;
+                a.out(0xf4, al)?;
+            }
+            Life::Idle => {
+                // No interrupt will come.
+                a.cli()?;
+                a.hlt()?;
+            }
+        }
         a.assemble(elf::LOAD)
     };
     code().map(|code| elf::pvh_kernel(&code)).map_err(|error| format!("assemble the guest: {error}"))
