@@ -70,8 +70,8 @@ bench: bench-ready
 	@$(HERE) exits --samples 6 --warm-up 1 --json $(OUT)/exits.json >$(OUT)/exits.txt
 	@$(HERE) memory image --samples 3 --json $(OUT)/memory.json >$(OUT)/memory.txt
 	$(SAY) 'where KVM boots Linux'
-	@$(THERE) boot --samples 6 --warm-up 1 --json $(OUT)/boot-linux.json >$(OUT)/boot-linux.txt
-	@$(THERE) memory cpu mem block console --samples 3 --warm-up 1 --instances 10 --json $(OUT)/linux.json >$(OUT)/linux.txt
+	@$(THERE) boot --samples 6 --warm-up 0 --json $(OUT)/boot-linux.json >$(OUT)/boot-linux.txt
+	@$(THERE) memory cpu mem block console --samples 2 --warm-up 0 --instances 10 --json $(OUT)/linux.json >$(OUT)/linux.txt
 	@$(HERE) $(PARTS:%=--from $(OUT)/%.json) --json $(OUT)/bench.json --csv $(OUT)/bench.csv --html $(OUT)/bench.html
 	@echo 'with every sample drawn: $(OUT)/bench.html'
 

@@ -112,16 +112,12 @@ pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
 
 /// Those whose idle instances are weighed.
 pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
-    let makers: [Maker; 8] = [
-        process::spawn,
-        process::container,
-        oci::crun,
-        engines::podman,
-        vmm::tuned,
-        qemu::linux,
-        vmm::bare_metal,
-        qemu::bare_metal,
-    ];
+    let mut makers: Vec<Maker> =
+        vec![process::spawn, process::container, oci::crun, engines::podman, vmm::tuned, qemu::linux];
+    if setting.linux_guests().is_err() {
+        // Where no Linux runs, at least the monitors are weighed.
+        makers.extend([vmm::bare_metal as Maker, qemu::bare_metal]);
+    }
     makers.into_iter().map(|make| make(setting, root)).collect()
 }
 
