@@ -32,14 +32,25 @@ impl Code {
         self.bytes.iter().map(|(address, (_, bytes))| (*address, bytes.as_slice()))
     }
 
+    /// The size of the code at `address`: 16, 32 or 64 bits.
+    pub fn size(&self, address: u64) -> Option<u32> {
+        let near = (0..MAX).find_map(|back| self.bytes.get(&address.wrapping_sub(back)));
+        near.map(|(bits, _)| *bits)
+    }
+
     /// Where the instruction is that `event` came from, and the instruction in Intel's syntax, where the trace has its code.
     ///
     /// RIP is at the instruction as a rule; but KVM's emulator finishes one that writes before it leaves the guest, and RIP is
-    /// behind it. The code before RIP is then read forwards from each byte: the beginnings that lead to RIP soon agree, and
-    /// what most of them end with is taken, if it makes just such an access.
+    /// behind it: always after a write to memory, unless that is one step of a string. The code before RIP is then read
+    /// forwards from each byte: the beginnings that lead to RIP soon agree, and what most of them end with is taken, if it makes
+    /// just such an access.
     pub fn instruction(&self, event: &Event) -> (u64, Option<String>) {
         let at = self.decode(event.rip, 0);
-        if at.is_some_and(|instruction| fits(&instruction, event)) {
+        let behind = event.kind() == Some(Kind::MmioWrite);
+        let is_it = |instruction: &Instruction| {
+            fits(instruction, event) && (!behind || instruction.is_string_instruction())
+        };
+        if at.as_ref().is_some_and(is_it) {
             return (event.rip, at.map(|instruction| text(&instruction)));
         }
         let start = event.rip.wrapping_sub(MAX);

@@ -245,7 +245,11 @@ fn drain_kernel(
     over: bool,
 ) -> io::Result<()> {
     let mut tracks: BTreeMap<u32, Vec<Event>> = BTreeMap::new();
-    kernel.take(&mut |vcpu, event| tracks.entry(vcpu).or_default().push(event));
+    let mut keep = |vcpu, event| tracks.entry(vcpu).or_default().push(event);
+    kernel.take(&mut keep);
+    if over {
+        kernel.last(&mut keep);
+    }
     for (number, reason) in kernel.reasons().iter().enumerate().skip(*known) {
         chunk(file, REASON, number, reason.as_bytes())?;
     }
@@ -330,7 +334,8 @@ impl Trace {
             .collect();
         let mut reached: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
         for (track, event) in &self.events {
-            if event.kind().is_some_and(Kind::is_exit) {
+            // A signal ends what KVM does by itself; it is not what hardware left the guest for.
+            if event.kind().is_some_and(|kind| kind.is_exit() && kind != Kind::Kicked) {
                 reached.entry(*track).or_default().push(event.time);
             }
         }

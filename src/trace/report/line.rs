@@ -65,7 +65,7 @@ impl Report<'_> {
     }
 
     /// Whether AMD-V's names are the hardware's.
-    pub(super) fn is_amd(&self) -> bool {
+    pub fn is_amd(&self) -> bool {
         self.trace.header.vendor == "AuthenticAMD"
     }
 
