@@ -12,8 +12,8 @@ start:
     mov dword ptr [eax + 0xf0], 0x1ff   # spurious vector; bit 8: the local APIC is on
     mov dword ptr [eax + 0x3e0], 0x0b   # count at the full rate: KVM's APIC has one tick a nanosecond
     mov dword ptr [eax + 0x320], 0x40   # the timer's vector, once
-    out NOTE, al
     mov dword ptr [eax + 0x380], 20000000   # initial count: go
+    out NOTE, al
     sti
     hlt
     end                         # not reached: the handler goes on from there, and not back

@@ -27,25 +27,30 @@
 .macro ring buffer, flags       # a descriptor; the available ring: no interrupts, please
     .quad \buffer, \flags << 32 | 8
     .fill 6, 8, 0
-    .quad 1, 0, 0, 0, 0, 0, 0, 0, 0, 0
+    .quad 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+.endm
+
+.macro kick queue, ring, count   # so many requests are available; waits until so many are used
+    mov word ptr [\ring + 0x42], \count
+    register 0x50, \queue       # QueueNotify
+1:  pause
+    cmp word ptr [\ring + 0x82], \count
+    jne 1b
 .endm
 
 start:
     mov esi, 0xfe000000         # the entropy source
     driver 0, random
-    inc word ptr [random + 0x42]    # one request is available
-    register 0x50, 0            # QueueNotify: a doorbell
-wait:
-    pause
-    cmp word ptr [random + 0x82], 0 # one is used: the worker was there
-    je wait
+    kick 0, random, 1           # perhaps the worker finds this by itself: it looks when it starts
+    kick 0, random, 2           # by now it sleeps, as a rule, until the doorbell rings
     mov esi, 0xfe001000         # the console, and its transmit queue
     driver 1, text
-    inc word ptr [text + 0x42]
-    register 0x50, 1            # QueueNotify: a register
+    kick 1, text, 1
+    kick 1, text, 2
     end
 
 .balign 64
 random: ring bytes, 2           # 2: the device writes
-text:   ring bytes, 0
-bytes:  .ascii "doorbell"
+text:   ring letters, 0
+bytes:  .quad 0
+letters: .ascii "doorbell"

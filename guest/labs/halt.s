@@ -10,4 +10,4 @@
 start:
     cli                         # no interrupt from here on
     hlt                         # sleep; nobody will wake it
-    jmp start
+    jmp start                   # where it would go on

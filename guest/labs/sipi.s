@@ -33,6 +33,7 @@ here:
     out NOTE, al                # 16-bit code, on vcpu1
     mov byte ptr [awake], 1
     cli
-    hlt
+1:  hlt
+    jmp 1b
 awake:
     .byte 0

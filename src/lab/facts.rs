@@ -58,18 +58,26 @@ impl Facts<'_> {
             );
         }
         let inside = self.inside(reasons);
-        let Some(first) = inside.first().and_then(|event| self.report.number_in_kvm(event)) else {
-            return format!(
-                "{what}: the kernel's trace has no exit for it: the processor did it in the guest."
-            );
+        let mut numbers: Vec<_> =
+            inside.iter().filter_map(|event| self.report.number_in_kvm(event)).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        let name = |number: &u16| match self.report.is_amd() {
+            true => format!("AMD-V {number:#x} {}", reasons::svm_name(*number)),
+            false => format!("VT-x {number} {}", reasons::vtx_name(*number)),
         };
-        let name = match self.report.is_amd() {
-            true => format!("AMD-V {first:#x} {}", reasons::svm_name(first)),
-            false => format!("VT-x {first} {}", reasons::vtx_name(first)),
+        let names = numbers.iter().map(name).collect::<Vec<_>>().join(", ");
+        let times = match inside.len() {
+            0 => {
+                return format!(
+                    "{what}: the kernel's trace has no exit for it: the processor did it in the guest."
+                );
+            }
+            1 => "one exit".to_owned(),
+            count => format!("{count} exits"),
         };
-        let times = if inside.len() == 1 { "one exit".to_owned() } else { format!("{} exits", inside.len()) };
         format!(
-            "{what}: {times} ({name}) that KVM answered by itself; the monitor's vCPU thread saw nothing of it."
+            "{what}: {times} ({names}) that KVM answered by itself; the monitor's vCPU thread saw nothing of it."
         )
     }
 

@@ -1,7 +1,7 @@
 //! Lessons: tiny guests of one idea each (`guest/labs`), run on this host's KVM, and what happened told from the record.
 //!
-//! `vmm lab` calls it. A lab runs on the ordinary machine with the ordinary recorder; [`run`] starts it and does the host's
-//! part of it, [`narrate`] tells the trace beside the guest's source, [`closing`] says what came of it here.
+//! `vmm lab` calls it. A lab runs on the ordinary machine with the ordinary recorder; `run` starts it and does the host's
+//! part of it, `narrate` tells the trace beside the guest's source, `closing` says what came of it here.
 
 mod catalogue;
 mod closing;

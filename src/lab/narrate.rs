@@ -62,10 +62,7 @@ fn host(facts: &Facts<'_>) -> Vec<String> {
              has no part in, are left out."
                 .to_owned()
         }
-        false => format!(
-            "Exits that KVM answers by itself are missing, because only root may see them, in tracefs ({}).",
-            facts.ran.trace.header.in_kernel
-        ),
+        false => format!("Exits that KVM answers by itself: {}.", facts.ran.trace.header.in_kernel),
     });
     text
 }
@@ -86,19 +83,19 @@ fn exits(lab: &Lab, facts: &Facts<'_>, out: &mut dyn Write) -> io::Result<()> {
     let mut sizes = HashMap::new();
     for (track, event) in &trace.events {
         let Some(kind) = event.kind().filter(|kind| *kind != Kind::Code) else { continue };
-        if kind == Kind::InKernel && is_the_hosts(report, event) {
+        let from_guest = kind == Kind::InKernel || kind.is_exit();
+        let line = lines.line(report.origin(event)).filter(|_| from_guest);
+        if is_left_out(report, kind, event, line) {
             continue;
         }
         act(event.time, out)?;
-        let from_guest = kind == Kind::InKernel || kind.is_exit();
-        let line = lines.line(report.origin(event)).filter(|_| from_guest);
-        if let Some(text) =
-            line.filter(|line| last != Some((*track, *line))).and_then(|line| source.get(line - 1))
-        {
-            writeln!(out, "\n{:>4}  {}", line.unwrap_or(0), text.trim_end())?;
+        let place = line.map(|line| (*track, line));
+        if let Some((_, line)) = place.filter(|_| place != last) {
+            let text = line.checked_sub(1).and_then(|index| source.get(index)).unwrap_or(&"");
+            writeln!(out, "{line:>4}  {}", text.trim_end())?;
         }
-        last = line.map(|line| (*track, line)).or(last);
-        let size = report.code_size(event).filter(|_| from_guest && kind != Kind::InKernel);
+        last = place.or(last);
+        let size = report.code_size(event).filter(|_| kind.is_exit());
         if let Some(size) = size
             && sizes.insert(*track, size).unwrap_or(32) != size
         {
@@ -107,6 +104,17 @@ fn exits(lab: &Lab, facts: &Facts<'_>, out: &mut dyn Write) -> io::Result<()> {
         report.event(*track, event, out)?;
     }
     act(u64::MAX, out)
+}
+
+/// What tells nothing of the lab: exits for the host's interrupts; a worker's looks that found nothing; vCPUs that came back from
+/// KVM without having run, because a start-up IPI was on its way.
+fn is_left_out(report: &Report<'_>, kind: Kind, event: &Event, line: Option<usize>) -> bool {
+    match kind {
+        Kind::InKernel => is_the_hosts(report, event),
+        Kind::Queue | Kind::Source => event.value == 0,
+        Kind::Kicked => line.is_none(),
+        _ => false,
+    }
 }
 
 /// Whether an exit inside KVM is for an interrupt of the host.

@@ -4,7 +4,7 @@
 //! then chunks: kind, track, length in bytes (4 bytes each), and the contents. A file that ends in the middle (the monitor
 //! was killed) is good up to there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
@@ -153,7 +153,7 @@ impl Recording {
         let (stop, stopped) = channel::<()>();
         let source = recorder.clone();
         let run = move || {
-            let (mut known, mut reasons) = (0, 0);
+            let (mut known, mut reasons) = (BTreeSet::new(), 0);
             loop {
                 let over = stopped.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout);
                 drain(&mut file, &source, &mut known)?;
@@ -216,14 +216,14 @@ fn write_clock(file: &mut impl Write, start: Instant) -> io::Result<()> {
     chunk(file, CLOCK, 0, pair.as_bytes())
 }
 
-/// Writes what the recorder has. `known` is how many tracks have been named.
-fn drain(file: &mut impl Write, recorder: &Recorder, known: &mut usize) -> io::Result<()> {
+/// Writes what the recorder has. `known` are the tracks that have been named.
+fn drain(file: &mut impl Write, recorder: &Recorder, known: &mut BTreeSet<usize>) -> io::Result<()> {
     let mut result = Ok(());
     recorder.drain(&mut |Taken { track, name, events, dropped }| {
         let mut write = || {
-            if track >= *known {
+            // Not in order: a track that was made first may have something to say last.
+            if known.insert(track) {
                 chunk(file, NAME, track, name.as_bytes())?;
-                *known = track + 1;
             }
             if dropped > 0 {
                 chunk(file, DROPPED, track, &dropped.to_le_bytes())?;
@@ -463,6 +463,22 @@ mod tests {
         assert_eq!(values, expected);
         let times: Vec<_> = trace.events.iter().map(|(_, event)| trace.since_start(event.time)).collect();
         assert!(times[0] >= 0.0 && times[19] < 60e9, "{times:?}");
+    }
+
+    #[test]
+    fn a_track_that_speaks_late_has_its_name() {
+        let (recorder, mut known) = (Recorder::default(), BTreeSet::new());
+        let (mut first, mut second) = (recorder.track("vcpu0"), recorder.track("vcpu1"));
+        let mut named = |recorder: &Recorder| {
+            let mut file = Vec::new();
+            drain(&mut file, recorder, &mut known).unwrap();
+            String::from_utf8_lossy(&file).matches("vcpu").count()
+        };
+        second.write(event(1));
+        assert_eq!(named(&recorder), 1);
+        first.write(event(2));
+        second.write(event(3));
+        assert_eq!(named(&recorder), 1);
     }
 
     #[test]
