@@ -203,7 +203,7 @@ pub fn doorbell(facts: &Facts<'_>) -> Vec<String> {
             facts.ran.output[1]
         ),
         format!(
-            "Within those exits the vCPU's own thread served {} of them; what was left the worker found when it started.",
+            "Within those exits the vCPU's own thread served {} of them; the worker finds the first if it is quicker.",
             all(&inside)
         ),
         facts.in_kvm("The entropy source's doorbell, and fresh memory", FAULT),
