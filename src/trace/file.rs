@@ -332,17 +332,19 @@ impl Trace {
             .iter()
             .filter_map(|(track, name)| Some((name.strip_prefix("vcpu")?.parse().ok()?, *track)))
             .collect();
-        let mut reached: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
-        for (track, event) in &self.events {
+        let mut reached: BTreeMap<u32, Vec<(u64, usize)>> = BTreeMap::new();
+        for (index, (track, event)) in self.events.iter().enumerate() {
             // A signal ends what KVM does by itself; it is not what hardware left the guest for.
             if event.kind().is_some_and(|kind| kind.is_exit() && kind != Kind::Kicked) {
-                reached.entry(*track).or_default().push(event.time);
+                reached.entry(*track).or_default().push((event.time, index));
             }
         }
-        let went_on = |track: u32, event: &Event| {
-            let times = reached.get(&track).map_or(&[][..], Vec::as_slice);
-            let next = times.partition_point(|time| *time < event.time);
-            times.get(next).is_some_and(|time| time - event.time <= event.handled.into())
+        // The place of the exit to the monitor that one in KVM became.
+        let became = |track: u32, event: &Event| {
+            let exits = reached.get(&track).map_or(&[][..], Vec::as_slice);
+            let next = exits.partition_point(|(time, _)| *time < event.time);
+            let (time, index) = exits.get(next)?;
+            (time - event.time <= event.handled.into()).then_some(*index)
         };
         let known = |track: u32| track.checked_sub(IN_KERNEL).map(|vcpu| numbers.get(&vcpu).copied());
         for (track, _) in &mut self.events {
@@ -351,7 +353,13 @@ impl Trace {
                 *track = own;
             }
         }
-        self.events.retain(|(track, event)| event.kind() != Some(Kind::InKernel) || !went_on(*track, event));
+        let inside = self.events.iter().filter(|(_, event)| event.kind() == Some(Kind::InKernel));
+        let gone_on = inside.filter_map(|(track, event)| Some((became(*track, event)?, event.count)));
+        for (index, number) in gone_on.collect::<Vec<_>>() {
+            self.events[index].1.reason = number.checked_add(1).unwrap_or(0);
+        }
+        self.events
+            .retain(|(track, event)| event.kind() != Some(Kind::InKernel) || became(*track, event).is_none());
         for (track, _) in &self.events {
             if let Some(vcpu) = track.checked_sub(IN_KERNEL) {
                 self.tracks.entry(*track).or_insert_with(|| format!("vcpu{vcpu}"));

@@ -108,7 +108,7 @@ mod tests {
                 let [time, guest, rip, address, value] = [number; 5];
                 let (handled, size) = (number as u32, number as u8);
                 let event =
-                    Event { time, guest, rip, address, value, handled, kind, size, count: size, reserved: 0 };
+                    Event { time, guest, rip, address, value, handled, kind, size, count: size, reason: size };
                 trace.events.push((kind.into(), event));
             }
         }
