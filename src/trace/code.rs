@@ -171,6 +171,8 @@ mod tests {
         let mut before15 = vec![0x90; 2];
         before15.extend(&before);
         let write = [&[0x90; 11][..], &[0x41, 0x89, 0x45, 0x50]].concat();
+        // Two stores alike, one after the other: mov dword [esi+0x70], 3; mov dword [esi+0x24], 1.
+        let stores = [&[0x90; 8][..], &[0xc7, 0x46, 0x70, 3, 0, 0, 0]].concat();
         let mut trace = Trace::default();
         trace.events = vec![
             code(0x1000 - 15, 32, &before15),
@@ -179,6 +181,8 @@ mod tests {
             code(0x2000, 64, &[0xc3]),
             code(0x3000, 64, &[0xec]),
             code(0x4000, 64, &[0xee]),
+            code(0x6000 - 15, 32, &stores),
+            code(0x6000, 32, &[0xc7, 0x46, 0x24, 1, 0, 0, 0]),
         ];
         let code = Code::of(&trace);
         let tell = |kind, rip, size| code.instruction(&event(kind, rip, size));
@@ -187,5 +191,7 @@ mod tests {
         assert_eq!(tell(Kind::PioIn, 0x3000, 1), (0x3000, Some("in al,dx".to_owned())));
         assert_eq!(tell(Kind::PioOut, 0x4000, 1), (0x4000, Some("out dx,al".to_owned())));
         assert_eq!(tell(Kind::PioOut, 0x5000, 1), (0x5000, None));
+        let store = (0x5ff9, Some("mov dword [esi+0x70],3".to_owned()));
+        assert_eq!(tell(Kind::MmioWrite, 0x6000, 4), store);
     }
 }
