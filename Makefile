@@ -10,7 +10,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test bench bench-ready bench-compare tools build compilers clean-guests
+.PHONY: run test bench bench-ready bench-compare tools build compilers vtx clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -97,6 +97,10 @@ bench-compare: build
 	@mkdir -p $(OUT)
 	@$(RIG) $(ICOUNT) -- $(VMM) bench boot --icount --json - >$(OUT)/icount.json
 	@$(VMM) bench --from $(OUT)/icount.json --compare $(BASELINE)
+
+# Every lab on VT-x, which Bochs emulates: hardware's exit reasons against ours, into docs/vtx.md. Some minutes; no part of `make test`.
+vtx: build
+	@tests/vtx/run $(VMM)
 
 clean-guests:
 	rm -rf $(GUESTS)

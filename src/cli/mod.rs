@@ -7,6 +7,7 @@ mod bench;
 mod bench_work;
 mod control;
 mod exit;
+mod lab;
 mod list;
 mod log_output;
 mod options;
@@ -67,6 +68,8 @@ enum Command {
     Run(Box<options::Options>),
     /// Show every exit of a virtual machine as a sentence: what the guest did, who answered, what it cost
     Trace(Box<trace::Options>),
+    /// Learn from tiny guests of one idea each: every exit told, and what came of it on this host
+    Lab(lab::Options),
     /// Measure virtual machines against containers and other monitors
     Bench(Box<bench::Options>),
     /// Do the work that is measured
@@ -96,6 +99,7 @@ pub fn main() -> ExitCode {
     let result = match command {
         Command::Run(options) => run::run(*options),
         Command::Trace(options) => trace::trace(*options),
+        Command::Lab(options) => lab::lab(options),
         Command::Bench(options) => bench::bench(*options),
         Command::BenchWork(options) => bench_work::bench_work(options),
         Command::List(options) => list::list(options),

@@ -1,7 +1,7 @@
 //! `vmm run`: from options to a running machine, and from its end to an exit code.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,11 +15,10 @@ use crate::api::running::Running;
 use crate::api::server::Server;
 use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty};
-use crate::bus::Bus;
 use crate::config::{OnReboot, VmConfig};
-use crate::machine::{self, Ends, Handle, Outcome};
+use crate::machine::{self, Ends, Outcome};
 use crate::recorder::Recorder;
-use crate::trace::file::{Header, Range, Recording};
+use crate::trace::file::{Header, Recording};
 
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {
@@ -79,7 +78,7 @@ fn live(
             }
         }
         if let (true, Some(path)) = (first, trace) {
-            let header = header(config, &machine.handle());
+            let header = Header::of(config, machine.handle().buses());
             recording = Some(Recording::start(path, header, recorder.clone(), machine.counters())?);
         }
         first = false;
@@ -101,26 +100,6 @@ fn live(
             Outcome::Crash(report) => return Err(Failure::new(Code::GuestCrash, anyhow!(report))),
             Outcome::InternalError(report) => return Err(Failure::new(Code::Internal, anyhow!(report))),
         }
-    }
-}
-
-/// What a trace says of its machine.
-fn header(config: &VmConfig, machine: &Handle) -> Header {
-    let ranges = |bus: &Bus| {
-        let range = |(base, size, name): (u64, u64, &str)| Range { name: name.to_owned(), base, size };
-        bus.ranges().map(range).collect()
-    };
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let vendor = cpuinfo.lines().find_map(|line| line.strip_prefix("vendor_id")?.split_once(": "));
-    let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-    Header {
-        vmm: env!("CARGO_PKG_VERSION").to_owned(),
-        kernel: config.kernel.as_ref().map(absolute),
-        cmdline: config.cmdline.clone(),
-        vendor: vendor.map_or("", |(_, vendor)| vendor).to_owned(),
-        ports: ranges(&machine.buses().pio),
-        addresses: ranges(&machine.buses().mmio),
-        ..Header::default()
     }
 }
 

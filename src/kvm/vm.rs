@@ -7,11 +7,12 @@ use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Error, Vcpu, cpuid, ioctl};
+use crate::memory::dirty::DirtyPages;
 use crate::memory::{self, GuestRam, Memory, layout};
 use crate::vm::{Interrupt, IoEventAddress};
 
@@ -23,24 +24,13 @@ pub struct Vm {
     tsc_deadline: bool,
     sync_registers: bool,
     /// The slots refer to this memory: it must outlive `fd`, which is dropped first.
-    _ram: Arc<GuestRam>,
+    ram: Arc<GuestRam>,
 }
 
 impl Vm {
     pub(super) fn new(kvm: &kvm_ioctls::Kvm, memory: &Memory) -> Result<Self, Error> {
         let fd = ioctl("KVM_CREATE_VM", kvm.create_vm())?;
-        for (slot, (guest, host, size)) in memory::slots(memory.ram()).enumerate() {
-            let region = kvm_userspace_memory_region {
-                slot: slot as u32,
-                guest_phys_addr: guest,
-                memory_size: size,
-                userspace_addr: host as u64,
-                flags: 0,
-            };
-            // SAFETY: the range is a mapping that `_ram` keeps for as long as `fd` lives, and nothing in this
-            // process holds references into it: all access is volatile.
-            ioctl("KVM_SET_USER_MEMORY_REGION", unsafe { fd.set_user_memory_region(region) })?;
-        }
+        set_slots(&fd, memory.ram(), 0)?;
         ioctl("KVM_SET_IDENTITY_MAP_ADDR", fd.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
         ioctl("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::KVM_TSS as usize))?;
         ioctl("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
@@ -48,7 +38,7 @@ impl Vm {
         let supported = ioctl("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(max))?;
         let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
         let sync_registers = kvm.check_extension(kvm_ioctls::Cap::SyncRegs);
-        Ok(Self { fd, supported, tsc_deadline, sync_registers, _ram: memory.ram().clone() })
+        Ok(Self { fd, supported, tsc_deadline, sync_registers, ram: memory.ram().clone() })
     }
 
     /// Adds vCPU `id` of `count`. vCPU 0 is runnable; the others wait for INIT and SIPI.
@@ -68,6 +58,45 @@ impl Vm {
         ioctl("KVM_SET_CPUID2", fd.set_cpuid2(&table))?;
         Ok(Vcpu::new(fd, id, self.sync_registers))
     }
+
+    /// Has KVM note which pages the guest writes to, from now on; or no longer, and then it forgets them. The first write to
+    /// a page costs an exit inside KVM then, unless hardware keeps the log.
+    ///
+    /// # Errors
+    /// The ioctl that failed.
+    pub fn log_dirty(&self, on: bool) -> Result<(), Error> {
+        set_slots(&self.fd, &self.ram, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
+    }
+
+    /// The pages that the guest has written to since the log was begun or last taken. To have all of them, park the vCPUs first.
+    ///
+    /// # Errors
+    /// The ioctl failed: there is no log, most of all.
+    pub fn take_dirty(&self) -> Result<DirtyPages, Error> {
+        let mut dirty = DirtyPages::default();
+        for (slot, (guest, _, size)) in memory::slots(&self.ram).enumerate() {
+            let bitmap = self.fd.get_dirty_log(slot as u32, size as usize);
+            dirty.add(guest, ioctl("KVM_GET_DIRTY_LOG", bitmap)?);
+        }
+        Ok(dirty)
+    }
+}
+
+/// Gives KVM the slots of `ram`, or changes their flags. It must live longer than `fd`.
+fn set_slots(fd: &VmFd, ram: &GuestRam, flags: u32) -> Result<(), Error> {
+    for (slot, (guest, host, size)) in memory::slots(ram).enumerate() {
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            guest_phys_addr: guest,
+            memory_size: size,
+            userspace_addr: host as u64,
+            flags,
+        };
+        // SAFETY: the range is a mapping that `Vm::ram` keeps for as long as `fd` lives, and nothing in this
+        // process holds references into it: all access is volatile.
+        ioctl("KVM_SET_USER_MEMORY_REGION", unsafe { fd.set_user_memory_region(region) })?;
+    }
+    Ok(())
 }
 
 /// An irqfd: a write to it is an edge on the interrupt line.

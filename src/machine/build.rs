@@ -95,6 +95,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
         power,
         phase: Mutex::new(Phase::Running),
         events,
+        vm: Arc::downgrade(&vm),
     });
     // Weak, because the ends outlive the machine, and its devices hold locks on their images.
     let machine = Arc::downgrade(&shared);

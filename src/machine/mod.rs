@@ -9,12 +9,13 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use crate::bus::{Overlap, SharedDevice, lock};
 use crate::config;
 use crate::legacy::acpi_pm::AcpiPm;
+use crate::memory::dirty::DirtyPages;
 use crate::vcpu::dispatch::{Buses, End};
 use crate::vcpu::{self, Ended};
 use crate::{boot, chardev, kvm, memory, virtio};
@@ -46,6 +47,9 @@ pub enum Error {
     /// A device could not be wired up.
     #[error(transparent)]
     Transport(#[from] virtio::mmio::Error),
+    /// It has ended.
+    #[error(transparent)]
+    Ended(#[from] AlreadyEnded),
     /// No kernel was given.
     #[error("there is nothing to boot")]
     NoKernel,
@@ -90,7 +94,8 @@ impl Error {
             Self::NoKernel => Some("give a bzImage or vmlinux: --kernel FILE".into()),
             Self::TooManyDevices { .. } => Some("leave out disks".into()),
             Self::Memory(_) => Some("ask for less with --mem, or free memory on the host".into()),
-            Self::TooManyCpus { .. } | Self::Layout(_) | Self::Host { .. } | Self::Transport(_) => None,
+            Self::TooManyCpus { .. } | Self::Layout(_) | Self::Host { .. } => None,
+            Self::Transport(_) | Self::Ended(_) => None,
             Self::Chardev(e) => e.hint().map(Cow::from),
         }
     }
@@ -101,9 +106,8 @@ impl Error {
             Self::Config(_) | Self::Boot(_) | Self::NoKernel => true,
             Self::TooManyDevices { .. } | Self::TooManyCpus { .. } => true,
             Self::Device(_) | Self::Chardev(_) => true,
-            Self::Kvm(_) | Self::Memory(_) | Self::Transport(_) | Self::Layout(_) | Self::Host { .. } => {
-                false
-            }
+            Self::Kvm(_) | Self::Memory(_) | Self::Transport(_) | Self::Layout(_) => false,
+            Self::Host { .. } | Self::Ended(_) => false,
         }
     }
 }
@@ -145,6 +149,8 @@ struct Shared {
     power: Arc<Mutex<AcpiPm>>,
     phase: Mutex<Phase>,
     events: Sender<Event>,
+    /// Weak: the guest goes with the machine, whoever still has a handle.
+    vm: Weak<kvm::Vm>,
 }
 
 /// What ends a run.
@@ -334,6 +340,27 @@ impl Handle {
     /// Presses the power button: a guest that listens shuts itself down. A paused guest hears it when it resumes.
     pub fn power_button(&self) {
         lock(&self.0.power).press_power_button();
+    }
+
+    /// Has KVM note which pages the guest writes to, from now on, or no longer.
+    ///
+    /// # Errors
+    /// KVM refuses; or the machine is gone.
+    pub fn log_dirty(&self, on: bool) -> Result<(), Error> {
+        Ok(self.vm()?.log_dirty(on)?)
+    }
+
+    /// The pages that the guest's processors have written to since the log was begun or last taken: all of them, if the
+    /// machine is paused.
+    ///
+    /// # Errors
+    /// There is no log; or the machine is gone.
+    pub fn take_dirty(&self) -> Result<DirtyPages, Error> {
+        Ok(self.vm()?.take_dirty()?)
+    }
+
+    fn vm(&self) -> Result<Arc<kvm::Vm>, AlreadyEnded> {
+        self.0.vm.upgrade().ok_or(AlreadyEnded)
     }
 
     /// Ends the run at once, paused or not.

@@ -4,6 +4,7 @@
 //! through their queues. Knows nothing of KVM.
 
 mod buffers;
+pub mod dirty;
 pub mod layout;
 
 use std::fs::File;

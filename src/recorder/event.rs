@@ -24,8 +24,9 @@ pub struct Event {
     pub size: u8,
     /// Elements; at 255: that or more.
     pub count: u8,
-    /// Nothing yet.
-    pub reserved: u8,
+    /// 0 in records. In a trace that was read and has the exits inside KVM: one more than the number, in the trace, of the
+    /// reason that hardware gave for an exit to the monitor.
+    pub reason: u8,
 }
 
 impl Event {

@@ -32,14 +32,25 @@ impl Code {
         self.bytes.iter().map(|(address, (_, bytes))| (*address, bytes.as_slice()))
     }
 
+    /// The size of the code at `address`: 16, 32 or 64 bits.
+    pub fn size(&self, address: u64) -> Option<u32> {
+        let near = (0..MAX).find_map(|back| self.bytes.get(&address.wrapping_sub(back)));
+        near.map(|(bits, _)| *bits)
+    }
+
     /// Where the instruction is that `event` came from, and the instruction in Intel's syntax, where the trace has its code.
     ///
     /// RIP is at the instruction as a rule; but KVM's emulator finishes one that writes before it leaves the guest, and RIP is
-    /// behind it. The code before RIP is then read forwards from each byte: the beginnings that lead to RIP soon agree, and
-    /// what most of them end with is taken, if it makes just such an access.
+    /// behind it: always after a write to memory, unless that is one step of a string. The code before RIP is then read
+    /// forwards from each byte: the beginnings that lead to RIP soon agree, and what most of them end with is taken, if it makes
+    /// just such an access.
     pub fn instruction(&self, event: &Event) -> (u64, Option<String>) {
         let at = self.decode(event.rip, 0);
-        if at.is_some_and(|instruction| fits(&instruction, event)) {
+        let behind = event.kind() == Some(Kind::MmioWrite);
+        let is_it = |instruction: &Instruction| {
+            fits(instruction, event) && (!behind || instruction.is_string_instruction())
+        };
+        if at.as_ref().is_some_and(is_it) {
             return (event.rip, at.map(|instruction| text(&instruction)));
         }
         let start = event.rip.wrapping_sub(MAX);
@@ -160,6 +171,8 @@ mod tests {
         let mut before15 = vec![0x90; 2];
         before15.extend(&before);
         let write = [&[0x90; 11][..], &[0x41, 0x89, 0x45, 0x50]].concat();
+        // Two stores alike, one after the other: mov dword [esi+0x70], 3; mov dword [esi+0x24], 1.
+        let stores = [&[0x90; 8][..], &[0xc7, 0x46, 0x70, 3, 0, 0, 0]].concat();
         let mut trace = Trace::default();
         trace.events = vec![
             code(0x1000 - 15, 32, &before15),
@@ -168,6 +181,8 @@ mod tests {
             code(0x2000, 64, &[0xc3]),
             code(0x3000, 64, &[0xec]),
             code(0x4000, 64, &[0xee]),
+            code(0x6000 - 15, 32, &stores),
+            code(0x6000, 32, &[0xc7, 0x46, 0x24, 1, 0, 0, 0]),
         ];
         let code = Code::of(&trace);
         let tell = |kind, rip, size| code.instruction(&event(kind, rip, size));
@@ -176,5 +191,7 @@ mod tests {
         assert_eq!(tell(Kind::PioIn, 0x3000, 1), (0x3000, Some("in al,dx".to_owned())));
         assert_eq!(tell(Kind::PioOut, 0x4000, 1), (0x4000, Some("out dx,al".to_owned())));
         assert_eq!(tell(Kind::PioOut, 0x5000, 1), (0x5000, None));
+        let store = (0x5ff9, Some("mov dword [esi+0x70],3".to_owned()));
+        assert_eq!(tell(Kind::MmioWrite, 0x6000, 4), store);
     }
 }

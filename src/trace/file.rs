@@ -4,7 +4,7 @@
 //! then chunks: kind, track, length in bytes (4 bytes each), and the contents. A file that ends in the middle (the monitor
 //! was killed) is good up to there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
@@ -153,7 +153,7 @@ impl Recording {
         let (stop, stopped) = channel::<()>();
         let source = recorder.clone();
         let run = move || {
-            let (mut known, mut reasons) = (0, 0);
+            let (mut known, mut reasons) = (BTreeSet::new(), 0);
             loop {
                 let over = stopped.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout);
                 drain(&mut file, &source, &mut known)?;
@@ -216,14 +216,14 @@ fn write_clock(file: &mut impl Write, start: Instant) -> io::Result<()> {
     chunk(file, CLOCK, 0, pair.as_bytes())
 }
 
-/// Writes what the recorder has. `known` is how many tracks have been named.
-fn drain(file: &mut impl Write, recorder: &Recorder, known: &mut usize) -> io::Result<()> {
+/// Writes what the recorder has. `known` are the tracks that have been named.
+fn drain(file: &mut impl Write, recorder: &Recorder, known: &mut BTreeSet<usize>) -> io::Result<()> {
     let mut result = Ok(());
     recorder.drain(&mut |Taken { track, name, events, dropped }| {
         let mut write = || {
-            if track >= *known {
+            // Not in order: a track that was made first may have something to say last.
+            if known.insert(track) {
                 chunk(file, NAME, track, name.as_bytes())?;
-                *known = track + 1;
             }
             if dropped > 0 {
                 chunk(file, DROPPED, track, &dropped.to_le_bytes())?;
@@ -245,7 +245,11 @@ fn drain_kernel(
     over: bool,
 ) -> io::Result<()> {
     let mut tracks: BTreeMap<u32, Vec<Event>> = BTreeMap::new();
-    kernel.take(&mut |vcpu, event| tracks.entry(vcpu).or_default().push(event));
+    let mut keep = |vcpu, event| tracks.entry(vcpu).or_default().push(event);
+    kernel.take(&mut keep);
+    if over {
+        kernel.last(&mut keep);
+    }
     for (number, reason) in kernel.reasons().iter().enumerate().skip(*known) {
         chunk(file, REASON, number, reason.as_bytes())?;
     }
@@ -328,16 +332,19 @@ impl Trace {
             .iter()
             .filter_map(|(track, name)| Some((name.strip_prefix("vcpu")?.parse().ok()?, *track)))
             .collect();
-        let mut reached: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
-        for (track, event) in &self.events {
-            if event.kind().is_some_and(Kind::is_exit) {
-                reached.entry(*track).or_default().push(event.time);
+        let mut reached: BTreeMap<u32, Vec<(u64, usize)>> = BTreeMap::new();
+        for (index, (track, event)) in self.events.iter().enumerate() {
+            // A signal ends what KVM does by itself; it is not what hardware left the guest for.
+            if event.kind().is_some_and(|kind| kind.is_exit() && kind != Kind::Kicked) {
+                reached.entry(*track).or_default().push((event.time, index));
             }
         }
-        let went_on = |track: u32, event: &Event| {
-            let times = reached.get(&track).map_or(&[][..], Vec::as_slice);
-            let next = times.partition_point(|time| *time < event.time);
-            times.get(next).is_some_and(|time| time - event.time <= event.handled.into())
+        // The place of the exit to the monitor that one in KVM became.
+        let became = |track: u32, event: &Event| {
+            let exits = reached.get(&track).map_or(&[][..], Vec::as_slice);
+            let next = exits.partition_point(|(time, _)| *time < event.time);
+            let (time, index) = exits.get(next)?;
+            (time - event.time <= event.handled.into()).then_some(*index)
         };
         let known = |track: u32| track.checked_sub(IN_KERNEL).map(|vcpu| numbers.get(&vcpu).copied());
         for (track, _) in &mut self.events {
@@ -346,7 +353,13 @@ impl Trace {
                 *track = own;
             }
         }
-        self.events.retain(|(track, event)| event.kind() != Some(Kind::InKernel) || !went_on(*track, event));
+        let inside = self.events.iter().filter(|(_, event)| event.kind() == Some(Kind::InKernel));
+        let gone_on = inside.filter_map(|(track, event)| Some((became(*track, event)?, event.count)));
+        for (index, number) in gone_on.collect::<Vec<_>>() {
+            self.events[index].1.reason = number.checked_add(1).unwrap_or(0);
+        }
+        self.events
+            .retain(|(track, event)| event.kind() != Some(Kind::InKernel) || became(*track, event).is_none());
         for (track, _) in &self.events {
             if let Some(vcpu) = track.checked_sub(IN_KERNEL) {
                 self.tracks.entry(*track).or_insert_with(|| format!("vcpu{vcpu}"));
@@ -458,6 +471,22 @@ mod tests {
         assert_eq!(values, expected);
         let times: Vec<_> = trace.events.iter().map(|(_, event)| trace.since_start(event.time)).collect();
         assert!(times[0] >= 0.0 && times[19] < 60e9, "{times:?}");
+    }
+
+    #[test]
+    fn a_track_that_speaks_late_has_its_name() {
+        let (recorder, mut known) = (Recorder::default(), BTreeSet::new());
+        let (mut first, mut second) = (recorder.track("vcpu0"), recorder.track("vcpu1"));
+        let mut named = |recorder: &Recorder| {
+            let mut file = Vec::new();
+            drain(&mut file, recorder, &mut known).unwrap();
+            String::from_utf8_lossy(&file).matches("vcpu").count()
+        };
+        second.write(event(1));
+        assert_eq!(named(&recorder), 1);
+        first.write(event(2));
+        second.write(event(3));
+        assert_eq!(named(&recorder), 1);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::recorder::{Event, Kind};
+use crate::recorder::{Event, Kind, clock};
 
 /// Where tracefs is mounted.
 const ROOTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
@@ -83,6 +83,14 @@ impl KernelExits {
                 }
             }
             self.text.drain(..=end);
+        }
+    }
+
+    /// The exits that no entry followed to the end, taken to have lasted until now: of vCPUs that were asleep, or with the monitor.
+    pub fn last(&mut self, sink: &mut dyn FnMut(u32, Event)) {
+        for (vcpu, mut event) in std::mem::take(&mut self.parser.open) {
+            event.handled = u32::try_from(clock::ticks().wrapping_sub(event.time)).unwrap_or(u32::MAX);
+            sink(vcpu, event);
         }
     }
 

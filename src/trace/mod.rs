@@ -7,6 +7,7 @@
 pub mod code;
 pub mod devices;
 pub mod file;
+mod header;
 pub mod kernel;
 pub mod reasons;
 pub mod report;

@@ -54,7 +54,10 @@ impl Symbols {
         }
         let bytes = fs::read(path).map_err(failed)?;
         let (mut table, code) = match object::File::parse(&*bytes) {
-            Ok(file) => (from_elf(&file), code(&file)),
+            Ok(file) => {
+                let functions = from_elf(&file);
+                (if functions.is_empty() { labels(&file) } else { functions }, code(&file))
+            }
             Err(_) => (from_list(&bytes), Vec::new()),
         };
         if table.is_empty() {
@@ -150,6 +153,15 @@ fn from_elf(file: &object::File<'_>) -> Vec<(u64, String)> {
     });
     let named = code.filter_map(|symbol| Some((symbol.address(), symbol.name().ok()?.to_owned())));
     named.filter(|(address, name)| *address != 0 && !name.is_empty()).collect()
+}
+
+/// Plain labels in a section: all that is there where somebody wrote in assembly and gave no types.
+fn labels(file: &object::File<'_>) -> Vec<(u64, String)> {
+    let labels = file
+        .symbols()
+        .filter(|symbol| symbol.kind() == SymbolKind::Unknown && symbol.section_index().is_some());
+    let named = labels.filter_map(|symbol| Some((symbol.address(), symbol.name().ok()?.to_owned())));
+    named.filter(|(_, name)| !name.is_empty()).collect()
 }
 
 fn code(file: &object::File<'_>) -> Vec<(u64, Vec<u8>)> {

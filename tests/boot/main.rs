@@ -6,4 +6,5 @@ mod console;
 mod disk;
 mod guest;
 mod kernels;
+mod labs;
 mod life;

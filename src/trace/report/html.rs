@@ -107,8 +107,18 @@ mod tests {
             for number in [0, 1, u64::MAX / 2, u64::MAX] {
                 let [time, guest, rip, address, value] = [number; 5];
                 let (handled, size) = (number as u32, number as u8);
-                let event =
-                    Event { time, guest, rip, address, value, handled, kind, size, count: size, reserved: 0 };
+                let event = Event {
+                    time,
+                    guest,
+                    rip,
+                    address,
+                    value,
+                    handled,
+                    kind,
+                    size,
+                    count: size,
+                    reason: size,
+                };
                 trace.events.push((kind.into(), event));
             }
         }

@@ -53,7 +53,10 @@ impl Report<'_> {
             return self.kernel_reason(event);
         }
         let amd = self.is_amd();
+        let told = event.reason.checked_sub(1).and_then(|number| self.kernel_reasons.get(&number.into()));
         let name = match reasons::of(kind) {
+            // Hardware's own word, where the kernel's trace passed it on.
+            _ if told.is_some() => told.map_or("", |(_, shown)| shown).to_owned(),
             Some(reason) if amd => format!("AMD-V {:#x} {}", reason.svm, reasons::svm_name(reason.svm)),
             Some(reason) => format!("VT-x {} {}", reason.vtx, reasons::vtx_name(reason.vtx)),
             None => plain_name(kind).to_owned(),
@@ -65,7 +68,7 @@ impl Report<'_> {
     }
 
     /// Whether AMD-V's names are the hardware's.
-    pub(super) fn is_amd(&self) -> bool {
+    pub fn is_amd(&self) -> bool {
         self.trace.header.vendor == "AuthenticAMD"
     }
 

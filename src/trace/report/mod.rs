@@ -21,6 +21,7 @@ use super::code::Code;
 use super::file::Trace;
 use super::reasons;
 use super::symbols::Symbols;
+use crate::recorder::{Event, Kind};
 
 /// A trace with what is needed to tell it.
 #[derive(Debug)]
@@ -68,6 +69,30 @@ impl<'a> Report<'a> {
             }
         }
         self.losses(out)
+    }
+
+    /// The line of one event; nothing for code.
+    ///
+    /// # Errors
+    /// As for [`Report::lines`].
+    pub fn event(&self, track: u32, event: &Event, out: &mut dyn Write) -> io::Result<()> {
+        if event.kind() == Some(Kind::Code) { Ok(()) } else { self.line(track, event, out) }
+    }
+
+    /// Where the instruction is that an exit came from.
+    pub fn origin(&self, event: &Event) -> u64 {
+        self.code.instruction(event).0
+    }
+
+    /// The size of the code there, 16, 32 or 64 bits, where the trace has it.
+    pub fn code_size(&self, event: &Event) -> Option<u32> {
+        self.code.size(self.origin(event))
+    }
+
+    /// The number of the hardware's reason of an exit inside KVM: AMD-V's or VT-x's, as the host is.
+    pub fn number_in_kvm(&self, event: &Event) -> Option<u16> {
+        let (given, _) = self.kernel_reasons.get(&event.count.into())?;
+        reasons::by_kvm_name(given, !self.is_amd()).map(|(number, _)| number)
     }
 
     /// The same as a JSON object per line.

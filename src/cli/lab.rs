@@ -1,0 +1,51 @@
+//! `vmm lab`: lessons from tiny guests.
+
+use std::io::{self, IsTerminal};
+
+use anyhow::anyhow;
+
+use super::exit::{Code, Failure, print};
+use super::scratch::Scratch;
+use crate::lab::{self, LABS, Lab};
+
+/// The options of `vmm lab`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Which lab; without it they are listed
+    name: Option<String>,
+    /// Print the guest's source in place of running it
+    #[arg(long, requires = "name")]
+    source: bool,
+}
+
+/// `vmm lab`.
+pub fn lab(options: Options) -> Result<Code, Failure> {
+    let Some(name) = options.name else {
+        let line = |lab: &Lab| format!("{:<14} {}\n", lab.name, lab.idea());
+        print(&LABS.iter().map(line).collect::<String>())?;
+        return Ok(Code::Success);
+    };
+    let lab = Lab::find(&name).ok_or_else(|| {
+        Failure::new(Code::BadArgument, anyhow!("there is no lab {name:?}")).hint(Some("vmm lab lists them"))
+    })?;
+    if options.source {
+        print(lab.source)?;
+        return Ok(Code::Success);
+    }
+    let scratch = Scratch::new("vmm-lab").map_err(|error| Failure::new(Code::Host, error))?;
+    let ran = lab::run(lab, scratch.path())?;
+    let mut text = Vec::new();
+    lab::narrate(lab, &ran, io::stdout().is_terminal(), &mut text)?;
+    print(&String::from_utf8_lossy(&text))?;
+    Ok(Code::Success)
+}
+
+impl From<lab::Error> for Failure {
+    fn from(error: lab::Error) -> Self {
+        match error {
+            lab::Error::Machine(error) => error.into(),
+            lab::Error::Trace(error) => error.into(),
+            error @ lab::Error::Host { .. } => Self::new(Code::Host, error),
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Every lab by the binary on this machine's /dev/kvm, against what it said when the files in `golden/` were last renewed:
+//! `VMM_RENEW_GOLDEN=1 cargo test --test labs`. Times, and what differs from run to run, are left out of the comparison.
+//!
+//! The files are of a KVM without hardware virtualization. Where there is some, hardware decides what exits there are, and
+//! `tests/boot/labs.rs` looks at those.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn vmm(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    command.args(arguments).env_remove("RUST_LOG").env_remove("VMM_KVM").output().unwrap()
+}
+
+fn said(arguments: &[&str]) -> String {
+    let output = vmm(arguments);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.status.code(), error.as_str()), (Some(0), ""), "{arguments:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The names of all labs.
+fn labs() -> Vec<String> {
+    said(&["lab"]).lines().map(|line| line.split_whitespace().next().unwrap().to_owned()).collect()
+}
+
+/// A time or a duration: `+1.234ms`, `5.6us`.
+fn is_time(word: &str) -> bool {
+    let number = word.trim_start_matches('+').trim_end_matches(['.', ';', ',']);
+    let unit = ["ns", "us", "ms", "s"].into_iter().find_map(|unit| number.strip_suffix(unit));
+    unit.is_some_and(|number| number.parse::<f64>().is_ok())
+}
+
+/// `text` without what differs from run to run: times; the turns of devices' workers; and which of the two
+/// vendors' names for the same exit this processor's are.
+fn lasting(text: &str) -> String {
+    const SAME: [(&str, &str); 5] = [
+        ("VT-x 30 I/O instruction", "AMD-V 0x7b IOIO"),
+        ("VT-x 49 EPT misconfiguration", "AMD-V 0x400 NPF"),
+        ("VT-x 2 triple fault", "AMD-V 0x7f SHUTDOWN"),
+        ("for which VT-x would", "for which AMD-V would"),
+        ("which VT-x would", "which AMD-V would"),
+    ];
+    let line = |line: &str| {
+        let mut words: Vec<_> = line.split_whitespace().collect();
+        if !words.iter().any(|word| is_time(word)) {
+            return line.to_owned();
+        }
+        words.iter_mut().filter(|word| is_time(word)).for_each(|word| *word = "TIME");
+        words.join(" ")
+    };
+    let text = SAME.iter().fold(text.to_owned(), |text, (one, other)| text.replace(one, other));
+    // Whether a worker finds requests one by one, and before the vCPU does, is luck; their sum is not, and it is told.
+    let lasts = |line: &&str| !["virtio-", "Within those exits"].iter().any(|start| line.starts_with(start));
+    text.lines().filter(lasts).map(|text| line(text) + "\n").collect()
+}
+
+fn file(lab: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/labs/golden").join(format!("{lab}.txt"))
+}
+
+#[test]
+fn every_lab_says_what_it_said() {
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap();
+    let hardware = cpus.split_whitespace().any(|word| word == "svm" || word == "vmx");
+    let open = fs::File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = open {
+        return eprintln!("SKIPPED: every_lab_says_what_it_said needs /dev/kvm: {error}");
+    }
+    if hardware {
+        return eprintln!(
+            "SKIPPED: every_lab_says_what_it_said needs a KVM without hardware virtualization, of which its golden files are; \
+             tests/boot/labs.rs is for this one"
+        );
+    }
+    let renew = std::env::var_os("VMM_RENEW_GOLDEN").is_some();
+    for lab in labs() {
+        let now = lasting(&said(&["lab", &lab]));
+        if renew {
+            fs::write(file(&lab), &now).unwrap();
+        }
+        let golden = fs::read_to_string(file(&lab)).unwrap_or_else(|error| panic!("{lab}: {error}"));
+        assert_eq!(
+            now, golden,
+            "{lab} says something else than it did: VMM_RENEW_GOLDEN=1, if that is meant"
+        );
+    }
+}
+
+#[test]
+fn the_golden_files_are_those_of_the_labs() {
+    let mut files: Vec<_> =
+        fs::read_dir(file("").parent().unwrap()).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut wanted: Vec<_> = labs().iter().map(|lab| file(lab)).collect();
+    files.sort();
+    wanted.sort();
+    assert_eq!(files, wanted);
+}
+
+#[test]
+fn labs_are_listed_and_their_sources_shown() {
+    let list = said(&["lab"]);
+    assert!(list.lines().count() >= 14 && list.contains("pio            port I/O, the oldest"), "{list}");
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/guest/labs/README.md")).unwrap();
+    for lab in labs() {
+        let source = said(&["lab", &lab, "--source"]);
+        assert!(source.starts_with(&format!("# {lab}: ")) && source.contains("\nstart:\n"), "{source}");
+        assert!(readme.contains(&format!("## {lab}\n")), "{lab} is not in guest/labs/README.md");
+    }
+    let output = vmm(&["lab", "nonsense"]);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("no lab \"nonsense\"") && error.contains("hint: vmm lab lists them"), "{error}");
+}
+
+#[test]
+fn times_are_left_out() {
+    let text = "vcpu0      +1.234ms  x | serial THR <- 'H' | 5.60us\nvirtio-rng +2ms y\nfor 300ms on end. 300 ms\n a  b\n";
+    assert_eq!(lasting(text), "vcpu0 TIME x | serial THR <- 'H' | TIME\nfor TIME on end. 300 ms\n a  b\n");
+}
