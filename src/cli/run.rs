@@ -19,7 +19,7 @@ use crate::bus::Bus;
 use crate::config::{OnReboot, VmConfig};
 use crate::machine::{self, Ends, Handle, Outcome};
 use crate::recorder::Recorder;
-use crate::trace::file::{Header, Range, Recording};
+use crate::trace::file::{Header, Range, Recording, Start};
 
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {
@@ -68,7 +68,10 @@ fn live(
     let mut first = true;
     let recorder = Arc::<Recorder>::default();
     // Ends with the last of the machines.
-    let mut recording = None;
+    let mut recording: Option<Recording> = None;
+    // The monitor's own steps belong to the record.
+    recorder.set_on(trace.is_some());
+    let start = Start::now();
     loop {
         let machine = machine::build(config, ends, &recorder)?;
         let ptys = ptys(ends);
@@ -80,7 +83,10 @@ fn live(
         }
         if let (true, Some(path)) = (first, trace) {
             let header = header(config, &machine.handle());
-            recording = Some(Recording::start(path, header, recorder.clone(), machine.counters())?);
+            let (recorder, ram) = (recorder.clone(), machine.handle().ram().clone());
+            recording = Some(Recording::start(path, header, recorder, start, machine.counters(), ram)?);
+        } else if let Some(recording) = &mut recording {
+            recording.resume(machine.handle().ram().clone());
         }
         first = false;
         running.built(machine.handle(), ptys);
@@ -88,6 +94,9 @@ fn live(
         let stopped = running.ended();
         if matches!(outcome, Ok(Outcome::Reset)) && config.on_reboot == OnReboot::Reset && !stopped {
             log::info!("the guest rebooted: starting it again");
+            if let Some(recording) = &mut recording {
+                recording.pause();
+            }
             continue;
         }
         if let Some(recording) = recording.take() {

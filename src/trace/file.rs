@@ -4,21 +4,23 @@
 //! then chunks: kind, track, length in bytes (4 bytes each), and the contents. A file that ends in the middle (the monitor
 //! was killed) is good up to there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::kallsyms;
 use super::kernel::KernelExits;
 use crate::kvm::Counters;
-use crate::recorder::{Event, Kind, Recorder, Taken, clock};
+use crate::memory::GuestRam;
+use crate::recorder::{Event, Kind, Recorder, Step, Steps, Taken, clock, registers};
 
 /// The first bytes of a trace file; the last is the version.
 pub const MAGIC: [u8; 8] = *b"vmmtrac\x01";
@@ -44,6 +46,8 @@ const CLOCK: u32 = 4;
 const REASON: u32 = 5;
 /// KVM's counters at the end, as JSON: by vCPU, by name.
 const COUNTERS: u32 = 6;
+/// The guest's own symbols, as lines of address, type and name.
+const SYMBOLS: u32 = 7;
 
 /// Tracks of exits inside KVM have this and the vCPU's number.
 const IN_KERNEL: u32 = 1 << 16;
@@ -117,13 +121,17 @@ pub struct Recording {
     path: PathBuf,
     recorder: Arc<Recorder>,
     counters: Vec<(String, Counters)>,
+    ram: Option<Arc<GuestRam>>,
+    roots: Arc<Mutex<Roots>>,
+    symbols: Option<String>,
     stop: Option<Sender<()>>,
     writer: Option<JoinHandle<io::Result<BufWriter<File>>>>,
 }
 
 impl Recording {
-    /// Creates the file, and switches `recorder` on. To be called by the thread that will start the vCPUs' threads, before it
-    /// does: the kernel's events are those of its descendants. `counters` are read at the end.
+    /// Creates the file, and switches `recorder` on if it was not. To be called by the thread that will start the vCPUs'
+    /// threads, before it does: the kernel's events are those of its descendants. Times count from `start`, a moment of both
+    /// clocks. `counters` are read at the end, and the guest's symbols from `ram`.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -131,11 +139,14 @@ impl Recording {
         path: &Path,
         mut header: Header,
         recorder: Arc<Recorder>,
+        start: Start,
         counters: Vec<(String, Counters)>,
+        ram: Arc<GuestRam>,
     ) -> Result<Self, Error> {
+        recorder.set_on(true);
+        let mut steps = Steps::begin(&recorder, "trace");
         let failed = |what| move |source| Error::Io { what, path: path.to_owned(), source };
         let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed("create"))?);
-        let start = Instant::now();
         let kernel = KernelExits::start();
         header.in_kernel = match &kernel {
             Ok(_) => "tracefs, kvm:kvm_exit".to_owned(),
@@ -147,29 +158,55 @@ impl Recording {
             file.write_all(&MAGIC)?;
             file.write_all(&(json.len() as u32).to_le_bytes())?;
             file.write_all(&json)?;
-            write_clock(file, start)
+            chunk(file, CLOCK, 0, [start.ticks, 0].as_bytes())
         };
         write(&mut file).map_err(failed("write"))?;
         let (stop, stopped) = channel::<()>();
-        let source = recorder.clone();
+        let (source, roots) = (recorder.clone(), Arc::<Mutex<Roots>>::default());
+        let found = roots.clone();
         let run = move || {
             let (mut known, mut reasons) = (0, 0);
             loop {
                 let over = stopped.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout);
-                drain(&mut file, &source, &mut known)?;
+                drain(&mut file, &source, &mut known, &found)?;
                 if let Some(kernel) = &mut kernel {
                     drain_kernel(&mut file, kernel, &mut reasons, over)?;
                 }
                 if over {
-                    write_clock(&mut file, start)?;
+                    let pair = [clock::ticks(), start.moment.elapsed().as_nanos() as u64];
+                    chunk(&mut file, CLOCK, 0, pair.as_bytes())?;
                     return Ok(file);
                 }
             }
         };
         let writer = std::thread::Builder::new().name("trace".to_owned()).spawn(run);
         let writer = writer.map_err(failed("start the writer of"))?;
-        recorder.set_on(true);
-        Ok(Self { path: path.to_owned(), recorder, counters, stop: Some(stop), writer: Some(writer) })
+        steps.done(Step::Recorder);
+        let (path, ram, symbols) = (path.to_owned(), Some(ram), None);
+        Ok(Self { path, recorder, counters, ram, roots, symbols, stop: Some(stop), writer: Some(writer) })
+    }
+
+    /// The guest was reset: its memory is looked at, and let go.
+    pub fn pause(&mut self) {
+        self.find_symbols();
+    }
+
+    /// It goes on in other memory.
+    pub fn resume(&mut self, ram: Arc<GuestRam>) {
+        self.ram = Some(ram);
+    }
+
+    /// Looks at what lies in memory, if a vCPU has been seen in a kernel there.
+    fn find_symbols(&mut self) {
+        let roots = std::mem::take(&mut *lock(&self.roots));
+        let Some(ram) = self.ram.take() else { return };
+        let Some(found) = kallsyms::list(&ram, &roots.newest_first()) else { return };
+        match &self.symbols {
+            // Another kernel, or it lies elsewhere (KASLR): which of them an address means is not to be told. An empty list
+            // differs from all that follow.
+            Some(known) if *known != found => self.symbols = Some(String::new()),
+            _ => self.symbols = Some(found),
+        }
     }
 
     /// Switches the recorder off and completes the file.
@@ -192,6 +229,16 @@ impl Recording {
         let counters: BTreeMap<String, BTreeMap<String, u64>> =
             self.counters.iter().filter_map(read).collect();
         chunk(&mut file, COUNTERS, 0, &serde_json::to_vec(&counters)?)?;
+        self.find_symbols();
+        match &self.symbols {
+            Some(symbols) if symbols.is_empty() => {
+                log::warn!(
+                    "the guest's kernel moved when it was reset: no symbols are kept (boot it with nokaslr)"
+                );
+            }
+            Some(symbols) => chunk(&mut file, SYMBOLS, 0, symbols.as_bytes())?,
+            None => {}
+        }
         file.flush()
     }
 }
@@ -204,6 +251,65 @@ impl Drop for Recording {
     }
 }
 
+/// A moment, by the clock that stamps events and by one whose rate is known.
+#[derive(Debug, Clone, Copy)]
+pub struct Start {
+    ticks: u64,
+    moment: Instant,
+}
+
+impl Start {
+    /// Now.
+    pub fn now() -> Self {
+        Self { ticks: clock::ticks(), moment: Instant::now() }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where page tables of a guest's kernel were seen: CR3 and CR4. The first, because those of the kernel itself are never freed,
+/// and the last, because those are in use.
+#[derive(Debug, Default)]
+struct Roots {
+    first: Vec<(u64, u64)>,
+    last: VecDeque<(u64, u64)>,
+    registers: BTreeMap<usize, registers::Collector>,
+}
+
+impl Roots {
+    /// So many of either.
+    const SOME: usize = 8;
+
+    fn see(&mut self, track: usize, event: &Event) {
+        let registers = self.registers.entry(track).or_default();
+        registers.add(event);
+        let Some(registers) = registers.at(event.time) else { return };
+        let [_, cr3, cr4, _] = registers.system.unwrap_or_default();
+        let rip = registers.general[16];
+        let root = (cr3, cr4);
+        if cr3 == 0 || !kallsyms::IMAGE.contains(&rip) || self.last.back() == Some(&root) {
+            return;
+        }
+        if self.first.len() < Self::SOME && !self.first.contains(&root) {
+            self.first.push(root);
+        }
+        self.last.retain(|known| *known != root);
+        self.last.push_back(root);
+        if self.last.len() > Self::SOME {
+            self.last.pop_front();
+        }
+    }
+
+    fn newest_first(&self) -> Vec<(u64, u64)> {
+        let mut all: Vec<_> = self.last.iter().rev().chain(&self.first).copied().collect();
+        let mut seen = BTreeSet::new();
+        all.retain(|root| seen.insert(*root));
+        all
+    }
+}
+
 fn chunk(file: &mut impl Write, kind: u32, track: usize, contents: &[u8]) -> io::Result<()> {
     for number in [kind, track as u32, contents.len() as u32] {
         file.write_all(&number.to_le_bytes())?;
@@ -211,15 +317,17 @@ fn chunk(file: &mut impl Write, kind: u32, track: usize, contents: &[u8]) -> io:
     file.write_all(contents)
 }
 
-fn write_clock(file: &mut impl Write, start: Instant) -> io::Result<()> {
-    let pair = [clock::ticks(), start.elapsed().as_nanos() as u64];
-    chunk(file, CLOCK, 0, pair.as_bytes())
-}
-
 /// Writes what the recorder has. `known` is how many tracks have been named.
-fn drain(file: &mut impl Write, recorder: &Recorder, known: &mut usize) -> io::Result<()> {
+fn drain(
+    file: &mut impl Write,
+    recorder: &Recorder,
+    known: &mut usize,
+    roots: &Mutex<Roots>,
+) -> io::Result<()> {
     let mut result = Ok(());
     recorder.drain(&mut |Taken { track, name, events, dropped }| {
+        let registers = events.iter().filter(|event| event.kind == Kind::Registers as u8);
+        registers.for_each(|event| lock(roots).see(track, event));
         let mut write = || {
             if track >= *known {
                 chunk(file, NAME, track, name.as_bytes())?;
@@ -274,6 +382,8 @@ pub struct Trace {
     pub counters: BTreeMap<String, BTreeMap<String, u64>>,
     /// Reasons of exits inside KVM, as it writes them, by number.
     pub reasons: BTreeMap<u32, String>,
+    /// The guest's own list of its symbols, where it has one.
+    pub symbols: String,
     /// Ticks at the start.
     start: u64,
     /// Nanoseconds per tick.
@@ -372,6 +482,7 @@ impl Trace {
             }
             CLOCK => clocks.extend(<[u64; 2]>::read_from_bytes(contents)),
             REASON => _ = self.reasons.insert(track, String::from_utf8_lossy(contents).into_owned()),
+            SYMBOLS => self.symbols = String::from_utf8_lossy(contents).into_owned(),
             COUNTERS => self.counters = serde_json::from_slice(contents).unwrap_or_default(),
             // Of a later version.
             _ => {}
@@ -426,6 +537,7 @@ fn read_chunk(file: &mut impl Read) -> io::Result<Option<(u32, u32, Vec<u8>)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Memory;
 
     fn event(value: u64) -> Event {
         let (time, kind) = (clock::ticks(), Kind::PioOut as u8);
@@ -434,8 +546,10 @@ mod tests {
 
     fn record(path: &Path) {
         let recorder = Arc::<Recorder>::default();
+        let ram = Memory::new(&"2M".parse().unwrap()).unwrap().ram().clone();
         let header = Header { vmm: "1".to_owned(), ..Header::default() };
-        let recording = Recording::start(path, header, recorder.clone(), Vec::new()).unwrap();
+        let recording =
+            Recording::start(path, header, recorder.clone(), Start::now(), Vec::new(), ram).unwrap();
         assert!(recorder.is_on());
         let (mut a, mut b) = (recorder.track("vcpu0"), recorder.track("vcpu1"));
         for value in 0..10 {
@@ -450,11 +564,13 @@ mod tests {
     fn what_was_recorded_is_read_in_order_of_time() {
         let file = tempfile::NamedTempFile::new().unwrap();
         record(file.path());
-        let trace = Trace::read(file.path()).unwrap();
+        let mut trace = Trace::read(file.path()).unwrap();
         assert_eq!(trace.header.vmm, "1");
-        assert_eq!(trace.tracks.values().collect::<Vec<_>>(), ["vcpu0", "vcpu1"]);
+        assert_eq!(trace.tracks.values().collect::<Vec<_>>(), ["trace", "vcpu0", "vcpu1"]);
+        assert_eq!(trace.events[0].1.kind(), Some(Kind::Step), "what the recorder took itself");
+        trace.events.remove(0);
         let values: Vec<_> = trace.events.iter().map(|(track, event)| (*track, event.value)).collect();
-        let expected: Vec<_> = (0..10).flat_map(|value| [(0, value), (1, 100 + value)]).collect();
+        let expected: Vec<_> = (0..10).flat_map(|value| [(1, value), (2, 100 + value)]).collect();
         assert_eq!(values, expected);
         let times: Vec<_> = trace.events.iter().map(|(_, event)| trace.since_start(event.time)).collect();
         assert!(times[0] >= 0.0 && times[19] < 60e9, "{times:?}");

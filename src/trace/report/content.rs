@@ -151,7 +151,7 @@ impl Report<'_> {
         // By track: where its last event ended.
         let mut ended: BTreeMap<u32, i64> = BTreeMap::new();
         for (track, event) in &self.trace.events {
-            let Some(kind) = event.kind().filter(|kind| *kind != Kind::Code) else { continue };
+            let Some(kind) = event.kind().filter(|kind| !kind.is_detail()) else { continue };
             let (t, took) = (self.at(event), self.took(event));
             let place = place_of(kind);
             let away = rounded(self.trace.ns(event.guest));
@@ -254,7 +254,7 @@ impl Report<'_> {
             amd: self.is_amd(),
             in_kernel: header.in_kernel.clone(),
             has_kernel: self.trace.events.iter().any(|(_, event)| event.kind() == Some(Kind::InKernel)),
-            symbols: self.symbols.source.as_ref().map(|path| path.display().to_string()),
+            symbols: self.symbols.source.clone(),
             lost: lost.map(|(track, count)| (self.track(*track).to_owned(), *count)).collect(),
             counters: self.trace.counters.iter().map(|(vcpu, all)| (vcpu.clone(), counted(all))).collect(),
             filtered: filter.is_set(),

@@ -149,5 +149,7 @@ pub(super) fn plain_name(kind: Kind) -> &'static str {
         Kind::Source => "host end",
         Kind::Interrupt => "interrupt",
         Kind::InKernel => "in KVM",
+        Kind::Registers => "registers",
+        Kind::Step => "step",
     }
 }

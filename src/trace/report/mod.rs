@@ -20,7 +20,7 @@ use std::io::{self, Write};
 use super::code::Code;
 use super::file::Trace;
 use super::reasons;
-use super::symbols::Symbols;
+use super::symbols::{self, Symbols};
 
 /// A trace with what is needed to tell it.
 #[derive(Debug)]
@@ -51,10 +51,15 @@ impl<'a> Report<'a> {
 
     /// Finds out how far the guest's kernel runs from where it was linked (KASLR), as far as the record and the symbols' file
     /// tell.
-    pub fn find_shift(&mut self) {
-        if let Some(shift) = self.symbols.find_shift(self.code.all()) {
+    ///
+    /// # Errors
+    /// The symbols are another kernel's.
+    pub fn find_shift(&mut self) -> Result<(), symbols::Error> {
+        let guest = Symbols::of_guest(&self.trace.symbols);
+        if let Some(shift) = self.symbols.find_shift(guest.as_ref(), self.code.all())? {
             log::info!("the guest's kernel runs {shift:#x} bytes from where it was linked");
         }
+        Ok(())
     }
 
     /// One line per event that passes `filter`, to `out`; then what was lost.
