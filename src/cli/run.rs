@@ -1,7 +1,7 @@
 //! `vmm run`: from options to a running machine, and from its end to an exit code.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +25,11 @@ use crate::trace::file::{Header, Range, Recording, Start};
 pub fn run(options: Options) -> Result<Code, Failure> {
     let stop_timeout = Duration::from_secs(options.stop_timeout);
     let dry_run = options.dry_run;
-    let trace = options.trace.clone();
+    let trace = options.trace.clone().map(|file| (file, options.trace_registers));
+    if options.trace_registers && trace.is_none() {
+        let error = anyhow!("--trace-registers: there is no record to put them in");
+        return Err(Failure::new(Code::BadArgument, error).hint(Some("name its file: --trace FILE")));
+    }
     let config = options.resolve()?;
     if dry_run {
         print(&plan(config)?)?;
@@ -50,19 +54,20 @@ pub fn run(options: Options) -> Result<Code, Failure> {
         }
     };
     let mut ends = Ends::default();
-    let end = live(&config, &mut ends, &running, trace.as_deref(), &mut serve);
+    let end = live(&config, &mut ends, &running, trace, &mut serve);
     // Why there is no server says more than that the machine was killed for want of it.
     server.transpose()?;
     end
 }
 
-/// Runs the machine, and again after each reboot if that is wanted, recording it to `trace` if that is. Calls `serve`
+/// Runs the machine, and again after each reboot if that is wanted, recording it to the file in `trace` if that is, with the registers
+/// at every exit if that says so. Calls `serve`
 /// whenever it has begun to run.
 fn live(
     config: &VmConfig,
     ends: &mut Ends,
     running: &Running,
-    trace: Option<&Path>,
+    trace: Option<(PathBuf, bool)>,
     serve: &mut dyn FnMut(),
 ) -> Result<Code, Failure> {
     let mut first = true;
@@ -71,6 +76,7 @@ fn live(
     let mut recording: Option<Recording> = None;
     // The monitor's own steps belong to the record.
     recorder.set_on(trace.is_some());
+    recorder.set_all_registers(trace.as_ref().is_some_and(|(_, registers)| *registers));
     let start = Start::now();
     loop {
         let machine = machine::build(config, ends, &recorder)?;
@@ -81,7 +87,7 @@ fn live(
                 let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
             }
         }
-        if let (true, Some(path)) = (first, trace) {
+        if let (true, Some((path, _))) = (first, &trace) {
             let header = header(config, &machine.handle());
             let (recorder, ram) = (recorder.clone(), machine.handle().ram().clone());
             recording = Some(Recording::start(path, header, recorder, start, machine.counters(), ram)?);

@@ -11,6 +11,9 @@ use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
 /// A file's size at most: a vmlinux with debug information stays below.
 const MAX_FILE: u64 = 2 << 30;
 
+/// Linux moves by multiples of CONFIG_PHYSICAL_ALIGN, which is this (Documentation/arch/x86/boot.rst, mm.rst).
+const ALIGN: u64 = 2 << 20;
+
 /// Why there are no symbols.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -75,11 +78,11 @@ impl Symbols {
         Ok(Self { table, source: Some(path.display().to_string()), shift: 0, code })
     }
 
-    /// Those that the guest's kernel itself had, as a trace keeps them: at the addresses where it ran. None if there are none.
+    /// Those that the guest's own (kallsyms) had, as a trace keeps them: at the addresses where it ran. None if there are none.
     pub fn of_guest(list: &str) -> Option<Self> {
         let mut table = from_list(list.as_bytes());
         sort(&mut table);
-        let source = Some("the guest's kernel itself".to_owned());
+        let source = Some("the guest's own (kallsyms)".to_owned());
         (!table.is_empty()).then_some(Self { table, source, ..Self::default() })
     }
 
@@ -148,13 +151,11 @@ impl Symbols {
         let (shift, count) =
             shifts.into_iter().max_by_key(|(shift, count)| (*count, std::cmp::Reverse(*shift)))?;
         // Names that the guest has twice agree by chance only.
-        (count * 2 > all).then_some(shift)
+        (count * 2 > all && shift.is_multiple_of(ALIGN)).then_some(shift)
     }
 
-    /// Linux chooses multiples of CONFIG_PHYSICAL_ALIGN, 2 MiB, below 1 GiB (Documentation/arch/x86/boot.rst, mm.rst); and it
-    /// patches its code a little as it runs, so not every place has to agree.
+    /// The image is no larger than 1 GiB; and Linux patches its code a little as it runs, so not every place has to agree.
     fn shift_by_code<'b>(&self, seen: impl Iterator<Item = (u64, &'b [u8])>) -> Option<Result<u64, ()>> {
-        const STEP: u64 = 2 << 20;
         const STEPS: u64 = 512;
         /// With fewer places than this nothing is ruled out.
         const ENOUGH: usize = 6;
@@ -170,7 +171,7 @@ impl Symbols {
             seen.iter().filter(same).count()
         };
         let best = (0..STEPS)
-            .map(|step| step * STEP)
+            .map(|step| step * ALIGN)
             .max_by_key(|shift| (agree(*shift), std::cmp::Reverse(*shift)))?;
         match agree(best) {
             count if count * 2 > seen.len() => Some(Ok(best)),

@@ -1,6 +1,7 @@
 //! A trace for people and programs: one line per event, statistics, JSON, a page.
 
 mod advice;
+mod before;
 mod content;
 mod filter;
 mod group;
@@ -21,6 +22,8 @@ use super::code::Code;
 use super::file::Trace;
 use super::reasons;
 use super::symbols::{self, Symbols};
+use crate::recorder::Kind;
+use crate::recorder::registers::Collector;
 
 /// A trace with what is needed to tell it.
 #[derive(Debug)]
@@ -80,9 +83,14 @@ impl<'a> Report<'a> {
     /// # Errors
     /// As for [`Report::lines`].
     pub fn json(&self, filter: &Filter, out: &mut dyn Write) -> io::Result<()> {
+        let mut registers: BTreeMap<u32, Collector> = BTreeMap::new();
         for (track, event) in &self.trace.events {
+            if event.kind() == Some(Kind::Registers) {
+                registers.entry(*track).or_default().add(event);
+            }
             if filter.passes(self, *track, event) {
-                serde_json::to_writer(&mut *out, &self.object(*track, event))?;
+                let own = registers.get(track).and_then(|registers| registers.at(event.time));
+                serde_json::to_writer(&mut *out, &self.object(*track, event, own.as_ref()))?;
                 writeln!(out)?;
             }
         }
