@@ -181,3 +181,72 @@ fn number(bytes: &[u8]) -> u64 {
     all[..len].copy_from_slice(&bytes[..len]);
     u64::from_le_bytes(all)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::bus::Bus;
+    use crate::kvm::Kvm;
+    use crate::kvm::regs::Entry;
+    use crate::memory::Memory;
+    use crate::recorder::Recorder;
+    use crate::vcpu::dispatch::Buses;
+    use crate::vcpu::gate::Gate;
+
+    #[test]
+    fn kvm_leaves_registers_in_its_page_only_while_somebody_records() {
+        let kvm = Path::new("/dev/kvm");
+        if let Err(error) = File::options().read(true).write(true).open(kvm) {
+            eprintln!("SKIPPED: this test needs /dev/kvm: {error}");
+            return;
+        }
+        let memory = Memory::new(&"2M".parse().unwrap()).unwrap();
+        // mov edx, 0x1234; out dx, eax; jmp to the out.
+        let code = [0xba, 0x34, 0x12, 0x00, 0x00, 0xef, 0xeb, 0xfd];
+        memory.ram().write_slice(&code, GuestAddress(0x1000)).unwrap();
+        let vm = Kvm::open(kvm).unwrap().create_vm(&memory).unwrap();
+        let mut vcpu = vm.create_vcpu(0, 1).unwrap();
+        vcpu.enter_at(Entry::Pvh { rip: 0x1000, start_info: 0 }).unwrap();
+        vcpu.bind();
+        let shared = Shared {
+            buses: Buses::new(Bus::default(), Bus::default()),
+            gate: Gate::new(1),
+            ram: memory.ram().clone(),
+            recorder: Arc::<Recorder>::default(),
+        };
+        let mut observer = Observer::default();
+        let exits = || {
+            let mut exits = Vec::new();
+            shared.recorder.drain(&mut |taken| {
+                let own = taken.events.iter().filter(|event| event.kind().is_some_and(Kind::is_exit));
+                exits.extend(own.map(|event| (event.address, event.rip)));
+            });
+            exits
+        };
+        for _ in 0..2 {
+            assert!(!observer.is_active() && !vcpu.is_keeping_registers());
+            shared.recorder.set_on(true);
+            for _ in 0..3 {
+                assert!(matches!(observer.turn(&mut vcpu, &shared), Ok(Next::Again)));
+            }
+            assert!(observer.is_active() && vcpu.is_keeping_registers());
+            let seen = exits();
+            assert_eq!(seen.len(), 3);
+            // At the instruction, or behind it where KVM's emulator has finished it.
+            assert!(
+                seen.iter().all(|(port, rip)| *port == 0x1234 && (0x1005..=0x1006).contains(rip)),
+                "{seen:x?}"
+            );
+            shared.recorder.set_on(false);
+            // What was recorded last, and this turn is none of it.
+            assert!(matches!(observer.turn(&mut vcpu, &shared), Ok(Next::Again)));
+            assert_eq!(exits(), []);
+        }
+    }
+}

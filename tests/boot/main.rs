@@ -7,3 +7,4 @@ mod disk;
 mod guest;
 mod kernels;
 mod life;
+mod trace;
