@@ -19,7 +19,8 @@ use crate::bus::Bus;
 use crate::config::{OnReboot, VmConfig};
 use crate::machine::{self, Ends, Handle, Outcome};
 use crate::recorder::Recorder;
-use crate::trace::file::{Header, Range, Recording, Start};
+use crate::trace::file::{Header, Range};
+use crate::trace::recording::{Recording, Start};
 
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {

@@ -5,11 +5,13 @@
 //! bytes) and later. The tables are the guest's: all is
 //! checked and bounded.
 
+mod roots;
 mod space;
 mod tables;
 #[cfg(test)]
 mod tests;
 
+pub use roots::Roots;
 pub use space::Space;
 
 use std::fmt::Write;
