@@ -70,6 +70,9 @@ pub struct Options {
     /// Record every exit in a file, for vmm trace report
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+    /// Record the registers at every exit, and not only at the first from each place
+    #[arg(long)]
+    pub trace_registers: bool,
     /// Seconds from a stop (SIGTERM, SIGINT, vmm stop) until the guest is stopped hard
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,

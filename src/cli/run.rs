@@ -1,7 +1,7 @@
 //! `vmm run`: from options to a running machine, and from its end to an exit code.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,13 +18,18 @@ use crate::api::{self, Control, Pty};
 use crate::config::{OnReboot, VmConfig};
 use crate::machine::{self, Ends, Outcome};
 use crate::recorder::Recorder;
-use crate::trace::file::{Header, Recording};
+use crate::trace::file::Header;
+use crate::trace::recording::{Recording, Start};
 
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {
     let stop_timeout = Duration::from_secs(options.stop_timeout);
     let dry_run = options.dry_run;
-    let trace = options.trace.clone();
+    let trace = options.trace.clone().map(|file| (file, options.trace_registers));
+    if options.trace_registers && trace.is_none() {
+        let error = anyhow!("--trace-registers: there is no record to put them in");
+        return Err(Failure::new(Code::BadArgument, error).hint(Some("name its file: --trace FILE")));
+    }
     let config = options.resolve()?;
     if dry_run {
         print(&plan(config)?)?;
@@ -49,25 +54,30 @@ pub fn run(options: Options) -> Result<Code, Failure> {
         }
     };
     let mut ends = Ends::default();
-    let end = live(&config, &mut ends, &running, trace.as_deref(), &mut serve);
+    let end = live(&config, &mut ends, &running, trace, &mut serve);
     // Why there is no server says more than that the machine was killed for want of it.
     server.transpose()?;
     end
 }
 
-/// Runs the machine, and again after each reboot if that is wanted, recording it to `trace` if that is. Calls `serve`
+/// Runs the machine, and again after each reboot if that is wanted, recording it to the file in `trace` if that is, with the registers
+/// at every exit if that says so. Calls `serve`
 /// whenever it has begun to run.
 fn live(
     config: &VmConfig,
     ends: &mut Ends,
     running: &Running,
-    trace: Option<&Path>,
+    trace: Option<(PathBuf, bool)>,
     serve: &mut dyn FnMut(),
 ) -> Result<Code, Failure> {
     let mut first = true;
     let recorder = Arc::<Recorder>::default();
     // Ends with the last of the machines.
-    let mut recording = None;
+    let mut recording: Option<Recording> = None;
+    // The monitor's own steps belong to the record.
+    recorder.set_on(trace.is_some());
+    recorder.set_all_registers(trace.as_ref().is_some_and(|(_, registers)| *registers));
+    let start = Start::now();
     loop {
         let mut machine = machine::build(config, ends, &recorder)?;
         let ptys = ptys(ends);
@@ -77,9 +87,12 @@ fn live(
                 let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
             }
         }
-        if let (true, Some(path)) = (first, trace) {
+        if let (true, Some((path, _))) = (first, &trace) {
             let header = Header::of(config, machine.handle().buses());
-            recording = Some(Recording::start(path, header, recorder.clone(), machine.counters())?);
+            let (recorder, ram) = (recorder.clone(), machine.handle().ram().clone());
+            recording = Some(Recording::start(path, header, recorder, start, machine.counters(), ram)?);
+        } else if let Some(recording) = &mut recording {
+            recording.resume(machine.handle().ram().clone());
         }
         first = false;
         running.built(machine.handle(), ptys);
@@ -87,6 +100,9 @@ fn live(
         let stopped = running.ended();
         if matches!(outcome, Ok(Outcome::Reset)) && config.on_reboot == OnReboot::Reset && !stopped {
             log::info!("the guest rebooted: starting it again");
+            if let Some(recording) = &mut recording {
+                recording.pause();
+            }
             continue;
         }
         if let Some(recording) = recording.take() {

@@ -81,10 +81,10 @@ struct View {
     /// Write a page about it that any browser opens: what happened when, lanes, the story of each exit
     #[arg(long, value_name = "FILE", conflicts_with = "perfetto")]
     html: Option<PathBuf>,
-    /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms [default: looked for beside the kernel]
+    /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms [default: the guest's own, or looked for beside the kernel]
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
-    /// How far the guest's kernel runs from where it was linked (KASLR) [default: found out, where the symbols are a vmlinux's]
+    /// How far the guest's kernel runs from where it was linked (KASLR) [default: found out]
     #[arg(long, value_name = "BYTES", value_parser = number)]
     kaslr_offset: Option<u64>,
 }
@@ -142,11 +142,14 @@ fn run_options(arguments: Vec<OsString>) -> Result<options::Options, Failure> {
 /// Tells the record in `file` on standard output.
 fn tell(file: &Path, view: &View) -> Result<(), Failure> {
     let trace = Trace::read(file)?;
-    let mut symbols = match &view.symbols {
-        Some(path) => Symbols::read(path)?,
-        None => trace.header.kernel.as_deref().and_then(Symbols::beside).unwrap_or_default(),
+    // What the guest itself said of its kernel is the right kernel's, and at the right place.
+    let own = || Symbols::of_guest(&trace.symbols);
+    let beside = || trace.header.kernel.as_deref().and_then(Symbols::beside);
+    let (symbols, own) = match (&view.symbols, view.kaslr_offset) {
+        (Some(path), _) => (Symbols::read(path)?, false),
+        (None, None) => own().map(|own| (own, true)).or_else(|| Some((beside()?, false))).unwrap_or_default(),
+        (None, Some(_)) => (beside().unwrap_or_default(), false),
     };
-    symbols.set_shift(view.kaslr_offset.unwrap_or(0));
     let filter = Filter {
         only: view.only.iter().flat_map(|kinds| kinds.0).copied().collect(),
         port: view.port.clone(),
@@ -156,8 +159,16 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
         symbol: view.symbol.clone(),
     };
     let mut report = Report::new(&trace, symbols);
-    if view.kaslr_offset.is_none() {
-        report.find_shift();
+    match view.kaslr_offset {
+        Some(offset) => report.symbols.set_shift(offset),
+        None if own => {}
+        None => match report.find_shift() {
+            Err(error) if view.symbols.is_none() => {
+                log::warn!("{error}");
+                report.symbols = Symbols::default();
+            }
+            found => found?,
+        },
     }
     report.colour = io::stdout().is_terminal();
     if let Some(path) = view.html.as_ref().or(view.perfetto.as_ref()) {
@@ -202,6 +213,12 @@ impl From<file::Error> for Failure {
 
 impl From<symbols::Error> for Failure {
     fn from(error: symbols::Error) -> Self {
-        Self::new(Code::BadArgument, error).hint(None::<&str>)
+        let hint = match error {
+            symbols::Error::Read { .. } | symbols::Error::None { .. } => {
+                "without --symbols the guest's own are taken, if its kernel has them, or a vmlinux or System.map beside it"
+            }
+            symbols::Error::OtherKernel { .. } => "with --kaslr-offset 0 they are taken as they are",
+        };
+        Self::new(Code::BadArgument, error).hint(Some(hint))
     }
 }

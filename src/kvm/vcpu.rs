@@ -125,18 +125,23 @@ impl Vcpu {
         self.keeps_registers
     }
 
-    /// [`Vcpu::run`], and the guest's RIP after it: of the instruction that exited, where that is not finished yet. 0 without
-    /// [`Vcpu::keep_registers`].
+    /// Whether KVM_RUN leaves the general registers in the kvm_run page.
+    pub fn is_keeping_registers(&mut self) -> bool {
+        self.fd.get_kvm_run().kvm_valid_regs & SyncReg::Register as u64 != 0
+    }
+
+    /// [`Vcpu::run`], and the guest's general registers after it: RIP is that of the instruction that exited, where that is
+    /// not finished yet. Zeros, or stale, without [`Vcpu::keep_registers`].
     ///
     /// # Errors
     /// As for `run`.
-    pub fn run_observed(&mut self) -> Result<(u64, Exit<'_>), Error> {
+    pub fn run_observed(&mut self) -> Result<(kvm_regs, Exit<'_>), Error> {
         let run: *mut kvm_run = self.fd.get_kvm_run();
         let exit = self.run()?;
         // SAFETY: the page lives as long as `self`; the register area is apart from what `exit` refers to (the exit union
         // and the PIO page), KVM writes it only inside KVM_RUN, and any bytes are valid in it.
-        let rip = unsafe { (*run).s.regs.regs.rip };
-        Ok((rip, exit))
+        let regs = unsafe { (*run).s.regs.regs };
+        Ok((regs, exit))
     }
 
     /// Enters the guest and returns the raw exit reason (KVM_EXIT_*), with nothing around the system call: what a

@@ -82,7 +82,7 @@ fn exits(lab: &Lab, facts: &Facts<'_>, out: &mut dyn Write) -> io::Result<()> {
     let mut last = None;
     let mut sizes = HashMap::new();
     for (track, event) in &trace.events {
-        let Some(kind) = event.kind().filter(|kind| *kind != Kind::Code) else { continue };
+        let Some(kind) = event.kind().filter(|kind| !kind.is_detail()) else { continue };
         let from_guest = kind == Kind::InKernel || kind.is_exit();
         let line = lines.line(report.origin(event)).filter(|_| from_guest);
         if is_left_out(report, kind, event, line) {

@@ -13,7 +13,8 @@ use crate::config::{Console, Size, VmConfig, Where};
 use crate::machine::{self, Ends, Handle, Outcome};
 use crate::memory::layout;
 use crate::recorder::{Recorder, clock};
-use crate::trace::file::{Header, Recording, Trace};
+use crate::trace::file::{Header, Trace};
+use crate::trace::recording::{Recording, Start};
 
 /// From the guest's byte to the power button: it is to be asleep by then.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -76,6 +77,7 @@ pub fn run(lab: &Lab, folder: &Path) -> Result<Ran, Error> {
     ends.put("console", screen.map_err(host("make a console's end"))?);
 
     let recorder = Arc::<Recorder>::default();
+    let start = Start::now();
     let mut built = machine::build(&config, &mut ends, &recorder)?;
     let handle = built.handle();
     if lab.host == Host::FetchesDirtyLog {
@@ -83,7 +85,8 @@ pub fn run(lab: &Lab, folder: &Path) -> Result<Ran, Error> {
     }
     let _ = machine.set(handle.clone());
     let header = Header::of(&config, handle.buses());
-    let recording = Recording::start(&record, header, recorder, built.counters())?;
+    let recording =
+        Recording::start(&record, header, recorder, start, built.counters(), handle.ram().clone())?;
     let (over, ended) = channel::<()>();
     let outcome = thread::scope(|scope| {
         let handle = &handle;

@@ -24,7 +24,7 @@ use crate::legacy::debug_exit::{self, DebugExit};
 use crate::legacy::i8042::I8042;
 use crate::legacy::serial::SerialPort;
 use crate::memory::{Memory, layout};
-use crate::recorder::Recorder;
+use crate::recorder::{Recorder, Step, Steps};
 use crate::vcpu;
 use crate::vcpu::dispatch::Buses;
 use crate::vcpu::gate::Gate;
@@ -40,6 +40,7 @@ use crate::vm::{Interrupt, Vm};
 /// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several `ends` that failed.
 pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Result<Machine, Error> {
     let start = Instant::now();
+    let mut steps = Steps::begin(recorder, "monitor");
     config.validate()?;
     let payload = payload(config)?;
     let platform = platform(config)?;
@@ -49,13 +50,18 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     if cpus as usize > kvm.max_vcpus() {
         return Err(Error::TooManyCpus { wanted: cpus, possible: kvm.max_vcpus() });
     }
+    steps.done(Step::Open);
     let memory = Memory::new(&config.mem)?;
+    steps.done(Step::Memory);
+    let mut create_vm = || kvm.create_vm(&memory).inspect(|_| steps.done(Step::Vm));
     let (vm, entry) = if loads_at_once(&payload) {
-        let vm = kvm.create_vm(&memory)?;
-        (Arc::new(vm), boot::load(&memory, &payload, &platform)?)
+        let vm = create_vm()?;
+        (Arc::new(vm), load(&memory, &payload, &platform, recorder)?)
     } else {
-        load_meanwhile(&memory, &payload, &platform, || kvm.create_vm(&memory))?
+        load_meanwhile(&memory, &payload, &platform, recorder, create_vm)?
     };
+    // Until the loader is done, which has told of that itself.
+    steps.skip();
 
     let mut board = Board { vm: vm.clone(), pio: Bus::default(), mmio: Bus::default(), devices: Vec::new() };
     let power = Arc::new(Mutex::new(AcpiPm::new(board.interrupt("power button", layout::ACPI_GSI)?)));
@@ -77,10 +83,12 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
         let serial = SerialPort::new(ends.get("serial", &config.serial)?, interrupt);
         board.port("serial", layout::COM1, 8, shared(serial))?;
     }
+    steps.done(Step::Devices);
 
     let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus)).collect::<Result<Vec<_>, _>>()?;
     vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
     vcpus[0].enter_at(entry)?;
+    steps.done(Step::Vcpus);
 
     let (events, ended) = channel();
     let shared = Arc::new(Shared {
@@ -118,16 +126,29 @@ fn loads_at_once(payload: &Payload) -> bool {
     files.into_iter().flatten().map(size).sum::<u64>() <= SMALL
 }
 
+fn load(
+    memory: &Memory,
+    payload: &Payload,
+    platform: &Platform,
+    recorder: &Recorder,
+) -> Result<Entry, Error> {
+    let mut steps = Steps::begin(recorder, "loader");
+    let entry = boot::load(memory, payload, platform)?;
+    steps.done(Step::Load);
+    Ok(entry)
+}
+
 /// Loads the kernel in a thread of its own while this one sets KVM up.
 fn load_meanwhile(
     memory: &Memory,
     payload: &Payload,
     platform: &Platform,
+    recorder: &Recorder,
     create_vm: impl FnOnce() -> Result<kvm::Vm, kvm::Error>,
 ) -> Result<(Arc<kvm::Vm>, Entry), Error> {
     thread::scope(|scope| {
         let loader = thread::Builder::new().name("loader".to_owned());
-        let loaded = loader.spawn_scoped(scope, || boot::load(memory, payload, platform));
+        let loaded = loader.spawn_scoped(scope, || load(memory, payload, platform, recorder));
         let vm = create_vm()?;
         let loaded =
             loaded.map_err(|source| Error::Host { what: "the loader's thread".to_owned(), source })?;

@@ -337,6 +337,11 @@ impl Handle {
         &self.0.vcpus.buses
     }
 
+    /// Guest RAM, also after the run.
+    pub fn ram(&self) -> &Arc<memory::GuestRam> {
+        &self.0.vcpus.ram
+    }
+
     /// Presses the power button: a guest that listens shuts itself down. A paused guest hears it when it resumes.
     pub fn power_button(&self) {
         lock(&self.0.power).press_power_button();

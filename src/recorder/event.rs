@@ -81,11 +81,17 @@ pub enum Kind {
     /// An exit that KVM answered by itself: `address` and `value` are what hardware says of it, `count` the number of its
     /// reason in the trace. Not recorded by threads, but read from the kernel.
     InKernel = 18,
+    /// Four words of the vCPU's registers at the exit of the same `time` on the same track: in `guest`, `rip`, `address` and
+    /// `value`; `count` says which four: see [`Registers`](super::Registers).
+    Registers = 19,
+    /// The monitor's own work before the guest runs: `address` is the [`Step`](super::Step), `time` when it began, `value` the
+    /// ticks that it took.
+    Step = 20,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::PioIn,
         Self::PioOut,
         Self::MmioRead,
@@ -104,10 +110,17 @@ impl Kind {
         Self::Source,
         Self::Interrupt,
         Self::InKernel,
+        Self::Registers,
+        Self::Step,
     ];
 
     /// Whether it is an exit of a vCPU that reached the monitor.
     pub fn is_exit(self) -> bool {
         self <= Self::Other
+    }
+
+    /// Whether it belongs to another event, or to none of a guest's, and is not told by itself.
+    pub fn is_detail(self) -> bool {
+        matches!(self, Self::Code | Self::Registers | Self::Step)
     }
 }

@@ -6,18 +6,23 @@
 
 pub mod clock;
 pub mod event;
+pub mod registers;
 mod ring;
+mod step;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 pub use event::{Event, Kind};
+pub use registers::Registers;
 use ring::Ring;
+pub use step::{Step, Steps};
 
 /// All tracks of a machine, and the switch.
 #[derive(Debug, Default)]
 pub struct Recorder {
     on: AtomicBool,
+    all_registers: AtomicBool,
     tracks: Mutex<Vec<Arc<Shared>>>,
 }
 
@@ -58,6 +63,16 @@ impl Recorder {
     /// Asks for events, or for no more. Threads see it at their next event.
     pub fn set_on(&self, on: bool) {
         self.on.store(on, Ordering::Relaxed);
+    }
+
+    /// Asks for the registers at every exit, and not only where its place in the guest is seen for the first time.
+    pub fn set_all_registers(&self, on: bool) {
+        self.all_registers.store(on, Ordering::Relaxed);
+    }
+
+    /// Whether registers are wanted at every exit.
+    pub fn wants_all_registers(&self) -> bool {
+        self.all_registers.load(Ordering::Relaxed)
     }
 
     /// A track for the thread called `name`. If there was one of that name (the guest was reset, and its threads made

@@ -4,27 +4,18 @@
 //! then chunks: kind, track, length in bytes (4 bytes each), and the contents. A file that ends in the middle (the monitor
 //! was killed) is good up to there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, ErrorKind, Read, Write};
+use std::io::{self, BufReader, ErrorKind, Read};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 
-use super::kernel::KernelExits;
-use crate::kvm::Counters;
-use crate::recorder::{Event, Kind, Recorder, Taken, clock};
+use crate::recorder::{Event, Kind};
 
 /// The first bytes of a trace file; the last is the version.
 pub const MAGIC: [u8; 8] = *b"vmmtrac\x01";
-
-/// Between two drains. A ring holds more exits than a vCPU can make in that time on any hardware.
-const PERIOD: Duration = Duration::from_millis(5);
 
 /// A header's length at most.
 const MAX_HEADER: u32 = 1 << 20;
@@ -33,20 +24,22 @@ const MAX_CHUNK: u32 = 64 << 20;
 
 // Kinds of chunks.
 /// A track's name.
-const NAME: u32 = 1;
+pub(super) const NAME: u32 = 1;
 /// Events.
-const EVENTS: u32 = 2;
+pub(super) const EVENTS: u32 = 2;
 /// 8 bytes: events lost before what comes next of that track.
-const DROPPED: u32 = 3;
+pub(super) const DROPPED: u32 = 3;
 /// Ticks and nanoseconds since the start, 8 bytes each, read together.
-const CLOCK: u32 = 4;
+pub(super) const CLOCK: u32 = 4;
 /// The name of the reason, as KVM writes it, whose number stands in place of the track.
-const REASON: u32 = 5;
+pub(super) const REASON: u32 = 5;
 /// KVM's counters at the end, as JSON: by vCPU, by name.
-const COUNTERS: u32 = 6;
+pub(super) const COUNTERS: u32 = 6;
+/// The guest's own symbols, as lines of address, type and name.
+pub(super) const SYMBOLS: u32 = 7;
 
 /// Tracks of exits inside KVM have this and the vCPU's number.
-const IN_KERNEL: u32 = 1 << 16;
+pub(super) const IN_KERNEL: u32 = 1 << 16;
 
 /// Why there is no trace.
 #[derive(Debug, thiserror::Error)]
@@ -111,158 +104,6 @@ impl Header {
     }
 }
 
-/// A recording under way. It ends, and the file is whole, with [`Recording::finish`] or when it is dropped.
-#[derive(Debug)]
-pub struct Recording {
-    path: PathBuf,
-    recorder: Arc<Recorder>,
-    counters: Vec<(String, Counters)>,
-    stop: Option<Sender<()>>,
-    writer: Option<JoinHandle<io::Result<BufWriter<File>>>>,
-}
-
-impl Recording {
-    /// Creates the file, and switches `recorder` on. To be called by the thread that will start the vCPUs' threads, before it
-    /// does: the kernel's events are those of its descendants. `counters` are read at the end.
-    ///
-    /// # Errors
-    /// [`Error::Io`]
-    pub fn start(
-        path: &Path,
-        mut header: Header,
-        recorder: Arc<Recorder>,
-        counters: Vec<(String, Counters)>,
-    ) -> Result<Self, Error> {
-        let failed = |what| move |source| Error::Io { what, path: path.to_owned(), source };
-        let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed("create"))?);
-        let start = Instant::now();
-        let kernel = KernelExits::start();
-        header.in_kernel = match &kernel {
-            Ok(_) => "tracefs, kvm:kvm_exit".to_owned(),
-            Err(error) => format!("not recorded: {error}"),
-        };
-        let mut kernel = kernel.ok();
-        let json = serde_json::to_vec(&header).unwrap_or_default();
-        let write = |file: &mut BufWriter<File>| {
-            file.write_all(&MAGIC)?;
-            file.write_all(&(json.len() as u32).to_le_bytes())?;
-            file.write_all(&json)?;
-            write_clock(file, start)
-        };
-        write(&mut file).map_err(failed("write"))?;
-        let (stop, stopped) = channel::<()>();
-        let source = recorder.clone();
-        let run = move || {
-            let (mut known, mut reasons) = (BTreeSet::new(), 0);
-            loop {
-                let over = stopped.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout);
-                drain(&mut file, &source, &mut known)?;
-                if let Some(kernel) = &mut kernel {
-                    drain_kernel(&mut file, kernel, &mut reasons, over)?;
-                }
-                if over {
-                    write_clock(&mut file, start)?;
-                    return Ok(file);
-                }
-            }
-        };
-        let writer = std::thread::Builder::new().name("trace".to_owned()).spawn(run);
-        let writer = writer.map_err(failed("start the writer of"))?;
-        recorder.set_on(true);
-        Ok(Self { path: path.to_owned(), recorder, counters, stop: Some(stop), writer: Some(writer) })
-    }
-
-    /// Switches the recorder off and completes the file.
-    ///
-    /// # Errors
-    /// [`Error::Io`]: not all of it could be written.
-    pub fn finish(mut self) -> Result<(), Error> {
-        let result = self.end();
-        result.map_err(|source| Error::Io { what: "write", path: self.path.clone(), source })
-    }
-
-    fn end(&mut self) -> io::Result<()> {
-        self.recorder.set_on(false);
-        drop(self.stop.take());
-        let Some(writer) = self.writer.take() else { return Ok(()) };
-        let mut file = writer.join().unwrap_or_else(|_| Err(io::Error::other("the writer panicked")))?;
-        let read = |(name, counters): &(String, Counters)| {
-            Some((name.clone(), counters.read().ok()?.into_iter().collect()))
-        };
-        let counters: BTreeMap<String, BTreeMap<String, u64>> =
-            self.counters.iter().filter_map(read).collect();
-        chunk(&mut file, COUNTERS, 0, &serde_json::to_vec(&counters)?)?;
-        file.flush()
-    }
-}
-
-impl Drop for Recording {
-    fn drop(&mut self) {
-        if let Err(error) = self.end() {
-            log::error!("trace file {}: {error}", self.path.display());
-        }
-    }
-}
-
-fn chunk(file: &mut impl Write, kind: u32, track: usize, contents: &[u8]) -> io::Result<()> {
-    for number in [kind, track as u32, contents.len() as u32] {
-        file.write_all(&number.to_le_bytes())?;
-    }
-    file.write_all(contents)
-}
-
-fn write_clock(file: &mut impl Write, start: Instant) -> io::Result<()> {
-    let pair = [clock::ticks(), start.elapsed().as_nanos() as u64];
-    chunk(file, CLOCK, 0, pair.as_bytes())
-}
-
-/// Writes what the recorder has. `known` are the tracks that have been named.
-fn drain(file: &mut impl Write, recorder: &Recorder, known: &mut BTreeSet<usize>) -> io::Result<()> {
-    let mut result = Ok(());
-    recorder.drain(&mut |Taken { track, name, events, dropped }| {
-        let mut write = || {
-            // Not in order: a track that was made first may have something to say last.
-            if known.insert(track) {
-                chunk(file, NAME, track, name.as_bytes())?;
-            }
-            if dropped > 0 {
-                chunk(file, DROPPED, track, &dropped.to_le_bytes())?;
-            }
-            chunk(file, EVENTS, track, events.as_bytes())
-        };
-        if result.is_ok() {
-            result = write();
-        }
-    });
-    result
-}
-
-/// Writes what the kernel has. `known` is how many reasons have been named.
-fn drain_kernel(
-    file: &mut impl Write,
-    kernel: &mut KernelExits,
-    known: &mut usize,
-    over: bool,
-) -> io::Result<()> {
-    let mut tracks: BTreeMap<u32, Vec<Event>> = BTreeMap::new();
-    let mut keep = |vcpu, event| tracks.entry(vcpu).or_default().push(event);
-    kernel.take(&mut keep);
-    if over {
-        kernel.last(&mut keep);
-    }
-    for (number, reason) in kernel.reasons().iter().enumerate().skip(*known) {
-        chunk(file, REASON, number, reason.as_bytes())?;
-    }
-    *known = kernel.reasons().len();
-    for (vcpu, events) in tracks {
-        chunk(file, EVENTS, (IN_KERNEL + vcpu % IN_KERNEL) as usize, events.as_bytes())?;
-    }
-    match if over { kernel.lost() } else { 0 } {
-        0 => Ok(()),
-        lost => chunk(file, DROPPED, IN_KERNEL as usize, &lost.to_le_bytes()),
-    }
-}
-
 /// A trace in memory.
 #[derive(Debug, Default)]
 pub struct Trace {
@@ -278,6 +119,8 @@ pub struct Trace {
     pub counters: BTreeMap<String, BTreeMap<String, u64>>,
     /// Reasons of exits inside KVM, as it writes them, by number.
     pub reasons: BTreeMap<u32, String>,
+    /// The guest's own list of its symbols, where it has one.
+    pub symbols: String,
     /// Ticks at the start.
     start: u64,
     /// Nanoseconds per tick.
@@ -385,6 +228,7 @@ impl Trace {
             }
             CLOCK => clocks.extend(<[u64; 2]>::read_from_bytes(contents)),
             REASON => _ = self.reasons.insert(track, String::from_utf8_lossy(contents).into_owned()),
+            SYMBOLS => self.symbols = String::from_utf8_lossy(contents).into_owned(),
             COUNTERS => self.counters = serde_json::from_slice(contents).unwrap_or_default(),
             // Of a later version.
             _ => {}
@@ -438,7 +282,12 @@ fn read_chunk(file: &mut impl Read) -> io::Result<Option<(u32, u32, Vec<u8>)>> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::memory::Memory;
+    use crate::recorder::{Recorder, clock};
+    use crate::trace::recording::{Recording, Start};
 
     fn event(value: u64) -> Event {
         let (time, kind) = (clock::ticks(), Kind::PioOut as u8);
@@ -447,8 +296,10 @@ mod tests {
 
     fn record(path: &Path) {
         let recorder = Arc::<Recorder>::default();
+        let ram = Memory::new(&"2M".parse().unwrap()).unwrap().ram().clone();
         let header = Header { vmm: "1".to_owned(), ..Header::default() };
-        let recording = Recording::start(path, header, recorder.clone(), Vec::new()).unwrap();
+        let recording =
+            Recording::start(path, header, recorder.clone(), Start::now(), Vec::new(), ram).unwrap();
         assert!(recorder.is_on());
         let (mut a, mut b) = (recorder.track("vcpu0"), recorder.track("vcpu1"));
         for value in 0..10 {
@@ -463,30 +314,16 @@ mod tests {
     fn what_was_recorded_is_read_in_order_of_time() {
         let file = tempfile::NamedTempFile::new().unwrap();
         record(file.path());
-        let trace = Trace::read(file.path()).unwrap();
+        let mut trace = Trace::read(file.path()).unwrap();
         assert_eq!(trace.header.vmm, "1");
-        assert_eq!(trace.tracks.values().collect::<Vec<_>>(), ["vcpu0", "vcpu1"]);
+        assert_eq!(trace.tracks.values().collect::<Vec<_>>(), ["trace", "vcpu0", "vcpu1"]);
+        assert_eq!(trace.events[0].1.kind(), Some(Kind::Step), "what the recorder took itself");
+        trace.events.remove(0);
         let values: Vec<_> = trace.events.iter().map(|(track, event)| (*track, event.value)).collect();
-        let expected: Vec<_> = (0..10).flat_map(|value| [(0, value), (1, 100 + value)]).collect();
+        let expected: Vec<_> = (0..10).flat_map(|value| [(1, value), (2, 100 + value)]).collect();
         assert_eq!(values, expected);
         let times: Vec<_> = trace.events.iter().map(|(_, event)| trace.since_start(event.time)).collect();
         assert!(times[0] >= 0.0 && times[19] < 60e9, "{times:?}");
-    }
-
-    #[test]
-    fn a_track_that_speaks_late_has_its_name() {
-        let (recorder, mut known) = (Recorder::default(), BTreeSet::new());
-        let (mut first, mut second) = (recorder.track("vcpu0"), recorder.track("vcpu1"));
-        let mut named = |recorder: &Recorder| {
-            let mut file = Vec::new();
-            drain(&mut file, recorder, &mut known).unwrap();
-            String::from_utf8_lossy(&file).matches("vcpu").count()
-        };
-        second.write(event(1));
-        assert_eq!(named(&recorder), 1);
-        first.write(event(2));
-        second.write(event(3));
-        assert_eq!(named(&recorder), 1);
     }
 
     #[test]

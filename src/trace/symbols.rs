@@ -1,12 +1,18 @@
 //! From guest addresses to names: out of an ELF vmlinux, or a list as System.map and /proc/kallsyms have it.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::demangle::demangled;
+use super::kallsyms::IMAGE;
 use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
 
 /// A file's size at most: a vmlinux with debug information stays below.
 const MAX_FILE: u64 = 2 << 30;
+
+/// Linux moves by multiples of CONFIG_PHYSICAL_ALIGN, which is this (Documentation/arch/x86/boot.rst, mm.rst).
+const ALIGN: u64 = 2 << 20;
 
 /// Why there are no symbols.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +32,14 @@ pub enum Error {
         /// Which file.
         path: PathBuf,
     },
+    /// They are another kernel's.
+    #[error("the symbols in {path} are not those of the kernel that ran: {why}")]
+    OtherKernel {
+        /// Which file.
+        path: String,
+        /// What does not agree.
+        why: &'static str,
+    },
 }
 
 /// Names by address.
@@ -34,7 +48,7 @@ pub struct Symbols {
     /// Sorted by address.
     table: Vec<(u64, String)>,
     /// Where they are from.
-    pub source: Option<PathBuf>,
+    pub source: Option<String>,
     /// What is added to the table's addresses in the guest (KASLR).
     shift: u64,
     /// Code by its address as linked, where the file has it.
@@ -63,9 +77,16 @@ impl Symbols {
         if table.is_empty() {
             return Err(Error::None { path: path.to_owned() });
         }
-        table.sort_by_key(|(address, _)| *address);
-        table.dedup_by_key(|(address, _)| *address);
-        Ok(Self { table, source: Some(path.to_owned()), shift: 0, code })
+        sort(&mut table);
+        Ok(Self { table, source: Some(path.display().to_string()), shift: 0, code })
+    }
+
+    /// Those that the guest's own (kallsyms) had, as a trace keeps them: at the addresses where it ran. None if there are none.
+    pub fn of_guest(list: &str) -> Option<Self> {
+        let mut table = from_list(list.as_bytes());
+        sort(&mut table);
+        let source = Some("the guest's own (kallsyms)".to_owned());
+        (!table.is_empty()).then_some(Self { table, source, ..Self::default() })
     }
 
     /// Looks at `kernel` itself and at what lies beside it: a vmlinux or System.map of the same name in its place.
@@ -92,18 +113,60 @@ impl Symbols {
         self.shift = shift;
     }
 
-    /// Finds out how far the guest's kernel runs from where it was linked, from code that was seen in it: `seen` are addresses
-    /// and the bytes there. Changes nothing where that cannot be told: no code in the file, none seen, no agreement.
+    /// Finds out how far the guest's kernel runs from where it was linked: from where `guest`'s own symbols are, if it has told
+    /// them, else from code that was seen in it: `seen` are addresses and the bytes there. Changes nothing where that cannot be
+    /// told: no code in the file, or none seen.
     ///
-    /// Linux chooses multiples of CONFIG_PHYSICAL_ALIGN, 2 MiB, below 1 GiB (Documentation/arch/x86/boot.rst, mm.rst); and it
-    /// patches its code a little as it runs, so not every place has to agree.
-    pub fn find_shift<'b>(&mut self, seen: impl Iterator<Item = (u64, &'b [u8])>) -> Option<u64> {
-        const STEP: u64 = 2 << 20;
+    /// # Errors
+    /// [`Error::OtherKernel`]: they cannot be its symbols, wherever it runs.
+    pub fn find_shift<'b>(
+        &mut self,
+        guest: Option<&Self>,
+        seen: impl Iterator<Item = (u64, &'b [u8])>,
+    ) -> Result<Option<u64>, Error> {
+        let other = |why| Error::OtherKernel { path: self.source.clone().unwrap_or_default(), why };
+        self.shift = match guest {
+            Some(guest) => self.shift_to(guest).ok_or_else(|| other("its own symbols lie elsewhere"))?,
+            None => match self.shift_by_code(seen) {
+                Some(Ok(shift)) => shift,
+                Some(Err(())) => return Err(other("its code is not that of the file, wherever it was put")),
+                None => return Ok(None),
+            },
+        };
+        Ok(Some(self.shift))
+    }
+
+    /// Most functions that both name are as far apart.
+    fn shift_to(&self, guest: &Self) -> Option<u64> {
+        let mut ours: HashMap<&str, Option<u64>> = HashMap::new();
+        for (address, name) in &self.table {
+            // Static functions of the same name are not told apart.
+            ours.entry(name).and_modify(|known| *known = None).or_insert(Some(*address));
+        }
+        let mut shifts: HashMap<u64, usize> = HashMap::new();
+        let mut all = 0;
+        for (address, name) in &guest.table {
+            if let Some(Some(own)) = ours.get(name.as_str()) {
+                *shifts.entry(address.wrapping_sub(*own)).or_default() += 1;
+                all += 1;
+            }
+        }
+        let (shift, count) =
+            shifts.into_iter().max_by_key(|(shift, count)| (*count, std::cmp::Reverse(*shift)))?;
+        // Names that the guest has twice agree by chance only.
+        (count * 2 > all && shift.is_multiple_of(ALIGN)).then_some(shift)
+    }
+
+    /// The image is no larger than 1 GiB; and Linux patches its code a little as it runs, so not every place has to agree.
+    fn shift_by_code<'b>(&self, seen: impl Iterator<Item = (u64, &'b [u8])>) -> Option<Result<u64, ()>> {
         const STEPS: u64 = 512;
-        /// Where Linux maps its own image.
-        const IMAGE: u64 = 0xffff_ffff_8000_0000;
+        /// With fewer places than this nothing is ruled out.
+        const ENOUGH: usize = 6;
         let seen: Vec<_> =
-            seen.filter(|(address, bytes)| *address >= IMAGE && bytes.len() >= 8).take(200).collect();
+            seen.filter(|(address, bytes)| IMAGE.contains(address) && bytes.len() >= 8).take(200).collect();
+        if self.code.is_empty() || seen.is_empty() {
+            return None;
+        }
         let agree = |shift: u64| {
             let same = |(address, bytes): &&(u64, &[u8])| {
                 self.code_at(address.wrapping_sub(shift), 8) == Some(&bytes[..8])
@@ -111,13 +174,13 @@ impl Symbols {
             seen.iter().filter(same).count()
         };
         let best = (0..STEPS)
-            .map(|step| step * STEP)
+            .map(|step| step * ALIGN)
             .max_by_key(|shift| (agree(*shift), std::cmp::Reverse(*shift)))?;
-        if agree(best) * 2 <= seen.len() {
-            return None;
+        match agree(best) {
+            count if count * 2 > seen.len() => Some(Ok(best)),
+            _ if seen.len() >= ENOUGH => Some(Err(())),
+            _ => None,
         }
-        self.shift = best;
-        Some(best)
     }
 
     fn code_at(&self, address: u64, len: usize) -> Option<&[u8]> {
@@ -147,11 +210,16 @@ impl Symbols {
     }
 }
 
+fn sort(table: &mut Vec<(u64, String)>) {
+    table.sort_by_key(|(address, _)| *address);
+    table.dedup_by_key(|(address, _)| *address);
+}
+
 fn from_elf(file: &object::File<'_>) -> Vec<(u64, String)> {
     let code = file.symbols().filter(|symbol| {
         symbol.is_definition() && matches!(symbol.kind(), SymbolKind::Text | SymbolKind::Unknown)
     });
-    let named = code.filter_map(|symbol| Some((symbol.address(), symbol.name().ok()?.to_owned())));
+    let named = code.filter_map(|symbol| Some((symbol.address(), demangled(symbol.name().ok()?))));
     named.filter(|(address, name)| *address != 0 && !name.is_empty()).collect()
 }
 
@@ -176,7 +244,7 @@ fn from_list(bytes: &[u8]) -> Vec<(u64, String)> {
         let mut words = line.split_whitespace();
         let address = u64::from_str_radix(words.next()?, 16).ok()?;
         let code = matches!(words.next()?, "t" | "T" | "w" | "W");
-        (code && address != 0).then_some((address, words.next()?.to_owned()))
+        (code && address != 0).then_some((address, demangled(words.next()?)))
     };
     text.lines().filter_map(line).collect()
 }
@@ -215,10 +283,35 @@ mod tests {
         let patched = [0x90; 15];
         let places =
             [seen(100), seen(5000), (linked + shift + 7, &patched[..]), seen(9999), (0x1000, &patched[..])];
-        assert_eq!(symbols.find_shift(places.into_iter()), Some(shift));
+        assert_eq!(symbols.find_shift(None, places.into_iter()).unwrap(), Some(shift));
         assert_eq!(symbols.name(linked + shift + 3), "start+0x3");
-        assert_eq!(symbols.find_shift([(linked, &patched[..])].into_iter()), None);
-        assert_eq!(Symbols::default().find_shift(places.into_iter()), None);
+        assert_eq!(
+            symbols.find_shift(None, [(linked, &patched[..])].into_iter()).unwrap(),
+            None,
+            "one place"
+        );
+        let others = (0..10).map(|at| (linked + at, &patched[..]));
+        assert!(matches!(symbols.find_shift(None, others), Err(Error::OtherKernel { .. })));
+        assert_eq!(Symbols::default().find_shift(None, places.into_iter()).unwrap(), None, "no code");
+    }
+
+    #[test]
+    fn the_shift_is_found_from_the_guests_own_symbols() {
+        let list = |shift: u64, names: &[&str]| {
+            let line =
+                |(at, name): (u64, &&str)| format!("{:x} t {name}\n", 0x8100_0000 + shift + at * 0x100);
+            (0..).zip(names).map(line).collect::<String>()
+        };
+        let ours = ["a", "b", "twice", "c", "twice", "_RNvCs1_3abc3def"];
+        let guest = Symbols::of_guest(&list(0x60_0000, &ours)).unwrap();
+        let mut symbols = Symbols::of_guest(&list(0, &ours)).unwrap();
+        assert_eq!(symbols.find_shift(Some(&guest), std::iter::empty()).unwrap(), Some(0x60_0000));
+        assert_eq!(symbols.name(0x8160_0304), "c+0x4");
+        assert_eq!(symbols.name(0x8160_0500), "abc::def");
+        for other in [&["c", "b", "a", "x", "y"][..], &["x"]] {
+            let other = Symbols::of_guest(&list(0, other)).unwrap();
+            assert!(symbols.find_shift(Some(&other), std::iter::empty()).is_err());
+        }
     }
 
     #[test]

@@ -87,7 +87,8 @@ impl Thread {
 fn run(vcpu: &mut Vcpu, shared: &Shared) -> Option<Result<End, Error>> {
     let mut observer = Observer::default();
     loop {
-        let next = if shared.recorder.is_on() {
+        // One branch while nobody records; the observer has to put things back once nobody does any more.
+        let next = if shared.recorder.is_on() | observer.is_active() {
             observer.turn(vcpu, shared)
         } else {
             vcpu.run().map(|mut exit| dispatch(&mut exit, &shared.buses))

@@ -6,7 +6,8 @@ use super::dispatch::{Next, dispatch};
 use crate::kvm::exit::Exit;
 use crate::kvm::{Error, Vcpu};
 use crate::memory::GuestRam;
-use crate::recorder::{Event, Kind, Track, clock};
+use crate::recorder::{Event, Kind, Registers, Track, clock};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 
 /// Places whose code has been recorded lately, by the low bits of their address.
 const SEEN: usize = 1024;
@@ -24,23 +25,40 @@ struct Observing {
 }
 
 impl Observer {
-    /// Runs the guest until its next exit, answers that, and records it.
+    /// Whether it has something to put back.
+    #[inline]
+    pub fn is_active(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Runs the guest until its next exit, answers that, and records it; if that is no longer wanted, has KVM stop what it
+    /// does for the recorder first.
     pub fn turn(&mut self, vcpu: &mut Vcpu, shared: &Shared) -> Result<Next, Error> {
+        if !shared.recorder.is_on() {
+            vcpu.keep_registers(false);
+            self.0 = None;
+            return vcpu.run().map(|mut exit| dispatch(&mut exit, &shared.buses));
+        }
         let this = self.0.get_or_insert_with(|| Observing {
             track: shared.recorder.track(&format!("vcpu{}", vcpu.id())),
             seen: Box::new([0; SEEN]),
             has_rip: vcpu.keep_registers(true),
         });
         let entered = clock::ticks();
-        let (rip, mut exit) = vcpu.run_observed()?;
+        let (regs, mut exit) = vcpu.run_observed()?;
         let time = clock::ticks();
+        let rip = regs.rip;
         let mut event = Event { time, guest: time.wrapping_sub(entered), rip, ..before(&exit) };
         let next = dispatch(&mut exit, &shared.buses);
         // What was read is there only now.
         event.value = value(&exit).unwrap_or(event.value);
         event.handled = u32::try_from(clock::ticks().wrapping_sub(time)).unwrap_or(u32::MAX);
-        if this.has_rip && event.kind().is_some_and(|kind| kind < Kind::Shutdown) {
-            this.code(vcpu, &shared.ram, &event);
+        if this.has_rip {
+            let wanted = event.kind().is_some_and(|kind| kind < Kind::Shutdown);
+            let system = if wanted { this.code(vcpu, &shared.ram, &event) } else { None };
+            if system.is_some() || shared.recorder.wants_all_registers() {
+                registers(&regs, system.as_ref()).events(time).for_each(|event| this.track.write(event));
+            }
         }
         this.track.write(event);
         Ok(next)
@@ -48,14 +66,14 @@ impl Observer {
 }
 
 impl Observing {
-    /// Records the code at the event's RIP, unless that was done lately.
-    fn code(&mut self, vcpu: &Vcpu, ram: &GuestRam, event: &Event) {
+    /// Records the code at the event's RIP, unless that was done lately. What had to be asked for it, for others to use.
+    fn code(&mut self, vcpu: &Vcpu, ram: &GuestRam, event: &Event) -> Option<kvm_sregs> {
         let seen = &mut self.seen[(event.rip as usize ^ (event.rip >> 12) as usize) % SEEN];
         if *seen == event.rip {
-            return;
+            return None;
         }
         *seen = event.rip;
-        let Ok(sregs) = vcpu.sregs() else { return };
+        let sregs = vcpu.sregs().ok()?;
         let bits = match (sregs.cs.l, sregs.cs.db) {
             (1, _) => 64,
             (_, 1) => 32,
@@ -82,7 +100,32 @@ impl Observing {
                 ..Event::default()
             });
         }
+        Some(sregs)
     }
+}
+
+fn registers(regs: &kvm_regs, sregs: Option<&kvm_sregs>) -> Registers {
+    let general = [
+        regs.rax,
+        regs.rcx,
+        regs.rdx,
+        regs.rbx,
+        regs.rsp,
+        regs.rbp,
+        regs.rsi,
+        regs.rdi,
+        regs.r8,
+        regs.r9,
+        regs.r10,
+        regs.r11,
+        regs.r12,
+        regs.r13,
+        regs.r14,
+        regs.r15,
+        regs.rip,
+        regs.rflags,
+    ];
+    Registers { general, system: sregs.map(|sregs| [sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer]) }
 }
 
 /// What is known before the exit is answered.
@@ -137,4 +180,73 @@ fn number(bytes: &[u8]) -> u64 {
     let len = bytes.len().min(8);
     all[..len].copy_from_slice(&bytes[..len]);
     u64::from_le_bytes(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::bus::Bus;
+    use crate::kvm::Kvm;
+    use crate::kvm::regs::Entry;
+    use crate::memory::Memory;
+    use crate::recorder::Recorder;
+    use crate::vcpu::dispatch::Buses;
+    use crate::vcpu::gate::Gate;
+
+    #[test]
+    fn kvm_leaves_registers_in_its_page_only_while_somebody_records() {
+        let kvm = Path::new("/dev/kvm");
+        if let Err(error) = File::options().read(true).write(true).open(kvm) {
+            eprintln!("SKIPPED: this test needs /dev/kvm: {error}");
+            return;
+        }
+        let memory = Memory::new(&"2M".parse().unwrap()).unwrap();
+        // mov edx, 0x1234; out dx, eax; jmp to the out.
+        let code = [0xba, 0x34, 0x12, 0x00, 0x00, 0xef, 0xeb, 0xfd];
+        memory.ram().write_slice(&code, GuestAddress(0x1000)).unwrap();
+        let vm = Kvm::open(kvm).unwrap().create_vm(&memory).unwrap();
+        let mut vcpu = vm.create_vcpu(0, 1).unwrap();
+        vcpu.enter_at(Entry::Pvh { rip: 0x1000, start_info: 0 }).unwrap();
+        vcpu.bind();
+        let shared = Shared {
+            buses: Buses::new(Bus::default(), Bus::default()),
+            gate: Gate::new(1),
+            ram: memory.ram().clone(),
+            recorder: Arc::<Recorder>::default(),
+        };
+        let mut observer = Observer::default();
+        let exits = || {
+            let mut exits = Vec::new();
+            shared.recorder.drain(&mut |taken| {
+                let own = taken.events.iter().filter(|event| event.kind().is_some_and(Kind::is_exit));
+                exits.extend(own.map(|event| (event.address, event.rip)));
+            });
+            exits
+        };
+        for _ in 0..2 {
+            assert!(!observer.is_active() && !vcpu.is_keeping_registers());
+            shared.recorder.set_on(true);
+            for _ in 0..3 {
+                assert!(matches!(observer.turn(&mut vcpu, &shared), Ok(Next::Again)));
+            }
+            assert!(observer.is_active() && vcpu.is_keeping_registers());
+            let seen = exits();
+            assert_eq!(seen.len(), 3);
+            // At the instruction, or behind it where KVM's emulator has finished it.
+            assert!(
+                seen.iter().all(|(port, rip)| *port == 0x1234 && (0x1005..=0x1006).contains(rip)),
+                "{seen:x?}"
+            );
+            shared.recorder.set_on(false);
+            // What was recorded last, and this turn is none of it.
+            assert!(matches!(observer.turn(&mut vcpu, &shared), Ok(Next::Again)));
+            assert_eq!(exits(), []);
+        }
+    }
 }

@@ -8,3 +8,4 @@ mod guest;
 mod kernels;
 mod labs;
 mod life;
+mod trace;

@@ -9,3 +9,4 @@ mod lives;
 mod page;
 mod place;
 mod trace;
+mod trace_damage;

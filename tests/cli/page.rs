@@ -86,6 +86,20 @@ fn a_page_shows_the_events_that_were_recorded() {
     );
     has("reasons", "</section>", &["out monitor 3 ", "in monitor 2 "]);
     has("devices", "</section>", &["serial 3 ", "nobody 1 ", "debug-exit 1 "]);
+    has(
+        "before",
+        "</section>",
+        &[
+            "The monitor, up to the first entry",
+            "open /dev/kvm",
+            "guest memory is reserved",
+            "KVM makes a VM with its memory slots",
+            "are put into guest memory",
+            "vCPUs are made and their registers set",
+            "the kernel asked for the exits inside KVM",
+            "vcpu0 enters the guest",
+        ],
+    );
     assert!(document.contains("Lanes: vcpu0 (5 to the monitor, 0 in KVM)"));
 
     // The story that the address asks for.
@@ -102,6 +116,12 @@ fn a_page_shows_the_events_that_were_recorded() {
             "KVM_EXIT_IO",
             "KVM_RUN returns → kvm::exit → vcpu::dispatch → bus: ports → nobody",
             "a read gives all ones",
+            "Registers",
+            "rdx 0000000000001234",
+            "rip 1000013",
+            "cr0 80000011",
+            "Next entry",
+            "the thread calls KVM_RUN again",
             "comes debug-exit <- 0x0",
         ],
     );

@@ -4,19 +4,24 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
 
+use super::before;
 use super::group::{Group, Row, STEPS, costliest};
 use super::line::{monitor, plain_name, worker};
 use super::meaning::{self, Class};
 use super::stages::{Phase, Stages, Use};
 use super::stats::COUNTERS;
 use super::{Filter, Report};
-use crate::recorder::{Event, Kind};
+use crate::recorder::registers::{self, Collector};
+use crate::recorder::{Event, Kind, Registers};
 use crate::trace::{devices, reasons};
 
 /// Events that are told one by one. Of what comes after them, the page has counts and times.
 const DETAIL: usize = 200_000;
 /// Steps of time in which events are counted for the picture of the whole.
 const BINS: usize = 600;
+/// Events whose registers the page has.
+const REGISTERS: usize = 20_000;
+
 /// All that the page knows. Times are nanoseconds since the start of the recording.
 #[derive(Debug, Default, Serialize)]
 pub struct Data {
@@ -31,10 +36,32 @@ pub struct Data {
     by_reason: Vec<Row>,
     by_device: Vec<Row>,
     by_symbol: Vec<Row>,
+    before: Vec<before::Row>,
     phases: Vec<Phase>,
     uses: Vec<Use>,
     strings: Vec<String>,
     events: Columns,
+    registers: Sets,
+}
+
+/// The registers of those events that have them.
+#[derive(Debug, Default, Serialize)]
+struct Sets {
+    names: Vec<&'static str>,
+    /// Numbers of the events, from 0, in order.
+    events: Vec<usize>,
+    /// As hexadecimal numbers: a script's own do not hold 64 bits.
+    values: Vec<Vec<String>>,
+}
+
+impl Sets {
+    fn add(&mut self, event: usize, registers: &Registers) {
+        if self.events.len() < REGISTERS {
+            let all = registers.general.iter().chain(registers.system.iter().flatten());
+            self.events.push(event);
+            self.values.push(all.map(|value| format!("{value:x}")).collect());
+        }
+    }
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -150,8 +177,13 @@ impl Report<'_> {
         let mut before = 0;
         // By track: where its last event ended.
         let mut ended: BTreeMap<u32, i64> = BTreeMap::new();
+        let mut seen: BTreeMap<u32, Collector> = BTreeMap::new();
+        data.registers.names = registers::NAMES.into_iter().chain(registers::SYSTEM_NAMES).collect();
         for (track, event) in &self.trace.events {
-            let Some(kind) = event.kind().filter(|kind| *kind != Kind::Code) else { continue };
+            if event.kind() == Some(Kind::Registers) {
+                seen.entry(*track).or_default().add(event);
+            }
+            let Some(kind) = event.kind().filter(|kind| !kind.is_detail()) else { continue };
             let (t, took) = (self.at(event), self.took(event));
             let place = place_of(kind);
             let away = rounded(self.trace.ns(event.guest));
@@ -214,6 +246,11 @@ impl Report<'_> {
             if number > DETAIL {
                 continue;
             }
+            if let Some(registers) =
+                seen.get(track).and_then(|seen| seen.at(event.time)).filter(|_| place == 0)
+            {
+                data.registers.add(number - 1, &registers);
+            }
             let columns = &mut data.events;
             columns.t.push(t.saturating_sub(std::mem::replace(&mut before, t)));
             columns.took.push(took);
@@ -239,6 +276,7 @@ impl Report<'_> {
         data.by_reason = by_reason.into_iter().map(|(at, group)| group.row(name(at), Some(at))).collect();
         (data.by_device, data.by_symbol) = (costliest(by_device), costliest(by_symbol));
         (data.phases, data.uses) = stages.end(self);
+        data.before = self.before();
         data.strings = strings.1;
         data
     }
@@ -254,7 +292,7 @@ impl Report<'_> {
             amd: self.is_amd(),
             in_kernel: header.in_kernel.clone(),
             has_kernel: self.trace.events.iter().any(|(_, event)| event.kind() == Some(Kind::InKernel)),
-            symbols: self.symbols.source.as_ref().map(|path| path.display().to_string()),
+            symbols: self.symbols.source.clone(),
             lost: lost.map(|(track, count)| (self.track(*track).to_owned(), *count)).collect(),
             counters: self.trace.counters.iter().map(|(vcpu, all)| (vcpu.clone(), counted(all))).collect(),
             filtered: filter.is_set(),

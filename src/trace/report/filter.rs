@@ -58,7 +58,7 @@ impl Filter {
 
     /// Whether `event` is to be shown.
     pub(super) fn passes(&self, report: &Report<'_>, track: u32, event: &Event) -> bool {
-        let Some(kind) = event.kind().filter(|kind| *kind != Kind::Code) else { return false };
+        let Some(kind) = event.kind().filter(|kind| !kind.is_detail()) else { return false };
         let header = &report.trace.header;
         let is_port = matches!(kind, Kind::PioIn | Kind::PioOut);
         let device = || match kind {

@@ -1,11 +1,12 @@
 //! One event as a line, or as a JSON object.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use serde_json::{Value, json};
 
 use super::{Report, duration};
-use crate::recorder::{Event, Kind};
+use crate::recorder::{Event, Kind, Registers, registers};
 use crate::trace::{devices, reasons};
 
 const DIM: &str = "\x1b[2m";
@@ -83,7 +84,15 @@ impl Report<'_> {
     }
 
     /// All that is known, for programs. Reasons in both architectures' terms.
-    pub(super) fn object(&self, track: u32, event: &Event) -> Value {
+    pub(super) fn object(&self, track: u32, event: &Event, registers: Option<&Registers>) -> Value {
+        let registers = registers.map(|all| {
+            let general = registers::NAMES.into_iter().zip(all.general);
+            let system = registers::SYSTEM_NAMES.into_iter().zip(all.system.into_iter().flatten());
+            general
+                .chain(system)
+                .map(|(name, value)| (name, format!("{value:#x}")))
+                .collect::<BTreeMap<_, _>>()
+        });
         let kind = event.kind();
         let reason = kind.and_then(reasons::of);
         let (rip, instruction) = self.code.instruction(event);
@@ -103,6 +112,7 @@ impl Report<'_> {
             "device": devices::name(&self.trace.header, event),
             "answer": devices::tell(&self.trace.header, event),
             "in_kernel": (kind == Some(Kind::InKernel)).then(|| self.kernel_reason(event)),
+            "registers": registers,
             "guest_ns": self.trace.ns(event.guest),
             "handled_ns": self.trace.ns(event.handled.into()),
         })
@@ -152,5 +162,7 @@ pub(super) fn plain_name(kind: Kind) -> &'static str {
         Kind::Source => "host end",
         Kind::Interrupt => "interrupt",
         Kind::InKernel => "in KVM",
+        Kind::Registers => "registers",
+        Kind::Step => "step",
     }
 }

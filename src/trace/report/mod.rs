@@ -1,6 +1,7 @@
 //! A trace for people and programs: one line per event, statistics, JSON, a page.
 
 mod advice;
+mod before;
 mod content;
 mod filter;
 mod group;
@@ -20,7 +21,8 @@ use std::io::{self, Write};
 use super::code::Code;
 use super::file::Trace;
 use super::reasons;
-use super::symbols::Symbols;
+use super::symbols::{self, Symbols};
+use crate::recorder::registers::Collector;
 use crate::recorder::{Event, Kind};
 
 /// A trace with what is needed to tell it.
@@ -52,10 +54,15 @@ impl<'a> Report<'a> {
 
     /// Finds out how far the guest's kernel runs from where it was linked (KASLR), as far as the record and the symbols' file
     /// tell.
-    pub fn find_shift(&mut self) {
-        if let Some(shift) = self.symbols.find_shift(self.code.all()) {
+    ///
+    /// # Errors
+    /// The symbols are another kernel's.
+    pub fn find_shift(&mut self) -> Result<(), symbols::Error> {
+        let guest = Symbols::of_guest(&self.trace.symbols);
+        if let Some(shift) = self.symbols.find_shift(guest.as_ref(), self.code.all())? {
             log::info!("the guest's kernel runs {shift:#x} bytes from where it was linked");
         }
+        Ok(())
     }
 
     /// One line per event that passes `filter`, to `out`; then what was lost.
@@ -71,12 +78,12 @@ impl<'a> Report<'a> {
         self.losses(out)
     }
 
-    /// The line of one event; nothing for code.
+    /// The line of one event; nothing for what belongs to another.
     ///
     /// # Errors
     /// As for [`Report::lines`].
     pub fn event(&self, track: u32, event: &Event, out: &mut dyn Write) -> io::Result<()> {
-        if event.kind() == Some(Kind::Code) { Ok(()) } else { self.line(track, event, out) }
+        if event.kind().is_some_and(Kind::is_detail) { Ok(()) } else { self.line(track, event, out) }
     }
 
     /// Where the instruction is that an exit came from.
@@ -100,9 +107,14 @@ impl<'a> Report<'a> {
     /// # Errors
     /// As for [`Report::lines`].
     pub fn json(&self, filter: &Filter, out: &mut dyn Write) -> io::Result<()> {
+        let mut registers: BTreeMap<u32, Collector> = BTreeMap::new();
         for (track, event) in &self.trace.events {
+            if event.kind() == Some(Kind::Registers) {
+                registers.entry(*track).or_default().add(event);
+            }
             if filter.passes(self, *track, event) {
-                serde_json::to_writer(&mut *out, &self.object(*track, event))?;
+                let own = registers.get(track).and_then(|registers| registers.at(event.time));
+                serde_json::to_writer(&mut *out, &self.object(*track, event, own.as_ref()))?;
                 writeln!(out)?;
             }
         }

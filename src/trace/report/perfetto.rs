@@ -5,6 +5,7 @@ use std::io::{self, Write};
 
 use serde_json::{Value, json};
 
+use super::before;
 use super::line::plain_name;
 use super::{Filter, Report};
 use crate::recorder::{Event, Kind};
@@ -25,6 +26,14 @@ impl Report<'_> {
         for (track, name) in &self.trace.tracks {
             let name = json!({"name": "thread_name", "ph": "M", "pid": PROCESS, "tid": track, "args": {"name": name}});
             write!(out, ",\n{name}")?;
+        }
+        if !filter.is_set() {
+            for before::Row { track, name, what, from, took } in self.before() {
+                let (ts, dur) = (from as f64 / 1e3, took as f64 / 1e3);
+                let slice = json!({"name": name, "cat": "monitor", "ph": "X", "pid": PROCESS, "tid": track, "ts": ts, "dur": dur,
+                                   "args": {"what": what}});
+                write!(out, ",\n{slice}")?;
+            }
         }
         for (track, event) in &self.trace.events {
             if filter.passes(self, *track, event) {
@@ -50,6 +59,10 @@ impl Report<'_> {
                 json!({"name": "interrupt", "ph": "i", "s": "t", "pid": PROCESS, "tid": track, "ts": us(start),
                                "args": {"queue": event.address}}),
             ];
+        }
+        if kind == Kind::InKernel {
+            let arguments = json!({"rip": self.symbols.name(event.rip)});
+            return vec![slice(&self.reason(kind, event), "kvm", start, took, arguments)];
         }
         if !kind.is_exit() {
             let arguments = json!({"index": event.address, "completed": event.value});

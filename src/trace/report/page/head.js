@@ -83,6 +83,23 @@
   const keys = D.phases.map((phase, i) => el("span", { title: phase.how }, el("i", { class: `swatch p${KINDS[phase.name]}` }), `${phase.name} `,
     el("b", {}, duration((i + 1 < D.phases.length ? D.phases[i + 1].from : END) - phase.from)), `: ${phase.how}`));
   const axis = marks.map((t) => el("span", { style: `left:${at(t)}%` }, moment(t, step)));
+  // The monitor's own steps are too short to be seen among a guest's seconds: they have a picture, and an axis, of their own.
+  const entered = D.phases.length > 1 ? D.phases[1].from : 0;
+  const steps = D.before.filter((step) => step.from < (entered || END));
+  const done = steps.reduce((last, step) => Math.max(last, step.from + step.took), 0);
+  if (steps.length && entered > done) steps.push({ name: "threads", what: "the vCPUs' threads start, and vcpu0 enters the guest", from: done, took: entered - done });
+  const whole = Math.max(done, entered, 1), [ticks, fine] = rounds(0, whole, 8);
+  const along = (t) => 100 * Math.min(Math.max(t / whole, 0), 1);
+  const bars = steps.flatMap(({ name, what, from, took }) => {
+    const x = along(from), width = along(from + took) - x, right = x + width > 55;
+    return [el("div", { class: "name" }, name), el("div", { class: "row step" }, ...ticks.map((t) => el("i", { class: "grid", style: `left:${along(t)}%` })),
+      el("i", { class: "bar", style: `left:${x}%;width:max(3px, ${width}%)` }),
+      el("span", { class: "say", style: right ? `right:calc(${100 - x}% + 8px);max-width:calc(${x}% - 14px)` : `left:calc(${x + width}% + 8px);max-width:calc(${100 - x - width}% - 8px)` }, el("b", {}, duration(took)), ` ${what}`))];
+  });
+  if (steps.length) {
+    fill(byId("before"), el("h3", {}, `The monitor, up to the first entry: ${duration(whole)}`), el("div", { class: "fall" }, ...bars,
+      el("div"), el("div", { class: "axis" }, ...ticks.map((t) => el("span", { style: `left:${along(t)}%` }, moment(t, fine))))));
+  }
   fill(byId("waterfall"), el("div", { class: "fall" },
     el("div", { class: "name" }, D.phases.length ? "runs" : ""), el("div", { class: "row phases" }, ...phases), ...rows,
     el("div"), el("div", { class: "axis" }, ...axis)),

@@ -37,6 +37,23 @@ function pathStep(colour, name, ...children) {
 const p = (...children) => el("p", {}, ...children);
 const code = (words) => el("code", {}, words);
 
+// By event: where its registers stand.
+const REGISTERS = new Map(D.registers.events.map((event, at) => [event, D.registers.values[at]]));
+
+/** The registers at exit `i`, or at the last one before it from the same instruction. */
+function registers(i) {
+  if (placeOf[i] !== MONITOR) return "";
+  const alike = (at) => REGISTERS.has(at) && E.rip[at] === E.rip[i] && E.track[at] === E.track[i];
+  const at = alike(i) ? i : E.rip[i] ? beside(i, -1, alike) : -1;
+  if (at < 0) return "";
+  const before = at === i ? null : p("Not recorded for this exit. At the last one from here that they are known of, ", el("a", { href: `#exit=${at + 1}` }, `event ${count(at + 1)}`), ":");
+  const rows = REGISTERS.get(at).map((value, number) => {
+    const name = D.registers.names[number], wide = number >= 16;
+    return el("div", { class: wide ? "wide" : null }, el("dt", {}, name), el("dd", { class: /^0+$/.test(value) ? "none" : null }, value.padStart(wide ? 1 : 16, "0")));
+  });
+  return pathStep("c7", "Registers", before, el("dl", { class: "registers" }, ...rows));
+}
+
 function hardware(i) {
   const reason = D.reasons[E.reason[i]], detail = text("detail", i);
   const row = (name, words, here) => words && [el("dt", {}, name), el("dd", { class: here ? "here" : null }, words, here && D.run.vendor ? el("em", {}, "  this host") : "")];
@@ -81,7 +98,7 @@ function steps(i) {
   const chain = way.flatMap((one, at) => at ? [" \u2192 ", code(one)] : [code(one)]);
   const done = device === "nobody" ? "Nobody answers at this address: a read gives all ones, a write is lost, as on a PC's bus."
     : read ? "The value lies in the shared kvm_run page; KVM puts it into the guest's register on the next entry." : io ? "The write is done; the guest's instruction is complete." : "";
-  return [guestStep(i), hardware(i),
+  return [guestStep(i), registers(i), hardware(i),
     pathStep("c9", "KVM", p("It has no answer of its own: ", code("KVM_RUN"), " returns to the monitor with ", code(reason.exit), ".")),
     pathStep("c0", "The monitor", p(...chain), io ? "" : p(answer)),
     io ? pathStep(`c${reason.class}`, device === "nobody" ? "No device" : "The device", p(el("span", { class: "big" }, code(answer))), p(done)) : "",

@@ -1,0 +1,64 @@
+//! What the monitor does before the guest runs, as events: one for each [`Step`].
+
+use super::event::{Event, Kind};
+use super::{Recorder, Track, clock};
+
+/// A step on the way to the first entry. The numbers stand in files, so they do not change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Step {
+    /// Checks the configuration, opens the KVM device.
+    Open = 0,
+    /// Reserves guest memory.
+    Memory = 1,
+    /// Creates the VM, its memory slots and interrupt controllers.
+    Vm = 2,
+    /// Reads kernel and initrd into guest memory, writes tables; beside [`Step::Vm`] where they are not small.
+    Load = 3,
+    /// Devices, their host ends, their interrupts and doorbells.
+    Devices = 4,
+    /// vCPUs and their registers.
+    Vcpus = 5,
+    /// The record itself: the file, the kernel's trace events.
+    Recorder = 6,
+}
+
+impl Step {
+    /// All of them, by their numbers.
+    pub const ALL: [Self; 7] =
+        [Self::Open, Self::Memory, Self::Vm, Self::Load, Self::Devices, Self::Vcpus, Self::Recorder];
+
+    /// That of this number.
+    pub fn of(number: u64) -> Option<Self> {
+        Self::ALL.get(usize::try_from(number).ok()?).copied()
+    }
+}
+
+/// A stopwatch for steps that follow each other. It stands still while the recorder is off.
+#[derive(Debug)]
+pub struct Steps(Option<(Track, u64)>);
+
+impl Steps {
+    /// The first step begins now. `thread` is the track's name.
+    pub fn begin(recorder: &Recorder, thread: &str) -> Self {
+        Self(recorder.is_on().then(|| (recorder.track(thread), clock::ticks())))
+    }
+
+    /// `step` is done, and the next one begins.
+    pub fn done(&mut self, step: Step) {
+        if let Some((track, since)) = &mut self.0 {
+            let now = clock::ticks();
+            let (address, value) = (step as u64, now.wrapping_sub(*since));
+            let kind = Kind::Step as u8;
+            track.write(Event { time: *since, address, value, kind, ..Event::default() });
+            *since = now;
+        }
+    }
+
+    /// The next step begins only now.
+    pub fn skip(&mut self) {
+        if let Some((_, since)) = &mut self.0 {
+            *since = clock::ticks();
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! A guest's virtual memory, by its own page tables, read from RAM while its vCPUs stand still or are gone.
+//!
+//! SDM vol. 3, 4.5. The tables are the guest's, who may put anything into them: each walk is bounded by the levels, and what
+//! leads out of RAM is not mapped.
+
+use std::ops::Range;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::memory::GuestRam;
+
+/// CR4.LA57: five levels.
+const LA57: u64 = 1 << 12;
+const PRESENT: u64 = 1;
+const LARGE: u64 = 1 << 7;
+/// Bits of an entry that are an address.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// An address space.
+#[derive(Debug, Clone, Copy)]
+pub struct Space<'a> {
+    ram: &'a GuestRam,
+    root: u64,
+    levels: u32,
+}
+
+/// What an address leads to: a page that begins there, or nothing; and how many bytes share that fate.
+type Page = (Option<u64>, u64);
+
+impl<'a> Space<'a> {
+    /// That of a vCPU with these registers, in long mode.
+    pub fn new(ram: &'a GuestRam, cr3: u64, cr4: u64) -> Self {
+        Self { ram, root: cr3 & ADDRESS, levels: if cr4 & LA57 != 0 { 5 } else { 4 } }
+    }
+
+    fn page(&self, address: u64) -> Page {
+        let mut table = self.root;
+        for level in (0..self.levels).rev() {
+            let shift = 12 + 9 * level;
+            let size = 1 << shift;
+            let at = table + (address >> shift & 0x1ff) * 8;
+            let Ok(entry) = self.ram.read_obj::<u64>(GuestAddress(at)) else { return (None, size) };
+            if entry & PRESENT == 0 {
+                return (None, size);
+            }
+            if level == 0 || (level < 3 && entry & LARGE != 0) {
+                return (Some(entry & ADDRESS & !(size - 1)), size);
+            }
+            table = entry & ADDRESS;
+        }
+        (None, 1 << 12)
+    }
+
+    /// Fills `bytes` from `address`; false if not all of that is memory.
+    pub fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
+        let mut done = 0;
+        while done < bytes.len() {
+            let Some(at) = address.checked_add(done as u64) else { return false };
+            let (Some(page), size) = self.page(at) else { return false };
+            let offset = at & (size - 1);
+            let len = usize::try_from(size - offset).unwrap_or(usize::MAX).min(bytes.len() - done);
+            if self.ram.read_slice(&mut bytes[done..done + len], GuestAddress(page + offset)).is_err() {
+                return false;
+            }
+            done += len;
+        }
+        true
+    }
+
+    /// The stretches of `range` that are mapped.
+    pub fn mapped(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        let mut found: Vec<Range<u64>> = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let (page, size) = self.page(at);
+            let end = (at & !(size - 1)).saturating_add(size).min(range.end);
+            if page.is_some() {
+                match found.last_mut() {
+                    Some(last) if last.end == at => last.end = end,
+                    _ => found.push(at..end),
+                }
+            }
+            at = end;
+        }
+        found
+    }
+}

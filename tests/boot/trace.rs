@@ -1,0 +1,110 @@
+//! The trace of a distribution's kernel: names of functions with KASLR on and no file of symbols, held against what the guest
+//! itself says of them; and as many exits as KVM counted.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::guest::{Guest, Kernel, available, vmm};
+
+/// `vmm trace report FILE` with `arguments`.
+fn report(record: &Path, arguments: &[&str]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    let output = command.args(["trace", "report"]).arg(record).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn objects(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn hex(text: &str) -> u64 {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap()
+}
+
+#[test]
+fn a_stock_kernel_has_its_own_names_and_as_many_exits_as_kvm_counted() {
+    if !available("stock trace") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let record = dir.path().join("record");
+    // What is code, in the kernel itself: the same that the trace is to name. By a disk, as a console would take minutes.
+    let disk = dir.path().join("disk");
+    fs::write(&disk, vec![0; 8 << 20]).unwrap();
+    let script =
+        "grep -e ' [tTwW] [^[]*$' /proc/kallsyms >/k; dd if=/k of=/dev/vda bs=256k conv=fsync 2>/dev/null";
+    let mut command = vmm(Kernel::Stock, script);
+    command.args(["--mem", "512M", "--disk"]).arg(&disk).arg("--trace").arg(&record);
+    let ended = Guest::start(command).finish();
+    assert_eq!(ended.code, Some(0), "{}", ended.text);
+    let list = String::from_utf8(fs::read(&disk).unwrap()).unwrap();
+    let mut theirs: BTreeMap<u64, BTreeSet<&str>> = BTreeMap::new();
+    for line in list.trim_end_matches('\0').lines() {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [address, _, name] = words[..] else { panic!("{line:?}") };
+        theirs.entry(hex(address)).or_default().insert(name);
+    }
+    assert!(theirs.len() > 10_000, "{}", theirs.len());
+    let (start, _) = theirs.iter().find(|(_, names)| names.contains("_stext")).unwrap();
+    let moved = start - 0xffff_ffff_8100_0000;
+    println!("the kernel was moved by {moved:#x}");
+
+    let exits = objects(&report(&record, &["--json", "--only", "pio,mmio"]));
+    let last = exits.last().unwrap()["ns"].as_f64().unwrap() / 1e6;
+    let late = format!("{:.0}", last - 3000.0);
+    let inside = objects(&report(&record, &["--json", "--only", "kvm", "--after", &late]));
+    let mut agreed = BTreeSet::new();
+    for exit in exits.iter().chain(&inside) {
+        let Some((name, offset)) = exit["symbol"].as_str().and_then(|symbol| symbol.rsplit_once('+')) else {
+            continue;
+        };
+        let (rip, offset) = (hex(exit["rip"].as_str().unwrap()), hex(offset));
+        let (address, names) = theirs.range(..=rip).next_back().unwrap();
+        assert!(
+            *address == rip - offset && names.contains(name),
+            "{rip:#x} is {name}+{offset:#x}: {names:?}"
+        );
+        agreed.insert(name);
+    }
+    println!("{} functions have the guest's own names: {agreed:?}", agreed.len());
+    assert!(agreed.len() >= 10, "{agreed:?}");
+    assert!(agreed.contains("read_pci_config_16"), "among those that reach the monitor: {agreed:?}");
+
+    // KVM's counters are kept without the trace's help.
+    let stats = report(&record, &["--stats"]);
+    let counted = |what: &str| -> u64 {
+        let (_, counters) = stats.split_once("KVM's own count, vcpu0: ").expect("KVM's counters");
+        let words = counters.lines().next().unwrap().split(", ");
+        words
+            .filter_map(|part| part.split_once(' '))
+            .find(|(name, _)| *name == what)
+            .unwrap()
+            .1
+            .parse()
+            .unwrap()
+    };
+    let lost: u64 = stats
+        .lines()
+        .filter_map(|line| line.split_once(" events were lost")?.0.split_once(": ")?.1.parse::<u64>().ok())
+        .sum();
+    let json: Value = serde_json::from_str(&report(&record, &["--stats", "--json"])).unwrap();
+    let recorded = |table: &str, names: &[&str]| -> u64 {
+        let rows = json[table].as_array().unwrap().iter();
+        let wanted = rows.filter(|row| names.is_empty() || names.contains(&row["name"].as_str().unwrap()));
+        wanted.map(|row| row["count"].as_u64().unwrap()).sum()
+    };
+    let monitor = recorded("reasons", &[]);
+    for (what, counted, recorded) in [
+        ("port I/O", counted("io_exits"), recorded("reasons", &["in", "out"])),
+        ("MMIO", counted("mmio_exits"), recorded("reasons", &["mmio read", "mmio write"])),
+        ("all", counted("exits"), monitor + recorded("in_kernel", &[])),
+    ] {
+        println!("{what}: KVM counted {counted}, recorded {recorded}, lost {lost}");
+        assert!(recorded <= counted && counted - recorded <= lost, "{what}\n{stats}");
+    }
+}
