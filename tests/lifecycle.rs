@@ -11,12 +11,13 @@ use vmm::api::protocol::{Command, MAX_REQUEST};
 use vmm::api::registry::Registry;
 use vmm::api::server::Server;
 use vmm::api::signals::Signals;
-use vmm::api::{Control, Error, State, Status};
+use vmm::api::{Control, Error, State, Status, Watch};
+use vmm::trace::live::Sample;
 
 #[derive(Default)]
 struct Fake {
     name: String,
-    notes: Mutex<Vec<&'static str>>,
+    notes: Arc<Mutex<Vec<&'static str>>>,
     paused: Mutex<bool>,
 }
 
@@ -76,6 +77,28 @@ impl Control for Fake {
 
     fn kill(&self) {
         self.note("kill");
+    }
+
+    fn watch(&self) -> Result<Box<dyn Watch>, String> {
+        if self.name == "crowded" {
+            return Err("8 viewers are attached already".to_owned());
+        }
+        self.note("watch");
+        Ok(Box::new(Looking(self.notes.clone())))
+    }
+}
+
+struct Looking(Arc<Mutex<Vec<&'static str>>>);
+
+impl Watch for Looking {
+    fn sample(&self) -> Sample {
+        Sample { viewers: 1, ..Sample::default() }
+    }
+}
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        self.0.lock().unwrap().push("unwatch");
     }
 }
 
@@ -190,6 +213,37 @@ fn garbage_is_answered_and_harms_nobody() {
     assert!(read_to_end(&newer).contains("version 2"));
     scene.ask("a", Command::Status).unwrap();
     assert!(fake.notes().is_empty());
+}
+
+#[test]
+fn a_viewer_is_one_until_its_connection_ends() {
+    let scene = Scene::new();
+    let (server, fake) = scene.start("a", None);
+    let mut viewer = Client::connect(&scene.registry, "a").unwrap();
+    for _ in 0..3 {
+        assert_eq!(viewer.sample().unwrap().sample.viewers, 1);
+    }
+    assert_eq!(viewer.ask(Command::Status).unwrap(), fake.status());
+    assert_eq!(fake.notes(), ["watch"]);
+    drop(viewer);
+    fake.await_note("unwatch");
+    // One that asks and asks and does not read is cut off.
+    let hostile = scene.raw("a");
+    hostile.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
+    let request = b"{\"version\":1,\"command\":\"sample\"}\n".repeat(64);
+    while (&hostile).write_all(&request).is_ok() {}
+    fake.await_note("unwatch");
+    scene.ask("a", Command::Status).unwrap();
+    // The machine's end is the viewer's.
+    let mut viewer = Client::connect(&scene.registry, "a").unwrap();
+    viewer.sample().unwrap();
+    drop(server);
+    assert!(matches!(viewer.sample(), Err(Error::NoSuchVm(name)) if name == "a"));
+    assert_eq!(fake.notes().last(), Some(&"unwatch"));
+
+    let (_server, _) = scene.start("crowded", None);
+    let refused = Client::connect(&scene.registry, "crowded").unwrap().sample().unwrap_err();
+    assert!(refused.to_string().contains("8 viewers"), "{refused}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use super::protocol::{self, Answer, Command, MAX_REPLY};
+use super::protocol::{self, Answer, Command, MAX_REPLY, Seen};
 use super::registry::Registry;
 use super::{Error, Status};
 
@@ -35,14 +35,33 @@ impl Client {
     /// # Errors
     /// The virtual machine refuses, does not answer in time, or is gone.
     pub fn ask(&mut self, command: Command) -> Result<Status, Error> {
+        match self.exchange(command)? {
+            Answer::Status(status) => Ok(status),
+            Answer::Sample(seen) => Ok(seen.status),
+            Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
+        }
+    }
+
+    /// What the virtual machine has been doing. With the first call this connection is a viewer's.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn sample(&mut self) -> Result<Seen, Error> {
+        let name = self.name.clone();
+        match self.exchange(Command::Sample)? {
+            Answer::Sample(seen) => Ok(*seen),
+            Answer::Status(_) => Err(Error::Protocol { name, reason: "a status, and no sample".to_owned() }),
+            // A monitor that does not know the word yet says that it is no request.
+            Answer::Error(reason) => Err(Error::Refused { name, reason }),
+        }
+    }
+
+    fn exchange(&mut self, command: Command) -> Result<Answer, Error> {
         self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
         self.stream.write_all(&protocol::request(command)).map_err(|e| self.broken(e))?;
         let line = self.read_line()?;
         let protocol = |reason| Error::Protocol { name: self.name.clone(), reason };
-        match protocol::parse_reply(&line).map_err(protocol)? {
-            Answer::Status(status) => Ok(status),
-            Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
-        }
+        protocol::parse_reply(&line).map_err(protocol)
     }
 
     /// Waits until the virtual machine is gone: after [`Command::Stop`] and [`Command::Kill`].

@@ -1,8 +1,8 @@
 //! Controlling a running virtual machine from another process: names, sockets, commands.
 //!
 //! `vmm run` registers a name ([`registry`]) and serves commands on it ([`server`]) in one thread, which also
-//! takes the process's signals ([`signals`]); `vmm status` and its like are clients ([`client`]) that speak
-//! [`protocol`]. The server sees the machine through [`Control`] only; [`running`] is that for a real one.
+//! takes the process's signals ([`signals`]); `vmm status`, `vmm top` and their like are clients ([`client`]) that
+//! speak [`protocol`]. The server sees the machine through [`Control`] only; [`running`] is that for a real one.
 
 pub mod client;
 pub mod protocol;
@@ -16,6 +16,8 @@ use std::io;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use crate::trace::live::Sample;
 
 /// What a virtual machine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +98,17 @@ pub trait Control: Send + Sync {
     fn power_button(&self) -> Result<(), String>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
+    /// Attaches somebody who looks at what the machine does, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// In words, why that cannot be now.
+    fn watch(&self) -> Result<Box<dyn Watch>, String>;
+}
+
+/// One who looks at a machine.
+pub trait Watch: Send {
+    /// What has happened so far. Waits for nobody.
+    fn sample(&self) -> Sample;
 }
 
 /// Why a virtual machine cannot be controlled, or cannot have its name.

@@ -7,11 +7,13 @@
 //! ```
 //!
 //! After the reply to `stop` and `kill` the server keeps the connection open until the virtual machine is gone, so that
-//! its end is the news of that. Does no I/O itself.
+//! its end is the news of that. With the first `sample` the client becomes a viewer of the machine, and stays one as long
+//! as the connection lasts: one that does not ask again within some seconds is cut off like any other. Does no I/O itself.
 
 use serde::{Deserialize, Serialize};
 
 use super::Status;
+use crate::trace::live::Sample;
 
 /// The protocol's version, in every message. Another one is refused.
 pub const VERSION: u32 = 1;
@@ -38,6 +40,8 @@ pub enum Command {
     },
     /// Stop it hard.
     Kill,
+    /// What it has been doing, in sums that only grow: asked again and again, they tell what happens between.
+    Sample,
 }
 
 impl Command {
@@ -67,8 +71,19 @@ struct Reply {
 pub enum Answer {
     /// It is done; this is how things stand after it.
     Status(Status),
+    /// Answers [`Command::Sample`].
+    Sample(Box<Seen>),
     /// It is not done, and why.
     Error(String),
+}
+
+/// A machine as a viewer sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Seen {
+    /// What it is.
+    pub status: Status,
+    /// What it has been doing.
+    pub sample: Sample,
 }
 
 /// A request as the line that is sent.
@@ -128,7 +143,9 @@ mod tests {
     #[test]
     fn commands_survive_the_line() {
         let stop = Command::Stop { timeout_seconds: Some(3) };
-        for command in [Command::Status, Command::Pause, Command::Resume, stop, Command::Kill] {
+        for command in
+            [Command::Status, Command::Pause, Command::Resume, stop, Command::Kill, Command::Sample]
+        {
             let line = request(command);
             assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
             assert_eq!(parse_request(&line), Ok(command));

@@ -4,13 +4,16 @@
 //! otherwise.
 
 use std::process;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::{Control, Pty, State, Status};
+use super::{Control, Pty, State, Status, Watch};
 use crate::config::VmConfig;
 use crate::error_chain;
 use crate::machine::{Handle, Phase};
+use crate::recorder::Recorder;
+use crate::trace::live::Sample;
+use crate::trace::live::watch::{Live, Viewer};
 
 /// A virtual machine that this process runs.
 #[derive(Debug)]
@@ -18,7 +21,8 @@ pub struct Running {
     started: Instant,
     /// All of the status but what changes.
     status: Status,
-    now: Mutex<Now>,
+    now: Arc<Mutex<Now>>,
+    live: Arc<Live>,
 }
 
 #[derive(Debug, Default)]
@@ -30,8 +34,9 @@ struct Now {
 }
 
 impl Running {
-    /// One that is called `name` and will be built from `config`.
-    pub fn new(name: &str, config: &VmConfig) -> Self {
+    /// One that is called `name` and will be built from `config`; `recorded` if its run is kept in a file.
+    pub fn new(name: &str, config: &VmConfig, recorded: bool) -> Self {
+        let live = Live::new(config.clone(), Arc::default(), recorded);
         let status = Status {
             name: name.to_owned(),
             pid: process::id(),
@@ -42,7 +47,12 @@ impl Running {
             kernel: config.kernel.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
             ptys: Vec::new(),
         };
-        Self { started: Instant::now(), status, now: Mutex::default() }
+        Self { started: Instant::now(), status, now: Arc::default(), live }
+    }
+
+    /// What its machines are to tell of what they do.
+    pub fn recorder(&self) -> &Arc<Recorder> {
+        self.live.recorder()
     }
 
     /// The machine is built: what was asked for meanwhile reaches it now.
@@ -65,8 +75,7 @@ impl Running {
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
-        // Nothing in here can be left half done.
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.now)
     }
 
     fn with_machine<E: std::error::Error>(
@@ -76,6 +85,24 @@ impl Running {
         // The lock is not held during the call: the main thread needs it to say that the machine has ended.
         let machine = self.now().machine.clone().ok_or("it is starting")?;
         call(&machine).map_err(|error| error_chain(&error))
+    }
+}
+
+fn lock(now: &Mutex<Now>) -> MutexGuard<'_, Now> {
+    // Nothing in here can be left half done.
+    now.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A viewer of whatever machine runs at the time.
+struct Watching {
+    now: Arc<Mutex<Now>>,
+    viewer: Viewer,
+}
+
+impl Watch for Watching {
+    fn sample(&self) -> Sample {
+        let machine = lock(&self.now).machine.clone();
+        self.viewer.sample(machine.as_ref())
     }
 }
 
@@ -114,5 +141,11 @@ impl Control for Running {
         let mut now = self.now();
         now.kill = true;
         now.machine.iter().for_each(Handle::kill);
+    }
+
+    fn watch(&self) -> Result<Box<dyn Watch>, String> {
+        let machine = self.now().machine.clone();
+        let viewer = self.live.attach(machine.as_ref()).map_err(|error| error_chain(&error))?;
+        Ok(Box::new(Watching { now: self.now.clone(), viewer }))
     }
 }

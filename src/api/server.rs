@@ -18,10 +18,10 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
 
-use super::protocol::{self, Answer, Command, MAX_REQUEST};
+use super::protocol::{self, Answer, Command, MAX_REQUEST, Seen};
 use super::registry::Entry;
 use super::signals::{Signals, Wish};
-use super::{Control, Error, State};
+use super::{Control, Error, State, Status, Watch};
 use crate::event_loop::{Handler, Worker};
 
 /// How long a client may take from one request to the end of the next.
@@ -74,6 +74,8 @@ struct Client {
     input: Vec<u8>,
     /// When it is cut off; none if it waits for the machine's end.
     until: Option<Instant>,
+    /// Once it has asked for a sample. Ends with the connection, however that ends.
+    watch: Option<Box<dyn Watch>>,
 }
 
 struct Desk {
@@ -147,7 +149,7 @@ impl Desk {
             if added.is_ok() {
                 self.next_client += 1;
                 let until = Some(Instant::now() + CLIENT_TIMEOUT);
-                self.clients.insert(token, Client { stream, input: Vec::new(), until });
+                self.clients.insert(token, Client { stream, input: Vec::new(), until, watch: None });
             }
         }
         // A listener that stays readable while nothing can be accepted would keep the thread busy.
@@ -191,27 +193,35 @@ impl Desk {
     fn serve(&mut self, client: &mut Client, line: &[u8]) -> bool {
         let answer = protocol::parse_request(line).and_then(|command| {
             log::debug!("control socket: {command:?}");
+            if command == Command::Sample && client.watch.is_none() {
+                client.watch = Some(self.control.watch()?);
+            }
             self.obey(command).map(|()| command)
         });
         let ends = answer.as_ref().is_ok_and(|command| command.ends());
-        let reply = protocol::reply(match answer {
-            Ok(_) => {
-                let mut status = self.control.status();
-                if self.stopping {
-                    status.state = State::Stopping;
-                }
-                Answer::Status(status)
+        let reply = protocol::reply(match (answer, &client.watch) {
+            (Ok(Command::Sample), Some(watch)) => {
+                Answer::Sample(Box::new(Seen { status: self.status(), sample: watch.sample() }))
             }
-            Err(reason) => Answer::Error(reason),
+            (Ok(_), _) => Answer::Status(self.status()),
+            (Err(reason), _) => Answer::Error(reason),
         });
         client.until = if ends { None } else { Some(Instant::now() + CLIENT_TIMEOUT) };
-        // Replies are far smaller than a socket's buffer: one that does not fit is not being read.
+        // Replies are smaller than a socket's buffer: one that does not fit is not being read.
         matches!(client.stream.write(&reply), Ok(written) if written == reply.len())
+    }
+
+    fn status(&self) -> Status {
+        let mut status = self.control.status();
+        if self.stopping {
+            status.state = State::Stopping;
+        }
+        status
     }
 
     fn obey(&mut self, command: Command) -> Result<(), String> {
         match command {
-            Command::Status => Ok(()),
+            Command::Status | Command::Sample => Ok(()),
             Command::Pause if self.stopping => Err("it is being stopped".to_owned()),
             Command::Pause => self.control.pause(),
             Command::Resume => self.control.resume(),

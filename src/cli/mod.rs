@@ -14,6 +14,7 @@ mod options;
 mod plan;
 mod run;
 mod scratch;
+mod top;
 mod trace;
 
 use std::ffi::OsString;
@@ -39,6 +40,8 @@ Examples:
       show what would run, and where everything is in the guest's memory
   vmm trace --stats -- --kernel vmlinux --serial stdio
       run it, and tell what its exits were and what they cost (vmm trace --help)
+  vmm top web
+      watch what it does, from another terminal (vmm top --help)
   vmm list; vmm pause web; vmm resume web; vmm stop web
       from another terminal
 ";
@@ -70,6 +73,8 @@ enum Command {
     Trace(Box<trace::Options>),
     /// Learn from tiny guests of one idea each: every exit told, and what came of it on this host
     Lab(lab::Options),
+    /// Watch what a running virtual machine does: exits by reason, vCPUs' time, devices, hottest places
+    Top(Box<top::Options>),
     /// Measure virtual machines against containers and other monitors
     Bench(Box<bench::Options>),
     /// Do the work that is measured
@@ -100,6 +105,7 @@ pub fn main() -> ExitCode {
         Command::Run(options) => run::run(*options),
         Command::Trace(options) => trace::trace(*options),
         Command::Lab(options) => lab::lab(options),
+        Command::Top(options) => top::top(*options),
         Command::Bench(options) => bench::bench(*options),
         Command::BenchWork(options) => bench_work::bench_work(options),
         Command::List(options) => list::list(options),

@@ -17,7 +17,6 @@ use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty};
 use crate::config::{OnReboot, VmConfig};
 use crate::machine::{self, Ends, Outcome};
-use crate::recorder::Recorder;
 use crate::trace::file::Header;
 use crate::trace::recording::{Recording, Start};
 
@@ -39,7 +38,7 @@ pub fn run(options: Options) -> Result<Code, Failure> {
     let signals = Signals::take().map_err(api::Error::Thread)?;
     let entry = Registry::of_user().register(config.name.as_deref())?;
     log::info!("{}: control socket registered", entry.name());
-    let running = Arc::new(Running::new(entry.name(), &config));
+    let running = Arc::new(Running::new(entry.name(), &config, trace.is_some()));
     // Whoever signals or connects before the control thread is there is kept waiting, not lost; so the guest need not
     // wait for the thread.
     let mut unserved = Some((entry, signals));
@@ -71,7 +70,7 @@ fn live(
     serve: &mut dyn FnMut(),
 ) -> Result<Code, Failure> {
     let mut first = true;
-    let recorder = Arc::<Recorder>::default();
+    let recorder = running.recorder().clone();
     // Ends with the last of the machines.
     let mut recording: Option<Recording> = None;
     // The monitor's own steps belong to the record.

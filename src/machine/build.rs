@@ -97,6 +97,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
             gate: Gate::new(vcpus.len()),
             ram: memory.ram().clone(),
             recorder: recorder.clone(),
+            observed: vcpu::Observed::default(),
         }),
         threads: Mutex::default(),
         devices: board.devices,

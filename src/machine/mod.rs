@@ -5,6 +5,7 @@
 mod build;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -340,6 +341,21 @@ impl Handle {
     /// Guest RAM, also after the run.
     pub fn ram(&self) -> &Arc<memory::GuestRam> {
         &self.0.vcpus.ram
+    }
+
+    /// How many vCPUs it has.
+    pub fn vcpus(&self) -> usize {
+        lock(&self.0.threads).len()
+    }
+
+    /// The vCPUs that have been recorded, by number: their threads, and KVM's counters of them.
+    pub fn observed(&self) -> MutexGuard<'_, BTreeMap<u32, vcpu::Seen>> {
+        self.0.vcpus.observed.get()
+    }
+
+    /// Brings the vCPUs out of the guest once; they go on at once. Those at rest do so when they run again.
+    pub fn kick(&self) {
+        self.0.kick_all();
     }
 
     /// Presses the power button: a guest that listens shuts itself down. A paused guest hears it when it resumes.

@@ -1,8 +1,8 @@
 //! The recorder: what happens in the monitor as fixed-size [`Event`]s, in one lock-free ring per thread that writes.
 //!
 //! A vCPU thread or a device's worker asks [`Recorder::is_on`] (one predictable branch) and writes to its own [`Track`];
-//! one reader, elsewhere, takes events out with [`Recorder::drain`]. Memory is bounded: what finds a ring full is dropped
-//! and counted. Knows no device, no file and no rendering: those are `trace`'s.
+//! one reader, elsewhere, takes events out with [`Recorder::drain`], and a [`Watcher`] sees them as they pass. Memory is bounded:
+//! what finds a ring full is dropped and counted. Knows no device, no file and no rendering: those are `trace`'s.
 
 pub mod clock;
 pub mod event;
@@ -10,7 +10,8 @@ pub mod registers;
 mod ring;
 mod step;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 pub use event::{Event, Kind};
@@ -21,9 +22,25 @@ pub use step::{Step, Steps};
 /// All tracks of a machine, and the switch.
 #[derive(Debug, Default)]
 pub struct Recorder {
-    on: AtomicBool,
+    /// Bits: [`RECORDED`], [`WATCHED`].
+    wanted: AtomicU8,
     all_registers: AtomicBool,
     tracks: Mutex<Vec<Arc<Shared>>>,
+    watcher: Mutex<Option<Watcher>>,
+}
+
+/// Somebody keeps the events.
+const RECORDED: u8 = 1;
+/// Somebody looks at them in passing.
+const WATCHED: u8 = 2;
+
+/// Is shown all events as the reader takes them out, in the reader's thread.
+pub struct Watcher(pub Box<dyn FnMut(&Taken<'_>) + Send>);
+
+impl fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Watcher")
+    }
 }
 
 /// One thread's events, for the reader.
@@ -57,12 +74,33 @@ impl Recorder {
     /// Whether events are wanted.
     #[inline]
     pub fn is_on(&self) -> bool {
-        self.on.load(Ordering::Relaxed)
+        self.wanted.load(Ordering::Relaxed) != 0
+    }
+
+    /// Who wants events, as a set of bits: one more means that somebody has not seen what went before.
+    pub fn wanted(&self) -> u8 {
+        self.wanted.load(Ordering::Relaxed)
     }
 
     /// Asks for events, or for no more. Threads see it at their next event.
     pub fn set_on(&self, on: bool) {
-        self.on.store(on, Ordering::Relaxed);
+        self.want(RECORDED, on);
+    }
+
+    /// Asks for events to be shown to `watcher`, or with `None` for no more. Does not take the place of a reader: somebody has
+    /// to [`drain`](Self::drain).
+    pub fn watch(&self, watcher: Option<Watcher>) {
+        let mut place = lock(&self.watcher);
+        self.want(WATCHED, watcher.is_some());
+        *place = watcher;
+    }
+
+    fn want(&self, who: u8, on: bool) {
+        if on {
+            self.wanted.fetch_or(who, Ordering::Relaxed);
+        } else {
+            self.wanted.fetch_and(!who, Ordering::Relaxed);
+        }
     }
 
     /// Asks for the registers at every exit, and not only where its place in the guest is seen for the first time.
@@ -91,12 +129,17 @@ impl Recorder {
     /// Takes everything out that has been written. One reader at a time.
     pub fn drain(&self, sink: &mut dyn FnMut(Taken<'_>)) {
         let tracks = self.tracks();
+        let mut watcher = lock(&self.watcher);
         let mut events = Vec::new();
         for (number, track) in tracks.iter().enumerate() {
             let Some(ring) = track.ring.get() else { continue };
             let dropped = ring.take(&mut events);
             if dropped > 0 || !events.is_empty() {
-                sink(Taken { track: number, name: &track.name, events: &events, dropped });
+                let taken = Taken { track: number, name: &track.name, events: &events, dropped };
+                if let Some(Watcher(watcher)) = &mut *watcher {
+                    watcher(&taken);
+                }
+                sink(taken);
             }
             events.clear();
         }
@@ -104,8 +147,12 @@ impl Recorder {
 
     /// Held for the length of a [`Recorder::drain`]: so there is one reader at a time.
     fn tracks(&self) -> MutexGuard<'_, Vec<Arc<Shared>>> {
-        self.tracks.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.tracks)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Track {
@@ -144,6 +191,23 @@ mod tests {
         let mut again = recorder.track("vcpu0");
         again.write(event(10));
         assert_eq!(look(&recorder), [(0, "vcpu0".to_owned(), 1, 0)]);
+    }
+
+    #[test]
+    fn a_watcher_sees_what_the_reader_takes_and_either_keeps_the_switch_on() {
+        let recorder = Recorder::default();
+        let mut track = recorder.track("vcpu0");
+        recorder.set_on(true);
+        let (seen, watched) = std::sync::mpsc::channel();
+        recorder.watch(Some(Watcher(Box::new(move |taken| _ = seen.send(taken.events.len())))));
+        track.write(event(1));
+        let mut read = 0;
+        recorder.drain(&mut |taken| read += taken.events.len());
+        assert_eq!((read, watched.try_recv()), (1, Ok(1)));
+        recorder.watch(None);
+        assert!(recorder.is_on() && watched.try_recv().is_err());
+        recorder.set_on(false);
+        assert!(!recorder.is_on());
     }
 
     #[test]

@@ -123,7 +123,8 @@ fn text(instruction: &Instruction) -> String {
     text
 }
 
-fn bytes(event: &Event) -> Vec<u8> {
+/// The bytes in a [`Kind::Code`] event.
+pub(super) fn bytes(event: &Event) -> Vec<u8> {
     let mut bytes = [event.address.to_le_bytes(), event.value.to_le_bytes()].concat();
     bytes.truncate(event.count.into());
     bytes

@@ -2,7 +2,8 @@
 //!
 //! [`recording`] writes traces and [`mod@file`] reads them, [`kernel`] adds the exits inside KVM; [`reasons`] names the hardware's
 //! exit reasons, [`devices`] what an access meant to its device, [`symbols`] (also the guest's own: [`kallsyms`]) and [`code`]
-//! where in the guest it was; [`report`] puts them into lines, statistics, advice and a page.
+//! where in the guest it was; [`report`] puts them into lines, statistics, advice and a page; [`live`] adds up what a running
+//! machine does.
 
 pub mod code;
 mod demangle;
@@ -11,6 +12,7 @@ pub mod file;
 mod header;
 pub mod kallsyms;
 pub mod kernel;
+pub mod live;
 pub mod reasons;
 pub mod recording;
 pub mod report;

@@ -20,7 +20,7 @@ use crate::memory::GuestRam;
 use crate::recorder::{Event, Kind, Recorder, Step, Steps, Taken, clock};
 
 /// Between two drains. A ring holds more exits than a vCPU can make in that time on any hardware.
-const PERIOD: Duration = Duration::from_millis(5);
+pub(super) const PERIOD: Duration = Duration::from_millis(5);
 
 /// A recording under way. It ends, and the file is whole, with [`Recording::finish`] or when it is dropped.
 #[derive(Debug)]

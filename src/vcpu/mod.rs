@@ -20,6 +20,7 @@ use crate::recorder::Recorder;
 use dispatch::{Buses, End, Next, dispatch};
 use gate::{Gate, Passed};
 use observe::Observer;
+pub use observe::{Observed, Seen};
 
 /// What all vCPUs of a machine share.
 #[derive(Debug)]
@@ -32,6 +33,8 @@ pub struct Shared {
     pub ram: Arc<GuestRam>,
     /// Where exits are told of, when somebody wants to know.
     pub recorder: Arc<Recorder>,
+    /// The vCPUs that have been recorded.
+    pub observed: Observed,
 }
 
 /// How a run ended, and what a person should know about it.

@@ -1,16 +1,46 @@
 //! [`Observer`]: the run loop's turn when a recorder is on: the same run and dispatch, with an [`Event`] made of it.
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard};
+
 use super::Shared;
 use super::code;
 use super::dispatch::{Next, dispatch};
+use crate::bus::lock;
 use crate::kvm::exit::Exit;
-use crate::kvm::{Error, Vcpu};
+use crate::kvm::{Counters, Error, Vcpu};
 use crate::memory::GuestRam;
 use crate::recorder::{Event, Kind, Registers, Track, clock};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 /// Places whose code has been recorded lately, by the low bits of their address.
 const SEEN: usize = 1024;
+
+/// vCPUs that have been recorded: what others can look at from outside.
+#[derive(Debug, Default)]
+pub struct Observed(Mutex<BTreeMap<u32, Seen>>);
+
+/// How a recorded vCPU can be looked at.
+#[derive(Debug)]
+pub struct Seen {
+    /// Its thread.
+    pub thread: i32,
+    /// KVM's counters of it, where this KVM has them.
+    pub counters: Option<Counters>,
+}
+
+impl Observed {
+    /// To be called by the vCPU's own thread, once: KVM answers nobody else while the guest runs.
+    fn insert(&self, vcpu: &Vcpu) {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        lock(&self.0).entry(vcpu.id()).or_insert_with(|| Seen { thread, counters: vcpu.counters().ok() });
+    }
+
+    /// All of them by number, for as long as the guard lives.
+    pub fn get(&self) -> MutexGuard<'_, BTreeMap<u32, Seen>> {
+        lock(&self.0)
+    }
+}
 
 /// What a vCPU thread keeps while it records.
 #[derive(Debug, Default)]
@@ -21,6 +51,8 @@ struct Observing {
     track: Track,
     /// RIPs whose code stands in the record.
     seen: Box<[u64; SEEN]>,
+    /// For whom they do: [`Recorder::wanted`](crate::recorder::Recorder::wanted).
+    wanted: u8,
     has_rip: bool,
 }
 
@@ -39,11 +71,22 @@ impl Observer {
             self.0 = None;
             return vcpu.run().map(|mut exit| dispatch(&mut exit, &shared.buses));
         }
-        let this = self.0.get_or_insert_with(|| Observing {
-            track: shared.recorder.track(&format!("vcpu{}", vcpu.id())),
-            seen: Box::new([0; SEEN]),
-            has_rip: vcpu.keep_registers(true),
+        let wanted = shared.recorder.wanted();
+        let this = self.0.get_or_insert_with(|| {
+            shared.observed.insert(vcpu);
+            Observing {
+                track: shared.recorder.track(&format!("vcpu{}", vcpu.id())),
+                seen: Box::new([0; SEEN]),
+                wanted,
+                has_rip: vcpu.keep_registers(true),
+            }
         });
+        if this.wanted != wanted {
+            if wanted & !this.wanted != 0 {
+                this.seen.fill(0);
+            }
+            this.wanted = wanted;
+        }
         let entered = clock::ticks();
         let (regs, mut exit) = vcpu.run_observed()?;
         let time = clock::ticks();

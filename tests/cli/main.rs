@@ -8,5 +8,7 @@ mod images;
 mod lives;
 mod page;
 mod place;
+mod terminal;
+mod top;
 mod trace;
 mod trace_damage;

@@ -142,7 +142,7 @@ pub(super) fn monitor(kind: Kind) -> &'static str {
 }
 
 /// A kind in one word.
-pub(super) fn plain_name(kind: Kind) -> &'static str {
+pub fn plain_name(kind: Kind) -> &'static str {
     match kind {
         Kind::PioIn => "in",
         Kind::PioOut => "out",

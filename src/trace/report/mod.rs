@@ -13,7 +13,8 @@ mod stages;
 mod stats;
 
 pub use filter::Filter;
-pub use stats::Stats;
+pub use line::plain_name;
+pub use stats::{COUNTERS, Stats};
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};

@@ -56,7 +56,7 @@ pub struct Row {
 }
 
 /// Of KVM's counters, those that tell of exits (arch/x86/include/asm/kvm_host.h, struct kvm_vcpu_stat).
-pub(super) const COUNTERS: [&str; 14] = [
+pub const COUNTERS: [&str; 14] = [
     "exits",
     "io_exits",
     "mmio_exits",

@@ -1,0 +1,139 @@
+//! The view on a terminal: keys, refreshes, and the terminal as it was before, however it ends.
+
+use std::io;
+use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use ratatui::DefaultTerminal;
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+
+use super::session::{KEEP_ALIVE, Look, Session};
+use super::{ended, view};
+use crate::api::client::Client;
+use crate::api::protocol::Seen;
+use crate::api::signals::Signals;
+use crate::api::{self, Error};
+use crate::cli::exit::{Code, Failure};
+use crate::trace::live::rates::Order;
+
+/// How long a key, a signal or news may have to wait.
+const TURN: Duration = Duration::from_millis(50);
+/// The first look is over a shorter time, so that there is something to see.
+const FIRST: Duration = Duration::from_millis(300);
+
+/// The terminal while it is ours. A panic gives it back as well, before it is told (a hook that ratatui sets).
+struct Screen(DefaultTerminal);
+
+impl Screen {
+    fn open() -> io::Result<Self> {
+        // Should only half of it succeed, that half is undone.
+        ratatui::try_init().inspect_err(|_| ratatui::restore()).map(Self)
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        // Not `restore`, which writes to stderr if the terminal is gone.
+        let _ = ratatui::try_restore();
+    }
+}
+
+/// What the keys change.
+#[derive(Debug, Default)]
+pub struct Settings {
+    /// What comes first.
+    pub order: Order,
+    /// The view stands still.
+    pub paused: bool,
+    /// The explanations are shown.
+    pub help: bool,
+}
+
+/// Shows the view until somebody quits or the machine ends.
+pub fn run(session: Session, interval: Duration) -> Result<Code, Failure> {
+    let mut signals = Signals::take().map_err(api::Error::Thread)?;
+    let (client, mut names) = session.split();
+    let news = ask(client, interval).map_err(api::Error::Thread)?;
+    let mut screen = Screen::open().context("take the terminal over").map_err(host)?;
+    let (mut settings, mut before, mut look) = (Settings::default(), None::<Seen>, None::<Look>);
+    let mut draw = true;
+    loop {
+        match news.try_recv() {
+            Ok(Ok(now)) => {
+                if let Some(before) = before.as_ref().filter(|_| !settings.paused) {
+                    look = Some(names.look(before, &now));
+                    draw = true;
+                }
+                before = Some(now);
+            }
+            Ok(Err(error)) => {
+                drop(screen);
+                return ended(error);
+            }
+            Err(TryRecvError::Empty) => {}
+            Err(TryRecvError::Disconnected) => return Ok(Code::Success),
+        }
+        if draw {
+            let frame = screen.0.draw(|frame| view::draw(frame, look.as_ref(), &settings));
+            frame.context("draw on the terminal").map_err(host)?;
+            draw = false;
+        }
+        if event::poll(TURN).context("read the keyboard").map_err(host)? {
+            match event::read().context("read the keyboard").map_err(host)? {
+                Event::Key(key) if key.kind == KeyEventKind::Press => {
+                    let control = key.modifiers.contains(KeyModifiers::CONTROL);
+                    match key.code {
+                        KeyCode::Char('c' | 'd') if control => return Ok(Code::Success),
+                        KeyCode::Char('q') => return Ok(Code::Success),
+                        KeyCode::Char('h' | '?') => settings.help = !settings.help,
+                        KeyCode::Esc => settings.help = false,
+                        KeyCode::Char('p' | ' ') => settings.paused = !settings.paused,
+                        KeyCode::Char('s') => {
+                            settings.order = match settings.order {
+                                Order::Count => Order::Time,
+                                Order::Time => Order::Count,
+                            }
+                        }
+                        _ => {}
+                    }
+                    draw = true;
+                }
+                Event::Resize(..) => draw = true,
+                _ => {}
+            }
+        }
+        if !signals.wishes().is_empty() {
+            return Ok(Code::Success);
+        }
+    }
+}
+
+fn host(error: anyhow::Error) -> Failure {
+    Failure::new(Code::Host, error)
+}
+
+/// Asks the monitor every `interval` on a thread of its own: keys must not wait for a monitor that does not answer. The thread ends
+/// with whoever listens, or with the process.
+fn ask(mut client: Client, interval: Duration) -> io::Result<Receiver<Result<Seen, Error>>> {
+    let (told, news) = sync_channel(1);
+    let run = move || {
+        let mut next = Instant::now();
+        let mut pause = interval.min(FIRST);
+        loop {
+            let (answer, due) = (client.sample(), Instant::now() >= next);
+            let over = answer.is_err();
+            if (due || over) && told.send(answer).is_err() || over {
+                return;
+            }
+            if due {
+                next = Instant::now() + pause;
+                pause = interval;
+            }
+            thread::sleep(next.saturating_duration_since(Instant::now()).min(KEEP_ALIVE));
+        }
+    };
+    thread::Builder::new().name("ask".to_owned()).spawn(run)?;
+    Ok(news)
+}
