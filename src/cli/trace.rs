@@ -11,7 +11,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::exit::{Code, Failure};
 use super::scratch::Scratch;
-use super::{options, run};
+use super::{options, run, top};
 use crate::recorder::Kind;
 use crate::trace::file::{self, Trace};
 use crate::trace::report::{Filter, Report};
@@ -28,8 +28,16 @@ pub struct Options {
     /// Keep the record in this file
     #[arg(long, value_name = "FILE")]
     keep: Option<PathBuf>,
+    /// Watch a virtual machine that runs, as vmm top does [default: the only one]
+    #[arg(long, value_name = "NAME", num_args = 0..=1, conflicts_with_all = ["keep", "View"])]
+    live: Option<Option<String>>,
     /// What to run: the options of vmm run
-    #[arg(last = true, required = true, value_name = "RUN OPTIONS")]
+    #[arg(
+        last = true,
+        required_unless_present = "live",
+        conflicts_with = "live",
+        value_name = "RUN OPTIONS"
+    )]
     run: Vec<OsString>,
 }
 
@@ -115,6 +123,9 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     if let Some(Command::Report { file, view }) = options.command {
         tell(&file, &view)?;
         return Ok(Code::Success);
+    }
+    if let Some(name) = options.live {
+        return top::top(top::Options { name, looks: top::Looks::default() });
     }
     let mut record = run_options(options.run)?;
     let scratch = Scratch::new("vmm-trace").map_err(|error| Failure::new(Code::Host, error))?;

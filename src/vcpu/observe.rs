@@ -262,6 +262,7 @@ mod tests {
             gate: Gate::new(1),
             ram: memory.ram().clone(),
             recorder: Arc::<Recorder>::default(),
+            observed: Observed::default(),
         };
         let mut observer = Observer::default();
         let exits = || {

@@ -57,7 +57,11 @@ impl Terminal {
     pub fn expect(&self, text: &str) {
         let deadline = Instant::now() + PATIENCE;
         while !self.seen().contains(text) {
-            assert!(Instant::now() < deadline, "no {text:?} in {:?}", self.seen());
+            if Instant::now() >= deadline {
+                let seen = self.seen();
+                let last: String = seen.chars().skip(seen.chars().count().saturating_sub(3000)).collect();
+                panic!("no {text:?}; last: {last:?}");
+            }
             thread::sleep(Duration::from_millis(5));
         }
     }

@@ -124,10 +124,10 @@ fn ask(mut client: Client, interval: Duration) -> io::Result<Receiver<Result<See
         loop {
             let (answer, due) = (client.sample(), Instant::now() >= next);
             let over = answer.is_err();
-            if (due || over) && told.send(answer).is_err() || over {
-                return;
-            }
-            if due {
+            if due || over {
+                if told.send(answer).is_err() || over {
+                    return;
+                }
                 next = Instant::now() + pause;
                 pause = interval;
             }

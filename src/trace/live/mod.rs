@@ -41,7 +41,7 @@ pub struct Vcpu {
     pub cpu_ns: Option<u64>,
     /// Its thread's time ready to run and waiting for a processor (the second field).
     pub waiting_ns: Option<u64>,
-    /// All its exits, those inside KVM included, as KVM counts them.
+    /// All its exits, those inside KVM included, as KVM counts them; where it does.
     pub kvm_exits: Option<u64>,
 }
 

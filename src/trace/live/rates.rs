@@ -17,7 +17,7 @@ pub struct Rates {
     pub seconds: f64,
     /// Exits to the monitor.
     pub exits: f64,
-    /// All exits, those inside KVM included, as KVM counts them.
+    /// All exits, those inside KVM included, as KVM counts them; where it does.
     pub kvm_exits: Option<f64>,
     /// Events that were lost, and so are not counted here.
     pub lost: u64,
@@ -198,7 +198,8 @@ impl Rates {
         Self {
             seconds: ns / 1e9,
             exits: interval.rate(reasons.iter().map(|row| row.count).fold(0, u64::saturating_add)),
-            kvm_exits: kvm.get("exits").copied(),
+            // A KVM may have the counter and leave it at 0.
+            kvm_exits: kvm.get("exits").copied().filter(|_| now.kvm.get("exits").is_some_and(|sum| *sum > 0)),
             lost: since(now.lost, before.lost),
             vcpus,
             reasons,

@@ -144,7 +144,8 @@ fn look_at_threads(machine: &Handle, sample: &mut Sample) {
         let vcpu = sample.vcpus.entry(format!("vcpu{number}")).or_default();
         schedstat(seen.thread, vcpu);
         let Some(Ok(counters)) = seen.counters.as_ref().map(|counters| counters.read()) else { continue };
-        vcpu.kvm_exits = counters.iter().find(|(name, _)| name == "exits").map(|(_, count)| *count);
+        vcpu.kvm_exits =
+            counters.iter().find(|(name, count)| name == "exits" && *count > 0).map(|(_, count)| *count);
         for (name, count) in counters.into_iter().filter(|(name, _)| COUNTERS.contains(&name.as_str())) {
             let sum = sums.entry(name).or_default();
             *sum = sum.saturating_add(count);
