@@ -16,7 +16,7 @@
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
-//! | [`trace`] | records in files, told as sentences: hardware reasons, symbols, code, statistics; exits inside KVM joined in |
+//! | [`trace`] | records in files, told as sentences: hardware reasons, symbols, code, statistics; exits inside KVM joined in; what a running machine does, added up |
 //! | [`lab`] | lessons: tiny guests, and what their exits were here |
 //! | [`api`], [`sandbox`] | names and control sockets; processes kept apart without a VM |
 //! | [`mod@bench`], [`cli`] | what is compared, and with whom; one file per command |

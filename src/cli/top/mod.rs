@@ -25,8 +25,8 @@ guest      the vCPU thread's other time on a processor (schedstat): the guest's
            code, and KVM's work for it
 wait       the thread was ready to run, and the host had no processor for it
 idle       the rest: asleep in KVM after HLT, or parked by a pause
-kicks/s    turns of a device's worker at a queue; kicks that come together are one
-bytes/s    by ports and registers; what goes through queues is not counted
+kicks      turns of a device's worker at a queue; kicks that come together are one
+bytes      by ports and registers; what goes through queues is not counted
 time       share of one processor that answering took
 place      the guest's function where exits came from, or the address
 KVM/s      KVM's own counters (KVM_GET_STATS_FD), all vCPUs together";
@@ -192,7 +192,7 @@ fn ended(error: Error) -> Result<Code, Failure> {
 /// What a state means for the numbers.
 fn remark(state: State) -> &'static str {
     match state {
-        State::Paused => "parked: nothing happens until vmm resume",
+        State::Paused => "vmm resume lets it go on",
         State::Starting => "being built",
         State::Running | State::Stopping => "",
     }

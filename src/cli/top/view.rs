@@ -68,7 +68,7 @@ fn numbers(look: &Look, settings: &Settings, area: Rect, buffer: &mut Buffer) {
     self::title(look, settings).render(title, buffer);
     self::totals(&rates).render(totals, buffer);
     self::vcpus(&rates.vcpus, vcpus, cpus, buffer);
-    let columns = Layout::horizontal([Constraint::Fill(38), Constraint::Length(1), Constraint::Fill(41)]);
+    let columns = Layout::horizontal([Constraint::Fill(37), Constraint::Length(1), Constraint::Fill(42)]);
     let [left, _, right] = columns.areas(upper);
     reasons(&rates.reasons, left, buffer);
     devices(&rates.devices, right, buffer);
@@ -142,9 +142,9 @@ fn vcpus(all: &[VcpuRates], shown: usize, area: Rect, buffer: &mut Buffer) {
         })
         .collect();
     if all.len() > shown {
-        rows.push(Row::new([format!("+{} idler", all.len() - shown)]));
+        rows.push(Row::new([format!("+{} more", all.len() - shown)]));
     }
-    let widths = [8, 8, 8, 6, 8, 6, 6, BAR as u16].map(Constraint::Length);
+    let widths = [9, 7, 8, 6, 7, 6, 6, BAR as u16].map(Constraint::Length);
     let mut header: Vec<_> =
         ["exits/s", "all/s", "guest", "monitor", "wait", "idle"].into_iter().map(right).collect();
     header.insert(0, Cell::from("vCPU"));
@@ -169,25 +169,31 @@ fn bar(vcpu: &VcpuRates) -> Line<'static> {
 }
 
 fn reasons(rows: &[rates::Row], area: Rect, buffer: &mut Buffer) {
-    let rows = rows.iter().map(|row| {
-        let name = match &row.hardware {
-            Some(hardware) => format!("{} ({hardware})", row.name),
-            None => row.name.clone(),
-        };
+    // "AMD-V 0x7b IOIO": the architecture once, in the header.
+    let split = |row: &rates::Row| {
+        row.hardware.as_deref()?.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned()))
+    };
+    let architecture = rows.iter().find_map(split).map(|(architecture, _)| format!(" ({architecture})"));
+    let lines = rows.iter().map(|row| {
+        let name =
+            split(row).map_or_else(|| row.name.clone(), |(_, reason)| format!("{} ({reason})", row.name));
         [Cell::from(name), right(number(row.rate)), right(share(Some(row.monitor)))]
     });
-    let widths = [Constraint::Fill(1), Constraint::Length(7), Constraint::Length(5)];
-    table(["reason", "exits/s", "time"], rows.map(Row::new).collect(), &widths, area, buffer);
+    let header = [&format!("reason{}", architecture.unwrap_or_default()), "exits/s", "time"];
+    table(header, lines.map(Row::new).collect(), &SMALL, area, buffer);
 }
+
+/// Columns of the tables on the left.
+const SMALL: [Constraint; 3] = [Constraint::Fill(1), Constraint::Length(7), Constraint::Length(4)];
 
 fn devices(rows: &[DeviceRates], area: Rect, buffer: &mut Buffer) {
     let rows = rows.iter().map(|row| {
         let numbers = [row.exits, row.kicks, row.interrupts, row.bytes].map(number).map(right);
         [Cell::from(row.name.clone())].into_iter().chain(numbers)
     });
-    let number = Constraint::Length(7);
-    let widths = [Constraint::Fill(1), number, number, Constraint::Length(6), number];
-    let header = ["device", "exits/s", "kicks/s", "irqs/s", "bytes/s"];
+    let number = Constraint::Length(6);
+    let widths = [Constraint::Fill(1), number, number, number, number];
+    let header = ["device (per s)", "exits", "kicks", "irqs", "bytes"];
     table(header, rows.map(Row::new).collect(), &widths, area, buffer);
 }
 
@@ -204,8 +210,7 @@ fn places(rows: &[rates::Row], symbols: &str, area: Rect, buffer: &mut Buffer) {
         lines.truncate(room);
         lines.push(Row::new([symbols.to_owned()]).dark_gray());
     }
-    let widths = [Constraint::Fill(1), Constraint::Length(7), Constraint::Length(5)];
-    table(["place", "exits/s", "time"], lines, &widths, area, buffer);
+    table(["place", "exits/s", "time"], lines, &SMALL, area, buffer);
 }
 
 fn kvm(rates: &Rates, area: Rect, buffer: &mut Buffer) {
@@ -274,5 +279,92 @@ fn share(value: Option<f64>) -> String {
         None => "-".to_owned(),
         Some(value) if value > 0.0 && value < 0.005 => "<1%".to_owned(),
         Some(value) => format!("{:.0}%", value * 100.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{State, Status};
+    use crate::trace::live::rates::VcpuRates;
+
+    fn look(vcpus: usize) -> Look {
+        let vcpu = |n: usize| VcpuRates {
+            name: format!("vcpu{n}"),
+            exits: 1e5,
+            kvm_exits: Some(2e9),
+            monitor: 0.25,
+            guest: Some(0.5),
+            waiting: Some(0.0),
+            idle: Some(if n == 33 { 0.0 } else { 0.25 }),
+        };
+        let row = |name: &str| rates::Row {
+            name: name.to_owned(),
+            hardware: Some("AMD-V 0x7b IOIO".to_owned()),
+            count: 7,
+            rate: 7.0,
+            monitor: 0.001,
+        };
+        let device =
+            |n| DeviceRates { name: format!("virtio-blk{n}"), exits: 12.0, ..DeviceRates::default() };
+        let rates = Rates {
+            seconds: 1.0,
+            exits: 1e5,
+            kvm_exits: None,
+            lost: 3,
+            vcpus: (0..vcpus).map(vcpu).collect(),
+            reasons: (0..9).map(|_| row("out")).collect(),
+            devices: (0..20).map(device).collect(),
+            places: ["a_function", "another", "0x1234"].map(row).to_vec(),
+            kvm: [("exits".to_owned(), 1e5)].into(),
+        };
+        let status = Status {
+            name: "web".to_owned(),
+            pid: 1,
+            state: State::Paused,
+            uptime_seconds: 61.0,
+            cpus: vcpus as u32,
+            memory_bytes: 64 << 20,
+            kernel: None,
+            ptys: Vec::new(),
+        };
+        Look { status, recorded: true, viewers: 2, symbols: "no symbols".to_owned(), rates }
+    }
+
+    #[test]
+    fn what_is_shown_fits_80_by_24() {
+        let told = text(&look(1));
+        let lines: Vec<_> = told.lines().collect();
+        assert_eq!(lines.len(), 23);
+        assert!(lines[0].contains("web  paused  up 1m01s  1 vCPUs  64M"), "{told}");
+        assert!(
+            lines[1].contains("100k to the monitor") && lines[1].contains("? in all; 3 events lost"),
+            "{told}"
+        );
+        assert!(
+            lines[3]
+                .starts_with("vcpu0        100k     2.0G    50%     25%     0%    25% ████████████▓▓▓▓▓▓")
+        );
+        for words in ["reason (AMD-V)", "out (0x7b IOIO)", "virtio-blk0", "a_function", "<1%"] {
+            assert!(told.contains(words), "no {words} in\n{told}");
+        }
+    }
+
+    #[test]
+    fn of_many_vcpus_the_busiest_are_shown() {
+        let told = text(&look(254));
+        assert!(told.contains("vcpu33 ") && told.contains("+248 more"), "{told}");
+        assert!(told.contains("place"), "there is room for the rest:\n{told}");
+    }
+
+    #[test]
+    fn every_size_of_screen_can_be_drawn_on() {
+        let settings = Settings { help: true, paused: true, order: Order::Time };
+        for (width, height) in [(1, 1), (3, 40), (79, 2), (80, 24), (20, 5), (400, 120)] {
+            let area = Rect::new(0, 0, width, height);
+            for look in [None, Some(&look(0)), Some(&look(9))] {
+                render(look, &settings, area, &mut Buffer::empty(area));
+            }
+        }
     }
 }
