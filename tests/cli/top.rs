@@ -128,6 +128,23 @@ fn it_counts_what_the_guest_does() {
 }
 
 #[test]
+fn a_vcpu_that_sleeps_in_kvm_is_idle() {
+    if !has_kvm("a_vcpu_that_sleeps_in_kvm_is_idle") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    let guest = Guest::start(&place, "--kernel halt --cpus 2");
+    // Neither ever comes out by itself, so both have to be called to be known at all.
+    let look = guest.look("--interval 300ms");
+    for name in ["vcpu0", "vcpu1"] {
+        let vcpu = row(&look["vcpus"], name);
+        assert!(vcpu["idle"].as_f64().unwrap() > 0.9, "{look:#}");
+    }
+    assert!(look["exits"].as_f64().unwrap() < 20.0, "{look:#}");
+}
+
+#[test]
 fn who_leaves_leaves_nothing_on() {
     if !has_kvm("who_leaves_leaves_nothing_on") {
         return;
@@ -264,6 +281,8 @@ fn what_cannot_be_looked_at_is_told() {
     refused(&place, "top --once", HOST, &["no virtual machine is running"]);
     refused(&place, "top nobody --once", HOST, &["nobody"]);
     refused(&place, "top web", BAD_ARGUMENT, &["terminal"]);
+    refused(&place, "trace --live web", BAD_ARGUMENT, &["terminal"]);
+    refused(&place, "trace --live web -- --kernel busy", BAD_ARGUMENT, &["--live", "cannot be used"]);
     refused(&place, "top web --once --interval 5ms", BAD_ARGUMENT, &["100ms"]);
     refused(&place, "top web --once --symbols missing", BAD_ARGUMENT, &["missing"]);
     if !has_kvm("what_cannot_be_looked_at_is_told") {
