@@ -17,6 +17,7 @@
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
 //! | [`trace`] | records in files, told as sentences: hardware reasons, symbols, code, statistics; exits inside KVM joined in |
+//! | [`debug`] | a guest from outside: single steps told on lines, a stub for gdb |
 //! | [`api`], [`sandbox`] | names and control sockets; processes kept apart without a VM |
 //! | [`mod@bench`], [`cli`] | what is compared, and with whom; one file per command |
 //!
@@ -31,7 +32,7 @@
 //! 4 legacy virtio        never kvm, machine, or another family of devices
 //! 5 boot vcpu
 //! 6 machine
-//! 8 api sandbox trace
+//! 8 api debug sandbox trace
 //! 9 bench cli main
 //! ```
 //!
@@ -56,6 +57,7 @@ pub mod bus;
 pub mod chardev;
 pub mod cli;
 pub mod config;
+pub mod debug;
 pub mod disk;
 pub mod event_loop;
 pub mod guest_log;

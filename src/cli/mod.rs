@@ -13,6 +13,7 @@ mod options;
 mod plan;
 mod run;
 mod scratch;
+mod step;
 mod trace;
 
 use std::ffi::OsString;

@@ -17,20 +17,41 @@ use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty};
 use crate::bus::Bus;
 use crate::config::{OnReboot, VmConfig};
+use crate::debug::Debugger;
 use crate::machine::{self, Ends, Handle, Outcome};
 use crate::recorder::Recorder;
 use crate::trace::file::{Header, Range, Recording};
 
+/// What the options say beside the machine.
+pub struct Around {
+    stop_timeout: Duration,
+    trace: Option<PathBuf>,
+}
+
+impl Around {
+    /// Of these.
+    pub fn of(options: &Options) -> Self {
+        Self { stop_timeout: Duration::from_secs(options.stop_timeout), trace: options.trace.clone() }
+    }
+}
+
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {
-    let stop_timeout = Duration::from_secs(options.stop_timeout);
-    let dry_run = options.dry_run;
-    let trace = options.trace.clone();
+    let (around, dry_run) = (Around::of(&options), options.dry_run);
     let config = options.resolve()?;
     if dry_run {
         print(&plan(config)?)?;
         return Ok(Code::Success);
     }
+    live(config, around, None)
+}
+
+/// Runs what `config` describes, under `debugger` if there is one.
+pub fn live(
+    config: VmConfig,
+    Around { stop_timeout, trace }: Around,
+    debugger: Option<&mut dyn Debugger>,
+) -> Result<Code, Failure> {
     // Before anything that a signal would have to undo.
     let signals = Signals::take().map_err(api::Error::Thread)?;
     let entry = Registry::of_user().register(config.name.as_deref())?;
@@ -50,56 +71,73 @@ pub fn run(options: Options) -> Result<Code, Failure> {
         }
     };
     let mut ends = Ends::default();
-    let end = live(&config, &mut ends, &running, trace.as_deref(), &mut serve);
+    let mut watched = Watched { config: &config, trace: trace.as_deref(), debugger };
+    let end = watched.run(&mut ends, &running, &mut serve);
     // Why there is no server says more than that the machine was killed for want of it.
     server.transpose()?;
     end
 }
 
-/// Runs the machine, and again after each reboot if that is wanted, recording it to `trace` if that is. Calls `serve`
-/// whenever it has begun to run.
-fn live(
-    config: &VmConfig,
-    ends: &mut Ends,
-    running: &Running,
-    trace: Option<&Path>,
-    serve: &mut dyn FnMut(),
-) -> Result<Code, Failure> {
-    let mut first = true;
-    let recorder = Arc::<Recorder>::default();
-    // Ends with the last of the machines.
-    let mut recording = None;
-    loop {
-        let machine = machine::build(config, ends, &recorder)?;
-        let ptys = ptys(ends);
-        if first {
-            for pty in &ptys {
-                // Not a log line: without it the pseudo-terminal cannot be found.
-                let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
+/// A machine with those who look at its run.
+struct Watched<'a, 'd> {
+    config: &'a VmConfig,
+    trace: Option<&'a Path>,
+    debugger: Option<&'a mut (dyn Debugger + 'd)>,
+}
+
+impl Watched<'_, '_> {
+    /// Runs the machine, and again after each reboot if that is wanted. Calls `serve` whenever it has begun to run.
+    fn run(&mut self, ends: &mut Ends, running: &Running, serve: &mut dyn FnMut()) -> Result<Code, Failure> {
+        let mut first = true;
+        let recorder = Arc::<Recorder>::default();
+        // Ends with the last of the machines.
+        let mut recording = None;
+        loop {
+            let machine = machine::build(self.config, ends, &recorder)?;
+            let ptys = ptys(ends);
+            if first {
+                for pty in &ptys {
+                    // Not a log line: without it the pseudo-terminal cannot be found.
+                    let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
+                }
             }
+            if let (true, Some(path)) = (first, self.trace) {
+                let header = header(self.config, &machine.handle());
+                recording = Some(Recording::start(path, header, recorder.clone(), machine.counters())?);
+            }
+            first = false;
+            if let Some(debugger) = &mut self.debugger {
+                debugger.attach(&machine)?;
+            }
+            running.built(machine.handle(), ptys);
+            let outcome = machine.run(&mut *serve);
+            let stopped = running.ended();
+            let again =
+                matches!(outcome, Ok(Outcome::Reset)) && self.config.on_reboot == OnReboot::Reset && !stopped;
+            let end = outcome.map_err(Failure::from).and_then(code);
+            if let Some(debugger) = &mut self.debugger {
+                let code = end.as_ref().map_or_else(|failure| failure.code, |code| *code);
+                debugger.ended((!again).then(|| code.number()));
+            }
+            if again {
+                log::info!("the guest rebooted: starting it again");
+                continue;
+            }
+            if let Some(recording) = recording.take() {
+                recording.finish()?;
+            }
+            return end;
         }
-        if let (true, Some(path)) = (first, trace) {
-            let header = header(config, &machine.handle());
-            recording = Some(Recording::start(path, header, recorder.clone(), machine.counters())?);
-        }
-        first = false;
-        running.built(machine.handle(), ptys);
-        let outcome = machine.run(&mut *serve);
-        let stopped = running.ended();
-        if matches!(outcome, Ok(Outcome::Reset)) && config.on_reboot == OnReboot::Reset && !stopped {
-            log::info!("the guest rebooted: starting it again");
-            continue;
-        }
-        if let Some(recording) = recording.take() {
-            recording.finish()?;
-        }
-        match outcome? {
-            Outcome::Shutdown | Outcome::Reset => return Ok(Code::Success),
-            Outcome::Exit(code) => return Ok(Code::Guest(code)),
-            Outcome::Killed => return Ok(Code::Killed),
-            Outcome::Crash(report) => return Err(Failure::new(Code::GuestCrash, anyhow!(report))),
-            Outcome::InternalError(report) => return Err(Failure::new(Code::Internal, anyhow!(report))),
-        }
+    }
+}
+
+fn code(outcome: Outcome) -> Result<Code, Failure> {
+    match outcome {
+        Outcome::Shutdown | Outcome::Reset => Ok(Code::Success),
+        Outcome::Exit(code) => Ok(Code::Guest(code)),
+        Outcome::Killed => Ok(Code::Killed),
+        Outcome::Crash(report) => Err(Failure::new(Code::GuestCrash, anyhow!(report))),
+        Outcome::InternalError(report) => Err(Failure::new(Code::Internal, anyhow!(report))),
     }
 }
 

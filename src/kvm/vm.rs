@@ -18,7 +18,7 @@ use crate::vm::{Interrupt, IoEventAddress};
 /// A virtual machine in the kernel.
 #[derive(Debug)]
 pub struct Vm {
-    fd: VmFd,
+    pub(super) fd: VmFd,
     supported: kvm_bindings::CpuId,
     tsc_deadline: bool,
     sync_registers: bool,

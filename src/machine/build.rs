@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Instant;
 
@@ -89,6 +89,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
             gate: Gate::new(vcpus.len()),
             ram: memory.ram().clone(),
             recorder: recorder.clone(),
+            debugger: OnceLock::new(),
         }),
         threads: Mutex::default(),
         devices: board.devices,
@@ -105,7 +106,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
             Escape::PowerButton => handle.power_button(),
         }
     });
-    Ok(Machine { shared, vcpus, events: ended, _vm: vm })
+    Ok(Machine { shared, vcpus, events: ended, vm })
 }
 
 /// Whether the files are so small that reading them takes less than starting a thread for it: test guests, unikernels.
