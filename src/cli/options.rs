@@ -12,6 +12,7 @@ use serde::de::value::Error as ValueError;
 
 use super::exit::{Code, Failure};
 use crate::config::{BootProtocol, Console, Cpus, Disk, Memory, OnReboot, Port, VmConfig, Where};
+use crate::debug::gdb::Place;
 
 /// The largest configuration file that is read.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -70,6 +71,9 @@ pub struct Options {
     /// Record every exit in a file, for vmm trace report
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+    /// Wait for gdb before the first instruction, at unix:PATH or tcp:[HOST:]PORT
+    #[arg(long, value_name = "WHERE")]
+    pub gdb: Option<Place>,
     /// Seconds from a stop (SIGTERM, SIGINT, vmm stop) until the guest is stopped hard
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,

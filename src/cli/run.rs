@@ -18,6 +18,7 @@ use crate::api::{self, Control, Pty};
 use crate::bus::Bus;
 use crate::config::{OnReboot, VmConfig};
 use crate::debug::Debugger;
+use crate::debug::gdb;
 use crate::machine::{self, Ends, Handle, Outcome};
 use crate::recorder::Recorder;
 use crate::trace::file::{Header, Range, Recording};
@@ -38,12 +39,19 @@ impl Around {
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {
     let (around, dry_run) = (Around::of(&options), options.dry_run);
+    let gdb = options.gdb.clone();
     let config = options.resolve()?;
     if dry_run {
         print(&plan(config)?)?;
         return Ok(Code::Success);
     }
-    live(config, around, None)
+    match gdb {
+        Some(place) => {
+            let mut server = gdb::Server::listen(&place, config.kernel.as_deref())?;
+            live(config, around, Some(&mut server))
+        }
+        None => live(config, around, None),
+    }
 }
 
 /// Runs what `config` describes, under `debugger` if there is one.
@@ -174,5 +182,12 @@ impl From<machine::Error> for Failure {
         let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
         let hint = error.hint().map(|hint| hint.into_owned());
         Self::new(code, error).hint(hint)
+    }
+}
+
+impl From<gdb::Error> for Failure {
+    fn from(error: gdb::Error) -> Self {
+        let hint = error.hint();
+        Self::new(Code::Host, error).hint(hint)
     }
 }

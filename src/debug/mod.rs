@@ -2,6 +2,7 @@
 //!
 //! `cli` makes a [`Debugger`] and shows it every machine of a run. What stops and resumes vCPUs is [`machine::Debug`].
 
+pub mod gdb;
 pub mod step;
 mod view;
 

@@ -15,7 +15,7 @@ const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_VM: u64 = 1 << 17;
 
 /// RFLAGS, CR0, CR4 and EFER by bit (SDM vol. 3, 2.3, 2.5 and 2.2.1; vol. 1, 3.4.3).
-const FLAGS: [(u32, &str); 12] = [
+pub const FLAGS: [(u32, &str); 12] = [
     (0, "CF"),
     (2, "PF"),
     (4, "AF"),
@@ -29,7 +29,7 @@ const FLAGS: [(u32, &str); 12] = [
     (18, "AC"),
     (21, "ID"),
 ];
-const CR0: [(u32, &str); 11] = [
+pub const CR0: [(u32, &str); 11] = [
     (0, "PE"),
     (1, "MP"),
     (2, "EM"),
@@ -42,7 +42,7 @@ const CR0: [(u32, &str); 11] = [
     (30, "CD"),
     (31, "PG"),
 ];
-const CR4: [(u32, &str); 20] = [
+pub const CR4: [(u32, &str); 20] = [
     (0, "VME"),
     (1, "PVI"),
     (2, "TSD"),
@@ -64,7 +64,7 @@ const CR4: [(u32, &str); 20] = [
     (21, "SMAP"),
     (22, "PKE"),
 ];
-const EFER: [(u32, &str); 5] = [(0, "SCE"), (8, "LME"), (10, "LMA"), (11, "NXE"), (12, "SVME")];
+pub const EFER: [(u32, &str); 5] = [(0, "SCE"), (8, "LME"), (10, "LMA"), (11, "NXE"), (12, "SVME")];
 
 /// How a vCPU reads its instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -131,7 +131,10 @@ fn run(vcpu: &mut Vcpu, shared: &Shared) -> Option<Result<End, Error>> {
                 }
                 next = Next::Again;
             }
-            Next::End(end) => return Some(Ok(end)),
+            Next::End(end) => match breakpoint(vcpu, shared, end) {
+                Some(trap) => next = Next::Trap(trap),
+                None => return Some(Ok(end)),
+            },
         }
         if next != Next::Again {
             continue;
@@ -157,6 +160,24 @@ fn stop(vcpu: &Vcpu, shared: &Shared, trap: Trap) -> Result<(), End> {
     shared.gate.hold(vcpu.id() as usize);
     (listener.0)(Stop { vcpu: vcpu.id(), trap });
     Ok(())
+}
+
+/// Whether what looks like the end is INT3 under a debugger: a KVM without hardware virtualization, which emulates every
+/// instruction, has no emulation of it.
+fn breakpoint(vcpu: &Vcpu, shared: &Shared, end: End) -> Option<Trap> {
+    const INT3: u8 = 0xcc;
+    let End::Stuck(Stuck::InternalError { suberror: kvm_bindings::KVM_INTERNAL_ERROR_EMULATION, .. }) = end
+    else {
+        return None;
+    };
+    shared.debugger.get()?;
+    let pc = vcpu.sregs().ok()?.cs.base.wrapping_add(vcpu.regs().ok()?.rip);
+    let mut code = [0];
+    (linear::read(vcpu, &shared.ram, pc, &mut code) == 1 && code[0] == INT3).then_some(Trap {
+        exception: 3,
+        pc,
+        dr6: 0,
+    })
 }
 
 /// Passes the gate, at rest if it has to wait there.
