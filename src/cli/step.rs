@@ -36,6 +36,10 @@ pub fn step(options: &StepOptions, run: options::Options, symbols: Option<&Path>
     if run.dry_run {
         return run::run(run);
     }
+    if run.gdb.is_some() {
+        let what = anyhow!("--step and --gdb cannot both have the guest");
+        return Err(Failure::new(Code::BadArgument, what).hint(Some("leave one of them out")));
+    }
     let around = Around::of(&run);
     let config = run.resolve()?;
     let symbols = match symbols {

@@ -49,6 +49,12 @@ pub struct Vcpu {
 
 impl Vcpu {
     pub(super) fn new(fd: VcpuFd, id: u32, keeps_registers: bool) -> Self {
+        static HANDLER: Once = Once::new();
+        // Before there is a thread that could be kicked: without a handler the signal ends the process.
+        HANDLER.call_once(|| {
+            // Fails only for a signal number out of range.
+            let _ = signal::register_signal_handler(kick_signal(), on_kick);
+        });
         Self { fd, id, keeps_registers, steps: false }
     }
 
@@ -90,11 +96,6 @@ impl Vcpu {
 
     /// Makes this thread the one that runs the vCPU, and the one to [`kick`].
     pub fn bind(&mut self) {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(|| {
-            // Fails only for a signal number out of range.
-            let _ = signal::register_signal_handler(kick_signal(), on_kick);
-        });
         RUN.set(self.fd.get_kvm_run());
     }
 

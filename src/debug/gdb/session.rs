@@ -139,7 +139,10 @@ impl Session {
         loop {
             state = match state {
                 State::Idle(mut idle) => match self.news(idle.borrow_conn()) {
-                    News::Byte(byte) => idle.incoming_data(guest, byte)?,
+                    News::Byte(byte) => {
+                        guest.budget = Guest::BUDGET;
+                        idle.incoming_data(guest, byte)?
+                    }
                     News::Gone => return Ok(Left::Vanished),
                     News::Event(Event::Stopped(stop)) => {
                         guest.postpone(stop);
@@ -167,7 +170,8 @@ impl Session {
                         },
                         News::Event(Event::Machine(machine)) => {
                             guest.replace(machine);
-                            let signal = Signal::SIGTRAP;
+                            // Not SIGTRAP, which gdb would take for the end of the step that rebooted.
+                            let signal = Signal::SIGHUP;
                             running.report_stop(
                                 guest,
                                 MultiThreadStopReason::SignalWithThread { tid: thread(0), signal },
@@ -206,6 +210,7 @@ impl Session {
         if guest.debug.hold().is_err() {
             return false;
         }
+        guest.running = false;
         self.queue.extend(self.events.try_iter());
         for event in std::mem::take(&mut self.queue) {
             match event {
@@ -262,12 +267,13 @@ impl Session {
         if ready.first() == Some(&true) {
             let _ = rustix::io::read(&*self.wake, &mut [0; 8]);
         }
-        if line.is_some() && self.machine.is_some() && ready.get(1) == Some(&true) {
-            if self.door.accept().is_some() {
-                log::warn!("gdb: turned a second one away");
-            }
+        let readable = line.is_some() && ready.last() == Some(&true);
+        // Not while the first may just be leaving.
+        let another = line.is_some() && !readable && self.machine.is_some() && ready.get(1) == Some(&true);
+        if another && self.door.accept().is_some() {
+            log::warn!("gdb: turned a second one away");
         }
-        line.is_some() && ready.last() == Some(&true)
+        readable
     }
 }
 

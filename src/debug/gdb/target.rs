@@ -32,6 +32,12 @@ pub enum Error {
     /// KVM refused what gdb asked for.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+    /// It runs already.
+    #[error("asked to run, but runs")]
+    Runs,
+    /// Not a vCPU.
+    #[error("there is no thread {0}")]
+    NoThread(Tid),
 }
 
 /// DR6: single step (SDM vol. 3, 18.2.3).
@@ -61,6 +67,10 @@ pub struct Guest {
     pub pending: VecDeque<Stop>,
     /// gdb has let it run.
     pub resumed: bool,
+    /// It runs: nothing can be asked of its vCPUs, and a peer that does so all the same is told.
+    pub running: bool,
+    /// Bytes of memory that may still be read for the packet at hand.
+    pub budget: usize,
 }
 
 /// The thread that gdb knows vCPU `vcpu` by.
@@ -69,6 +79,9 @@ pub fn thread(vcpu: u32) -> Tid {
 }
 
 impl Guest {
+    /// gdb never asks for more memory at once; another peer shall not keep the thread busy for long.
+    pub const BUDGET: usize = 8192;
+
     /// The machine that `debug` holds.
     pub fn new(debug: Debug) -> Self {
         let actions = vec![None; debug.cpus() as usize];
@@ -80,6 +93,8 @@ impl Guest {
             current: 0,
             pending: VecDeque::new(),
             resumed: false,
+            running: false,
+            budget: Self::BUDGET,
         }
     }
 
@@ -88,6 +103,7 @@ impl Guest {
         self.breakpoints.forget_software();
         self.pending.clear();
         self.current = 0;
+        self.running = false;
         self.debug = debug;
     }
 
@@ -178,7 +194,7 @@ impl Guest {
         tid: Tid,
         errand: impl FnOnce(&mut Vcpu, &GuestRam) -> R + Send + 'static,
     ) -> TargetResult<R, Self> {
-        let vcpu = self.vcpu(tid).ok_or(TargetError::NonFatal)?;
+        let vcpu = self.vcpu(tid).filter(|_| !self.running).ok_or(TargetError::NonFatal)?;
         self.debug.with(vcpu, errand).map_err(|AlreadyEnded| TargetError::NonFatal)
     }
 }
@@ -215,6 +231,7 @@ impl MultiThreadBase for Guest {
 
     fn read_addrs(&mut self, start: u64, data: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {
         let len = data.len();
+        self.budget = self.budget.checked_sub(len).ok_or(TargetError::Errno(FAULT))?;
         let bytes = self.with(tid, move |vcpu, ram| {
             let mut bytes = vec![0; len];
             let count = linear::read(vcpu, ram, start, &mut bytes);
@@ -269,6 +286,9 @@ impl ThreadExtraInfo for Guest {
 
 impl MultiThreadResume for Guest {
     fn resume(&mut self) -> Result<(), Error> {
+        if self.running {
+            return Err(Error::Runs);
+        }
         self.resumed = true;
         let blocks = self.debug.blocks_interrupts;
         for vcpu in 0..self.debug.cpus() {
@@ -285,6 +305,7 @@ impl MultiThreadResume for Guest {
                 Err(AlreadyEnded) => return Ok(()),
             }
         }
+        self.running = true;
         if !self.pending.is_empty() {
             return Ok(());
         }
@@ -303,9 +324,8 @@ impl MultiThreadResume for Guest {
     }
 
     fn set_resume_action_continue(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), Error> {
-        if let Some(vcpu) = self.vcpu(tid) {
-            self.actions[vcpu as usize] = Some(Action::Continue);
-        }
+        let vcpu = self.vcpu(tid).ok_or(Error::NoThread(tid))?;
+        self.actions[vcpu as usize] = Some(Action::Continue);
         Ok(())
     }
 
@@ -320,9 +340,8 @@ impl MultiThreadResume for Guest {
 
 impl MultiThreadSingleStep for Guest {
     fn set_resume_action_step(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), Error> {
-        if let Some(vcpu) = self.vcpu(tid) {
-            self.actions[vcpu as usize] = Some(Action::Step);
-        }
+        let vcpu = self.vcpu(tid).ok_or(Error::NoThread(tid))?;
+        self.actions[vcpu as usize] = Some(Action::Step);
         Ok(())
     }
 }
