@@ -51,7 +51,8 @@ pub enum Seen {
 pub struct Steps {
     plan: Plan,
     symbols: Symbols,
-    thread: Option<(Sender<Event>, JoinHandle<(Walk, Seen)>)>,
+    events: Option<Sender<Event>>,
+    thread: Option<JoinHandle<(Walk, Seen)>>,
     /// What the last machine's steps came to.
     pub seen: Seen,
 }
@@ -64,7 +65,7 @@ enum Event {
 impl Steps {
     /// Steps as `plan` says, told on standard output with names of `symbols`.
     pub fn new(plan: Plan, symbols: Symbols) -> Self {
-        Self { plan, symbols, thread: None, seen: Seen::Ended }
+        Self { plan, symbols, events: None, thread: None, seen: Seen::Ended }
     }
 }
 
@@ -81,12 +82,13 @@ impl Debugger for Steps {
             (walk, seen)
         });
         let failed = |source| machine::Error::Host { what: "the thread that steps".to_owned(), source };
-        self.thread = Some((events, thread.map_err(failed)?));
+        self.thread = Some(thread.map_err(failed)?);
+        self.events = Some(events);
         Ok(())
     }
 
     fn ended(&mut self, _: Option<u8>) {
-        let Some((events, thread)) = self.thread.take() else { return };
+        let (Some(events), Some(thread)) = (self.events.take(), self.thread.take()) else { return };
         let _ = events.send(Event::Ended);
         // A panic there is a defect of ours, and goes on as one.
         let (walk, seen) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -14,8 +14,11 @@ const CR0_PE: u64 = 1;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_VM: u64 = 1 << 17;
 
+/// A bit's number and name.
+pub type Bit = (u32, &'static str);
+
 /// RFLAGS, CR0, CR4 and EFER by bit (SDM vol. 3, 2.3, 2.5 and 2.2.1; vol. 1, 3.4.3).
-pub const FLAGS: [(u32, &str); 12] = [
+pub const FLAGS: [Bit; 12] = [
     (0, "CF"),
     (2, "PF"),
     (4, "AF"),
@@ -29,7 +32,7 @@ pub const FLAGS: [(u32, &str); 12] = [
     (18, "AC"),
     (21, "ID"),
 ];
-pub const CR0: [(u32, &str); 11] = [
+pub const CR0: [Bit; 11] = [
     (0, "PE"),
     (1, "MP"),
     (2, "EM"),
@@ -42,7 +45,7 @@ pub const CR0: [(u32, &str); 11] = [
     (30, "CD"),
     (31, "PG"),
 ];
-pub const CR4: [(u32, &str); 20] = [
+pub const CR4: [Bit; 20] = [
     (0, "VME"),
     (1, "PVI"),
     (2, "TSD"),
@@ -64,7 +67,7 @@ pub const CR4: [(u32, &str); 20] = [
     (21, "SMAP"),
     (22, "PKE"),
 ];
-pub const EFER: [(u32, &str); 5] = [(0, "SCE"), (8, "LME"), (10, "LMA"), (11, "NXE"), (12, "SVME")];
+pub const EFER: [Bit; 5] = [(0, "SCE"), (8, "LME"), (10, "LMA"), (11, "NXE"), (12, "SVME")];
 
 /// How a vCPU reads its instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -211,7 +214,7 @@ impl View {
 }
 
 /// `+A-B`: the bits that were set and cleared, by name.
-fn named(old: u64, new: u64, names: &[(u32, &str)]) -> String {
+fn named(old: u64, new: u64, names: &[Bit]) -> String {
     let changed = names.iter().filter(|(bit, _)| (old ^ new) >> bit & 1 != 0);
     changed.map(|(bit, name)| format!("{}{name}", if new >> bit & 1 != 0 { '+' } else { '-' })).collect()
 }

@@ -1,6 +1,6 @@
 //! `--gdb`: gdb connects and has the guest's vCPUs as threads: breakpoints, steps, registers, memory.
 //!
-//! [`Server`] is the monitor's end of it: it shows each machine of a run to the [`session`] thread, which speaks gdb's remote
+//! [`Server`] is the monitor's end of it: it shows each machine of a run to the session thread, which speaks gdb's remote
 //! protocol through the gdbstub crate.
 
 mod breakpoints;

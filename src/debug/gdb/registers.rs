@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use gdbstub::arch::{self, Arch};
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
 
+use crate::debug::view;
 use crate::kvm::{Error, Vcpu};
 
 /// MSR: the base that SWAPGS puts in GS (SDM vol. 4, table 2-2).
@@ -210,9 +211,12 @@ impl arch::Registers for Registers {
     }
 }
 
+/// Names with blanks between, bits, type.
+type Described = (&'static str, u32, &'static str);
+
 /// Features by name, with the registers of each: name, bits, type. gdb knows the names of the first three (gdb's manual,
 /// G.5.16); the last is our own.
-const FEATURES: [(&str, &[(&str, u32, &str)]); 4] = [
+const FEATURES: [(&str, &[Described]); 4] = [
     (
         "org.gnu.gdb.i386.core",
         &[
@@ -253,11 +257,11 @@ const FEATURES: [(&str, &[(&str, u32, &str)]); 4] = [
 ];
 
 /// Bits by name, for registers of a type of that name; the feature and the size in bytes that they are for.
-const FLAGS: [(&str, &str, u32, &[(u32, &str)]); 4] = [
-    ("org.gnu.gdb.i386.core", "eflags", 4, &super::super::view::FLAGS),
-    ("vmm.system", "cr0", 8, &super::super::view::CR0),
-    ("vmm.system", "cr4", 8, &super::super::view::CR4),
-    ("vmm.system", "efer", 8, &super::super::view::EFER),
+const FLAGS: [(&str, &str, u32, &[view::Bit]); 4] = [
+    ("org.gnu.gdb.i386.core", "eflags", 4, &view::FLAGS),
+    ("vmm.system", "cr0", 8, &view::CR0),
+    ("vmm.system", "cr4", 8, &view::CR4),
+    ("vmm.system", "efer", 8, &view::EFER),
 ];
 
 /// Ways to look at 128 bits.
