@@ -129,36 +129,18 @@ fn control_c_stops_all_cpus() {
     let place = Place::new();
     place.file("counter", counter());
     let guest = Running::start(&place, "--kernel counter --cpus 2");
-    let child =
+    let mut child =
         gdb(&place, "gdb", &["continue", "info threads", "p $rax > 0", "thread 2", "p/x $rip", "kill"]);
-    let mut child = { child }.spawn().unwrap();
+    let child = child.spawn().expect("gdb is there: make tools");
     until("the guest's output", || fs::read(place.path("out")).is_ok_and(|out| out == b"x"));
     thread::sleep(Duration::from_millis(50));
     signal_child(&child, Signal::INT);
-    let said = said(finish_child(&mut child));
+    let said = said(finish(child));
     in_order(
         &said,
         &["received signal SIGINT", "vcpu0: runs", "vcpu1: waits to be started", "= 1", "= 0xfff0"],
     );
     assert_eq!(guest.finish().status.code(), Some(KILLED));
-}
-
-fn finish_child(child: &mut std::process::Child) -> std::process::Output {
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let read = |pipe: Option<Box<dyn std::io::Read + Send>>| {
-        thread::spawn(move || {
-            let mut bytes = Vec::new();
-            pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
-            bytes
-        })
-    };
-    let readers = [
-        read(stdout.map(|pipe| Box::new(pipe) as Box<dyn std::io::Read + Send>)),
-        read(stderr.map(|pipe| Box::new(pipe) as Box<dyn std::io::Read + Send>)),
-    ];
-    let status = child.wait().unwrap();
-    let [stdout, stderr] = readers.map(|reader| reader.join().unwrap());
-    std::process::Output { status, stdout, stderr }
 }
 
 #[test]
@@ -170,7 +152,8 @@ fn a_gdb_that_vanishes_leaves_the_guest_to_itself() {
     place.file("counter", counter());
     let mut guest = Running::start(&place, "--kernel counter");
     let again = format!("break *{LOOP:#x}");
-    let mut child = gdb(&place, "gdb", &[&again, "continue", "shell sleep 60"]).spawn().unwrap();
+    let mut child =
+        gdb(&place, "gdb", &[&again, "continue", "python import time; time.sleep(60)"]).spawn().unwrap();
     until("the guest's output", || fs::read(place.path("out")).is_ok_and(|out| out == b"x"));
     thread::sleep(Duration::from_millis(300));
     child.kill().unwrap();
