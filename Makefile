@@ -10,7 +10,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test bench bench-compare tools build clean-guests
+.PHONY: run test bench bench-ready bench-compare tools build compilers clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -24,11 +24,13 @@ run: build
 		$(RIG) -- $(STOCK) --cmdline 'console=hvc0 quiet vmm.run="$(SESSION)"' </dev/null; \
 	fi
 
-build:
+build: compilers
 	$(SAY) 'build vmm (release; a minute or two the first time)'
+	@cargo static --quiet --package vmm --package rig --package guest
+
+compilers:
 	@command -v cargo >/dev/null || { echo 'cargo is missing: install Rust 1.88 or later (https://rustup.rs)'; exit 1; }
 	@command -v cc >/dev/null || { echo 'cc is missing: installing gcc'; apt-get install -qq -y gcc libc6-dev; }
-	@cargo static --quiet --package vmm --package rig --package guest
 
 # What the tests call. The rig and the guest builder install what they need by themselves.
 TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium gdb:gdb
@@ -58,23 +60,33 @@ test: tools
 # What is quick is measured here; what boots Linux, where KVM does, with fewer samples if that is an emulated machine.
 OUT := target/bench
 RIVALS := crun:crun runc:runc bubblewrap:bwrap qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img
-bench: build
-	$(SAY) 'rivals from Debian: crun, runc, bwrap, QEMU'
-	@$(call install,$(RIVALS))
-	$(SAY) 'the guests: Debian stock kernel, tuned kernel (built once: 5 minutes or so)'
-	@$(BIN)/guest bundle --only stock --out $(GUESTS)
-	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
+HERE := $(VMM) bench
+THERE := $(RIG) --quiet --mem 6144 --timeout 1200 -- $(VMM) bench
+PARTS := boot-linux linux here exits memory
+bench: bench-ready
 	@mkdir -p $(OUT)
 	$(SAY) 'here'
-	@$(VMM) bench boot image exits scale --json $(OUT)/here.json >$(OUT)/here.txt
-	@$(VMM) bench memory --samples 3 --json $(OUT)/memory.json >$(OUT)/memory.txt
+	@$(HERE) boot scale --json $(OUT)/here.json >$(OUT)/here.txt
+	@$(HERE) exits --samples 6 --warm-up 1 --json $(OUT)/exits.json >$(OUT)/exits.txt
+	@$(HERE) memory image --samples 3 --json $(OUT)/memory.json >$(OUT)/memory.txt
 	$(SAY) 'where KVM boots Linux'
-	@$(RIG) --quiet --mem 6144 --timeout 1200 -- $(VMM) bench boot --samples 6 --warm-up 1 --json $(OUT)/boot-linux.json >$(OUT)/boot-linux.txt
-	@$(RIG) --quiet --mem 6144 --timeout 1200 -- $(VMM) bench memory cpu mem console --samples 3 --warm-up 1 \
-		--json $(OUT)/linux.json >$(OUT)/linux.txt
-	@$(VMM) bench $(foreach part,boot-linux linux here memory,--from $(OUT)/$(part).json) \
-		--json $(OUT)/bench.json --csv $(OUT)/bench.csv --html $(OUT)/bench.html
+	@$(THERE) boot --samples 6 --warm-up 0 --json $(OUT)/boot-linux.json >$(OUT)/boot-linux.txt
+	@$(THERE) memory cpu mem block console --samples 2 --warm-up 0 --instances 10 --json $(OUT)/linux.json >$(OUT)/linux.txt
+	@$(HERE) $(PARTS:%=--from $(OUT)/%.json) --json $(OUT)/bench.json --csv $(OUT)/bench.csv --html $(OUT)/bench.html
 	@echo 'with every sample drawn: $(OUT)/bench.html'
+
+# On a fresh machine each of these takes minutes, and none keeps two CPUs busy all the time: the tuned kernel is compiled while
+# vmm is. (It comes after the packages, since it installs some itself, and apt has a lock.)
+bench-ready: compilers
+	$(SAY) 'rivals from Debian: crun, runc, bwrap, QEMU'
+	@$(call install,$(RIVALS))
+	$(SAY) 'vmm (release), and the tuned guest kernel (built once: 5 minutes or so)'
+	@cargo static --quiet --package guest
+	@$(BIN)/guest kernel tuned >/dev/null & kernel=$$!; \
+		cargo static --quiet --package vmm --package rig --package guest; built=$$?; wait $$kernel && exit $$built
+	$(SAY) 'the guests: Debian stock kernel, tuned kernel, initramfs'
+	@$(BIN)/guest bundle --only stock --out $(GUESTS)
+	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
 
 # Work done by one start on the rig's repeatable clock, held against what it was when the baseline was last renewed.
 BASELINE := tests/bench/baseline.json

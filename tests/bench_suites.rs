@@ -17,6 +17,7 @@ fn measure(name: Name, quick: bool) -> Result<Suite, String> {
         bzimage: None,
         stock: None,
         scratch: scratch.path().to_owned(),
+        instances: 10,
         repeatable_clock: quick,
     };
     let plan = Plan { samples: 2, warm_up: 0, seed: 7 };

@@ -73,7 +73,7 @@ enum Command {
     /// Show every exit of a virtual machine as a sentence: what the guest did, who answered, what it cost
     Trace(Box<trace::Options>),
     /// Measure virtual machines against containers and other monitors
-    Bench(bench::Options),
+    Bench(Box<bench::Options>),
     /// Do the work that is measured
     #[command(hide = true)]
     BenchWork(bench_work::Options),
@@ -101,7 +101,7 @@ pub fn main() -> ExitCode {
     let result = match command {
         Command::Run(options) => run::run(*options),
         Command::Trace(options) => trace::trace(*options),
-        Command::Bench(options) => bench::bench(options),
+        Command::Bench(options) => bench::bench(*options),
         Command::BenchWork(options) => bench_work::bench_work(options),
         Command::List(options) => list::list(options),
         Command::Status(options) => control::status(options),

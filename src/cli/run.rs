@@ -101,7 +101,7 @@ impl Watched<'_, '_> {
         // Ends with the last of the machines.
         let mut recording = None;
         loop {
-            let machine = machine::build(self.config, ends, &recorder)?;
+            let mut machine = machine::build(self.config, ends, &recorder)?;
             let ptys = ptys(ends);
             if first {
                 for pty in &ptys {
@@ -134,6 +134,7 @@ impl Watched<'_, '_> {
             if let Some(recording) = recording.take() {
                 recording.finish()?;
             }
+            machine.leave();
             return end;
         }
     }

@@ -5,6 +5,7 @@
 pub mod cpuid;
 pub mod debug;
 pub mod exit;
+mod linger;
 pub mod regs;
 mod stats;
 mod vcpu;

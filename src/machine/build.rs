@@ -106,7 +106,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
             Escape::PowerButton => handle.power_button(),
         }
     });
-    Ok(Machine { shared, vcpus, events: ended, vm })
+    Ok(Machine { shared, vcpus, events: ended, built: start, vm })
 }
 
 /// Whether the files are so small that reading them takes less than starting a thread for it: test guests, unikernels.

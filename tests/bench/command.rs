@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -83,6 +84,42 @@ fn help_and_list_tell_what_there_is() {
     let list = text(&place.vmm("bench --list").stdout);
     let suites: Vec<_> = list.lines().filter_map(|line| line.split_once(' ')).map(|(name, _)| name).collect();
     assert_eq!(suites, ["boot", "memory", "image", "exits", "cpu", "mem", "block", "console", "scale"]);
+}
+
+#[test]
+fn idle_instances_are_weighed_alone_and_in_numbers() {
+    let place = Place::new();
+    // Without the rivals that may be installed here.
+    let mut command = place.command("bench memory --samples 2 --instances 10 --json -");
+    let run = result(&command.env("PATH", "").output().unwrap().stdout);
+    let figures = run["suites"][0]["figures"].as_array().unwrap();
+    let samples = |name: &str, who: &str| -> Vec<f64> {
+        let figure = figures.iter().find(|figure| figure["name"] == name);
+        let series = figure.and_then(|figure| figure["series"].as_array()).into_iter().flatten();
+        let own =
+            series.filter(|series| series["who"] == who).flat_map(|series| series["samples"].as_array());
+        own.flatten().filter_map(Value::as_f64).collect()
+    };
+    let mut those = vec!["fork + exec"];
+    let bare = "vmm, no Linux: 5 instructions";
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("SKIP: idle VMs: this machine lacks /dev/kvm");
+    } else if run["suites"][0]["contenders"].to_string().contains(bare) {
+        those.push(bare);
+    } else {
+        eprintln!("SKIP: idle VMs: this KVM runs Linux, and there is no kernel at hand");
+    }
+    for who in those {
+        let (one, ten) =
+            (samples("processes: PSS, each of 1", who), samples("processes: PSS, each of 10", who));
+        assert_eq!((one.len(), ten.len()), (2, 1), "{who}: {run:#}");
+        // What they share counts once.
+        assert!(ten[0] > 0.0 && ten[0] < one[0], "{who}: {one:?} {ten:?}");
+        let guest = samples("guest RAM resident, each of 10", who)[0];
+        assert_eq!(guest > 0.0, who != "fork + exec", "{who}: {guest}");
+    }
+    let names = || figures.iter().filter_map(|figure| figure["name"].as_str());
+    assert!(names().all(|name| !name.ends_with("of 50")), "{:?}", names().collect::<Vec<_>>());
 }
 
 #[test]
@@ -216,9 +253,12 @@ fn another_machine_measures_what_this_one_cannot() {
     assert_eq!(*method, format!("Measured by: {machine} quiet -- vmm bench boot --samples 8"));
     assert!(stderr.contains(&format!("console (1 of 1) through {machine} quiet --")), "{stderr}");
     let arguments = fs::read_to_string(place.path("arguments")).unwrap();
-    for words in
-        ["quiet -- /", " bench console --json /", " --samples 2 --warm-up 0 --with crun=/", " --guests /"]
-    {
+    for words in [
+        "quiet -- /",
+        " bench console --json /",
+        " --samples 2 --warm-up 0 --instances 100 --with crun=/",
+        " --guests /",
+    ] {
         assert!(arguments.contains(words), "{words}: {arguments}");
     }
 }

@@ -7,18 +7,16 @@ use std::time::Duration;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use super::command::{found, prepare, shown, version, words};
+use super::command::{found, prepare, words};
+use super::container::{Container, Maker, remove};
 use super::program::{INIT, Root, WAIT};
-use super::{Found, Life, Rival, Setting};
-use crate::bench::measure::Absent;
+use super::{Found, Life, Setting};
 
-/// The name of the image, and the prefix of what is named beside it.
+/// The name of the image.
 const IMAGE: &str = "vmm-bench";
 
 /// An engine, its image in place.
 struct Engine {
-    name: &'static str,
-    program: PathBuf,
     /// Before the word `run`.
     options: Vec<String>,
     /// Between `run` and the image.
@@ -32,7 +30,6 @@ struct Engine {
     undo: Option<Vec<String>>,
     /// A file system of its own.
     mounted: Option<PathBuf>,
-    count: usize,
 }
 
 /// podman, with a store of its own in memory, which also works where the scratch folder is on a file system that overlays
@@ -46,8 +43,7 @@ pub fn podman(setting: &Setting, root: &Root) -> Found {
     options.extend(words(["--cgroup-manager", "cgroupfs", "--events-backend", "none"]));
     let mut run = words(["--rm", "--network", "none", "--cgroups", "disabled", "--log-driver", "none"]);
     run.extend(words(["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=20000:20000"]));
-    let engine = Engine::new("podman", program, options, run);
-    let make = |engine: &mut Engine| {
+    Container::made("podman", program, Engine::new(options, run), |engine, program| {
         there?;
         fs::create_dir_all(&store).map_err(|error| format!("make {}: {error}", store.display()))?;
         if rustix::process::geteuid().is_root() {
@@ -55,101 +51,72 @@ pub fn podman(setting: &Setting, root: &Root) -> Found {
                 .map_err(|error| format!("mount a tmpfs on {}: {error}", store.display()))?;
             engine.mounted = Some(store.clone());
         }
-        engine.import(root, &words(["import", "--quiet", "-", IMAGE]))?;
+        engine.import(program, root, &words(["import", "--quiet", "-", IMAGE]))?;
         engine.tidy = Some(words(["rm", "--all", "--force"]));
         Ok(())
-    };
-    engine.made(make)
+    })
 }
 
 /// docker, if its daemon answers.
 pub fn docker(setting: &Setting, root: &Root) -> Found {
     let (program, there) = found(setting, "docker");
     let run = words(["--rm", "--network", "none", "--log-driver", "none", "--read-only"]);
-    let engine = Engine::new("docker", program, Vec::new(), run);
-    engine.made(|engine| {
+    Container::made("docker", program, Engine::new(Vec::new(), run), |engine, program| {
         there?;
-        engine.answers(&["version", "--format", "{{.Server.Version}}"])?;
+        answers(program, &["version", "--format", "{{.Server.Version}}"])?;
         engine.undo = Some(words(["rmi", "--force", IMAGE]));
-        engine.import(root, &words(["import", "-", IMAGE]))
+        engine.import(program, root, &words(["import", "-", IMAGE]))
     })
 }
 
 /// containerd by its own client, which takes the root file system as a folder.
 pub fn ctr(setting: &Setting, root: &Root) -> Found {
     let (program, there) = found(setting, "ctr");
-    let mut engine = Engine::new("ctr", program, Vec::new(), words(["--rm", "--read-only", "--rootfs"]));
+    let mut engine = Engine::new(Vec::new(), words(["--rm", "--read-only", "--rootfs"]));
     engine.image = root.folder.to_string_lossy().into_owned();
     engine.named = true;
-    engine.made(|engine| {
+    Container::made("ctr", program, engine, |_, program| {
         there?;
-        engine.answers(&["version"])
+        answers(program, &["version"])
     })
 }
 
+/// Asks the daemon, before anything is made.
+fn answers(program: &Path, arguments: &[&str]) -> Result<(), String> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    prepare(command).map(drop)
+}
+
 impl Engine {
-    fn new(name: &'static str, program: PathBuf, options: Vec<String>, run: Vec<String>) -> Self {
+    fn new(options: Vec<String>, run: Vec<String>) -> Self {
         let image = IMAGE.to_owned();
-        Self {
-            name,
-            program,
-            options,
-            run,
-            image,
-            named: false,
-            tidy: None,
-            undo: None,
-            mounted: None,
-            count: 0,
-        }
+        Self { options, run, image, named: false, tidy: None, undo: None, mounted: None }
     }
 
-    fn made(mut self, make: impl FnOnce(&mut Self) -> Result<(), String>) -> Found {
-        match make(&mut self) {
-            Ok(()) => Ok(Box::new(self)),
-            Err(why) => Err(Absent { name: self.name.to_owned(), command: self.shown(), why }),
-        }
-    }
-
-    fn with_options(&self) -> Command {
-        let mut command = Command::new(&self.program);
-        command.args(&self.options);
-        command
-    }
-
-    /// Asks the daemon, before anything is made.
-    fn answers(&self, arguments: &[&str]) -> Result<(), String> {
-        let mut command = self.with_options();
-        command.args(arguments);
-        prepare(command).map(drop)
-    }
-
-    fn remove(&self, arguments: Option<&[String]>) {
-        let Some(arguments) = arguments else { return };
-        let mut command = self.with_options();
-        command.args(arguments);
-        if let Err(why) = prepare(command) {
-            log::warn!("something of {} is left: {why}", self.name);
-        }
+    fn with_options(&self, arguments: &[String]) -> Vec<String> {
+        [&self.options, arguments].concat()
     }
 
     /// Makes the image of a tar archive of the root file system.
-    fn import(&self, root: &Root, arguments: &[String]) -> Result<(), String> {
+    fn import(&self, program: &Path, root: &Root, arguments: &[String]) -> Result<(), String> {
         let failed = |what: &str, error: std::io::Error| format!("{what}: {error}");
         let mut tar = Command::new("tar");
         tar.arg("-C").arg(&root.folder).args(["-c", "."]).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut tar = tar.spawn().map_err(|error| failed("start tar", error))?;
         let archive = tar.stdout.take().ok_or("no pipe")?;
-        let output = self.with_options().args(arguments).stdin(archive).output();
+        let output = Command::new(program).args(self.with_options(arguments)).stdin(archive).output();
         let packed = tar.wait().map_err(|error| failed("wait for tar", error))?;
-        let output = output.map_err(|error| failed(&format!("start {}", self.program.display()), error))?;
+        let output = output.map_err(|error| failed(&format!("start {}", program.display()), error))?;
         if packed.success() && output.status.success() {
             return Ok(());
         }
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        Err(format!("make an image by {} import: {}: {said}", self.name, output.status))
+        Err(format!("make an image by {} import: {}: {said}", program.display(), output.status))
     }
+}
 
+impl Maker for Engine {
     fn arguments(&self, life: Life, name: &str) -> Vec<String> {
         let mut arguments = self.options.clone();
         arguments.push("run".to_owned());
@@ -167,49 +134,22 @@ impl Engine {
         }
         arguments
     }
-}
 
-impl Rival for Engine {
-    fn name(&self) -> &str {
-        self.name
+    fn tidy(&self) -> Vec<Vec<String>> {
+        self.tidy.iter().map(|arguments| self.with_options(arguments)).collect()
     }
 
-    fn shown(&self) -> String {
-        shown(self.program.as_os_str(), &self.arguments(Life::Once, "ID"))
-    }
-
-    fn version(&self) -> Option<String> {
-        version(&self.program, &["--version"])
-    }
-
-    fn command(&mut self, life: Life) -> Result<Command, String> {
-        self.count += 1;
-        let name = format!("{IMAGE}-{}-{}", std::process::id(), self.count);
-        let mut command = Command::new(&self.program);
-        command.args(self.arguments(life, &name));
-        Ok(command)
-    }
-
-    fn detaches(&self) -> bool {
-        true
-    }
-
-    fn tidy(&mut self) {
-        self.remove(self.tidy.as_deref());
+    fn undo(&self, program: &Path) {
+        if let Some(arguments) = &self.undo {
+            remove(program, &self.with_options(arguments));
+        }
+        if let Some(mounted) = &self.mounted {
+            unmount_all(mounted);
+        }
     }
 
     fn limit(&self) -> Duration {
         Duration::from_secs(60)
-    }
-}
-
-impl Drop for Engine {
-    fn drop(&mut self) {
-        self.tidy();
-        self.remove(self.undo.as_deref());
-        if let Some(mounted) = &self.mounted {
-            unmount_all(mounted);
-        }
     }
 }
 

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
 use std::os::fd::AsFd;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
+use std::sync::atomic::Ordering;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -12,12 +13,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
 
 use super::{Life, Rival};
+use crate::bench::measure::INTERRUPTED;
 
 /// They run until this is dropped, and so does all else that was started meanwhile.
 pub struct Instances {
     /// Those that are no descendants of theirs.
     others: BTreeSet<i32>,
     children: Vec<Child>,
+    count: usize,
 }
 
 impl Instances {
@@ -28,41 +31,36 @@ impl Instances {
     pub fn none() -> Result<Self, String> {
         // Whoever loses its parent becomes a child of this process, and so stays among its descendants.
         set_child_subreaper(Some(getpid())).map_err(|error| format!("become a subreaper: {error}"))?;
-        Ok(Self { others: descendants()?, children: Vec::new() })
+        Ok(Self { others: descendants()?, children: Vec::new(), count: 0 })
     }
 
-    /// Starts `count` of them, one after the other, and waits until all have spoken or, if their commands end at once, until
-    /// those have ended well.
+    /// Starts `count` of them.
     ///
     /// # Errors
-    /// One that did not come up, with what it said. Those before it are ended.
+    /// As [`Instances::grow`].
     pub fn start(rival: &mut dyn Rival, count: usize) -> Result<Self, String> {
         let mut instances = Self::none()?;
-        for number in 0..count {
-            let command = rival.command(Life::Idle)?;
-            let up = if rival.detaches() {
-                let (name, limit) = (rival.name().to_owned(), rival.limit());
-                detached(command, &name, limit)
-            } else {
-                instances.child(command, rival)
-            };
-            up.map_err(|why| format!("instance {} of {count}: {why}", number + 1))?;
-        }
+        instances.grow(rival, count)?;
         Ok(instances)
     }
 
-    fn child(&mut self, mut command: Command, rival: &dyn Rival) -> Result<(), String> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let child = command.spawn().map_err(|error| format!("start {}: {error}", rival.name()))?;
-        self.children.push(child);
-        let output = self.children.last_mut().and_then(|child| child.stdout.as_mut()).ok_or("no pipe")?;
-        let (end, mut said, mut space) = (Instant::now() + rival.limit(), Vec::new(), [0; 4096]);
-        while !said.windows(rival.marker().len()).any(|window| window == rival.marker()) {
-            wait_for(&*output, end, rival.name())?;
-            let count = output.read(&mut space).map_err(|error| format!("read its output: {error}"))?;
-            said.extend_from_slice(&space[..count]);
-            if count == 0 {
-                return Err(format!("it ended: {}", String::from_utf8_lossy(&said).trim()));
+    /// Starts more of them until there are `count`, [`at_once`] of them at a time, and waits until all have spoken or, if their
+    /// commands end at once, until those have ended well.
+    ///
+    /// # Errors
+    /// One that did not come up, with what it said.
+    pub fn grow(&mut self, rival: &mut dyn Rival, count: usize) -> Result<(), String> {
+        while self.count < count {
+            if INTERRUPTED.load(Ordering::SeqCst) {
+                return Err("interrupted".to_owned());
+            }
+            let batch = at_once().min(count - self.count);
+            let starting: Result<Vec<_>, _> = (0..batch).map(|_| Starting::new(rival)).collect();
+            for starting in starting? {
+                let number = self.count + 1;
+                let up = starting.wait(rival).map_err(|why| format!("instance {number}: {why}"))?;
+                self.children.extend(up);
+                self.count += 1;
             }
         }
         Ok(())
@@ -100,21 +98,75 @@ impl Drop for Instances {
     }
 }
 
-/// Runs a command that ends when its instance runs.
-fn detached(mut command: Command, name: &str, limit: Duration) -> Result<(), String> {
-    // The instance keeps these open: files, since a pipe would not end before it.
-    let failed = |error: std::io::Error| format!("start {name}: {error}");
-    let mut errors = tempfile().map_err(failed)?;
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors.try_clone().map_err(failed)?);
-    let mut child = command.spawn().map_err(failed)?;
-    let end = Instant::now() + limit;
+/// How many are started at a time: as many as there are CPUs to start them.
+pub fn at_once() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// One that is on its way. Given up, it is killed.
+struct Starting {
+    child: Option<Child>,
+    /// Where it complains, if its command ends when the instance runs: a file, since the instance keeps it open.
+    errors: Option<fs::File>,
+    end: Instant,
+}
+
+impl Starting {
+    fn new(rival: &mut dyn Rival) -> Result<Self, String> {
+        let mut command = rival.command(Life::Idle)?;
+        let failed = |error: std::io::Error| format!("start {}: {error}", rival.name());
+        let errors = rival.detaches().then(tempfile).transpose().map_err(failed)?;
+        command.stdin(Stdio::null());
+        match &errors {
+            Some(file) => command.stdout(Stdio::null()).stderr(file.try_clone().map_err(failed)?),
+            None => command.stdout(Stdio::piped()).stderr(Stdio::null()),
+        };
+        let child = command.spawn().map_err(failed)?;
+        Ok(Self { child: Some(child), errors, end: Instant::now() + rival.limit() })
+    }
+
+    /// Until it is up. The process that it is, if its command stays.
+    fn wait(mut self, rival: &dyn Rival) -> Result<Option<Child>, String> {
+        let child = self.child.as_mut().ok_or("it is gone")?;
+        match &mut self.errors {
+            Some(errors) => detached(child, errors, rival, self.end).map(|()| None),
+            None => spoken(child, rival, self.end).map(|()| self.child.take()),
+        }
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Waits until it has said its line.
+fn spoken(child: &mut Child, rival: &dyn Rival, end: Instant) -> Result<(), String> {
+    let output = child.stdout.as_mut().ok_or("no pipe")?;
+    let (mut said, mut space) = (Vec::new(), [0; 4096]);
+    while !said.windows(rival.marker().len()).any(|window| window == rival.marker()) {
+        wait_for(&*output, end, rival.name())?;
+        let count = output.read(&mut space).map_err(|error| format!("read its output: {error}"))?;
+        said.extend_from_slice(&space[..count]);
+        if count == 0 {
+            return Err(format!("it ended: {}", String::from_utf8_lossy(&said).trim()));
+        }
+    }
+    Ok(())
+}
+
+/// Waits for the end of a command that ends when its instance runs.
+fn detached(child: &mut Child, errors: &mut fs::File, rival: &dyn Rival, end: Instant) -> Result<(), String> {
+    let name = rival.name();
     let status = loop {
-        match child.try_wait().map_err(failed)? {
+        match child.try_wait().map_err(|error| format!("wait for {name}: {error}"))? {
             Some(status) => break status,
             None if Instant::now() > end => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(format!("{name} was not up after {limit:?}"));
+                return Err(format!("{name} was not up after {:?}", rival.limit()));
             }
             None => sleep(Duration::from_micros(200)),
         }
@@ -123,7 +175,7 @@ fn detached(mut command: Command, name: &str, limit: Duration) -> Result<(), Str
         return Ok(());
     }
     let mut said = String::new();
-    let _ = std::io::Seek::rewind(&mut errors).and_then(|()| errors.read_to_string(&mut said));
+    let _ = std::io::Seek::rewind(errors).and_then(|()| errors.read_to_string(&mut said));
     Err(format!("{name}: {status}: {}", said.trim()))
 }
 

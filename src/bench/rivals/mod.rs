@@ -9,7 +9,7 @@ use std::time::Duration;
 mod bwrap;
 mod cloud_hypervisor;
 pub mod command;
-mod elf;
+mod container;
 mod engines;
 mod firecracker;
 mod fixed;
@@ -112,8 +112,12 @@ pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
 
 /// Those whose idle instances are weighed.
 pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
-    let makers: [Maker; 6] =
-        [process::spawn, process::container, oci::crun, engines::podman, vmm::tuned, qemu::linux];
+    let mut makers: Vec<Maker> =
+        vec![process::spawn, process::container, oci::crun, engines::podman, vmm::tuned, qemu::linux];
+    if setting.linux_guests().is_err() {
+        // Where no Linux runs, at least the monitors are weighed.
+        makers.extend([vmm::bare_metal as Maker, qemu::bare_metal]);
+    }
     makers.into_iter().map(|make| make(setting, root)).collect()
 }
 
@@ -132,6 +136,8 @@ pub struct Setting {
     pub stock: Option<(PathBuf, PathBuf)>,
     /// A folder for what is made on the way; gone when the run is over.
     pub scratch: PathBuf,
+    /// The most idle instances that are weighed at a time.
+    pub instances: usize,
     /// Only what is quick and repeats bit for bit: the host's clock counts instructions.
     pub repeatable_clock: bool,
 }

@@ -2,14 +2,13 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
 use serde_json::json;
 
-use super::command::{found, prepare, shown, version, words};
+use super::command::{found, words};
+use super::container::{Container, Maker};
 use super::program::{INIT, Root, WAIT};
-use super::{Found, Life, Rival, Setting};
-use crate::bench::measure::Absent;
+use super::{Found, Life, Setting};
 
 /// crun, which can do without cgroups.
 pub fn crun(setting: &Setting, root: &Root) -> Found {
@@ -22,15 +21,12 @@ pub fn runc(setting: &Setting, root: &Root) -> Found {
 }
 
 struct Runtime {
-    name: &'static str,
-    program: PathBuf,
     options: Vec<String>,
     /// Where it keeps what it knows of its containers.
     state: PathBuf,
     /// The bundles.
     once: PathBuf,
     idle: PathBuf,
-    count: usize,
 }
 
 fn make(name: &'static str, options: &[&str], setting: &Setting, root: &Root) -> Found {
@@ -39,15 +35,12 @@ fn make(name: &'static str, options: &[&str], setting: &Setting, root: &Root) ->
     let state = folder.join("state");
     let mut all = words(["--root", &state.to_string_lossy()]);
     all.extend(options.iter().map(|option| (*option).to_owned()));
-    let (once, idle) = (folder.join("once"), folder.join("idle"));
-    let runtime = Runtime { name, program, options: all, state, once, idle, count: 0 };
-    let made = there
-        .and_then(|()| bundle(&runtime.once, root, &[INIT]))
-        .and_then(|()| bundle(&runtime.idle, root, &[INIT, WAIT]));
-    match made {
-        Ok(()) => Ok(Box::new(runtime)),
-        Err(why) => Err(Absent { name: name.to_owned(), command: runtime.shown(), why }),
-    }
+    let runtime = Runtime { options: all, state, once: folder.join("once"), idle: folder.join("idle") };
+    Container::made(name, program, runtime, |runtime, _| {
+        there?;
+        bundle(&runtime.once, root, &[INIT])?;
+        bundle(&runtime.idle, root, &[INIT, WAIT])
+    })
 }
 
 fn bundle(folder: &PathBuf, root: &Root, arguments: &[&str]) -> Result<(), String> {
@@ -77,7 +70,7 @@ fn bundle(folder: &PathBuf, root: &Root, arguments: &[&str]) -> Result<(), Strin
         .map_err(|error| format!("write {}: {error}", file.display()))
 }
 
-impl Runtime {
+impl Maker for Runtime {
     fn arguments(&self, life: Life, name: &str) -> Vec<String> {
         let mut arguments = self.options.clone();
         arguments.push("run".to_owned());
@@ -90,47 +83,14 @@ impl Runtime {
         arguments.extend(words(["--bundle", &bundle.to_string_lossy(), name]));
         arguments
     }
-}
 
-impl Rival for Runtime {
-    fn name(&self) -> &str {
-        self.name
-    }
-
-    fn shown(&self) -> String {
-        shown(self.program.as_os_str(), &self.arguments(Life::Once, "ID"))
-    }
-
-    fn version(&self) -> Option<String> {
-        version(&self.program, &["--version"])
-    }
-
-    fn command(&mut self, life: Life) -> Result<Command, String> {
-        self.count += 1;
-        let name = format!("vmm-bench-{}-{}", std::process::id(), self.count);
-        let mut command = Command::new(&self.program);
-        command.args(self.arguments(life, &name));
-        Ok(command)
-    }
-
-    fn detaches(&self) -> bool {
-        true
-    }
-
-    fn tidy(&mut self) {
-        for entry in fs::read_dir(&self.state).into_iter().flatten().flatten() {
-            let mut command = Command::new(&self.program);
-            command.args(&self.options).args(["delete", "--force"]).arg(entry.file_name());
-            if let Err(why) = prepare(command) {
-                log::warn!("a container of {} is left: {why}", self.name);
-            }
-        }
-    }
-}
-
-impl Drop for Runtime {
-    fn drop(&mut self) {
-        // What was interrupted.
-        self.tidy();
+    fn tidy(&self) -> Vec<Vec<String>> {
+        let left = fs::read_dir(&self.state).into_iter().flatten().flatten();
+        let delete = |name: std::ffi::OsString| {
+            let mut arguments = self.options.clone();
+            arguments.extend(words(["delete", "--force", &name.to_string_lossy()]));
+            arguments
+        };
+        left.map(|entry| delete(entry.file_name())).collect()
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::Setting;
-use super::elf;
+use crate::bench::elf;
 use crate::boot::cpio::{Archive, Entry};
 use crate::sandbox::container::Container;
 
@@ -134,7 +134,16 @@ mod tests {
 
     fn setting(scratch: &Path, vmm: PathBuf) -> Setting {
         let (with, scratch) = (Default::default(), scratch.to_owned());
-        Setting { vmm, with, kernel: None, bzimage: None, stock: None, scratch, repeatable_clock: false }
+        Setting {
+            vmm,
+            with,
+            kernel: None,
+            bzimage: None,
+            stock: None,
+            scratch,
+            instances: 1,
+            repeatable_clock: false,
+        }
     }
 
     const SIZE: Size = Size { cpus: 1, mib: 128 };

@@ -10,7 +10,8 @@ use iced_x86::code_asm::{
     CodeAssembler, al, byte_ptr, dx, eax, ecx, edi, edx, esi, qword_ptr, r12, r13, rsi, rsp,
 };
 
-use super::elf;
+use super::Life;
+use crate::bench::elf;
 use crate::boot::cpio::{Archive, Entry};
 
 /// What it says, and a newline, which a terminal may turn into two bytes. Nothing else that a contender prints has it.
@@ -29,8 +30,8 @@ pub const WAIT: &str = "wait";
 /// Before any of these: it speaks by writing to the port of the first serial line itself, with no driver in between.
 pub const BY_PORT: &str = "port-";
 
-/// Where the program is loaded, as most static programs are.
-const BASE: u64 = 0x40_0000;
+/// Where the program begins, in the page where most static programs are loaded.
+const START: u64 = 0x40_0000 + elf::CODE;
 /// The first serial port.
 const COM1: u32 = 0x3f8;
 
@@ -53,7 +54,7 @@ const CMD_POWER_OFF: u32 = 0x4321_fedc;
 /// # Errors
 /// None that a user can cause.
 pub fn image() -> Result<Vec<u8>, String> {
-    code().map(|code| elf::image(&code, BASE, &[])).map_err(|error| format!("assemble the program: {error}"))
+    code().map(|code| elf::program(&code, START)).map_err(|error| format!("assemble the program: {error}"))
 }
 
 fn code() -> Result<Vec<u8>, IcedError> {
@@ -133,31 +134,34 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.set_label(&mut marker)?;
     a.db(MARKER)?;
     a.db(b"\n")?;
-    a.assemble(BASE + elf::CODE)
+    a.assemble(START)
 }
 
 /// A kernel of five instructions, for any monitor that enters an ELF file by PVH (in 32-bit mode): it writes [`BARE_MARKER`] to
-/// the serial port and ends the run through the debug-exit port 0xf4.
+/// the serial port and ends the run through the debug-exit port 0xf4, or halts for good.
 ///
 /// # Errors
 /// None that a user can cause.
-pub fn bare_metal() -> Result<Vec<u8>, String> {
-    const LOAD: u64 = 16 << 20;
+pub fn bare_metal(life: Life) -> Result<Vec<u8>, String> {
     let code = || -> Result<Vec<u8>, IcedError> {
         let mut a = CodeAssembler::new(32)?;
         a.mov(dx, COM1)?;
         a.mov(al, u32::from(BARE_MARKER))?;
         a.out(dx, al)?;
-        a.xor(eax, eax)?;
-        a.out(0xf4, al)?;
-        a.assemble(LOAD + elf::CODE)
+        match life {
+            Life::Once => {
+                a.xor(eax, eax)?;
+                a.out(0xf4, al)?;
+            }
+            Life::Idle => {
+                // No interrupt will come.
+                a.cli()?;
+                a.hlt()?;
+            }
+        }
+        a.assemble(elf::LOAD)
     };
-    // Xen's public/elfnote.h: name size, data size, XEN_ELFNOTE_PHYS32_ENTRY, the name, the entry point.
-    let note: Vec<u8> = [4u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), (LOAD + elf::CODE) as u32]
-        .into_iter()
-        .flat_map(u32::to_le_bytes)
-        .collect();
-    code().map(|code| elf::image(&code, LOAD, &note)).map_err(|error| format!("assemble the guest: {error}"))
+    code().map(|code| elf::pvh_kernel(&code)).map_err(|error| format!("assemble the guest: {error}"))
 }
 
 /// What [`bare_metal`] says.

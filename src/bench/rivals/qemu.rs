@@ -41,12 +41,13 @@ pub fn bare_metal(setting: &Setting, _: &Root) -> Found {
     let (program, there) = found(setting, PROGRAM);
     let (kernel, made) = bare_kernel(setting);
     // Where KVM is software, QEMU dies at setting the MSR of this feature.
-    let mut rival = Fixed::new("QEMU microvm, no Linux: 5 instructions", program, move |_| {
+    let mut rival = Fixed::new("QEMU microvm, no Linux: 5 instructions", program, move |life| {
+        let kernel = kernel(life);
         let mut arguments = common("isa-serial=on,acpi=off", "host,-arch-capabilities");
         arguments.extend(words(["-kernel", &kernel.to_string_lossy(), "-serial", "stdio"]));
         arguments.extend(words(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]));
         arguments
     });
-    (rival.good_status, rival.marker) = (1, vec![BARE_MARKER]);
+    (rival.good_status, rival.marker, rival.guest_ram) = (1, vec![BARE_MARKER], true);
     rival.if_possible(there.and(made).and_then(|()| setting.kvm()))
 }

@@ -64,21 +64,27 @@ fn linux(
     rival
 }
 
-/// No Linux: the monitor alone, with a guest that does nothing but speak and end.
+/// No Linux: the monitor alone, with a guest that does nothing but speak and end, or sleep.
 pub fn bare_metal(setting: &Setting, _: &Root) -> Found {
     let (kernel, made) = bare_kernel(setting);
-    let mut rival = Fixed::new("vmm, no Linux: 5 instructions", setting.vmm.clone(), move |_| {
+    let mut rival = Fixed::new("vmm, no Linux: 5 instructions", setting.vmm.clone(), move |life| {
+        let kernel = kernel(life);
         let mut arguments = words(["--kernel", &kernel.to_string_lossy(), "--mem", &format!("{RAM_MIB}M")]);
         arguments.extend(words(["--console", "off", "--serial", "stdio", "--debug-exit"]));
         arguments
     });
-    (rival.good_status, rival.marker) = (1, vec![BARE_MARKER]);
+    (rival.good_status, rival.marker, rival.guest_ram) = (1, vec![BARE_MARKER], true);
     rival.if_possible(made.and_then(|()| setting.kvm()))
 }
 
-/// The file of that guest, and whether it could be made.
-pub fn bare_kernel(setting: &Setting) -> (PathBuf, Result<(), String>) {
-    let path = setting.scratch.join("bare-metal.elf");
-    let made = program::bare_metal().and_then(|bytes| program::write(&path, &bytes));
+/// The file of that guest for each life, and whether both could be made.
+pub fn bare_kernel(setting: &Setting) -> (impl Fn(Life) -> PathBuf + 'static, Result<(), String>) {
+    let scratch = setting.scratch.clone();
+    let path = move |life| match life {
+        Life::Once => scratch.join("bare-metal.elf"),
+        Life::Idle => scratch.join("bare-metal-idle.elf"),
+    };
+    let make = |life| program::bare_metal(life).and_then(|bytes| program::write(&path(life), &bytes));
+    let made = make(Life::Once).and_then(|()| make(Life::Idle));
     (path, made)
 }

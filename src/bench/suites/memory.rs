@@ -1,24 +1,23 @@
 //! Memory: what idle instances cost, in their processes and in the kernel, one and many at a time.
 
-use std::cell::RefCell;
-use std::rc::Rc;
+use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{merge, own_mounts};
 use crate::bench::host::Host;
 use crate::bench::measure::{self, Absent, Contender, INTERRUPTED, Plan, Quantity};
-use crate::bench::result::{Better, Suite, Unit};
-use crate::bench::rivals::idle::Instances;
+use crate::bench::result::{self, Better, Figure, Suite, Unit};
+use crate::bench::rivals::idle::{Instances, at_once};
 use crate::bench::rivals::program::Root;
 use crate::bench::rivals::weight::{Kernel, Weight};
 use crate::bench::rivals::{self, RAM_MIB, Rival, Setting};
 
 /// Instances at a time.
-const COUNTS: [usize; 4] = [1, 10, 50, 100];
-/// All samples of one contender with one count of instances take no longer.
+const COUNTS: [usize; 3] = [10, 50, 100];
+/// All samples of one contender take no longer, and neither does its climb through [`COUNTS`].
 const BUDGET: Duration = Duration::from_secs(60);
-/// Each sample starts all instances anew, and memory is steadier than time.
+/// Of one instance: memory is steadier than time.
 const SAMPLES: usize = 5;
 /// Fewer say nothing of their spread.
 const FEWEST: usize = 3;
@@ -38,13 +37,12 @@ const QUANTITIES: [Quantity; 6] = [
     kib("less MemAvailable"),
 ];
 
-type Shared = Rc<RefCell<Box<dyn Rival>>>;
+type Part = (Vec<result::Contender>, Vec<Figure>);
 
 /// One that takes part, and what one instance of it takes.
 struct Entrant {
-    rival: Shared,
-    name: String,
-    /// To start and end one.
+    rival: Box<dyn Rival>,
+    /// To start and end one among many.
     time: Duration,
     /// Of the host's memory.
     kib: f64,
@@ -70,48 +68,17 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
             Err(missing) => absent.push(missing),
         }
     }
-    let mut parts = Vec::new();
-    for (pass, count) in COUNTS.into_iter().enumerate() {
-        let available = Kernel::now()?.available as f64;
-        let (mut samples, fewest) = (plan.samples.min(SAMPLES), plan.samples.min(FEWEST));
-        let mut contenders: Vec<Box<dyn Contender>> = Vec::new();
-        for entrant in &entrants {
-            let time = entrant.time * count as u32;
-            if time * fewest as u32 > BUDGET {
-                left_out.push(format!("{count} of {}: {:.0} s each", entrant.name, time.as_secs_f64()));
-            } else if count > 1 && entrant.kib * count as f64 > available * SHARE {
-                left_out.push(format!(
-                    "{count} of {}: {:.0} MiB",
-                    entrant.name,
-                    entrant.kib * count as f64 / 1024.0
-                ));
-            } else {
-                samples = samples.min((BUDGET.as_secs_f64() / time.as_secs_f64()) as usize).max(fewest);
-                let (rival, name) = (Rc::clone(&entrant.rival), entrant.name.clone());
-                contenders.push(Box::new(Idle { rival, name, count }));
-            }
-        }
-        let mut part = |share: f64, whose: &str| {
-            progress((pass as f64 + share) / COUNTS.len() as f64, &format!("{count} of {whose}"));
-        };
-        let plan = Plan { samples, warm_up: 0, seed: plan.seed.wrapping_add(count as u64) };
-        let missing = if pass == 0 { &absent[..] } else { &[] };
-        let (mut found, mut figures) =
-            measure::series(&mut contenders, missing, &QUANTITIES, plan, &mut part);
-        figures.iter_mut().for_each(|figure| figure.name = format!("{}, each of {count}", figure.name));
-        figures.retain(|figure| !figure.series.is_empty());
-        for contender in found.iter_mut().filter(|contender| !absent.iter().any(|a| a.name == contender.name))
-        {
-            if let Some(why) = &mut contender.failure {
-                *why = format!("with {count} instances: {why}");
-                // With more of them it would be no better.
-                entrants.retain(|entrant| entrant.name != contender.name);
-            }
-        }
-        parts.push((found, figures));
-        if INTERRUPTED.load(Ordering::SeqCst) {
-            break;
-        }
+    let mut parts = vec![alone(&mut entrants, &absent, plan, &mut |share, whose| {
+        progress(0.1 + 0.3 * share, whose);
+    })];
+    let failed = |name: &str| parts[0].0.iter().any(|found| found.name == name && found.failure.is_some());
+    entrants.retain(|entrant| !failed(entrant.rival.name()));
+    let all = entrants.len() as f64;
+    for (index, entrant) in entrants.iter_mut().enumerate() {
+        let mut part = |share: f64, whose: &str| progress(0.4 + 0.6 * (index as f64 + share) / all, whose);
+        let (climbed, left) = climb(entrant, setting.instances, &mut part)?;
+        parts.extend(climbed);
+        left_out.extend(left);
     }
     let (contenders, figures) = merge(parts);
     Ok(Suite {
@@ -119,79 +86,172 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
         title: "Memory: what an idle instance costs".to_owned(),
         host,
         seed: plan.seed,
-        method: method(&left_out),
+        method: method(setting.instances, &left_out),
         contenders,
         figures,
     })
 }
 
 /// Starts one instance, to see whether it works and what many would take.
-fn try_out(rival: Box<dyn Rival>, progress: &mut dyn FnMut(f64, &str)) -> Result<Entrant, Absent> {
+fn try_out(mut rival: Box<dyn Rival>, progress: &mut dyn FnMut(f64, &str)) -> Result<Entrant, Absent> {
     progress(0.0, rival.name());
-    let (name, command) = (rival.name().to_owned(), rival.shown());
-    let mut idle = Idle { rival: Rc::new(RefCell::new(rival)), name: name.clone(), count: 1 };
-    let values = idle.sample();
-    // The second one is as all others will be.
+    let first = Instances::start(&mut *rival, 1).and_then(|one| Weight::of(&one.processes()?));
+    // The next ones are as all others will be.
     let start = Instant::now();
-    let again = Instances::start(&mut **idle.rival.borrow_mut(), 1).map(drop);
-    idle.rival.borrow_mut().tidy();
-    match values.and_then(|values| again.map(|()| values)) {
-        Ok(values) => {
+    let again = Instances::start(&mut *rival, at_once()).map(drop);
+    rival.tidy();
+    match first.and_then(|weight| again.map(|()| weight)) {
+        Ok(weight) => {
             // And what the kernel has for it: the host's own figures tell nothing of a single one.
-            let kib = values[0] + values[2] + 1024.0;
-            Ok(Entrant { rival: idle.rival, name, time: start.elapsed(), kib })
+            let kib = (weight.private_dirty + weight.guest + 1024) as f64;
+            Ok(Entrant { rival, time: start.elapsed() / at_once() as u32, kib })
         }
-        Err(why) => Err(Absent { name, command, why }),
+        Err(why) => Err(Absent { name: rival.name().to_owned(), command: rival.shown(), why }),
     }
 }
 
-/// So many idle instances of a rival.
-struct Idle {
-    rival: Shared,
-    name: String,
-    count: usize,
+/// One instance of each, in turns.
+fn alone(
+    entrants: &mut [Entrant],
+    absent: &[Absent],
+    plan: Plan,
+    progress: &mut dyn FnMut(f64, &str),
+) -> Part {
+    let slowest = entrants.iter().map(|entrant| entrant.time).max().unwrap_or_default();
+    let fit = (BUDGET.as_secs_f64() / slowest.as_secs_f64()) as usize;
+    let samples = plan.samples.min(SAMPLES).min(fit.max(FEWEST));
+    let alone = |entrant| -> Box<dyn Contender + '_> { Box::new(Alone(entrant)) };
+    let mut contenders: Vec<_> = entrants.iter_mut().map(|entrant| alone(&mut *entrant.rival)).collect();
+    let plan = Plan { samples, warm_up: 0, ..plan };
+    named(measure::series(&mut contenders, absent, &QUANTITIES, plan, progress), 1)
 }
 
-impl Contender for Idle {
+/// More and more instances of one, which stay until there are as many as there can be. And what was left out.
+fn climb(
+    entrant: &mut Entrant,
+    most: usize,
+    progress: &mut dyn FnMut(f64, &str),
+) -> Result<(Vec<Part>, Option<String>), String> {
+    let name = entrant.rival.name().to_owned();
+    let (time, kib, available) = (entrant.time, entrant.kib, Kernel::now()?.available as f64);
+    let goal = Cell::new(0);
+    let growing: Box<dyn Contender + '_> = Box::new(Growing::new(&mut *entrant.rival, &goal));
+    let (mut contender, mut parts) = ([growing], Vec::new());
+    for count in COUNTS.into_iter().filter(|count| *count <= most) {
+        if INTERRUPTED.load(Ordering::SeqCst) {
+            break;
+        }
+        if time * count as u32 > BUDGET {
+            return Ok((
+                parts,
+                Some(format!("{count} of {name}: {:.0} s", (time * count as u32).as_secs_f64())),
+            ));
+        }
+        if kib * count as f64 > available * SHARE {
+            return Ok((parts, Some(format!("{count} of {name}: {:.0} MiB", kib * count as f64 / 1024.0))));
+        }
+        goal.set(count);
+        let plan = Plan { samples: 1, warm_up: 0, seed: 0 };
+        let mut told =
+            |_: f64, _: &str| progress(count as f64 / 2.0 / most as f64, &format!("{count} of {name}"));
+        let mut part = named(measure::series(&mut contender, &[], &QUANTITIES, plan, &mut told), count);
+        let failure = part.0.iter_mut().find_map(|contender| contender.failure.as_mut());
+        let failed = failure.map(|why| *why = format!("with {count} instances: {why}")).is_some();
+        parts.push(part);
+        // With more of them it would be no better.
+        if failed {
+            break;
+        }
+    }
+    Ok((parts, None))
+}
+
+/// Says in the names of the figures how many there were.
+fn named((contenders, mut figures): Part, count: usize) -> Part {
+    figures.iter_mut().for_each(|figure| figure.name = format!("{}, each of {count}", figure.name));
+    figures.retain(|figure| !figure.series.is_empty());
+    (contenders, figures)
+}
+
+/// A single instance, each sample its own.
+struct Alone<'a>(&'a mut dyn Rival);
+
+impl Contender for Alone<'_> {
     fn name(&self) -> &str {
-        &self.name
+        self.0.name()
     }
 
     fn command(&self) -> String {
-        self.rival.borrow().shown()
+        self.0.shown()
     }
 
     fn version(&self) -> Option<String> {
-        self.rival.borrow().version()
+        self.0.version()
     }
 
     fn sample(&mut self) -> Result<Vec<f64>, String> {
-        let rival = &mut **self.rival.borrow_mut();
-        let before = Kernel::settled()?;
-        let instances = Instances::start(rival, self.count);
-        let values = instances.and_then(|instances| {
-            let after = Kernel::settled()?;
-            let weight = Weight::of(&instances.processes()?)?;
-            let expected = if rival.guest_ram() { self.count } else { 0 };
-            if weight.guests != expected {
-                return Err(format!(
-                    "{} mappings are as large as a guest's RAM, where {expected} are due",
-                    weight.guests
-                ));
-            }
-            let own = [weight.pss, weight.private_dirty, weight.peak, weight.guest].map(|kib| kib as f64);
-            let host = [
-                after.kernel as f64 - before.kernel as f64,
-                before.available as f64 - after.available as f64,
-            ];
-            Ok(own.into_iter().chain(host).map(|kib| kib / self.count as f64).collect())
-        });
-        rival.tidy();
-        values
+        Growing::new(&mut *self.0, &Cell::new(1)).sample()
     }
 }
 
-fn method(left_out: &[String]) -> Vec<String> {
+/// As many instances as `goal` says: those of one sample stay for the next.
+struct Growing<'a> {
+    rival: &'a mut dyn Rival,
+    goal: &'a Cell<usize>,
+    /// What the host's memory was before the first.
+    running: Option<(Kernel, Instances)>,
+}
+
+impl<'a> Growing<'a> {
+    fn new(rival: &'a mut dyn Rival, goal: &'a Cell<usize>) -> Self {
+        Self { rival, goal, running: None }
+    }
+}
+
+impl Drop for Growing<'_> {
+    fn drop(&mut self) {
+        self.running = None;
+        self.rival.tidy();
+    }
+}
+
+impl Contender for Growing<'_> {
+    fn name(&self) -> &str {
+        self.rival.name()
+    }
+
+    fn command(&self) -> String {
+        self.rival.shown()
+    }
+
+    fn version(&self) -> Option<String> {
+        self.rival.version()
+    }
+
+    fn sample(&mut self) -> Result<Vec<f64>, String> {
+        let count = self.goal.get();
+        let (before, instances) = match &mut self.running {
+            Some(running) => running,
+            none => none.insert((Kernel::settled()?, Instances::none()?)),
+        };
+        instances.grow(self.rival, count)?;
+        let after = Kernel::settled()?;
+        let weight = Weight::of(&instances.processes()?)?;
+        let expected = if self.rival.guest_ram() { count } else { 0 };
+        if weight.guests != expected {
+            return Err(format!(
+                "{} mappings are as large as a guest's RAM, where {expected} are due",
+                weight.guests
+            ));
+        }
+        let own = [weight.pss, weight.private_dirty, weight.peak, weight.guest].map(|kib| kib as f64);
+        let host =
+            [after.kernel as f64 - before.kernel as f64, before.available as f64 - after.available as f64];
+        Ok(own.into_iter().chain(host).map(|kib| kib / count as f64).collect())
+    }
+}
+
+fn method(most: usize, left_out: &[String]) -> Vec<String> {
     let mut method = vec![
         "Every figure is per instance. An instance is the same program as in the boot suite, which says its line and then sleeps; \
          whatever stays running beside it (a monitor, conmon) is weighed with it, a daemon is not."
@@ -205,13 +265,15 @@ fn method(left_out: &[String]) -> Vec<String> {
         "Kernel memory: how much Slab, PageTables, SecPageTables, KernelStack and Percpu of /proc/meminfo grow. Less MemAvailable: \
          by how much that falls. Both are the whole host's: whatever else runs shows in them, most where instances are few."
             .to_owned(),
-        format!("Each sample starts all instances anew and ends them, so there are fewer samples: at most {SAMPLES}, as many as \
-         fit in {} s for the slowest.", BUDGET.as_secs()),
+        format!("A single instance is started anew for each sample: at most {SAMPLES}, as many as fit in {} s for the slowest. Of \
+         many there is one sample, itself a mean over all of them: {} are started, those that run already among them. (--instances \
+         {most})", BUDGET.as_secs(), COUNTS.map(|count| count.to_string()).join(", then ")),
     ];
     if !left_out.is_empty() {
-        let limit = format!("{} s, or {:.0}% of the free memory", BUDGET.as_secs(), SHARE * 100.0);
         method.push(format!(
-            "Left out, since {FEWEST} samples would have taken more than {limit}: {}.",
+            "Left out, since they would take more than {} s to start, or {:.0}% of the free memory: {}.",
+            BUDGET.as_secs(),
+            SHARE * 100.0,
             left_out.join("; ")
         ));
     }

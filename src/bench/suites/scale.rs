@@ -295,6 +295,7 @@ mod tests {
             bzimage: None,
             stock: None,
             scratch: "/tmp".into(),
+            instances: 1,
             repeatable_clock: false,
         };
         let groups = groups(&setting, &What::Tiny("tiny".into()), 2);

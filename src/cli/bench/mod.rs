@@ -138,6 +138,7 @@ fn setting(options: &Options, scratch: &Path) -> anyhow::Result<Setting> {
         bzimage: here("tuned-bzImage"),
         stock: here("stock-bzImage").zip(here("stock.cpio")),
         scratch: scratch.to_owned(),
+        instances: options.instances,
         repeatable_clock: options.icount,
     })
 }

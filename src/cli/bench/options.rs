@@ -42,6 +42,9 @@ pub struct Options {
     /// Runs of each contender before those, which count for nothing [default: 2; 0 with --icount]
     #[arg(long, value_name = "N", value_parser = warm_up)]
     warm_up: Option<usize>,
+    /// The most idle instances that the memory suite starts of each contender
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub instances: usize,
     /// A rival's binary: firecracker, cloud-hypervisor, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman ...
     #[arg(long, value_name = "RIVAL=FILE", value_parser = rival)]
     pub with: Vec<(String, PathBuf)>,
@@ -57,7 +60,7 @@ pub struct Options {
     #[arg(long, value_name = "COMMAND", value_parser = words)]
     pub through: Option<Words>,
     /// Show results of earlier runs (JSON, or pages) in place of measuring; more than one are put together
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["suites", "samples", "warm_up", "with", "guests", "icount", "through"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["suites", "samples", "warm_up", "instances", "with", "guests", "icount", "through"])]
     pub from: Vec<PathBuf>,
     /// Fail if anything is more than 5% (and a tick of 4 ms) worse than in this result; both from a repeatable clock (with
     /// --icount or --from)

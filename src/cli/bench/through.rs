@@ -82,6 +82,7 @@ fn command(through: &Words, name: Name, options: &Options, setting: &Setting, fi
     let mut command = Command::new(&through.0[0]);
     command.args(&through.0[1..]).arg(&setting.vmm).args(["bench", name.text(), "--json"]).arg(file);
     command.args(["--samples", &options.samples().to_string(), "--warm-up", &options.warm_up().to_string()]);
+    command.args(["--instances", &options.instances.to_string()]);
     for (rival, path) in &options.with {
         let mut with = std::ffi::OsString::from(format!("{rival}="));
         with.push(path);

@@ -253,7 +253,7 @@ impl RoundTrip {
             let _ = marks.send(Said::Mark(Instant::now()));
         });
         ends.put("serial", end.map_err(text)?);
-        let machine = machine::build(&self.config, &mut ends, &Arc::default()).map_err(text)?;
+        let mut machine = machine::build(&self.config, &mut ends, &Arc::default()).map_err(text)?;
         let handle = machine.handle();
         let run = move || {
             let end = match machine.run(|| ()) {
