@@ -11,7 +11,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::exit::{Code, Failure};
 use super::scratch::Scratch;
-use super::{options, run};
+use super::{options, run, step};
 use crate::recorder::Kind;
 use crate::trace::file::{self, Trace};
 use crate::trace::report::{Filter, Report};
@@ -28,6 +28,8 @@ pub struct Options {
     /// Keep the record in this file
     #[arg(long, value_name = "FILE")]
     keep: Option<PathBuf>,
+    #[command(flatten)]
+    step: step::StepOptions,
     /// What to run: the options of vmm run
     #[arg(last = true, required = true, value_name = "RUN OPTIONS")]
     run: Vec<OsString>,
@@ -117,6 +119,9 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
         return Ok(Code::Success);
     }
     let mut record = run_options(options.run)?;
+    if options.step.step {
+        return step::step(&options.step, record, options.view.symbols.as_deref());
+    }
     let scratch = Scratch::new("vmm-trace").map_err(|error| Failure::new(Code::Host, error))?;
     let file = options.keep.unwrap_or_else(|| scratch.path().join("record"));
     record.trace = Some(file.clone());

@@ -200,6 +200,12 @@ impl Symbols {
         (address - start < FAR).then_some((name, address - start))
     }
 
+    /// Where the symbol called `name` is in the guest.
+    pub fn address(&self, name: &str) -> Option<u64> {
+        let (address, _) = self.table.iter().find(|(_, known)| known == name)?;
+        Some(address.wrapping_add(self.shift))
+    }
+
     /// `symbol+0x12`, or the plain number.
     pub fn name(&self, address: u64) -> String {
         match self.find(address) {
@@ -266,6 +272,8 @@ mod tests {
         assert_eq!(symbols.name(0xffff_ffff_9000_0000), "0xffffffff90000000");
         symbols.set_shift(0x100_0000);
         assert_eq!(symbols.name(0xffff_ffff_8200_0100), "second");
+        assert_eq!(symbols.address("second"), Some(0xffff_ffff_8200_0100));
+        assert_eq!(symbols.address("data"), None);
     }
 
     #[test]

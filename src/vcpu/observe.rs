@@ -1,8 +1,8 @@
 //! [`Observer`]: the run loop's turn when a recorder is on: the same run and dispatch, with an [`Event`] made of it.
 
 use super::Shared;
-use super::code;
 use super::dispatch::{Next, dispatch};
+use super::linear;
 use crate::kvm::exit::Exit;
 use crate::kvm::{Error, Vcpu};
 use crate::memory::GuestRam;
@@ -81,11 +81,11 @@ impl Observing {
         };
         // KVM's emulator is done with an instruction that writes before it leaves: RIP is behind it then.
         let written = matches!(event.kind(), Some(Kind::PioOut | Kind::MmioWrite));
-        let before = event.rip.checked_sub(code::MAX as u64).filter(|_| written);
+        let before = event.rip.checked_sub(linear::MAX_INSTRUCTION as u64).filter(|_| written);
         for rip in before.into_iter().chain([event.rip]) {
             let mut bytes = [0; 16];
             let linear = sregs.cs.base.wrapping_add(rip);
-            let count = code::read(vcpu, ram, linear, &mut bytes[..code::MAX]) as u8;
+            let count = linear::read(vcpu, ram, linear, &mut bytes[..linear::MAX_INSTRUCTION]) as u8;
             let [address, value] =
                 [0, 8].map(|at| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i])));
             let (time, kind) = (event.time, Kind::Code as u8);
@@ -158,7 +158,7 @@ fn before(exit: &Exit<'_>) -> Event {
         Exit::SystemEvent(number) => event(Kind::SystemEvent, (*number).into(), 0),
         Exit::FailEntry { reason, .. } => event(Kind::FailEntry, 0, *reason),
         Exit::InternalError { suberror, .. } => event(Kind::InternalError, (*suberror).into(), 0),
-        Exit::Debug { .. } => event(Kind::Debug, 0, 0),
+        Exit::Debug(_) => event(Kind::Debug, 0, 0),
         Exit::IoApicEoi(vector) => event(Kind::IoApicEoi, (*vector).into(), 0),
         Exit::Kicked => event(Kind::Kicked, 0, 0),
         Exit::Other(number) => event(Kind::Other, (*number).into(), 0),
@@ -219,6 +219,7 @@ mod tests {
             gate: Gate::new(1),
             ram: memory.ram().clone(),
             recorder: Arc::<Recorder>::default(),
+            debugger: std::sync::OnceLock::new(),
         };
         let mut observer = Observer::default();
         let exits = || {
