@@ -12,7 +12,7 @@ use crate::place::*;
 
 /// Each of `words`, in this order.
 #[track_caller]
-fn in_order(said: &str, words: &[&str]) {
+pub fn in_order(said: &str, words: &[&str]) {
     let mut rest = said;
     for word in words {
         match rest.split_once(word) {

@@ -7,6 +7,7 @@ mod guests;
 #[path = "../images/mod.rs"]
 #[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;
+mod linux;
 #[path = "../cli/place.rs"]
 #[allow(dead_code, reason = "shared with others, which refuse more")]
 mod place;
