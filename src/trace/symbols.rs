@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::demangle::demangled;
-use super::kallsyms::IMAGE;
+use super::kallsyms::{END, IMAGE};
 use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
 
 /// A file's size at most: a vmlinux with debug information stays below.
@@ -197,7 +197,7 @@ impl Symbols {
         let address = address.wrapping_sub(self.shift);
         let at = self.table.partition_point(|(start, _)| *start <= address).checked_sub(1)?;
         let (start, name) = &self.table[at];
-        (address - start < FAR).then_some((name, address - start))
+        (address - start < FAR && name != END).then_some((name, address - start))
     }
 
     /// Where the symbol called `name` is in the guest.
@@ -217,7 +217,8 @@ impl Symbols {
 }
 
 fn sort(table: &mut Vec<(u64, String)>) {
-    table.sort_by_key(|(address, _)| *address);
+    // Where one ends and the next begins, it is the next that counts.
+    table.sort_by_key(|(address, name)| (*address, name == END));
     table.dedup_by_key(|(address, _)| *address);
 }
 
