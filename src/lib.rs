@@ -18,6 +18,7 @@
 //! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
 //! | [`trace`] | records in files, told as sentences: hardware reasons, symbols, code, statistics; exits inside KVM joined in; what a running machine does, added up |
 //! | [`lab`] | lessons: tiny guests, and what their exits were here |
+//! | [`debug`] | a guest from outside: single steps told on lines, a stub for gdb |
 //! | [`api`], [`sandbox`] | names and control sockets; processes kept apart without a VM |
 //! | [`mod@bench`], [`cli`] | what is compared, and with whom; one file per command |
 //!
@@ -32,7 +33,7 @@
 //! 4 legacy virtio        never kvm, machine, or another family of devices
 //! 5 boot vcpu
 //! 6 machine
-//! 8 api sandbox trace lab
+//! 8 api debug lab sandbox trace
 //! 9 bench cli main
 //! ```
 //!
@@ -57,6 +58,7 @@ pub mod bus;
 pub mod chardev;
 pub mod cli;
 pub mod config;
+pub mod debug;
 pub mod disk;
 pub mod event_loop;
 pub mod guest_log;

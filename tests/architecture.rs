@@ -14,7 +14,7 @@ const LAYERS: [&[&str]; 10] = [
     &["boot", "vcpu"],
     &["machine"],
     &["snapshot"],
-    &["api", "oci", "sandbox", "trace", "lab"],
+    &["api", "debug", "lab", "oci", "sandbox", "trace"],
     &["cli", "main", "bench"],
 ];
 

@@ -6,6 +6,7 @@
 mod backlog;
 mod ends;
 mod escape;
+mod listener;
 mod poll;
 mod pty;
 mod socket;
@@ -31,6 +32,7 @@ use stream::{Descriptor, Stream};
 
 pub use ends::Ends;
 pub use escape::Escape;
+pub use listener::Listener;
 
 /// Why there is no host end.
 #[derive(Debug, thiserror::Error)]

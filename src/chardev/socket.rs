@@ -3,33 +3,25 @@
 //! A second client is turned away at once. Output while nobody is connected goes to a [`Backlog`], which the
 //! next client gets first. A client who is done sending (`shutdown`, the end of `socat -`'s input) still receives.
 
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::event::PollFlags;
-use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
-    listen, recv, send, socket_with,
-};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::backlog::Backlog;
+use super::listener::Listener;
 use super::poll::{EventFlags, Poll, Watch, ready_now};
 use super::{Error, Host, Interest};
 
 /// The listening socket and its client.
 #[derive(Debug)]
 pub struct Socket {
-    listener: OwnedFd,
+    listener: Listener,
     listening: Watch,
     client: Option<Client>,
     backlog: Backlog,
-    path: PathBuf,
-    /// Device and inode of the socket file, so that only our own is removed.
-    identity: Option<(u64, u64)>,
 }
 
 #[derive(Debug)]
@@ -79,36 +71,22 @@ impl Client {
 impl Socket {
     /// Listens at `path`, mode 0600. A socket file that nobody listens on any more is replaced.
     pub fn listen(path: &Path) -> Result<Self, Error> {
-        let failed = |what| move |source| Error::Socket { what, path: path.to_owned(), source };
-        let address = SocketAddrUnix::new(path).map_err(|e| failed("listen on")(e.into()))?;
-        remove_stale(path, &address)?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let start = || -> io::Result<OwnedFd> {
-            let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-            // Before bind, this is the mode that the file gets: there is no moment in which others may connect.
-            fchmod(&listener, Mode::RUSR | Mode::WUSR)?;
-            bind(&listener, &address)?;
-            listen(&listener, 4)?;
-            Ok(listener)
-        };
-        let listener = start().map_err(failed("listen on"))?;
-        let identity = std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()));
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        Ok(Self { listener, listening: None, client: None, backlog: Backlog::default(), path, identity })
+        let listener = Listener::bind(path)?;
+        Ok(Self { listener, listening: None, client: None, backlog: Backlog::default() })
     }
 
     /// Takes the next client in, or turns it away while there is one.
     fn accept(&mut self) {
         while !self.client.as_ref().is_some_and(|c| c.gone) {
-            let Ok(stream) = accept_with(&self.listener, SocketFlags::CLOEXEC) else { return };
+            let Some(stream) = self.listener.accept() else { return };
             if self.client.is_some() {
-                log::info!("{}: turned a second client away", self.path.display());
+                log::info!("{}: turned a second client away", self.listener.path().display());
                 continue;
             }
             let mut client = Client { stream, watch: None, silent: false, gone: false };
             client.look();
             self.client = Some(client);
-            log::info!("{}: a client connected", self.path.display());
+            log::info!("{}: a client connected", self.listener.path().display());
         }
     }
 
@@ -116,28 +94,8 @@ impl Socket {
     fn reap(&mut self) {
         if self.client.as_ref().is_some_and(|c| c.gone && c.silent) {
             self.client = None;
-            log::info!("{}: the client left", self.path.display());
+            log::info!("{}: the client left", self.listener.path().display());
         }
-    }
-}
-
-/// Removes what an ended process left at `path`; anything else that is there is an error.
-fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), Error> {
-    let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
-    if !found.file_type().is_socket() {
-        return Err(Error::NotASocket(path.to_owned()));
-    }
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-        .and_then(|probe| connect(&probe, address));
-    match probe {
-        Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(|source| Error::Socket {
-            what: "remove the stale socket",
-            path: path.to_owned(),
-            source,
-        }),
-        Err(Errno::NOENT) => Ok(()),
-        _ => Err(Error::InUse(path.to_owned())),
     }
 }
 
@@ -182,13 +140,13 @@ impl Host for Socket {
             // A client who is gone reports that for ever: then only its last words are of interest.
             let events = if client.gone { want.input.then_some(EventFlags::IN) } else { Some(events) };
             if let Err(error) = poll.set(client.stream.as_fd(), &mut client.watch, events) {
-                log::error!("{}: wait: {error}", self.path.display());
+                log::error!("{}: wait: {error}", self.listener.path().display());
             }
             next_may_come = !client.gone;
         }
         let listening = next_may_come.then_some(EventFlags::IN);
         if let Err(error) = poll.set(self.listener.as_fd(), &mut self.listening, listening) {
-            log::error!("{}: wait: {error}", self.path.display());
+            log::error!("{}: wait: {error}", self.listener.path().display());
         }
         want.output && !self.connected()
     }
@@ -198,15 +156,6 @@ impl Host for Socket {
     }
 
     fn path(&self) -> Option<&Path> {
-        Some(&self.path)
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let found = std::fs::symlink_metadata(&self.path).ok().map(|m| (m.dev(), m.ino()));
-        if found.is_some() && found == self.identity {
-            let _ = std::fs::remove_file(&self.path);
-        }
+        Some(self.listener.path())
     }
 }

@@ -14,6 +14,7 @@ mod options;
 mod plan;
 mod run;
 mod scratch;
+mod step;
 mod top;
 mod trace;
 
@@ -42,6 +43,10 @@ Examples:
       run it, and tell what its exits were and what they cost (vmm trace --help)
   vmm top web
       watch what it does, from another terminal (vmm top --help)
+  vmm trace --step --count 60 -- --kernel vmlinux
+      its first instructions, with the mode of each and what it changed
+  vmm --gdb tcp:1234 --kernel vmlinux --cmdline 'console=hvc0 nokaslr'
+      gdb vmlinux -ex 'target remote :1234' has it from the first instruction on
   vmm list; vmm pause web; vmm resume web; vmm stop web
       from another terminal
 ";

@@ -12,6 +12,7 @@ use serde::de::value::Error as ValueError;
 
 use super::exit::{Code, Failure};
 use crate::config::{BootProtocol, Console, Cpus, Disk, Memory, OnReboot, Port, VmConfig, Where};
+use crate::debug::gdb::Place;
 
 /// The largest configuration file that is read.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -73,6 +74,9 @@ pub struct Options {
     /// Record the registers at every exit, and not only at the first from each place
     #[arg(long)]
     pub trace_registers: bool,
+    /// Wait for gdb before the first instruction, at unix:PATH or tcp:[HOST:]PORT
+    #[arg(long, value_name = "WHERE")]
+    pub gdb: Option<Place>,
     /// Seconds from a stop (SIGTERM, SIGINT, vmm stop) until the guest is stopped hard
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,

@@ -16,29 +16,70 @@ use crate::api::server::Server;
 use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty};
 use crate::config::{OnReboot, VmConfig};
+use crate::debug::Debugger;
+use crate::debug::gdb;
 use crate::machine::{self, Ends, Outcome};
 use crate::trace::file::Header;
 use crate::trace::recording::{Recording, Start};
 
+/// What the options say beside the machine.
+pub struct Around {
+    stop_timeout: Duration,
+    record: Option<Record>,
+}
+
+/// What to record of a run.
+struct Record {
+    file: PathBuf,
+    /// The registers at every exit.
+    registers: bool,
+}
+
+impl Around {
+    /// Of these.
+    ///
+    /// # Errors
+    /// They contradict each other.
+    pub fn of(options: &Options) -> Result<Self, Failure> {
+        let registers = options.trace_registers;
+        let record = options.trace.clone().map(|file| Record { file, registers });
+        if registers && record.is_none() {
+            let error = anyhow!("--trace-registers: there is no record to put them in");
+            return Err(Failure::new(Code::BadArgument, error).hint(Some("name its file: --trace FILE")));
+        }
+        Ok(Self { stop_timeout: Duration::from_secs(options.stop_timeout), record })
+    }
+}
+
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {
-    let stop_timeout = Duration::from_secs(options.stop_timeout);
-    let dry_run = options.dry_run;
-    let trace = options.trace.clone().map(|file| (file, options.trace_registers));
-    if options.trace_registers && trace.is_none() {
-        let error = anyhow!("--trace-registers: there is no record to put them in");
-        return Err(Failure::new(Code::BadArgument, error).hint(Some("name its file: --trace FILE")));
-    }
+    let (around, dry_run) = (Around::of(&options)?, options.dry_run);
+    let gdb = options.gdb.clone();
     let config = options.resolve()?;
     if dry_run {
         print(&plan(config)?)?;
         return Ok(Code::Success);
     }
+    match gdb {
+        Some(place) => {
+            let mut server = gdb::Server::listen(&place, config.kernel.as_deref())?;
+            live(config, around, Some(&mut server))
+        }
+        None => live(config, around, None),
+    }
+}
+
+/// Runs what `config` describes, under `debugger` if there is one.
+pub fn live(
+    config: VmConfig,
+    Around { stop_timeout, record }: Around,
+    debugger: Option<&mut dyn Debugger>,
+) -> Result<Code, Failure> {
     // Before anything that a signal would have to undo.
     let signals = Signals::take().map_err(api::Error::Thread)?;
     let entry = Registry::of_user().register(config.name.as_deref())?;
     log::info!("{}: control socket registered", entry.name());
-    let running = Arc::new(Running::new(entry.name(), &config, trace.is_some()));
+    let running = Arc::new(Running::new(entry.name(), &config, record.is_some()));
     // Whoever signals or connects before the control thread is there is kept waiting, not lost; so the guest need not
     // wait for the thread.
     let mut unserved = Some((entry, signals));
@@ -53,68 +94,85 @@ pub fn run(options: Options) -> Result<Code, Failure> {
         }
     };
     let mut ends = Ends::default();
-    let end = live(&config, &mut ends, &running, trace, &mut serve);
+    let mut watched = Watched { config: &config, record, debugger };
+    let end = watched.run(&mut ends, &running, &mut serve);
     // Why there is no server says more than that the machine was killed for want of it.
     server.transpose()?;
     end
 }
 
-/// Runs the machine, and again after each reboot if that is wanted, recording it to the file in `trace` if that is, with the registers
-/// at every exit if that says so. Calls `serve`
-/// whenever it has begun to run.
-fn live(
-    config: &VmConfig,
-    ends: &mut Ends,
-    running: &Running,
-    trace: Option<(PathBuf, bool)>,
-    serve: &mut dyn FnMut(),
-) -> Result<Code, Failure> {
-    let mut first = true;
-    let recorder = running.recorder().clone();
-    // Ends with the last of the machines.
-    let mut recording: Option<Recording> = None;
-    // The monitor's own steps belong to the record.
-    recorder.set_on(trace.is_some());
-    recorder.set_all_registers(trace.as_ref().is_some_and(|(_, registers)| *registers));
-    let start = Start::now();
-    loop {
-        let mut machine = machine::build(config, ends, &recorder)?;
-        let ptys = ptys(ends);
-        if first {
-            for pty in &ptys {
-                // Not a log line: without it the pseudo-terminal cannot be found.
-                let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
+/// A machine with those who look at its run.
+struct Watched<'a, 'd> {
+    config: &'a VmConfig,
+    record: Option<Record>,
+    debugger: Option<&'a mut (dyn Debugger + 'd)>,
+}
+
+impl Watched<'_, '_> {
+    /// Runs the machine, and again after each reboot if that is wanted. Calls `serve` whenever it has begun to run.
+    fn run(&mut self, ends: &mut Ends, running: &Running, serve: &mut dyn FnMut()) -> Result<Code, Failure> {
+        let mut first = true;
+        let recorder = running.recorder().clone();
+        // Ends with the last of the machines.
+        let mut recording: Option<Recording> = None;
+        // The monitor's own steps belong to the record.
+        recorder.set_on(self.record.is_some());
+        recorder.set_all_registers(self.record.as_ref().is_some_and(|record| record.registers));
+        let start = Start::now();
+        loop {
+            let mut machine = machine::build(self.config, ends, &recorder)?;
+            let ptys = ptys(ends);
+            if first {
+                for pty in &ptys {
+                    // Not a log line: without it the pseudo-terminal cannot be found.
+                    let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
+                }
             }
-        }
-        if let (true, Some((path, _))) = (first, &trace) {
-            let header = Header::of(config, machine.handle().buses());
-            let (recorder, ram) = (recorder.clone(), machine.handle().ram().clone());
-            recording = Some(Recording::start(path, header, recorder, start, machine.counters(), ram)?);
-        } else if let Some(recording) = &mut recording {
-            recording.resume(machine.handle().ram().clone());
-        }
-        first = false;
-        running.built(machine.handle(), ptys);
-        let outcome = machine.run(&mut *serve);
-        let stopped = running.ended();
-        if matches!(outcome, Ok(Outcome::Reset)) && config.on_reboot == OnReboot::Reset && !stopped {
-            log::info!("the guest rebooted: starting it again");
-            if let Some(recording) = &mut recording {
-                recording.pause();
+            if let (true, Some(record)) = (first, &self.record) {
+                let header = Header::of(self.config, machine.handle().buses());
+                let (recorder, ram) = (recorder.clone(), machine.handle().ram().clone());
+                let counters = machine.counters();
+                recording = Some(Recording::start(&record.file, header, recorder, start, counters, ram)?);
+            } else if let Some(recording) = &mut recording {
+                recording.resume(machine.handle().ram().clone());
             }
-            continue;
+            first = false;
+            if let Some(debugger) = &mut self.debugger {
+                debugger.attach(&machine)?;
+            }
+            running.built(machine.handle(), ptys);
+            let outcome = machine.run(&mut *serve);
+            let stopped = running.ended();
+            let again =
+                matches!(outcome, Ok(Outcome::Reset)) && self.config.on_reboot == OnReboot::Reset && !stopped;
+            let end = outcome.map_err(Failure::from).and_then(code);
+            if let Some(debugger) = &mut self.debugger {
+                let code = end.as_ref().map_or_else(|failure| failure.code, |code| *code);
+                debugger.ended((!again).then(|| code.number()));
+            }
+            if again {
+                log::info!("the guest rebooted: starting it again");
+                if let Some(recording) = &mut recording {
+                    recording.pause();
+                }
+                continue;
+            }
+            if let Some(recording) = recording.take() {
+                recording.finish()?;
+            }
+            machine.leave();
+            return end;
         }
-        if let Some(recording) = recording.take() {
-            recording.finish()?;
-        }
-        machine.leave();
-        match outcome? {
-            Outcome::Shutdown | Outcome::Reset => return Ok(Code::Success),
-            Outcome::Exit(code) => return Ok(Code::Guest(code)),
-            Outcome::Killed => return Ok(Code::Killed),
-            Outcome::Crash(report) => return Err(Failure::new(Code::GuestCrash, anyhow!(report))),
-            Outcome::InternalError(report) => return Err(Failure::new(Code::Internal, anyhow!(report))),
-        }
+    }
+}
+
+fn code(outcome: Outcome) -> Result<Code, Failure> {
+    match outcome {
+        Outcome::Shutdown | Outcome::Reset => Ok(Code::Success),
+        Outcome::Exit(code) => Ok(Code::Guest(code)),
+        Outcome::Killed => Ok(Code::Killed),
+        Outcome::Crash(report) => Err(Failure::new(Code::GuestCrash, anyhow!(report))),
+        Outcome::InternalError(report) => Err(Failure::new(Code::Internal, anyhow!(report))),
     }
 }
 
@@ -131,5 +189,12 @@ impl From<machine::Error> for Failure {
         let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
         let hint = error.hint().map(|hint| hint.into_owned());
         Self::new(code, error).hint(hint)
+    }
+}
+
+impl From<gdb::Error> for Failure {
+    fn from(error: gdb::Error) -> Self {
+        let hint = error.hint();
+        Self::new(Code::Host, error).hint(hint)
     }
 }

@@ -11,7 +11,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::exit::{Code, Failure};
 use super::scratch::Scratch;
-use super::{options, run, top};
+use super::{options, run, step, top};
 use crate::recorder::Kind;
 use crate::trace::file::{self, Trace};
 use crate::trace::report::{Filter, Report};
@@ -29,8 +29,10 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     keep: Option<PathBuf>,
     /// Watch a virtual machine that runs, as vmm top does [default: the only one]
-    #[arg(long, value_name = "NAME", num_args = 0..=1, conflicts_with_all = ["keep", "View"])]
+    #[arg(long, value_name = "NAME", num_args = 0..=1, conflicts_with_all = ["keep", "View", "StepOptions"])]
     live: Option<Option<String>>,
+    #[command(flatten)]
+    step: step::StepOptions,
     /// What to run: the options of vmm run
     #[arg(
         last = true,
@@ -128,6 +130,9 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
         return top::top(top::Options { name, looks: top::Looks::default() });
     }
     let mut record = run_options(options.run)?;
+    if options.step.step {
+        return step::step(&options.step, record, options.view.symbols.as_deref());
+    }
     let scratch = Scratch::new("vmm-trace").map_err(|error| Failure::new(Code::Host, error))?;
     let file = options.keep.unwrap_or_else(|| scratch.path().join("record"));
     record.trace = Some(file.clone());

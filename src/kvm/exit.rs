@@ -6,6 +6,17 @@
 
 use kvm_bindings as kb;
 
+/// A breakpoint that was hit, or a step that is done: the exception that would have told the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trap {
+    /// 1 is #DB, 3 is #BP.
+    pub exception: u32,
+    /// Linear address of the next instruction; for #BP of the INT3.
+    pub pc: u64,
+    /// DR6 as the processor set it: which debug registers, whether a step.
+    pub dr6: u64,
+}
+
 /// Why a vCPU came back from the guest.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Exit<'a> {
@@ -62,10 +73,7 @@ pub enum Exit<'a> {
         instruction: Option<([u8; 15], usize)>,
     },
     /// A breakpoint or single step that was asked for.
-    Debug {
-        /// Where.
-        rip: u64,
-    },
+    Debug(Trap),
     /// End of interrupt for a vector of a split interrupt controller.
     IoApicEoi(u8),
     /// A signal, or a request to leave: look at the gate.
@@ -124,7 +132,10 @@ pub(super) unsafe fn decode(run: &mut kb::kvm_run) -> Exit<'_> {
                 let instruction = has_bytes.then(|| (bytes.insn_bytes, usize::from(bytes.insn_size).min(15)));
                 Exit::InternalError { suberror: failure.suberror, instruction }
             }
-            kb::KVM_EXIT_DEBUG => Exit::Debug { rip: exit.debug.arch.pc },
+            kb::KVM_EXIT_DEBUG => {
+                let debug = exit.debug.arch;
+                Exit::Debug(Trap { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 })
+            }
             kb::KVM_EXIT_IOAPIC_EOI => Exit::IoApicEoi(exit.eoi.vector),
             kb::KVM_EXIT_INTR => Exit::Kicked,
             other => Exit::Other(other),

@@ -1,8 +1,9 @@
-//! The only module that issues KVM ioctls: system, VM and vCPU descriptors, exits, registers, CPUID, MSRs.
+//! The only module that issues KVM ioctls: system, VM and vCPU descriptors, exits, registers, CPUID, MSRs, debugging.
 //!
 //! Used by `boot` (the entry state), `vcpu` (the run loop) and `machine` (assembly). Knows no device.
 
 pub mod cpuid;
+pub mod debug;
 pub mod exit;
 mod linger;
 pub mod regs;

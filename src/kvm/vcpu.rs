@@ -40,15 +40,22 @@ extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
 /// A virtual CPU.
 #[derive(Debug)]
 pub struct Vcpu {
-    fd: VcpuFd,
+    pub(super) fd: VcpuFd,
     id: u32,
     /// KVM_CAP_SYNC_REGS is there.
     keeps_registers: bool,
+    pub(super) steps: bool,
 }
 
 impl Vcpu {
     pub(super) fn new(fd: VcpuFd, id: u32, keeps_registers: bool) -> Self {
-        Self { fd, id, keeps_registers }
+        static HANDLER: Once = Once::new();
+        // Before there is a thread that could be kicked: without a handler the signal ends the process.
+        HANDLER.call_once(|| {
+            // Fails only for a signal number out of range.
+            let _ = signal::register_signal_handler(kick_signal(), on_kick);
+        });
+        Self { fd, id, keeps_registers, steps: false }
     }
 
     /// Its number; also its APIC identifier.
@@ -89,11 +96,6 @@ impl Vcpu {
 
     /// Makes this thread the one that runs the vCPU, and the one to [`kick`].
     pub fn bind(&mut self) {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(|| {
-            // Fails only for a signal number out of range.
-            let _ = signal::register_signal_handler(kick_signal(), on_kick);
-        });
         RUN.set(self.fd.get_kvm_run());
     }
 
@@ -165,12 +167,24 @@ impl Vcpu {
     }
 
     /// Lets KVM finish the instruction whose PIO or MMIO was handled last, without running another. Before that the
-    /// registers are those of the unfinished instruction.
-    pub fn finish_instruction(&mut self) {
+    /// registers are those of the unfinished instruction. An instruction that reads and writes, or a string, exits again on
+    /// the way: that exit is to be handled, and this to be called again until there is none.
+    ///
+    /// # Errors
+    /// KVM_RUN failed other than by immediate_exit.
+    pub fn finish_instruction(&mut self) -> Result<Option<Exit<'_>>, Error> {
         self.fd.set_kvm_immediate_exit(1);
-        // It always fails, by EINTR: that is what immediate_exit asks for.
-        let _ = self.fd.run();
-        self.fd.set_kvm_immediate_exit(0);
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        let exit = self.run()?;
+        // SAFETY: the page lives as long as `self`; the byte is apart from what `exit` refers to, and is shared with the
+        // kernel, hence volatile.
+        unsafe { ptr::write_volatile(&raw mut (*run).immediate_exit, 0) };
+        Ok((exit != Exit::Kicked).then_some(exit))
+    }
+
+    /// Whether it comes back after each instruction ([`Vcpu::set_guest_debug`]).
+    pub fn is_stepping(&self) -> bool {
+        self.steps
     }
 
     /// Tells the guest's clock that the machine stood still, so that no watchdog takes the pause for a lockup.

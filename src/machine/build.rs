@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Instant;
 
@@ -98,6 +98,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
             ram: memory.ram().clone(),
             recorder: recorder.clone(),
             observed: vcpu::Observed::default(),
+            debugger: OnceLock::new(),
         }),
         threads: Mutex::default(),
         devices: board.devices,

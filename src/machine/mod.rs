@@ -3,6 +3,7 @@
 //! [`build`] assembles it from a configuration. Knows no command line, control socket or snapshot format.
 
 mod build;
+mod debug;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use crate::{boot, chardev, kvm, memory, virtio};
 
 pub use crate::chardev::Ends;
 pub use build::{build, platform};
+pub use debug::Debug;
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -226,12 +228,12 @@ impl Machine {
     pub fn run(&mut self, meanwhile: impl FnOnce()) -> Result<Outcome, Error> {
         let mut started = Ok(());
         for vcpu in self.vcpus.drain(..) {
-            let what = format!("the thread of vCPU {}", vcpu.id());
+            let id = vcpu.id();
             match vcpu::Thread::start(vcpu, self.shared.vcpus.clone(), self.shared.events.clone()) {
                 Ok(thread) => lock(&self.shared.threads).push(thread),
                 Err(source) => {
-                    self.shared.vcpus.gate.left();
-                    started = Err(Error::Host { what, source });
+                    self.shared.vcpus.gate.left(id as usize);
+                    started = Err(Error::Host { what: format!("the thread of vCPU {id}"), source });
                 }
             }
         }

@@ -113,7 +113,8 @@ fn fits(instruction: &Instruction, event: &Event) -> bool {
     }
 }
 
-fn text(instruction: &Instruction) -> String {
+/// In Intel's syntax.
+pub fn text(instruction: &Instruction) -> String {
     let mut text = String::new();
     let mut formatter = NasmFormatter::new();
     formatter.options_mut().set_hex_prefix("0x");

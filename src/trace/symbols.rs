@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::demangle::demangled;
-use super::kallsyms::IMAGE;
+use super::kallsyms::{END, IMAGE};
 use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
 
 /// A file's size at most: a vmlinux with debug information stays below.
@@ -197,7 +197,13 @@ impl Symbols {
         let address = address.wrapping_sub(self.shift);
         let at = self.table.partition_point(|(start, _)| *start <= address).checked_sub(1)?;
         let (start, name) = &self.table[at];
-        (address - start < FAR).then_some((name, address - start))
+        (address - start < FAR && name != END).then_some((name, address - start))
+    }
+
+    /// Where the symbol called `name` is in the guest.
+    pub fn address(&self, name: &str) -> Option<u64> {
+        let (address, _) = self.table.iter().find(|(_, known)| known == name)?;
+        Some(address.wrapping_add(self.shift))
     }
 
     /// `symbol+0x12`, or the plain number.
@@ -211,7 +217,8 @@ impl Symbols {
 }
 
 fn sort(table: &mut Vec<(u64, String)>) {
-    table.sort_by_key(|(address, _)| *address);
+    // Where one ends and the next begins, it is the next that counts.
+    table.sort_by_key(|(address, name)| (*address, name == END));
     table.dedup_by_key(|(address, _)| *address);
 }
 
@@ -266,6 +273,8 @@ mod tests {
         assert_eq!(symbols.name(0xffff_ffff_9000_0000), "0xffffffff90000000");
         symbols.set_shift(0x100_0000);
         assert_eq!(symbols.name(0xffff_ffff_8200_0100), "second");
+        assert_eq!(symbols.address("second"), Some(0xffff_ffff_8200_0100));
+        assert_eq!(symbols.address("data"), None);
     }
 
     #[test]

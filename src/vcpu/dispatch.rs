@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use kvm_bindings as kb;
 
 use crate::bus::{Bus, Effect};
-use crate::kvm::exit::Exit;
+use crate::kvm::exit::{Exit, Trap};
 
 /// The two address spaces of a PC.
 #[derive(Debug, Default)]
@@ -46,6 +46,8 @@ pub enum Next {
     Again,
     /// Looks at the gate: someone wants it to leave or to park.
     Gate,
+    /// Stops for the debugger.
+    Trap(Trap),
     /// The machine's run is over.
     End(End),
 }
@@ -135,8 +137,7 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
             Next::End(End::Stuck(Stuck::InternalError { suberror, instruction }))
         }
         Exit::SystemEvent(_) => Next::End(End::Stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
-        // Nobody asked for debug exits yet.
-        Exit::Debug { .. } => Next::End(End::Stuck(Stuck::Unexpected(kb::KVM_EXIT_DEBUG))),
+        Exit::Debug(trap) => Next::Trap(trap),
         Exit::Other(number) => Next::End(End::Stuck(Stuck::Unexpected(number))),
     }
 }
@@ -226,6 +227,7 @@ mod tests {
 
     #[test]
     fn every_other_exit_has_its_answer() {
+        const TRAP: Trap = Trap { exception: 1, pc: 2, dr6: 3 };
         let (_, buses) = buses();
         let stuck = |s| Next::End(End::Stuck(s));
         for (mut exit, next) in [
@@ -242,7 +244,7 @@ mod tests {
                 Exit::InternalError { suberror: 1, instruction: None },
                 stuck(Stuck::InternalError { suberror: 1, instruction: None }),
             ),
-            (Exit::Debug { rip: 1 }, stuck(Stuck::Unexpected(kb::KVM_EXIT_DEBUG))),
+            (Exit::Debug(TRAP), Next::Trap(TRAP)),
             (Exit::Other(77), stuck(Stuck::Unexpected(77))),
         ] {
             assert_eq!(dispatch(&mut exit, &buses), next);

@@ -1,11 +1,15 @@
 //! The gate that every vCPU passes: open, closed (park here) or shut for good.
 //!
-//! The machine turns it; vCPU threads look at it only after they were kicked, so that it costs nothing per exit.
+//! The machine turns it; vCPU threads look at it before their first instruction, and then only after they were kicked, so
+//! that it costs nothing per exit. A debugger holds vCPUs back one by one, and sends [`Errand`]s to those that wait.
 
-use std::sync::{Condvar, Mutex};
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::bus::lock;
+use crate::kvm::Vcpu;
 
 /// What the vCPUs should do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,12 +19,32 @@ enum Want {
     Leave,
 }
 
+/// One vCPU.
+#[derive(Debug, Default)]
+struct Slot {
+    /// A debugger has it wait, even if the others run.
+    held: bool,
+    /// It stands still.
+    parked: bool,
+    /// Its thread has left the run loop.
+    left: bool,
+    errands: VecDeque<Errand>,
+}
+
 #[derive(Debug)]
 struct State {
     want: Want,
-    parked: usize,
-    /// Threads that have not left yet.
-    present: usize,
+    vcpus: Vec<Slot>,
+}
+
+impl State {
+    fn stands(&self) -> bool {
+        self.vcpus.iter().all(|vcpu| vcpu.parked || vcpu.left)
+    }
+
+    fn waits(&self, vcpu: usize) -> bool {
+        self.want == Want::Park || (self.want == Want::Run && self.vcpus[vcpu].held)
+    }
 }
 
 /// See the module's text.
@@ -28,6 +52,24 @@ struct State {
 pub struct Gate {
     state: Mutex<State>,
     changed: Condvar,
+}
+
+/// Something to be done to a vCPU that waits at the gate, by its own thread.
+pub struct Errand(pub Box<dyn FnOnce(&mut Vcpu) + Send>);
+
+impl fmt::Debug for Errand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Errand")
+    }
+}
+
+/// What [`Gate::pass`] has its vCPU do meanwhile.
+#[derive(Debug)]
+pub enum Meanwhile {
+    /// It will wait: bring it to rest.
+    Parking,
+    /// Do this.
+    Errand(Errand),
 }
 
 /// What [`Gate::pass`] tells a vCPU.
@@ -47,30 +89,39 @@ impl Gate {
 
     /// An open gate for `vcpus` threads.
     pub fn new(vcpus: usize) -> Self {
-        let state = State { want: Want::Run, parked: 0, present: vcpus };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        let vcpus = (0..vcpus).map(|_| Slot::default()).collect();
+        Self { state: Mutex::new(State { want: Want::Run, vcpus }), changed: Condvar::new() }
     }
 
-    /// Called by a vCPU thread. Waits while the gate is closed; `before_parking` runs first then.
-    pub fn pass(&self, before_parking: impl FnOnce()) -> Passed {
-        if lock(&self.state).want == Want::Park {
-            before_parking();
+    /// Called by the thread of `vcpu`. Waits while the gate is closed, or closed to this vCPU.
+    pub fn pass(&self, vcpu: usize, mut call: impl FnMut(Meanwhile)) -> Passed {
+        if lock(&self.state).waits(vcpu) {
+            call(Meanwhile::Parking);
         }
         let mut state = lock(&self.state);
         let mut passed = Passed::Through;
-        while state.want == Want::Park {
+        while state.waits(vcpu) {
             passed = Passed::AfterPause;
-            state.parked += 1;
+            if let Some(errand) = state.vcpus[vcpu].errands.pop_front() {
+                state.vcpus[vcpu].parked = false;
+                drop(state);
+                call(Meanwhile::Errand(errand));
+                state = lock(&self.state);
+                continue;
+            }
+            state.vcpus[vcpu].parked = true;
             self.changed.notify_all();
             state = self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
-            state.parked -= 1;
         }
+        state.vcpus[vcpu].parked = false;
         if state.want == Want::Leave { Passed::Leave } else { passed }
     }
 
-    /// Called by a vCPU thread that leaves the run loop, for whatever reason.
-    pub fn left(&self) {
-        lock(&self.state).present -= 1;
+    /// Called by the thread of `vcpu` as it leaves the run loop, for whatever reason.
+    pub fn left(&self, vcpu: usize) {
+        let mut state = lock(&self.state);
+        state.vcpus[vcpu].left = true;
+        state.vcpus[vcpu].errands.clear();
         self.changed.notify_all();
     }
 
@@ -82,19 +133,11 @@ impl Gate {
             return false;
         }
         state.want = Want::Park;
-        while state.parked < state.present && state.want == Want::Park {
-            drop(state);
-            kick();
-            state = lock(&self.state);
-            if state.parked < state.present {
-                let wait = self.changed.wait_timeout(state, Self::PATIENCE);
-                state = wait.unwrap_or_else(std::sync::PoisonError::into_inner).0;
-            }
-        }
+        state = self.wait(state, kick, |state| state.stands() || state.want != Want::Park);
         state.want == Want::Park
     }
 
-    /// Opens a closed gate.
+    /// Opens a closed gate. Those that are held stay.
     pub fn open(&self) {
         let mut state = lock(&self.state);
         if state.want == Want::Park {
@@ -108,15 +151,53 @@ impl Gate {
         let mut state = lock(&self.state);
         state.want = Want::Leave;
         self.changed.notify_all();
-        while state.present > 0 {
+        drop(self.wait(state, kick, |state| state.vcpus.iter().all(|vcpu| vcpu.left)));
+    }
+
+    /// Has `vcpu` wait when it next passes.
+    pub fn hold(&self, vcpu: usize) {
+        lock(&self.state).vcpus[vcpu].held = true;
+    }
+
+    /// Has every vCPU wait, and waits until all stand still. False if the gate is shut for good.
+    pub fn hold_all(&self, kick: impl Fn()) -> bool {
+        let mut state = lock(&self.state);
+        state.vcpus.iter_mut().for_each(|vcpu| vcpu.held = true);
+        state = self.wait(state, kick, |state| state.stands() || state.want == Want::Leave);
+        state.want != Want::Leave
+    }
+
+    /// Lets `vcpu` run on when the gate is open.
+    pub fn release(&self, vcpu: usize) {
+        lock(&self.state).vcpus[vcpu].held = false;
+        self.changed.notify_all();
+    }
+
+    /// Has the thread of `vcpu` do `errand` while it waits. Dropped undone if it leaves before.
+    pub fn send(&self, vcpu: usize, errand: Errand) {
+        let mut state = lock(&self.state);
+        if !state.vcpus[vcpu].left {
+            state.vcpus[vcpu].errands.push_back(errand);
+        }
+        self.changed.notify_all();
+    }
+
+    fn wait<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        kick: impl Fn(),
+        done: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        while !done(&state) {
             drop(state);
             kick();
             state = lock(&self.state);
-            if state.present > 0 {
+            if !done(&state) {
                 let wait = self.changed.wait_timeout(state, Self::PATIENCE);
                 state = wait.unwrap_or_else(std::sync::PoisonError::into_inner).0;
             }
         }
+        state
     }
 }
 
@@ -132,15 +213,15 @@ mod tests {
         let gate = Arc::new(Gate::new(3));
         let (rounds, pauses) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let vcpus: Vec<_> = (0..3)
-            .map(|_| {
+            .map(|vcpu| {
                 let (gate, rounds, pauses) = (gate.clone(), rounds.clone(), pauses.clone());
                 thread::spawn(move || {
                     loop {
                         rounds.fetch_add(1, Ordering::SeqCst);
-                        match gate.pass(|| ()) {
+                        match gate.pass(vcpu, |_| ()) {
                             Passed::Through => thread::yield_now(),
                             Passed::AfterPause => _ = pauses.fetch_add(1, Ordering::SeqCst),
-                            Passed::Leave => return gate.left(),
+                            Passed::Leave => return gate.left(vcpu),
                         }
                     }
                 })
@@ -155,6 +236,16 @@ mod tests {
             thread::yield_now();
         }
         assert_eq!(pauses.load(Ordering::SeqCst), 3);
+        // Held one by one, they stay when the gate is closed and opened.
+        assert!(gate.hold_all(|| ()));
+        let before = rounds.load(Ordering::SeqCst);
+        assert!(gate.close(|| ()));
+        gate.open();
+        gate.release(1);
+        while rounds.load(Ordering::SeqCst) < before + 30 {
+            thread::yield_now();
+        }
+        assert_eq!(pauses.load(Ordering::SeqCst), 4, "one of them runs");
         gate.shut(|| ());
         vcpus.into_iter().for_each(|t| t.join().unwrap());
         assert!(!gate.close(|| ()), "nobody is left to park");

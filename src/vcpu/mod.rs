@@ -3,22 +3,24 @@
 //! `machine` builds and joins them. This loop is the hottest path of the monitor: between two entries into the
 //! guest there is one dispatch and nothing else.
 
-mod code;
 pub mod dispatch;
 pub mod gate;
+pub mod linear;
 mod observe;
 pub mod report;
 
+use std::fmt;
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
+use crate::kvm::exit::Trap;
 use crate::kvm::{self, Error, Vcpu};
 use crate::memory::GuestRam;
 use crate::recorder::Recorder;
-use dispatch::{Buses, End, Next, dispatch};
-use gate::{Gate, Passed};
+use dispatch::{Buses, End, Next, Stuck, dispatch};
+use gate::{Errand, Gate, Meanwhile, Passed};
 use observe::Observer;
 pub use observe::{Observed, Seen};
 
@@ -35,6 +37,26 @@ pub struct Shared {
     pub recorder: Arc<Recorder>,
     /// The vCPUs that have been recorded.
     pub observed: Observed,
+    /// Who is told of breakpoints and steps, once somebody debugs the machine.
+    pub debugger: OnceLock<Listener>,
+}
+
+/// A vCPU waits at the gate, because of this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stop {
+    /// Which.
+    pub vcpu: u32,
+    /// Why.
+    pub trap: Trap,
+}
+
+/// Called on a vCPU's thread when it stops for the debugger.
+pub struct Listener(pub Box<dyn Fn(Stop) + Send + Sync>);
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Listener")
+    }
 }
 
 /// How a run ended, and what a person should know about it.
@@ -69,7 +91,7 @@ impl Thread {
                 let report = report::report(&vcpu, &shared.ram, &end);
                 let _ = ended.send(Ended { end, report }.into());
             }
-            shared.gate.left();
+            shared.gate.left(vcpu.id() as usize);
         })?;
         Ok(Self(thread))
     }
@@ -89,25 +111,114 @@ impl Thread {
 /// Runs until the guest ends (and how), or the gate says to leave (`None`).
 fn run(vcpu: &mut Vcpu, shared: &Shared) -> Option<Result<End, Error>> {
     let mut observer = Observer::default();
+    // A debugger may hold it before its first instruction.
+    let mut next = Next::Gate;
     loop {
+        match next {
+            Next::Again if vcpu.is_stepping() => match finish_step(vcpu, shared) {
+                Ok(finished) => next = finished,
+                Err(error) => return Some(Err(error)),
+            },
+            Next::Again => {}
+            Next::Gate | Next::Trap(_) => {
+                if let Next::Trap(trap) = next
+                    && let Err(end) = stop(vcpu, shared, trap)
+                {
+                    return Some(Ok(end));
+                }
+                match pass(vcpu, shared) {
+                    Ok(Passed::Through) => {}
+                    Ok(Passed::AfterPause) => vcpu.announce_pause(),
+                    Ok(Passed::Leave) => return None,
+                    Err(end) => return Some(end),
+                }
+                next = Next::Again;
+            }
+            Next::End(end) => match breakpoint(vcpu, shared, end) {
+                Some(trap) => next = Next::Trap(trap),
+                None => return Some(Ok(end)),
+            },
+        }
+        if next != Next::Again {
+            continue;
+        }
         // One branch while nobody records; the observer has to put things back once nobody does any more.
-        let next = if shared.recorder.is_on() | observer.is_active() {
+        let turn = if shared.recorder.is_on() | observer.is_active() {
             observer.turn(vcpu, shared)
         } else {
             vcpu.run().map(|mut exit| dispatch(&mut exit, &shared.buses))
         };
-        let next = match next {
+        next = match turn {
             Ok(next) => next,
             Err(error) => return Some(Err(error)),
         };
-        match next {
+    }
+}
+
+/// Has the vCPU wait for the debugger, who is told.
+fn stop(vcpu: &Vcpu, shared: &Shared, trap: Trap) -> Result<(), End> {
+    let Some(listener) = shared.debugger.get() else {
+        return Err(End::Stuck(Stuck::Unexpected(kvm_bindings::KVM_EXIT_DEBUG)));
+    };
+    // Before anybody can want to release it.
+    shared.gate.hold(vcpu.id() as usize);
+    (listener.0)(Stop { vcpu: vcpu.id(), trap });
+    Ok(())
+}
+
+/// Whether what looks like the end is INT3 under a debugger: a KVM without hardware virtualization, which emulates every
+/// instruction, has no emulation of it.
+fn breakpoint(vcpu: &Vcpu, shared: &Shared, end: End) -> Option<Trap> {
+    const INT3: u8 = 0xcc;
+    let End::Stuck(Stuck::InternalError { suberror: kvm_bindings::KVM_INTERNAL_ERROR_EMULATION, .. }) = end
+    else {
+        return None;
+    };
+    shared.debugger.get()?;
+    let pc = vcpu.sregs().ok()?.cs.base.wrapping_add(vcpu.regs().ok()?.rip);
+    let mut code = [0];
+    (linear::read(vcpu, &shared.ram, pc, &mut code) == 1 && code[0] == INT3).then_some(Trap {
+        exception: 3,
+        pc,
+        dr6: 0,
+    })
+}
+
+/// Passes the gate, at rest if it has to wait there.
+fn pass(vcpu: &mut Vcpu, shared: &Shared) -> Result<Passed, Result<End, Error>> {
+    let mut end = None;
+    let passed = shared.gate.pass(vcpu.id() as usize, |meanwhile| match meanwhile {
+        Meanwhile::Parking => match finish(vcpu, shared) {
+            Ok(Next::Trap(trap)) => end = stop(vcpu, shared, trap).err().map(Ok),
+            Ok(Next::End(early)) => end = Some(Ok(early)),
+            Ok(Next::Again | Next::Gate) => {}
+            Err(error) => end = Some(Err(error)),
+        },
+        Meanwhile::Errand(Errand(errand)) => errand(vcpu),
+    });
+    end.map_or(Ok(passed), Err)
+}
+
+/// Brings the last instruction to its end, whatever exits that still takes. [`Next::Again`]: it is done.
+fn finish(vcpu: &mut Vcpu, shared: &Shared) -> Result<Next, Error> {
+    while let Some(mut exit) = vcpu.finish_instruction()? {
+        match dispatch(&mut exit, &shared.buses) {
             Next::Again => {}
-            Next::Gate => match shared.gate.pass(|| vcpu.finish_instruction()) {
-                Passed::Through => {}
-                Passed::AfterPause => vcpu.announce_pause(),
-                Passed::Leave => return None,
-            },
-            Next::End(end) => return Some(Ok(end)),
+            other => return Ok(other),
         }
+    }
+    Ok(Next::Again)
+}
+
+/// Ends a step over an instruction that came out for a device: KVM's emulator does not tell when one that writes is done.
+fn finish_step(vcpu: &mut Vcpu, shared: &Shared) -> Result<Next, Error> {
+    /// DR6: single step (SDM vol. 3, 18.2.3).
+    const BS: u64 = 1 << 14;
+    match finish(vcpu, shared)? {
+        Next::Again => {
+            let pc = vcpu.sregs()?.cs.base.wrapping_add(vcpu.regs()?.rip);
+            Ok(Next::Trap(Trap { exception: 1, pc, dr6: BS }))
+        }
+        other => Ok(other),
     }
 }

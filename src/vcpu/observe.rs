@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 
 use super::Shared;
-use super::code;
 use super::dispatch::{Next, dispatch};
+use super::linear;
 use crate::bus::lock;
 use crate::kvm::exit::Exit;
 use crate::kvm::{Counters, Error, Vcpu};
@@ -124,11 +124,11 @@ impl Observing {
         };
         // KVM's emulator is done with an instruction that writes before it leaves: RIP is behind it then.
         let written = matches!(event.kind(), Some(Kind::PioOut | Kind::MmioWrite));
-        let before = event.rip.checked_sub(code::MAX as u64).filter(|_| written);
+        let before = event.rip.checked_sub(linear::MAX_INSTRUCTION as u64).filter(|_| written);
         for rip in before.into_iter().chain([event.rip]) {
             let mut bytes = [0; 16];
             let linear = sregs.cs.base.wrapping_add(rip);
-            let count = code::read(vcpu, ram, linear, &mut bytes[..code::MAX]) as u8;
+            let count = linear::read(vcpu, ram, linear, &mut bytes[..linear::MAX_INSTRUCTION]) as u8;
             let [address, value] =
                 [0, 8].map(|at| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i])));
             let (time, kind) = (event.time, Kind::Code as u8);
@@ -201,7 +201,7 @@ fn before(exit: &Exit<'_>) -> Event {
         Exit::SystemEvent(number) => event(Kind::SystemEvent, (*number).into(), 0),
         Exit::FailEntry { reason, .. } => event(Kind::FailEntry, 0, *reason),
         Exit::InternalError { suberror, .. } => event(Kind::InternalError, (*suberror).into(), 0),
-        Exit::Debug { .. } => event(Kind::Debug, 0, 0),
+        Exit::Debug(_) => event(Kind::Debug, 0, 0),
         Exit::IoApicEoi(vector) => event(Kind::IoApicEoi, (*vector).into(), 0),
         Exit::Kicked => event(Kind::Kicked, 0, 0),
         Exit::Other(number) => event(Kind::Other, (*number).into(), 0),
@@ -263,6 +263,7 @@ mod tests {
             ram: memory.ram().clone(),
             recorder: Arc::<Recorder>::default(),
             observed: Observed::default(),
+            debugger: std::sync::OnceLock::new(),
         };
         let mut observer = Observer::default();
         let exits = || {

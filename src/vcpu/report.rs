@@ -6,8 +6,8 @@ use std::fmt::Write;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, NasmFormatter};
 
-use super::code;
 use super::dispatch::{End, Stuck};
+use super::linear;
 use crate::kvm::{self, Error, Vcpu};
 use crate::memory::GuestRam;
 
@@ -96,13 +96,13 @@ fn instruction(
     known: Option<([u8; 15], usize)>,
 ) -> std::fmt::Result {
     let (Ok(r), Ok(s)) = (vcpu.regs(), vcpu.sregs()) else { return Ok(()) };
-    let mut bytes = [0; code::MAX];
+    let mut bytes = [0; linear::MAX_INSTRUCTION];
     let len = match known {
         Some((known, len)) => {
             bytes = known;
             len
         }
-        None => code::read(vcpu, ram, s.cs.base.wrapping_add(r.rip), &mut bytes),
+        None => linear::read(vcpu, ram, s.cs.base.wrapping_add(r.rip), &mut bytes),
     };
     if len == 0 {
         return write!(text, "\n  no readable memory at rip");

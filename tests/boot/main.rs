@@ -3,6 +3,7 @@
 //! `VMM_REQUIRE_LINUX_GUESTS=1`. What it boots is made by `cargo guest bundle --out target/guests`.
 
 mod console;
+mod debug;
 mod disk;
 mod guest;
 mod kernels;

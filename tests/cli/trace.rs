@@ -78,6 +78,7 @@ fn every_exit_is_a_sentence() {
     let first: Value = serde_json::from_str(json.lines().next().unwrap()).unwrap();
     assert_eq!(first["instruction"], "out dx,al");
     assert_eq!((&first["vtx"]["number"], &first["svm"]["code"]), (&30.into(), &0x7b.into()));
+    assert!(first["hardware"].as_str().unwrap().ends_with("(out 1B 0x3f8)"), "{first}");
     assert_eq!(first["rip"], "0x1000006");
     let advice = text(&place.vmm("trace report record --advise").stdout);
     assert!(advice.starts_with("nothing to say"), "five exits waste nothing: {advice}");

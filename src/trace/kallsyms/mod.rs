@@ -5,12 +5,15 @@
 //! bytes) and later. The tables are the guest's: all is
 //! checked and bounded.
 
+mod btf;
+mod modules;
 mod roots;
 mod space;
 mod tables;
 #[cfg(test)]
 mod tests;
 
+pub use modules::END;
 pub use roots::Roots;
 pub use space::Space;
 
@@ -40,12 +43,17 @@ pub struct Symbol {
     pub name: String,
 }
 
-/// The functions of the kernel that runs in `ram`, as lines of address, type and name; by the first of `roots` (CR3 and CR4
-/// of a vCPU in the kernel) that leads to them.
+/// The functions of the kernel that runs in `ram` and of its modules, as lines of address, type and name; by the first of
+/// `roots` (CR3 and CR4 of a vCPU in the kernel) that leads to them. Where a module ends, the name is [`END`].
 pub fn list(ram: &GuestRam, roots: &[(u64, u64)]) -> Option<String> {
-    let symbols = roots.iter().find_map(|(cr3, cr4)| find(&Space::new(ram, *cr3, *cr4)))?;
+    let spaces = roots.iter().map(|(cr3, cr4)| Space::new(ram, *cr3, *cr4));
+    let (symbols, modules) = spaces.into_iter().find_map(|space| {
+        let symbols = find(&space)?;
+        let modules = modules::functions(&space, &symbols);
+        Some((symbols, modules))
+    })?;
     let mut text = String::new();
-    for Symbol { address, kind, name } in symbols {
+    for Symbol { address, kind, name } in symbols.into_iter().chain(modules) {
         if matches!(kind, 't' | 'T' | 'w' | 'W') {
             let _ = writeln!(text, "{address:016x} {kind} {name}");
         }

@@ -169,3 +169,63 @@ fn damaged_tables_are_no_tables_and_nothing_panics() {
         assert_eq!(find(&Space::new(&ram, ROOT, 0)), None);
     }
 }
+
+/// A kernel with a module of two functions (and a variable), and what it says of its structures.
+fn with_module() -> (Vec<u8>, Vec<Symbol>) {
+    let mut image = vec![0u8; 0x4000];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    let to = |at: u64| (KERNEL + at).to_le_bytes();
+    // The head of the list, the module's link in it, its symbols.
+    put(0, &to(0x1008));
+    put(0x1008, &to(0));
+    put(0x1100, &to(0x2000));
+    put(0x2000, &to(0x2100));
+    put(0x2008, &4u32.to_le_bytes());
+    put(0x2010, &to(0x2400));
+    for (at, (name, kind, address)) in
+        [(0u32, 0u8, 0u64), (1, 2, 0x100), (7, 1, 0x180), (13, 2, 0x140)].into_iter().enumerate()
+    {
+        let entry = 0x2100 + at * 24;
+        put(entry, &name.to_le_bytes());
+        put(entry + 4, &[0x10 | kind]);
+        put(entry + 8, &(0xffff_ffff_c020_0000 + address).to_le_bytes());
+        put(entry + 16, &0x20u64.to_le_bytes());
+    }
+    put(0x2400, b"\0first\0datum\0second\0");
+    let btf = btf::tests::btf(&[
+        ("module", &[("list", 8), ("kallsyms", 0x100)]),
+        ("mod_kallsyms", &[("symtab", 0), ("num_symtab", 8), ("strtab", 16)]),
+    ]);
+    put(0x3000, &btf);
+    let symbol = |name: &str, at: u64| Symbol { address: KERNEL + at, kind: 'D', name: name.to_owned() };
+    let end = 0x3000 + btf.len() as u64;
+    (image, vec![symbol("modules", 0), symbol("__start_BTF", 0x3000), symbol("__stop_BTF", end)])
+}
+
+fn of_modules(image: &[u8], symbols: &[Symbol]) -> Vec<(u64, String)> {
+    let ram = ram(image);
+    let found = modules::functions(&Space::new(&ram, ROOT, 0), symbols);
+    found.into_iter().map(|symbol| (symbol.address & 0xfff, symbol.name)).collect()
+}
+
+#[test]
+fn functions_of_modules_are_found_and_where_they_end() {
+    let (image, symbols) = with_module();
+    let expected =
+        [(0x100, "first"), (0x140, "second"), (0x160, END)].map(|(at, name)| (at, name.to_owned()));
+    assert_eq!(of_modules(&image, &symbols), expected);
+    assert_eq!(of_modules(&image, &symbols[..1]), [], "no type information");
+}
+
+#[test]
+fn modules_that_a_guest_made_up_come_to_an_end() {
+    let (mut image, symbols) = with_module();
+    // The list never comes back to its head.
+    image[0x1008..0x1010].copy_from_slice(&(KERNEL + 0x1008).to_le_bytes());
+    assert_eq!(of_modules(&image, &symbols).len(), 3 * 1024);
+    // A table of 4 billion symbols, names that lead nowhere.
+    image[0x2008..0x200c].fill(0xff);
+    of_modules(&image, &symbols);
+    image[0x2010..0x2018].fill(0xff);
+    of_modules(&image, &symbols);
+}

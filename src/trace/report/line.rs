@@ -111,6 +111,7 @@ impl Report<'_> {
             "value": event.value,
             "device": devices::name(&self.trace.header, event),
             "answer": devices::tell(&self.trace.header, event),
+            "hardware": kind.filter(|kind| kind.is_exit() || *kind == Kind::InKernel).map(|kind| self.reason(kind, event)),
             "in_kernel": (kind == Some(Kind::InKernel)).then(|| self.kernel_reason(event)),
             "registers": registers,
             "guest_ns": self.trace.ns(event.guest),

@@ -112,7 +112,7 @@ fn await_mark(vcpu: &mut Vcpu, ram: &GuestRam, said: &Sender<Said>) -> Result<()
     let what = format!("{exit:?} in place of a mark");
     match dispatch(&mut exit, &Buses::default()) {
         Next::End(end) => Err(explain(vcpu, ram, end)),
-        Next::Again | Next::Gate => Err(what),
+        Next::Again | Next::Gate | Next::Trap(_) => Err(what),
     }
 }
 

@@ -1,0 +1,93 @@
+//! A listening unix socket: nobody but its owner may connect, and its file goes with it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, fchmod};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
+};
+
+use super::Error;
+
+/// The socket and its file.
+#[derive(Debug)]
+pub struct Listener {
+    fd: OwnedFd,
+    path: PathBuf,
+    /// Device and inode of the socket file, so that only our own is removed.
+    identity: Option<(u64, u64)>,
+}
+
+impl Listener {
+    /// Listens at `path`, mode 0600. A socket file that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// Something else is there, or the host refuses.
+    pub fn bind(path: &Path) -> Result<Self, Error> {
+        let failed = |what| move |source| Error::Socket { what, path: path.to_owned(), source };
+        let address = SocketAddrUnix::new(path).map_err(|e| failed("listen on")(e.into()))?;
+        remove_stale(path, &address)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let start = || -> io::Result<OwnedFd> {
+            let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            // Before bind, this is the mode that the file gets: there is no moment in which others may connect.
+            fchmod(&listener, Mode::RUSR | Mode::WUSR)?;
+            bind(&listener, &address)?;
+            listen(&listener, 4)?;
+            Ok(listener)
+        };
+        let fd = start().map_err(failed("listen on"))?;
+        let identity = std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()));
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Ok(Self { fd, path, identity })
+    }
+
+    /// The next who wants to connect, if somebody does.
+    pub fn accept(&self) -> Option<OwnedFd> {
+        accept_with(&self.fd, SocketFlags::CLOEXEC).ok()
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Removes what an ended process left at `path`; anything else that is there is an error.
+fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), Error> {
+    let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    if !found.file_type().is_socket() {
+        return Err(Error::NotASocket(path.to_owned()));
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        .and_then(|probe| connect(&probe, address));
+    match probe {
+        Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(|source| Error::Socket {
+            what: "remove the stale socket",
+            path: path.to_owned(),
+            source,
+        }),
+        Err(Errno::NOENT) => Ok(()),
+        _ => Err(Error::InUse(path.to_owned())),
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let found = std::fs::symlink_metadata(&self.path).ok().map(|m| (m.dev(), m.ino()));
+        if found.is_some() && found == self.identity {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}

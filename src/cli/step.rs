@@ -1,0 +1,97 @@
+//! `vmm trace --step`: which symbols, from where, how far; the steps are [`crate::debug::step`]'s.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::anyhow;
+
+use super::exit::{Code, Failure};
+use super::options;
+use super::run::{self, Around};
+use crate::config::VmConfig;
+use crate::debug::step::{LINUX_MAP, Plan, Seen, Steps};
+use crate::trace::symbols::Symbols;
+
+/// The options of `vmm trace` that are about stepping.
+#[derive(Debug, clap::Args)]
+pub struct StepOptions {
+    /// Step through the guest in place of recording its exits: each instruction, its mode, the registers that it changed
+    #[arg(
+        long,
+        conflicts_with_all = ["keep", "only", "port", "device", "vcpu", "after", "symbol", "stats", "advise", "json",
+            "perfetto", "html", "kaslr_offset"]
+    )]
+    pub step: bool,
+    /// With --step: run freely to this symbol of the kernel, or linear address, and step from there
+    #[arg(long, value_name = "SYMBOL|ADDRESS", requires = "step")]
+    from: Option<String>,
+    /// With --step: how many instructions; then the virtual machine is ended
+    #[arg(long, value_name = "N", requires = "step", default_value_t = 100)]
+    count: u64,
+}
+
+/// `vmm trace --step -- RUN OPTIONS`.
+pub fn step(options: &StepOptions, run: options::Options, symbols: Option<&Path>) -> Result<Code, Failure> {
+    if run.dry_run {
+        return run::run(run);
+    }
+    if run.gdb.is_some() {
+        let what = anyhow!("--step and --gdb cannot both have the guest");
+        return Err(Failure::new(Code::BadArgument, what).hint(Some("leave one of them out")));
+    }
+    let around = Around::of(&run)?;
+    let config = run.resolve()?;
+    let symbols = match symbols {
+        Some(path) => Symbols::read(path)?,
+        None => config.kernel.as_deref().and_then(Symbols::beside).unwrap_or_default(),
+    };
+    let from = options.from.as_deref().map_or(Ok(Vec::new()), |from| addresses(from, &symbols, &config))?;
+    let mut steps = Steps::new(Plan { from, count: options.count }, symbols);
+    let code = run::live(config, around, Some(&mut steps));
+    match &steps.seen {
+        Seen::All => code.map(|_| Code::Success),
+        Seen::Ended => code,
+        Seen::NeverThere => {
+            let from = options.from.as_deref().unwrap_or_default();
+            log::warn!(
+                "the guest ended without having been at {from}, as far as this host's KVM noticed: hardware breakpoints \
+                 do nothing in some emulated machines"
+            );
+            code
+        }
+        Seen::Failed(why) => Err(Failure::new(Code::Host, anyhow!("step through the guest: {why}"))),
+    }
+}
+
+/// The linear addresses at which `from` may be met.
+fn addresses(from: &str, symbols: &Symbols, config: &VmConfig) -> Result<Vec<u64>, Failure> {
+    let bad =
+        |what: String, hint: &'static str| Failure::new(Code::BadArgument, anyhow!(what)).hint(Some(hint));
+    if let Some(address) = from.strip_prefix("0x").and_then(|hex| u64::from_str_radix(hex, 16).ok()) {
+        return Ok(vec![address]);
+    }
+    let Some(address) = symbols.address(from) else {
+        let what = match &symbols.source {
+            Some(path) => format!("--from {from}: {path} has no such symbol"),
+            None => format!("--from {from}: there are no symbols of this kernel"),
+        };
+        return Err(bad(what, "name a vmlinux or System.map with --symbols, or give an address: 0x..."));
+    };
+    let chooses =
+        config.cmdline.as_deref().is_none_or(|cmdline| !cmdline.split(' ').any(|word| word == "nokaslr"));
+    if chooses && config.kernel.as_deref().is_some_and(is_bzimage) {
+        let what = format!(
+            "--from {from}: a bzImage may choose where it runs (KASLR), so where the symbol is is not known"
+        );
+        return Err(bad(what, "add nokaslr to its --cmdline, boot its vmlinux, or give an address: 0x..."));
+    }
+    // Before it has its own page tables the kernel runs where it lies in physical memory.
+    Ok([address].into_iter().chain(address.checked_sub(LINUX_MAP)).collect())
+}
+
+/// What is wrong with the file is told by who loads it.
+fn is_bzimage(path: &Path) -> bool {
+    let mut head = [0; 0x206];
+    File::open(path).and_then(|mut file| file.read_exact(&mut head)).is_ok() && head.ends_with(b"HdrS")
+}

@@ -1,0 +1,14 @@
+//! Debugging as a user meets it: single steps told on lines, the real gdb, and peers that are not gdb. The guests are a few
+//! instructions each, so they run wherever there is a KVM at all; Linux under gdb is in `tests/boot`.
+
+mod garbage;
+mod gdb;
+mod guests;
+#[path = "../images/mod.rs"]
+#[allow(dead_code, reason = "shared with others, which make other kernels")]
+mod images;
+mod linux;
+#[path = "../cli/place.rs"]
+#[allow(dead_code, reason = "shared with others, which refuse more")]
+mod place;
+mod steps;
