@@ -7,7 +7,9 @@ use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -39,6 +41,16 @@ impl Vm {
         let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
         let sync_registers = kvm.check_extension(kvm_ioctls::Cap::SyncRegs);
         Ok(Self { fd, supported, tsc_deadline, sync_registers, ram: memory.ram().clone() })
+    }
+
+    /// Adds an 8254 timer in the kernel, at its ports 0x40 to 0x43 and on interrupt 0. Before the vCPUs.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn create_pit(&self) -> Result<(), Error> {
+        // Port 0x61 too: its bits gate the timer's channel 2 and tell its output.
+        let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        ioctl("KVM_CREATE_PIT2", self.fd.create_pit2(config))
     }
 
     /// Adds vCPU `id` of `count`. vCPU 0 is runnable; the others wait for INIT and SIPI.
@@ -126,6 +138,10 @@ impl crate::vm::Vm for Vm {
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         self.fd.register_irqfd(&event, gsi).map_err(errno)?;
         Ok(Arc::new(IrqFd(event)))
+    }
+
+    fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
+        self.fd.set_irq_line(gsi, high).map_err(errno)
     }
 
     fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {

@@ -23,6 +23,7 @@ use crate::legacy::boot_marks::BootMarks;
 use crate::legacy::debug_exit::{self, DebugExit};
 use crate::legacy::i8042::I8042;
 use crate::legacy::serial::SerialPort;
+use crate::legacy::testdev;
 use crate::memory::{Memory, layout};
 use crate::recorder::{Recorder, Step, Steps};
 use crate::vcpu;
@@ -69,6 +70,21 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     board.port("i8042", layout::I8042, layout::I8042_SIZE, shared(I8042))?;
     if let Some(port) = config.debug_exit {
         board.port("debug-exit", u64::from(port), debug_exit::SIZE, shared(DebugExit))?;
+    }
+    if config.pit {
+        vm.create_pit()?;
+    }
+    if config.test_device {
+        let ports = testdev::Ports::new(memory.ram().clone());
+        board.port("test-device", layout::TEST_PORTS, testdev::PORTS, shared(ports))?;
+        let lines = testdev::IrqLines::new(vm.clone());
+        board.port("test-irqs", layout::TEST_IRQS, testdev::LINES, shared(lines))?;
+        board.memory(
+            "test-memory",
+            layout::TEST_MEMORY,
+            testdev::MEMORY,
+            shared(testdev::IoRam::default()),
+        )?;
     }
     if config.boot_marks {
         board.port("boot-marks", layout::POST, 1, shared(BootMarks::new(start)))?;
