@@ -11,7 +11,7 @@ use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
 use super::exit::{Code, Failure};
-use crate::config::{BootProtocol, Console, Cpus, Disk, Memory, OnReboot, Port, VmConfig, Where};
+use crate::config::{BootProtocol, Console, Cpu, Cpus, Disk, Memory, OnReboot, Port, VmConfig, Where};
 
 /// The largest configuration file that is read.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -34,6 +34,10 @@ pub struct Options {
     /// Number of CPUs [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<Cpus>,
+    /// What the CPUs can do: host, x86-64-v1, x86-64-v2 or x86-64-v3, then ,+FEATURE ,-FEATURE as in /proc/cpuinfo, ,nested=on
+    /// (VT-x or AMD-V), ,vendor=intel|amd [default: host]
+    #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
+    cpu: Option<Cpu>,
     /// A disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ...
     #[arg(long, value_name = "path=FILE")]
     disk: Vec<Disk>,
@@ -128,6 +132,7 @@ impl Options {
         set(&mut config.boot, self.boot);
         set(&mut config.mem, self.mem);
         set(&mut config.cpus, self.cpus);
+        set(&mut config.cpu, self.cpu);
         set(&mut config.disk, some(!self.disk.is_empty()).map(|()| self.disk));
         set(&mut config.console, self.console);
         set(&mut config.port, some(!self.port.is_empty()).map(|()| self.port));

@@ -4,12 +4,15 @@
 //! it and from nothing else. Field names are the command line's. A part that the command line writes as
 //! `--mem 512M,prefault` may be written in JSON as that same string or as an object. Opens no file itself.
 
+pub mod cpu;
+pub mod cpu_features;
 mod text;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use cpu::Cpu;
 pub use text::{ParseError, Size};
 
 /// A virtual machine, wholly described.
@@ -31,6 +34,8 @@ pub struct VmConfig {
     pub mem: Memory,
     /// Virtual CPUs.
     pub cpus: Cpus,
+    /// What they can do.
+    pub cpu: Cpu,
     /// Disks: /dev/vda, vdb ... in this order.
     #[serde(deserialize_with = "text::list")]
     pub disk: Vec<Disk>,

@@ -13,7 +13,8 @@ use kvm_bindings::{
 use kvm_ioctls::{NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Error, Vcpu, cpuid, ioctl};
+use super::{Error, Vcpu, cpu_model, cpuid, ioctl};
+use crate::config::Cpu;
 use crate::memory::dirty::DirtyPages;
 use crate::memory::{self, GuestRam, Memory, layout};
 use crate::vm::{Interrupt, IoEventAddress};
@@ -56,15 +57,17 @@ impl Vm {
     /// Adds vCPU `id` of `count`. vCPU 0 is runnable; the others wait for INIT and SIPI.
     ///
     /// # Errors
-    /// The ioctl that failed.
-    pub fn create_vcpu(&self, id: u32, count: u32) -> Result<Vcpu, Error> {
+    /// The ioctl that failed; [`Error::CpuFeature`].
+    pub fn create_vcpu(&self, id: u32, count: u32, cpu: &Cpu) -> Result<Vcpu, Error> {
         let fd = ioctl("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))?;
         let frequency = cpuid::Frequencies {
             // 0 where the host's counter is not stable: the guest then finds out by itself.
             tsc_khz: fd.get_tsc_khz().unwrap_or(0),
         };
         let topology = cpuid::Topology { id, count };
-        let table = cpuid::table(self.supported.as_slice(), topology, frequency, self.tsc_deadline);
+        let mut table =
+            cpuid::table(self.supported.as_slice(), topology, frequency, self.tsc_deadline, cpu.nested);
+        cpu_model::apply(&mut table, cpu)?;
         let table =
             kvm_bindings::CpuId::from_entries(&table).map_err(|_| Error::Missing("room for CPUID"))?;
         ioctl("KVM_SET_CPUID2", fd.set_cpuid2(&table))?;

@@ -101,7 +101,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     }
     steps.done(Step::Devices);
 
-    let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus)).collect::<Result<Vec<_>, _>>()?;
+    let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus, &config.cpu)).collect::<Result<Vec<_>, _>>()?;
     vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
     vcpus[0].enter_at(entry)?;
     steps.done(Step::Vcpus);
