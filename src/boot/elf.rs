@@ -108,9 +108,28 @@ impl Elf {
     /// # Errors
     /// A segment or the entry point outside the memory for kernels, and read errors.
     pub fn load(&self, kernel: &Image, memory: &Memory, entry: u64) -> Result<Range<u64>, Error> {
+        self.load_above(kernel, memory, entry, layout::HIGH_RAM)
+    }
+
+    /// [`Elf::load`] for a kernel that may begin at `lowest`, below 1 MiB, if no part of it lies in the legacy hole.
+    ///
+    /// # Errors
+    /// As [`Elf::load`].
+    pub(super) fn load_above(
+        &self,
+        kernel: &Image,
+        memory: &Memory,
+        entry: u64,
+        lowest: u64,
+    ) -> Result<Range<u64>, Error> {
         let range = self.range();
-        if range.start < layout::HIGH_RAM {
-            let what = format!("it wants to lie at {:#x}, below {:#x}", range.start, layout::HIGH_RAM);
+        if range.start < lowest {
+            let what = format!("it wants to lie at {:#x}, below {lowest:#x}", range.start);
+            return Err(kernel.damaged(what));
+        }
+        let hole = layout::LOW_END..layout::HIGH_RAM;
+        if let Some(s) = self.segments.iter().find(|s| s.address < hole.end && hole.start < s.end) {
+            let what = format!("its segment at {:#x} lies in the hole below 1 MiB", s.address);
             return Err(kernel.damaged(what));
         }
         check_fits(kernel, memory, range.end)?;

@@ -39,6 +39,11 @@ const MODULE: u64 = layout::BOOT_PARAMS + 0x100;
 const LOADER_NAME: u64 = layout::BOOT_PARAMS + 0x200;
 const MODULE_NAME: u64 = layout::BOOT_PARAMS + 0x300;
 const MEMORY_MAP: u64 = layout::PVH_TABLES;
+/// The command line shares the map's page, so that an image may lie below 1 MiB, where real-mode code has to be.
+const CMDLINE: u64 = MEMORY_MAP + 0x200;
+const CMDLINE_MAX: usize = 0xe00 - 1;
+/// Where an image may begin at the lowest: after the page of the information.
+const LOWEST: u64 = layout::BOOT_PARAMS + 0x1000;
 
 /// A header that was found in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,11 +122,12 @@ pub(super) fn load(boot: &Boot, header: Option<&Header>) -> Result<Entry, Error>
         Some(addresses) => flat(kernel, header.offset, addresses)?,
         None => elf32(kernel)?,
     };
-    let range = image.load(kernel, boot.memory, image.entry)?;
+    let range = image.load_above(kernel, boot.memory, image.entry, LOWEST)?;
+    let range = range.start.max(layout::HIGH_RAM)..range.end.max(layout::HIGH_RAM);
     let initrd = initrd::load(boot, &range, Limits { below: layout::HOLE.start, above_4g: false })?;
     // By custom the first word is the kernel's name.
     let text = format!("{} {}", name(kernel.path()), boot.cmdline);
-    cmdline::write(kernel, ram, &text, layout::CMDLINE_SIZE as usize - 1)?;
+    cmdline::write_to(kernel, ram, CMDLINE, &text, CMDLINE_MAX)?;
 
     let write = |at, words: &[u32], what| {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -140,7 +146,7 @@ pub(super) fn load(boot: &Boot, header: Option<&Header>) -> Result<Entry, Error>
     info[0] = INFO_FLAGS;
     info[1] = (layout::LOW_END >> 10) as u32;
     info[2] = ((boot.memory.size().min(layout::HOLE.start) - layout::HIGH_RAM) >> 10) as u32;
-    info[4] = layout::CMDLINE as u32;
+    info[4] = CMDLINE as u32;
     if let Some(module) = boot.initrd {
         let module_name = format!("{}\0", name(module.path()));
         kernel.write_bytes(ram, MODULE_NAME, module_name.as_bytes(), "the Multiboot module's name")?;
@@ -228,4 +234,157 @@ fn elf32(kernel: &Image) -> Result<Elf, Error> {
         segments.push(Segment { offset, file_size, address, end: address + u64::from(size) });
     }
     Elf::from_segments(kernel, physical, segments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::{Payload, Role, load, tables::Platform};
+    use crate::config::BootProtocol;
+    use crate::memory::Memory;
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const MIB: u32 = 1 << 20;
+
+    fn put(bytes: &mut [u8], at: usize, words: &[u32]) {
+        for (i, word) in words.iter().enumerate() {
+            bytes[at + 4 * i..at + 4 * i + 4].copy_from_slice(&word.to_le_bytes());
+        }
+    }
+
+    fn header(flags: u32) -> [u32; 3] {
+        [MAGIC, flags, 0u32.wrapping_sub(MAGIC).wrapping_sub(flags)]
+    }
+
+    /// A flat image of 0x800 bytes to be loaded whole at 1 MiB, with its header at 0x100 and its entry at 0x200.
+    fn flat_image() -> Vec<u8> {
+        let mut image: Vec<u8> = (0..0x800u32).map(|i| i as u8).collect();
+        put(&mut image, 0x100, &header(FLAG_ADDRESSES));
+        put(&mut image, 0x10c, &[MIB + 0x100, MIB, 0, MIB + 0x1000, MIB + 0x200]);
+        image
+    }
+
+    /// An ELF32 that is linked at 3 GiB and loaded at 2 MiB.
+    fn elf_image() -> Vec<u8> {
+        let mut image = vec![0; 0x1800];
+        image[..7].copy_from_slice(b"\x7fELF\x01\x01\x01");
+        put(&mut image, 16, &[3 << 16 | 2, 1, 0xc000_0010, 52]);
+        put(&mut image, 42, &[1 << 16 | 32]);
+        put(&mut image, 52, &[1, 0x1000, 0xc000_0000, 2 * MIB, 0x800, 0x4000, 5, 0x1000]);
+        put(&mut image, 0x1000, &header(3));
+        image
+    }
+
+    fn boot(image: &[u8], protocol: BootProtocol, initrd: bool) -> Result<(Entry, Memory), Error> {
+        let folder = tempfile::tempdir().unwrap();
+        let kernel = folder.path().join("kern el");
+        std::fs::write(&kernel, image).unwrap();
+        let module = folder.path().join("env");
+        std::fs::write(&module, b"A=1\n").unwrap();
+        let initrd = initrd.then_some(module);
+        let payload = Payload { kernel, initrd, cmdline: "a b".to_owned(), protocol };
+        let memory = Memory::new(&"32M".parse().unwrap()).unwrap();
+        load(&memory, &payload, &Platform { cpus: 1, ..Platform::default() }).map(|entry| (entry, memory))
+    }
+
+    fn word(memory: &Memory, at: u32) -> u32 {
+        memory.ram().read_obj(GuestAddress(at.into())).unwrap()
+    }
+
+    fn text(memory: &Memory, at: u32) -> String {
+        let bytes = (at..).map(|at| memory.ram().read_obj::<u8>(GuestAddress(at.into())).unwrap());
+        bytes.take_while(|byte| *byte != 0).map(char::from).collect()
+    }
+
+    #[test]
+    fn a_flat_image_finds_what_the_specification_promises() {
+        let (entry, memory) = boot(&flat_image(), BootProtocol::Auto, true).unwrap();
+        let Entry::Multiboot { rip, info } = entry else { panic!("{entry:?}") };
+        assert_eq!(rip, MIB + 0x200);
+        assert_eq!(word(&memory, MIB + 0x204), 0x0706_0504, "the image is there");
+        let field = |at| word(&memory, info + at);
+        assert_eq!((field(0), field(4), field(8)), (0b10_0100_1101, 640, 31 << 10));
+        assert_eq!(text(&memory, field(16)), "kern_el a b");
+        assert_eq!(field(20), 1);
+        let module = field(24);
+        let [start, end, name] = [0, 4, 8].map(|at| word(&memory, module + at));
+        assert_eq!((end - start, word(&memory, start)), (4, u32::from_le_bytes(*b"A=1\n")));
+        assert_eq!((text(&memory, name), text(&memory, field(64))), ("env".to_owned(), "vmm".to_owned()));
+        let (len, mut at) = (field(44), field(48));
+        let (map_end, mut free) = (at + len, 0);
+        while at < map_end {
+            if word(&memory, at + 20) == 1 {
+                free += word(&memory, at + 12);
+            }
+            at += word(&memory, at) + 4;
+        }
+        assert_eq!(free, 32 * MIB - (MIB - 0xa_0000));
+        let (entry, memory) = boot(&flat_image(), BootProtocol::Multiboot, false).unwrap();
+        let Entry::Multiboot { info, .. } = entry else { panic!("{entry:?}") };
+        assert_eq!(word(&memory, info) & INFO_MODULES, 0);
+    }
+
+    #[test]
+    fn an_image_may_lie_below_1_mib() {
+        let mut image = flat_image();
+        put(&mut image, 0x10c, &[0x8100, 0x8000, 0, 0, 0x8200]);
+        let (entry, memory) = boot(&image, BootProtocol::Auto, true).unwrap();
+        assert_eq!(entry, Entry::Multiboot { rip: 0x8200, info: layout::BOOT_PARAMS as u32 });
+        assert_eq!(word(&memory, 0x8204), 0x0706_0504);
+    }
+
+    #[test]
+    fn an_elf32_enters_at_its_physical_address() {
+        let (entry, _) = boot(&elf_image(), BootProtocol::Auto, false).unwrap();
+        assert_eq!(entry, Entry::Multiboot { rip: 2 * MIB + 0x10, info: layout::BOOT_PARAMS as u32 });
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let changed = |at: usize, words: &[u32]| {
+            let mut image = flat_image();
+            put(&mut image, at, words);
+            image
+        };
+        let mut elf64 = elf_image();
+        elf64[4] = 2;
+        let mut late = vec![0; 0x4000];
+        late[SEARCHED..SEARCHED + 0x800].copy_from_slice(&flat_image());
+        for (image, protocol, said) in [
+            (changed(0x100, &header(FLAG_ADDRESSES | 4)), BootProtocol::Auto, "flags other than"),
+            (changed(0x10c, &[MIB - 1]), BootProtocol::Auto, "above its own"),
+            (changed(0x10c, &[MIB + 0x101]), BootProtocol::Auto, "before the file's start"),
+            (changed(0x114, &[MIB - 1]), BootProtocol::Auto, "below its start"),
+            (changed(0x118, &[MIB + 1]), BootProtocol::Auto, "inside of the data"),
+            (changed(0x11c, &[0x7000]), BootProtocol::Auto, "in no segment"),
+            (changed(0x10c, &[0x7100, 0x7000, 0, 0, 0x7200]), BootProtocol::Auto, "below 0x8000"),
+            (
+                changed(0x10c, &[0x9f900, 0x9f801, 0, 0xa0002, 0x9fa00]),
+                BootProtocol::Auto,
+                "hole below 1 MiB",
+            ),
+            (changed(0x108, &[0]), BootProtocol::Multiboot, "no Multiboot header"),
+            (flat_image(), BootProtocol::Pvh, "a Multiboot image"),
+            (elf64, BootProtocol::Multiboot, "32-bit x86"),
+            (late, BootProtocol::Multiboot, "no Multiboot header"),
+        ] {
+            let error = boot(&image, protocol, false).unwrap_err();
+            assert!(error.to_string().contains(said), "{said}: {error}");
+            assert!(!error.hint().is_empty());
+        }
+        assert!(Image::open(Path::new("/"), Role::Kernel).is_err());
+    }
+
+    proptest! {
+        /// An entry in RAM or an error, whatever the header says.
+        #[test]
+        fn damaged_headers_never_harm(elf: bool, at in 0..0x140usize, value: u32, other: u32) {
+            let mut image = if elf { elf_image() } else { flat_image() };
+            put(&mut image, at, &[value, other]);
+            if let Ok((Entry::Multiboot { rip, .. }, _)) = boot(&image, BootProtocol::Multiboot, true) {
+                prop_assert!((0x8000..32 * MIB).contains(&rip));
+            }
+        }
+    }
 }

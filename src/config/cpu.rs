@@ -77,7 +77,8 @@ const LEVELS: [(Level, &str); 3] = [
 ];
 
 /// Of those, what the psABI does not ask for: shown where the host's KVM has it, and no error where not.
-const OPTIONAL: [&str; 5] = ["ht", "cmp_legacy", "topoext", "tsc_deadline_timer", "tsc_adjust"];
+const OPTIONAL: &str =
+    "vme de pse mce sep mtrr pge mca pat pse36 clflush ht cmp_legacy topoext tsc_deadline_timer tsc_adjust";
 
 impl Level {
     /// The features of this level, and whether a processor must have each to be of it.
@@ -85,7 +86,7 @@ impl Level {
         let lists = LEVELS.iter().filter(move |(level, _)| *level <= self);
         lists
             .flat_map(|(_, names)| names.split_ascii_whitespace())
-            .map(|name| (name, !OPTIONAL.contains(&name)))
+            .map(|name| (name, !OPTIONAL.split_ascii_whitespace().any(|n| n == name)))
     }
 }
 
