@@ -53,7 +53,7 @@ test: tools
 	env --default-signal cargo test --workspace
 	$(SAY) 'Linux guests, where KVM can run them'
 	cargo build --quiet --package rig
-	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
+	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot --test micro 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
 	$(SAY) 'the work of a boot, counted, against the last baseline'
 	@$(MAKE) --no-print-directory bench-compare
 

@@ -3,9 +3,7 @@
 
 use std::process::Command;
 
-use iced_x86::code_asm::{
-    CodeAssembler, CodeLabel, al, asm_traits::*, byte_ptr, dword_ptr, dx, eax, ebx, ecx, edx, esi,
-};
+use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, byte_ptr, dword_ptr, dx, eax, ebx, ecx, edx, esi};
 
 /// Where the guests lie.
 const BASE: u64 = 0x10_0000;
@@ -121,6 +119,14 @@ fn the_test_device_keeps_a_register_memory_and_pages() {
 
 #[test]
 fn cpuid_shows_the_model_that_was_asked_for() {
+    // A KVM in software lets the guest have the processor's own CPUID. `make test` runs this test in the rig too.
+    if !vmm::kvm::host_has_hardware_virtualization() {
+        assert!(std::env::var_os("VMM_REQUIRE_LINUX_GUESTS").is_none(), "no hardware virtualization here");
+        eprintln!(
+            "SKIP: cpuid_shows_the_model_that_was_asked_for: this machine lacks hardware virtualization"
+        );
+        return;
+    }
     // Writes ECX and EDX of leaf 1, and ECX of 0x80000001, to the serial port.
     let image = image(|a| {
         for (leaf, twice) in [(1u32, true), (0x8000_0001, false)] {

@@ -364,10 +364,10 @@ mod tests {
                 BootProtocol::Auto,
                 "hole below 1 MiB",
             ),
-            (changed(0x108, &[0]), BootProtocol::Multiboot, "no Multiboot header"),
+            (changed(0x108, &[0]), BootProtocol::Multiboot, "neither a bzImage"),
             (flat_image(), BootProtocol::Pvh, "a Multiboot image"),
             (elf64, BootProtocol::Multiboot, "32-bit x86"),
-            (late, BootProtocol::Multiboot, "no Multiboot header"),
+            (late, BootProtocol::Multiboot, "all zeroes"),
         ] {
             let error = boot(&image, protocol, false).unwrap_err();
             assert!(error.to_string().contains(said), "{said}: {error}");

@@ -8,7 +8,8 @@ use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -52,6 +53,23 @@ impl Vm {
         // Port 0x61 too: its bits gate the timer's channel 2 and tell its output.
         let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         ioctl("KVM_CREATE_PIT2", self.fd.create_pit2(config))
+    }
+
+    /// Sets the pair of 8259s up as a PC's firmware leaves them: vectors 0x08 and 0x70, all masked but the cascade and the
+    /// `open` pins of the second.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn set_up_pic(&self, open: u8) -> Result<(), Error> {
+        // The pins that can be level-triggered are part of the state (elcr_mask), and not the guest's to change.
+        for (chip_id, irq_base, imr, elcr_mask) in
+            [(KVM_IRQCHIP_PIC_MASTER, 0x08, !(1 << 2), 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0x70, !open, 0xde)]
+        {
+            let pic = kvm_pic_state { irq_base, imr, elcr_mask, init4: 1, ..Default::default() };
+            let chip = kvm_irqchip { chip_id, pad: 0, chip: kvm_irqchip__bindgen_ty_1 { pic } };
+            ioctl("KVM_SET_IRQCHIP", self.fd.set_irqchip(&chip))?;
+        }
+        Ok(())
     }
 
     /// Adds vCPU `id` of `count`. vCPU 0 is runnable; the others wait for INIT and SIPI.

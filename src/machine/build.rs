@@ -75,6 +75,8 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
         vm.create_pit()?;
     }
     if config.test_device {
+        // Real-mode tests wait for line 11 as a BIOS has left it.
+        vm.set_up_pic(1 << 3)?;
         let ports = testdev::Ports::new(memory.ram().clone());
         board.port("test-device", layout::TEST_PORTS, testdev::PORTS, shared(ports))?;
         let lines = testdev::IrqLines::new(vm.clone());
