@@ -53,12 +53,12 @@ pub fn kernel(kernel: &Image) -> Result<(Format, Option<Header>), Error> {
     let mut buf = [0; 0x8006];
     let bytes = kernel.start(&mut buf)?;
     let has = |at: usize, signature: &[u8]| bytes.get(at..).is_some_and(|rest| rest.starts_with(signature));
+    if has(0x202, b"HdrS") && has(0x1fe, b"\x55\xaa") {
+        return Ok((Format::BzImage, None));
+    }
     let multiboot = Header::find(bytes);
     if has(0, b"\x7fELF") {
         return Ok((if has(4, &[1]) { Format::Elf32 } else { Format::Elf }, multiboot));
-    }
-    if has(0x202, b"HdrS") && has(0x1fe, b"\x55\xaa") {
-        return Ok((Format::BzImage, None));
     }
     if multiboot.is_some_and(|header| header.has_addresses()) {
         return Ok((Format::Flat, multiboot));
