@@ -53,7 +53,10 @@ test: tools
 	env --default-signal cargo test --workspace
 	$(SAY) 'Linux guests, where KVM can run them'
 	cargo build --quiet --package rig
-	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
+	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot --test micro 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
+	$(SAY) 'kvm-unit-tests, against QEMU'
+	@if [ -n "$(KVM_UNIT_TESTS)" ]; then tests/kvm-unit-tests/run --rig target/debug/rig $(KVM_UNIT_TESTS); \
+		else echo 'SKIP: no suite: build one and give its path, make test KVM_UNIT_TESTS=PATH (tests/kvm-unit-tests/README.md); ours is tests/micro.rs'; fi
 	$(SAY) 'the work of a boot, counted, against the last baseline'
 	@$(MAKE) --no-print-directory bench-compare
 

@@ -44,6 +44,11 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// The hypervisor refused the line.
     fn irq_line(&self, gsi: u32) -> io::Result<Arc<dyn Interrupt>>;
+    /// Sets the level of global system interrupt `gsi`: for devices that hold a line, which none does but a test's.
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()>;
     /// Makes writes to `at` signal `event`, an eventfd.
     ///
     /// # Errors
@@ -84,6 +89,7 @@ pub mod fake {
     #[derive(Debug, Default)]
     pub struct FakeVm {
         lines: Mutex<Vec<(u32, Arc<FakeInterrupt>)>>,
+        levels: Mutex<Vec<(u32, bool)>>,
         doorbells: Mutex<Vec<(IoEventAddress, i32, OwnedFd)>>,
     }
 
@@ -92,6 +98,11 @@ pub mod fake {
         pub fn line(&self, gsi: u32) -> Option<Arc<FakeInterrupt>> {
             let lines = self.lines.lock().expect("not poisoned");
             lines.iter().find(|(g, _)| *g == gsi).map(|(_, i)| i.clone())
+        }
+
+        /// Every [`Vm::set_irq_level`], in order.
+        pub fn levels(&self) -> Vec<(u32, bool)> {
+            self.levels.lock().expect("not poisoned").clone()
         }
 
         /// Does what the kernel does on a guest's write of `value` to `address`: signals the matching
@@ -116,6 +127,11 @@ pub mod fake {
             let line = Arc::new(FakeInterrupt::default());
             self.lines.lock().expect("not poisoned").push((gsi, line.clone()));
             Ok(line)
+        }
+
+        fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
+            self.levels.lock().expect("not poisoned").push((gsi, high));
+            Ok(())
         }
 
         fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {

@@ -14,11 +14,24 @@ pub const ELF_MAX: usize = 2047;
 /// Checks `cmdline` against the kernel's limit `max` and writes it to [`layout::CMDLINE`], NUL-terminated.
 ///
 /// # Errors
-/// [`Error::CmdlineTooLong`], [`Error::CmdlineCharacter`].
+/// As [`write_to`].
 pub(super) fn write(kernel: &Image, ram: &GuestRam, cmdline: &str, max: usize) -> Result<(), Error> {
-    let path = || kernel.path().to_owned();
     // The room in the layout is far more than any known kernel takes, so that one limit is enough to report.
-    let max = max.min(layout::CMDLINE_SIZE as usize - 1);
+    write_to(kernel, ram, layout::CMDLINE, cmdline, max.min(layout::CMDLINE_SIZE as usize - 1))
+}
+
+/// Checks `cmdline` against the limit `max` and writes it to guest physical address `to`, NUL-terminated.
+///
+/// # Errors
+/// [`Error::CmdlineTooLong`], [`Error::CmdlineCharacter`].
+pub(super) fn write_to(
+    kernel: &Image,
+    ram: &GuestRam,
+    to: u64,
+    cmdline: &str,
+    max: usize,
+) -> Result<(), Error> {
+    let path = || kernel.path().to_owned();
     if cmdline.len() > max {
         return Err(Error::CmdlineTooLong { path: path(), len: cmdline.len(), max });
     }
@@ -26,8 +39,8 @@ pub(super) fn write(kernel: &Image, ram: &GuestRam, cmdline: &str, max: usize) -
         let what = if cmdline.as_bytes()[at] == 0 { "a NUL" } else { "a character that is not ASCII" };
         return Err(Error::CmdlineCharacter { path: path(), what, at });
     }
-    kernel.write_bytes(ram, layout::CMDLINE, cmdline.as_bytes(), "the command line")?;
-    kernel.write(ram, layout::CMDLINE + cmdline.len() as u64, &0u8, "the command line")
+    kernel.write_bytes(ram, to, cmdline.as_bytes(), "the command line")?;
+    kernel.write(ram, to + cmdline.len() as u64, &0u8, "the command line")
 }
 
 /// The command line for a user who gives none. It says what is there and nothing else:

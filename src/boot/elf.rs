@@ -24,11 +24,15 @@ const MAX_NOTES: u64 = 16 << 10;
 
 /// A piece of the file and its place.
 #[derive(Debug, Clone, Copy)]
-struct Segment {
-    offset: u64,
-    file_size: u64,
-    address: u64,
-    end: u64,
+pub(super) struct Segment {
+    /// Where in the file.
+    pub offset: u64,
+    /// Bytes of the file.
+    pub file_size: u64,
+    /// Guest physical address.
+    pub address: u64,
+    /// The first address after it, and after the zeroes that follow.
+    pub end: u64,
 }
 
 /// A parsed kernel.
@@ -55,13 +59,13 @@ impl Elf {
         if usize::from(header.e_phentsize) != size_of::<Elf64_Phdr>() {
             return Err(kernel.damaged(format!("program headers of {} bytes", header.e_phentsize)));
         }
-        let mut elf = Self { entry: header.e_entry, pvh_entry: None, segments: Vec::new() };
+        let (mut pvh_note, mut segments) = (None, Vec::new());
         for i in 0..u64::from(header.e_phnum) {
             let at = header.e_phoff.saturating_add(i * size_of::<Elf64_Phdr>() as u64);
             let program: Elf64_Phdr = kernel.header(at, "a program header")?;
             match program.p_type {
-                PT_LOAD if program.p_memsz > 0 => elf.segments.push(segment(kernel, &program)?),
-                PT_NOTE => elf.pvh_entry = elf.pvh_entry.or(pvh_entry(kernel, &program)?),
+                PT_LOAD if program.p_memsz > 0 => segments.push(segment(kernel, &program)?),
+                PT_NOTE => pvh_note = pvh_note.or(pvh_entry(kernel, &program)?),
                 PT_INTERP => {
                     return Err(Error::NotAKernel {
                         path: kernel.path().to_owned(),
@@ -72,15 +76,23 @@ impl Elf {
                 _ => {}
             }
         }
-        if elf.segments.is_empty() {
+        Ok(Self { pvh_entry: pvh_note, ..Self::from_segments(kernel, header.e_entry, segments)? })
+    }
+
+    /// What another format describes as ELF does.
+    ///
+    /// # Errors
+    /// There is nothing to load, or more than the file has.
+    pub(super) fn from_segments(kernel: &Image, entry: u64, segments: Vec<Segment>) -> Result<Self, Error> {
+        if segments.is_empty() {
             return Err(kernel.damaged("nothing in it is to be loaded"));
         }
         // Segments of a sane file share no bytes, so reading all of them costs no more than reading the file.
-        let total = elf.segments.iter().fold(0u64, |sum, s| sum.saturating_add(s.file_size));
+        let total = segments.iter().fold(0u64, |sum, s| sum.saturating_add(s.file_size));
         if total > kernel.len() {
             return Err(kernel.damaged("its segments are longer than the file"));
         }
-        Ok(elf)
+        Ok(Self { entry, pvh_entry: None, segments })
     }
 
     /// The memory that the kernel takes, from its first to its last byte.
@@ -96,9 +108,28 @@ impl Elf {
     /// # Errors
     /// A segment or the entry point outside the memory for kernels, and read errors.
     pub fn load(&self, kernel: &Image, memory: &Memory, entry: u64) -> Result<Range<u64>, Error> {
+        self.load_above(kernel, memory, entry, layout::HIGH_RAM)
+    }
+
+    /// [`Elf::load`] for a kernel that may begin at `lowest`, below 1 MiB, if no part of it lies in the legacy hole.
+    ///
+    /// # Errors
+    /// As [`Elf::load`].
+    pub(super) fn load_above(
+        &self,
+        kernel: &Image,
+        memory: &Memory,
+        entry: u64,
+        lowest: u64,
+    ) -> Result<Range<u64>, Error> {
         let range = self.range();
-        if range.start < layout::HIGH_RAM {
-            let what = format!("it wants to lie at {:#x}, below {:#x}", range.start, layout::HIGH_RAM);
+        if range.start < lowest {
+            let what = format!("it wants to lie at {:#x}, below {lowest:#x}", range.start);
+            return Err(kernel.damaged(what));
+        }
+        let hole = layout::LOW_END..layout::HIGH_RAM;
+        if let Some(s) = self.segments.iter().find(|s| s.address < hole.end && hole.start < s.end) {
+            let what = format!("its segment at {:#x} lies in the hole below 1 MiB", s.address);
             return Err(kernel.damaged(what));
         }
         check_fits(kernel, memory, range.end)?;

@@ -125,6 +125,16 @@ pub enum Error {
         /// What to do about it.
         hint: &'static str,
     },
+    /// Multiboot was asked for, or is the only way, and the kernel cannot be booted so.
+    #[error("kernel {} cannot be booted by Multiboot: {why}", path.display())]
+    NoMultiboot {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        why: &'static str,
+        /// What to do about it.
+        hint: &'static str,
+    },
     /// The headers contradict themselves or the layout of memory.
     #[error("kernel {} is damaged: {what}", path.display())]
     Damaged {
@@ -214,7 +224,7 @@ impl Error {
             Self::NotAFile { .. } => "give a regular file (a pipe cannot be read at any place)",
             Self::Empty { .. } => "the file has no content; build or fetch it again",
             Self::Truncated { .. } => "an interrupted download or copy, perhaps: fetch the file again",
-            Self::NotAKernel { hint, .. } | Self::NoPvh { hint, .. } => hint,
+            Self::NotAKernel { hint, .. } | Self::NoPvh { hint, .. } | Self::NoMultiboot { hint, .. } => hint,
             Self::Foreign { .. } => "fetch or build the kernel for x86-64 (amd64)",
             Self::Only32Bit { .. } => "build it with CONFIG_64BIT=y, or fetch an amd64 kernel",
             Self::OldProtocol { .. } => "Linux 3.8 and newer have it",

@@ -1,7 +1,7 @@
 //! Loading a kernel: from files to guest memory and the state in which vCPU 0 enters it.
 //!
 //! The machine calls [`load`] once per start, after guest memory is there and before the vCPUs run. One file per
-//! protocol: `linux` (64-bit Linux boot protocol, for bzImage and ELF) and `pvh`. Kernels and initrds are
+//! protocol: `linux` (64-bit Linux boot protocol, for bzImage and ELF), `pvh` and `multiboot`. Kernels and initrds are
 //! untrusted input: whatever they hold, loading ends in an [`Entry`] or an [`Error`], reads no more than the file,
 //! writes nothing outside guest RAM and allocates no more than a few KiB. Knows nothing of KVM's ioctls or devices.
 
@@ -13,6 +13,7 @@ mod image;
 mod initrd;
 mod linux;
 mod long_mode;
+pub mod multiboot;
 mod pvh;
 mod sniff;
 pub mod tables;
@@ -31,7 +32,7 @@ use sniff::Format;
 /// What to boot.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Payload {
-    /// The kernel: bzImage or x86-64 ELF, told apart by content.
+    /// The kernel: bzImage, x86-64 ELF or Multiboot image, told apart by content.
     pub kernel: PathBuf,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
@@ -48,12 +49,21 @@ pub struct Payload {
 /// [`Error`], which names the file and has a hint. `memory` may have been written to in part.
 pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> Result<Entry, Error> {
     let kernel = Image::open(&payload.kernel, Role::Kernel)?;
-    let format = sniff::kernel(&kernel)?;
+    let (format, multiboot) = sniff::kernel(&kernel)?;
     let initrd = payload.initrd.as_ref().map(|path| Image::open(path, Role::Initrd)).transpose()?;
     let rsdp = tables::write(memory.ram(), platform)
         .map_err(|source| Error::Tables { path: payload.kernel.clone(), source })?;
     let boot = Boot { memory, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &payload.cmdline, rsdp };
     match (format, payload.protocol) {
+        (_, BootProtocol::Multiboot) => multiboot::load(&boot, multiboot.as_ref()),
+        (Format::Elf32 | Format::Flat, BootProtocol::Auto) if multiboot.is_some() => {
+            multiboot::load(&boot, multiboot.as_ref())
+        }
+        (Format::Flat, _) => Err(Error::NotAKernel {
+            path: payload.kernel.clone(),
+            what: "a Multiboot image",
+            hint: "leave --boot away, or say --boot multiboot",
+        }),
         (Format::BzImage, BootProtocol::Auto | BootProtocol::Linux64) => linux::load_bzimage(&boot),
         (Format::BzImage, BootProtocol::Pvh) => Err(Error::NoPvh {
             path: payload.kernel.clone(),
@@ -61,16 +71,19 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
             hint: "extract the vmlinux inside it (scripts/extract-vmlinux of the kernel source does) and boot that, \
                    or leave --boot pvh away",
         }),
-        (Format::Elf, protocol) => {
+        (Format::Elf | Format::Elf32, protocol) => {
             let elf = elf::Elf::parse(&kernel)?;
             match (elf.pvh_entry, protocol) {
                 (Some(entry), BootProtocol::Auto | BootProtocol::Pvh) => pvh::load(&boot, &elf, entry),
-                (_, BootProtocol::Linux64) | (None, BootProtocol::Auto) => linux::load_elf(&boot, &elf),
+                (None, BootProtocol::Auto) if multiboot.is_some() => {
+                    multiboot::load(&boot, multiboot.as_ref())
+                }
                 (None, BootProtocol::Pvh) => Err(Error::NoPvh {
                     path: payload.kernel.clone(),
                     why: "its ELF notes have no XEN_ELFNOTE_PHYS32_ENTRY",
                     hint: "build it with CONFIG_PVH=y, or leave --boot pvh away",
                 }),
+                (_, _) => linux::load_elf(&boot, &elf),
             }
         }
     }

@@ -1,17 +1,22 @@
-//! What a kernel file is, by its content: the two formats that boot, and a name for the ones that do not.
+//! What a kernel file is, by its content: the formats that boot, and a name for the ones that do not.
 //!
 //! Called by [`load`](super::load) only.
 
 use super::error::Error;
 use super::image::Image;
+use super::multiboot::Header;
 
 /// A format that can be booted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// Linux's bzImage: setup header "HdrS" at 0x202 (Documentation/arch/x86/boot.rst).
     BzImage,
-    /// ELF.
+    /// ELF of 64 bits.
     Elf,
+    /// ELF of 32 bits.
+    Elf32,
+    /// Some other file whose Multiboot header says where it goes.
+    Flat,
 }
 
 /// Offset and value of the signatures of what people give for a kernel by mistake.
@@ -40,19 +45,23 @@ const OTHERS: &[(usize, &[u8], &str, &str)] = &[
     ),
 ];
 
-/// Looks at the content of `kernel`.
+/// Looks at the content of `kernel`: its format, and its Multiboot header unless it is a bzImage.
 ///
 /// # Errors
 /// [`Error::NotAKernel`] saying what it is instead; [`Error::Read`].
-pub fn kernel(kernel: &Image) -> Result<Format, Error> {
+pub fn kernel(kernel: &Image) -> Result<(Format, Option<Header>), Error> {
     let mut buf = [0; 0x8006];
     let bytes = kernel.start(&mut buf)?;
     let has = |at: usize, signature: &[u8]| bytes.get(at..).is_some_and(|rest| rest.starts_with(signature));
-    if has(0, b"\x7fELF") {
-        return Ok(Format::Elf);
-    }
     if has(0x202, b"HdrS") && has(0x1fe, b"\x55\xaa") {
-        return Ok(Format::BzImage);
+        return Ok((Format::BzImage, None));
+    }
+    let multiboot = Header::find(bytes);
+    if has(0, b"\x7fELF") {
+        return Ok((if has(4, &[1]) { Format::Elf32 } else { Format::Elf }, multiboot));
+    }
+    if multiboot.is_some_and(|header| header.has_addresses()) {
+        return Ok((Format::Flat, multiboot));
     }
     let hit = OTHERS.iter().find(|(at, signature, ..)| has(*at, signature));
     let (what, hint) = match hit {

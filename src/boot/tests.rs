@@ -403,7 +403,7 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
         Ok((entry, guest)) => {
             let rip = match entry {
                 Entry::Linux64 { rip, .. } => rip,
-                Entry::Pvh { rip, .. } => u64::from(rip),
+                Entry::Pvh { rip, .. } | Entry::Multiboot { rip, .. } => u64::from(rip),
             };
             prop_assert!((layout::HIGH_RAM..64 * MIB).contains(&rip));
             if let Entry::Linux64 { .. } = entry {
@@ -507,7 +507,7 @@ fn real_kernels_load() {
             assert_eq!(pvh, protocol == BootProtocol::Auto && is_pvh(&kernel), "{}", kernel.display());
             let rip = match entry {
                 Entry::Linux64 { rip, .. } => rip,
-                Entry::Pvh { rip, .. } => u64::from(rip),
+                Entry::Pvh { rip, .. } | Entry::Multiboot { rip, .. } => u64::from(rip),
             };
             assert_ne!(guest.int(rip, 8), 0, "there is code at the entry point of {}", kernel.display());
         }

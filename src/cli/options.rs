@@ -11,7 +11,7 @@ use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
 use super::exit::{Code, Failure};
-use crate::config::{BootProtocol, Console, Cpus, Disk, Memory, OnReboot, Port, VmConfig, Where};
+use crate::config::{BootProtocol, Console, Cpu, Cpus, Disk, Memory, OnReboot, Port, VmConfig, Where};
 use crate::debug::gdb::Place;
 
 /// The largest configuration file that is read.
@@ -35,6 +35,10 @@ pub struct Options {
     /// Number of CPUs [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<Cpus>,
+    /// What the CPUs can do: host, x86-64-v1, x86-64-v2 or x86-64-v3, then ,+FEATURE ,-FEATURE as in /proc/cpuinfo, ,nested=on
+    /// (VT-x or AMD-V), ,vendor=intel|amd [default: host]
+    #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
+    cpu: Option<Cpu>,
     /// A disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ...
     #[arg(long, value_name = "path=FILE")]
     disk: Vec<Disk>,
@@ -56,7 +60,7 @@ pub struct Options {
     /// Read the configuration from a JSON file; options given here win over it (lists replace its lists)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The way into the kernel: auto, linux64, pvh [default: auto, which takes PVH where the kernel offers it]
+    /// The way into the kernel: auto, linux64, pvh, multiboot [default: auto, which takes PVH where the kernel offers it]
     #[arg(long, value_name = "PROTOCOL", value_parser = keyword::<BootProtocol>)]
     boot: Option<BootProtocol>,
     /// What a reboot of the guest does: exit, reset [default: exit]
@@ -65,6 +69,12 @@ pub struct Options {
     /// Give the guest a port that ends the run with an exit code: writing V makes it 2V+1
     #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true, default_missing_value = "0xf4", value_parser = port_number)]
     debug_exit: Option<u16>,
+    /// Give the guest an 8254 timer (PIT); what is younger than 2010 does without
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
+    pit: Option<bool>,
+    /// Give the guest the device that kvm-unit-tests drives (QEMU's pc-testdev)
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
+    test_device: Option<bool>,
     /// Log the guest's writes to port 0x80 with their time
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     boot_marks: Option<bool>,
@@ -126,11 +136,14 @@ impl Options {
         set(&mut config.boot, self.boot);
         set(&mut config.mem, self.mem);
         set(&mut config.cpus, self.cpus);
+        set(&mut config.cpu, self.cpu);
         set(&mut config.disk, some(!self.disk.is_empty()).map(|()| self.disk));
         set(&mut config.console, self.console);
         set(&mut config.port, some(!self.port.is_empty()).map(|()| self.port));
         set(&mut config.serial, self.serial);
         set(&mut config.rng, self.rng);
+        set(&mut config.pit, self.pit);
+        set(&mut config.test_device, self.test_device);
         set(&mut config.boot_marks, self.boot_marks);
         set(&mut config.on_reboot, self.on_reboot);
     }

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::exit::{Failure, pretty};
 use crate::boot::{self, tables::Platform};
 use crate::config::{Console, VmConfig, Where};
+use crate::legacy::testdev;
 use crate::memory::layout;
 use crate::{machine, virtio};
 
@@ -64,6 +65,9 @@ fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
     map.push(sized(layout::IO_APIC, 0x1000, "I/O APIC"));
     map.push(sized(layout::LOCAL_APIC, 0x1000, "local APIC"));
     map.push(sized(layout::KVM_IDENTITY_MAP, 0x4000, "reserved for KVM"));
+    if config.test_device {
+        map.push(sized(layout::TEST_MEMORY, testdev::MEMORY, "test device: memory"));
+    }
     map.extend(ram.into_iter().skip(1).map(|range| row(range, "RAM: above the hole")));
     map
 }
@@ -71,6 +75,13 @@ fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
 /// What the guest finds at its I/O ports, ascending.
 fn ports(config: &VmConfig) -> Vec<Row> {
     let mut ports = vec![(layout::I8042, layout::I8042_SIZE, "i8042: reset only")];
+    if config.pit {
+        ports.push((layout::PIT, layout::PIT_SIZE, "8254 timer, interrupt 0 (in the kernel)"));
+    }
+    if config.test_device {
+        ports.push((layout::TEST_PORTS, testdev::PORTS, "test device: register, page to unmap"));
+        ports.push((layout::TEST_IRQS, testdev::LINES, "test device: interrupt lines"));
+    }
     if config.boot_marks {
         ports.push((layout::POST, 1, "boot marks"));
     }

@@ -4,12 +4,15 @@
 //! it and from nothing else. Field names are the command line's. A part that the command line writes as
 //! `--mem 512M,prefault` may be written in JSON as that same string or as an object. Opens no file itself.
 
+pub mod cpu;
+pub mod cpu_features;
 mod text;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use cpu::Cpu;
 pub use text::{ParseError, Size};
 
 /// A virtual machine, wholly described.
@@ -31,6 +34,8 @@ pub struct VmConfig {
     pub mem: Memory,
     /// Virtual CPUs.
     pub cpus: Cpus,
+    /// What they can do.
+    pub cpu: Cpu,
     /// Disks: /dev/vda, vdb ... in this order.
     #[serde(deserialize_with = "text::list")]
     pub disk: Vec<Disk>,
@@ -45,6 +50,10 @@ pub struct VmConfig {
     pub rng: bool,
     /// I/O port of an isa-debug-exit style device: a write of V ends the run with exit code (V << 1) | 1.
     pub debug_exit: Option<u16>,
+    /// An 8254 timer in the kernel, for guests that cannot do without.
+    pub pit: bool,
+    /// The device that kvm-unit-tests drives.
+    pub test_device: bool,
     /// Log the guest's writes to port 0x80 (POST codes) with their time.
     pub boot_marks: bool,
     /// What a guest's reboot does.
@@ -55,13 +64,15 @@ pub struct VmConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BootProtocol {
-    /// PVH for an ELF that has the note, else the 64-bit Linux boot protocol.
+    /// PVH for an ELF that has the note, Multiboot for what has its header, else the 64-bit Linux boot protocol.
     #[default]
     Auto,
     /// Linux's 64-bit boot protocol.
     Linux64,
     /// PVH: 32-bit entry with start_info.
     Pvh,
+    /// Multiboot 1: 32-bit entry with its information block.
+    Multiboot,
 }
 
 /// What a guest's reboot does.
@@ -278,6 +289,15 @@ impl VmConfig {
             if self.port[..i].iter().any(|p| p.name == port.name) {
                 return invalid(format!("port {:?} is there twice", port.name), "give each its own name");
             }
+        }
+        let virtio =
+            self.console() != Where::Off || self.rng || !self.disk.is_empty() || !self.port.is_empty();
+        if self.test_device && virtio {
+            return invalid(
+                "--test-device takes memory away from the guest, so there can be no virtio devices"
+                    .to_owned(),
+                "give it --console off or --serial stdio, and no disk, port or rng",
+            );
         }
         let ends = [self.console(), self.serial.clone()];
         let ends = ends.iter().chain(self.port.iter().map(|p| &p.to));

@@ -16,6 +16,13 @@ use super::{Console, Cpus, Disk, Memory, Port, Where};
 #[error("{0}")]
 pub struct ParseError(String);
 
+impl ParseError {
+    /// An error that says `message`.
+    pub(super) fn new(message: String) -> Self {
+        Self(message)
+    }
+}
+
 fn fail<T>(message: impl fmt::Display) -> Result<T, ParseError> {
     Err(ParseError(message.to_string()))
 }

@@ -1,7 +1,7 @@
 //! The guest's CPUID: what KVM supports, with this machine's topology and frequencies written in.
 //!
 //! A pure function of KVM's table, so that it is tested without KVM. One package, one thread a core, APIC
-//! identifier = vCPU number. Nested virtualization is not shown to the guest.
+//! identifier = vCPU number. Nested virtualization is shown only if asked for.
 //! Sources: SDM vol. 2, CPUID; APM vol. 3, appendix E; Documentation/virt/kvm/x86/cpuid.rst.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2 as Leaf};
@@ -37,7 +37,13 @@ const HYPERVISOR_FREQUENCIES: u32 = 0x4000_0010;
 
 /// The whole table for one vCPU. `tsc_deadline`: the in-kernel local APIC has TSC-deadline mode, which
 /// KVM_GET_SUPPORTED_CPUID leaves to us to say.
-pub fn table(supported: &[Leaf], at: Topology, frequencies: Frequencies, tsc_deadline: bool) -> Vec<Leaf> {
+pub fn table(
+    supported: &[Leaf],
+    at: Topology,
+    frequencies: Frequencies,
+    tsc_deadline: bool,
+    nested: bool,
+) -> Vec<Leaf> {
     // EBX of leaf 0 begins the vendor's name: "Genu" or not.
     let intel = supported.iter().any(|l| l.function == 0 && l.ebx == u32::from_le_bytes(*b"Genu"));
     let mut table: Vec<Leaf> =
@@ -60,6 +66,9 @@ pub fn table(supported: &[Leaf], at: Topology, frequencies: Frequencies, tsc_dea
     }
     for leaf in &mut table {
         fit(leaf, at, frequencies, tsc_deadline, highest);
+        if !nested {
+            hide_virtualization(leaf);
+        }
     }
     table
 }
@@ -73,7 +82,6 @@ fn fit(leaf: &mut Leaf, at: Topology, frequencies: Frequencies, tsc_deadline: bo
             set_bits(&mut leaf.ebx, 24, 8, at.id);
             set_bits(&mut leaf.ebx, 16, 8, if many { at.count.next_power_of_two().min(255) } else { 1 });
             set_bits(&mut leaf.edx, 28, 1, u32::from(many)); // HTT: more than one logical processor
-            set_bits(&mut leaf.ecx, 5, 1, 0); // VMX
             set_bits(&mut leaf.ecx, 21, 1, 1); // x2APIC
             set_bits(&mut leaf.ecx, 24, 1, u32::from(tsc_deadline));
             set_bits(&mut leaf.ecx, 31, 1, 1); // a hypervisor is present
@@ -89,15 +97,22 @@ fn fit(leaf: &mut Leaf, at: Topology, frequencies: Frequencies, tsc_deadline: bo
         HYPERVISOR if frequencies.tsc_khz != 0 => leaf.eax = leaf.eax.max(HYPERVISOR_FREQUENCIES),
         0x8000_0001 => {
             set_bits(&mut leaf.ecx, 1, 1, u32::from(many)); // CmpLegacy
-            set_bits(&mut leaf.ecx, 2, 1, 0); // SVM
         }
         0x8000_0008 => {
             set_bits(&mut leaf.ecx, 0, 8, at.count - 1);
             set_bits(&mut leaf.ecx, 12, 4, at.core_bits());
         }
-        // The nested virtualization that is not there.
-        0x8000_000a => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
         0x8000_001e => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (at.id, at.id, 0, 0),
+        _ => {}
+    }
+}
+
+/// Takes VT-x and AMD-V away.
+fn hide_virtualization(leaf: &mut Leaf) {
+    match leaf.function {
+        1 => set_bits(&mut leaf.ecx, 5, 1, 0),
+        0x8000_0001 => set_bits(&mut leaf.ecx, 2, 1, 0),
+        0x8000_000a => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
         _ => {}
     }
 }
@@ -159,7 +174,7 @@ mod tests {
     #[test]
     fn topology_of_six_cores() {
         let at = Topology { id: 5, count: 6 };
-        let table = table(&supported(b"Genu"), at, Frequencies { tsc_khz: 2_400_000 }, true);
+        let table = table(&supported(b"Genu"), at, Frequencies { tsc_khz: 2_400_000 }, true, false);
         let one = find(&table, 1, 0);
         assert_eq!((one.ebx >> 24, one.ebx >> 16 & 0xff, one.edx >> 28 & 1), (5, 8, 1));
         assert_eq!(one.ecx, 1 << 31 | 1 << 24 | 1 << 21, "hypervisor, TSC deadline, x2APIC, no VMX");
@@ -181,15 +196,15 @@ mod tests {
     #[test]
     fn frequencies_are_told() {
         let at = Topology { id: 0, count: 1 };
-        let intel = table(&supported(b"Genu"), at, Frequencies { tsc_khz: 2_400_000 }, true);
+        let intel = table(&supported(b"Genu"), at, Frequencies { tsc_khz: 2_400_000 }, true, false);
         let tsc = find(&intel, 0x15, 0);
         assert_eq!(u64::from(tsc.ecx) * u64::from(tsc.ebx) / u64::from(tsc.eax), 2_400_000_000);
         assert!(find(&intel, 0, 0).eax >= 0x1f);
-        let amd = table(&supported(b"Auth"), at, Frequencies { tsc_khz: 2_400_000 }, true);
+        let amd = table(&supported(b"Auth"), at, Frequencies { tsc_khz: 2_400_000 }, true, false);
         assert_eq!(find(&amd, HYPERVISOR_FREQUENCIES, 0).eax, 2_400_000);
         assert!(find(&amd, HYPERVISOR, 0).eax >= HYPERVISOR_FREQUENCIES);
         assert!(!amd.iter().any(|l| l.function == 0x15));
-        let unknown = table(&supported(b"Genu"), at, Frequencies { tsc_khz: 0 }, false);
+        let unknown = table(&supported(b"Genu"), at, Frequencies { tsc_khz: 0 }, false, false);
         assert!(!unknown.iter().any(|l| [0x15, HYPERVISOR_FREQUENCIES].contains(&l.function)));
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Used by `boot` (the entry state), `vcpu` (the run loop) and `machine` (assembly). Knows no device.
 
+mod cpu_model;
 pub mod cpuid;
 pub mod debug;
 pub mod exit;
@@ -45,6 +46,14 @@ pub enum Error {
     /// The host's KVM is too old, or built without this.
     #[error("the host's KVM lacks {0}")]
     Missing(&'static str),
+    /// The configuration asks for a feature that KVM does not have to give.
+    #[error("--cpu {cpu} asks for {name}, which this host's processor or its KVM lacks")]
+    CpuFeature {
+        /// The feature's name.
+        name: String,
+        /// The whole wish.
+        cpu: String,
+    },
     /// An ioctl failed.
     #[error("{ioctl}")]
     Ioctl {
@@ -72,6 +81,9 @@ impl Error {
             },
             Self::Version { .. } => Some("it must be the KVM device, /dev/kvm"),
             Self::Missing(_) => Some("a host kernel of version 5.10 or later has all that is needed"),
+            Self::CpuFeature { .. } => {
+                Some("leave it away, or take a lower model: --cpu host gives all that there is")
+            }
             Self::Ioctl { source, .. } if source.raw_os_error() == Some(libc::EBUSY) => {
                 Some("another hypervisor may be using the processor's virtualization")
             }

@@ -24,6 +24,13 @@ pub enum Entry {
         /// Guest physical address of hvm_start_info.
         start_info: u32,
     },
+    /// Multiboot 1: the same state, with EAX = 0x2badb002 and EBX = the information block (3.2).
+    Multiboot {
+        /// Guest physical address of the first instruction.
+        rip: u32,
+        /// Guest physical address of the information block.
+        info: u32,
+    },
 }
 
 /// The boot GDT's descriptors; the loaders write them at [`layout::GDT`].
@@ -39,6 +46,9 @@ pub const GDT: [u64; 5] = [
 /// What firmware leaves behind and kernels rely on: fast string operations, and write-back as the memory type of
 /// all that no MTRR covers (SDM vol. 3, 12.11.2.1: E and type 6). All others have their reset values from KVM.
 pub const BOOT_MSRS: [(u32, u64); 2] = [(0x1a0, 1), (0x2ff, 0x806)];
+
+/// What a Multiboot kernel finds in EAX.
+const MULTIBOOT_MAGIC: u64 = 0x2bad_b002;
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -75,7 +85,7 @@ fn segment(selector: u16) -> kvm_segment {
 pub(super) fn set_system(sregs: &mut kvm_sregs, entry: Entry) {
     let code = match entry {
         Entry::Linux64 { .. } => 0x10,
-        Entry::Pvh { .. } => 0x08,
+        Entry::Pvh { .. } | Entry::Multiboot { .. } => 0x08,
     };
     sregs.cs = segment(code);
     let data = segment(0x18);
@@ -101,6 +111,9 @@ pub(super) fn general(entry: Entry) -> kvm_regs {
         Entry::Linux64 { rip, boot_params } => kvm_regs { rip, rsi: boot_params, ..blank },
         Entry::Pvh { rip, start_info } => {
             kvm_regs { rip: u64::from(rip), rbx: u64::from(start_info), ..blank }
+        }
+        Entry::Multiboot { rip, info } => {
+            kvm_regs { rip: u64::from(rip), rax: MULTIBOOT_MAGIC, rbx: u64::from(info), ..blank }
         }
     }
 }

@@ -7,11 +7,15 @@ use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Error, Vcpu, cpuid, ioctl};
+use super::{Error, Vcpu, cpu_model, cpuid, ioctl};
+use crate::config::Cpu;
 use crate::memory::dirty::DirtyPages;
 use crate::memory::{self, GuestRam, Memory, layout};
 use crate::vm::{Interrupt, IoEventAddress};
@@ -41,18 +45,47 @@ impl Vm {
         Ok(Self { fd, supported, tsc_deadline, sync_registers, ram: memory.ram().clone() })
     }
 
+    /// Adds an 8254 timer in the kernel, at its ports 0x40 to 0x43 and on interrupt 0. Before the vCPUs.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn create_pit(&self) -> Result<(), Error> {
+        // Port 0x61 too: its bits gate the timer's channel 2 and tell its output.
+        let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        ioctl("KVM_CREATE_PIT2", self.fd.create_pit2(config))
+    }
+
+    /// Sets the pair of 8259s up as a PC's firmware leaves them: vectors 0x08 and 0x70, all masked but the cascade and the
+    /// `open` pins of the second.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn set_up_pic(&self, open: u8) -> Result<(), Error> {
+        // The pins that can be level-triggered are part of the state (elcr_mask), and not the guest's to change.
+        for (chip_id, irq_base, imr, elcr_mask) in
+            [(KVM_IRQCHIP_PIC_MASTER, 0x08, !(1 << 2), 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0x70, !open, 0xde)]
+        {
+            let pic = kvm_pic_state { irq_base, imr, elcr_mask, init4: 1, ..Default::default() };
+            let chip = kvm_irqchip { chip_id, pad: 0, chip: kvm_irqchip__bindgen_ty_1 { pic } };
+            ioctl("KVM_SET_IRQCHIP", self.fd.set_irqchip(&chip))?;
+        }
+        Ok(())
+    }
+
     /// Adds vCPU `id` of `count`. vCPU 0 is runnable; the others wait for INIT and SIPI.
     ///
     /// # Errors
-    /// The ioctl that failed.
-    pub fn create_vcpu(&self, id: u32, count: u32) -> Result<Vcpu, Error> {
+    /// The ioctl that failed; [`Error::CpuFeature`].
+    pub fn create_vcpu(&self, id: u32, count: u32, cpu: &Cpu) -> Result<Vcpu, Error> {
         let fd = ioctl("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))?;
         let frequency = cpuid::Frequencies {
             // 0 where the host's counter is not stable: the guest then finds out by itself.
             tsc_khz: fd.get_tsc_khz().unwrap_or(0),
         };
         let topology = cpuid::Topology { id, count };
-        let table = cpuid::table(self.supported.as_slice(), topology, frequency, self.tsc_deadline);
+        let mut table =
+            cpuid::table(self.supported.as_slice(), topology, frequency, self.tsc_deadline, cpu.nested);
+        cpu_model::apply(&mut table, cpu)?;
         let table =
             kvm_bindings::CpuId::from_entries(&table).map_err(|_| Error::Missing("room for CPUID"))?;
         ioctl("KVM_SET_CPUID2", fd.set_cpuid2(&table))?;
@@ -126,6 +159,10 @@ impl crate::vm::Vm for Vm {
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         self.fd.register_irqfd(&event, gsi).map_err(errno)?;
         Ok(Arc::new(IrqFd(event)))
+    }
+
+    fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
+        self.fd.set_irq_line(gsi, high).map_err(errno)
     }
 
     fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {

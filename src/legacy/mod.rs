@@ -8,3 +8,4 @@ pub mod boot_marks;
 pub mod debug_exit;
 pub mod i8042;
 pub mod serial;
+pub mod testdev;

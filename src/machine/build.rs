@@ -23,6 +23,7 @@ use crate::legacy::boot_marks::BootMarks;
 use crate::legacy::debug_exit::{self, DebugExit};
 use crate::legacy::i8042::I8042;
 use crate::legacy::serial::SerialPort;
+use crate::legacy::testdev;
 use crate::memory::{Memory, layout};
 use crate::recorder::{Recorder, Step, Steps};
 use crate::vcpu;
@@ -70,6 +71,23 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     if let Some(port) = config.debug_exit {
         board.port("debug-exit", u64::from(port), debug_exit::SIZE, shared(DebugExit))?;
     }
+    if config.pit {
+        vm.create_pit()?;
+    }
+    if config.test_device {
+        // Real-mode tests wait for line 11 as a BIOS has left it.
+        vm.set_up_pic(1 << 3)?;
+        let ports = testdev::Ports::new(memory.ram().clone());
+        board.port("test-device", layout::TEST_PORTS, testdev::PORTS, shared(ports))?;
+        let lines = testdev::IrqLines::new(vm.clone());
+        board.port("test-irqs", layout::TEST_IRQS, testdev::LINES, shared(lines))?;
+        board.memory(
+            "test-memory",
+            layout::TEST_MEMORY,
+            testdev::MEMORY,
+            shared(testdev::IoRam::default()),
+        )?;
+    }
     if config.boot_marks {
         board.port("boot-marks", layout::POST, 1, shared(BootMarks::new(start)))?;
     }
@@ -85,7 +103,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     }
     steps.done(Step::Devices);
 
-    let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus)).collect::<Result<Vec<_>, _>>()?;
+    let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus, &config.cpu)).collect::<Result<Vec<_>, _>>()?;
     vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
     vcpus[0].enter_at(entry)?;
     steps.done(Step::Vcpus);

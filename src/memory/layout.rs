@@ -12,11 +12,12 @@
 //!   0xfec0_0000  I/O APIC                   (in the kernel)
 //!   0xfee0_0000  local APIC                 (in the kernel)
 //!   0xfeff_c000  KVM's identity map and TSS (16 KiB, Intel without unrestricted guest)
-//!   0xff00_0000  firmware, ends at 4 GiB    16 MiB
+//!   0xff00_0000  firmware, ends at 4 GiB    16 MiB (the test device's memory, if asked for, at its start)
 //! 0x1_0000_0000 RAM the rest of it
 //! ```
 //!
-//! Ports: 0x3f8 COM1, 0x60/0x64 i8042, 0x600 ACPI sleep, reset and event registers; optional 0x80 and 0xf4.
+//! Ports: 0x3f8 COM1, 0x60/0x64 i8042, 0x600 ACPI sleep, reset and event registers; optional 0x80 and 0xf4, and
+//! 0x40 PIT, 0xe0 and 0x2000 for the test device.
 
 use std::ops::Range;
 
@@ -60,6 +61,10 @@ pub const KVM_TSS: u64 = 0xfeff_d000;
 pub const COM1: u64 = 0x3f8;
 /// COM1's interrupt.
 pub const COM1_GSI: u32 = 4;
+/// The 8254 timer's ports, in the kernel.
+pub const PIT: u64 = 0x40;
+/// Ports at [`PIT`].
+pub const PIT_SIZE: u64 = 4;
 /// i8042 data port; the command port is 0x64.
 pub const I8042: u64 = 0x60;
 /// Ports from [`I8042`] to its command port.
@@ -72,6 +77,12 @@ pub const ACPI_PM_SIZE: u64 = 8;
 pub const ACPI_GSI: u32 = 9;
 /// Port of the POST code, used for boot marks when asked for.
 pub const POST: u64 = 0x80;
+/// The test device's register and page port (`legacy::testdev`).
+pub const TEST_PORTS: u64 = 0xe0;
+/// The test device's interrupt lines, a port each.
+pub const TEST_IRQS: u64 = 0x2000;
+/// The test device's memory.
+pub const TEST_MEMORY: u64 = 0xff00_0000;
 /// Default port of the debug-exit device.
 pub const DEBUG_EXIT: u64 = 0xf4;
 

@@ -153,6 +153,28 @@ pub fn slots(ram: &GuestRam) -> impl Iterator<Item = (u64, *mut u8, u64)> {
     ram.iter().map(|region| (region.start_addr().0, region.as_ptr(), region.len()))
 }
 
+/// Makes the page at `address` read-only for this process for a moment, for which KVM takes it away from the guest: at the
+/// guest's next access KVM has to map it again. Its content stays. For machines without devices that write to memory.
+///
+/// # Errors
+/// There is no RAM at `address`; or the host refused.
+pub fn unmap_briefly(ram: &GuestRam, address: u64) -> io::Result<()> {
+    use rustix::mm::{MprotectFlags, mprotect};
+    const PAGE: usize = 4096;
+    let page = GuestAddress(address & !(PAGE as u64 - 1));
+    let Ok(host) = ram.get_host_address(page) else {
+        return Err(io::Error::other("there is no RAM"));
+    };
+    // SAFETY: the page lies in the mapping that `ram` keeps, and no reference into it exists: all access is volatile. A
+    // write by another thread of this process in between would be a fault; none writes, because a configuration with the
+    // test device and virtio devices is refused. vCPUs that meet it fault inside KVM, which tells the guest's access again.
+    unsafe {
+        mprotect(host.cast(), PAGE, MprotectFlags::READ)?;
+        mprotect(host.cast(), PAGE, MprotectFlags::READ | MprotectFlags::WRITE)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

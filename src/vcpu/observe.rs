@@ -254,7 +254,7 @@ mod tests {
         let code = [0xba, 0x34, 0x12, 0x00, 0x00, 0xef, 0xeb, 0xfd];
         memory.ram().write_slice(&code, GuestAddress(0x1000)).unwrap();
         let vm = Kvm::open(kvm).unwrap().create_vm(&memory).unwrap();
-        let mut vcpu = vm.create_vcpu(0, 1).unwrap();
+        let mut vcpu = vm.create_vcpu(0, 1, &crate::config::Cpu::default()).unwrap();
         vcpu.enter_at(Entry::Pvh { rip: 0x1000, start_info: 0 }).unwrap();
         vcpu.bind();
         let shared = Shared {

@@ -44,7 +44,7 @@ fn parts(config: &VmConfig) -> Result<Parts, String> {
     let payload = Payload { kernel, initrd: None, cmdline: String::new(), protocol: config.boot };
     let platform = machine::platform(config).map_err(text)?;
     let entry = boot::load(&memory, &payload, &platform).map_err(text)?;
-    let vcpu = vm.create_vcpu(0, 1).map_err(text)?;
+    let vcpu = vm.create_vcpu(0, 1, &crate::config::Cpu::default()).map_err(text)?;
     vcpu.set_boot_msrs().map_err(text)?;
     vcpu.enter_at(entry).map_err(text)?;
     Ok(Parts { vm, vcpu, ram: memory.ram().clone() })
