@@ -2,6 +2,8 @@
 //!
 //! The loaders call `write`; the machine calls [`default_for`].
 
+use std::path::Path;
+
 use super::error::Error;
 use super::image::Image;
 use crate::config::{VmConfig, Where};
@@ -16,7 +18,17 @@ pub const ELF_MAX: usize = 2047;
 /// # Errors
 /// [`Error::CmdlineTooLong`], [`Error::CmdlineCharacter`].
 pub(super) fn write(kernel: &Image, ram: &GuestRam, cmdline: &str, max: usize) -> Result<(), Error> {
-    let path = || kernel.path().to_owned();
+    check(kernel.path(), cmdline, max)?;
+    kernel.write_bytes(ram, layout::CMDLINE, cmdline.as_bytes(), "the command line")?;
+    kernel.write(ram, layout::CMDLINE + cmdline.len() as u64, &0u8, "the command line")
+}
+
+/// Checks `cmdline` against the limit `max` of the kernel at `path`.
+///
+/// # Errors
+/// [`Error::CmdlineTooLong`], [`Error::CmdlineCharacter`].
+pub(super) fn check(path: &Path, cmdline: &str, max: usize) -> Result<(), Error> {
+    let path = || path.to_owned();
     // The room in the layout is far more than any known kernel takes, so that one limit is enough to report.
     let max = max.min(layout::CMDLINE_SIZE as usize - 1);
     if cmdline.len() > max {
@@ -26,8 +38,7 @@ pub(super) fn write(kernel: &Image, ram: &GuestRam, cmdline: &str, max: usize) -
         let what = if cmdline.as_bytes()[at] == 0 { "a NUL" } else { "a character that is not ASCII" };
         return Err(Error::CmdlineCharacter { path: path(), what, at });
     }
-    kernel.write_bytes(ram, layout::CMDLINE, cmdline.as_bytes(), "the command line")?;
-    kernel.write(ram, layout::CMDLINE + cmdline.len() as u64, &0u8, "the command line")
+    Ok(())
 }
 
 /// The command line for a user who gives none. It says what is there and nothing else:

@@ -9,6 +9,7 @@ pub mod cmdline;
 pub mod cpio;
 mod elf;
 mod error;
+pub mod firmware;
 mod image;
 mod initrd;
 mod linux;

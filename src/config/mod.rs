@@ -4,12 +4,14 @@
 //! it and from nothing else. Field names are the command line's. A part that the command line writes as
 //! `--mem 512M,prefault` may be written in JSON as that same string or as an object. Opens no file itself.
 
+mod firmware;
 mod text;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use firmware::Firmware;
 pub use text::{ParseError, Size};
 
 /// A virtual machine, wholly described.
@@ -26,6 +28,10 @@ pub struct VmConfig {
     pub cmdline: Option<String>,
     /// Boot protocol.
     pub boot: BootProtocol,
+    /// What starts at the reset vector and boots the kernel. Absent: the monitor loads the kernel and enters it.
+    pub firmware: Option<Firmware>,
+    /// Option ROMs for the firmware to run.
+    pub option_rom: Vec<PathBuf>,
     /// Guest RAM.
     #[serde(deserialize_with = "text::text_or_object")]
     pub mem: Memory,
@@ -267,6 +273,9 @@ impl VmConfig {
             if disk.block_size.is_some_and(|s| ![512, 4096].contains(&s.bytes())) {
                 return invalid(format!("disk {path}: block size not possible"), "512 or 4096");
             }
+        }
+        if self.firmware.is_none() && !self.option_rom.is_empty() {
+            return invalid("option ROMs without firmware to run them".to_owned(), "add --firmware FILE");
         }
         if self.port.len() > Port::MAX {
             return invalid(format!("{} ports: too many", self.port.len()), "at most 30");
