@@ -30,10 +30,9 @@ fw_cfg_load:
 1:  pop rax
     ret
 
-# Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst). RAX: the setup code. Its header goes into an otherwise empty zero
+# Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst). R8: the setup code. Its header goes into an otherwise empty zero
 # page; the monitor has filled in where command line and initrd are.
 enter_linux:
-    mov r8, rax
     xor eax, eax
     mov edi, BOOT_PARAMS
     mov ecx, 0x1000 / 4
