@@ -110,7 +110,7 @@ impl Options {
         };
         self.apply(&mut config);
         config.validate()?;
-        if config.kernel.is_none() {
+        if config.kernel.is_none() && !matches!(config.firmware, Some(Firmware::File(_))) {
             return Err(Failure::new(Code::BadArgument, anyhow!("there is no kernel to boot"))
                 .hint(Some("name one: --kernel FILE")));
         }

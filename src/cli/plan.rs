@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::exit::{Failure, pretty};
 use crate::boot::{self, tables::Platform};
 use crate::config::{Console, VmConfig, Where};
+use crate::legacy::{fw_cfg, rtc_cmos};
 use crate::memory::layout;
 use crate::{machine, virtio};
 
@@ -64,6 +65,10 @@ fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
     map.push(sized(layout::IO_APIC, 0x1000, "I/O APIC"));
     map.push(sized(layout::LOCAL_APIC, 0x1000, "local APIC"));
     map.push(sized(layout::KVM_IDENTITY_MAP, 0x4000, "reserved for KVM"));
+    if let Some(firmware) = &config.firmware {
+        let what = format!("firmware ({firmware}): ends here, read-only");
+        map.push(sized(layout::ROM_END - 0x1000, 0x1000, what));
+    }
     map.extend(ram.into_iter().skip(1).map(|range| row(range, "RAM: above the hole")));
     map
 }
@@ -76,6 +81,11 @@ fn ports(config: &VmConfig) -> Vec<Row> {
     }
     if let Some(port) = config.debug_exit {
         ports.push((port.into(), 4, "debug exit"));
+    }
+    if config.firmware.is_some() {
+        ports.push((layout::CMOS, rtc_cmos::SIZE, "RTC and CMOS"));
+        ports.push((layout::DEBUG_PORT, 1, "the firmware's messages"));
+        ports.push((layout::FW_CFG, fw_cfg::SIZE, "fw_cfg"));
     }
     if config.serial != Where::Off {
         ports.push((layout::COM1, 8, "serial port COM1, interrupt 4"));
@@ -93,7 +103,7 @@ mod tests {
     #[test]
     fn the_map_is_ascending_and_names_every_device() {
         let json = r#"{"kernel": "k", "mem": "5G", "disk": ["a.img", "b.img"], "rng": true, "serial": "pty",
-            "debug_exit": 244}"#;
+            "debug_exit": 244, "firmware": "built-in"}"#;
         let config: VmConfig = serde_json::from_str(json).unwrap();
         let plan: Value = serde_json::from_str(&plan(config).unwrap()).unwrap();
         let number = |row: &Value, key: &str| {
@@ -104,7 +114,7 @@ mod tests {
             assert!(rows.windows(2).all(|w| number(&w[0], "end") < number(&w[1], "start")), "{rows:#?}");
         }
         let text = plan["memory_map"].to_string();
-        for word in ["console", "a.img", "b.img", "virtio-rng", "above the hole", "0x17fffffff"] {
+        for word in ["console", "a.img", "b.img", "virtio-rng", "above the hole", "0x17fffffff", "built-in"] {
             assert!(text.contains(word), "{word}: {text}");
         }
         assert_eq!(plan["config"]["console"], "stdio");

@@ -115,7 +115,7 @@ impl Items {
         self.numbered.insert(number, content);
     }
 
-    /// Adds a number of 2 (`u16`), 4 or 8 bytes, little-endian.
+    /// The same, of bytes; numbers are little-endian.
     pub fn add_bytes(&mut self, number: u16, bytes: impl Into<Vec<u8>>) {
         self.add(number, Content::Bytes(bytes.into()));
     }
