@@ -106,7 +106,7 @@ bad_tables:
     lea rsi, [rip + no_tables]
     jmp give_up
 
-# The memory map. etc/e820 says where there is RAM; a PC's hole below 1 MiB is cut out of the first range here, because what lies there
+# The memory map. etc/e820 says where there is RAM; a PC's hole below 1 MiB is cut out of the range from 0 on here, because what lies there
 # is the firmware's business.
 read_memory_map:
     lea rsi, [rip + map_name]
@@ -122,21 +122,24 @@ read_memory_map:
     xor edx, edx
     mov ecx, 20
     div ecx
-    test eax, eax
-    jz give_up
+    mov ecx, eax
     add eax, 2
     mov [MAP_COUNT], eax
+    mov ebx, MAP + 20
     xor eax, eax
-    cmp [MAP + 40], rax         # RAM from address 0
-    jne give_up
+1:  add rbx, 20                 # RAM from address 0 on: as a rule the first
+    dec ecx
+    js give_up
+    cmp [rbx], rax
+    jne 1b
+    mov qword ptr [rbx], ONE_MIB
+    sub qword ptr [rbx + 8], ONE_MIB
     mov [MAP], rax
     mov qword ptr [MAP + 8], LEGACY_HOLE
     mov dword ptr [MAP + 16], 1
     mov qword ptr [MAP + 20], ACPI_TABLES
     mov qword ptr [MAP + 28], ONE_MIB - ACPI_TABLES
     mov dword ptr [MAP + 36], 2 # reserved
-    mov qword ptr [MAP + 40], ONE_MIB
-    sub qword ptr [MAP + 48], ONE_MIB
     ret
 
 script_name: .asciz "etc/table-loader"

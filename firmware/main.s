@@ -12,9 +12,8 @@ long:
     call read_memory_map
     mark 0x50
     call read_kernel            # and its command line and initrd
-    mov r8, rax                 # its setup code
     mark 0x60
-    cmp dword ptr [r8], 0x464c457f # "\x7fELF"
+    cmp dword ptr [SETUP], 0x464c457f # "\x7fELF"
     je enter_pvh
     jmp enter_linux
 

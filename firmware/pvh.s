@@ -18,9 +18,7 @@ enter_pvh:
     mov dword ptr [BOOT_PARAMS + 16], PVH_TABLES
     mov dword ptr [BOOT_PARAMS], 0x336ec578 # magic; version 1 has a memory map
     mov dword ptr [BOOT_PARAMS + 4], 1
-    mov eax, FW_CFG_CMDLINE_ADDR
-    call fw_cfg_number
-    mov [BOOT_PARAMS + 24], eax
+    mov dword ptr [BOOT_PARAMS + 24], CMDLINE
     mov rax, [RSDP]
     mov [BOOT_PARAMS + 32], rax
     mov qword ptr [BOOT_PARAMS + 40], PVH_TABLES + 32

@@ -111,7 +111,7 @@ fn what_cannot_be_started_is_refused() {
         ("--firmware --kernel elf", &["elf", "PVH"]),
         ("--firmware --kernel kernel --boot pvh", &["PVH"]),
         ("--firmware --kernel kernel --option-rom nowhere", &["nowhere", "option ROM"]),
-        ("--kernel kernel --option-rom short", &["--firmware"]),
+        ("--kernel kernel --option-rom short", &["option ROMs"]),
     ] {
         refused(&place, &format!("run {arguments} {RUN}"), BAD_ARGUMENT, words);
     }
