@@ -1,30 +1,33 @@
-//! Assembles what is written in assembly and shipped inside the program: the labs' guests.
+//! Assembles what is written in assembly and shipped inside the program: the labs' guests, the firmware.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Folder, its linker script, and the names of its sources: NAME.s becomes the file NAME in the output folder.
-const SOURCES: [(&str, &str, &[&str]); 1] = [(
-    "guest/labs",
-    "lab.ld",
-    &[
-        "halt",
-        "pio",
-        "rep-outs",
-        "mmio",
-        "cpuid",
-        "msr",
-        "hypercall",
-        "longmode",
-        "interrupt",
-        "apic-timer",
-        "triple-fault",
-        "sipi",
-        "doorbell",
-        "dirty-log",
-    ],
-)];
+const SOURCES: [(&str, &str, &[&str]); 2] = [
+    ("firmware", "firmware.ld", &["firmware"]),
+    (
+        "guest/labs",
+        "lab.ld",
+        &[
+            "halt",
+            "pio",
+            "rep-outs",
+            "mmio",
+            "cpuid",
+            "msr",
+            "hypercall",
+            "longmode",
+            "interrupt",
+            "apic-timer",
+            "triple-fault",
+            "sipi",
+            "doorbell",
+            "dirty-log",
+        ],
+    ),
+];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

@@ -48,6 +48,9 @@
 //! 4. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and drains → nothing moves.
 //!    Every part can then give its state ([`state::Saved`]).
 //!
+//! With `--firmware` the first flow is shorter: the ROM is a memory slot, `Entry` is the reset vector, and firmware asks
+//! [`legacy::fw_cfg`] for what [`boot::firmware`] prepared.
+//!
 //! **Guest memory is shared with an adversary.** Descriptors and headers are read once into owned memory. Nothing that a guest
 //! writes may panic, hang or grow the monitor: it gets what the spec says (0xff, a status byte, DEVICE_NEEDS_RESET).
 

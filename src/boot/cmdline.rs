@@ -2,6 +2,8 @@
 //!
 //! The loaders call `write`; the machine calls [`default_for`].
 
+use std::path::Path;
+
 use super::error::Error;
 use super::image::Image;
 use crate::config::{VmConfig, Where};
@@ -14,16 +16,15 @@ pub const ELF_MAX: usize = 2047;
 /// Checks `cmdline` against the kernel's limit `max` and writes it to [`layout::CMDLINE`], NUL-terminated.
 ///
 /// # Errors
-/// As [`write_to`].
+/// As [`check`].
 pub(super) fn write(kernel: &Image, ram: &GuestRam, cmdline: &str, max: usize) -> Result<(), Error> {
-    // The room in the layout is far more than any known kernel takes, so that one limit is enough to report.
-    write_to(kernel, ram, layout::CMDLINE, cmdline, max.min(layout::CMDLINE_SIZE as usize - 1))
+    write_to(kernel, ram, layout::CMDLINE, cmdline, max)
 }
 
 /// Checks `cmdline` against the limit `max` and writes it to guest physical address `to`, NUL-terminated.
 ///
 /// # Errors
-/// [`Error::CmdlineTooLong`], [`Error::CmdlineCharacter`].
+/// As [`check`].
 pub(super) fn write_to(
     kernel: &Image,
     ram: &GuestRam,
@@ -31,7 +32,19 @@ pub(super) fn write_to(
     cmdline: &str,
     max: usize,
 ) -> Result<(), Error> {
-    let path = || kernel.path().to_owned();
+    check(kernel.path(), cmdline, max)?;
+    kernel.write_bytes(ram, to, cmdline.as_bytes(), "the command line")?;
+    kernel.write(ram, to + cmdline.len() as u64, &0u8, "the command line")
+}
+
+/// Checks `cmdline` against the limit `max` of the kernel at `path`.
+///
+/// # Errors
+/// [`Error::CmdlineTooLong`], [`Error::CmdlineCharacter`].
+pub(super) fn check(path: &Path, cmdline: &str, max: usize) -> Result<(), Error> {
+    let path = || path.to_owned();
+    // The room in the layout is far more than any known kernel takes, so that one limit is enough to report.
+    let max = max.min(layout::CMDLINE_SIZE as usize - 1);
     if cmdline.len() > max {
         return Err(Error::CmdlineTooLong { path: path(), len: cmdline.len(), max });
     }
@@ -39,8 +52,7 @@ pub(super) fn write_to(
         let what = if cmdline.as_bytes()[at] == 0 { "a NUL" } else { "a character that is not ASCII" };
         return Err(Error::CmdlineCharacter { path: path(), what, at });
     }
-    kernel.write_bytes(ram, to, cmdline.as_bytes(), "the command line")?;
-    kernel.write(ram, to + cmdline.len() as u64, &0u8, "the command line")
+    Ok(())
 }
 
 /// The command line for a user who gives none. It says what is there and nothing else:

@@ -14,6 +14,10 @@ pub enum Role {
     Kernel,
     /// The initial RAM disk.
     Initrd,
+    /// What starts at the reset vector.
+    Firmware,
+    /// A program for firmware to run.
+    OptionRom,
 }
 
 impl fmt::Display for Role {
@@ -21,6 +25,8 @@ impl fmt::Display for Role {
         f.write_str(match self {
             Self::Kernel => "kernel",
             Self::Initrd => "initrd",
+            Self::Firmware => "firmware",
+            Self::OptionRom => "option ROM",
         })
     }
 }
@@ -199,6 +205,14 @@ pub enum Error {
         #[source]
         source: vm_memory::GuestMemoryError,
     },
+    /// The firmware cannot be put in its place.
+    #[error("firmware {}: {what}", path.display())]
+    Firmware {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        what: String,
+    },
     /// The ACPI tables do not fit into their place.
     #[error("ACPI tables for kernel {}", path.display())]
     Tables {
@@ -214,6 +228,11 @@ impl Error {
     /// What the user can do about it: one sentence.
     pub fn hint(&self) -> Cow<'static, str> {
         Cow::Borrowed(match self {
+            Self::Open { role: Role::Firmware | Role::OptionRom, source, .. }
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                "check the path; --firmware alone is the monitor's own"
+            }
             Self::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 "check the path; `cargo guest -- kernel` fetches a kernel to start with"
             }
@@ -239,6 +258,9 @@ impl Error {
             Self::CmdlineTooLong { .. } => "shorten --cmdline",
             Self::CmdlineCharacter { .. } => "write --cmdline in plain ASCII",
             Self::Write { .. } => "the guest's memory is smaller than any kernel can use: raise --mem",
+            Self::Firmware { .. } => {
+                "give a ROM that ends with the reset vector: qboot.rom, or bios-microvm.bin of SeaBIOS; or --firmware alone"
+            }
             Self::Tables { .. } => "ask for fewer --cpus or devices",
         })
     }

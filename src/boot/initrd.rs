@@ -36,7 +36,7 @@ pub(super) fn load(boot: &Boot, kernel: &Range<u64>, limits: Limits) -> Result<R
 }
 
 /// The highest page-aligned place for `size` bytes: below 4 GiB if possible, since all kernels take it there.
-fn place(size: u64, kernel: &Range<u64>, ram: &[Range<u64>], limits: Limits) -> Option<u64> {
+pub(super) fn place(size: u64, kernel: &Range<u64>, ram: &[Range<u64>], limits: Limits) -> Option<u64> {
     let low_end = ram.first()?.end.min(limits.below);
     let above_kernel = kernel.end.next_multiple_of(PAGE)..low_end;
     let above_4g = ram.get(1).filter(|_| limits.above_4g).cloned().unwrap_or(0..0);
@@ -48,7 +48,7 @@ fn place(size: u64, kernel: &Range<u64>, ram: &[Range<u64>], limits: Limits) -> 
 }
 
 /// The least guest memory, in bytes, that makes room.
-fn needed(size: u64, kernel: &Range<u64>, limits: Limits) -> Option<u64> {
+pub(super) fn needed(size: u64, kernel: &Range<u64>, limits: Limits) -> Option<u64> {
     let pages = size.checked_next_multiple_of(PAGE)?;
     let low = kernel.end.next_multiple_of(PAGE).checked_add(pages)?;
     if low <= limits.below.min(layout::HOLE.start) {

@@ -12,11 +12,12 @@ use vm_memory::ByteValued;
 
 use super::elf::{self, Elf};
 use super::error::Error;
+use super::image::Image;
 use super::initrd::{self, Limits};
 use super::tables::e820;
 use super::{Boot, cmdline, long_mode};
 use crate::kvm::regs::Entry;
-use crate::memory::layout;
+use crate::memory::{Memory, layout};
 
 /// Where the setup header stands in the file and in the zero page.
 const SETUP_HEADER: u64 = 0x1f1;
@@ -41,8 +42,8 @@ const BOOT_FLAG: u16 = 0xaa55;
 /// See [`Error`].
 pub fn load_bzimage(boot: &Boot) -> Result<Entry, Error> {
     let kernel = boot.kernel;
-    let header = read_header(boot)?;
-    let Code { offset, len, range } = place_code(boot, &header)?;
+    let header = read_header(kernel)?;
+    let Code { offset, len, range } = place_code(boot.memory, kernel, &header)?;
     kernel.load(offset, len, boot.memory.ram(), range.start, "the protected-mode code")?;
     let above_4g = header.xloadflags & XLF_CAN_BE_LOADED_ABOVE_4G != 0;
     let below = u64::from(header.initrd_addr_max) + 1;
@@ -71,8 +72,10 @@ pub fn load_elf(boot: &Boot, elf: &Elf) -> Result<Entry, Error> {
 }
 
 /// Reads and checks the setup header, less what it says of places.
-fn read_header(boot: &Boot) -> Result<setup_header, Error> {
-    let kernel = boot.kernel;
+///
+/// # Errors
+/// No 64-bit kernel, or a damaged one.
+pub(super) fn read_header(kernel: &Image) -> Result<setup_header, Error> {
     let mut header: setup_header = kernel.header(SETUP_HEADER, "the setup header")?;
     let (version, jump, xloadflags) = (header.version, header.jump, header.xloadflags);
     let path = || kernel.path().to_owned();
@@ -98,14 +101,17 @@ fn read_header(boot: &Boot) -> Result<setup_header, Error> {
 }
 
 /// The protected-mode code: its place in the file, and the memory it runs in.
-struct Code {
-    offset: u64,
-    len: u64,
-    range: Range<u64>,
+pub(super) struct Code {
+    pub offset: u64,
+    pub len: u64,
+    pub range: Range<u64>,
 }
 
-fn place_code(boot: &Boot, header: &setup_header) -> Result<Code, Error> {
-    let kernel = boot.kernel;
+/// Where a bzImage's code goes.
+///
+/// # Errors
+/// Sizes that the file has not got, and memory that the guest has not.
+pub(super) fn place_code(memory: &Memory, kernel: &Image, header: &setup_header) -> Result<Code, Error> {
     let sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
     let offset = (sectors + 1) * SECTOR;
     let syssize = u64::from(header.syssize) * 16;
@@ -129,7 +135,7 @@ fn place_code(boot: &Boot, header: &setup_header) -> Result<Code, Error> {
     let end = start.checked_add(u64::from(header.init_size).max(len));
     match end {
         Some(end) if start >= layout::HIGH_RAM => {
-            elf::check_fits(kernel, boot.memory, end)?;
+            elf::check_fits(kernel, memory, end)?;
             Ok(Code { offset, len, range: start..end })
         }
         _ => Err(kernel.damaged(format!("it wants to be loaded at {start:#x}"))),

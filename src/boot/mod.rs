@@ -1,7 +1,7 @@
 //! Loading a kernel: from files to guest memory and the state in which vCPU 0 enters it.
 //!
 //! The machine calls [`load`] once per start, after guest memory is there and before the vCPUs run. One file per
-//! protocol: `linux` (64-bit Linux boot protocol, for bzImage and ELF), `pvh` and `multiboot`. Kernels and initrds are
+//! protocol: `linux` (64-bit Linux boot protocol, for bzImage and ELF), `pvh` and `multiboot`; `firmware` in their place. Kernels and initrds are
 //! untrusted input: whatever they hold, loading ends in an [`Entry`] or an [`Error`], reads no more than the file,
 //! writes nothing outside guest RAM and allocates no more than a few KiB. Knows nothing of KVM's ioctls or devices.
 
@@ -9,6 +9,7 @@ pub mod cmdline;
 pub mod cpio;
 mod elf;
 mod error;
+pub mod firmware;
 mod image;
 mod initrd;
 mod linux;

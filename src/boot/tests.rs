@@ -404,6 +404,7 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
             let rip = match entry {
                 Entry::Linux64 { rip, .. } => rip,
                 Entry::Pvh { rip, .. } | Entry::Multiboot { rip, .. } => u64::from(rip),
+                Entry::Reset => panic!("a kernel has an entry point"),
             };
             prop_assert!((layout::HIGH_RAM..64 * MIB).contains(&rip));
             if let Entry::Linux64 { .. } = entry {
@@ -508,6 +509,7 @@ fn real_kernels_load() {
             let rip = match entry {
                 Entry::Linux64 { rip, .. } => rip,
                 Entry::Pvh { rip, .. } | Entry::Multiboot { rip, .. } => u64::from(rip),
+                Entry::Reset => panic!("a kernel has an entry point"),
             };
             assert_ne!(guest.int(rip, 8), 0, "there is code at the entry point of {}", kernel.display());
         }

@@ -11,7 +11,9 @@ use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
 use super::exit::{Code, Failure};
-use crate::config::{BootProtocol, Console, Cpu, Cpus, Disk, Memory, OnReboot, Port, VmConfig, Where};
+use crate::config::{
+    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, Port, VmConfig, Where,
+};
 use crate::debug::gdb::Place;
 
 /// The largest configuration file that is read.
@@ -63,6 +65,12 @@ pub struct Options {
     /// The way into the kernel: auto, linux64, pvh, multiboot [default: auto, which takes PVH where the kernel offers it]
     #[arg(long, value_name = "PROTOCOL", value_parser = keyword::<BootProtocol>)]
     boot: Option<BootProtocol>,
+    /// Start at the reset vector, in firmware that boots the kernel [without FILE: the built-in one]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = Firmware::BUILT_IN)]
+    firmware: Option<Firmware>,
+    /// A program for the firmware to run (SeaBIOS boots a kernel by QEMU's linuxboot_dma.bin); may be repeated
+    #[arg(long, value_name = "FILE")]
+    option_rom: Vec<PathBuf>,
     /// What a reboot of the guest does: exit, reset [default: exit]
     #[arg(long, value_name = "WHAT", value_parser = keyword::<OnReboot>)]
     on_reboot: Option<OnReboot>,
@@ -114,7 +122,7 @@ impl Options {
         };
         self.apply(&mut config);
         config.validate()?;
-        if config.kernel.is_none() {
+        if config.kernel.is_none() && !matches!(config.firmware, Some(Firmware::File(_))) {
             return Err(Failure::new(Code::BadArgument, anyhow!("there is no kernel to boot"))
                 .hint(Some("name one: --kernel FILE")));
         }
@@ -133,6 +141,8 @@ impl Options {
         config.initrd = self.initrd.or(config.initrd.take());
         config.cmdline = self.cmdline.or(config.cmdline.take());
         config.debug_exit = self.debug_exit.or(config.debug_exit);
+        config.firmware = self.firmware.or(config.firmware.take());
+        set(&mut config.option_rom, some(!self.option_rom.is_empty()).map(|()| self.option_rom));
         set(&mut config.boot, self.boot);
         set(&mut config.mem, self.mem);
         set(&mut config.cpus, self.cpus);
@@ -202,11 +212,12 @@ mod tests {
     fn options_fill_the_same_tree_as_a_file_and_win_over_it() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let json = r#"{"kernel": "k", "mem": "1G,thp", "cpus": 2, "disk": ["a", "b,readonly"], "rng": true,
-            "on_reboot": "reset", "boot": "pvh", "port": ["p=off"], "debug_exit": 244}"#;
+            "on_reboot": "reset", "boot": "pvh", "port": ["p=off"], "debug_exit": 244,
+            "firmware": "built-in", "option_rom": ["o"]}"#;
         std::fs::write(file.path(), json).unwrap();
         let from_file = format!("--config {}", file.path().display());
         let options = "--kernel k --mem 1G,thp --cpus 2 --disk a --disk b,readonly --rng --on-reboot reset \
-            --boot pvh --port p=off --debug-exit";
+            --boot pvh --port p=off --option-rom o --debug-exit --firmware";
         assert_eq!(resolve(&from_file), resolve(options));
         let both = resolve(&format!("{from_file} --mem 2G --disk c --rng=off --boot auto --cmdline -x"));
         assert_eq!((both.mem.size.bytes(), both.mem.thp), (2 << 30, false));

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::exit::{Failure, pretty};
 use crate::boot::{self, tables::Platform};
 use crate::config::{Console, VmConfig, Where};
-use crate::legacy::testdev;
+use crate::legacy::{fw_cfg, rtc_cmos, testdev};
 use crate::memory::layout;
 use crate::{machine, virtio};
 
@@ -68,6 +68,10 @@ fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
     if config.test_device {
         map.push(sized(layout::TEST_MEMORY, testdev::MEMORY, "test device: memory"));
     }
+    if let Some(firmware) = &config.firmware {
+        let what = format!("firmware ({firmware}): ends here, read-only");
+        map.push(sized(layout::ROM_END - 0x1000, 0x1000, what));
+    }
     map.extend(ram.into_iter().skip(1).map(|range| row(range, "RAM: above the hole")));
     map
 }
@@ -88,6 +92,11 @@ fn ports(config: &VmConfig) -> Vec<Row> {
     if let Some(port) = config.debug_exit {
         ports.push((port.into(), 4, "debug exit"));
     }
+    if config.firmware.is_some() {
+        ports.push((layout::CMOS, rtc_cmos::SIZE, "RTC and CMOS"));
+        ports.push((layout::DEBUG_PORT, 1, "the firmware's messages"));
+        ports.push((layout::FW_CFG, fw_cfg::SIZE, "fw_cfg"));
+    }
     if config.serial != Where::Off {
         ports.push((layout::COM1, 8, "serial port COM1, interrupt 4"));
     }
@@ -104,7 +113,7 @@ mod tests {
     #[test]
     fn the_map_is_ascending_and_names_every_device() {
         let json = r#"{"kernel": "k", "mem": "5G", "disk": ["a.img", "b.img"], "rng": true, "serial": "pty",
-            "debug_exit": 244}"#;
+            "debug_exit": 244, "firmware": "built-in"}"#;
         let config: VmConfig = serde_json::from_str(json).unwrap();
         let plan: Value = serde_json::from_str(&plan(config).unwrap()).unwrap();
         let number = |row: &Value, key: &str| {
@@ -115,7 +124,7 @@ mod tests {
             assert!(rows.windows(2).all(|w| number(&w[0], "end") < number(&w[1], "start")), "{rows:#?}");
         }
         let text = plan["memory_map"].to_string();
-        for word in ["console", "a.img", "b.img", "virtio-rng", "above the hole", "0x17fffffff"] {
+        for word in ["console", "a.img", "b.img", "virtio-rng", "above the hole", "0x17fffffff", "built-in"] {
             assert!(text.contains(word), "{word}: {text}");
         }
         assert_eq!(plan["config"]["console"], "stdio");

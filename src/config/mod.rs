@@ -6,6 +6,7 @@
 
 pub mod cpu;
 pub mod cpu_features;
+mod firmware;
 mod text;
 
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use cpu::Cpu;
+pub use firmware::Firmware;
 pub use text::{ParseError, Size};
 
 /// A virtual machine, wholly described.
@@ -29,6 +31,10 @@ pub struct VmConfig {
     pub cmdline: Option<String>,
     /// Boot protocol.
     pub boot: BootProtocol,
+    /// What starts at the reset vector and boots the kernel. Absent: the monitor loads the kernel and enters it.
+    pub firmware: Option<Firmware>,
+    /// Option ROMs for the firmware to run.
+    pub option_rom: Vec<PathBuf>,
     /// Guest RAM.
     #[serde(deserialize_with = "text::text_or_object")]
     pub mem: Memory,
@@ -278,6 +284,9 @@ impl VmConfig {
             if disk.block_size.is_some_and(|s| ![512, 4096].contains(&s.bytes())) {
                 return invalid(format!("disk {path}: block size not possible"), "512 or 4096");
             }
+        }
+        if self.firmware.is_none() && !self.option_rom.is_empty() {
+            return invalid("option ROMs without firmware to run them".to_owned(), "add --firmware FILE");
         }
         if self.port.len() > Port::MAX {
             return invalid(format!("{} ports: too many", self.port.len()), "at most 30");

@@ -8,6 +8,8 @@ use crate::memory::layout;
 /// [`layout::GDT`] and [`layout::PAGE_TABLES`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entry {
+    /// At the reset vector, as a processor starts (SDM vol. 3, 11.1): KVM creates vCPUs so, and nothing is changed.
+    Reset,
     /// Linux's 64-bit boot protocol: long mode, flat segments, paging on (identity), interrupts off,
     /// RSI = boot_params (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol").
     Linux64 {
@@ -86,6 +88,7 @@ pub(super) fn set_system(sregs: &mut kvm_sregs, entry: Entry) {
     let code = match entry {
         Entry::Linux64 { .. } => 0x10,
         Entry::Pvh { .. } | Entry::Multiboot { .. } => 0x08,
+        Entry::Reset => return,
     };
     sregs.cs = segment(code);
     let data = segment(0x18);
@@ -104,10 +107,11 @@ pub(super) fn set_system(sregs: &mut kvm_sregs, entry: Entry) {
 }
 
 /// The general registers for `entry`. No stack: both protocols' first instructions set their own.
-pub(super) fn general(entry: Entry) -> kvm_regs {
+/// None where they are to stay as they are.
+pub(super) fn general(entry: Entry) -> Option<kvm_regs> {
     // Bit 1 always reads as one; interrupts are off.
     let blank = kvm_regs { rflags: 2, ..Default::default() };
-    match entry {
+    Some(match entry {
         Entry::Linux64 { rip, boot_params } => kvm_regs { rip, rsi: boot_params, ..blank },
         Entry::Pvh { rip, start_info } => {
             kvm_regs { rip: u64::from(rip), rbx: u64::from(start_info), ..blank }
@@ -115,7 +119,8 @@ pub(super) fn general(entry: Entry) -> kvm_regs {
         Entry::Multiboot { rip, info } => {
             kvm_regs { rip: u64::from(rip), rax: MULTIBOOT_MAGIC, rbx: u64::from(info), ..blank }
         }
-    }
+        Entry::Reset => return None,
+    })
 }
 
 #[cfg(test)]

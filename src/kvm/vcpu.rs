@@ -68,10 +68,11 @@ impl Vcpu {
     /// # Errors
     /// The ioctl that failed.
     pub fn enter_at(&self, entry: Entry) -> Result<(), Error> {
+        let Some(general) = regs::general(entry) else { return Ok(()) };
         let mut sregs = ioctl("KVM_GET_SREGS", self.fd.get_sregs())?;
         regs::set_system(&mut sregs, entry);
         ioctl("KVM_SET_SREGS", self.fd.set_sregs(&sregs))?;
-        ioctl("KVM_SET_REGS", self.fd.set_regs(&regs::general(entry)))
+        ioctl("KVM_SET_REGS", self.fd.set_regs(&general))
     }
 
     /// Sets the MSRs that a firmware would have set. For every vCPU.

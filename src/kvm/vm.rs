@@ -8,8 +8,9 @@ use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
-    kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    KVM_PIT_SPEAKER_DUMMY, kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -29,12 +30,21 @@ pub struct Vm {
     sync_registers: bool,
     /// The slots refer to this memory: it must outlive `fd`, which is dropped first.
     ram: Arc<GuestRam>,
+    /// Likewise: memory with the ROM, if there is one.
+    #[expect(dead_code, reason = "it keeps the mapping")]
+    all: Arc<GuestRam>,
 }
 
 impl Vm {
     pub(super) fn new(kvm: &kvm_ioctls::Kvm, memory: &Memory) -> Result<Self, Error> {
         let fd = ioctl("KVM_CREATE_VM", kvm.create_vm())?;
         set_slots(&fd, memory.ram(), 0)?;
+        if let Some(rom) = memory.rom_slot() {
+            if !kvm.check_extension(kvm_ioctls::Cap::ReadonlyMem) {
+                return Err(Error::Missing("KVM_CAP_READONLY_MEM"));
+            }
+            set_slot(&fd, memory::slots(memory.ram()).count(), rom, KVM_MEM_READONLY)?;
+        }
         ioctl("KVM_SET_IDENTITY_MAP_ADDR", fd.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
         ioctl("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::KVM_TSS as usize))?;
         ioctl("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
@@ -42,7 +52,8 @@ impl Vm {
         let supported = ioctl("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(max))?;
         let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
         let sync_registers = kvm.check_extension(kvm_ioctls::Cap::SyncRegs);
-        Ok(Self { fd, supported, tsc_deadline, sync_registers, ram: memory.ram().clone() })
+        let (ram, all) = (memory.ram().clone(), memory.all());
+        Ok(Self { fd, supported, tsc_deadline, sync_registers, ram, all })
     }
 
     /// Adds an 8254 timer in the kernel, at its ports 0x40 to 0x43 and on interrupt 0. Before the vCPUs.
@@ -117,19 +128,17 @@ impl Vm {
 
 /// Gives KVM the slots of `ram`, or changes their flags. It must live longer than `fd`.
 fn set_slots(fd: &VmFd, ram: &GuestRam, flags: u32) -> Result<(), Error> {
-    for (slot, (guest, host, size)) in memory::slots(ram).enumerate() {
-        let region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            guest_phys_addr: guest,
-            memory_size: size,
-            userspace_addr: host as u64,
-            flags,
-        };
-        // SAFETY: the range is a mapping that `Vm::ram` keeps for as long as `fd` lives, and nothing in this
-        // process holds references into it: all access is volatile.
-        ioctl("KVM_SET_USER_MEMORY_REGION", unsafe { fd.set_user_memory_region(region) })?;
-    }
-    Ok(())
+    memory::slots(ram).enumerate().try_for_each(|(slot, range)| set_slot(fd, slot, range, flags))
+}
+
+/// Gives KVM a slot: guest address, host address and size of memory that lives longer than `fd`.
+fn set_slot(fd: &VmFd, slot: usize, range: (u64, *mut u8, u64), flags: u32) -> Result<(), Error> {
+    let (guest_phys_addr, host, memory_size) = range;
+    let (slot, userspace_addr) = (slot as u32, host as u64);
+    let region = kvm_userspace_memory_region { slot, guest_phys_addr, memory_size, userspace_addr, flags };
+    // SAFETY: the range is a mapping that `Vm::ram` or `Vm::all` keeps for as long as `fd` lives, and nothing in this
+    // process holds references into it: all access is volatile.
+    ioctl("KVM_SET_USER_MEMORY_REGION", unsafe { fd.set_user_memory_region(region) })
 }
 
 /// An irqfd: a write to it is an edge on the interrupt line.

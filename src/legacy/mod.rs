@@ -6,6 +6,10 @@
 pub mod acpi_pm;
 pub mod boot_marks;
 pub mod debug_exit;
+pub mod debug_port;
+pub mod fw_cfg;
 pub mod i8042;
+pub mod rom;
+pub mod rtc_cmos;
 pub mod serial;
 pub mod testdev;

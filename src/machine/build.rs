@@ -12,16 +12,20 @@ use std::time::Instant;
 
 use super::{Error, Handle, Machine, Phase, Shared, kvm_path};
 use crate::boot::tables::{Platform, VirtioMmio};
-use crate::boot::{self, Payload};
+use crate::boot::{self, Payload, firmware};
 use crate::bus::{Bus, Device, SharedDevice};
 use crate::chardev::{Ends, Escape};
-use crate::config::{VmConfig, Where};
+use crate::config::{Firmware, VmConfig, Where};
 use crate::kvm::regs::Entry;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::boot_marks::BootMarks;
 use crate::legacy::debug_exit::{self, DebugExit};
+use crate::legacy::debug_port::DebugPort;
+use crate::legacy::fw_cfg::{self, FwCfg};
 use crate::legacy::i8042::I8042;
+use crate::legacy::rom::Rom;
+use crate::legacy::rtc_cmos::{self, RtcCmos};
 use crate::legacy::serial::SerialPort;
 use crate::legacy::testdev;
 use crate::memory::{Memory, layout};
@@ -52,14 +56,25 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
         return Err(Error::TooManyCpus { wanted: cpus, possible: kvm.max_vcpus() });
     }
     steps.done(Step::Open);
-    let memory = Memory::new(&config.mem)?;
+    let mut memory = Memory::new(&config.mem)?;
     steps.done(Step::Memory);
+    // A ROM is a memory slot, too, so it is there before the VM. What it boots it reads itself.
+    let fw_cfg = config.firmware.as_ref().map(|firmware| {
+        let (payload, option_roms) = (payload.as_ref(), &config.option_rom);
+        firmware::load(&mut memory, &firmware::Start { firmware, option_roms, payload }, &platform)
+    });
+    let fw_cfg = fw_cfg.transpose()?;
     let mut create_vm = || kvm.create_vm(&memory).inspect(|_| steps.done(Step::Vm));
-    let (vm, entry) = if loads_at_once(&payload) {
-        let vm = create_vm()?;
-        (Arc::new(vm), load(&memory, &payload, &platform, recorder)?)
-    } else {
-        load_meanwhile(&memory, &payload, &platform, recorder, create_vm)?
+    let (vm, entry) = match &payload {
+        Some(payload) if fw_cfg.is_none() => {
+            if loads_at_once(payload) {
+                let vm = create_vm()?;
+                (Arc::new(vm), load(&memory, payload, &platform, recorder)?)
+            } else {
+                load_meanwhile(&memory, payload, &platform, recorder, create_vm)?
+            }
+        }
+        _ => (Arc::new(create_vm()?), Entry::Reset),
     };
     // Until the loader is done, which has told of that itself.
     steps.skip();
@@ -91,6 +106,19 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     if config.boot_marks {
         board.port("boot-marks", layout::POST, 1, shared(BootMarks::new(start)))?;
     }
+    if let Some(items) = fw_cfg {
+        board.port(
+            "fw-cfg",
+            layout::FW_CFG,
+            fw_cfg::SIZE,
+            shared(FwCfg::new(items, memory.ram().clone())),
+        )?;
+        board.port("rtc-cmos", layout::CMOS, rtc_cmos::SIZE, shared(RtcCmos::new(memory.size(), cpus)))?;
+        board.port("debug-port", layout::DEBUG_PORT, 1, shared(DebugPort::default()))?;
+    }
+    if let Some((base, _, size)) = memory.rom_slot() {
+        board.memory("rom", base, size, shared(Rom))?;
+    }
     for (device, at) in virtio::Device::list(config).iter().zip(&platform.virtio_mmio) {
         let (name, base) = (device.name(), u64::from(at.base));
         let mmio = Mmio::new(&*vm, memory.ram(), base, at.gsi, &name, device.build(ends)?, recorder)?;
@@ -104,7 +132,9 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     steps.done(Step::Devices);
 
     let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus, &config.cpu)).collect::<Result<Vec<_>, _>>()?;
-    vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
+    if entry != Entry::Reset {
+        vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
+    }
     vcpus[0].enter_at(entry)?;
     steps.done(Step::Vcpus);
 
@@ -113,7 +143,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
         vcpus: Arc::new(vcpu::Shared {
             buses: Buses::new(board.pio, board.mmio),
             gate: Gate::new(vcpus.len()),
-            ram: memory.ram().clone(),
+            ram: memory.all(),
             recorder: recorder.clone(),
             observed: vcpu::Observed::default(),
             debugger: OnceLock::new(),
@@ -178,13 +208,17 @@ fn load_meanwhile(
     })
 }
 
-fn payload(config: &VmConfig) -> Result<Payload, Error> {
-    Ok(Payload {
-        kernel: config.kernel.clone().ok_or(Error::NoKernel)?,
+/// None where there is firmware that can do without.
+fn payload(config: &VmConfig) -> Result<Option<Payload>, Error> {
+    let Some(kernel) = config.kernel.clone() else {
+        return if let Some(Firmware::File(_)) = config.firmware { Ok(None) } else { Err(Error::NoKernel) };
+    };
+    Ok(Some(Payload {
+        kernel,
         initrd: config.initrd.clone(),
         cmdline: config.cmdline.clone().unwrap_or_else(|| boot::cmdline::default_for(config)),
         protocol: config.boot,
-    })
+    }))
 }
 
 /// What the guest's tables say of the machine: where each device of `config` is, before any is built.

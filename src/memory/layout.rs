@@ -12,12 +12,12 @@
 //!   0xfec0_0000  I/O APIC                   (in the kernel)
 //!   0xfee0_0000  local APIC                 (in the kernel)
 //!   0xfeff_c000  KVM's identity map and TSS (16 KiB, Intel without unrestricted guest)
-//!   0xff00_0000  firmware, ends at 4 GiB    16 MiB (the test device's memory, if asked for, at its start)
+//!   0xff00_0000  firmware, ends at 4 GiB    16 MiB at most, read-only (the test device's memory, if asked for, at its start)
 //! 0x1_0000_0000 RAM the rest of it
 //! ```
 //!
 //! Ports: 0x3f8 COM1, 0x60/0x64 i8042, 0x600 ACPI sleep, reset and event registers; optional 0x80 and 0xf4, and
-//! 0x40 PIT, 0xe0 and 0x2000 for the test device.
+//! 0x40 PIT, 0xe0 and 0x2000 for the test device; with firmware 0x510 fw_cfg, 0x70 RTC and CMOS, 0x402 its messages.
 
 use std::ops::Range;
 
@@ -57,6 +57,13 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
 /// KVM's three TSS pages.
 pub const KVM_TSS: u64 = 0xfeff_d000;
 
+/// Where firmware ends. The reset vector is 16 bytes before it.
+pub const ROM_END: u64 = 0x1_0000_0000;
+/// Room for firmware.
+pub const ROM_MAX: u64 = 16 << 20;
+/// As much of the firmware's end lies below 1 MiB, too, where 16-bit code reaches it: a copy in RAM.
+pub const ROM_SHADOW_MAX: u64 = 128 << 10;
+
 /// COM1's first port; it has 8.
 pub const COM1: u64 = 0x3f8;
 /// COM1's interrupt.
@@ -83,6 +90,12 @@ pub const TEST_PORTS: u64 = 0xe0;
 pub const TEST_IRQS: u64 = 0x2000;
 /// The test device's memory.
 pub const TEST_MEMORY: u64 = 0xff00_0000;
+/// fw_cfg's selector; its data and DMA registers follow.
+pub const FW_CFG: u64 = 0x510;
+/// Index of the CMOS; its data port follows.
+pub const CMOS: u64 = 0x70;
+/// Where firmware writes its messages.
+pub const DEBUG_PORT: u64 = 0x402;
 /// Default port of the debug-exit device.
 pub const DEBUG_EXIT: u64 = 0xf4;
 
@@ -134,6 +147,7 @@ mod tests {
             LOCAL_APIC..LOCAL_APIC + 0x10_0000 - 0x4000,
             KVM_IDENTITY_MAP..KVM_TSS,
             KVM_TSS..KVM_TSS + 0x3000,
+            ROM_END - ROM_MAX..ROM_END,
             HOLE.end..MAX_RAM,
         ];
         assert!(table.windows(2).all(|w| w[0].end <= w[1].start));

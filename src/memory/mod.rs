@@ -14,7 +14,8 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
 };
 
 use crate::config;
@@ -39,6 +40,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A ROM that does not fit below 4 GiB, or that no reset vector is in.
+    #[error("a ROM of {size} bytes: it takes 16 to {} of them", layout::ROM_MAX)]
+    Rom {
+        /// Bytes of the ROM.
+        size: usize,
+    },
     /// The memory object could not be mapped.
     #[error("map {size} bytes of guest memory: {reason}")]
     Map {
@@ -49,11 +56,12 @@ pub enum Error {
     },
 }
 
-/// A virtual machine's RAM.
+/// A virtual machine's RAM, and its ROM if it has one.
 #[derive(Debug, Clone)]
 pub struct Memory {
     ram: Arc<GuestRam>,
     size: u64,
+    rom: Option<Arc<GuestRegionMmap>>,
 }
 
 impl Memory {
@@ -77,7 +85,39 @@ impl Memory {
         }
         let ram =
             GuestMemoryMmap::from_regions(regions).map_err(|e| Error::Map { size, reason: e.to_string() })?;
-        Ok(Self { ram: Arc::new(ram), size })
+        Ok(Self { ram: Arc::new(ram), size, rom: None })
+    }
+
+    /// Puts a ROM below 4 GiB, so that its last byte is the last one there: the reset vector is 16 bytes before its end. Whole
+    /// pages; what is missing at their start reads as ones, as an empty ROM does.
+    ///
+    /// # Errors
+    /// Its size is impossible, or the host is out of memory.
+    pub fn set_rom(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let size = bytes.len().next_multiple_of(0x1000) as u64;
+        if bytes.len() < 16 || size > layout::ROM_MAX {
+            return Err(Error::Rom { size: bytes.len() });
+        }
+        let anonymous = config::Memory { backing: config::Backing::Anonymous, ..Default::default() };
+        let base = layout::ROM_END - size;
+        let region = map(&anonymous, None, 0, base, size)?;
+        let padded = [vec![0xff; size as usize - bytes.len()], bytes.to_vec()].concat();
+        let failed = |reason: String| Error::Map { size, reason };
+        region.write_slice(&padded, MemoryRegionAddress(0)).map_err(|e| failed(e.to_string()))?;
+        self.rom = Some(Arc::new(region));
+        Ok(())
+    }
+
+    /// The ROM's guest address, host address and size in bytes: what the hypervisor maps read-only.
+    pub fn rom_slot(&self) -> Option<(u64, *mut u8, u64)> {
+        self.rom.as_ref().map(|region| (region.start_addr().0, region.as_ptr(), region.len()))
+    }
+
+    /// RAM and ROM, for who wants to see what the guest's processors see: code, above all. Not for devices, which could write
+    /// to the ROM by it.
+    pub fn all(&self) -> Arc<GuestRam> {
+        let with = |rom: &Arc<GuestRegionMmap>| self.ram.insert_region(rom.clone()).ok().map(Arc::new);
+        self.rom.as_ref().and_then(with).unwrap_or_else(|| self.ram.clone())
     }
 
     /// The RAM itself.
@@ -196,6 +236,20 @@ mod tests {
             assert!(!ram.address_in_range(GuestAddress(layout::HOLE.start)));
             assert!(ram.write_obj(0u8, GuestAddress(layout::HOLE.end + (2 << 30))).is_err());
         }
+    }
+
+    #[test]
+    fn a_rom_ends_at_four_gib_and_is_no_ram() {
+        let mut memory = Memory::new(&config("2M")).unwrap();
+        assert!(memory.set_rom(&[0; 15]).is_err() && memory.set_rom(&vec![0; (16 << 20) + 1]).is_err());
+        memory.set_rom(&[7; 0x1801]).unwrap();
+        assert!(matches!(memory.rom_slot(), Some((0xffff_e000, _, 0x2000))));
+        let all = memory.all();
+        let byte = |at: u64| all.read_obj::<u8>(GuestAddress(at)).unwrap();
+        assert_eq!((byte(0xffff_ffff), byte(0xffff_e7ff), byte(0xffff_e7fe)), (7, 7, 0xff));
+        all.write_obj(1u8, GuestAddress(0)).unwrap();
+        assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(0)).unwrap(), 1, "the same RAM");
+        assert!(!memory.ram().address_in_range(GuestAddress(0xffff_fff0)));
     }
 
     #[test]

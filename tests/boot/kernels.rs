@@ -6,10 +6,10 @@ use std::process::Command;
 
 use crate::guest::{Guest, Kernel, available, run};
 
-const LOOK: &str = "echo BEGIN; nproc; grep MemTotal /proc/meminfo; dmesg -r; echo END";
+pub const LOOK: &str = "echo BEGIN; nproc; grep MemTotal /proc/meminfo; dmesg -r; echo END";
 
 /// Lines of level warning and above, without what differs from boot to boot.
-fn complaints(lines: &[&str]) -> BTreeSet<String> {
+pub fn complaints(lines: &[&str]) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for line in lines {
         let Some((level, text)) = line.strip_prefix('<').and_then(|l| l.split_once('>')) else { continue };

@@ -5,6 +5,7 @@
 mod console;
 mod debug;
 mod disk;
+mod firmware;
 mod guest;
 mod kernels;
 mod labs;

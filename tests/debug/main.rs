@@ -1,6 +1,7 @@
 //! Debugging as a user meets it: single steps told on lines, the real gdb, and peers that are not gdb. The guests are a few
 //! instructions each, so they run wherever there is a KVM at all; Linux under gdb is in `tests/boot`.
 
+mod firmware;
 mod garbage;
 mod gdb;
 mod guests;

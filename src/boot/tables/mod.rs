@@ -4,6 +4,7 @@
 
 pub mod acpi;
 pub mod e820;
+pub mod loader;
 
 use vm_memory::{Bytes, GuestAddress};
 

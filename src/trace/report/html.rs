@@ -129,6 +129,30 @@ mod tests {
     }
 
     #[test]
+    fn firmware_ends_with_the_last_that_it_asks() {
+        let range = |name: &str, base, size| Range { name: name.to_owned(), base, size };
+        let mut trace = Trace::default();
+        trace.header.ports = vec![range("boot-marks", 0x80, 1), range("fw-cfg", 0x510, 12)];
+        trace.tracks = [(0, "vcpu0".to_owned())].into();
+        let out = |time, rip, address| {
+            let kind = Kind::PioOut as u8;
+            (0, Event { time, rip, kind, address, size: 1, count: 1, ..Event::default() })
+        };
+        let (rom, kernel) = (0xffff_f100, 0xffff_ffff_8100_0000);
+        trace.events = vec![
+            out(1, 0xfff2, 0x80),
+            out(2, rom, 0x518),
+            out(3, rom, 0x518),
+            out(4, rom, 0x80),
+            out(5, 0x100_0500, 0x1234),
+            out(6, kernel, 0x1234),
+        ];
+        let (_, data) = page(&trace, &Filter::default());
+        let names: Vec<_> = data["phases"].as_array().unwrap().iter().map(|phase| &phase["name"]).collect();
+        assert_eq!(names, ["monitor", "firmware", "guest", "kernel"]);
+    }
+
+    #[test]
     fn first_uses_marks_and_phases_are_told_in_order() {
         let range = |name: &str, base, size| Range { name: name.to_owned(), base, size };
         let mut trace = Trace::default();

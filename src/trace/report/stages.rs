@@ -1,6 +1,7 @@
 //! What happened when, in a boot: which part of the guest ran, and when each device was first used.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use serde::Serialize;
 
@@ -14,6 +15,10 @@ const MARKS: usize = 64;
 const MOMENTS: i64 = 2000;
 /// Linux's half of the address space.
 const KERNEL: u64 = 0xffff_8000_0000_0000;
+
+/// What the device is called that firmware asks, and where firmware lies.
+const FW_CFG: &str = "fw-cfg";
+const ROM: Range<u64> = 0xff00_0000..0x1_0000_0000;
 
 /// A kernel's image is not larger, as it lies in memory at first.
 const IMAGE: u64 = 32 << 20;
@@ -54,6 +59,8 @@ pub struct Stages {
     /// vCPUs that have been in the kernel's half.
     high: BTreeSet<u32>,
     phases: Vec<Phase>,
+    /// One of them is firmware's.
+    has_firmware: bool,
     uses: Vec<Use>,
     marks: usize,
     /// Its sentence is made at the end only.
@@ -103,8 +110,12 @@ impl Stages {
             self.before[1] += 1;
             return;
         }
+        let device = devices::name(&report.trace.header, event);
+        if device.is_some_and(|name| name == FW_CFG) {
+            self.firmware(t.saturating_add(report.trace.ns(event.handled.into()) as i64));
+        }
         let told = || devices::tell(&report.trace.header, event).unwrap_or_default();
-        if let Some(name) = devices::name(&report.trace.header, event) {
+        if let Some(name) = device {
             let mark = name == "boot-marks" && kind == Kind::PioOut;
             let known = self.uses.iter_mut().find(|known| known.name == name && !mark);
             if let Some(known) = known {
@@ -126,9 +137,26 @@ impl Stages {
         self.before[0] += 1;
     }
 
+    /// What ran until now was firmware: nobody else asks that device.
+    fn firmware(&mut self, until: i64) {
+        let Some(guest) = self.phases.last_mut().filter(|phase| phase.name == "guest") else { return };
+        // The kernel's place is another.
+        self.low = None;
+        if self.has_firmware {
+            guest.from = until;
+            return;
+        }
+        self.has_firmware = true;
+        (guest.name, guest.how) = ("firmware", "from the reset vector to the last that it asks fw_cfg");
+        self.phases.push(Phase { name: "guest", from: until, how: "the kernel, or what loads it, begins" });
+    }
+
     /// Where a kernel of Linux's making is: at low addresses first, in its own half then, in a program's half at last.
     fn phase(&mut self, track: u32, t: i64, rip: u64) {
         let last = self.phases.last().map(|phase| phase.name);
+        if self.has_firmware && self.low.is_none() && ROM.contains(&rip) {
+            return;
+        }
         let low = *self.low.get_or_insert(rip);
         // A kernel goes back there while it sets itself up, and each of its processors begins there.
         let early = rip < 1 << 20 || (low..low.saturating_add(IMAGE)).contains(&(rip | 0xf_ffff));

@@ -1,0 +1,246 @@
+//! Starting by firmware: the ROM in its place, and what it will ask fw_cfg for.
+//!
+//! The machine calls [`load`] in place of [`boot::load`](super::load). Kernel and initrd stay in their files until firmware
+//! has them read, but for a PVH kernel: its segments are put in place here, as QEMU's ABI has it.
+
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::error::{Error, Role};
+use super::image::Image;
+use super::initrd::{self, Limits};
+use super::sniff::{self, Format};
+use super::tables::{Platform, loader};
+use super::{Payload, cmdline, elf, linux};
+use crate::config::{BootProtocol, Firmware};
+use crate::legacy::fw_cfg::{Content, Items, Source};
+use crate::memory::{GuestRam, Memory, layout};
+
+/// The monitor's own ROM, assembled from `firmware/`.
+pub const BUILT_IN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/firmware"));
+
+/// Numbers of fw_cfg's items (QEMU's include/standard-headers/linux/qemu_fw_cfg.h and hw/i386/fw_cfg.h).
+mod item {
+    pub const RAM_SIZE: u16 = 0x03;
+    pub const NO_GRAPHIC: u16 = 0x04;
+    pub const CPUS: u16 = 0x05;
+    pub const KERNEL_ADDR: u16 = 0x07;
+    pub const KERNEL_SIZE: u16 = 0x08;
+    pub const INITRD_ADDR: u16 = 0x0a;
+    pub const INITRD_SIZE: u16 = 0x0b;
+    pub const MAX_CPUS: u16 = 0x0f;
+    pub const KERNEL_ENTRY: u16 = 0x10;
+    pub const KERNEL_DATA: u16 = 0x11;
+    pub const INITRD_DATA: u16 = 0x12;
+    pub const CMDLINE_ADDR: u16 = 0x13;
+    pub const CMDLINE_SIZE: u16 = 0x14;
+    pub const CMDLINE_DATA: u16 = 0x15;
+    pub const SETUP_ADDR: u16 = 0x16;
+    pub const SETUP_SIZE: u16 = 0x17;
+    pub const SETUP_DATA: u16 = 0x18;
+}
+
+/// Where firmware is told to put a kernel's setup code, and its command line.
+const SETUP: u64 = 0x1_0000;
+const CMDLINE: u64 = 0x2_0000;
+/// Left free at the end of low memory, where firmware keeps tables.
+const FIRMWARE_MEMORY: u64 = 1 << 20;
+/// Bytes of a PVH kernel that go as its setup code: firmware knows it for ELF by them.
+const ELF_HEAD: u64 = 64;
+/// Loader type "undefined"; CAN_USE_HEAP (Documentation/arch/x86/boot.rst).
+const UNDEFINED_LOADER: u8 = 0xff;
+const CAN_USE_HEAP: u8 = 0x80;
+
+/// What firmware starts with.
+pub struct Start<'a> {
+    /// The ROM.
+    pub firmware: &'a Firmware,
+    /// Programs for it to run: fw_cfg files genroms/NAME.
+    pub option_roms: &'a [PathBuf],
+    /// The kernel that it is to boot, if any.
+    pub payload: Option<&'a Payload>,
+}
+
+/// Puts the ROM in place, and gives what fw_cfg has.
+///
+/// # Errors
+/// [`Error`], which names the file and has a hint.
+pub fn load(memory: &mut Memory, start: &Start, platform: &Platform) -> Result<Items, Error> {
+    match start.firmware {
+        Firmware::BuiltIn => {
+            place(memory, BUILT_IN).map_err(|what| (PathBuf::from(Firmware::BUILT_IN), what))
+        }
+        Firmware::File(path) => {
+            let image = Image::open(path, Role::Firmware)?;
+            let len = usize::try_from(image.len()).unwrap_or(usize::MAX);
+            if image.len() > layout::ROM_MAX || len < 16 {
+                let what = format!("{len} bytes; a ROM has 16 to {}", layout::ROM_MAX);
+                return Err(Error::Firmware { path: path.clone(), what });
+            }
+            let mut bytes = vec![0; len];
+            image.bytes(0, &mut bytes, "the ROM")?;
+            place(memory, &bytes).map_err(|what| (path.clone(), what))
+        }
+    }
+    .map_err(|(path, what)| Error::Firmware { path, what })?;
+
+    let mut items = Items::default();
+    items.add_bytes(item::RAM_SIZE, memory.size().to_le_bytes());
+    items.add_bytes(item::NO_GRAPHIC, 1u16.to_le_bytes());
+    items.add_bytes(item::CPUS, (platform.cpus as u16).to_le_bytes());
+    items.add_bytes(item::MAX_CPUS, (platform.cpus as u16).to_le_bytes());
+    // RAM only, from zero: what firmware and the PC's legacy hole take of it, firmware says.
+    let e820 = layout::ram(memory.size()).into_iter().flat_map(|range| {
+        [&range.start.to_le_bytes()[..], &(range.end - range.start).to_le_bytes(), &1u32.to_le_bytes()]
+            .concat()
+    });
+    items.add_file("etc/e820", e820.collect::<Vec<_>>());
+    loader::files(platform).into_iter().for_each(|(name, bytes)| items.add_file(name, bytes));
+    // No waiting for a key.
+    items.add_file("etc/show-boot-menu", 0u16.to_le_bytes());
+    let mut order = String::new();
+    for path in start.option_roms {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let image = Image::open(path, Role::OptionRom)?;
+        if image.len() > layout::ROM_SHADOW_MAX {
+            let what = format!("{} bytes; an option ROM has {} at most", image.len(), layout::ROM_SHADOW_MAX);
+            return Err(Error::Firmware { path: path.clone(), what });
+        }
+        let mut bytes = vec![0; image.len() as usize];
+        image.bytes(0, &mut bytes, "the option ROM")?;
+        order.push_str(&format!("/rom@genroms/{name}\n"));
+        items.add_file(&format!("genroms/{name}"), bytes);
+    }
+    if !order.is_empty() {
+        order.push('\0');
+        items.add_file("bootorder", order);
+    }
+    if let Some(payload) = start.payload {
+        add_payload(&mut items, memory, payload)?;
+    }
+    Ok(items)
+}
+
+/// The ROM below 4 GiB, and the copy of its end below 1 MiB, where a PC's chipset shows it, too.
+fn place(memory: &mut Memory, rom: &[u8]) -> Result<(), String> {
+    memory.set_rom(rom).map_err(|error| crate::error_chain(&error))?;
+    let shadow = &rom[rom.len().saturating_sub(layout::ROM_SHADOW_MAX as usize)..];
+    let at = layout::HIGH_RAM - shadow.len() as u64;
+    memory
+        .ram()
+        .write_slice(shadow, GuestAddress(at))
+        .map_err(|error| format!("its copy below 1 MiB: {error}"))
+}
+
+fn add_payload(items: &mut Items, memory: &Memory, payload: &Payload) -> Result<(), Error> {
+    let kernel = Image::open(&payload.kernel, Role::Kernel)?;
+    let initrd = payload.initrd.as_ref().map(|path| Image::open(path, Role::Initrd)).transpose()?;
+    let size = initrd.as_ref().map_or(0, Image::len);
+    let initrd_at = |kernel: &Range<u64>, below: u64| {
+        let Some(initrd) = &initrd else { return Ok(0) };
+        let below = below.min(memory.size().min(layout::HOLE.start).saturating_sub(FIRMWARE_MEMORY));
+        let limits = Limits { below, above_4g: false };
+        initrd::place(size, kernel, &layout::ram(memory.size()), limits).ok_or_else(|| {
+            let needed = initrd::needed(size, kernel, limits).map(|needed| needed + FIRMWARE_MEMORY);
+            Error::InitrdTooBig { path: initrd.path().to_owned(), size, needed }
+        })
+    };
+    let cmdline_max;
+    let (mut setup, address);
+    let (format, _) = sniff::kernel(&kernel)?;
+    match (format, payload.protocol) {
+        (Format::BzImage, BootProtocol::Auto | BootProtocol::Linux64) => {
+            let header = linux::read_header(&kernel)?;
+            let code = linux::place_code(memory, &kernel, &header)?;
+            let room = CMDLINE - SETUP;
+            if code.offset > room {
+                return Err(
+                    kernel.damaged(format!("{} bytes of setup code; there is room for {room}", code.offset))
+                );
+            }
+            // It is loaded to 1 MiB, and goes from there to where it prefers to run.
+            let range = layout::HIGH_RAM..code.range.end.max(layout::HIGH_RAM + code.len);
+            address = initrd_at(&range, u64::from(header.initrd_addr_max) + 1)?;
+            cmdline_max = header.cmdline_size as usize;
+            setup = vec![0; code.offset as usize];
+            kernel.bytes(0, &mut setup, "the setup code")?;
+            let mut patch = |at: usize, bytes: &[u8]| setup[at..at + bytes.len()].copy_from_slice(bytes);
+            patch(0x210, &[UNDEFINED_LOADER, header.loadflags | CAN_USE_HEAP]);
+            patch(0x218, &(address as u32).to_le_bytes());
+            patch(0x21c, &(size as u32).to_le_bytes());
+            patch(0x224, &((room - 0x200) as u16).to_le_bytes());
+            patch(0x228, &(CMDLINE as u32).to_le_bytes());
+            items.add_bytes(item::KERNEL_ADDR, (layout::HIGH_RAM as u32).to_le_bytes());
+            items.add_bytes(item::KERNEL_SIZE, (code.len as u32).to_le_bytes());
+            let part = Part { image: kernel, offset: code.offset, len: code.len };
+            items.add(item::KERNEL_DATA, Content::Source(Box::new(part)));
+        }
+        (Format::Elf | Format::Elf32, BootProtocol::Auto | BootProtocol::Pvh) => {
+            let elf = elf::Elf::parse(&kernel)?;
+            let entry = elf
+                .pvh_entry
+                .ok_or_else(|| no_pvh(payload, "its ELF notes have no XEN_ELFNOTE_PHYS32_ENTRY"))?;
+            let range = elf.load(&kernel, memory, u64::from(entry))?;
+            address = initrd_at(&range, layout::HOLE.start)?;
+            cmdline_max = cmdline::ELF_MAX;
+            setup = vec![0; ELF_HEAD as usize];
+            kernel.bytes(0, &mut setup, "the ELF header")?;
+            items.add_bytes(item::KERNEL_ENTRY, entry.to_le_bytes());
+            items.add_bytes(item::KERNEL_ADDR, (range.start as u32).to_le_bytes());
+            items.add_bytes(item::KERNEL_SIZE, ((range.end - range.start) as u32).to_le_bytes());
+        }
+        (_, BootProtocol::Multiboot) | (Format::Flat, _) => {
+            return Err(no_pvh(payload, "it is for Multiboot, which firmware knows nothing of"));
+        }
+        (Format::BzImage, BootProtocol::Pvh) => return Err(no_pvh(payload, "it is a bzImage")),
+        (Format::Elf | Format::Elf32, BootProtocol::Linux64) => {
+            return Err(no_pvh(payload, "--boot linux64 was asked for, and firmware takes ELF by PVH only"));
+        }
+    }
+    cmdline::check(&payload.kernel, &payload.cmdline, cmdline_max)?;
+    let cmdline = [payload.cmdline.as_bytes(), &[0]].concat();
+    items.add_bytes(item::SETUP_ADDR, (SETUP as u32).to_le_bytes());
+    items.add_bytes(item::SETUP_SIZE, (setup.len() as u32).to_le_bytes());
+    items.add_bytes(item::SETUP_DATA, setup);
+    items.add_bytes(item::CMDLINE_ADDR, (CMDLINE as u32).to_le_bytes());
+    items.add_bytes(item::CMDLINE_SIZE, (cmdline.len() as u32).to_le_bytes());
+    items.add_bytes(item::CMDLINE_DATA, cmdline);
+    items.add_bytes(item::INITRD_ADDR, (address as u32).to_le_bytes());
+    items.add_bytes(item::INITRD_SIZE, (size as u32).to_le_bytes());
+    if let Some(image) = initrd {
+        items.add(item::INITRD_DATA, Content::Source(Box::new(Part { offset: 0, len: image.len(), image })));
+    }
+    Ok(())
+}
+
+fn no_pvh(payload: &Payload, why: &'static str) -> Error {
+    let hint = "firmware boots a bzImage, or an ELF file built with CONFIG_PVH=y; without --firmware others start, too";
+    Error::NoPvh { path: payload.kernel.clone(), why, hint }
+}
+
+/// A part of a file.
+struct Part {
+    image: Image,
+    offset: u64,
+    len: u64,
+}
+
+impl Source for Part {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn byte(&self, offset: u64) -> io::Result<u8> {
+        let mut byte = [0];
+        self.image.bytes(self.offset + offset, &mut byte, "what firmware reads").map_err(io::Error::other)?;
+        Ok(byte[0])
+    }
+
+    fn copy(&self, offset: u64, len: u64, ram: &GuestRam, to: u64) -> io::Result<()> {
+        let from = self.offset + offset;
+        self.image.load(from, len, ram, to, "what firmware reads").map_err(io::Error::other)
+    }
+}

@@ -1,0 +1,103 @@
+//! The same kernels started by firmware, to the same shell: the built-in one; those that Debian packages for QEMU's microvm;
+//! and the built-in one in QEMU, which knows nothing of us.
+
+use std::process::{Command, Stdio};
+
+use crate::guest::{Guest, Kernel, available, bundle, run};
+use crate::kernels::{LOOK, complaints};
+
+const QBOOT: &str = "/usr/share/qemu/qboot.rom";
+const SEABIOS: &str = "/usr/share/seabios/bios-microvm.bin";
+const QEMU: &str = "/usr/share/qemu";
+
+/// Boots with `arguments`, and as if there were no firmware: both must see and complain of the same.
+fn as_directly(kernel: Kernel, arguments: &[&str]) {
+    let machine = ["--mem", "512M", "--cpus", "2"];
+    let (direct, by_firmware) =
+        (run(kernel, &machine, LOOK), run(kernel, &[&machine, arguments].concat(), LOOK));
+    let (direct, body) = (direct.body(), by_firmware.body());
+    assert_eq!(body[0], "2", "{kernel:?} {arguments:?}: nproc");
+    assert!(body[1].starts_with("MemTotal"), "{body:?}");
+    let (expected, found) = (complaints(&direct), complaints(&body));
+    let new: Vec<_> = found.difference(&expected).collect();
+    assert!(new.is_empty(), "{kernel:?} {arguments:?}: {new:#?}");
+    let acpi =
+        |lines: &[&str]| lines.iter().filter(|line| line.contains("ACPI: ") && line.contains("VMM ")).count();
+    assert_eq!(acpi(&body), acpi(&direct), "the tables: {body:#?}");
+}
+
+/// Whether there is that file; says so if not, and fails if it must be.
+fn packaged(test: &str, file: &str, package: &str) -> bool {
+    if std::path::Path::new(file).exists() {
+        return available(test);
+    }
+    assert!(
+        std::env::var_os("VMM_REQUIRE_LINUX_GUESTS").is_none(),
+        "{test}: no {file}: apt-get install {package}"
+    );
+    eprintln!("SKIP: {test}: no {file}: apt-get install {package}");
+    false
+}
+
+#[test]
+fn built_in_stock_bzimage() {
+    if available("firmware, stock bzImage") {
+        as_directly(Kernel::Stock, &["--firmware"]);
+    }
+}
+
+#[test]
+fn built_in_tuned_bzimage_and_pvh() {
+    if available("firmware, tuned kernels") {
+        as_directly(Kernel::TunedBzImage, &["--firmware"]);
+        as_directly(Kernel::TunedPvh, &["--firmware"]);
+    }
+}
+
+#[test]
+fn qboot() {
+    if packaged("qboot", QBOOT, "qemu-system-data") {
+        as_directly(Kernel::TunedBzImage, &["--firmware", QBOOT]);
+        as_directly(Kernel::TunedPvh, &["--firmware", QBOOT]);
+    }
+}
+
+#[test]
+fn seabios_with_qemus_option_roms() {
+    if packaged("SeaBIOS", SEABIOS, "seabios") && packaged("SeaBIOS", QBOOT, "qemu-system-data") {
+        for (kernel, rom) in [(Kernel::TunedBzImage, "linuxboot_dma.bin"), (Kernel::TunedPvh, "pvh.bin")] {
+            as_directly(kernel, &["--firmware", SEABIOS, "--option-rom", &format!("{QEMU}/{rom}")]);
+        }
+    }
+}
+
+/// QEMU takes ROMs of whole 64 KiB.
+#[test]
+fn built_in_under_qemu() {
+    if !available("the built-in firmware in QEMU") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let rom = dir.path().join("rom");
+    let own = vmm::boot::firmware::BUILT_IN;
+    std::fs::write(&rom, [&vec![0xff; (64 << 10) - own.len()][..], own].concat()).unwrap();
+    for kernel in [Kernel::TunedBzImage, Kernel::TunedPvh] {
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(
+            "-M microvm,acpi=on,pit=off,pic=off,rtc=off,isa-serial=off -enable-kvm -cpu host".split(' '),
+        );
+        command.args(
+            "-m 512 -smp 1 -nodefaults -no-user-config -display none -no-reboot -chardev stdio,id=c"
+                .split(' '),
+        );
+        command
+            .args(["-device", "virtio-serial-device", "-device", "virtconsole,chardev=c", "-bios"])
+            .arg(&rom);
+        command.arg("-kernel").arg(kernel.file()).arg("-initrd").arg(bundle("tuned.cpio"));
+        command
+            .args(["-append", &format!("console=hvc0 quiet panic=-1 vmm.run=\"{LOOK}\"")])
+            .stdin(Stdio::null());
+        let ended = Guest::start(command).finish();
+        assert_eq!(ended.body()[0], "1", "{kernel:?}: nproc");
+    }
+}
