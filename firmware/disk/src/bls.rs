@@ -14,9 +14,10 @@ const MAX_FILES: usize = 256;
 /// # Errors
 /// There is no such folder, or it could not be read. An entry that is wrong is left out.
 pub fn read(volume: &Volume, scratch: &mut [u8], entries: &mut Entries) -> Result<()> {
-    for (folder, settings) in
-        [(&b"/loader/entries"[..], &b"/loader/loader.conf"[..]), (b"/boot/loader/entries", b"/boot/loader/loader.conf")]
-    {
+    for (folder, settings) in [
+        (&b"/loader/entries"[..], &b"/loader/loader.conf"[..]),
+        (b"/boot/loader/entries", b"/boot/loader/loader.conf"),
+    ] {
         let node = match volume.find(folder) {
             Err(Error::Missing) => continue,
             other => other?,
@@ -101,7 +102,8 @@ mod tests {
 
     #[test]
     fn an_entry_is_parsed_and_its_counter_taken_off() {
-        let text = b"# made by a package\ntitle  Debian 12\nversion 6.1.0-9\nlinux /m/6.1/linux\ninitrd /m/6.1/a\n\
+        let text =
+            b"# made by a package\ntitle  Debian 12\nversion 6.1.0-9\nlinux /m/6.1/linux\ninitrd /m/6.1/a\n\
             initrd /m/6.1/b\noptions root=UUID=x  ro\noptions quiet\nunknown yes\n";
         let entry = parse(b"m-6.1.0-9+0-3", text).unwrap();
         assert_eq!(entry.id.bytes(), b"m-6.1.0-9");

@@ -48,7 +48,8 @@ impl Entry {
     /// # Errors
     /// Too many, or too long.
     pub fn add_initrd(&mut self, path: &[u8]) -> Result<()> {
-        *self.initrd.get_mut(self.initrds).ok_or(Error::TooLarge("the list of initrds"))? = Text::whole(path)?;
+        *self.initrd.get_mut(self.initrds).ok_or(Error::TooLarge("the list of initrds"))? =
+            Text::whole(path)?;
         self.initrds += 1;
         Ok(())
     }
@@ -61,8 +62,13 @@ impl Entry {
     /// As the menu shows it. Two kernels of one system often have one title.
     pub fn show(&self, f: &mut dyn fmt::Write) -> fmt::Result {
         write!(f, "{}", Shown(if self.title.is_empty() { self.id.bytes() } else { self.title.bytes() }))?;
-        let told = |part: &[u8]| !part.is_empty() && self.title.bytes().windows(part.len()).any(|w| w == part);
-        if self.version.is_empty() || told(self.version.bytes()) { Ok(()) } else { write!(f, " ({})", self.version) }
+        let told =
+            |part: &[u8]| !part.is_empty() && self.title.bytes().windows(part.len()).any(|w| w == part);
+        if self.version.is_empty() || told(self.version.bytes()) {
+            Ok(())
+        } else {
+            write!(f, " ({})", self.version)
+        }
     }
 }
 
@@ -174,9 +180,11 @@ pub fn find(
     note: &mut dyn FnMut(fmt::Arguments),
 ) {
     type Reader = fn(&Volume, &mut [u8], &mut Entries) -> Result<()>;
-    for (what, read) in
-        [("loader/entries", bls::read as Reader), ("grub.cfg", grub::read as Reader), ("kernels", plain::read as Reader)]
-    {
+    for (what, read) in [
+        ("loader/entries", bls::read as Reader),
+        ("grub.cfg", grub::read as Reader),
+        ("kernels", plain::read as Reader),
+    ] {
         for (index, volume) in volumes.iter().enumerate() {
             let Some(volume) = volume else { continue };
             let mut found = |entries: &mut Entries| {

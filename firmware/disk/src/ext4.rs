@@ -96,7 +96,10 @@ impl<'d> Ext4<'d> {
         if features & !KNOWN != 0 {
             return Err(Error::Unsupported("a feature of this ext4"));
         }
-        if log > 6 || inodes_per_group == 0 || !(128..=65536).contains(&inode_size) || !(32..=1024).contains(&group_size)
+        if log > 6
+            || inodes_per_group == 0
+            || !(128..=65536).contains(&inode_size)
+            || !(32..=1024).contains(&group_size)
         {
             return Err(Error::Damaged("ext4's superblock"));
         }

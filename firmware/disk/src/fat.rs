@@ -62,7 +62,8 @@ impl<'d> Fat<'d> {
         let before = reserved + tables * table_size + fixed.div_ceil(sector);
         let clusters = sectors.checked_sub(before).ok_or(Error::Missing)? / per_cluster;
         // No table has entries for more clusters than these.
-        let clusters = u32::try_from(clusters).ok().filter(|count| *count < 0x0fff_fff5).ok_or(Error::Missing)?;
+        let clusters =
+            u32::try_from(clusters).ok().filter(|count| *count < 0x0fff_fff5).ok_or(Error::Missing)?;
         let (bits, extended) = match clusters {
             0..4085 => (12, 36),
             4085..65525 => (16, 36),

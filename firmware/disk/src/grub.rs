@@ -136,7 +136,9 @@ impl Reader<'_> {
 
     fn set(&mut self, name: &[u8], value: &[u8]) {
         let slot = self.variables.iter().position(|(known, _)| known.bytes() == name || known.is_empty());
-        if let (Some(slot), Ok(name)) = (slot.and_then(|slot| self.variables.get_mut(slot)), Text::whole(name)) {
+        if let (Some(slot), Ok(name)) =
+            (slot.and_then(|slot| self.variables.get_mut(slot)), Text::whole(name))
+        {
             *slot = (name, Text::clipped(value));
         }
     }
@@ -316,7 +318,9 @@ impl Reader<'_> {
                 }
             }
             b"search" | b"search.fs_uuid" => {
-                let Some(what) = words.from(first + 1).filter(|word| !word.starts_with(b"-")).last() else { return };
+                let Some(what) = words.from(first + 1).filter(|word| !word.starts_with(b"-")).last() else {
+                    return;
+                };
                 match &mut self.entry {
                     Some((entry, _)) => entry.filesystem = Text::clipped(what),
                     None => self.set(b"root_by_search", what),
@@ -333,7 +337,8 @@ impl Reader<'_> {
             }
             b"initrd" | b"initrd16" | b"initrdefi" => {
                 let Some((entry, _)) = &mut self.entry else { return };
-                if words.from(first + 1).try_for_each(|word| entry.add_initrd(without_device(word))).is_err() {
+                if words.from(first + 1).try_for_each(|word| entry.add_initrd(without_device(word))).is_err()
+                {
                     entry.linux = Text::EMPTY;
                 }
             }

@@ -57,7 +57,8 @@ impl Setup {
             cmdline_max: u32_at(head, 0x238) as usize,
         };
         let good = setup.alignment == 0 || setup.alignment.is_power_of_two();
-        if !good || setup.header_end <= HEADER || size <= setup.start || size - setup.start > setup.init_size {
+        if !good || setup.header_end <= HEADER || size <= setup.start || size - setup.start > setup.init_size
+        {
             return Err(Error::Damaged("the kernel's setup header"));
         }
         Ok(setup)

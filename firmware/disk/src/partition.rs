@@ -78,7 +78,8 @@ fn gpt(disk: &dyn Disk, at: u64, found: &mut Partitions) -> Result<()> {
     disk.read(at.saturating_mul(SECTOR), &mut header)?;
     let damaged = Error::Damaged("the GPT");
     let header_size = u32_at(&header, 12) as usize;
-    if header[..8] != *b"EFI PART" || !(92..=header.len()).contains(&header_size) || u64_at(&header, 24) != at {
+    if header[..8] != *b"EFI PART" || !(92..=header.len()).contains(&header_size) || u64_at(&header, 24) != at
+    {
         return Err(damaged);
     }
     let sum = u32_at(&header, 16);
@@ -158,9 +159,12 @@ fn of_mbr(entry: &[u8]) -> (u8, u64, u64) {
 /// One step of CRC-32 (the one of Ethernet), without the inversions before and after.
 fn crc32(sum: u32, bytes: &[u8]) -> u32 {
     bytes.iter().fold(sum, |sum, byte| {
-        (0..8).fold(sum ^ u32::from(*byte), |sum, _| {
-            if sum & 1 != 0 { (sum >> 1) ^ 0xedb8_8320 } else { sum >> 1 }
-        })
+        (0..8).fold(
+            sum ^ u32::from(*byte),
+            |sum, _| {
+                if sum & 1 != 0 { (sum >> 1) ^ 0xedb8_8320 } else { sum >> 1 }
+            },
+        )
     })
 }
 

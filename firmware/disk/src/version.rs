@@ -74,8 +74,21 @@ mod tests {
     fn versions_are_ordered_as_the_specification_orders_them() {
         // The specification's own examples, each lower than the next.
         let rising = [
-            "~", "", "a", "122.1", "123~rc1-1", "123", "123-a", "123-a.1", "123-1", "123-1.1", "123^post1", "123.a-1", "123.1-1",
-            "123a-1", "124-1",
+            "~",
+            "",
+            "a",
+            "122.1",
+            "123~rc1-1",
+            "123",
+            "123-a",
+            "123-a.1",
+            "123-1",
+            "123-1.1",
+            "123^post1",
+            "123.a-1",
+            "123.1-1",
+            "123a-1",
+            "124-1",
         ];
         for pair in rising.windows(2) {
             assert_eq!(compare(pair[0].as_bytes(), pair[1].as_bytes()), Ordering::Less, "{pair:?}");
