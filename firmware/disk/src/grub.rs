@@ -221,7 +221,12 @@ impl Reader<'_> {
                 let condition = self.condition(words, first + 1);
                 self.branch(condition);
             }
-            b"fi" => self.close(|block| matches!(block, Block::If { .. })),
+            b"fi" => {
+                self.close(|block| matches!(block, Block::If { .. }));
+                if words.get(first + 1) == b"}" {
+                    self.close(|block| block == Block::Skipped);
+                }
+            }
             b"for" | b"while" | b"until" | b"function" => self.push(Block::Skipped)?,
             b"done" => self.close(|block| block == Block::Skipped),
             b"}" => self.close(|block| !matches!(block, Block::If { .. })),

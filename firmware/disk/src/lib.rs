@@ -66,7 +66,7 @@ pub trait Disk {
 }
 
 /// A disk image in memory.
-impl Disk for [u8] {
+impl Disk for &[u8] {
     fn size(&self) -> u64 {
         self.len() as u64
     }
