@@ -14,6 +14,9 @@ use std::path::Path;
 const PACKAGES: [&str; 2] = ["linux-image-cloud-amd64", "initramfs-tools"];
 /// What the initrd has to load, whatever udev finds: the disk, and the console, so that the kernel is heard.
 const MODULES: &str = "virtio_mmio\nvirtio_blk\nvirtio_console\next4\n";
+/// The stock kernel has its virtio console in a module, and until that is loaded an initrd without any console would have no
+/// standard streams: tty0 is one that is always there.
+const CMDLINE: &str = "root=LABEL=root ro console=tty0\n";
 /// Where the partition begins, in MiB.
 const START: u64 = 1;
 /// What the backup of the partition table needs at the end, in MiB.
@@ -37,6 +40,8 @@ pub fn write(out: &Path, mib: u64, include: &[String]) -> Result<()> {
     fs::write(root.join("etc/initramfs-tools/modules"), MODULES)?;
     // Only these, in place of every driver that a PC may need.
     fs::write(root.join("etc/initramfs-tools/conf.d/guest"), "MODULES=list\n")?;
+    fs::create_dir_all(root.join("etc/kernel"))?;
+    fs::write(root.join("etc/kernel/cmdline"), CMDLINE)?;
     Tool::as_root("chroot")
         .arg(&root)
         .args(["update-initramfs", "-u", "-k", "all"])
