@@ -97,6 +97,7 @@ fn is_free(start: u64, size: u64, ram: &[Range<u64>], taken: &[Range<u64>]) -> b
 #[cfg(test)]
 mod tests {
     use super::*;
+    use core::slice;
 
     const SETUP: Setup = Setup {
         start: 0,
@@ -112,9 +113,9 @@ mod tests {
     fn the_kernel_goes_where_it_prefers_or_where_there_is_room() {
         let ours = 1 << 20..3 << 20;
         let ram = |mib: u64| [0..640 << 10, 1 << 20..mib << 20];
-        assert_eq!(SETUP.place(&ram(1024), &[ours.clone()]), Some(16 << 20));
-        assert_eq!(SETUP.place(&ram(48), &[ours.clone()]), Some(4 << 20));
-        assert_eq!(SETUP.place(&ram(40), &[ours.clone()]), None);
+        assert_eq!(SETUP.place(&ram(1024), slice::from_ref(&ours)), Some(16 << 20));
+        assert_eq!(SETUP.place(&ram(48), slice::from_ref(&ours)), Some(4 << 20));
+        assert_eq!(SETUP.place(&ram(40), slice::from_ref(&ours)), None);
         let (kernel, size) = (16 << 20..56 << 20, 5 << 20);
         let taken = [ours, kernel];
         assert_eq!(place_initrd(size, SETUP.initrd_max, &ram(1024), &taken), Some(1019 << 20));
