@@ -33,7 +33,7 @@ compilers:
 	@command -v cc >/dev/null || { echo 'cc is missing: installing gcc'; apt-get install -qq -y gcc libc6-dev; }
 
 # What the tests call. The rig and the guest builder install what they need by themselves.
-TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium gdb:gdb
+TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck dosfstools:mkfs.vfat mtools:mcopy fdisk:sfdisk acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium gdb:gdb
 # Installs the packages of PACKAGE:PROGRAM pairs whose program is missing.
 install = missing=; for pair in $(1); do command -v "$${pair\#*:}" >/dev/null || missing="$$missing $${pair%:*}"; done; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; fi

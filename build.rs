@@ -1,4 +1,5 @@
-//! Assembles what is written in assembly and shipped inside the program: the labs' guests, the firmware.
+//! Builds the freestanding programs that are shipped inside this one: the labs' guests and the firmware, in assembly, and the
+//! program that boots a disk, in Rust.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -46,6 +47,33 @@ fn main() {
             run(link.arg("-o").arg(out.join(name)).arg(&object));
         }
     }
+    boot_disk(&out);
+}
+
+/// `firmware/disk` as the file `bootdisk`: its library, then the program around it, for the host's target but without
+/// operating system or C library.
+fn boot_disk(out: &Path) {
+    let sources = Path::new("firmware/disk/src");
+    println!("cargo:rerun-if-changed={}", sources.display());
+    let library = out.join("libbootdisk.rlib");
+    let rustc = |source: &str, name: &str| {
+        let mut rustc = Command::new(env::var_os("RUSTC").expect("cargo sets it"));
+        rustc
+            .args(["--edition=2024", "--target=x86_64-unknown-linux-gnu", "--crate-name", name])
+            .arg(sources.join(source));
+        rustc.args(["-Copt-level=z", "-Ccodegen-units=1", "-Cpanic=abort", "-Crelocation-model=static"]);
+        rustc
+    };
+    run(rustc("lib.rs", "bootdisk").arg("--crate-type=rlib").arg("-o").arg(&library));
+    let mut program = rustc("main.rs", "bootdisk_program");
+    program.args(["-Clto=fat", "-Cstrip=symbols", "-Clinker=ld", "-Clinker-flavor=ld"]);
+    let script = format!("-T{}", sources.join("link.ld").display());
+    for flag in ["-static", "--build-id=none", "--gc-sections", "-znorelro", "-znoexecstack", &script] {
+        program.arg(format!("-Clink-arg={flag}"));
+    }
+    let mut library_is = std::ffi::OsString::from("bootdisk=");
+    library_is.push(&library);
+    run(program.arg("--extern").arg(library_is).arg("-o").arg(out.join("bootdisk")));
 }
 
 fn run(command: &mut Command) {

@@ -13,6 +13,7 @@ pub mod bundle;
 pub mod bzimage;
 pub mod cache;
 pub mod debian;
+pub mod disk;
 pub mod elf;
 pub mod initramfs;
 pub mod kconfig;

@@ -1,11 +1,11 @@
-//! `cargo guest -- kernel|initramfs|rootfs ...`: parses arguments and calls the library. Results go to standard output,
+//! `cargo guest -- kernel|initramfs|rootfs|disk ...`: parses arguments and calls the library. Results go to standard output,
 //! progress to standard error.
 
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 use guest::initramfs::Compression;
 use guest::kernel::{Kernel, Kind};
-use guest::{bundle, initramfs, rootfs};
+use guest::{bundle, disk, initramfs, rootfs};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -30,6 +30,8 @@ enum Command {
     Initramfs(InitramfsArgs),
     /// Build an ext4 root image
     Rootfs(RootfsArgs),
+    /// Build a disk with Debian and an installed kernel, which boots by itself
+    Disk(DiskArgs),
     /// Everything that the tests and `make run` boot, in one folder
     Bundle(BundleArgs),
 }
@@ -91,6 +93,19 @@ struct RootfsArgs {
     include: Vec<String>,
 }
 
+#[derive(Debug, Args)]
+struct DiskArgs {
+    /// The file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Size of the disk in MiB; it is sparse
+    #[arg(long, value_name = "MIB", default_value_t = 1536)]
+    size: u64,
+    /// Packages to have beyond the kernel and the minimum
+    #[arg(long, value_name = "PKG,...", value_delimiter = ',')]
+    include: Vec<String>,
+}
+
 fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -126,6 +141,10 @@ fn run(cli: Cli) -> Result<()> {
             Some(kind) => bundle::write(&args.out, &[kind], false)?,
             None => bundle::write(&args.out, &[Kind::Stock, Kind::Tuned], true)?,
         },
+        Command::Disk(args) => {
+            disk::write(&args.out, args.size, &args.include)?;
+            println!("disk {}", args.out.display());
+        }
         Command::Rootfs(args) => {
             let source = if args.from.as_os_str() == "debian" {
                 rootfs::Source::Debian { include: args.include }

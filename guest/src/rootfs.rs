@@ -77,7 +77,7 @@ impl Recipe {
 }
 
 /// The cached tar file of a small Debian.
-fn debian_archive(include: &[String]) -> Result<PathBuf> {
+pub(crate) fn debian_archive(include: &[String]) -> Result<PathBuf> {
     let mut include = include.to_vec();
     include.sort();
     include.dedup();
@@ -122,7 +122,7 @@ fn debian_archive(include: &[String]) -> Result<PathBuf> {
 }
 
 /// Unpacks with the owners as they are, which takes root.
-fn unarchive(archive: &Path, root: &Path) -> Result<()> {
+pub(crate) fn unarchive(archive: &Path, root: &Path) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!("a Debian root belongs to root, and only root can unpack it so: run this by sudo");
     }
@@ -136,7 +136,7 @@ fn unarchive(archive: &Path, root: &Path) -> Result<()> {
 }
 
 /// Our init as /sbin/init, and the few files that make a shell pleasant.
-fn add_init(root: &Path) -> Result<()> {
+pub(crate) fn add_init(root: &Path) -> Result<()> {
     let init = programs::init(Init::Full)?;
     fs::copy(&init, root.join("usr/sbin/guest-init")).context("copy init")?;
     let link = root.join("usr/sbin/init");

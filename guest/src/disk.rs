@@ -1,0 +1,74 @@
+//! A disk as a machine of its own has it: GPT, a small Debian in an ext4 partition, and in that an installed stock kernel with
+//! its initrd, which Debian's symlinks /vmlinuz and /initrd.img name. There is no boot loader: the firmware reads these.
+
+use crate::cache::Cache;
+use crate::debian;
+use crate::rootfs;
+use crate::run::Tool;
+use anyhow::{Context, Result};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+/// What makes a Debian bootable.
+const PACKAGES: [&str; 2] = ["linux-image-cloud-amd64", "initramfs-tools"];
+/// What the initrd has to load, whatever udev finds: the disk, and the console, so that the kernel is heard.
+const MODULES: &str = "virtio_mmio\nvirtio_blk\nvirtio_console\next4\n";
+/// The stock kernel has its virtio console in a module, and until that is loaded an initrd without any console would have no
+/// standard streams: tty0 is one that is always there.
+const CMDLINE: &str = "root=LABEL=root ro console=tty0\n";
+/// Where the partition begins, in MiB.
+const START: u64 = 1;
+/// What the backup of the partition table needs at the end, in MiB.
+const END: u64 = 1;
+
+/// Writes a disk of `mib` MiB with these packages more to `out`, by way of a temporary file beside it. It is sparse.
+///
+/// # Errors
+/// Not root, a tool failed, or it is too small.
+pub fn write(out: &Path, mib: u64, include: &[String]) -> Result<()> {
+    debian::ensure_installed(&["e2fsprogs", "fdisk"])?;
+    let packages: Vec<String> =
+        PACKAGES.iter().map(|name| (*name).to_owned()).chain(include.iter().cloned()).collect();
+    let archive = rootfs::debian_archive(&packages)?;
+    let cache = Cache::open("unpacked")?;
+    let work = cache.workplace()?;
+    let root = work.path().join("root");
+    fs::create_dir(&root)?;
+    rootfs::unarchive(&archive, &root)?;
+    rootfs::add_init(&root)?;
+    fs::write(root.join("etc/initramfs-tools/modules"), MODULES)?;
+    // Only these, in place of every driver that a PC may need.
+    fs::write(root.join("etc/initramfs-tools/conf.d/guest"), "MODULES=list\n")?;
+    fs::create_dir_all(root.join("etc/kernel"))?;
+    fs::write(root.join("etc/kernel/cmdline"), CMDLINE)?;
+    Tool::as_root("chroot")
+        .arg(&root)
+        .args(["update-initramfs", "-u", "-k", "all"])
+        .quiet()
+        .context("make the initrd")?;
+
+    let beside = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let image = tempfile::Builder::new().suffix(".disk").tempfile_in(beside)?;
+    image.as_file().set_len(mib << 20)?;
+    let size = mib.checked_sub(START + END).context("a disk needs more than 2 MiB")?;
+    Tool::new("sfdisk")
+        .arg("-q")
+        .arg(image.path())
+        .filter(format!("label: gpt\nstart={START}MiB,size={size}MiB,type=L\n").as_bytes())
+        .context("make the partition table")?;
+    Tool::new("mke2fs")
+        .args(["-q", "-F", "-t", "ext4", "-m", "0", "-L", "root", "-d"])
+        .arg(&root)
+        .args([
+            "-E",
+            &format!("offset={},root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0", START << 20),
+        ])
+        .arg(image.path())
+        .arg(format!("{size}M"))
+        .quiet()
+        .with_context(|| format!("fill {size} MiB with Debian and a kernel (a larger --size?)"))?;
+    fs::set_permissions(image.path(), fs::Permissions::from_mode(0o644))?;
+    image.persist(out).with_context(|| format!("write {}", out.display()))?;
+    Ok(())
+}
