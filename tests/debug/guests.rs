@@ -118,9 +118,10 @@ pub struct Running(Option<Child>);
 impl Running {
     /// With `arguments`, waiting for gdb at the unix socket `gdb` in `place`.
     pub fn start(place: &Place, arguments: &str) -> Self {
-        let command = format!("--gdb unix:gdb --console off --serial file=out --debug-exit {arguments}");
+        let socket = place.path("gdb").display().to_string();
+        let command = format!("--gdb unix:{socket} --console off --serial file=out --debug-exit {arguments}");
         let running = Self(Some(place.command(&command).spawn().unwrap()));
-        until("the socket", || place.path("gdb").exists());
+        until("the socket", || is_listening(&socket));
         running
     }
 
@@ -149,6 +150,14 @@ impl Drop for Running {
 pub fn signal_child(child: &Child, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
+}
+
+/// Whether somebody listens at the unix socket `path`: its file is there a moment earlier.
+fn is_listening(path: &str) -> bool {
+    const ACCEPTCON: &str = "00010000";
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let is_ours = |line: &&str| line.split_whitespace().nth(7) == Some(path);
+    sockets.lines().filter(is_ours).any(|line| line.split_whitespace().nth(3) == Some(ACCEPTCON))
 }
 
 /// Waits until `what` is there.
