@@ -90,31 +90,13 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
         vm.create_pit()?;
     }
     if config.test_device {
-        // Real-mode tests wait for line 11 as a BIOS has left it.
-        vm.set_up_pic(1 << 3)?;
-        let ports = testdev::Ports::new(memory.ram().clone());
-        board.port("test-device", layout::TEST_PORTS, testdev::PORTS, shared(ports))?;
-        let lines = testdev::IrqLines::new(vm.clone());
-        board.port("test-irqs", layout::TEST_IRQS, testdev::LINES, shared(lines))?;
-        board.memory(
-            "test-memory",
-            layout::TEST_MEMORY,
-            testdev::MEMORY,
-            shared(testdev::IoRam::default()),
-        )?;
+        board.test_device(&memory)?;
     }
     if config.boot_marks {
         board.port("boot-marks", layout::POST, 1, shared(BootMarks::new(start)))?;
     }
     if let Some(items) = fw_cfg {
-        board.port(
-            "fw-cfg",
-            layout::FW_CFG,
-            fw_cfg::SIZE,
-            shared(FwCfg::new(items, memory.ram().clone())),
-        )?;
-        board.port("rtc-cmos", layout::CMOS, rtc_cmos::SIZE, shared(RtcCmos::new(memory.size(), cpus)))?;
-        board.port("debug-port", layout::DEBUG_PORT, 1, shared(DebugPort::default()))?;
+        board.firmware_devices(items, &memory, cpus)?;
     }
     if let Some((base, _, size)) = memory.rom_slot() {
         board.memory("rom", base, size, shared(Rom))?;
@@ -255,6 +237,27 @@ impl Board {
     fn interrupt(&self, what: &str, gsi: u32) -> Result<Arc<dyn Interrupt>, Error> {
         let failed = |source| Error::Host { what: format!("the interrupt of the {what}"), source };
         self.vm.irq_line(gsi).map_err(failed)
+    }
+
+    /// What kvm-unit-tests ask for.
+    fn test_device(&mut self, memory: &Memory) -> Result<(), Error> {
+        // Real-mode tests wait for line 11 as a BIOS has left it.
+        self.vm.set_up_pic(1 << 3)?;
+        let ports = testdev::Ports::new(memory.ram().clone());
+        self.port("test-device", layout::TEST_PORTS, testdev::PORTS, shared(ports))?;
+        let lines = testdev::IrqLines::new(self.vm.clone());
+        self.port("test-irqs", layout::TEST_IRQS, testdev::LINES, shared(lines))?;
+        let ram = shared(testdev::IoRam::default());
+        self.memory("test-memory", layout::TEST_MEMORY, testdev::MEMORY, ram)
+    }
+
+    /// What firmware asks for: `items`, the clock and its memory, a place for messages.
+    fn firmware_devices(&mut self, items: fw_cfg::Items, memory: &Memory, cpus: u32) -> Result<(), Error> {
+        let fw_cfg = FwCfg::new(items, memory.ram().clone());
+        self.port("fw-cfg", layout::FW_CFG, fw_cfg::SIZE, shared(fw_cfg))?;
+        let rtc = RtcCmos::new(memory.size(), cpus);
+        self.port("rtc-cmos", layout::CMOS, rtc_cmos::SIZE, shared(rtc))?;
+        self.port("debug-port", layout::DEBUG_PORT, 1, shared(DebugPort::default()))
     }
 
     fn port(&mut self, name: &str, base: u64, size: u64, device: SharedDevice) -> Result<(), Error> {
