@@ -65,16 +65,15 @@ OUT := target/bench
 RIVALS := crun:crun runc:runc bubblewrap:bwrap qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img
 HERE := $(VMM) bench
 THERE := $(RIG) --quiet --mem 6144 --timeout 1200 -- $(VMM) bench
-PARTS := boot-linux linux here exits memory
+PARTS := boot-linux linux here memory
 bench: bench-ready
 	@mkdir -p $(OUT)
 	$(SAY) 'here'
-	@$(HERE) boot scale --json $(OUT)/here.json >$(OUT)/here.txt
-	@$(HERE) exits --samples 6 --warm-up 1 --json $(OUT)/exits.json >$(OUT)/exits.txt
-	@$(HERE) memory image --samples 3 --json $(OUT)/memory.json >$(OUT)/memory.txt
+	@$(HERE) boot scale exits --at-most 2 --json $(OUT)/here.json >$(OUT)/here.txt
+	@$(HERE) memory image --samples 3 --at-most 4 --json $(OUT)/memory.json >$(OUT)/memory.txt
 	$(SAY) 'where KVM boots Linux'
-	@$(THERE) boot --samples 6 --warm-up 0 --json $(OUT)/boot-linux.json >$(OUT)/boot-linux.txt
-	@$(THERE) memory cpu mem block console --samples 2 --warm-up 0 --instances 10 --json $(OUT)/linux.json >$(OUT)/linux.txt
+	@$(THERE) boot exits --samples 6 --warm-up 0 --at-most 8 --json $(OUT)/boot-linux.json >$(OUT)/boot-linux.txt
+	@$(THERE) memory cpu mem block console --samples 2 --warm-up 0 --at-most 20 --instances 10 --json $(OUT)/linux.json >$(OUT)/linux.txt
 	@$(HERE) $(PARTS:%=--from $(OUT)/%.json) --json $(OUT)/bench.json --csv $(OUT)/bench.csv --html $(OUT)/bench.html
 	@echo 'with every sample drawn: $(OUT)/bench.html'
 

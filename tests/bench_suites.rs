@@ -20,7 +20,7 @@ fn measure(name: Name, quick: bool) -> Result<Suite, String> {
         instances: 10,
         repeatable_clock: quick,
     };
-    let plan = Plan { samples: 2, warm_up: 0, seed: 7 };
+    let plan = Plan { samples: 2, warm_up: 0, seed: 7, limit: None };
     suites::run(name, &setting, plan, &mut |share, _| assert!((0.0..=1.0).contains(&share), "{share}"))
 }
 

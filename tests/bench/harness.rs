@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmm::bench::measure::stats::{Comparison, Summary};
-use vmm::bench::measure::{Contender, Plan, Quantity, Random, series, span};
+use vmm::bench::measure::{Contender, FEWEST, Plan, Quantity, Random, series, span};
 use vmm::bench::render::table::table;
 use vmm::bench::result::{self, Better, Figure, Run, Suite, Unit};
 
@@ -55,7 +55,7 @@ const MARK_AND_EXIT: [Quantity; 2] =
     [Quantity { name: "first output", ..TIME }, Quantity { name: "exit", ..TIME }];
 
 fn plan(samples: usize, seed: u64) -> Plan {
-    Plan { samples, warm_up: 1, seed }
+    Plan { samples, warm_up: 1, seed, limit: None }
 }
 
 fn take(
@@ -238,6 +238,23 @@ fn who_fails_in_the_middle_loses_all_samples() {
     assert_eq!(figures[0].series.len(), 1);
     assert_eq!((samples(&figures[0], "steady").len(), figures[0].baseline.as_deref()), (10, Some("steady")));
     assert_eq!(asked.get(), 5, "it was measured on");
+}
+
+#[test]
+fn the_slow_have_fewer_samples_and_the_quick_have_all() {
+    let limit = Some(Duration::from_millis(50));
+    let plan = Plan { limit, ..plan(10, 3) };
+    let both = vec![
+        made("quick", || Ok(vec![1.0])),
+        made("slow", || {
+            thread::sleep(Duration::from_millis(30));
+            Ok(vec![2.0])
+        }),
+    ];
+    let (entries, figures) = take(both, &[TIME], plan);
+    assert!(entries.iter().all(|entry| entry.failure.is_none()));
+    assert_eq!(samples(&figures[0], "quick").len(), 10);
+    assert_eq!(samples(&figures[0], "slow").len(), FEWEST);
 }
 
 #[test]

@@ -4,7 +4,7 @@ pub mod span;
 pub mod stats;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::result::{self, Better, Figure, Series, Unit};
 
@@ -49,7 +49,13 @@ pub struct Plan {
     /// Seed of the order and of the resampling: chosen anew for each run, and kept in its result by whoever asks. With 0 the
     /// contenders come in the order of their list: what must repeat bit for bit depends on who came before.
     pub seed: u64,
+    /// A contender whose samples of a series have taken longer than this, and are [`FEWEST`] or more, is measured no further and
+    /// keeps what it has.
+    pub limit: Option<Duration>,
 }
+
+/// Samples that nobody has fewer of for being slow.
+pub const FEWEST: usize = 3;
 
 /// A contender that could not even be set up: its name, what would have been run, and why not.
 #[derive(Debug, Clone)]
@@ -76,6 +82,7 @@ pub fn series(
 ) -> (Vec<result::Contender>, Vec<Figure>) {
     let mut random = Random::new(plan.seed);
     let mut taken: Vec<Result<Vec<Vec<f64>>, String>> = contenders.iter().map(|_| Ok(Vec::new())).collect();
+    let mut spent = vec![Duration::ZERO; contenders.len()];
     let rounds = plan.warm_up + plan.samples;
     let all = (rounds * contenders.len()).max(1) as f64;
     let mut done = 0usize;
@@ -91,6 +98,10 @@ pub fn series(
             done += 1;
             let contender = &mut contenders[index];
             let Ok(samples) = &mut taken[index] else { continue };
+            if samples.len() >= FEWEST && plan.limit.is_some_and(|limit| spent[index] > limit) {
+                continue;
+            }
+            let start = Instant::now();
             progress((done - 1) as f64 / all, contender.name());
             match contender.sample() {
                 Ok(values) if values.len() != quantities.len() => {
@@ -99,7 +110,10 @@ pub fn series(
                 Ok(values) if values.iter().any(|value| !value.is_finite()) => {
                     taken[index] = Err(format!("not a measurement: {values:?}"));
                 }
-                Ok(values) if round >= plan.warm_up => samples.push(values),
+                Ok(values) if round >= plan.warm_up => {
+                    samples.push(values);
+                    spent[index] += start.elapsed();
+                }
                 Ok(_) => {}
                 // What was interrupted did not fail.
                 Err(_) if interrupted() => break 'rounds,

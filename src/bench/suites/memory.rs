@@ -15,12 +15,10 @@ use crate::bench::rivals::{self, RAM_MIB, Rival, Setting};
 
 /// Instances at a time.
 const COUNTS: [usize; 3] = [10, 50, 100];
-/// All samples of one contender take no longer, and neither does its climb through [`COUNTS`].
+/// Unless the plan has a limit: the samples of one contender take no longer, and neither does its climb through [`COUNTS`].
 const BUDGET: Duration = Duration::from_secs(60);
 /// Of one instance: memory is steadier than time.
 const SAMPLES: usize = 5;
-/// Fewer say nothing of their spread.
-const FEWEST: usize = 3;
 /// The share of the available memory that instances may take.
 const SHARE: f64 = 0.7;
 
@@ -58,6 +56,8 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
     }
     let host = Host::look(false);
     own_mounts();
+    let budget = plan.limit.unwrap_or(BUDGET);
+    let plan = Plan { limit: Some(budget), ..plan };
     let root = Root::make(&setting.scratch)?;
     let (mut entrants, mut absent, mut left_out) = (Vec::new(), Vec::new(), Vec::new());
     for found in rivals::idle(setting, &root) {
@@ -76,7 +76,7 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
     let all = entrants.len() as f64;
     for (index, entrant) in entrants.iter_mut().enumerate() {
         let mut part = |share: f64, whose: &str| progress(0.4 + 0.6 * (index as f64 + share) / all, whose);
-        let (climbed, left) = climb(entrant, setting.instances, &mut part)?;
+        let (climbed, left) = climb(entrant, setting.instances, budget, &mut part)?;
         parts.extend(climbed);
         left_out.extend(left);
     }
@@ -86,7 +86,7 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
         title: "Memory: what an idle instance costs".to_owned(),
         host,
         seed: plan.seed,
-        method: method(setting.instances, &left_out),
+        method: method(setting.instances, budget, &left_out),
         contenders,
         figures,
     })
@@ -117,12 +117,9 @@ fn alone(
     plan: Plan,
     progress: &mut dyn FnMut(f64, &str),
 ) -> Part {
-    let slowest = entrants.iter().map(|entrant| entrant.time).max().unwrap_or_default();
-    let fit = (BUDGET.as_secs_f64() / slowest.as_secs_f64()) as usize;
-    let samples = plan.samples.min(SAMPLES).min(fit.max(FEWEST));
     let alone = |entrant| -> Box<dyn Contender + '_> { Box::new(Alone(entrant)) };
     let mut contenders: Vec<_> = entrants.iter_mut().map(|entrant| alone(&mut *entrant.rival)).collect();
-    let plan = Plan { samples, warm_up: 0, ..plan };
+    let plan = Plan { samples: plan.samples.min(SAMPLES), warm_up: 0, ..plan };
     named(measure::series(&mut contenders, absent, &QUANTITIES, plan, progress), 1)
 }
 
@@ -130,6 +127,7 @@ fn alone(
 fn climb(
     entrant: &mut Entrant,
     most: usize,
+    budget: Duration,
     progress: &mut dyn FnMut(f64, &str),
 ) -> Result<(Vec<Part>, Option<String>), String> {
     let name = entrant.rival.name().to_owned();
@@ -141,7 +139,7 @@ fn climb(
         if INTERRUPTED.load(Ordering::SeqCst) {
             break;
         }
-        if time * count as u32 > BUDGET {
+        if time * count as u32 > budget {
             return Ok((
                 parts,
                 Some(format!("{count} of {name}: {:.0} s", (time * count as u32).as_secs_f64())),
@@ -151,7 +149,7 @@ fn climb(
             return Ok((parts, Some(format!("{count} of {name}: {:.0} MiB", kib * count as f64 / 1024.0))));
         }
         goal.set(count);
-        let plan = Plan { samples: 1, warm_up: 0, seed: 0 };
+        let plan = Plan { samples: 1, warm_up: 0, seed: 0, limit: None };
         let mut told =
             |_: f64, _: &str| progress(count as f64 / 2.0 / most as f64, &format!("{count} of {name}"));
         let mut part = named(measure::series(&mut contender, &[], &QUANTITIES, plan, &mut told), count);
@@ -251,7 +249,7 @@ impl Contender for Growing<'_> {
     }
 }
 
-fn method(most: usize, left_out: &[String]) -> Vec<String> {
+fn method(most: usize, budget: Duration, left_out: &[String]) -> Vec<String> {
     let mut method = vec![
         "Every figure is per instance. An instance is the same program as in the boot suite, which says its line and then sleeps; \
          whatever stays running beside it (a monitor, conmon) is weighed with it, a daemon is not."
@@ -265,14 +263,14 @@ fn method(most: usize, left_out: &[String]) -> Vec<String> {
         "Kernel memory: how much Slab, PageTables, SecPageTables, KernelStack and Percpu of /proc/meminfo grow. Less MemAvailable: \
          by how much that falls. Both are the whole host's: whatever else runs shows in them, most where instances are few."
             .to_owned(),
-        format!("A single instance is started anew for each sample: at most {SAMPLES}, as many as fit in {} s for the slowest. Of \
+        format!("A single instance is started anew for each sample: at most {SAMPLES}, and no more than {} if they have taken {} s. Of \
          many there is one sample, itself a mean over all of them: {} are started, those that run already among them. (--instances \
-         {most})", BUDGET.as_secs(), COUNTS.map(|count| count.to_string()).join(", then ")),
+         {most})", measure::FEWEST, budget.as_secs(), COUNTS.map(|count| count.to_string()).join(", then ")),
     ];
     if !left_out.is_empty() {
         method.push(format!(
             "Left out, since they would take more than {} s to start, or {:.0}% of the free memory: {}.",
-            BUDGET.as_secs(),
+            budget.as_secs(),
             SHARE * 100.0,
             left_out.join("; ")
         ));

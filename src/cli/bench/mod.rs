@@ -73,7 +73,7 @@ fn measure(options: &Options) -> Result<(Run, Vec<String>), Failure> {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     // What must repeat bit for bit comes in the order of the list; see `Plan`.
     let seed = if options.icount { 0 } else { since.map_or(1, |since| since.as_nanos() as u64 | 1) };
-    let plan = Plan { samples: options.samples(), warm_up: options.warm_up(), seed };
+    let plan = Plan { samples: options.samples(), warm_up: options.warm_up(), seed, limit: options.limit() };
     interruptible().map_err(host)?;
     let elsewhere = options.through.as_ref().filter(|_| {
         let needed = !Host::look(false).hardware_virtualization;

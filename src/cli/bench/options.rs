@@ -1,6 +1,7 @@
 //! The options of `vmm bench`, and its help.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::bench::earlier::MOST_SAMPLES;
 use crate::bench::suites::Name;
@@ -42,6 +43,9 @@ pub struct Options {
     /// Runs of each contender before those, which count for nothing [default: 2; 0 with --icount]
     #[arg(long, value_name = "N", value_parser = warm_up)]
     warm_up: Option<usize>,
+    /// Take no more samples of a contender when those that it has (three or more) took so many seconds together
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    at_most: Option<u64>,
     /// The most idle instances that the memory suite starts of each contender
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub instances: usize,
@@ -60,7 +64,7 @@ pub struct Options {
     #[arg(long, value_name = "COMMAND", value_parser = words)]
     pub through: Option<Words>,
     /// Show results of earlier runs (JSON, or pages) in place of measuring; more than one are put together
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["suites", "samples", "warm_up", "instances", "with", "guests", "icount", "through"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["suites", "samples", "warm_up", "at_most", "instances", "with", "guests", "icount", "through"])]
     pub from: Vec<PathBuf>,
     /// Fail if anything is more than 5% (and a tick of 4 ms) worse than in this result; both from a repeatable clock (with
     /// --icount or --from)
@@ -90,6 +94,11 @@ impl Options {
     /// Runs before those.
     pub fn warm_up(&self) -> usize {
         self.warm_up.unwrap_or(if self.icount { 0 } else { 2 })
+    }
+
+    /// What a contender's samples may take together.
+    pub fn limit(&self) -> Option<Duration> {
+        self.at_most.map(Duration::from_secs)
     }
 
     /// The suites to measure.

@@ -83,6 +83,9 @@ fn command(through: &Words, name: Name, options: &Options, setting: &Setting, fi
     command.args(&through.0[1..]).arg(&setting.vmm).args(["bench", name.text(), "--json"]).arg(file);
     command.args(["--samples", &options.samples().to_string(), "--warm-up", &options.warm_up().to_string()]);
     command.args(["--instances", &options.instances.to_string()]);
+    if let Some(limit) = options.limit() {
+        command.args(["--at-most", &limit.as_secs().to_string()]);
+    }
     for (rival, path) in &options.with {
         let mut with = std::ffi::OsString::from(format!("{rival}="));
         with.push(path);

@@ -1,9 +1,10 @@
 //! What a round trip out of the guest costs, by kind of exit: the monitor's whole path (`machine::build`, `Machine::run`, the
-//! vCPU's thread, dispatch, bus, device) beside a bare KVM_RUN loop. Its guests are a few instructions each, so that it runs
-//! on any /dev/kvm.
+//! vCPU's thread, dispatch, bus, device) beside a bare KVM_RUN loop, and the same path while it is recorded or looked at. Its
+//! guests are a few instructions each, so that it runs on any /dev/kvm.
 
 mod bare;
 mod guest;
+mod seen;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,11 +22,13 @@ use crate::config::{Console, Size, VmConfig, Where};
 use crate::machine::{self, Ends, Outcome};
 use bare::Bare;
 use guest::Kind;
+use seen::Seen;
 
 /// Nothing that works takes longer, also where the KVM is emulated.
-const LIMIT: Duration = Duration::from_secs(10);
-/// About what the rounds of one sample should take: so many that the marks do not show, so short that most are not interrupted.
-const SAMPLE: Duration = Duration::from_millis(5);
+const LIMIT: Duration = Duration::from_secs(3);
+/// About what the rounds of one sample should take: so many that the marks do not show and that a recording's thread, which
+/// looks every 5 ms, gets its turns.
+const SAMPLE: Duration = Duration::from_millis(20);
 /// Rounds of one sample.
 const ROUNDS: std::ops::RangeInclusive<u32> = 100..=50_000;
 /// Interrupts of one sample, of which it is the median.
@@ -46,26 +49,35 @@ enum Said {
 enum Who {
     Bare,
     Vmm,
+    Traced,
+    Watched,
 }
 
 impl Who {
-    const ALL: [Self; 2] = [Self::Bare, Self::Vmm];
+    const ALL: [Self; 4] = [Self::Bare, Self::Vmm, Self::Traced, Self::Watched];
 
     fn name(self) -> &'static str {
         match self {
             Self::Bare => "bare loop",
             Self::Vmm => "vmm",
+            Self::Traced => "vmm, traced",
+            Self::Watched => "vmm, watched",
         }
     }
 
     fn command(self) -> String {
         match self {
-            Self::Bare => "ioctl(KVM_RUN) in a loop that compares the exit reason, in this process",
-            Self::Vmm => "machine::build and Machine::run in this process: --mem 32M --rng, a serial port whose end is in this process",
+            Self::Bare => {
+                "ioctl(KVM_RUN) in a loop that compares the exit reason, in this process".to_owned()
+            }
+            Self::Vmm => WHOLE.to_owned(),
+            Self::Traced => format!("{WHOLE}; --trace FILE"),
+            Self::Watched => format!("{WHOLE}; asked for its sums each second, as by vmm top"),
         }
-        .to_owned()
     }
 }
+
+const WHOLE: &str = "machine::build and Machine::run in this process: --mem 32M --rng, a serial port whose end is in this process";
 
 /// The suite.
 ///
@@ -133,15 +145,15 @@ fn contenders(failures: Vec<(Who, Kind, String)>) -> Vec<result::Contender> {
     let entry = |who: Who, name: String, failure| result::Contender {
         name,
         command: who.command(),
-        version: (who == Who::Vmm).then(|| env!("CARGO_PKG_VERSION").to_owned()),
+        version: (who != Who::Bare).then(|| env!("CARGO_PKG_VERSION").to_owned()),
         failure,
     };
-    let both = Who::ALL.map(|who| entry(who, who.name().to_owned(), None));
+    let all = Who::ALL.map(|who| entry(who, who.name().to_owned(), None));
     // Each failure is of one kind of exit.
     let failed = failures
         .into_iter()
         .map(|(who, kind, why)| entry(who, format!("{}: {}", who.name(), kind.names()[0]), Some(why)));
-    both.into_iter().chain(failed).collect()
+    all.into_iter().chain(failed).collect()
 }
 
 fn method(tsc_khz: Option<u32>) -> Vec<String> {
@@ -151,9 +163,14 @@ fn method(tsc_khz: Option<u32>) -> Vec<String> {
              behind, divided by the rounds: so many that they take about {SAMPLE:?}, the same for both. The loop's own two to \
              four instructions count."
         ),
-        "The difference of the two is the monitor's own share: its thread, dispatch, bus and device (the serial port's scratch \
-         register, a virtio device's registers)."
+        "The difference of the first two is the monitor's own share: its thread, dispatch, bus and device (the serial port's \
+         scratch register, a virtio device's registers)."
             .to_owned(),
+        format!(
+            "Traced: every exit is written to a file. Exits inside the kernel are recorded too where tracefs may be read ({}). \
+             Watched: every exit is added up while a viewer is attached, and none is kept.",
+            seen::tracefs()
+        ),
         "ioeventfd kick, hypercall, CPUID and MSR read are answered in the kernel: the monitor has no part in them, and its \
          ratio should be 1."
             .to_owned(),
@@ -242,7 +259,7 @@ impl RoundTrip {
                 });
                 taken.map_err(|why| over.map_or(why.clone(), |at| format!("{why}; it was at {at}")))
             }
-            Who::Vmm => self.whole(sender, &said),
+            Who::Vmm | Who::Traced | Who::Watched => self.whole(sender, &said),
         }
     }
 
@@ -253,8 +270,10 @@ impl RoundTrip {
             let _ = marks.send(Said::Mark(Instant::now()));
         });
         ends.put("serial", end.map_err(text)?);
-        let mut machine = machine::build(&self.config, &mut ends, &Arc::default()).map_err(text)?;
+        let recorder = Arc::default();
+        let mut machine = machine::build(&self.config, &mut ends, &recorder).map_err(text)?;
         let handle = machine.handle();
+        let seen = Seen::by(self.who, &self.config, &machine, recorder)?;
         let run = move || {
             let end = match machine.run(|| ()) {
                 Ok(Outcome::Crash(report) | Outcome::InternalError(report)) => brief(&report),
@@ -267,6 +286,7 @@ impl RoundTrip {
         let taken = self.take(said, &|| handle.power_button());
         handle.kill();
         thread.join().map_err(|_| "the machine's thread panicked")?;
+        seen.end()?;
         taken
     }
 

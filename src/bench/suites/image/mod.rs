@@ -71,7 +71,7 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
         let mut part = |share: f64, whose: &str| {
             progress((pass as f64 + share) / COUNTS.len() as f64, &format!("{count} by {whose}"));
         };
-        let plan = Plan { samples, warm_up: 0, seed: plan.seed.wrapping_add(count as u64) };
+        let plan = Plan { samples, warm_up: 0, seed: plan.seed.wrapping_add(count as u64), ..plan };
         let missing = if pass == 0 { &absent[..] } else { &[] };
         let (found, mut figures) = measure::series(&mut contenders, missing, &QUANTITIES, plan, &mut part);
         figures.iter_mut().for_each(|figure| figure.name = format!("{}, each of {count}", figure.name));
