@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
 use super::error::{Error, Role};
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 
 /// An open kernel or initrd.
 pub struct Image {
@@ -102,6 +102,7 @@ impl Image {
         part: &'static str,
     ) -> Result<(), Error> {
         self.check(offset, len, part)?;
+        memory::expect(ram, to..to.saturating_add(len));
         let mut done = self.send(offset, len, ram, to);
         let mut file = &self.file;
         file.seek(SeekFrom::Start(offset + done)).map_err(|source| self.read_error(source))?;

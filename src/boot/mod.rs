@@ -23,7 +23,7 @@ use std::path::PathBuf;
 
 use crate::config::BootProtocol;
 use crate::kvm::regs::Entry;
-use crate::memory::Memory;
+use crate::memory::{self, Memory, layout};
 
 pub use error::{Error, Role};
 
@@ -54,6 +54,7 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
     let initrd = payload.initrd.as_ref().map(|path| Image::open(path, Role::Initrd)).transpose()?;
     let rsdp = tables::write(memory.ram(), platform)
         .map_err(|source| Error::Tables { path: payload.kernel.clone(), source })?;
+    expect_linux(memory);
     let boot = Boot { memory, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &payload.cmdline, rsdp };
     match (format, payload.protocol) {
         (_, BootProtocol::Multiboot) => multiboot::load(&boot, multiboot.as_ref()),
@@ -88,6 +89,17 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
             }
         }
     }
+}
+
+/// What Linux uses whole while it starts, beside its own image (seen in traces of kernel 6.1): the first memory that its page allocator
+/// hands out, and the array that describes each page of RAM by 64 bytes, which it puts just below the highest 2 MiB.
+fn expect_linux(memory: &Memory) {
+    const BLOCK: u64 = 2 << 20;
+    memory::expect(memory.ram(), BLOCK..2 * BLOCK);
+    let Some(highest) = layout::ram(memory.size()).pop() else { return };
+    let pages = (memory.size() / 64).next_multiple_of(BLOCK);
+    let end = (highest.end / BLOCK).saturating_sub(1) * BLOCK;
+    memory::expect(memory.ram(), end.saturating_sub(pages).max(2 * BLOCK)..end);
 }
 
 /// What each loader gets.

@@ -31,7 +31,7 @@ pub struct Options {
     /// The kernel's command line [default: one that fits the devices]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
-    /// Guest memory: SIZE[,prefault][,thp][,hugepages=2M|1G][,backing=memfd|anonymous] [default: 256M]
+    /// Guest memory: SIZE[,prefault][,thp][,hugepages=2M|1G][,backing=anonymous|memfd] [default: 256M]
     #[arg(long, value_name = "SIZE")]
     mem: Option<Memory>,
     /// Number of CPUs [default: 1]

@@ -92,7 +92,7 @@ pub enum OnReboot {
     Reset,
 }
 
-/// Guest RAM: `SIZE[,backing=memfd|anonymous][,hugepages=2M|1G][,prefault][,thp]`.
+/// Guest RAM: `SIZE[,backing=anonymous|memfd][,hugepages=2M|1G][,prefault][,thp]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Memory {
@@ -105,7 +105,7 @@ pub struct Memory {
     /// Touch every page at start.
     #[serde(deserialize_with = "text::flag")]
     pub prefault: bool,
-    /// Ask for transparent huge pages.
+    /// Ask for transparent huge pages for all of it, and not only where the guest is known to use them whole.
     #[serde(deserialize_with = "text::flag")]
     pub thp: bool,
 }
@@ -133,11 +133,11 @@ impl Memory {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backing {
-    /// A memfd, which other processes can map too.
+    /// Private anonymous memory: its pages cost the host least, and some of them may be huge.
     #[default]
-    Memfd,
-    /// Private anonymous memory.
     Anonymous,
+    /// A memfd, which other processes can map too.
+    Memfd,
 }
 
 /// Explicit huge pages.

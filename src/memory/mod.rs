@@ -9,9 +9,11 @@ pub mod layout;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -176,16 +178,35 @@ fn map(
         }
     }
     let mapping = builder.with_mmap_flags(flags).build().map_err(|e| failed(e.to_string()))?;
-    if config.thp {
-        // SAFETY: the range is the mapping just made; MADV_HUGEPAGE changes no contents.
-        let advised = unsafe {
-            rustix::mm::madvise(mapping.as_ptr().cast(), mapping.size(), rustix::mm::Advice::LinuxHugepage)
-        };
-        if let Err(error) = advised {
-            log::warn!("no transparent huge pages for guest memory: {error}");
-        }
+    // A host may give every large mapping huge pages unasked: then a guest that touches a page here and there holds 2 MiB each time.
+    let advice = if config.thp { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+    // SAFETY: the range is the mapping just made; the advice changes no contents.
+    let advised = unsafe { madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
+    if let (true, Err(error)) = (config.thp, advised) {
+        log::warn!("no transparent huge pages for guest memory: {error}");
     }
     GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or_else(|| failed("address overflow".into()))
+}
+
+/// Says that all of `range` will be used soon: each whole block of 2 MiB in it is then one huge page, where the host has one at
+/// hand, and one fault of the host's and one of the guest's in place of 512. For anonymous memory; a memfd's pages are small,
+/// unless the host says otherwise (/sys/kernel/mm/transparent_hugepage/shmem_enabled). To be called before `range` is touched.
+pub fn expect(ram: &GuestRam, range: Range<u64>) {
+    const BLOCK: u64 = 2 << 20;
+    for region in ram.iter().filter(|region| region.file_offset().is_none()) {
+        let base = region.start_addr().0;
+        let start = range.start.max(base).next_multiple_of(BLOCK);
+        let end = range.end.min(base + region.len()) / BLOCK * BLOCK;
+        if start >= end {
+            continue;
+        }
+        // SAFETY: `start` to `end` lies in the region's mapping; the advice changes no contents. That the host has no such
+        // pages, or only such (hugetlbfs), is no error.
+        let _ = unsafe {
+            let host = region.as_ptr().add((start - base) as usize);
+            madvise(host.cast(), (end - start) as usize, Advice::LinuxHugepage)
+        };
+    }
 }
 
 /// The regions' guest address, host address and size in bytes: what the hypervisor maps.

@@ -78,7 +78,7 @@ fn echo(len: usize, script: &str, option: &str, place: &str) {
     guest.signal(libc::SIGHUP);
 }
 
-/// KiB of the monitor's own memory: guest RAM is a memfd, which counts as shared memory.
+/// KiB of the monitor's own memory, if guest RAM is a memfd: that counts as shared memory.
 fn own_memory(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("RssAnon")).unwrap();
@@ -93,7 +93,7 @@ fn a_reader_who_stalls_costs_little_and_loses_nothing() {
     let bytes = 4 << 20;
     let script = format!("stty -opost 2>/dev/null; head -c {bytes} /dev/zero | tr '\\0' x");
     let mut command = vmm(Kernel::TunedPvh, &script);
-    command.args(["--mem", "256M"]);
+    command.args(["--mem", "256M,backing=memfd"]);
     let mut guest = Guest::start_unread(command);
     thread::sleep(Duration::from_secs(12));
     let stalled = own_memory(guest.pid());

@@ -1,5 +1,6 @@
 //! What processes and the kernel hold of the host's memory, by /proc/PID/smaps and /proc/meminfo. All in KiB.
 
+use std::cmp::Ordering;
 use std::fs;
 use std::thread::sleep;
 use std::time::Duration;
@@ -42,21 +43,85 @@ impl Weight {
     }
 
     fn add(&mut self, smaps: &str) {
-        let mut is_guest = false;
-        for line in smaps.lines() {
-            // "Size:" comes first of each mapping's.
-            if let Some(size) = kib(line, "Size:") {
-                is_guest = size == RAM_MIB << 10;
-                self.guests += usize::from(is_guest);
-            } else if let Some(value) = kib(line, "Rss:") {
-                self.guest += if is_guest { value } else { 0 };
-            } else if let Some(value) = kib(line, "Pss:") {
-                self.pss += if is_guest { 0 } else { value };
-            } else if let Some(value) = kib(line, "Private_Dirty:") {
-                self.private_dirty += if is_guest { 0 } else { value };
+        let mappings = Mapping::all(smaps);
+        let mut at = 0;
+        while let Some(mapping) = mappings.get(at) {
+            let parts = guest_ram(&mappings[at..]);
+            for part in &mappings[at..at + parts] {
+                self.guest += part.rss;
             }
+            if parts == 0 {
+                self.pss += mapping.pss;
+                self.private_dirty += mapping.private_dirty;
+            }
+            self.guests += usize::from(parts > 0);
+            at += parts.max(1);
         }
     }
+}
+
+/// What smaps tells of one mapping.
+#[derive(Debug, Default)]
+struct Mapping {
+    start: u64,
+    end: u64,
+    /// Permissions, offset, device, inode and name; no offset where there is no file.
+    about: String,
+    rss: u64,
+    pss: u64,
+    private_dirty: u64,
+}
+
+impl Mapping {
+    fn all(smaps: &str) -> Vec<Self> {
+        let mut all: Vec<Self> = Vec::new();
+        for line in smaps.lines() {
+            let head = line.split_once(' ').and_then(|(range, about)| {
+                let (start, end) = range.split_once('-')?;
+                let address = |text| u64::from_str_radix(text, 16).ok();
+                Some(Self {
+                    start: address(start)?,
+                    end: address(end)?,
+                    about: about.to_owned(),
+                    ..Self::default()
+                })
+            });
+            match (head, all.last_mut()) {
+                (Some(mapping), _) => all.push(mapping),
+                (None, None) => {}
+                (None, Some(mapping)) => {
+                    let fields = [
+                        ("Rss:", &mut mapping.rss),
+                        ("Pss:", &mut mapping.pss),
+                        ("Private_Dirty:", &mut mapping.private_dirty),
+                    ];
+                    for (key, field) in fields {
+                        *field += kib(line, key).unwrap_or(0);
+                    }
+                }
+            }
+        }
+        all
+    }
+}
+
+/// How many of the first of `mappings` are a guest's RAM: one mapping of exactly its size, or several without gaps, which the kernel
+/// keeps apart because not all may have huge pages.
+fn guest_ram(mappings: &[Mapping]) -> usize {
+    let Some(first) = mappings.first() else { return 0 };
+    let mut end = first.start;
+    for (index, mapping) in mappings.iter().enumerate() {
+        if mapping.start != end || mapping.about != first.about {
+            return 0;
+        }
+        end = mapping.end;
+        match (end - first.start).cmp(&(RAM_MIB << 20)) {
+            Ordering::Less => {}
+            Ordering::Equal => return index + 1,
+            Ordering::Greater => return 0,
+        }
+    }
+    0
 }
 
 /// The host's memory.
@@ -112,7 +177,7 @@ mod tests {
     #[test]
     fn guest_ram_is_told_apart() {
         let smaps = "\
-7f00-7f01 rw-s 00000000 00:01 42 /memfd:guest-ram (deleted)
+7f0000000000-7f0008000000 rw-s 00000000 00:01 42 /memfd:guest-ram (deleted)
 Size:             131072 kB
 Rss:                4000 kB
 Pss:                4000 kB
@@ -128,6 +193,26 @@ Private_Dirty:         8 kB
         let mut weight = Weight::default();
         weight.add(smaps);
         assert_eq!(weight, Weight { pss: 400, private_dirty: 8, peak: 0, guest: 4000, guests: 1 });
+    }
+
+    #[test]
+    fn guest_ram_in_pieces_is_one() {
+        let of = |ranges: &[(u64, u64)]| {
+            let lines = ranges.iter().map(|(start, end)| {
+                format!(
+                    "{:x}-{:x} rw-p 00000000 00:00 0 \nRss: 100 kB\nPss: 100 kB\n",
+                    start << 20,
+                    end << 20
+                )
+            });
+            let mut weight = Weight::default();
+            weight.add(&lines.collect::<String>());
+            (weight.guests, weight.guest, weight.pss)
+        };
+        assert_eq!(of(&[(10, 12), (12, 20), (20, 10 + RAM_MIB)]), (1, 300, 0));
+        // What lies before and behind it is not.
+        assert_eq!(of(&[(8, 10), (10, 12), (12, 10 + RAM_MIB), (10 + RAM_MIB, 900)]), (1, 200, 200));
+        assert_eq!(of(&[(10, 12), (13, 10 + RAM_MIB)]), (0, 0, 200));
     }
 
     /// The weight of a shell that holds so many bytes.

@@ -258,7 +258,7 @@ fn method(most: usize, budget: Duration, left_out: &[String]) -> Vec<String> {
          instances or not; private dirty is what only this process has and has written; peak resident is the most that it ever had (VmHWM), shared pages \
          in full."
             .to_owned(),
-        format!("Guest RAM resident: the one mapping of exactly the guest's size, {RAM_MIB} MiB: what the guest's kernel and programs \
+        format!("Guest RAM resident: the mapping, or adjoining ones, of exactly the guest's size, {RAM_MIB} MiB: what the guest's kernel and programs \
          have touched of it."),
         "Kernel memory: how much Slab, PageTables, SecPageTables, KernelStack and Percpu of /proc/meminfo grow. Less MemAvailable: \
          by how much that falls. Both are the whole host's: whatever else runs shows in them, most where instances are few."
