@@ -106,6 +106,7 @@ fn fits(instruction: &Instruction, event: &Event) -> bool {
             Opcode::Out_DX_EAX | Opcode::Out_imm8_EAX | Opcode::Outsd_DX_m32 => size == 4,
             _ => false,
         },
+        Some(Kind::MsrWrite) => instruction.code() == Opcode::Wrmsr,
         Some(Kind::MmioWrite) => {
             memory(&[OpAccess::Write, OpAccess::ReadWrite, OpAccess::CondWrite, OpAccess::ReadCondWrite])
         }

@@ -12,6 +12,9 @@ pub fn tell(header: &Header, event: &Event) -> Option<String> {
         Kind::PioOut => (&header.ports, false),
         Kind::MmioRead => (&header.addresses, true),
         Kind::MmioWrite => (&header.addresses, false),
+        Kind::MsrRead | Kind::MsrWrite if event.count == 0 => return Some("denied by --cpu: #GP".to_owned()),
+        Kind::MsrWrite => return Some("noted: Hyper-V's interrupt controller".to_owned()),
+        Kind::Hypercall => return Some(format!("status {:#x}", event.value)),
         _ => return None,
     };
     let Some((name, offset)) = Header::find(ranges, event.address) else {
