@@ -80,6 +80,7 @@ pub struct HypervTestDevice {
     /// The guest has ended an interrupt, or read its messages.
     eoi: Event,
     worker: Option<Worker>,
+    paused: bool,
 }
 
 impl HypervTestDevice {
@@ -90,7 +91,7 @@ impl HypervTestDevice {
     pub fn new(vm: Weak<dyn Vm>, ram: Arc<GuestRam>, cpus: u32) -> io::Result<Arc<Mutex<Self>>> {
         let (eoi, state, interrupts) = (Event::new()?, State::default(), BTreeMap::new());
         let watched = eoi.try_clone()?;
-        let device = Self { vm, ram, cpus, state, interrupts, eoi, worker: None };
+        let device = Self { vm, ram, cpus, state, interrupts, eoi, worker: None, paused: false };
         let device = Arc::new(Mutex::new(device));
         let handler = Deliver { eoi: watched, device: Arc::downgrade(&device) };
         lock(&device).worker = Some(Worker::spawn("hyperv-test", handler)?);
@@ -140,6 +141,17 @@ impl HypervTestDevice {
         self.interrupts.get(&(end.vcpu, end.sint))?.trigger();
         self.state.connections.get_mut(&(Kind::Message, id))?.waiting = None;
         Some(())
+    }
+
+    /// Delivers what waits and can be, unless the machine is to be at rest.
+    fn deliver_all(&mut self) {
+        let waiting = |((kind, id), end): (&(Kind, u8), &Connection)| {
+            (*kind == Kind::Message && end.waiting.is_some()).then_some(*id)
+        };
+        if !self.paused {
+            let ids: Vec<_> = self.state.connections.iter().filter_map(waiting).collect();
+            ids.into_iter().for_each(|id| _ = self.deliver(id));
+        }
     }
 
     /// HvCallPostMessage with its input at `address` (TLFS 11.11.2): connection, reserved, type, size, payload.
@@ -226,14 +238,8 @@ impl Handler for Deliver {
 
     fn ready(&mut self, _: usize) {
         self.eoi.clear();
-        let Some(device) = self.device.upgrade() else { return };
-        let mut device = lock(&device);
-        let waiting = |((kind, id), end): (&(Kind, u8), &Connection)| {
-            (*kind == Kind::Message && end.waiting.is_some()).then_some(*id)
-        };
-        let waiting: Vec<_> = device.state.connections.iter().filter_map(waiting).collect();
-        for id in waiting {
-            device.deliver(id);
+        if let Some(device) = self.device.upgrade() {
+            lock(&device).deliver_all();
         }
     }
 }
@@ -270,6 +276,15 @@ impl Device for HypervTestDevice {
             guest_warn!("Hyper-V's test device: command {command} for vCPU {vcpu}, SINT {sint}: {error}");
         }
         Effect::None
+    }
+
+    fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        self.deliver_all();
     }
 }
 

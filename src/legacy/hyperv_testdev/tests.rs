@@ -86,10 +86,17 @@ fn a_message_waits_for_its_slot() {
     let saved = lock(&bench.device).save_bytes();
     let other = Bench::new();
     lock(&other.device).restore_bytes(&saved).unwrap();
-    for bench in [bench, other] {
+    for (bench, is_paused) in [(bench, true), (other, false)] {
         let before = bench.raised(8);
         bench.ram.write_obj(0u32, GuestAddress(MESSAGES + 8 * 256)).unwrap();
-        lock(&bench.device).eoi.signal();
+        if is_paused {
+            lock(&bench.device).pause();
+            lock(&bench.device).deliver_all();
+            assert_eq!(bench.raised(8), before, "at rest");
+            lock(&bench.device).resume();
+        } else {
+            lock(&bench.device).eoi.signal();
+        }
         let start = std::time::Instant::now();
         while bench.raised(8) == before && start.elapsed().as_secs() < 20 {
             std::thread::yield_now();
