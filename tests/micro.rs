@@ -270,6 +270,41 @@ fn a_baseline_hides_the_registers_of_what_it_does_not_have() {
 }
 
 #[test]
+fn a_guest_finds_hyper_v_only_where_it_was_asked_for() {
+    if !vmm::kvm::host_has_hardware_virtualization() {
+        assert!(std::env::var_os("VMM_REQUIRE_LINUX_GUESTS").is_none(), "no hardware virtualization here");
+        eprintln!("SKIP: a_guest_finds_hyper_v_only_where_it_was_asked_for: a KVM in software has none");
+        return;
+    }
+    // Writes EAX and EBX of the hypervisor's leaves to the serial port: the highest leaf or the interface, and the maker's name.
+    let leaves = image(|a| {
+        for leaf in [0x4000_0000u32, 0x4000_0001, 0x4000_0100] {
+            a.mov(eax, leaf).unwrap();
+            a.cpuid().unwrap();
+            a.mov(dx, 0x3f8u32).unwrap();
+            for register in [eax, ebx] {
+                a.mov(eax, register).unwrap();
+                for _ in 0..4 {
+                    a.out(dx, al).unwrap();
+                    a.shr(eax, 8).unwrap();
+                }
+            }
+        }
+        exit(a, 0);
+    });
+    let (with, without) = (["--cpu", "host,+hyperv"], ["--cpu", "host"]);
+    let words = |cpu| run(&leaves, cpu).0.chunks(4).map(<[u8]>::to_vec).collect::<Vec<_>>();
+    let (words, plain) = (words(&with), words(&without));
+    assert_eq!((&words[0][..], &words[1][..]), (&[6, 0, 0, 0x40][..], &b"Micr"[..]));
+    assert_eq!((&words[2][..], &words[5][..]), (&b"Hv#1"[..], &b"KVMK"[..]));
+    assert_eq!(plain[1], b"KVMK");
+    // The reference clock, which is read-only; the interrupt controller's control register; the debugger's, which is left out.
+    let registers = msr_prober(&[0x4000_0020, 0x4000_0080, 0x4000_00f1]);
+    assert_eq!(String::from_utf8_lossy(&run(&registers, &with).0), "+-++--");
+    assert_eq!(String::from_utf8_lossy(&run(&registers, &without).0), "------");
+}
+
+#[test]
 fn cpu_wishes_that_cannot_be_are_told() {
     let folder = tempfile::tempdir().unwrap();
     let kernel = folder.path().join("micro");

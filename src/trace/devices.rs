@@ -172,6 +172,11 @@ mod tests {
         ] {
             assert_eq!(tell(&header, &event(kind, address, value)).as_deref(), Some(text));
         }
+        let denied = Event { count: 0, ..event(Kind::MsrWrite, 0x174, 0) };
+        assert_eq!(tell(&header, &denied).as_deref(), Some("denied by --cpu: #GP"));
+        let synic = event(Kind::MsrWrite, 0x4000_0080, 1);
+        assert_eq!(tell(&header, &synic).as_deref(), Some("noted: Hyper-V's interrupt controller"));
+        assert_eq!(tell(&header, &event(Kind::Hypercall, 0x5c, 0x12)).as_deref(), Some("status 0x12"));
         assert_eq!(tell(&header, &event(Kind::Halt, 0, 0)), None);
     }
 }
