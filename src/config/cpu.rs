@@ -113,22 +113,18 @@ impl fmt::Display for Model {
     }
 }
 
-/// Registers that KVM gives to every guest, whatever its CPUID: AMD's performance counters from before they had a bit, and
-/// those of AMD-V.
-const NEVER_HIDDEN: [(msr::Range, bool); 3] = [
-    (msr::Range { first: 0xc001_0000, last: 0xc001_0007 }, false),
-    (msr::Range { first: 0xc001_0114, last: 0xc001_0114 }, true),
-    (msr::Range { first: 0xc001_0117, last: 0xc001_0117 }, true),
+/// AMD-V's registers, VM_CR and VM_HSAVE_PA (APM vol. 2, 15.30), which KVM gives to every guest, whatever its CPUID.
+const AMD_V: [msr::Range; 2] = [
+    msr::Range { first: 0xc001_0114, last: 0xc001_0114 },
+    msr::Range { first: 0xc001_0117, last: 0xc001_0117 },
 ];
 
 impl Cpu {
     /// The MSRs that KVM must not let the guest use: those of `msr_deny`, and with a baseline those of features that it does
     /// not have where KVM does not hide them itself.
     pub fn denied_msrs(&self) -> Vec<msr::Window> {
-        let unseen =
-            |(_, nested): &&(msr::Range, bool)| self.model != Model::Host && !(*nested && self.nested);
-        let model = NEVER_HIDDEN.iter().filter(unseen).map(|(range, _)| *range);
-        msr::Window::around(&self.msr_deny.iter().copied().chain(model).collect::<Vec<_>>())
+        let unseen: &[_] = if self.model == Model::Host || self.nested { &[] } else { &AMD_V };
+        msr::Window::around(&[&self.msr_deny, unseen].concat())
     }
 }
 
