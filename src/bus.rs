@@ -42,7 +42,7 @@ pub trait Device: Saved + Send {
     fn resume(&mut self) {}
 }
 
-/// The state of a vCPU's interrupt controller of Hyper-V's (SynIC; TLFS 11.8): as the guest wrote it to its MSRs.
+/// The state of a vCPU's interrupt controller of Hyper-V's (SynIC; TLFS, SynIC MSRs): as the guest wrote it to its MSRs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Synic {
     /// SCONTROL: bit 0 is on.
@@ -58,7 +58,7 @@ pub struct Synic {
 pub trait Hypercalls: Send {
     /// vCPU `vcpu` has set its interrupt controller up.
     fn set_synic(&mut self, vcpu: u32, synic: Synic);
-    /// A hypercall, and its status (TLFS 3.8 and appendix B).
+    /// A hypercall, and its status (TLFS, Hypercall Interface).
     fn call(&mut self, input: u64, parameters: [u64; 2]) -> u64;
 }
 

@@ -49,7 +49,7 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// The hypervisor refused.
     fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()>;
-    /// Interrupt source `sint` of vCPU `vcpu`'s interrupt controller of Hyper-V's (TLFS 11.8): the guest gives it a vector.
+    /// Interrupt source `sint` of vCPU `vcpu`'s interrupt controller of Hyper-V's (TLFS, SynIC): the guest gives it a vector.
     /// `eoi`, an eventfd, is signalled when the guest has ended the interrupt, or says that it has read its messages.
     ///
     /// # Errors

@@ -101,7 +101,7 @@ pub enum Exit<'a> {
     },
     /// A hypercall of Hyper-V's that KVM does not answer.
     Hypercall {
-        /// Its code and kind (TLFS 3.7).
+        /// Its code and kind (TLFS, Hypercall Interface).
         input: u64,
         /// The two parameters: values, or guest physical addresses.
         parameters: [u64; 2],

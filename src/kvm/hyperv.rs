@@ -1,6 +1,6 @@
 //! Microsoft's hypervisor interface, as far as KVM speaks it: its leaves of CPUID, and what a vCPU needs for it.
 //!
-//! Source: Hypervisor Top-Level Functional Specification (TLFS), 2.4 for the leaves; Documentation/virt/kvm/api.rst, 4.118.
+//! Source: Hypervisor Top-Level Functional Specification (TLFS), Feature Discovery for the leaves; Documentation/virt/kvm/api.rst, 4.118.
 
 use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV_CPUID, KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_SYNIC2, KVM_MAX_CPUID_ENTRIES,

@@ -3,7 +3,7 @@
 //!
 //! A write of 4 bytes to its port makes or ends a route to a synthetic interrupt, raises one, or makes or ends a connection
 //! for messages or events; the guest's hypercalls then go through those. It writes into the pages that the guest gave its
-//! interrupt controller (TLFS 11.8 to 11.10). A message whose slot is full waits, and goes when the guest has emptied it.
+//! interrupt controller (TLFS, Inter-Partition Communication). A message whose slot is full waits, and goes when the guest has emptied it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -27,7 +27,7 @@ use crate::vm::{Interrupt, Vm};
 /// Ports, from [`layout::HYPERV_TEST`](crate::memory::layout::HYPERV_TEST).
 pub const SIZE: u64 = 4;
 
-/// Hypercall statuses (TLFS, appendix B).
+/// Hypercall statuses (TLFS, Hypercall Interface).
 const SUCCESS: u64 = 0;
 const INVALID_HYPERCALL_INPUT: u64 = 3;
 const INVALID_ALIGNMENT: u64 = 4;
@@ -35,7 +35,7 @@ const INSUFFICIENT_BUFFERS: u64 = 0x13;
 
 /// Synthetic interrupt sources of a vCPU.
 const SINTS: u32 = 16;
-/// Bytes of a message, and of its part behind the header (TLFS 11.8.1); of one source's event flags.
+/// Bytes of a message, and of its part behind the header (TLFS, SynIC Message Format); of one source's event flags.
 const MESSAGE: usize = 256;
 const PAYLOAD: usize = 240;
 /// Where the header has the payload's size and the flag that another message waits.
@@ -154,7 +154,7 @@ impl HypervTestDevice {
         }
     }
 
-    /// HvCallPostMessage with its input at `address` (TLFS 11.11.2): connection, reserved, type, size, payload.
+    /// HvCallPostMessage with its input at `address`: connection, reserved, type, size, payload.
     fn post(&mut self, address: u64) -> u64 {
         let mut input = [0; 16 + PAYLOAD];
         if !address.is_multiple_of(8) {
@@ -182,7 +182,7 @@ impl HypervTestDevice {
         SUCCESS
     }
 
-    /// HvCallSignalEvent (TLFS 11.11.4).
+    /// HvCallSignalEvent, of the connection with this number.
     fn signal(&mut self, connection: u64) -> u64 {
         let Ok(id) = u8::try_from(connection) else { return HV_STATUS_INVALID_CONNECTION_ID };
         let Some(end) = self.state.connections.get(&(Kind::Event, id)) else {
