@@ -1,9 +1,11 @@
 //! The vmm binary with guests of a few instructions on this host's /dev/kvm: how a Multiboot kernel is entered, the test
-//! device, and CPUID as a guest sees it. The guests write to COM1 and end by the debug-exit port.
+//! device, CPUID and model-specific registers as a guest sees them. The guests write to COM1 and end by the debug-exit port.
 
 use std::process::Command;
 
-use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, byte_ptr, dword_ptr, dx, eax, ebx, ecx, edx, esi};
+use iced_x86::code_asm::{
+    CodeAssembler, CodeLabel, al, byte_ptr, dword_ptr, dx, eax, ebx, ecx, edi, edx, esi, esp, fword_ptr,
+};
 
 /// Where the guests lie.
 const BASE: u64 = 0x10_0000;
@@ -163,6 +165,143 @@ fn cpuid_shows_the_model_that_was_asked_for() {
     assert_eq!(without[0], host & !X2APIC);
 }
 
+/// A guest that reads each of `msrs` and writes back what it read: two characters each on the serial port, `+` where it could
+/// and `-` where it got #GP.
+fn msr_prober(msrs: &[u32]) -> Vec<u8> {
+    const IDT: u64 = BASE + 0x1000;
+    const GATE: u64 = IDT + 13 * 8;
+    const IDTR: u64 = BASE + 0x1800;
+    image(|a| {
+        let (mut set_up, mut tell) = (a.create_label(), a.create_label());
+        a.mov(esp, BASE as u32 + 0x3f00).unwrap();
+        // The handler's address is the call's return address. Both instructions that may fault are two bytes long.
+        a.call(set_up).unwrap();
+        a.mov(esi, u32::from(b'-')).unwrap();
+        // No IRET, which a KVM in software lacks: error code, EIP, CS, EFLAGS.
+        a.pop(edi).unwrap();
+        a.pop(edi).unwrap();
+        a.add(esp, 8).unwrap();
+        a.add(edi, 2).unwrap();
+        a.jmp(edi).unwrap();
+        a.set_label(&mut set_up).unwrap();
+        a.pop(eax).unwrap();
+        a.mov(ebx, eax).unwrap();
+        a.and(eax, 0xffff).unwrap();
+        a.or(eax, 0x8_0000).unwrap();
+        a.mov(dword_ptr(GATE), eax).unwrap();
+        a.and(ebx, 0xffff_0000u32 as i32).unwrap();
+        a.or(ebx, 0x8e00).unwrap();
+        a.mov(dword_ptr(GATE + 4), ebx).unwrap();
+        a.mov(dword_ptr(IDTR), ((IDT as u32) << 16 | 0xff) as i32).unwrap();
+        a.mov(dword_ptr(IDTR + 4), (IDT >> 16) as i32).unwrap();
+        a.lidt(fword_ptr(IDTR)).unwrap();
+        for msr in msrs {
+            a.mov(ecx, *msr).unwrap();
+            a.mov(esi, u32::from(b'+')).unwrap();
+            a.rdmsr().unwrap();
+            a.call(tell).unwrap();
+            a.mov(esi, u32::from(b'+')).unwrap();
+            a.wrmsr().unwrap();
+            a.call(tell).unwrap();
+        }
+        exit(a, 0);
+        a.set_label(&mut tell).unwrap();
+        a.push(eax).unwrap();
+        a.push(edx).unwrap();
+        a.mov(dx, 0x3f8u32).unwrap();
+        a.mov(eax, esi).unwrap();
+        a.out(dx, al).unwrap();
+        a.pop(edx).unwrap();
+        a.pop(eax).unwrap();
+        a.ret().unwrap();
+    })
+}
+
+#[test]
+fn a_denied_msr_is_a_protection_fault_that_the_log_and_the_trace_name() {
+    let image = msr_prober(&[0x174, 0x175, 0x176]);
+    assert_eq!(String::from_utf8_lossy(&run(&image, &[]).0), "++++++");
+    let denied = ["--cpu", "host,msr-deny=0x174,msr-deny=IA32_SYSENTER_EIP"];
+    assert_eq!(String::from_utf8_lossy(&run(&image, &denied).0), "--++--");
+
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("micro");
+    std::fs::write(&kernel, &image).unwrap();
+    let trace = folder.path().join("trace");
+    let vmm = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+        command.env("XDG_RUNTIME_DIR", folder.path());
+        command
+    };
+    let mut recorded = vmm();
+    recorded.arg("--trace").arg(&trace).arg("--kernel").arg(&kernel).args([
+        "--console",
+        "off",
+        "--debug-exit",
+    ]);
+    let out = recorded.args(denied).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(said.contains("reads MSR IA32_SYSENTER_CS (0x174), which --cpu denies"), "{said}");
+    let out = vmm().args(["trace", "report", "--only", "other"]).arg(&trace).output().unwrap();
+    let told = String::from_utf8_lossy(&out.stdout);
+    for (instruction, register) in
+        [("rdmsr", "IA32_SYSENTER_CS (0x174)"), ("wrmsr", "IA32_SYSENTER_EIP (0x176) <- ")]
+    {
+        let line = told.lines().find(|line| line.contains(register) && line.contains(instruction));
+        assert!(line.is_some_and(|line| line.contains("denied by --cpu: #GP")), "{told}");
+    }
+}
+
+#[test]
+fn a_baseline_hides_the_registers_of_what_it_does_not_have() {
+    // Of AMD-V; AMD's first performance counters, which every AMD processor has and no bit of CPUID tells of.
+    let image = msr_prober(&[0xc001_0114, 0xc001_0117, 0xc001_0000, 0xc001_0007]);
+    let probe = |cpu: &str| String::from_utf8_lossy(&run(&image, &["--cpu", cpu]).0).into_owned();
+    if !vmm::kvm::host_has_hardware_virtualization() {
+        assert!(std::env::var_os("VMM_REQUIRE_LINUX_GUESTS").is_none(), "no hardware virtualization here");
+        eprintln!("SKIP: a_baseline_hides_the_registers: a KVM in software has no baseline");
+        return;
+    }
+    assert_eq!(probe("host"), "++++++++", "KVM hides them itself by now");
+    assert_eq!(probe("x86-64-v1"), "----++++");
+    assert_eq!(probe("x86-64-v1,nested=on"), "++++++++");
+}
+
+#[test]
+fn a_guest_finds_hyper_v_only_where_it_was_asked_for() {
+    if !vmm::kvm::host_has_hardware_virtualization() {
+        assert!(std::env::var_os("VMM_REQUIRE_LINUX_GUESTS").is_none(), "no hardware virtualization here");
+        eprintln!("SKIP: a_guest_finds_hyper_v_only_where_it_was_asked_for: a KVM in software has none");
+        return;
+    }
+    // Writes EAX and EBX of the hypervisor's leaves to the serial port: the highest leaf or the interface, and the maker's name.
+    let leaves = image(|a| {
+        for leaf in [0x4000_0000u32, 0x4000_0001, 0x4000_0100] {
+            a.mov(eax, leaf).unwrap();
+            a.cpuid().unwrap();
+            a.mov(dx, 0x3f8u32).unwrap();
+            for register in [eax, ebx] {
+                a.mov(eax, register).unwrap();
+                for _ in 0..4 {
+                    a.out(dx, al).unwrap();
+                    a.shr(eax, 8).unwrap();
+                }
+            }
+        }
+        exit(a, 0);
+    });
+    let (with, without) = (["--cpu", "host,+hyperv"], ["--cpu", "host"]);
+    let words = |cpu| run(&leaves, cpu).0.chunks(4).map(<[u8]>::to_vec).collect::<Vec<_>>();
+    let (words, plain) = (words(&with), words(&without));
+    assert_eq!((&words[0][..], &words[1][..]), (&[6, 0, 0, 0x40][..], &b"Micr"[..]));
+    assert_eq!((&words[2][..], &words[5][..]), (&b"Hv#1"[..], &b"KVMK"[..]));
+    assert_eq!(plain[1], b"KVMK");
+    // The reference clock, which is read-only; the interrupt controller's control register; the debugger's, which is left out.
+    let registers = msr_prober(&[0x4000_0020, 0x4000_0080, 0x4000_00f1]);
+    assert_eq!(String::from_utf8_lossy(&run(&registers, &with).0), "+-++--");
+    assert_eq!(String::from_utf8_lossy(&run(&registers, &without).0), "------");
+}
+
 #[test]
 fn cpu_wishes_that_cannot_be_are_told() {
     let folder = tempfile::tempdir().unwrap();
@@ -176,6 +315,12 @@ fn cpu_wishes_that_cannot_be_are_told() {
     };
     let (code, text) = said("host,+avx3");
     assert!(code == Some(2) && text.contains("avx2"), "{text}");
+    if vmm::kvm::host_has_hardware_virtualization() {
+        assert_eq!(said("host,+hyperv"), (Some(1), String::new()));
+    } else {
+        let (code, text) = said("host,+hyperv");
+        assert!(code == Some(4) && text.contains("asks for hyperv, which this host"), "{text}");
+    }
     // No processor has both makers' virtualization, nor this feature of one that was never sold.
     let (code, text) = said("host,+avx512pf,+fma4");
     assert!(code == Some(4) && text.contains("lacks"), "{text}");

@@ -37,8 +37,8 @@ pub struct Options {
     /// Number of CPUs [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<Cpus>,
-    /// What the CPUs can do: host, x86-64-v1, x86-64-v2 or x86-64-v3, then ,+FEATURE ,-FEATURE as in /proc/cpuinfo, ,nested=on
-    /// (VT-x or AMD-V), ,vendor=intel|amd [default: host]
+    /// What the CPUs can do: host, x86-64-v1, x86-64-v2 or x86-64-v3, then ,+FEATURE ,-FEATURE as in /proc/cpuinfo, ,+hyperv (for
+    /// Windows), ,nested=on (VT-x or AMD-V), ,msr-deny=MSR[-MSR] (#GP), ,vendor=intel|amd [default: host]
     #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
     cpu: Option<Cpu>,
     /// A disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ...

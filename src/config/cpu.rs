@@ -5,10 +5,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::cpu_features;
 use super::text::ParseError;
+use super::{cpu_features, msr};
 
-/// What the guest's CPUs can do: `host|x86-64-v1|x86-64-v2|x86-64-v3[,+FEATURE][,-FEATURE][,nested=on][,vendor=intel|amd]`.
+/// What the guest's CPUs can do:
+/// `host|x86-64-v1|x86-64-v2|x86-64-v3[,+FEATURE][,-FEATURE][,+hyperv][,nested=on][,msr-deny=MSR[-MSR]][,vendor=intel|amd]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Cpu {
     /// What it starts from.
@@ -19,6 +20,10 @@ pub struct Cpu {
     pub remove: Vec<String>,
     /// VT-x or AMD-V, so that the guest can run guests of its own.
     pub nested: bool,
+    /// Microsoft's hypervisor interface, as far as KVM has it: what Windows and guests like it look for.
+    pub hyperv: bool,
+    /// MSRs that the guest may neither read nor write: it gets #GP.
+    pub msr_deny: Vec<msr::Range>,
     /// Whose processor CPUID says it is. Absent: the host's maker.
     pub vendor: Option<Vendor>,
 }
@@ -64,6 +69,11 @@ impl Vendor {
     }
 }
 
+/// What [`Cpu::hyperv`] is called. No bit of CPUID, but a set of leaves.
+const HYPERV: &str = "hyperv";
+
+const MSR_DENY: &str = "msr-deny=";
+
 /// The features of each level that it adds to those below. The first list has what makes a PC besides the psABI's, and
 /// what KVM has on every host: it is no less portable, and without it a guest would be slow or not start.
 const LEVELS: [(Level, &str); 3] = [
@@ -103,6 +113,21 @@ impl fmt::Display for Model {
     }
 }
 
+/// AMD-V's registers, VM_CR and VM_HSAVE_PA (APM vol. 2, 15.30), which KVM gives to every guest, whatever its CPUID.
+const AMD_V: [msr::Range; 2] = [
+    msr::Range { first: 0xc001_0114, last: 0xc001_0114 },
+    msr::Range { first: 0xc001_0117, last: 0xc001_0117 },
+];
+
+impl Cpu {
+    /// The MSRs that KVM must not let the guest use: those of `msr_deny`, and with a baseline those of features that it does
+    /// not have where KVM does not hide them itself.
+    pub fn denied_msrs(&self) -> Vec<msr::Window> {
+        let unseen: &[_] = if self.model == Model::Host || self.nested { &[] } else { &AMD_V };
+        msr::Window::around(&[&self.msr_deny, unseen].concat())
+    }
+}
+
 impl FromStr for Cpu {
     type Err = ParseError;
 
@@ -120,7 +145,11 @@ impl FromStr for Cpu {
                 }
             };
             if let Some(name) = item.strip_prefix('+') {
-                cpu.add.push(known(name)?);
+                if name == HYPERV {
+                    cpu.hyperv = true;
+                } else {
+                    cpu.add.push(known(name)?);
+                }
             } else if let Some(name) = item.strip_prefix('-') {
                 cpu.remove.push(known(name)?);
             } else {
@@ -129,17 +158,25 @@ impl FromStr for Cpu {
                     "nested=off" => cpu.nested = false,
                     "vendor=intel" => cpu.vendor = Some(Vendor::Intel),
                     "vendor=amd" => cpu.vendor = Some(Vendor::Amd),
+                    _ if item.starts_with(MSR_DENY) => cpu.msr_deny.push(item[MSR_DENY.len()..].parse()?),
                     _ if i == 0 => {
                         let model = MODELS.iter().find(|(name, _)| *name == item);
                         cpu.model = model.map(|(_, model)| *model).ok_or_else(|| no_model(item))?;
                     }
                     _ => {
                         return Err(ParseError::new(format!(
-                            "{item:?} says nothing about a CPU; write +FEATURE, -FEATURE, nested=on or vendor=intel|amd"
+                            "{item:?} says nothing about a CPU; write +FEATURE, -FEATURE, nested=on, msr-deny=MSR or \
+                             vendor=intel|amd"
                         )));
                     }
                 }
             }
+        }
+        let (windows, most) = (cpu.denied_msrs().len(), msr::Window::MOST);
+        if windows > most {
+            return Err(ParseError::new(format!(
+                "KVM filters MSRs in {most} places, and these are {windows}"
+            )));
         }
         match cpu.add.iter().find(|name| cpu.remove.contains(name)) {
             Some(name) => Err(ParseError::new(format!("{name} is both wanted and not"))),
@@ -158,9 +195,13 @@ impl fmt::Display for Cpu {
         write!(f, "{}", self.model)?;
         self.add.iter().try_for_each(|name| write!(f, ",+{name}"))?;
         self.remove.iter().try_for_each(|name| write!(f, ",-{name}"))?;
+        if self.hyperv {
+            write!(f, ",+{HYPERV}")?;
+        }
         if self.nested {
             f.write_str(",nested=on")?;
         }
+        self.msr_deny.iter().try_for_each(|range| write!(f, ",{MSR_DENY}{range}"))?;
         match self.vendor {
             None => Ok(()),
             Some(Vendor::Intel) => f.write_str(",vendor=intel"),
@@ -187,7 +228,12 @@ mod tests {
 
     #[test]
     fn texts_read_back_and_wrong_names_get_the_nearest() {
-        for text in ["host", "x86-64-v2,+aes,-x2apic,nested=on,vendor=amd", "host,-avx2"] {
+        for text in [
+            "host",
+            "x86-64-v2,+aes,-x2apic,+hyperv,nested=on,vendor=amd",
+            "host,msr-deny=0x10a,msr-deny=0x480-0x491",
+            "host,-avx2",
+        ] {
             assert_eq!(text.parse::<Cpu>().unwrap().to_string(), text);
         }
         assert_eq!("+avx2,nested=on".parse::<Cpu>().unwrap().to_string(), "host,+avx2,nested=on");
@@ -198,6 +244,11 @@ mod tests {
             ("host,+svm", "nested=on"),
             ("host,+aes,-aes", "both"),
             ("host,aes", "+FEATURE"),
+            ("host,msr-deny=efer", "by its number"),
+            (
+                &(0..17).fold("host".to_owned(), |text, n| format!("{text},msr-deny={}", n * 0x3000)),
+                "16 places",
+            ),
             ("", "x86-64-v1"),
         ] {
             let error = text.parse::<Cpu>().unwrap_err().to_string();

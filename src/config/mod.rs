@@ -7,6 +7,7 @@
 pub mod cpu;
 pub mod cpu_features;
 mod firmware;
+pub mod msr;
 mod text;
 
 use std::path::PathBuf;

@@ -30,8 +30,8 @@ const KEPT: [u32; 17] = [
 ];
 /// Brand string.
 const BRAND: std::ops::RangeInclusive<u32> = 0x8000_0002..=0x8000_0004;
-/// KVM's leaves, and ours.
-const HYPERVISOR: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_00ff;
+/// KVM's leaves, and ours; Hyper-V's, behind which KVM's are then.
+const HYPERVISOR: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 /// AMD-V's features.
 const SVM: u32 = 0x8000_000a;
 /// x87, SSE and AVX state in XCR0, and the bytes that they take in an XSAVE area (SDM vol. 1, 13.4).

@@ -6,6 +6,8 @@
 
 use kvm_bindings as kb;
 
+use crate::bus::Synic;
+
 /// A breakpoint that was hit, or a step that is done: the exception that would have told the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trap {
@@ -72,6 +74,40 @@ pub enum Exit<'a> {
         /// Bytes of the instruction, where KVM gave them.
         instruction: Option<([u8; 15], usize)>,
     },
+    /// RDMSR of a register that the guest may not use (KVM_X86_SET_MSR_FILTER).
+    MsrRead {
+        /// Its number.
+        number: u32,
+        /// Not 0: the guest gets #GP.
+        refused: &'a mut u8,
+    },
+    /// WRMSR to one.
+    MsrWrite {
+        /// Its number.
+        number: u32,
+        /// What was to be written.
+        value: u64,
+        /// Not 0: the guest gets #GP.
+        refused: &'a mut u8,
+    },
+    /// A guest that knows Hyper-V's interface set its interrupt controller up: its message and event pages, for one.
+    Synic {
+        /// Whose.
+        vcpu: u32,
+        /// The MSR that it wrote.
+        msr: u32,
+        /// What all of them hold now.
+        synic: Synic,
+    },
+    /// A hypercall of Hyper-V's that KVM does not answer.
+    Hypercall {
+        /// Its code and kind (TLFS, Hypercall Interface).
+        input: u64,
+        /// The two parameters: values, or guest physical addresses.
+        parameters: [u64; 2],
+        /// The status that the guest gets.
+        status: &'a mut u64,
+    },
     /// A breakpoint or single step that was asked for.
     Debug(Trap),
     /// End of interrupt for a vector of a split interrupt controller.
@@ -82,12 +118,12 @@ pub enum Exit<'a> {
     Other(u32),
 }
 
-/// Reads the exit out of kvm_run.
+/// Reads the exit of `vcpu` out of kvm_run.
 ///
 /// # Safety
 /// `run` must be the start of a whole kvm_run mapping, of KVM_GET_VCPU_MMAP_SIZE bytes, which KVM_RUN has just
 /// filled, with nothing else referring to it for the returned lifetime.
-pub(super) unsafe fn decode(run: &mut kb::kvm_run) -> Exit<'_> {
+pub(super) unsafe fn decode(run: &mut kb::kvm_run, vcpu: u32) -> Exit<'_> {
     let start: *mut u8 = (&raw mut *run).cast();
     let exit = &mut run.__bindgen_anon_1;
     // SAFETY: each arm reads the member of the union that KVM fills for this exit reason; all of them are plain
@@ -136,6 +172,23 @@ pub(super) unsafe fn decode(run: &mut kb::kvm_run) -> Exit<'_> {
                 let debug = exit.debug.arch;
                 Exit::Debug(Trap { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 })
             }
+            kb::KVM_EXIT_X86_RDMSR => Exit::MsrRead { number: exit.msr.index, refused: &mut exit.msr.error },
+            kb::KVM_EXIT_X86_WRMSR => {
+                let msr = &mut exit.msr;
+                Exit::MsrWrite { number: msr.index, value: msr.data, refused: &mut msr.error }
+            }
+            kb::KVM_EXIT_HYPERV => match (exit.hyperv.type_, &mut exit.hyperv.u) {
+                (kb::KVM_EXIT_HYPERV_SYNIC, set) => {
+                    let set = set.synic;
+                    let synic = Synic { control: set.control, events: set.evt_page, messages: set.msg_page };
+                    Exit::Synic { vcpu, msr: set.msr, synic }
+                }
+                (kb::KVM_EXIT_HYPERV_HCALL, call) => {
+                    let call = &mut call.hcall;
+                    Exit::Hypercall { input: call.input, parameters: call.params, status: &mut call.result }
+                }
+                _ => Exit::Other(kb::KVM_EXIT_HYPERV),
+            },
             kb::KVM_EXIT_IOAPIC_EOI => Exit::IoApicEoi(exit.eoi.vector),
             kb::KVM_EXIT_INTR => Exit::Kicked,
             other => Exit::Other(other),

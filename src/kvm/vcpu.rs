@@ -108,7 +108,7 @@ impl Vcpu {
         match self.fd.run() {
             // SAFETY: the page was filled just now, kvm-ioctls mapped all of it, and the borrow of `self` keeps
             // everybody else off.
-            Ok(_) => Ok(unsafe { exit::decode(self.fd.get_kvm_run()) }),
+            Ok(_) => Ok(unsafe { exit::decode(self.fd.get_kvm_run(), self.id) }),
             Err(e) if [libc::EINTR, libc::EAGAIN].contains(&e.errno()) => {
                 self.fd.set_kvm_immediate_exit(0);
                 Ok(Exit::Kicked)

@@ -5,18 +5,21 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
-    KVM_PIT_SPEAKER_DUMMY, kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config,
-    kvm_userspace_memory_region,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_enable_cap,
+    kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{NoDatamatch, VmFd};
+use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Error, Vcpu, cpu_model, cpuid, ioctl};
+use super::routes::Routes;
+use super::{Error, Vcpu, cpu_model, cpuid, hyperv, ioctl};
+use crate::bus::lock;
 use crate::config::Cpu;
+use crate::config::msr::Window;
 use crate::memory::dirty::DirtyPages;
 use crate::memory::{self, GuestRam, Memory, layout};
 use crate::vm::{Interrupt, IoEventAddress};
@@ -28,6 +31,7 @@ pub struct Vm {
     supported: kvm_bindings::CpuId,
     tsc_deadline: bool,
     sync_registers: bool,
+    routes: Mutex<Routes>,
     /// The slots refer to this memory: it must outlive `fd`, which is dropped first.
     ram: Arc<GuestRam>,
     /// Likewise: memory with the ROM, if there is one.
@@ -40,7 +44,7 @@ impl Vm {
         let fd = ioctl("KVM_CREATE_VM", kvm.create_vm())?;
         set_slots(&fd, memory.ram(), 0)?;
         if let Some(rom) = memory.rom_slot() {
-            if !kvm.check_extension(kvm_ioctls::Cap::ReadonlyMem) {
+            if !kvm.check_extension(Cap::ReadonlyMem) {
                 return Err(Error::Missing("KVM_CAP_READONLY_MEM"));
             }
             set_slot(&fd, memory::slots(memory.ram()).count(), rom, KVM_MEM_READONLY)?;
@@ -50,10 +54,11 @@ impl Vm {
         ioctl("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
         let max = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
         let supported = ioctl("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(max))?;
-        let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
-        let sync_registers = kvm.check_extension(kvm_ioctls::Cap::SyncRegs);
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        let sync_registers = kvm.check_extension(Cap::SyncRegs);
         let (ram, all) = (memory.ram().clone(), memory.all());
-        Ok(Self { fd, supported, tsc_deadline, sync_registers, ram, all })
+        let routes = Mutex::default();
+        Ok(Self { fd, supported, tsc_deadline, sync_registers, routes, ram, all })
     }
 
     /// Adds an 8254 timer in the kernel, at its ports 0x40 to 0x43 and on interrupt 0. Before the vCPUs.
@@ -83,6 +88,28 @@ impl Vm {
         Ok(())
     }
 
+    /// Has the guest's uses of the MSRs that `denied` has come out as exits ([`Exit::MsrRead`](super::exit::Exit::MsrRead)),
+    /// which end in #GP.
+    ///
+    /// # Errors
+    /// This KVM cannot (before Linux 5.10); the ioctl that failed.
+    pub fn deny_msrs(&self, denied: &[Window]) -> Result<(), Error> {
+        if denied.is_empty() {
+            return Ok(());
+        }
+        if !self.fd.check_extension(Cap::X86MsrFilter) {
+            return Err(Error::Missing(
+                "KVM_CAP_X86_MSR_FILTER, which a baseline or msr-deny of --cpu needs",
+            ));
+        }
+        let args = [KVM_MSR_EXIT_REASON_FILTER.into(), 0, 0, 0];
+        let exits = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, args, ..Default::default() };
+        ioctl("KVM_ENABLE_CAP (KVM_CAP_X86_USER_SPACE_MSR)", self.fd.enable_cap(&exits))?;
+        let ranges: Vec<_> = denied.iter().map(range).collect();
+        let filter = self.fd.set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges);
+        ioctl("KVM_X86_SET_MSR_FILTER", filter)
+    }
+
     /// Adds vCPU `id` of `count`. vCPU 0 is runnable; the others wait for INIT and SIPI.
     ///
     /// # Errors
@@ -96,6 +123,9 @@ impl Vm {
         let topology = cpuid::Topology { id, count };
         let mut table =
             cpuid::table(self.supported.as_slice(), topology, frequency, self.tsc_deadline, cpu.nested);
+        if cpu.hyperv {
+            hyperv::show(&mut table, &hyperv::enable(&self.fd, &fd, cpu)?);
+        }
         cpu_model::apply(&mut table, cpu)?;
         let table =
             kvm_bindings::CpuId::from_entries(&table).map_err(|_| Error::Missing("room for CPUID"))?;
@@ -110,6 +140,12 @@ impl Vm {
     /// The ioctl that failed.
     pub fn log_dirty(&self, on: bool) -> Result<(), Error> {
         set_slots(&self.fd, &self.ram, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
+    }
+
+    /// Gives KVM the table of interrupt routes.
+    fn set_routes(&self, routes: &Routes) -> io::Result<()> {
+        let table = KvmIrqRouting::from_entries(&routes.table()).map_err(|_| io::ErrorKind::StorageFull)?;
+        self.fd.set_gsi_routing(&table).map_err(errno)
     }
 
     /// The pages that the guest has written to since the log was begun or last taken. To have all of them, park the vCPUs first.
@@ -139,6 +175,16 @@ fn set_slot(fd: &VmFd, slot: usize, range: (u64, *mut u8, u64), flags: u32) -> R
     // SAFETY: the range is a mapping that `Vm::ram` or `Vm::all` keeps for as long as `fd` lives, and nothing in this
     // process holds references into it: all access is volatile.
     ioctl("KVM_SET_USER_MEMORY_REGION", unsafe { fd.set_user_memory_region(region) })
+}
+
+/// As KVM's filter takes it.
+fn range(window: &Window) -> MsrFilterRange<'_> {
+    MsrFilterRange {
+        flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+        base: window.first,
+        msr_count: window.count,
+        bitmap: &window.allowed,
+    }
 }
 
 /// An irqfd: a write to it is an edge on the interrupt line.
@@ -172,6 +218,27 @@ impl crate::vm::Vm for Vm {
 
     fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
         self.fd.set_irq_line(gsi, high).map_err(errno)
+    }
+
+    fn sint(&self, vcpu: u32, sint: u32, eoi: BorrowedFd<'_>) -> io::Result<Arc<dyn Interrupt>> {
+        let mut routes = lock(&self.routes);
+        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        let gsi = routes.add((vcpu, sint), event.try_clone()?).ok_or(io::ErrorKind::AlreadyExists)?;
+        let set = self
+            .set_routes(&routes)
+            .and_then(|()| self.fd.register_irqfd_with_resample(&event, &eventfd(eoi)?, gsi).map_err(errno));
+        if let Err(error) = set {
+            routes.remove((vcpu, sint));
+            return Err(error);
+        }
+        Ok(Arc::new(IrqFd(event)))
+    }
+
+    fn remove_sint(&self, vcpu: u32, sint: u32) -> io::Result<()> {
+        let mut routes = lock(&self.routes);
+        let (gsi, event) = routes.remove((vcpu, sint)).ok_or(io::ErrorKind::NotFound)?;
+        self.fd.unregister_irqfd(&event, gsi).map_err(errno)?;
+        self.set_routes(&routes)
     }
 
     fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {

@@ -8,6 +8,7 @@ pub mod boot_marks;
 pub mod debug_exit;
 pub mod debug_port;
 pub mod fw_cfg;
+pub mod hyperv_testdev;
 pub mod i8042;
 pub mod rom;
 pub mod rtc_cmos;

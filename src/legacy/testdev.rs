@@ -3,7 +3,7 @@
 //! Three parts, each a device on a bus: [`Ports`] (a register to read back, and a port that makes the host forget a page),
 //! [`IrqLines`] (a port per I/O APIC pin, whose level it sets), and [`IoRam`] (memory that is not RAM: each access exits).
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 
@@ -84,7 +84,8 @@ impl Stateful for Ports {
 pub struct IrqLines {
     /// A bit per line.
     high: u32,
-    vm: Arc<dyn Vm>,
+    /// Weak, because the VM must not outlive the machine in a device that somebody still holds.
+    vm: Weak<dyn Vm>,
 }
 
 /// What the guest could tell apart.
@@ -96,7 +97,7 @@ pub struct Lines {
 
 impl IrqLines {
     /// The lines are those of `vm`, all low.
-    pub fn new(vm: Arc<dyn Vm>) -> Self {
+    pub fn new(vm: Weak<dyn Vm>) -> Self {
         Self { high: 0, vm }
     }
 }
@@ -108,7 +109,8 @@ impl Device for IrqLines {
         let high = data.iter().any(|byte| *byte != 0);
         let gsi = offset as u32;
         self.high = self.high & !(1 << gsi) | u32::from(high) << gsi;
-        if let Err(error) = self.vm.set_irq_level(gsi, high) {
+        let set = self.vm.upgrade().map_or(Ok(()), |vm| vm.set_irq_level(gsi, high));
+        if let Err(error) = set {
             guest_warn!("the test device cannot set interrupt line {gsi}: {error}");
         }
         Effect::None
@@ -216,7 +218,8 @@ mod tests {
     #[test]
     fn lines_have_levels() {
         let vm = Arc::new(FakeVm::default());
-        let mut lines = IrqLines::new(vm.clone());
+        let weak: Weak<FakeVm> = Arc::downgrade(&vm);
+        let mut lines = IrqLines::new(weak);
         lines.write(5, &[1]);
         lines.write(23, &[1, 0, 0, 0]);
         lines.write(5, &[0]);

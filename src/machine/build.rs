@@ -6,14 +6,14 @@
 
 use std::fs;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::Instant;
 
 use super::{Error, Handle, Machine, Phase, Shared, kvm_path};
 use crate::boot::tables::{Platform, VirtioMmio};
 use crate::boot::{self, Payload, firmware};
-use crate::bus::{Bus, Device, SharedDevice};
+use crate::bus::{Bus, Device, Hypercalls, SharedDevice};
 use crate::chardev::{Ends, Escape};
 use crate::config::{Firmware, VmConfig, Where};
 use crate::kvm::regs::Entry;
@@ -23,6 +23,7 @@ use crate::legacy::boot_marks::BootMarks;
 use crate::legacy::debug_exit::{self, DebugExit};
 use crate::legacy::debug_port::DebugPort;
 use crate::legacy::fw_cfg::{self, FwCfg};
+use crate::legacy::hyperv_testdev::{self, HypervTestDevice};
 use crate::legacy::i8042::I8042;
 use crate::legacy::rom::Rom;
 use crate::legacy::rtc_cmos::{self, RtcCmos};
@@ -79,7 +80,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     // Until the loader is done, which has told of that itself.
     steps.skip();
 
-    let mut board = Board { vm: vm.clone(), pio: Bus::default(), mmio: Bus::default(), devices: Vec::new() };
+    let mut board = Board::new(vm.clone());
     let power = Arc::new(Mutex::new(AcpiPm::new(board.interrupt("power button", layout::ACPI_GSI)?)));
     board.port("acpi-pm", layout::ACPI_PM, layout::ACPI_PM_SIZE, power.clone())?;
     board.port("i8042", layout::I8042, layout::I8042_SIZE, shared(I8042))?;
@@ -90,7 +91,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
         vm.create_pit()?;
     }
     if config.test_device {
-        board.test_device(&memory)?;
+        board.test_device(config, &memory)?;
     }
     if config.boot_marks {
         board.port("boot-marks", layout::POST, 1, shared(BootMarks::new(start)))?;
@@ -113,6 +114,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     }
     steps.done(Step::Devices);
 
+    vm.deny_msrs(&config.cpu.denied_msrs())?;
     let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus, &config.cpu)).collect::<Result<Vec<_>, _>>()?;
     if entry != Entry::Reset {
         vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
@@ -120,10 +122,12 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     vcpus[0].enter_at(entry)?;
     steps.done(Step::Vcpus);
 
+    let mut buses = Buses::new(board.pio, board.mmio);
+    buses.hypercalls = board.hypercalls;
     let (events, ended) = channel();
     let shared = Arc::new(Shared {
         vcpus: Arc::new(vcpu::Shared {
-            buses: Buses::new(board.pio, board.mmio),
+            buses,
             gate: Gate::new(vcpus.len()),
             ram: memory.all(),
             recorder: recorder.clone(),
@@ -230,25 +234,40 @@ struct Board {
     vm: Arc<kvm::Vm>,
     pio: Bus,
     mmio: Bus,
+    hypercalls: Option<Arc<Mutex<dyn Hypercalls>>>,
     devices: Vec<(String, SharedDevice)>,
 }
 
 impl Board {
+    fn new(vm: Arc<kvm::Vm>) -> Self {
+        let (pio, mmio) = Default::default();
+        Self { vm, pio, mmio, hypercalls: None, devices: Vec::new() }
+    }
+
     fn interrupt(&self, what: &str, gsi: u32) -> Result<Arc<dyn Interrupt>, Error> {
         let failed = |source| Error::Host { what: format!("the interrupt of the {what}"), source };
         self.vm.irq_line(gsi).map_err(failed)
     }
 
     /// What kvm-unit-tests ask for.
-    fn test_device(&mut self, memory: &Memory) -> Result<(), Error> {
+    fn test_device(&mut self, config: &VmConfig, memory: &Memory) -> Result<(), Error> {
         // Real-mode tests wait for line 11 as a BIOS has left it.
         self.vm.set_up_pic(1 << 3)?;
         let ports = testdev::Ports::new(memory.ram().clone());
         self.port("test-device", layout::TEST_PORTS, testdev::PORTS, shared(ports))?;
-        let lines = testdev::IrqLines::new(self.vm.clone());
+        let vm: Weak<kvm::Vm> = Arc::downgrade(&self.vm);
+        let lines = testdev::IrqLines::new(vm.clone());
         self.port("test-irqs", layout::TEST_IRQS, testdev::LINES, shared(lines))?;
         let ram = shared(testdev::IoRam::default());
-        self.memory("test-memory", layout::TEST_MEMORY, testdev::MEMORY, ram)
+        self.memory("test-memory", layout::TEST_MEMORY, testdev::MEMORY, ram)?;
+        if config.cpu.hyperv {
+            let device = HypervTestDevice::new(vm, memory.ram().clone(), config.cpus.0);
+            let device =
+                device.map_err(|source| Error::Host { what: "the test device".to_owned(), source })?;
+            self.hypercalls = Some(device.clone());
+            self.port("hyperv-test", layout::HYPERV_TEST, hyperv_testdev::SIZE, device)?;
+        }
+        Ok(())
     }
 
     /// What firmware asks for: `items`, the clock and its memory, a place for messages.

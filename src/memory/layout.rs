@@ -17,7 +17,7 @@
 //! ```
 //!
 //! Ports: 0x3f8 COM1, 0x60/0x64 i8042, 0x600 ACPI sleep, reset and event registers; optional 0x80 and 0xf4, and
-//! 0x40 PIT, 0xe0 and 0x2000 for the test device; with firmware 0x510 fw_cfg, 0x70 RTC and CMOS, 0x402 its messages.
+//! 0x40 PIT, 0xe0, 0x2000 and 0x3000 for the test device; with firmware 0x510 fw_cfg, 0x70 RTC and CMOS, 0x402 its messages.
 
 use std::ops::Range;
 
@@ -88,6 +88,8 @@ pub const POST: u64 = 0x80;
 pub const TEST_PORTS: u64 = 0xe0;
 /// The test device's interrupt lines, a port each.
 pub const TEST_IRQS: u64 = 0x2000;
+/// The test device for Hyper-V's interrupt controller (`legacy::hyperv_testdev`).
+pub const HYPERV_TEST: u64 = 0x3000;
 /// The test device's memory.
 pub const TEST_MEMORY: u64 = 0xff00_0000;
 /// fw_cfg's selector; its data and DMA registers follow.

@@ -87,11 +87,17 @@ pub enum Kind {
     /// The monitor's own work before the guest runs: `address` is the [`Step`](super::Step), `time` when it began, `value` the
     /// ticks that it took.
     Step = 20,
+    /// RDMSR of a model-specific register that `--cpu` denies: `address` is its number. `count` is 0: nothing was read.
+    MsrRead = 21,
+    /// WRMSR: `address` is the register's number, `count` 0 where it was denied.
+    MsrWrite = 22,
+    /// A hypercall of Hyper-V's: `address` is its input, `value` its status.
+    Hypercall = 23,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 23] = [
         Self::PioIn,
         Self::PioOut,
         Self::MmioRead,
@@ -112,11 +118,19 @@ impl Kind {
         Self::InKernel,
         Self::Registers,
         Self::Step,
+        Self::MsrRead,
+        Self::MsrWrite,
+        Self::Hypercall,
     ];
 
     /// Whether it is an exit of a vCPU that reached the monitor.
     pub fn is_exit(self) -> bool {
-        self <= Self::Other
+        self <= Self::Other || matches!(self, Self::MsrRead | Self::MsrWrite | Self::Hypercall)
+    }
+
+    /// Whether it is an exit that an instruction asked for, so that the code there tells more.
+    pub fn has_instruction(self) -> bool {
+        self.is_exit() && !(Self::Shutdown..=Self::Other).contains(&self)
     }
 
     /// Whether it belongs to another event, or to none of a guest's, and is not told by itself.

@@ -106,6 +106,7 @@ fn fits(instruction: &Instruction, event: &Event) -> bool {
             Opcode::Out_DX_EAX | Opcode::Out_imm8_EAX | Opcode::Outsd_DX_m32 => size == 4,
             _ => false,
         },
+        Some(Kind::MsrWrite) => instruction.code() == Opcode::Wrmsr,
         Some(Kind::MmioWrite) => {
             memory(&[OpAccess::Write, OpAccess::ReadWrite, OpAccess::CondWrite, OpAccess::ReadCondWrite])
         }
@@ -184,6 +185,10 @@ mod tests {
             code(0x3000, 64, &[0xec]),
             code(0x4000, 64, &[0xee]),
             code(0x6000 - 15, 32, &stores),
+            // WRMSR that is done, and one that is not.
+            code(0x7000 - 15, 64, &[[0x90; 13].as_slice(), &[0x0f, 0x30]].concat()),
+            code(0x7000, 64, &[0xc3]),
+            code(0x8000, 64, &[0x0f, 0x30]),
             code(0x6000, 32, &[0xc7, 0x46, 0x24, 1, 0, 0, 0]),
         ];
         let code = Code::of(&trace);
@@ -193,6 +198,8 @@ mod tests {
         assert_eq!(tell(Kind::PioIn, 0x3000, 1), (0x3000, Some("in al,dx".to_owned())));
         assert_eq!(tell(Kind::PioOut, 0x4000, 1), (0x4000, Some("out dx,al".to_owned())));
         assert_eq!(tell(Kind::PioOut, 0x5000, 1), (0x5000, None));
+        assert_eq!(tell(Kind::MsrWrite, 0x7000, 8), (0x6ffe, Some("wrmsr".to_owned())));
+        assert_eq!(tell(Kind::MsrWrite, 0x8000, 8), (0x8000, Some("wrmsr".to_owned())));
         let store = (0x5ff9, Some("mov dword [esi+0x70],3".to_owned()));
         assert_eq!(tell(Kind::MmioWrite, 0x6000, 4), store);
     }

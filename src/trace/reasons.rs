@@ -3,6 +3,7 @@
 //! VT-x: the basic exit reasons of the Intel SDM, vol. 3, appendix C. AMD-V: the intercept exit codes of the AMD APM, vol. 2,
 //! appendix C. KVM shows its user only KVM_EXIT_*; [`of`] goes back to the reason behind it.
 
+use crate::config::msr;
 use crate::recorder::{Event, Kind};
 
 /// A reason in both architectures' terms.
@@ -255,6 +256,9 @@ pub fn of(kind: Kind) -> Option<Reason> {
         Kind::FailEntry => reason(33, 0xffff),
         Kind::Debug => reason(0, 0x41),
         Kind::IoApicEoi => reason(45, 0x402),
+        Kind::MsrRead => reason(31, 0x7c),
+        Kind::MsrWrite => reason(32, 0x7c),
+        Kind::Hypercall => reason(18, 0x81),
         _ => None,
     }
 }
@@ -268,6 +272,9 @@ pub fn qualification(event: &Event) -> Option<String> {
         Kind::PioOut => format!("out {size}B {:#x}{string}", event.address),
         Kind::MmioRead => format!("read {size}B at {:#x}", event.address),
         Kind::MmioWrite => format!("write {size}B at {:#x}", event.address),
+        Kind::MsrRead => msr::name(event.address as u32),
+        Kind::MsrWrite => format!("{} <- {:#x}", msr::name(event.address as u32), event.value),
+        Kind::Hypercall => format!("Hyper-V's call {:#x}", event.address & 0xffff),
         Kind::IoApicEoi => format!("vector {:#x}", event.address),
         Kind::SystemEvent => format!("request {}", event.address),
         Kind::FailEntry => format!("reason {:#x}", event.value),

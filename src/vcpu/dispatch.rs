@@ -3,20 +3,26 @@
 //! A pure function over [`Exit`] and the two buses: no KVM, no thread, no clock, so that every exit is tested with
 //! plain values. Called by the run loop in [`super`] for each exit.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings as kb;
 
-use crate::bus::{Bus, Effect};
+use crate::bus::{self, Bus, Effect, Hypercalls};
+use crate::config::msr;
+use crate::guest_warn;
 use crate::kvm::exit::{Exit, Trap};
 
-/// The two address spaces of a PC.
-#[derive(Debug, Default)]
+/// The two address spaces of a PC, and whom it may call beside.
+#[derive(Default)]
 pub struct Buses {
     /// Port I/O.
     pub pio: Bus,
     /// Memory-mapped I/O.
     pub mmio: Bus,
+    /// Who answers Hyper-V's calls, if anybody does.
+    pub hypercalls: Option<Arc<Mutex<dyn Hypercalls>>>,
     unclaimed: AtomicU32,
 }
 
@@ -27,7 +33,7 @@ impl Buses {
 
     /// Two filled buses.
     pub fn new(pio: Bus, mmio: Bus) -> Self {
-        Self { pio, mmio, unclaimed: AtomicU32::new(0) }
+        Self { pio, mmio, ..Self::default() }
     }
 
     fn log_unclaimed(&self, access: std::fmt::Arguments<'_>) {
@@ -36,6 +42,12 @@ impl Buses {
         {
             log::debug!("nobody answers {access}");
         }
+    }
+}
+
+impl fmt::Debug for Buses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Buses").field("pio", &self.pio).field("mmio", &self.mmio).finish_non_exhaustive()
     }
 }
 
@@ -124,6 +136,29 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
                 Next::Again
             }
         },
+        Exit::MsrRead { number, ref mut refused } => {
+            guest_warn!("reads MSR {}, which --cpu denies: #GP", msr::name(number));
+            **refused = 1;
+            Next::Again
+        }
+        Exit::MsrWrite { number, value, ref mut refused } => {
+            guest_warn!("writes {value:#x} to MSR {}, which --cpu denies: #GP", msr::name(number));
+            **refused = 1;
+            Next::Again
+        }
+        Exit::Synic { vcpu, synic, .. } => {
+            if let Some(hypercalls) = &buses.hypercalls {
+                bus::lock(hypercalls).set_synic(vcpu, synic);
+            }
+            Next::Again
+        }
+        Exit::Hypercall { input, parameters, ref mut status } => {
+            **status = match &buses.hypercalls {
+                Some(hypercalls) => bus::lock(hypercalls).call(input, parameters),
+                None => unanswered(input),
+            };
+            Next::Again
+        }
         // Interrupt controllers are in the kernel and HLT waits there; where it does come here the vCPU just goes on,
         // and waits inside KVM_RUN. An EOI for a split controller's pin has no listener: all pins are edges.
         Exit::Halt | Exit::IoApicEoi(_) => Next::Again,
@@ -139,6 +174,14 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
         Exit::SystemEvent(_) => Next::End(End::Stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
         Exit::Debug(trap) => Next::Trap(trap),
         Exit::Other(number) => Next::End(End::Stuck(Stuck::Unexpected(number))),
+    }
+}
+
+/// The status of a hypercall where nobody has connections to anything.
+fn unanswered(input: u64) -> u64 {
+    match input as u16 {
+        bus::HVCALL_POST_MESSAGE | bus::HVCALL_SIGNAL_EVENT => bus::HV_STATUS_INVALID_CONNECTION_ID,
+        _ => bus::HV_STATUS_INVALID_HYPERCALL_CODE,
     }
 }
 
@@ -226,12 +269,35 @@ mod tests {
     }
 
     #[test]
+    fn msrs_that_come_out_are_refused() {
+        let (_, buses) = buses();
+        let (mut read, mut write) = (0, 0);
+        let mut exit = Exit::MsrRead { number: 0xc000_0080, refused: &mut read };
+        assert_eq!(dispatch(&mut exit, &buses), Next::Again);
+        let mut exit = Exit::MsrWrite { number: u32::MAX, value: u64::MAX, refused: &mut write };
+        assert_eq!(dispatch(&mut exit, &buses), Next::Again);
+        assert_eq!((read, write), (1, 1));
+    }
+
+    #[test]
+    fn hypercalls_that_nobody_takes_have_a_status_each() {
+        let (_, buses) = buses();
+        for (input, expected) in [(0x5c, 0x12), (0x1_005d, 0x12), (0x8001, 2)] {
+            let mut status = 0;
+            let mut exit = Exit::Hypercall { input, parameters: [0; 2], status: &mut status };
+            assert_eq!(dispatch(&mut exit, &buses), Next::Again);
+            assert_eq!(status, expected, "{input:#x}");
+        }
+    }
+
+    #[test]
     fn every_other_exit_has_its_answer() {
         const TRAP: Trap = Trap { exception: 1, pc: 2, dr6: 3 };
         let (_, buses) = buses();
         let stuck = |s| Next::End(End::Stuck(s));
         for (mut exit, next) in [
             (Exit::Halt, Next::Again),
+            (Exit::Synic { vcpu: 0, msr: 0x4000_0080, synic: bus::Synic::default() }, Next::Again),
             (Exit::IoApicEoi(3), Next::Again),
             (Exit::Kicked, Next::Gate),
             (Exit::Shutdown, Next::End(End::TripleFault)),

@@ -97,7 +97,7 @@ impl Observer {
         event.value = value(&exit).unwrap_or(event.value);
         event.handled = u32::try_from(clock::ticks().wrapping_sub(time)).unwrap_or(u32::MAX);
         if this.has_rip {
-            let wanted = event.kind().is_some_and(|kind| kind < Kind::Shutdown);
+            let wanted = event.kind().is_some_and(Kind::has_instruction);
             let system = if wanted { this.code(vcpu, &shared.ram, &event) } else { None };
             if system.is_some() || shared.recorder.wants_all_registers() {
                 registers(&regs, system.as_ref()).events(time).for_each(|event| this.track.write(event));
@@ -123,7 +123,7 @@ impl Observing {
             _ => 16,
         };
         // KVM's emulator is done with an instruction that writes before it leaves: RIP is behind it then.
-        let written = matches!(event.kind(), Some(Kind::PioOut | Kind::MmioWrite));
+        let written = matches!(event.kind(), Some(Kind::PioOut | Kind::MmioWrite | Kind::MsrWrite));
         let before = event.rip.checked_sub(linear::MAX_INSTRUCTION as u64).filter(|_| written);
         for rip in before.into_iter().chain([event.rip]) {
             let mut bytes = [0; 16];
@@ -196,6 +196,22 @@ fn before(exit: &Exit<'_>) -> Event {
         Exit::MmioWrite { address, data } => {
             Event { size: data.len() as u8, ..event(Kind::MmioWrite, *address, number(data)) }
         }
+        Exit::MsrRead { number, .. } => {
+            Event { size: 8, count: 0, ..event(Kind::MsrRead, (*number).into(), 0) }
+        }
+        Exit::MsrWrite { number, value, .. } => {
+            Event { size: 8, count: 0, ..event(Kind::MsrWrite, (*number).into(), *value) }
+        }
+        Exit::Synic { msr, synic, .. } => {
+            // SIEFP and SIMP follow SCONTROL at 2 and 3.
+            let value = match msr & 3 {
+                2 => synic.events,
+                3 => synic.messages,
+                _ => synic.control,
+            };
+            Event { size: 8, ..event(Kind::MsrWrite, (*msr).into(), value) }
+        }
+        Exit::Hypercall { input, .. } => Event { size: 8, ..event(Kind::Hypercall, *input, 0) },
         Exit::Halt => event(Kind::Halt, 0, 0),
         Exit::Shutdown => event(Kind::Shutdown, 0, 0),
         Exit::SystemEvent(number) => event(Kind::SystemEvent, (*number).into(), 0),
@@ -213,6 +229,7 @@ fn value(exit: &Exit<'_>) -> Option<u64> {
     match exit {
         Exit::PioIn { size, data, .. } => Some(number(&data[..*size.min(&data.len())])),
         Exit::MmioRead { data, .. } => Some(number(data)),
+        Exit::Hypercall { status, .. } => Some(**status),
         _ => None,
     }
 }

@@ -345,6 +345,9 @@ impl Report<'_> {
             Kind::InternalError => (Class::Monitor, "KVM_EXIT_INTERNAL_ERROR"),
             Kind::Debug => (Class::Monitor, "KVM_EXIT_DEBUG"),
             Kind::IoApicEoi => (Class::Monitor, "KVM_EXIT_IOAPIC_EOI"),
+            Kind::MsrRead => (Class::Monitor, "KVM_EXIT_X86_RDMSR"),
+            Kind::MsrWrite => (Class::Monitor, "KVM_EXIT_X86_WRMSR, or of Hyper-V's MSRs KVM_EXIT_HYPERV"),
+            Kind::Hypercall => (Class::Monitor, "KVM_EXIT_HYPERV"),
             Kind::Kicked => (Class::Monitor, "KVM_EXIT_INTR"),
             _ => (Class::Monitor, "another reason"),
         };

@@ -41,6 +41,9 @@ impl Filter {
                 Kind::IoApicEoi,
                 Kind::Kicked,
                 Kind::Other,
+                Kind::MsrRead,
+                Kind::MsrWrite,
+                Kind::Hypercall,
             ],
             _ => return None,
         })

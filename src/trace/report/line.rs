@@ -165,5 +165,8 @@ pub fn plain_name(kind: Kind) -> &'static str {
         Kind::InKernel => "in KVM",
         Kind::Registers => "registers",
         Kind::Step => "step",
+        Kind::MsrRead => "msr read",
+        Kind::MsrWrite => "msr write",
+        Kind::Hypercall => "hypercall",
     }
 }

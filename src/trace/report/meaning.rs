@@ -238,6 +238,12 @@ pub fn of_kind(kind: Kind) -> &'static str {
         Kind::Kicked => {
             "A signal to the vCPU's thread, so that it looks who wants it: to pause, to stop, to be looked at. The guest did nothing."
         }
+        Kind::MsrRead | Kind::MsrWrite => {
+            "RDMSR or WRMSR of a model-specific register that KVM was told to ask the monitor about: one that --cpu denies, or one of Hyper-V's interrupt controller."
+        }
+        Kind::Hypercall => {
+            "The guest called its hypervisor by Microsoft's interface, for something that KVM does not do itself."
+        }
         Kind::Queue => {
             "The guest had put requests into a virtqueue and rung its doorbell (ioeventfd); or the worker looked by itself. No vCPU left KVM for this."
         }
