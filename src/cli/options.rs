@@ -22,7 +22,7 @@ const MAX_CONFIG: u64 = 1 << 20;
 /// All options of `vmm run`. Those absent leave the configuration file's value, or the default.
 #[derive(Debug, Default, Args)]
 pub struct Options {
-    /// The kernel: a bzImage, or an ELF vmlinux
+    /// The kernel: a bzImage, or an ELF vmlinux [default: what is installed on the disks]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// The initial RAM disk
@@ -122,10 +122,7 @@ impl Options {
         };
         self.apply(&mut config);
         config.validate()?;
-        if config.kernel.is_none() && !matches!(config.firmware, Some(Firmware::File(_))) {
-            return Err(Failure::new(Code::BadArgument, anyhow!("there is no kernel to boot"))
-                .hint(Some("name one: --kernel FILE")));
-        }
+        config.to_boot()?;
         Ok(config)
     }
 
