@@ -107,8 +107,8 @@ fn debian_boots_its_own_kernel() {
     }
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
-    let mut copy = Command::new("cp");
-    assert!(copy.arg("--sparse=always").arg(bundle("debian.img")).arg(&disk).status().unwrap().success());
+    let copied = Command::new("cp").arg("--sparse=always").arg(bundle("debian.img")).arg(&disk).status();
+    assert!(copied.unwrap().success(), "no disk to copy: cargo guest bundle --out target/guests makes it");
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
     command.arg("--disk").arg(&disk).args(["--mem", "1G"]).stdin(Stdio::piped());
     let mut guest = Guest::start(command);
