@@ -48,7 +48,8 @@
 //! 4. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and drains → nothing moves.
 //!    Every part can then give its state ([`state::Saved`]).
 //!
-//! With `--firmware` the first flow is shorter: the ROM is a memory slot, `Entry` is the reset vector, and firmware asks
+//! Where no kernel is named and there is a disk, the kernel is a program of ours that finds one there ([`config::Kernel`],
+//! `firmware/disk`). With `--firmware` the first flow is shorter: the ROM is a memory slot, `Entry` is the reset vector, and firmware asks
 //! [`legacy::fw_cfg`] for what [`boot::firmware`] prepared.
 //!
 //! **Guest memory is shared with an adversary.** Descriptors and headers are read once into owned memory. Nothing that a guest

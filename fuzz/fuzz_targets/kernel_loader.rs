@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -60,14 +61,14 @@ fn boot(how: u8, image: &[u8], len: u64) -> Result<Entry, Error> {
         let mut file = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).unwrap());
         file.write_all(bytes).unwrap();
         file.set_len(len.max(bytes.len() as u64)).unwrap();
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
         (file, path)
     };
     let (_kernel, kernel) = file(image, len);
     let (_initrd, initrd) = file(b"initrd", 6);
     let protocols = [BootProtocol::Auto, BootProtocol::Linux64, BootProtocol::Pvh, BootProtocol::Auto];
     let payload = Payload {
-        kernel,
+        kernel: kernel.into(),
         initrd: (how & 4 != 0).then_some(initrd),
         cmdline: "console=hvc0".to_owned(),
         protocol: protocols[usize::from(how & 3)],

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -46,9 +47,9 @@ fn elf() -> Vec<u8> {
 fn boot(auto: bool, image: &[u8]) -> Result<Entry, Error> {
     let mut file = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).unwrap());
     file.write_all(image).unwrap();
-    let kernel = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+    let kernel = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     let protocol = if auto { BootProtocol::Auto } else { BootProtocol::Multiboot };
-    let payload = Payload { kernel, initrd: None, cmdline: "a b".to_owned(), protocol };
+    let payload = Payload { kernel: kernel.into(), initrd: None, cmdline: "a b".to_owned(), protocol };
     let memory = Memory::new(&"32M".parse().unwrap()).unwrap();
     load(&memory, &payload, &Platform { cpus: 2, ..Platform::default() })
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::disk;
 use crate::initramfs::{self, Compression};
 use crate::kernel::{Kernel, Kind};
 use crate::rootfs;
@@ -14,7 +15,8 @@ use crate::rootfs;
 const ROOT_PACKAGES: [&str; 3] = ["fio", "procps", "util-linux"];
 
 /// Fills `out` with `NAME-bzImage`, `NAME-vmlinux` and `NAME.cpio` (busybox) for each of `kinds`, `tiny.cpio`, and, if
-/// `root`, a Debian disk `debian.ext4`. The disk is made once; remove it to have it made anew.
+/// `root`, two of Debian: `debian.ext4`, a root file system, and `debian.img`, a disk that boots by itself. Those are made once;
+/// remove them to have them made anew.
 ///
 /// # Errors
 /// A package could not be fetched, or a tool failed.
@@ -36,6 +38,10 @@ pub fn write(out: &Path, kinds: &[Kind], root: bool) -> Result<()> {
     if root && !disk.exists() {
         let source = rootfs::Source::Debian { include: ROOT_PACKAGES.map(str::to_owned).to_vec() };
         rootfs::Recipe { source, size: "1G".to_owned(), label: "root".to_owned() }.write(&disk)?;
+    }
+    let disk = out.join("debian.img");
+    if root && !disk.exists() {
+        disk::write(&disk, disk::MIB, &[])?;
     }
     Ok(())
 }

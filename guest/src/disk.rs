@@ -17,6 +17,8 @@ const MODULES: &str = "virtio_mmio\nvirtio_blk\nvirtio_console\next4\n";
 /// The stock kernel has its virtio console in a module, and until that is loaded an initrd without any console would have no
 /// standard streams: tty0 is one that is always there.
 const CMDLINE: &str = "root=LABEL=root ro console=tty0\n";
+/// Enough for Debian, its kernel, and one more after an update.
+pub const MIB: u64 = 1536;
 /// Where the partition begins, in MiB.
 const START: u64 = 1;
 /// What the backup of the partition table needs at the end, in MiB.

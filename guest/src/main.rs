@@ -99,7 +99,7 @@ struct DiskArgs {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Size of the disk in MiB; it is sparse
-    #[arg(long, value_name = "MIB", default_value_t = 1536)]
+    #[arg(long, value_name = "MIB", default_value_t = disk::MIB)]
     size: u64,
     /// Packages to have beyond the kernel and the minimum
     #[arg(long, value_name = "PKG,...", value_delimiter = ',')]

@@ -60,7 +60,7 @@ pub(super) fn check(path: &Path, cmdline: &str, max: usize) -> Result<(), Error>
 /// - `console=` each console that is not off; the last one, hvc0 before ttyS0, is /dev/console. Without a serial port,
 ///   `8250.nr_uarts=0` saves the kernel the search for one.
 /// - `root=/dev/vda` with `rw`, or `ro` if that disk is read-only, when there is a disk and no initrd (an initrd finds
-///   its root itself).
+///   its root itself), and the kernel is not the disk's own (where its root is, the disk says).
 /// - `panic=-1`: a panic restarts at once, which ends the run, instead of hanging for ever.
 ///
 /// No `reboot=`: a kernel with ACPI uses the reset register of the FADT, which is there; others the i8042, which is too.
@@ -73,7 +73,7 @@ pub fn default_for(config: &VmConfig) -> String {
     if config.console() != Where::Off {
         words.push("console=hvc0");
     }
-    if let (Some(disk), None) = (config.disk.first(), &config.initrd) {
+    if let (Some(disk), None, Some(_)) = (config.disk.first(), &config.initrd, &config.kernel) {
         words.push("root=/dev/vda");
         words.push(if disk.readonly { "ro" } else { "rw" });
     }
@@ -94,13 +94,15 @@ mod tests {
         assert_eq!(default("{}"), "8250.nr_uarts=0 console=hvc0 panic=-1");
         assert_eq!(default(r#"{"serial": "stdio"}"#), "console=ttyS0 panic=-1");
         assert_eq!(
-            default(r#"{"serial": "pty", "disk": ["/d"]}"#),
+            default(r#"{"serial": "pty", "disk": ["/d"], "kernel": "/k"}"#),
             "console=ttyS0 console=hvc0 root=/dev/vda rw panic=-1"
         );
         assert_eq!(
-            default(r#"{"console": "off", "disk": ["/d,readonly", "/e"]}"#),
+            default(r#"{"console": "off", "disk": ["/d,readonly", "/e"], "kernel": "/k"}"#),
             "8250.nr_uarts=0 root=/dev/vda ro panic=-1"
         );
-        assert_eq!(default(r#"{"disk": ["/d"], "initrd": "/i"}"#), "8250.nr_uarts=0 console=hvc0 panic=-1");
+        let no_root = "8250.nr_uarts=0 console=hvc0 panic=-1";
+        assert_eq!(default(r#"{"disk": ["/d"], "initrd": "/i", "kernel": "/k"}"#), no_root);
+        assert_eq!(default(r#"{"disk": ["/d"]}"#), no_root, "the disk knows");
     }
 }

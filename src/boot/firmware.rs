@@ -136,7 +136,7 @@ fn place(memory: &mut Memory, rom: &[u8]) -> Result<(), String> {
 }
 
 fn add_payload(items: &mut Items, memory: &Memory, payload: &Payload) -> Result<(), Error> {
-    let kernel = Image::open(&payload.kernel, Role::Kernel)?;
+    let kernel = Image::kernel(&payload.kernel)?;
     let initrd = payload.initrd.as_ref().map(|path| Image::open(path, Role::Initrd)).transpose()?;
     let size = initrd.as_ref().map_or(0, Image::len);
     let initrd_at = |kernel: &Range<u64>, below: u64| {
@@ -200,7 +200,7 @@ fn add_payload(items: &mut Items, memory: &Memory, payload: &Payload) -> Result<
             return Err(no_pvh(payload, "--boot linux64 was asked for, and firmware takes ELF by PVH only"));
         }
     }
-    cmdline::check(&payload.kernel, &payload.cmdline, cmdline_max)?;
+    cmdline::check(payload.kernel.path(), &payload.cmdline, cmdline_max)?;
     let cmdline = [payload.cmdline.as_bytes(), &[0]].concat();
     items.add_bytes(item::SETUP_ADDR, (SETUP as u32).to_le_bytes());
     items.add_bytes(item::SETUP_SIZE, (setup.len() as u32).to_le_bytes());
@@ -218,7 +218,7 @@ fn add_payload(items: &mut Items, memory: &Memory, payload: &Payload) -> Result<
 
 fn no_pvh(payload: &Payload, why: &'static str) -> Error {
     let hint = "firmware boots a bzImage, or an ELF file built with CONFIG_PVH=y; without --firmware others start, too";
-    Error::NoPvh { path: payload.kernel.clone(), why, hint }
+    Error::NoPvh { path: payload.kernel.path().to_owned(), why, hint }
 }
 
 /// A part of a file.

@@ -5,13 +5,15 @@
 //! headers that the loaders ask for.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
+use super::BOOT_DISK;
 use super::error::{Error, Role};
+use crate::config::Kernel;
 use crate::memory::{self, GuestRam};
 
 /// An open kernel or initrd.
@@ -23,6 +25,24 @@ pub struct Image {
 }
 
 impl Image {
+    /// Opens `kernel`. The built-in one becomes a file in memory, so that all goes one way from here on.
+    ///
+    /// # Errors
+    /// As [`Image::open`].
+    pub fn kernel(kernel: &Kernel) -> Result<Self, Error> {
+        let role = Role::Kernel;
+        match kernel {
+            Kernel::File(path) => Self::open(path, role),
+            Kernel::BootDisk => {
+                let path = kernel.path().to_owned();
+                match in_memory(BOOT_DISK) {
+                    Ok(file) => Ok(Self { file, path, role, len: BOOT_DISK.len() as u64 }),
+                    Err(source) => Err(Error::Open { role, path, source }),
+                }
+            }
+        }
+    }
+
     /// Opens `path`, which must be a regular file with something in it.
     ///
     /// # Errors
@@ -193,4 +213,10 @@ impl Image {
             source,
         })
     }
+}
+
+fn in_memory(bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create("boot-disk", rustix::fs::MemfdFlags::CLOEXEC)?);
+    file.write_all(bytes)?;
+    Ok(file)
 }

@@ -21,7 +21,7 @@ pub mod tables;
 
 use std::path::PathBuf;
 
-use crate::config::BootProtocol;
+use crate::config::{BootProtocol, Kernel};
 use crate::kvm::regs::Entry;
 use crate::memory::{self, Memory, layout};
 
@@ -30,11 +30,14 @@ pub use error::{Error, Role};
 use image::Image;
 use sniff::Format;
 
+/// The program that finds a kernel on a disk, built from `firmware/disk`: a PVH kernel.
+pub const BOOT_DISK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bootdisk"));
+
 /// What to boot.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Payload {
     /// The kernel: bzImage, x86-64 ELF or Multiboot image, told apart by content.
-    pub kernel: PathBuf,
+    pub kernel: Kernel,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
     /// Kernel command line.
@@ -49,11 +52,11 @@ pub struct Payload {
 /// # Errors
 /// [`Error`], which names the file and has a hint. `memory` may have been written to in part.
 pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> Result<Entry, Error> {
-    let kernel = Image::open(&payload.kernel, Role::Kernel)?;
+    let kernel = Image::kernel(&payload.kernel)?;
     let (format, multiboot) = sniff::kernel(&kernel)?;
     let initrd = payload.initrd.as_ref().map(|path| Image::open(path, Role::Initrd)).transpose()?;
     let rsdp = tables::write(memory.ram(), platform)
-        .map_err(|source| Error::Tables { path: payload.kernel.clone(), source })?;
+        .map_err(|source| Error::Tables { path: kernel.path().to_owned(), source })?;
     expect_linux(memory);
     let boot = Boot { memory, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &payload.cmdline, rsdp };
     match (format, payload.protocol) {
@@ -62,13 +65,13 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
             multiboot::load(&boot, multiboot.as_ref())
         }
         (Format::Flat, _) => Err(Error::NotAKernel {
-            path: payload.kernel.clone(),
+            path: kernel.path().to_owned(),
             what: "a Multiboot image",
             hint: "leave --boot away, or say --boot multiboot",
         }),
         (Format::BzImage, BootProtocol::Auto | BootProtocol::Linux64) => linux::load_bzimage(&boot),
         (Format::BzImage, BootProtocol::Pvh) => Err(Error::NoPvh {
-            path: payload.kernel.clone(),
+            path: kernel.path().to_owned(),
             why: "it is a bzImage",
             hint: "extract the vmlinux inside it (scripts/extract-vmlinux of the kernel source does) and boot that, \
                    or leave --boot pvh away",
@@ -81,7 +84,7 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
                     multiboot::load(&boot, multiboot.as_ref())
                 }
                 (None, BootProtocol::Pvh) => Err(Error::NoPvh {
-                    path: payload.kernel.clone(),
+                    path: kernel.path().to_owned(),
                     why: "its ELF notes have no XEN_ELFNOTE_PHYS32_ENTRY",
                     hint: "build it with CONFIG_PVH=y, or leave --boot pvh away",
                 }),

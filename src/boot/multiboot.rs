@@ -285,7 +285,7 @@ mod tests {
         let module = folder.path().join("env");
         std::fs::write(&module, b"A=1\n").unwrap();
         let initrd = initrd.then_some(module);
-        let payload = Payload { kernel, initrd, cmdline: "a b".to_owned(), protocol };
+        let payload = Payload { kernel: kernel.into(), initrd, cmdline: "a b".to_owned(), protocol };
         let memory = Memory::new(&"32M".parse().unwrap()).unwrap();
         load(&memory, &payload, &Platform { cpus: 1, ..Platform::default() }).map(|entry| (entry, memory))
     }

@@ -95,8 +95,12 @@ impl Case {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("some-kernel");
         fs::write(&path, kernel).unwrap();
-        let payload =
-            Payload { kernel: path, initrd: None, cmdline: "a=b c".into(), protocol: BootProtocol::Auto };
+        let payload = Payload {
+            kernel: path.into(),
+            initrd: None,
+            cmdline: "a=b c".into(),
+            protocol: BootProtocol::Auto,
+        };
         Self { folder, payload }
     }
 
@@ -347,8 +351,9 @@ fn files_that_cannot_be_read_are_refused_at_once() {
     assert!(case.error("64M").contains("initrd") && case.error("64M").contains("is empty"));
     case.payload.initrd = Some(case.folder.path().join("some-missing"));
     assert!(case.error("64M").contains("open initrd"));
-    case.payload.kernel = case.folder.path().join("some-folder");
-    fs::create_dir(&case.payload.kernel).unwrap();
+    let folder = case.folder.path().join("some-folder");
+    fs::create_dir(&folder).unwrap();
+    case.payload.kernel = folder.into();
     assert!(case.error("64M").contains("is a directory"));
     let pipe = case.folder.path().join("some-pipe");
     rustix::fs::mknodat(
@@ -359,7 +364,7 @@ fn files_that_cannot_be_read_are_refused_at_once() {
         0,
     )
     .unwrap();
-    case.payload.kernel = pipe;
+    case.payload.kernel = pipe.into();
     assert!(case.error("64M").contains("is a pipe"));
 }
 
@@ -497,7 +502,7 @@ fn real_kernels_load() {
     }
     for kernel in kernels {
         let case = Case::new(&[]).initrd(&[1; 1 << 20]);
-        let payload = Payload { kernel: kernel.clone(), ..case.payload.clone() };
+        let payload = Payload { kernel: kernel.clone().into(), ..case.payload.clone() };
         for protocol in [BootProtocol::Auto, BootProtocol::Linux64] {
             let case = Case {
                 folder: tempfile::tempdir().unwrap(),

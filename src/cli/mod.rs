@@ -33,6 +33,8 @@ Examples:
       boot a kernel to its initramfs, on this terminal
   vmm --kernel bzImage --disk root.img --cpus 2 --cmdline 'console=hvc0 root=/dev/vda rw'
       two CPUs, and the root file system on a disk
+  vmm --disk debian.img --mem 1G
+      a disk with an installed system: its own kernel and initrd, and a second to choose if there are several
   vmm --config vm.json --mem 2G --name web
       everything from a file, but with other memory, under a name
   vmm --kernel vmlinux --serial stdio --cmdline 'console=ttyS0 earlyprintk=serial'

@@ -22,7 +22,7 @@ const MAX_CONFIG: u64 = 1 << 20;
 /// All options of `vmm run`. Those absent leave the configuration file's value, or the default.
 #[derive(Debug, Default, Args)]
 pub struct Options {
-    /// The kernel: a bzImage, or an ELF vmlinux
+    /// The kernel: a bzImage, or an ELF vmlinux [default: the one that is installed on a disk]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// The initial RAM disk
@@ -41,7 +41,8 @@ pub struct Options {
     /// Windows), ,nested=on (VT-x or AMD-V), ,msr-deny=MSR[-MSR] (#GP), ,vendor=intel|amd [default: host]
     #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
     cpu: Option<Cpu>,
-    /// A disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ...
+    /// A disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ... Without --kernel,
+    /// what is installed there is booted
     #[arg(long, value_name = "path=FILE")]
     disk: Vec<Disk>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH, socket=PATH, off [default: stdio]
@@ -122,10 +123,7 @@ impl Options {
         };
         self.apply(&mut config);
         config.validate()?;
-        if config.kernel.is_none() && !matches!(config.firmware, Some(Firmware::File(_))) {
-            return Err(Failure::new(Code::BadArgument, anyhow!("there is no kernel to boot"))
-                .hint(Some("name one: --kernel FILE")));
-        }
+        config.to_boot()?;
         Ok(config)
     }
 

@@ -7,6 +7,7 @@
 pub mod cpu;
 pub mod cpu_features;
 mod firmware;
+mod kernel;
 pub mod msr;
 mod text;
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use cpu::Cpu;
 pub use firmware::Firmware;
+pub use kernel::Kernel;
 pub use text::{ParseError, Size};
 
 /// A virtual machine, wholly described.
@@ -24,7 +26,7 @@ pub use text::{ParseError, Size};
 pub struct VmConfig {
     /// Name under which the VM is listed; generated if absent.
     pub name: Option<String>,
-    /// The kernel: bzImage or ELF vmlinux.
+    /// The kernel: bzImage or ELF vmlinux. Absent: what the disks have installed (see [`VmConfig::to_boot`]).
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,

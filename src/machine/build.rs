@@ -15,7 +15,7 @@ use crate::boot::tables::{Platform, VirtioMmio};
 use crate::boot::{self, Payload, firmware};
 use crate::bus::{Bus, Device, Hypercalls, SharedDevice};
 use crate::chardev::{Ends, Escape};
-use crate::config::{Firmware, VmConfig, Where};
+use crate::config::{Kernel, VmConfig, Where};
 use crate::kvm::regs::Entry;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
@@ -156,7 +156,9 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
 /// Whether the files are so small that reading them takes less than starting a thread for it: test guests, unikernels.
 fn loads_at_once(payload: &Payload) -> bool {
     const SMALL: u64 = 256 << 10;
-    let files = [Some(&payload.kernel), payload.initrd.as_ref()];
+    // The built-in one is small, and no initrd belongs to it.
+    let Kernel::File(kernel) = &payload.kernel else { return true };
+    let files = [Some(kernel), payload.initrd.as_ref()];
     // What is wrong with a file is told by who loads it.
     let size = |path| fs::metadata(path).map_or(0, |metadata| metadata.len());
     files.into_iter().flatten().map(size).sum::<u64>() <= SMALL
@@ -196,15 +198,13 @@ fn load_meanwhile(
 
 /// None where there is firmware that can do without.
 fn payload(config: &VmConfig) -> Result<Option<Payload>, Error> {
-    let Some(kernel) = config.kernel.clone() else {
-        return if let Some(Firmware::File(_)) = config.firmware { Ok(None) } else { Err(Error::NoKernel) };
-    };
-    Ok(Some(Payload {
+    let payload = |kernel| Payload {
         kernel,
         initrd: config.initrd.clone(),
         cmdline: config.cmdline.clone().unwrap_or_else(|| boot::cmdline::default_for(config)),
         protocol: config.boot,
-    }))
+    };
+    Ok(config.to_boot()?.map(payload))
 }
 
 /// What the guest's tables say of the machine: where each device of `config` is, before any is built.

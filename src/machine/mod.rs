@@ -53,9 +53,6 @@ pub enum Error {
     /// It has ended.
     #[error(transparent)]
     Ended(#[from] AlreadyEnded),
-    /// No kernel was given.
-    #[error("there is nothing to boot")]
-    NoKernel,
     /// Two devices want the same address: a mistake in the layout.
     #[error(transparent)]
     Layout(#[from] Overlap),
@@ -94,7 +91,6 @@ impl Error {
             Self::Kvm(e) => e.hint().map(Cow::from),
             Self::Boot(e) => Some(e.hint()),
             Self::Device(e) => e.hint().map(Cow::from),
-            Self::NoKernel => Some("give a bzImage or vmlinux: --kernel FILE".into()),
             Self::TooManyDevices { .. } => Some("leave out disks".into()),
             Self::Memory(_) => Some("ask for less with --mem, or free memory on the host".into()),
             Self::TooManyCpus { .. } | Self::Layout(_) | Self::Host { .. } => None,
@@ -106,7 +102,7 @@ impl Error {
     /// Whether the caller's request was wrong (and not the host lacking something).
     pub fn is_bad_argument(&self) -> bool {
         match self {
-            Self::Config(_) | Self::Boot(_) | Self::NoKernel => true,
+            Self::Config(_) | Self::Boot(_) => true,
             Self::TooManyDevices { .. } | Self::TooManyCpus { .. } => true,
             Self::Device(_) | Self::Chardev(_) => true,
             Self::Kvm(_) | Self::Memory(_) | Self::Transport(_) | Self::Layout(_) => false,

@@ -64,7 +64,7 @@ impl Code {
         }
         match votes.into_iter().max_by_key(|(count, _)| *count) {
             Some((_, instruction)) => (instruction.ip(), Some(text(&instruction))),
-            None => (event.rip, at.map(|instruction| text(&instruction))),
+            None => (event.rip, at.filter(|at| fits(at, event)).map(|at| text(&at))),
         }
     }
 

@@ -24,6 +24,7 @@ pub fn tell(header: &Header, event: &Event) -> Option<String> {
         "serial" => serial(offset, read, event),
         "i8042" => i8042(offset, read, event),
         "acpi-pm" => access(acpi_pm(offset), read, event),
+        "fw-cfg" => access(fw_cfg(offset), read, event),
         "debug-exit" | "boot-marks" => access("", read, event),
         _ if name.starts_with("virtio-") => virtio_mmio(offset, read, event),
         _ => access(&format!("+{offset:#x}"), read, event),
@@ -88,6 +89,17 @@ fn acpi_pm(offset: u64) -> &'static str {
         1 => "sleep status",
         2 => "reset",
         4 => "events",
+        _ => "reserved",
+    }
+}
+
+/// QEMU's docs/specs/fw_cfg.rst. The address of a request is in big-endian order; its low half starts it.
+fn fw_cfg(offset: u64) -> &'static str {
+    match offset {
+        0 => "selector",
+        1 => "data",
+        4..8 => "DMA address high",
+        8.. => "DMA address low",
         _ => "reserved",
     }
 }

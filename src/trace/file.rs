@@ -72,6 +72,9 @@ pub struct Header {
     pub vmm: String,
     /// The kernel, for its symbols.
     pub kernel: Option<PathBuf>,
+    /// What was loaded is the monitor's own program that finds a kernel on a disk.
+    #[serde(default)]
+    pub boots_disk: bool,
     /// Its command line.
     pub cmdline: Option<String>,
     /// The host's processor: "AuthenticAMD", "GenuineIntel". Decides which hardware's exit reasons are shown first.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::file::{Header, Range};
 use crate::bus::Bus;
-use crate::config::VmConfig;
+use crate::config::{Kernel, VmConfig};
 use crate::vcpu::dispatch::Buses;
 
 impl Header {
@@ -20,6 +20,7 @@ impl Header {
         Self {
             vmm: env!("CARGO_PKG_VERSION").to_owned(),
             kernel: config.kernel.as_ref().map(absolute),
+            boots_disk: matches!(config.to_boot(), Ok(Some(Kernel::BootDisk))),
             cmdline: config.cmdline.clone(),
             vendor: vendor.map_or("", |(_, vendor)| vendor).to_owned(),
             ports: ranges(&buses.pio),

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use crate::guest::{Guest, Kernel, available, bundle, run};
 use crate::kernels::{LOOK, complaints};
 
-const QBOOT: &str = "/usr/share/qemu/qboot.rom";
+pub const QBOOT: &str = "/usr/share/qemu/qboot.rom";
 const SEABIOS: &str = "/usr/share/seabios/bios-microvm.bin";
 const QEMU: &str = "/usr/share/qemu";
 
@@ -27,7 +27,7 @@ fn as_directly(kernel: Kernel, arguments: &[&str]) {
 }
 
 /// Whether there is that file; says so if not, and fails if it must be.
-fn packaged(test: &str, file: &str, package: &str) -> bool {
+pub fn packaged(test: &str, file: &str, package: &str) -> bool {
     if std::path::Path::new(file).exists() {
         return available(test);
     }

@@ -19,7 +19,9 @@ fn arguments_that_cannot_be() {
     let long = "x".repeat(65);
     for (arguments, words) in [
         ("run", &["no kernel"][..]),
-        ("--mem 1G", &["no kernel"]),
+        ("--mem 1G", &["no kernel", "no disk"]),
+        ("--initrd k --disk d", &["--initrd", "no kernel"]),
+        ("--boot linux64 --disk d", &["--boot", "no kernel"]),
         ("--kernel k --mem 0", &["--mem 0"]),
         ("--kernel k --mem 1M", &["--mem 1M"]),
         ("--kernel k --mem 999T", &["--mem 999T"]),

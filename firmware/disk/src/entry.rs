@@ -1,4 +1,4 @@
-//! From PVH's entry (32-bit protected mode, no paging) to 64-bit Rust; the memory functions that the compiler calls; the end.
+//! From PVH's entry (32-bit protected mode, no paging) to 64-bit Rust; ports; the end.
 
 use core::arch::{asm, global_asm};
 
@@ -109,67 +109,4 @@ pub fn power_off() -> ! {
         // SAFETY: nothing is left to do.
         unsafe { asm!("cli", "hlt", options(nomem, nostack)) }
     }
-}
-
-/// # Safety
-/// As C's memcpy.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
-    // SAFETY: the caller's contract; the ABI keeps the direction flag clear.
-    unsafe {
-        asm!("rep movsb", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _,
-            options(nostack, preserves_flags));
-    }
-    to
-}
-
-/// # Safety
-/// As C's memmove.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
-    if (to as usize).wrapping_sub(from as usize) >= count {
-        // SAFETY: copying upwards is right unless `to` lies inside of what is read.
-        return unsafe { memcpy(to, from, count) };
-    }
-    // SAFETY: the caller's contract; the direction flag is cleared again.
-    unsafe {
-        asm!("std", "rep movsb", "cld", inout("rcx") count => _,
-            inout("rdi") to.wrapping_add(count).wrapping_sub(1) => _,
-            inout("rsi") from.wrapping_add(count).wrapping_sub(1) => _, options(nostack));
-    }
-    to
-}
-
-/// # Safety
-/// As C's memset.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memset(to: *mut u8, value: i32, count: usize) -> *mut u8 {
-    // SAFETY: the caller's contract; the ABI keeps the direction flag clear.
-    unsafe {
-        asm!("rep stosb", inout("rcx") count => _, inout("rdi") to => _, in("al") value as u8,
-            options(nostack, preserves_flags));
-    }
-    to
-}
-
-/// # Safety
-/// As C's memcmp.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
-    for at in 0..count {
-        // SAFETY: the caller's contract; volatile, so that the compiler does not make a call to memcmp of this loop.
-        let (a, b) = unsafe { (a.add(at).read_volatile(), b.add(at).read_volatile()) };
-        if a != b {
-            return i32::from(a) - i32::from(b);
-        }
-    }
-    0
-}
-
-/// # Safety
-/// As C's bcmp.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
-    // SAFETY: the caller's contract.
-    unsafe { memcmp(a, b, count) }
 }

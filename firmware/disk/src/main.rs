@@ -10,6 +10,7 @@ mod clock;
 mod console;
 mod entry;
 mod handover;
+mod memory;
 mod menu;
 mod start_info;
 mod virtio;

@@ -25,10 +25,10 @@ pub fn choose(entries: &Entries, console: &mut Console) -> usize {
     let (clock, mut looked) = (Clock::start(), 0);
     // Where in an arrow's three bytes we are, and whether somebody is there: then there is no hurry.
     let (mut escape, mut stay) = (0, false);
-    loop {
+    let chosen = 'chosen: loop {
         let now = clock.milliseconds();
         if now >= MILLISECONDS && !stay {
-            return chosen;
+            break chosen;
         }
         if now < looked + LOOK_EVERY {
             core::hint::spin_loop();
@@ -45,10 +45,14 @@ pub fn choose(entries: &Entries, console: &mut Console) -> usize {
                     let _ = write!(console, "\r{:2} ", chosen + 1);
                     console.flush();
                 }
-                (_, b'\r' | b'\n') => return chosen,
-                (_, b'1'..=b'9') if usize::from(byte - b'1') <= last => return usize::from(byte - b'1'),
+                (_, b'\r' | b'\n') => break 'chosen chosen,
+                (_, b'1'..=b'9') if usize::from(byte - b'1') <= last => break 'chosen usize::from(byte - b'1'),
                 _ => escape = 0,
             }
         }
+    };
+    if stay {
+        say!(console, "");
     }
+    chosen
 }

@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn firmware_ends_with_the_last_that_it_asks() {
+    fn firmware_and_what_boots_a_disk_are_stretches_of_their_own() {
         let range = |name: &str, base, size| Range { name: name.to_owned(), base, size };
         let mut trace = Trace::default();
         trace.header.ports = vec![range("boot-marks", 0x80, 1), range("fw-cfg", 0x510, 12)];
@@ -147,9 +147,18 @@ mod tests {
             out(5, 0x100_0500, 0x1234),
             out(6, kernel, 0x1234),
         ];
-        let (_, data) = page(&trace, &Filter::default());
-        let names: Vec<_> = data["phases"].as_array().unwrap().iter().map(|phase| &phase["name"]).collect();
-        assert_eq!(names, ["monitor", "firmware", "guest", "kernel"]);
+        let names = |trace: &Trace| -> Vec<String> {
+            let phases = page(trace, &Filter::default()).1["phases"].as_array().unwrap().clone();
+            phases.iter().map(|phase| phase["name"].as_str().unwrap().to_owned()).collect()
+        };
+        assert_eq!(names(&trace), ["monitor", "firmware", "guest", "kernel"]);
+        // What it starts is the program that boots a disk.
+        trace.header.boots_disk = true;
+        let program = [out(5, 0x10_3910, 0x3fd), out(5, 0x10_3950, 0x3f8)];
+        trace.events.splice(4..4, program);
+        assert_eq!(names(&trace), ["monitor", "firmware", "disk", "guest", "kernel"]);
+        trace.events.drain(..4);
+        assert_eq!(names(&trace), ["monitor", "disk", "guest", "kernel"]);
     }
 
     #[test]

@@ -20,6 +20,9 @@ const KERNEL: u64 = 0xffff_8000_0000_0000;
 const FW_CFG: &str = "fw-cfg";
 const ROM: Range<u64> = 0xff00_0000..0x1_0000_0000;
 
+/// Where the program lies that finds a kernel on a disk (`firmware/disk/src/link.ld`); the kernel does not.
+const DISK: Range<u64> = 0x10_0000..0x20_0000;
+
 /// A kernel's image is not larger, as it lies in memory at first.
 const IMAGE: u64 = 32 << 20;
 
@@ -59,8 +62,6 @@ pub struct Stages {
     /// vCPUs that have been in the kernel's half.
     high: BTreeSet<u32>,
     phases: Vec<Phase>,
-    /// One of them is firmware's.
-    has_firmware: bool,
     uses: Vec<Use>,
     marks: usize,
     /// Its sentence is made at the end only.
@@ -111,8 +112,11 @@ impl Stages {
             return;
         }
         let device = devices::name(&report.trace.header, event);
+        let until = || t.saturating_add(report.trace.ns(event.handled.into()) as i64);
         if device.is_some_and(|name| name == FW_CFG) {
-            self.firmware(t.saturating_add(report.trace.ns(event.handled.into()) as i64));
+            self.loader("firmware", "from the reset vector to the last that it asks fw_cfg", until());
+        } else if report.trace.header.boots_disk && self.high.is_empty() && DISK.contains(&rip) {
+            self.loader("disk", "finds a kernel on a disk and loads it: to the program's last exit", until());
         }
         let told = || devices::tell(&report.trace.header, event).unwrap_or_default();
         if let Some(name) = device {
@@ -137,24 +141,27 @@ impl Stages {
         self.before[0] += 1;
     }
 
-    /// What ran until now was firmware: nobody else asks that device.
-    fn firmware(&mut self, until: i64) {
-        let Some(guest) = self.phases.last_mut().filter(|phase| phase.name == "guest") else { return };
+    /// What ran until now was `name`, which is not yet the kernel: nobody else makes such an exit.
+    fn loader(&mut self, name: &'static str, how: &'static str, until: i64) {
+        let [.., before, guest] = &mut self.phases[..] else { return };
+        if guest.name != "guest" {
+            return;
+        }
         // The kernel's place is another.
         self.low = None;
-        if self.has_firmware {
+        if before.name == name {
             guest.from = until;
             return;
         }
-        self.has_firmware = true;
-        (guest.name, guest.how) = ("firmware", "from the reset vector to the last that it asks fw_cfg");
+        (guest.name, guest.how) = (name, how);
         self.phases.push(Phase { name: "guest", from: until, how: "the kernel, or what loads it, begins" });
     }
 
     /// Where a kernel of Linux's making is: at low addresses first, in its own half then, in a program's half at last.
     fn phase(&mut self, track: u32, t: i64, rip: u64) {
         let last = self.phases.last().map(|phase| phase.name);
-        if self.has_firmware && self.low.is_none() && ROM.contains(&rip) {
+        let by_firmware = self.phases.iter().any(|phase| phase.name == "firmware");
+        if by_firmware && self.low.is_none() && ROM.contains(&rip) {
             return;
         }
         let low = *self.low.get_or_insert(rip);

@@ -41,7 +41,8 @@ fn parts(config: &VmConfig) -> Result<Parts, String> {
     let memory = Memory::new(&config.mem).map_err(text)?;
     let vm = kvm.create_vm(&memory).map_err(text)?;
     let kernel = config.kernel.clone().ok_or("nothing to boot")?;
-    let payload = Payload { kernel, initrd: None, cmdline: String::new(), protocol: config.boot };
+    let payload =
+        Payload { kernel: kernel.into(), initrd: None, cmdline: String::new(), protocol: config.boot };
     let platform = machine::platform(config).map_err(text)?;
     let entry = boot::load(&memory, &payload, &platform).map_err(text)?;
     let vcpu = vm.create_vcpu(0, 1, &crate::config::Cpu::default()).map_err(text)?;

@@ -48,7 +48,7 @@
   const at = (t) => 100 * Math.min(Math.max((t - START) / (END - START), 0), 1);
   const [marks, step] = rounds(START, END, 8);
   const lines = () => marks.map((t) => el("i", { class: "grid", style: `left:${at(t)}%` }));
-  const KINDS = { monitor: 0, guest: 1, kernel: 2, programs: 3, firmware: 4 };
+  const KINDS = { monitor: 0, guest: 1, kernel: 2, programs: 3, firmware: 4, disk: 5 };
   const phases = D.phases.map((phase, i) => {
     const to = i + 1 < D.phases.length ? D.phases[i + 1].from : END;
     const kind = KINDS[phase.name];
