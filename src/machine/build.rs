@@ -117,6 +117,9 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     if entry != Entry::Reset {
         vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
     }
+    if let [_, .., last] = vcpus.as_slice() {
+        last.join_apic_map()?;
+    }
     vcpus[0].enter_at(entry)?;
     steps.done(Step::Vcpus);
 
