@@ -84,6 +84,12 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
                     why: "its ELF notes have no XEN_ELFNOTE_PHYS32_ENTRY",
                     hint: "build it with CONFIG_PVH=y, or leave --boot pvh away",
                 }),
+                // Only the ways in above are marked as a kernel's.
+                (_, _) if elf.interpreted => Err(Error::NotAKernel {
+                    path: payload.kernel.clone(),
+                    what: "a program",
+                    hint: "give a bzImage or a vmlinux",
+                }),
                 (_, _) => linux::load_elf(&boot, &elf),
             }
         }
