@@ -72,7 +72,11 @@ impl Elf {
                 _ => {}
             }
         }
-        Ok(Self { pvh_entry: pvh_note, interpreted, ..Self::from_segments(kernel, header.e_entry, segments)? })
+        Ok(Self {
+            pvh_entry: pvh_note,
+            interpreted,
+            ..Self::from_segments(kernel, header.e_entry, segments)?
+        })
     }
 
     /// What another format describes as ELF does.

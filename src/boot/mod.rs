@@ -54,7 +54,14 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
     let initrd = payload.initrd.as_ref().map(|path| Image::open(path, Role::Initrd)).transpose()?;
     let rsdp = tables::write(memory.ram(), platform)
         .map_err(|source| Error::Tables { path: payload.kernel.clone(), source })?;
-    let boot = Boot { memory, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &payload.cmdline, rsdp };
+    let boot = Boot {
+        memory,
+        kernel: &kernel,
+        initrd: initrd.as_ref(),
+        cmdline: &payload.cmdline,
+        cpus: platform.cpus,
+        rsdp,
+    };
     match (format, payload.protocol) {
         (_, BootProtocol::Multiboot) => multiboot::load(&boot, multiboot.as_ref()),
         (Format::Elf32 | Format::Flat, BootProtocol::Auto) if multiboot.is_some() => {
@@ -102,6 +109,8 @@ struct Boot<'a> {
     kernel: &'a Image,
     initrd: Option<&'a Image>,
     cmdline: &'a str,
+    /// Processors.
+    cpus: u32,
     /// Guest physical address of the ACPI root pointer.
     rsdp: u64,
 }
