@@ -80,6 +80,28 @@ fn a_multiboot_kernel_finds_its_magic_number_command_line_and_module() {
     }
 }
 
+/// Memory testers do so: they leave the local APIC as firmware has left it.
+#[test]
+fn the_last_cpu_starts_though_nobody_wrote_to_an_apic_before() {
+    let image = image(|a| {
+        // At 0x8000: mov al, 0x15; out 0xf4, al; hlt.
+        a.mov(dword_ptr(0x8000), 0xf4e6_15b0u32 as i32).unwrap();
+        a.mov(dword_ptr(0x8004), 0xf4).unwrap();
+        // INIT and a start-up IPI for page 8, to APIC 1.
+        a.mov(dword_ptr(0xfee0_0310u64), 1 << 24).unwrap();
+        a.mov(dword_ptr(0xfee0_0300u64), 0x4500).unwrap();
+        a.mov(dword_ptr(0xfee0_0300u64), 0x4608).unwrap();
+        a.mov(ecx, 1_000_000u32).unwrap();
+        let mut wait = a.create_label();
+        a.set_label(&mut wait).unwrap();
+        a.pause().unwrap();
+        a.dec(ecx).unwrap();
+        a.jne(wait).unwrap();
+        exit(a, 2);
+    });
+    assert_eq!(run(&image, &["--cpus", "2"]), (vec![], 0x15));
+}
+
 #[test]
 fn the_test_device_keeps_a_register_memory_and_pages() {
     let image = image(|a| {

@@ -42,6 +42,8 @@ pub struct Elf {
     pub entry: u64,
     /// The PVH entry point, if it has one.
     pub pvh_entry: Option<u32>,
+    /// It names a loader of programs to run it. Programs do; so do FreeBSD's kernel and Solo5's, which nobody loads so.
+    pub interpreted: bool,
     segments: Vec<Segment>,
 }
 
@@ -49,7 +51,7 @@ impl Elf {
     /// Parses the headers of `kernel`, which begins with ELF's magic number.
     ///
     /// # Errors
-    /// Other classes and machines, programs, and headers that contradict themselves.
+    /// Other classes and machines, and headers that contradict themselves.
     pub fn parse(kernel: &Image) -> Result<Self, Error> {
         let header: Elf64_Ehdr = kernel.header(0, "the ELF header")?;
         check_machine(kernel, &header)?;
@@ -59,24 +61,22 @@ impl Elf {
         if usize::from(header.e_phentsize) != size_of::<Elf64_Phdr>() {
             return Err(kernel.damaged(format!("program headers of {} bytes", header.e_phentsize)));
         }
-        let (mut pvh_note, mut segments) = (None, Vec::new());
+        let (mut pvh_note, mut interpreted, mut segments) = (None, false, Vec::new());
         for i in 0..u64::from(header.e_phnum) {
             let at = header.e_phoff.saturating_add(i * size_of::<Elf64_Phdr>() as u64);
             let program: Elf64_Phdr = kernel.header(at, "a program header")?;
             match program.p_type {
                 PT_LOAD if program.p_memsz > 0 => segments.push(segment(kernel, &program)?),
                 PT_NOTE => pvh_note = pvh_note.or(pvh_entry(kernel, &program)?),
-                PT_INTERP => {
-                    return Err(Error::NotAKernel {
-                        path: kernel.path().to_owned(),
-                        what: "a program",
-                        hint: "give a bzImage or a vmlinux",
-                    });
-                }
+                PT_INTERP => interpreted = true,
                 _ => {}
             }
         }
-        Ok(Self { pvh_entry: pvh_note, ..Self::from_segments(kernel, header.e_entry, segments)? })
+        Ok(Self {
+            pvh_entry: pvh_note,
+            interpreted,
+            ..Self::from_segments(kernel, header.e_entry, segments)?
+        })
     }
 
     /// What another format describes as ELF does.
@@ -92,7 +92,7 @@ impl Elf {
         if total > kernel.len() {
             return Err(kernel.damaged("its segments are longer than the file"));
         }
-        Ok(Self { entry, pvh_entry: None, segments })
+        Ok(Self { entry, pvh_entry: None, interpreted: false, segments })
     }
 
     /// The memory that the kernel takes, from its first to its last byte.

@@ -113,7 +113,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A bzImage from before the 64-bit boot protocol was marked in the header.
-    #[error("kernel {} has boot protocol {}.{:02}; 2.12 is the oldest that can be booted", path.display(),
+    #[error("kernel {} has boot protocol {}.{:02}, too old to be booted so", path.display(),
         version >> 8, version & 0xff)]
     OldProtocol {
         /// The file.
@@ -246,7 +246,9 @@ impl Error {
             Self::NotAKernel { hint, .. } | Self::NoPvh { hint, .. } | Self::NoMultiboot { hint, .. } => hint,
             Self::Foreign { .. } => "fetch or build the kernel for x86-64 (amd64)",
             Self::Only32Bit { .. } => "build it with CONFIG_64BIT=y, or fetch an amd64 kernel",
-            Self::OldProtocol { .. } => "Linux 3.8 and newer have it",
+            Self::OldProtocol { .. } => {
+                "2.12 (Linux 3.8) is the oldest; SeaBIOS boots from 2.04 on (docs/firmware.md)"
+            }
             Self::Damaged { .. } => "fetch or build the kernel again",
             Self::KernelTooBig { needed: None, .. } | Self::InitrdTooBig { needed: None, .. } => {
                 "no amount of memory makes room: it would reach into the device hole below 4 GiB"

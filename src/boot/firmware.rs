@@ -99,6 +99,10 @@ pub fn load(memory: &mut Memory, start: &Start, platform: &Platform) -> Result<I
     });
     items.add_file("etc/e820", e820.collect::<Vec<_>>());
     loader::files(platform).into_iter().for_each(|(name, bytes)| items.add_file(name, bytes));
+    if platform.com1 {
+        // Where SeaBIOS shows its text screen, and takes keys from: there is no other.
+        items.add_file("etc/sercon-port", (layout::COM1 as u16).to_le_bytes());
+    }
     // No waiting for a key.
     items.add_file("etc/show-boot-menu", 0u16.to_le_bytes());
     let mut order = String::new();
@@ -119,7 +123,7 @@ pub fn load(memory: &mut Memory, start: &Start, platform: &Platform) -> Result<I
         items.add_file("bootorder", order);
     }
     if let Some(payload) = start.payload {
-        add_payload(&mut items, memory, payload)?;
+        add_payload(&mut items, memory, start.firmware, payload)?;
     }
     Ok(items)
 }
@@ -135,7 +139,12 @@ fn place(memory: &mut Memory, rom: &[u8]) -> Result<(), String> {
         .map_err(|error| format!("its copy below 1 MiB: {error}"))
 }
 
-fn add_payload(items: &mut Items, memory: &Memory, payload: &Payload) -> Result<(), Error> {
+fn add_payload(
+    items: &mut Items,
+    memory: &Memory,
+    firmware: &Firmware,
+    payload: &Payload,
+) -> Result<(), Error> {
     let kernel = Image::kernel(&payload.kernel)?;
     let initrd = payload.initrd.as_ref().map(|path| Image::open(path, Role::Initrd)).transpose()?;
     let size = initrd.as_ref().map_or(0, Image::len);
@@ -153,7 +162,11 @@ fn add_payload(items: &mut Items, memory: &Memory, payload: &Payload) -> Result<
     let (format, _) = sniff::kernel(&kernel)?;
     match (format, payload.protocol) {
         (Format::BzImage, BootProtocol::Auto | BootProtocol::Linux64) => {
-            let header = linux::read_header(&kernel)?;
+            // The built-in firmware boots by the 64-bit entry point, others as a BIOS does.
+            let header = match firmware {
+                Firmware::BuiltIn => linux::read_header(&kernel)?,
+                Firmware::File(_) => linux::read_16_bit_header(&kernel)?,
+            };
             let code = linux::place_code(memory, &kernel, &header)?;
             let room = CMDLINE - SETUP;
             if code.offset > room {

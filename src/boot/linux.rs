@@ -23,6 +23,9 @@ use crate::memory::{Memory, layout};
 const SETUP_HEADER: u64 = 0x1f1;
 /// Protocol 2.12 brought xloadflags, and with it the word that there is a 64-bit entry point.
 const OLDEST_PROTOCOL: u16 = 0x020c;
+/// Protocol 2.04 has the fields that a loader cannot do without, up to ramdisk_max's end.
+const OLDEST_16_BIT: u16 = 0x0204;
+const OLDEST_16_BIT_END: u64 = 0x230;
 /// The setup header's length counts from here.
 const HEADER_LENGTH_BASE: u64 = 0x202;
 /// End of the last field that protocol 2.12 has (handover_offset at 0x264).
@@ -71,26 +74,46 @@ pub fn load_elf(boot: &Boot, elf: &Elf) -> Result<Entry, Error> {
     finish(boot, header, &initrd, elf.entry)
 }
 
-/// Reads and checks the setup header, less what it says of places.
+/// Reads and checks the setup header of a kernel with a 64-bit entry point, less what it says of places.
 ///
 /// # Errors
 /// No 64-bit kernel, or a damaged one.
 pub(super) fn read_header(kernel: &Image) -> Result<setup_header, Error> {
+    let header = read_any_header(kernel, OLDEST_PROTOCOL, OLDEST_HEADER_END)?;
+    if header.xloadflags & XLF_KERNEL_64 == 0 {
+        return Err(Error::Only32Bit { path: kernel.path().to_owned() });
+    }
+    Ok(header)
+}
+
+/// [`read_header`] for what firmware enters at its 16-bit entry point: older kernels, and programs that look like one. What
+/// their protocol has not got yet is filled in.
+///
+/// # Errors
+/// As there, or older than [`OLDEST_16_BIT`].
+pub(super) fn read_16_bit_header(kernel: &Image) -> Result<setup_header, Error> {
+    let mut header = read_any_header(kernel, OLDEST_16_BIT, OLDEST_16_BIT_END)?;
+    if header.version < 0x0206 {
+        header.cmdline_size = 255;
+    }
+    if header.version < 0x020a {
+        (header.relocatable_kernel, header.pref_address, header.init_size) = (0, layout::HIGH_RAM, 0);
+    }
+    Ok(header)
+}
+
+fn read_any_header(kernel: &Image, oldest: u16, oldest_end: u64) -> Result<setup_header, Error> {
     let mut header: setup_header = kernel.header(SETUP_HEADER, "the setup header")?;
-    let (version, jump, xloadflags) = (header.version, header.jump, header.xloadflags);
-    let path = || kernel.path().to_owned();
-    if version < OLDEST_PROTOCOL {
-        return Err(Error::OldProtocol { path: path(), version });
+    let (version, jump) = (header.version, header.jump);
+    if version < oldest {
+        return Err(Error::OldProtocol { path: kernel.path().to_owned(), version });
     }
     if header.loadflags & LOADED_HIGH == 0 {
         return Err(kernel.damaged("it is a zImage, which is loaded below 1 MiB"));
     }
-    if xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(Error::Only32Bit { path: path() });
-    }
     // The length is the target of the short jump at 0x200. What comes after the header is not part of it.
     let end = HEADER_LENGTH_BASE + u64::from(jump >> 8);
-    if end < OLDEST_HEADER_END {
+    if end < oldest_end {
         return Err(kernel.damaged(format!("its setup header ends at {end:#x}")));
     }
     let len = usize::try_from(end - SETUP_HEADER).unwrap_or(usize::MAX);

@@ -58,7 +58,14 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
     let rsdp = tables::write(memory.ram(), platform)
         .map_err(|source| Error::Tables { path: kernel.path().to_owned(), source })?;
     expect_linux(memory);
-    let boot = Boot { memory, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &payload.cmdline, rsdp };
+    let boot = Boot {
+        memory,
+        kernel: &kernel,
+        initrd: initrd.as_ref(),
+        cmdline: &payload.cmdline,
+        cpus: platform.cpus,
+        rsdp,
+    };
     match (format, payload.protocol) {
         (_, BootProtocol::Multiboot) => multiboot::load(&boot, multiboot.as_ref()),
         (Format::Elf32 | Format::Flat, BootProtocol::Auto) if multiboot.is_some() => {
@@ -88,6 +95,12 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
                     why: "its ELF notes have no XEN_ELFNOTE_PHYS32_ENTRY",
                     hint: "build it with CONFIG_PVH=y, or leave --boot pvh away",
                 }),
+                // Only the ways in above are marked as a kernel's.
+                (_, _) if elf.interpreted => Err(Error::NotAKernel {
+                    path: kernel.path().to_owned(),
+                    what: "a program",
+                    hint: "give a bzImage or a vmlinux",
+                }),
                 (_, _) => linux::load_elf(&boot, &elf),
             }
         }
@@ -111,6 +124,8 @@ struct Boot<'a> {
     kernel: &'a Image,
     initrd: Option<&'a Image>,
     cmdline: &'a str,
+    /// Processors.
+    cpus: u32,
     /// Guest physical address of the ACPI root pointer.
     rsdp: u64,
 }

@@ -81,6 +81,12 @@ pub struct Options {
     /// Give the guest an 8254 timer (PIT); what is younger than 2010 does without
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     pit: Option<bool>,
+    /// Give the guest a clock (RTC) at ports 0x70 and 0x71, as it has with --firmware
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
+    rtc: Option<bool>,
+    /// Give the guest a text screen to write to, for kernels that insist; nobody sees it
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
+    text_screen: Option<bool>,
     /// Give the guest the device that kvm-unit-tests drives (QEMU's pc-testdev)
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     test_device: Option<bool>,
@@ -151,6 +157,8 @@ impl Options {
         set(&mut config.serial, self.serial);
         set(&mut config.rng, self.rng);
         set(&mut config.pit, self.pit);
+        set(&mut config.rtc, self.rtc);
+        set(&mut config.text_screen, self.text_screen);
         set(&mut config.test_device, self.test_device);
         set(&mut config.boot_marks, self.boot_marks);
         set(&mut config.on_reboot, self.on_reboot);

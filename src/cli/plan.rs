@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::exit::{Failure, pretty};
 use crate::boot::{self, tables::Platform};
 use crate::config::{Console, VmConfig, Where};
-use crate::legacy::{fw_cfg, rtc_cmos, testdev};
+use crate::legacy::{crtc, fw_cfg, rtc_cmos, testdev};
 use crate::memory::layout;
 use crate::{machine, virtio};
 
@@ -53,7 +53,7 @@ fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
     let ram = layout::ram(config.mem.size.bytes());
     let mut map = vec![
         row(0..layout::LOW_END.min(ram[0].end), "RAM: boot parameters, page tables, command line"),
-        sized(layout::ACPI, layout::ACPI_SIZE, "ACPI tables"),
+        row(layout::ACPI..layout::MP_TABLES + layout::MP_TABLES_SIZE, "ACPI and MP tables"),
         row(layout::HIGH_RAM..ram[0].end, "RAM: kernel, then free memory, then initrd"),
     ];
     for (device, at) in virtio::Device::list(config).iter().zip(&platform.virtio_mmio) {
@@ -92,8 +92,13 @@ fn ports(config: &VmConfig) -> Vec<Row> {
     if let Some(port) = config.debug_exit {
         ports.push((port.into(), 4, "debug exit"));
     }
-    if config.firmware.is_some() {
+    if config.rtc || config.firmware.is_some() {
         ports.push((layout::CMOS, rtc_cmos::SIZE, "RTC and CMOS"));
+    }
+    if config.text_screen {
+        ports.push((layout::CRTC, crtc::SIZE, "text screen: cursor"));
+    }
+    if config.firmware.is_some() {
         ports.push((layout::DEBUG_PORT, 1, "the firmware's messages"));
         ports.push((layout::FW_CFG, fw_cfg::SIZE, "fw_cfg"));
     }

@@ -61,6 +61,10 @@ pub struct VmConfig {
     pub debug_exit: Option<u16>,
     /// An 8254 timer in the kernel, for guests that cannot do without.
     pub pit: bool,
+    /// A clock with memory (MC146818), for guests that wait for one. With firmware it is there anyway.
+    pub rtc: bool,
+    /// The registers of a text screen, for guests that cannot do without; nobody draws it.
+    pub text_screen: bool,
     /// The device that kvm-unit-tests drives.
     pub test_device: bool,
     /// Log the guest's writes to port 0x80 (POST codes) with their time.

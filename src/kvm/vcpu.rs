@@ -95,6 +95,17 @@ impl Vcpu {
         }
     }
 
+    /// Has KVM see this vCPU's local APIC. KVM's map of APICs is made anew as a vCPU is created, a moment before that one
+    /// is in it; a guest that starts the last vCPU without having written to its own APIC's registers (as after firmware,
+    /// which has) would not reach it. For the last vCPU, after its creation.
+    ///
+    /// # Errors
+    /// The ioctl that failed.
+    pub fn join_apic_map(&self) -> Result<(), Error> {
+        let state = ioctl("KVM_GET_LAPIC", self.fd.get_lapic())?;
+        ioctl("KVM_SET_LAPIC", self.fd.set_lapic(&state))
+    }
+
     /// Makes this thread the one that runs the vCPU, and the one to [`kick`].
     pub fn bind(&mut self) {
         RUN.set(self.fd.get_kvm_run());

@@ -5,6 +5,7 @@
 
 pub mod acpi_pm;
 pub mod boot_marks;
+pub mod crtc;
 pub mod debug_exit;
 pub mod debug_port;
 pub mod fw_cfg;

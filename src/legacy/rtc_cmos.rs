@@ -1,6 +1,6 @@
 //! The PC's clock with its 128 bytes of battery-backed memory (MC146818; ports 0x70 and 0x71).
 //!
-//! There only with `--firmware`: firmware reads sizes and processors from the memory as QEMU writes them there, and some wait
+//! There with `--firmware` and `--rtc`: firmware reads sizes and processors from the memory as QEMU writes them there, and some wait
 //! for the clock. The clock is the host's, UTC, and cannot be set; there are no alarms and no interrupt. Kernels have better
 //! clocks and are told by the FADT that there is none here.
 

@@ -20,6 +20,7 @@ use crate::kvm::regs::Entry;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::boot_marks::BootMarks;
+use crate::legacy::crtc::{self, Crtc};
 use crate::legacy::debug_exit::{self, DebugExit};
 use crate::legacy::debug_port::DebugPort;
 use crate::legacy::fw_cfg::{self, FwCfg};
@@ -90,6 +91,13 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     if config.pit {
         vm.create_pit()?;
     }
+    if config.rtc || config.firmware.is_some() {
+        let rtc = RtcCmos::new(memory.size(), cpus);
+        board.port("rtc-cmos", layout::CMOS, rtc_cmos::SIZE, shared(rtc))?;
+    }
+    if config.text_screen {
+        board.port("text-screen", layout::CRTC, crtc::SIZE, shared(Crtc::default()))?;
+    }
     if config.test_device {
         board.test_device(config, &memory)?;
     }
@@ -97,7 +105,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
         board.port("boot-marks", layout::POST, 1, shared(BootMarks::new(start)))?;
     }
     if let Some(items) = fw_cfg {
-        board.firmware_devices(items, &memory, cpus)?;
+        board.firmware_devices(items, &memory)?;
     }
     if let Some((base, _, size)) = memory.rom_slot() {
         board.memory("rom", base, size, shared(Rom))?;
@@ -118,6 +126,9 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus, &config.cpu)).collect::<Result<Vec<_>, _>>()?;
     if entry != Entry::Reset {
         vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
+    }
+    if let [_, .., last] = vcpus.as_slice() {
+        last.join_apic_map()?;
     }
     vcpus[0].enter_at(entry)?;
     steps.done(Step::Vcpus);
@@ -270,12 +281,10 @@ impl Board {
         Ok(())
     }
 
-    /// What firmware asks for: `items`, the clock and its memory, a place for messages.
-    fn firmware_devices(&mut self, items: fw_cfg::Items, memory: &Memory, cpus: u32) -> Result<(), Error> {
+    /// What firmware asks for beside a clock: `items`, and a place for messages.
+    fn firmware_devices(&mut self, items: fw_cfg::Items, memory: &Memory) -> Result<(), Error> {
         let fw_cfg = FwCfg::new(items, memory.ram().clone());
         self.port("fw-cfg", layout::FW_CFG, fw_cfg::SIZE, shared(fw_cfg))?;
-        let rtc = RtcCmos::new(memory.size(), cpus);
-        self.port("rtc-cmos", layout::CMOS, rtc_cmos::SIZE, shared(rtc))?;
         self.port("debug-port", layout::DEBUG_PORT, 1, shared(DebugPort::default()))
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! 0x0000_0000  RAM  boot_params, page tables, GDT, command line (below 640 KiB)
 //! 0x000a_0000  ---  legacy video and option ROM hole (nothing there)
-//! 0x000e_0000  RAM  ACPI tables (reserved in the memory map; RSDP where the spec lets a guest search)
+//! 0x000e_0000  RAM  ACPI tables, at the end MP tables (reserved in the memory map; where the specs let a guest search)
 //! 0x0010_0000  RAM  kernel, then free memory, initrd as high as it may be
 //! 0xc000_0000  ---  the hole below 4 GiB: devices, no RAM
 //!   0xc000_0000  32-bit PCI window          512 MiB
@@ -17,12 +17,15 @@
 //! ```
 //!
 //! Ports: 0x3f8 COM1, 0x60/0x64 i8042, 0x600 ACPI sleep, reset and event registers; optional 0x80 and 0xf4, and
-//! 0x40 PIT, 0xe0, 0x2000 and 0x3000 for the test device; with firmware 0x510 fw_cfg, 0x70 RTC and CMOS, 0x402 its messages.
+//! 0x40 PIT, 0x3d4 text screen, 0xe0, 0x2000 and 0x3000 for the test device; with firmware 0x510 fw_cfg, 0x402 its messages;
+//! with firmware or if asked for 0x70 RTC and CMOS.
 
 use std::ops::Range;
 
 /// End of conventional memory: above it a PC has its legacy hole.
 pub const LOW_END: u64 = 0xa_0000;
+/// The BIOS data area's word with the KiB of conventional memory: before they look for MP tables, kernels look here.
+pub const BASE_MEMORY: u64 = 0x413;
 /// Where boot_params (the zero page) or PVH's start_info goes. 4 KiB.
 pub const BOOT_PARAMS: u64 = 0x7000;
 /// PVH start_info's modules and memory map. 4 KiB.
@@ -38,7 +41,11 @@ pub const CMDLINE_SIZE: u64 = 0x1_0000;
 /// ACPI tables; the RSDP is first, in the range that ACPI 6.5, 5.2.5.1 lets a guest search.
 pub const ACPI: u64 = 0xe_0000;
 /// Room for the ACPI tables.
-pub const ACPI_SIZE: u64 = 0x2_0000;
+pub const ACPI_SIZE: u64 = 0x1_e000;
+/// The MultiProcessor Specification's tables, in the last range that it (1.4, 4) lets a guest search.
+pub const MP_TABLES: u64 = ACPI + ACPI_SIZE;
+/// Room for them.
+pub const MP_TABLES_SIZE: u64 = 0x2000;
 /// Where a kernel's protected-mode part goes, and the start of ordinary memory.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
@@ -96,6 +103,8 @@ pub const TEST_MEMORY: u64 = 0xff00_0000;
 pub const FW_CFG: u64 = 0x510;
 /// Index of the CMOS; its data port follows.
 pub const CMOS: u64 = 0x70;
+/// Index of the text screen's controller; its data port follows.
+pub const CRTC: u64 = 0x3d4;
 /// Where firmware writes its messages.
 pub const DEBUG_PORT: u64 = 0x402;
 /// Default port of the debug-exit device.
@@ -143,6 +152,7 @@ mod tests {
             CMDLINE..CMDLINE + CMDLINE_SIZE,
             LOW_END..ACPI,
             ACPI..ACPI + ACPI_SIZE,
+            MP_TABLES..MP_TABLES + MP_TABLES_SIZE,
             HIGH_RAM..HOLE.start,
             VIRTIO_MMIO..VIRTIO_MMIO + VIRTIO_MMIO_SIZE * VIRTIO_GSIS.len() as u64,
             IO_APIC..IO_APIC + 0x1000,

@@ -11,4 +11,5 @@ mod guest;
 mod kernels;
 mod labs;
 mod life;
+mod others;
 mod trace;

@@ -5,6 +5,7 @@
 pub mod acpi;
 pub mod e820;
 pub mod loader;
+pub mod mp;
 
 use vm_memory::{Bytes, GuestAddress};
 
