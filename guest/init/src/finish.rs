@@ -14,7 +14,7 @@ use rustix::system::{RebootCommand, reboot};
 pub const NOT_RUN: i32 = 126;
 
 /// How long programs have to act on SIGTERM, in milliseconds.
-const GRACE_MS: u32 = 3_000;
+const GRACE_MS: u32 = 10_000;
 
 /// How the command went, and what shall become of the machine.
 #[derive(Debug)]
