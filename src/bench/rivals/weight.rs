@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::fs;
+use std::ops::Range;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -44,18 +45,15 @@ impl Weight {
 
     fn add(&mut self, smaps: &str) {
         let mappings = Mapping::all(smaps);
-        let mut at = 0;
-        while let Some(mapping) = mappings.get(at) {
-            let parts = guest_ram(&mappings[at..]);
-            for part in &mappings[at..at + parts] {
-                self.guest += part.rss;
-            }
-            if parts == 0 {
+        let ram = guest_ram(&mappings);
+        self.guests += usize::from(!ram.is_empty());
+        for (at, mapping) in mappings.iter().enumerate() {
+            if ram.contains(&at) {
+                self.guest += mapping.rss;
+            } else {
                 self.pss += mapping.pss;
                 self.private_dirty += mapping.private_dirty;
             }
-            self.guests += usize::from(parts > 0);
-            at += parts.max(1);
         }
     }
 }
@@ -105,9 +103,17 @@ impl Mapping {
     }
 }
 
-/// How many of the first of `mappings` are a guest's RAM: one mapping of exactly its size, or several without gaps, which the kernel
-/// keeps apart because not all may have huge pages.
-fn guest_ram(mappings: &[Mapping]) -> usize {
+/// Which of a process's `mappings` are its guest's RAM: one of exactly that size, or several without gaps, which the kernel keeps apart
+/// because not all may have huge pages. A thread's stack may adjoin them and be as large as one of them: a guest uses more of its RAM.
+fn guest_ram(mappings: &[Mapping]) -> Range<usize> {
+    let windows = (0..mappings.len()).map(|at| at..at + of_guest_size(&mappings[at..]));
+    let resident =
+        |window: &Range<usize>| mappings[window.clone()].iter().map(|mapping| mapping.rss).sum::<u64>();
+    windows.filter(|window| !window.is_empty()).max_by_key(resident).unwrap_or_default()
+}
+
+/// How many of the first of `mappings` together have the size of a guest's RAM, or 0.
+fn of_guest_size(mappings: &[Mapping]) -> usize {
     let Some(first) = mappings.first() else { return 0 };
     let mut end = first.start;
     for (index, mapping) in mappings.iter().enumerate() {
@@ -197,22 +203,22 @@ Private_Dirty:         8 kB
 
     #[test]
     fn guest_ram_in_pieces_is_one() {
+        // So many KiB are resident of each: 100, 101 ...
         let of = |ranges: &[(u64, u64)]| {
-            let lines = ranges.iter().map(|(start, end)| {
-                format!(
-                    "{:x}-{:x} rw-p 00000000 00:00 0 \nRss: 100 kB\nPss: 100 kB\n",
-                    start << 20,
-                    end << 20
-                )
+            let lines = (100..).zip(ranges).map(|(rss, (start, end))| {
+                let (start, end) = (start << 20, end << 20);
+                format!("{start:x}-{end:x} rw-p 00000000 00:00 0 \nRss: {rss} kB\nPss: {rss} kB\n")
             });
             let mut weight = Weight::default();
             weight.add(&lines.collect::<String>());
             (weight.guests, weight.guest, weight.pss)
         };
-        assert_eq!(of(&[(10, 12), (12, 20), (20, 10 + RAM_MIB)]), (1, 300, 0));
+        assert_eq!(of(&[(10, 12), (12, 20), (20, 10 + RAM_MIB)]), (1, 303, 0));
         // What lies before and behind it is not.
-        assert_eq!(of(&[(8, 10), (10, 12), (12, 10 + RAM_MIB), (10 + RAM_MIB, 900)]), (1, 200, 200));
-        assert_eq!(of(&[(10, 12), (13, 10 + RAM_MIB)]), (0, 0, 200));
+        assert_eq!(of(&[(9, 10), (10, 12), (12, 10 + RAM_MIB), (10 + RAM_MIB, 900)]), (1, 203, 203));
+        assert_eq!(of(&[(10, 12), (13, 10 + RAM_MIB)]), (0, 0, 201));
+        // Neither is a stack as large as one of its pieces.
+        assert_eq!(of(&[(8, 10), (10, 8 + RAM_MIB), (8 + RAM_MIB, 10 + RAM_MIB)]), (1, 203, 100));
     }
 
     /// The weight of a shell that holds so many bytes.
