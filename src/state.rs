@@ -33,6 +33,19 @@ pub trait Stateful {
     fn restore(&mut self, state: Self::State) -> Result<(), StateError>;
 }
 
+/// A part that remembers nothing which the guest could tell.
+pub trait Stateless {}
+
+impl<T: Stateless> Stateful for T {
+    type State = ();
+
+    fn save(&self) {}
+
+    fn restore(&mut self, (): ()) -> Result<(), StateError> {
+        Ok(())
+    }
+}
+
 /// [`Stateful`] with the type erased, for lists of unlike parts.
 pub trait Saved {
     /// The part's state as bytes.

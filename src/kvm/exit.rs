@@ -19,6 +19,27 @@ pub struct Trap {
     pub dr6: u64,
 }
 
+/// Why KVM cannot go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stuck {
+    /// KVM_EXIT_FAIL_ENTRY: the processor refused the guest's state.
+    FailEntry {
+        /// Hardware's reason: VM-instruction error or exit code.
+        reason: u64,
+        /// Host CPU.
+        cpu: u32,
+    },
+    /// KVM_EXIT_INTERNAL_ERROR: KVM gave up. Suberror 1 is an instruction that it could not emulate.
+    InternalError {
+        /// KVM_INTERNAL_ERROR_*.
+        suberror: u32,
+        /// The instruction's bytes, where KVM gave them, and how many of them count.
+        instruction: Option<([u8; 15], usize)>,
+    },
+    /// An exit that nothing here asks for, by its number.
+    Unexpected(u32),
+}
+
 /// Why a vCPU came back from the guest.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Exit<'a> {
@@ -60,20 +81,6 @@ pub enum Exit<'a> {
     Shutdown,
     /// The guest asked for this by a paravirtual call; the number is KVM_SYSTEM_EVENT_*.
     SystemEvent(u32),
-    /// The processor refused the guest's state.
-    FailEntry {
-        /// Hardware's reason: VM-instruction error or exit code.
-        reason: u64,
-        /// Host CPU.
-        cpu: u32,
-    },
-    /// KVM gave up. Suberror 1 is an instruction that it could not emulate.
-    InternalError {
-        /// KVM_INTERNAL_ERROR_*.
-        suberror: u32,
-        /// Bytes of the instruction, where KVM gave them.
-        instruction: Option<([u8; 15], usize)>,
-    },
     /// RDMSR of a register that the guest may not use (KVM_X86_SET_MSR_FILTER).
     MsrRead {
         /// Its number.
@@ -114,8 +121,8 @@ pub enum Exit<'a> {
     IoApicEoi(u8),
     /// A signal, or a request to leave: look at the gate.
     Kicked,
-    /// Anything else, by its number.
-    Other(u32),
+    /// The run cannot go on.
+    Stuck(Stuck),
 }
 
 /// Reads the exit of `vcpu` out of kvm_run.
@@ -154,10 +161,10 @@ pub(super) unsafe fn decode(run: &mut kb::kvm_run, vcpu: u32) -> Exit<'_> {
             kb::KVM_EXIT_HLT => Exit::Halt,
             kb::KVM_EXIT_SHUTDOWN => Exit::Shutdown,
             kb::KVM_EXIT_SYSTEM_EVENT => Exit::SystemEvent(exit.system_event.type_),
-            kb::KVM_EXIT_FAIL_ENTRY => Exit::FailEntry {
+            kb::KVM_EXIT_FAIL_ENTRY => Exit::Stuck(Stuck::FailEntry {
                 reason: exit.fail_entry.hardware_entry_failure_reason,
                 cpu: exit.fail_entry.cpu,
-            },
+            }),
             kb::KVM_EXIT_INTERNAL_ERROR => {
                 let failure = exit.emulation_failure;
                 let has_bytes = failure.suberror == kb::KVM_INTERNAL_ERROR_EMULATION
@@ -166,7 +173,7 @@ pub(super) unsafe fn decode(run: &mut kb::kvm_run, vcpu: u32) -> Exit<'_> {
                         != 0;
                 let bytes = failure.__bindgen_anon_1.__bindgen_anon_1;
                 let instruction = has_bytes.then(|| (bytes.insn_bytes, usize::from(bytes.insn_size).min(15)));
-                Exit::InternalError { suberror: failure.suberror, instruction }
+                Exit::Stuck(Stuck::InternalError { suberror: failure.suberror, instruction })
             }
             kb::KVM_EXIT_DEBUG => {
                 let debug = exit.debug.arch;
@@ -187,11 +194,11 @@ pub(super) unsafe fn decode(run: &mut kb::kvm_run, vcpu: u32) -> Exit<'_> {
                     let call = &mut call.hcall;
                     Exit::Hypercall { input: call.input, parameters: call.params, status: &mut call.result }
                 }
-                _ => Exit::Other(kb::KVM_EXIT_HYPERV),
+                _ => Exit::Stuck(Stuck::Unexpected(kb::KVM_EXIT_HYPERV)),
             },
             kb::KVM_EXIT_IOAPIC_EOI => Exit::IoApicEoi(exit.eoi.vector),
             kb::KVM_EXIT_INTR => Exit::Kicked,
-            other => Exit::Other(other),
+            other => Exit::Stuck(Stuck::Unexpected(other)),
         }
     }
 }

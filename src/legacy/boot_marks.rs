@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use crate::bus::{Device, Effect};
-use crate::state::{StateError, Stateful};
+use crate::state::Stateless;
 
 /// Marks that are kept and logged. Linux without paravirtual I/O delay writes to this port thousands of times.
 pub const MAX_MARKS: usize = 1024;
@@ -64,15 +64,7 @@ impl Device for BootMarks {
     }
 }
 
-impl Stateful for BootMarks {
-    type State = ();
-
-    fn save(&self) {}
-
-    fn restore(&mut self, (): ()) -> Result<(), StateError> {
-        Ok(())
-    }
-}
+impl Stateless for BootMarks {}
 
 #[cfg(test)]
 mod tests {

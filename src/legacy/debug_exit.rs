@@ -4,7 +4,7 @@
 //! small guests. There only when asked for.
 
 use crate::bus::{Device, Effect};
-use crate::state::{StateError, Stateful};
+use crate::state::Stateless;
 
 /// Ports that it takes.
 pub const SIZE: u64 = 4;
@@ -26,15 +26,7 @@ impl Device for DebugExit {
     }
 }
 
-impl Stateful for DebugExit {
-    type State = ();
-
-    fn save(&self) {}
-
-    fn restore(&mut self, (): ()) -> Result<(), StateError> {
-        Ok(())
-    }
-}
+impl Stateless for DebugExit {}
 
 #[cfg(test)]
 mod tests {

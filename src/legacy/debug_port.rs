@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use crate::bus::{Device, Effect};
-use crate::state::{StateError, Stateful};
+use crate::state::Stateless;
 
 /// What the port reads as: somebody listens.
 const READBACK: u8 = 0xe9;
@@ -63,15 +63,7 @@ impl Device for DebugPort {
 }
 
 /// What is on its way to the log is not the guest's to see.
-impl Stateful for DebugPort {
-    type State = ();
-
-    fn save(&self) {}
-
-    fn restore(&mut self, (): ()) -> Result<(), StateError> {
-        Ok(())
-    }
-}
+impl Stateless for DebugPort {}
 
 #[cfg(test)]
 mod tests {

@@ -4,7 +4,7 @@
 //! that looks all the same finds an output buffer that never empties, takes it for a missing device and goes on at once.
 
 use crate::bus::{Device, Effect};
-use crate::state::{StateError, Stateful};
+use crate::state::Stateless;
 
 /// Offset of the status (read) and command (write) register.
 const COMMAND: u64 = 4;
@@ -29,15 +29,7 @@ impl Device for I8042 {
     }
 }
 
-impl Stateful for I8042 {
-    type State = ();
-
-    fn save(&self) {}
-
-    fn restore(&mut self, (): ()) -> Result<(), StateError> {
-        Ok(())
-    }
-}
+impl Stateless for I8042 {}
 
 #[cfg(test)]
 mod tests {

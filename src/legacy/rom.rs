@@ -4,7 +4,7 @@
 
 use crate::bus::{Device, Effect};
 use crate::guest_warn;
-use crate::state::{StateError, Stateful};
+use crate::state::Stateless;
 
 /// The ROM's writable side.
 #[derive(Debug, Default)]
@@ -19,12 +19,4 @@ impl Device for Rom {
     }
 }
 
-impl Stateful for Rom {
-    type State = ();
-
-    fn save(&self) {}
-
-    fn restore(&mut self, (): ()) -> Result<(), StateError> {
-        Ok(())
-    }
-}
+impl Stateless for Rom {}

@@ -12,7 +12,7 @@ use kvm_bindings as kb;
 use crate::bus::{self, Bus, Effect, Hypercalls};
 use crate::config::msr;
 use crate::guest_warn;
-use crate::kvm::exit::{Exit, Trap};
+use crate::kvm::exit::{Exit, Stuck, Trap};
 
 /// The two address spaces of a PC, and whom it may call beside.
 #[derive(Default)]
@@ -81,27 +81,6 @@ pub enum End {
     Stuck(Stuck),
 }
 
-/// Why KVM cannot go on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stuck {
-    /// KVM_EXIT_FAIL_ENTRY.
-    FailEntry {
-        /// Hardware's reason.
-        reason: u64,
-        /// Host CPU.
-        cpu: u32,
-    },
-    /// KVM_EXIT_INTERNAL_ERROR.
-    InternalError {
-        /// KVM_INTERNAL_ERROR_*.
-        suberror: u32,
-        /// The instruction's bytes, where KVM gave them, and how many of them count.
-        instruction: Option<([u8; 15], usize)>,
-    },
-    /// An exit that nothing here asks for.
-    Unexpected(u32),
-}
-
 /// Answers one exit. What the guest reads is put into `exit`'s data.
 pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
     match *exit {
@@ -167,13 +146,9 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
         Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_SHUTDOWN) => Next::End(End::Shutdown),
         Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_RESET) => Next::End(End::Reset),
         Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH) => Next::End(End::GuestCrash),
-        Exit::FailEntry { reason, cpu } => Next::End(End::Stuck(Stuck::FailEntry { reason, cpu })),
-        Exit::InternalError { suberror, instruction } => {
-            Next::End(End::Stuck(Stuck::InternalError { suberror, instruction }))
-        }
         Exit::SystemEvent(_) => Next::End(End::Stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
         Exit::Debug(trap) => Next::Trap(trap),
-        Exit::Other(number) => Next::End(End::Stuck(Stuck::Unexpected(number))),
+        Exit::Stuck(why) => Next::End(End::Stuck(why)),
     }
 }
 
@@ -200,18 +175,12 @@ mod tests {
 
     use super::*;
     use crate::bus::Device;
-    use crate::state::{StateError, Stateful};
+    use crate::state::Stateless;
 
     /// Remembers what was written, element by element; reads count up; writing 0xee powers off.
     #[derive(Default)]
     struct Tape(Vec<(u64, Vec<u8>)>, u8);
-    impl Stateful for Tape {
-        type State = ();
-        fn save(&self) {}
-        fn restore(&mut self, (): ()) -> Result<(), StateError> {
-            Ok(())
-        }
-    }
+    impl Stateless for Tape {}
     impl Device for Tape {
         fn read(&mut self, _: u64, data: &mut [u8]) {
             self.1 += 1;
@@ -305,13 +274,12 @@ mod tests {
             (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_RESET), Next::End(End::Reset)),
             (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH), Next::End(End::GuestCrash)),
             (Exit::SystemEvent(99), stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
-            (Exit::FailEntry { reason: 7, cpu: 1 }, stuck(Stuck::FailEntry { reason: 7, cpu: 1 })),
             (
-                Exit::InternalError { suberror: 1, instruction: None },
-                stuck(Stuck::InternalError { suberror: 1, instruction: None }),
+                Exit::Stuck(Stuck::FailEntry { reason: 7, cpu: 1 }),
+                stuck(Stuck::FailEntry { reason: 7, cpu: 1 }),
             ),
             (Exit::Debug(TRAP), Next::Trap(TRAP)),
-            (Exit::Other(77), stuck(Stuck::Unexpected(77))),
+            (Exit::Stuck(Stuck::Unexpected(77)), stuck(Stuck::Unexpected(77))),
         ] {
             assert_eq!(dispatch(&mut exit, &buses), next);
         }

@@ -15,11 +15,11 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
-use crate::kvm::exit::Trap;
+use crate::kvm::exit::{Stuck, Trap};
 use crate::kvm::{self, Error, Vcpu};
 use crate::memory::GuestRam;
 use crate::recorder::Recorder;
-use dispatch::{Buses, End, Next, Stuck, dispatch};
+use dispatch::{Buses, End, Next, dispatch};
 use gate::{Errand, Gate, Meanwhile, Passed};
 use observe::Observer;
 pub use observe::{Observed, Seen};

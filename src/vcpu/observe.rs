@@ -7,7 +7,7 @@ use super::Shared;
 use super::dispatch::{Next, dispatch};
 use super::linear;
 use crate::bus::lock;
-use crate::kvm::exit::Exit;
+use crate::kvm::exit::{Exit, Stuck};
 use crate::kvm::{Counters, Error, Vcpu};
 use crate::memory::GuestRam;
 use crate::recorder::{Event, Kind, Registers, Track, clock};
@@ -215,12 +215,14 @@ fn before(exit: &Exit<'_>) -> Event {
         Exit::Halt => event(Kind::Halt, 0, 0),
         Exit::Shutdown => event(Kind::Shutdown, 0, 0),
         Exit::SystemEvent(number) => event(Kind::SystemEvent, (*number).into(), 0),
-        Exit::FailEntry { reason, .. } => event(Kind::FailEntry, 0, *reason),
-        Exit::InternalError { suberror, .. } => event(Kind::InternalError, (*suberror).into(), 0),
+        Exit::Stuck(Stuck::FailEntry { reason, .. }) => event(Kind::FailEntry, 0, *reason),
+        Exit::Stuck(Stuck::InternalError { suberror, .. }) => {
+            event(Kind::InternalError, (*suberror).into(), 0)
+        }
         Exit::Debug(_) => event(Kind::Debug, 0, 0),
         Exit::IoApicEoi(vector) => event(Kind::IoApicEoi, (*vector).into(), 0),
         Exit::Kicked => event(Kind::Kicked, 0, 0),
-        Exit::Other(number) => event(Kind::Other, (*number).into(), 0),
+        Exit::Stuck(Stuck::Unexpected(number)) => event(Kind::Other, (*number).into(), 0),
     }
 }
 

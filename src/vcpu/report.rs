@@ -6,8 +6,9 @@ use std::fmt::Write;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, NasmFormatter};
 
-use super::dispatch::{End, Stuck};
+use super::dispatch::End;
 use super::linear;
+use crate::kvm::exit::Stuck;
 use crate::kvm::{self, Error, Vcpu};
 use crate::memory::GuestRam;
 

@@ -6,7 +6,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::device::{Kind, Traits, VirtioDevice};
 use super::queue::{Chain, Virtqueue};
-use crate::state::{StateError, Stateful};
+use crate::state::Stateless;
 
 /// Bytes that one request gets at most: a driver asks again, and Linux asks for 64 at a time.
 const MAX_BYTES: usize = 4096;
@@ -37,12 +37,4 @@ impl VirtioDevice for Rng {
     }
 }
 
-impl Stateful for Rng {
-    type State = ();
-
-    fn save(&self) {}
-
-    fn restore(&mut self, (): ()) -> Result<(), StateError> {
-        Ok(())
-    }
-}
+impl Stateless for Rng {}

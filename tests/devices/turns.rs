@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vmm::state::{StateError, Stateful};
+use vmm::state::Stateless;
 use vmm::virtio::device::{Kind, Traits, VirtioDevice};
 use vmm::virtio::queue::Virtqueue;
 use vmm::virtio::testing::DriverRing;
@@ -48,13 +48,7 @@ impl VirtioDevice for Device {
     }
 }
 
-impl Stateful for Device {
-    type State = ();
-    fn save(&self) {}
-    fn restore(&mut self, (): ()) -> Result<(), StateError> {
-        Ok(())
-    }
-}
+impl Stateless for Device {}
 
 #[test]
 fn a_callback_ends_while_the_driver_goes_on_offering() {

@@ -13,11 +13,11 @@ use super::{Said, brief, last_line, text};
 use crate::boot::{self, Payload};
 use crate::config::VmConfig;
 use crate::event_loop::Event;
-use crate::kvm::exit::Exit;
+use crate::kvm::exit::{Exit, Stuck};
 use crate::kvm::{self, Kvm, Vcpu};
 use crate::machine;
 use crate::memory::{GuestRam, Memory, layout};
-use crate::vcpu::dispatch::{Buses, End, Next, Stuck, dispatch};
+use crate::vcpu::dispatch::{Buses, End, Next, dispatch};
 use crate::vcpu::report::report;
 use crate::vm::{Interrupt, IoEventAddress, Vm as _};
 
@@ -120,7 +120,7 @@ fn await_mark(vcpu: &mut Vcpu, ram: &GuestRam, said: &Sender<Said>) -> Result<()
 fn unexpected(vcpu: &mut Vcpu, ram: &GuestRam, reason: u32) -> String {
     // KVM meets what it cannot do once more, and tells more of it.
     if reason == KVM_EXIT_INTERNAL_ERROR
-        && let Ok(mut exit @ Exit::InternalError { .. }) = vcpu.run()
+        && let Ok(mut exit @ Exit::Stuck(Stuck::InternalError { .. })) = vcpu.run()
         && let Next::End(end) = dispatch(&mut exit, &Buses::default())
     {
         return explain(vcpu, ram, end);
