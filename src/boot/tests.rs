@@ -296,6 +296,14 @@ fn broken(mut kernel: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     kernel
 }
 
+/// FreeBSD's kernel names an interpreter, as programs do; its PVH note says what it is.
+#[test]
+fn an_interpreter_makes_no_program_of_a_pvh_kernel() {
+    let kernel = broken(pvh_elf(), |b| put(b, 64 + 56, 3, 4));
+    let (entry, _) = Case::new(&kernel).boot("64M").unwrap();
+    assert!(matches!(entry, Entry::Pvh { .. }), "{entry:?}");
+}
+
 #[test]
 fn what_is_no_kernel_is_called_by_its_name() {
     let long = |start: &[u8]| broken(start.to_vec(), |b| b.resize(4096, 7));
@@ -327,7 +335,7 @@ fn what_is_no_kernel_is_called_by_its_name() {
         (elf(|b| put(b, 18, 183, 2)), "arm64"),
         (elf(|b| put(b, 16, 1, 2)), "kernel module"),
         (elf(|b| put(b, 16, 3, 2)), "another type"),
-        (elf(|b| put(b, 64, 3, 4)), "is a program"),
+        (broken(self::elf(&[]), |b| put(b, 64 + 56, 3, 4)), "is a program"),
         (elf(|b| b.truncate(100)), "cut short"),
         (elf(|b| b.truncate(0x1800)), "cut short"),
         (elf(|b| put(b, 32, u64::MAX - 8, 8)), "cut short"),
