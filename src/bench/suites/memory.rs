@@ -46,6 +46,12 @@ struct Entrant {
     kib: f64,
 }
 
+impl Entrant {
+    fn idle<'a>(&'a mut self, goal: &'a Cell<usize>, stay: bool) -> Box<dyn Contender + 'a> {
+        Box::new(Idle { rival: &mut *self.rival, goal, stay, running: None })
+    }
+}
+
 /// Runs the suite.
 ///
 /// # Errors
@@ -117,8 +123,8 @@ fn alone(
     plan: Plan,
     progress: &mut dyn FnMut(f64, &str),
 ) -> Part {
-    let alone = |entrant| -> Box<dyn Contender + '_> { Box::new(Alone(entrant)) };
-    let mut contenders: Vec<_> = entrants.iter_mut().map(|entrant| alone(&mut *entrant.rival)).collect();
+    let goal = Cell::new(1);
+    let mut contenders: Vec<_> = entrants.iter_mut().map(|entrant| entrant.idle(&goal, false)).collect();
     let plan = Plan { samples: plan.samples.min(SAMPLES), warm_up: 0, ..plan };
     named(measure::series(&mut contenders, absent, &QUANTITIES, plan, progress), 1)
 }
@@ -133,8 +139,7 @@ fn climb(
     let name = entrant.rival.name().to_owned();
     let (time, kib, available) = (entrant.time, entrant.kib, Kernel::now()?.available as f64);
     let goal = Cell::new(0);
-    let growing: Box<dyn Contender + '_> = Box::new(Growing::new(&mut *entrant.rival, &goal));
-    let (mut contender, mut parts) = ([growing], Vec::new());
+    let (mut contender, mut parts) = ([entrant.idle(&goal, true)], Vec::new());
     for count in COUNTS.into_iter().filter(|count| *count <= most) {
         if INTERRUPTED.load(Ordering::SeqCst) {
             break;
@@ -171,62 +176,18 @@ fn named((contenders, mut figures): Part, count: usize) -> Part {
     (contenders, figures)
 }
 
-/// A single instance, each sample its own.
-struct Alone<'a>(&'a mut dyn Rival);
-
-impl Contender for Alone<'_> {
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-
-    fn command(&self) -> String {
-        self.0.shown()
-    }
-
-    fn version(&self) -> Option<String> {
-        self.0.version()
-    }
-
-    fn sample(&mut self) -> Result<Vec<f64>, String> {
-        Growing::new(&mut *self.0, &Cell::new(1)).sample()
-    }
-}
-
-/// As many instances as `goal` says: those of one sample stay for the next.
-struct Growing<'a> {
+/// As many idle instances as `goal` says.
+struct Idle<'a> {
     rival: &'a mut dyn Rival,
     goal: &'a Cell<usize>,
+    /// Whether those of one sample stay for the next.
+    stay: bool,
     /// What the host's memory was before the first.
     running: Option<(Kernel, Instances)>,
 }
 
-impl<'a> Growing<'a> {
-    fn new(rival: &'a mut dyn Rival, goal: &'a Cell<usize>) -> Self {
-        Self { rival, goal, running: None }
-    }
-}
-
-impl Drop for Growing<'_> {
-    fn drop(&mut self) {
-        self.running = None;
-        self.rival.tidy();
-    }
-}
-
-impl Contender for Growing<'_> {
-    fn name(&self) -> &str {
-        self.rival.name()
-    }
-
-    fn command(&self) -> String {
-        self.rival.shown()
-    }
-
-    fn version(&self) -> Option<String> {
-        self.rival.version()
-    }
-
-    fn sample(&mut self) -> Result<Vec<f64>, String> {
+impl Idle<'_> {
+    fn weigh(&mut self) -> Result<Vec<f64>, String> {
         let count = self.goal.get();
         let (before, instances) = match &mut self.running {
             Some(running) => running,
@@ -246,6 +207,39 @@ impl Contender for Growing<'_> {
         let host =
             [after.kernel as f64 - before.kernel as f64, before.available as f64 - after.available as f64];
         Ok(own.into_iter().chain(host).map(|kib| kib / count as f64).collect())
+    }
+
+    fn end(&mut self) {
+        self.running = None;
+        self.rival.tidy();
+    }
+}
+
+impl Drop for Idle<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Contender for Idle<'_> {
+    fn name(&self) -> &str {
+        self.rival.name()
+    }
+
+    fn command(&self) -> String {
+        self.rival.shown()
+    }
+
+    fn version(&self) -> Option<String> {
+        self.rival.version()
+    }
+
+    fn sample(&mut self) -> Result<Vec<f64>, String> {
+        let weighed = self.weigh();
+        if !self.stay {
+            self.end();
+        }
+        weighed
     }
 }
 
