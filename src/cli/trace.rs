@@ -33,9 +33,10 @@ pub struct Options {
     live: Option<Option<String>>,
     #[command(flatten)]
     step: step::StepOptions,
-    /// What to run: the options of vmm run
+    /// What to run: the options of vmm run, from the first on that is none of these (or after --)
     #[arg(
-        last = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
         required_unless_present = "live",
         conflicts_with = "live",
         value_name = "RUN OPTIONS"

@@ -91,7 +91,7 @@ fn a_trace_knows_rom_and_firmware() {
     let place = Place::new();
     place.file("pvh", pvh());
     place.file("initrd", "initrd");
-    let run = place.vmm(&format!("trace -- --firmware --kernel pvh --initrd initrd --cmdline line {RUN}"));
+    let run = place.vmm(&format!("trace --firmware --kernel pvh --initrd initrd --cmdline line {RUN}"));
     let told = text(&run.stdout);
     for words in ["fw-cfg", "rom", "0xfffffff0"] {
         assert!(told.contains(words), "{words}: {told} {}", text(&run.stderr));
