@@ -169,6 +169,23 @@ impl Guest {
         unsafe { libc::kill(self.child.id() as libc::pid_t, signal) };
     }
 
+    /// What the guest's exits are, and what the monitor's threads do: name, state and times, where they wait in the kernel; now
+    /// and a second later.
+    fn threads(&self) -> String {
+        let mut told = self.control(&["top", "--once"]).1;
+        for _ in 0..2 {
+            for task in
+                std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten()
+            {
+                for file in ["comm", "stat", "syscall", "stack"] {
+                    told += &std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+                }
+            }
+            thread::sleep(Duration::from_secs(1));
+        }
+        told
+    }
+
     /// Waits for the end of the process.
     pub fn finish(mut self) -> Ended {
         let deadline = Instant::now() + PATIENCE;
@@ -177,8 +194,9 @@ impl Guest {
                 break status;
             }
             if Instant::now() > deadline {
+                let (text, threads) = (self.text(), self.threads());
                 let _ = self.child.kill();
-                panic!("it does not end; printed so far:\n{}", self.text());
+                panic!("it does not end; printed so far:\n{text}\nwhat it does:\n{threads}");
             }
             thread::sleep(Duration::from_millis(10));
         };
