@@ -152,7 +152,10 @@ impl Guest {
         let mut text = self.printed.text.lock().unwrap();
         while String::from_utf8_lossy(&text.0).matches(what).count() < times {
             let now = Instant::now();
-            assert!(now < deadline && !text.1, "no {what:?} in:\n{}", String::from_utf8_lossy(&text.0));
+            if now >= deadline || text.1 {
+                let state = if text.1 { "it has ended".to_owned() } else { self.state() };
+                panic!("no {what:?} in:\n{}\n{state}", String::from_utf8_lossy(&text.0));
+            }
             text = self.printed.more.wait_timeout(text, deadline - now).unwrap().0;
         }
     }
@@ -171,8 +174,8 @@ impl Guest {
 
     /// What the guest's exits are, and what the monitor's threads do: name, state and times, where they wait in the kernel; now
     /// and a second later.
-    fn threads(&self) -> String {
-        let mut told = self.control(&["top", "--once"]).1;
+    fn state(&self) -> String {
+        let mut told = format!("what it does:\n{}", self.control(&["top", "--once"]).1);
         for _ in 0..2 {
             for task in
                 std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten()
@@ -194,9 +197,9 @@ impl Guest {
                 break status;
             }
             if Instant::now() > deadline {
-                let (text, threads) = (self.text(), self.threads());
+                let (text, state) = (self.text(), self.state());
                 let _ = self.child.kill();
-                panic!("it does not end; printed so far:\n{text}\nwhat it does:\n{threads}");
+                panic!("it does not end; printed so far:\n{text}\n{state}");
             }
             thread::sleep(Duration::from_millis(10));
         };
