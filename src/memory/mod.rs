@@ -195,8 +195,9 @@ pub fn expect(ram: &GuestRam, range: Range<u64>) {
     const BLOCK: u64 = 2 << 20;
     for region in ram.iter().filter(|region| region.file_offset().is_none()) {
         let base = region.start_addr().0;
-        let start = range.start.max(base).next_multiple_of(BLOCK);
-        let end = range.end.min(base + region.len()) / BLOCK * BLOCK;
+        let after = base + region.len();
+        let start = range.start.clamp(base, after).next_multiple_of(BLOCK);
+        let end = range.end.min(after) / BLOCK * BLOCK;
         if start >= end {
             continue;
         }
