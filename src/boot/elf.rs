@@ -13,7 +13,7 @@ use linux_loader::elf::{
 
 use super::error::Error;
 use super::image::Image;
-use crate::memory::{Memory, layout};
+use crate::memory::{self, Memory, layout};
 
 /// Note type of the PVH entry point (Xen's public/elfnote.h): a 32-bit physical address.
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
@@ -136,6 +136,8 @@ impl Elf {
         if !self.segments.iter().any(|s| (s.address..s.address + s.file_size).contains(&entry)) {
             return Err(kernel.damaged(format!("its entry point {entry:#x} is in no segment")));
         }
+        // As a whole: a huge page may hold the end of one segment and the start of the next.
+        memory::expect(memory.ram(), range.clone());
         for s in &self.segments {
             kernel.load(s.offset, s.file_size, memory.ram(), s.address, "a segment")?;
         }

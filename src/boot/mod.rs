@@ -107,15 +107,14 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
     }
 }
 
-/// What Linux uses whole while it starts, beside its own image (seen in traces of kernel 6.1): the first memory that its page allocator
-/// hands out, and the array that describes each page of RAM by 64 bytes, which it puts just below the highest 2 MiB.
+/// What Linux uses whole while it starts, beside its own image (seen in traces of kernel 6.1): the array that describes each page of
+/// RAM by 64 bytes, which it puts just below the highest 2 MiB.
 fn expect_linux(memory: &Memory) {
     const BLOCK: u64 = 2 << 20;
-    memory::expect(memory.ram(), BLOCK..2 * BLOCK);
     let Some(highest) = layout::ram(memory.size()).pop() else { return };
     let pages = (memory.size() / 64).next_multiple_of(BLOCK);
     let end = (highest.end / BLOCK).saturating_sub(1) * BLOCK;
-    memory::expect(memory.ram(), end.saturating_sub(pages).max(2 * BLOCK)..end);
+    memory::expect(memory.ram(), end.saturating_sub(pages).max(BLOCK)..end);
 }
 
 /// What each loader gets.
