@@ -26,10 +26,10 @@ run: build
 
 build: compilers
 	$(SAY) 'build vmm (release; a minute or two the first time)'
-	@cargo static --quiet --package vmm --package rig --package guest
+	@cargo static --quiet
 
 compilers:
-	@command -v cargo >/dev/null || { echo 'cargo is missing: install Rust 1.88 or later (https://rustup.rs)'; exit 1; }
+	@command -v cargo >/dev/null || { echo 'cargo is missing: install Rust 1.90 or later (https://rustup.rs)'; exit 1; }
 	@command -v cc >/dev/null || { echo 'cc is missing: installing gcc'; apt-get install -qq -y gcc libc6-dev; }
 
 # What the tests call. The rig and the guest builder install what they need by themselves.
@@ -85,9 +85,7 @@ bench-ready: compilers
 	$(SAY) 'rivals from Debian: crun, runc, bwrap, QEMU'
 	@$(call install,$(RIVALS))
 	$(SAY) 'vmm (release), and the tuned guest kernel (built once: 5 minutes or so)'
-	@cargo static --quiet --package guest
-	@$(BIN)/guest kernel tuned >/dev/null & kernel=$$!; \
-		cargo static --quiet --package vmm --package rig --package guest; built=$$?; wait $$kernel && exit $$built
+	@cargo guest kernel tuned >/dev/null & kernel=$$!; cargo static --quiet; built=$$?; wait $$kernel && exit $$built
 	$(SAY) 'the guests: Debian stock kernel, tuned kernel, initramfs'
 	@$(BIN)/guest bundle --only stock --out $(GUESTS)
 	@$(BIN)/guest bundle --only tuned --out $(GUESTS)

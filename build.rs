@@ -32,6 +32,8 @@ const SOURCES: [(&str, &str, &[&str]); 2] = [
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    // An input of the linker's that cargo does not know of.
+    println!("cargo:rerun-if-changed=.cargo/start-order.txt");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     for (folder, script, names) in SOURCES {
         println!("cargo:rerun-if-changed={folder}");
