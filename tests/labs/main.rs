@@ -1,15 +1,25 @@
 //! Every lab by the binary on this machine's /dev/kvm, against what it said when the files in `golden/` were last renewed:
 //! `VMM_RENEW_GOLDEN=1 cargo test --test labs`. Times, and what differs from run to run, are left out of the comparison.
 //!
-//! The files are of a KVM without hardware virtualization. Where there is some, hardware decides what exits there are, and
+//! The files are of a KVM without hardware virtualization, and without the kernel's own trace. Where there is some, hardware decides what exits there are, and
 //! `tests/boot/labs.rs` looks at those.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+/// Where its user may read the kernel's trace, the command gets mounts of its own without it.
 fn vmm(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    const WITHOUT_TRACE: &str =
+        "umount -l /sys/kernel/tracing /sys/kernel/debug/tracing /sys/kernel/debug 2>/dev/null; exec \"$@\"";
+    let vmm = env!("CARGO_BIN_EXE_vmm");
+    let traced = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
+        .iter()
+        .any(|root| Path::new(root).join("events").exists());
+    let mut command = Command::new(if traced { "unshare" } else { vmm });
+    if traced {
+        command.args(["--mount", "sh", "-c", WITHOUT_TRACE, "sh", vmm]);
+    }
     command.args(arguments).env_remove("RUST_LOG").env_remove("VMM_KVM").output().unwrap()
 }
 
