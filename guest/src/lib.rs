@@ -23,6 +23,6 @@ pub mod run;
 pub mod stock;
 pub mod tuned;
 
-// The monitor's own file: a dependency on all of the monitor would have this, the first thing that is built, wait for it.
+// The monitor's own file. (With the monitor as a dependency, all of it would be compiled before a kernel's build could begin.)
 #[path = "../../src/boot/cpio.rs"]
 pub mod cpio;
