@@ -71,8 +71,9 @@ TUNED := $(GUESTS)/tuned-vmlinux
 bench: build
 	$(SAY) 'rivals from Debian: crun, runc, bwrap, QEMU'
 	@$(call install,$(RIVALS))
-	$(SAY) 'a guest: Debian stock kernel, fetched as a package'
+	$(SAY) 'the guests: Debian stock kernel, fetched as a package; the tuned one, if it was made before'
 	@$(BIN)/guest bundle --only stock --out $(GUESTS)
+	@[ ! -e $(TUNED) ] || $(BIN)/guest bundle --only tuned --out $(GUESTS)
 	@mkdir -p $(OUT)
 	$(SAY) 'here'
 	@$(HERE) boot scale exits --at-most 2 --json $(OUT)/here.json >$(OUT)/here.txt

@@ -136,8 +136,10 @@ impl Elf {
         if !self.segments.iter().any(|s| (s.address..s.address + s.file_size).contains(&entry)) {
             return Err(kernel.damaged(format!("its entry point {entry:#x} is in no segment")));
         }
-        // As a whole: a huge page may hold the end of one segment and the start of the next.
-        memory::expect(memory.ram(), range.clone());
+        // As a whole: a huge page may hold the end of one segment and the start of the next. Not what is zero at the end, which may be
+        // a heap of any size.
+        let loaded = self.segments.iter().map(|s| s.address + s.file_size).max().unwrap_or(range.start);
+        memory::expect(memory.ram(), range.start..loaded);
         for s in &self.segments {
             kernel.load(s.offset, s.file_size, memory.ram(), s.address, "a segment")?;
         }
