@@ -4,6 +4,7 @@ GUESTS := target/guests
 # Without shared libraries (see .cargo/config.toml).
 BIN := target/x86_64-unknown-linux-gnu/release
 VMM := $(BIN)/vmm
+BENCH := $(BIN)/vmm-bench
 # The rig runs a command where /dev/kvm boots Linux: right here if it does, else inside an emulated AMD-V machine.
 RIG := $(BIN)/rig
 STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio --mem 512M --cpus 2 --rng
@@ -65,8 +66,8 @@ test: tools
 # takes longer to compile than all else does together: who has not made it gets the rest first, and is told.
 OUT := target/bench
 RIVALS := crun:crun runc:runc bubblewrap:bwrap qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img
-HERE := $(VMM) bench
-THERE := $(RIG) --quiet --mem 6144 --timeout 1200 -- $(VMM) bench
+HERE := $(BENCH)
+THERE := $(RIG) --quiet --mem 6144 --timeout 1200 -- $(BENCH)
 TUNED := $(GUESTS)/tuned-vmlinux
 bench: build
 	$(SAY) 'rivals from Debian: crun, runc, bwrap, QEMU'
@@ -95,12 +96,12 @@ tuned: compilers
 # Work done by one start on the rig's repeatable clock, held against what it was when the baseline was last renewed.
 BASELINE := tests/bench/baseline.json
 ICOUNT := --icount --quiet --timeout 1200 --with $(GUESTS)/tuned-vmlinux \
-	--with /usr/bin/qemu-system-x86_64 --with /usr/share/qemu/bios-microvm.bin
+	--with $(VMM) --with /usr/bin/qemu-system-x86_64 --with /usr/share/qemu/bios-microvm.bin
 bench-compare: build
 	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
 	@mkdir -p $(OUT)
-	@$(RIG) $(ICOUNT) -- $(VMM) bench boot --icount --json - >$(OUT)/icount.json
-	@$(VMM) bench --from $(OUT)/icount.json --compare $(BASELINE)
+	@$(RIG) $(ICOUNT) -- $(BENCH) boot --icount --json - >$(OUT)/icount.json
+	@$(BENCH) --from $(OUT)/icount.json --compare $(BASELINE)
 
 # Every lab on VT-x, which Bochs emulates: hardware's exit reasons against ours, into docs/vtx.md. Some minutes; no part of `make test`.
 vtx: build

@@ -2,16 +2,18 @@
 
 use std::path::Path;
 
-use vmm::bench::measure::Plan;
-use vmm::bench::result::Suite;
-use vmm::bench::rivals::Setting;
-use vmm::bench::suites::{self, Name};
+use vmm_bench::measure::Plan;
+use vmm_bench::result::Suite;
+use vmm_bench::rivals::Setting;
+use vmm_bench::suites::{self, Name};
 
 /// The suite's result here, where there is no kernel to boot. `quick`: as where the clock is a repeatable one.
 fn measure(name: Name, quick: bool) -> Result<Suite, String> {
     let scratch = tempfile::tempdir().unwrap();
+    let own = Path::new(env!("CARGO_BIN_EXE_vmm-bench"));
     let setting = Setting {
-        vmm: env!("CARGO_BIN_EXE_vmm").into(),
+        vmm: own.with_file_name("vmm"),
+        own: own.to_owned(),
         with: Default::default(),
         kernel: None,
         bzimage: None,

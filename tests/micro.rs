@@ -144,7 +144,7 @@ fn the_test_device_keeps_a_register_memory_and_pages() {
 #[test]
 fn cpuid_shows_the_model_that_was_asked_for() {
     // A KVM in software lets the guest have the processor's own CPUID. `make test` runs this test in the rig too.
-    if !vmm::kvm::host_has_hardware_virtualization() {
+    if !vmm_monitor::kvm::host_has_hardware_virtualization() {
         assert!(std::env::var_os("VMM_REQUIRE_LINUX_GUESTS").is_none(), "no hardware virtualization here");
         eprintln!(
             "SKIP: cpuid_shows_the_model_that_was_asked_for: this machine lacks hardware virtualization"
@@ -279,7 +279,7 @@ fn a_baseline_hides_the_registers_of_what_it_does_not_have() {
     // Of AMD-V; AMD's first performance counters, which every AMD processor has and no bit of CPUID tells of.
     let image = msr_prober(&[0xc001_0114, 0xc001_0117, 0xc001_0000, 0xc001_0007]);
     let probe = |cpu: &str| String::from_utf8_lossy(&run(&image, &["--cpu", cpu]).0).into_owned();
-    if !vmm::kvm::host_has_hardware_virtualization() {
+    if !vmm_monitor::kvm::host_has_hardware_virtualization() {
         assert!(std::env::var_os("VMM_REQUIRE_LINUX_GUESTS").is_none(), "no hardware virtualization here");
         eprintln!("SKIP: a_baseline_hides_the_registers: a KVM in software has no baseline");
         return;
@@ -291,7 +291,7 @@ fn a_baseline_hides_the_registers_of_what_it_does_not_have() {
 
 #[test]
 fn a_guest_finds_hyper_v_only_where_it_was_asked_for() {
-    if !vmm::kvm::host_has_hardware_virtualization() {
+    if !vmm_monitor::kvm::host_has_hardware_virtualization() {
         assert!(std::env::var_os("VMM_REQUIRE_LINUX_GUESTS").is_none(), "no hardware virtualization here");
         eprintln!("SKIP: a_guest_finds_hyper_v_only_where_it_was_asked_for: a KVM in software has none");
         return;
@@ -337,7 +337,7 @@ fn cpu_wishes_that_cannot_be_are_told() {
     };
     let (code, text) = said("host,+avx3");
     assert!(code == Some(2) && text.contains("avx2"), "{text}");
-    if vmm::kvm::host_has_hardware_virtualization() {
+    if vmm_monitor::kvm::host_has_hardware_virtualization() {
         assert_eq!(said("host,+hyperv"), (Some(1), String::new()));
     } else {
         let (code, text) = said("host,+hyperv");

@@ -8,13 +8,13 @@ use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::disk::{Disk, Info, Io};
-use vmm::event_loop::Event;
-use vmm::memory::GuestRam;
-use vmm::virtio::block::Block;
-use vmm::virtio::device::VirtioDevice;
-use vmm::virtio::queue::{Position, Setup, Virtqueue};
-use vmm::virtio::testing::{CountingNotifier, ram};
+use vmm_monitor::disk::{Disk, Info, Io};
+use vmm_monitor::event_loop::Event;
+use vmm_monitor::memory::GuestRam;
+use vmm_monitor::virtio::block::Block;
+use vmm_monitor::virtio::device::VirtioDevice;
+use vmm_monitor::virtio::queue::{Position, Setup, Virtqueue};
+use vmm_monitor::virtio::testing::{CountingNotifier, ram};
 
 static RAM: LazyLock<Arc<GuestRam>> = LazyLock::new(|| ram(0x4000));
 const SIZE: u64 = 64 << 10;

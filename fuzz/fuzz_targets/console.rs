@@ -7,12 +7,12 @@ use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::chardev::Endpoint;
-use vmm::memory::GuestRam;
-use vmm::virtio::console::Console;
-use vmm::virtio::device::VirtioDevice;
-use vmm::virtio::queue::{Position, Setup, Virtqueue};
-use vmm::virtio::testing::{CountingNotifier, ram};
+use vmm_monitor::chardev::Endpoint;
+use vmm_monitor::memory::GuestRam;
+use vmm_monitor::virtio::console::Console;
+use vmm_monitor::virtio::device::VirtioDevice;
+use vmm_monitor::virtio::queue::{Position, Setup, Virtqueue};
+use vmm_monitor::virtio::testing::{CountingNotifier, ram};
 
 const QUEUE: u64 = 0x400;
 static RAM: LazyLock<Arc<GuestRam>> = LazyLock::new(|| ram(0x8000));

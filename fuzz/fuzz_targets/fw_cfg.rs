@@ -5,11 +5,11 @@ use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::bus::Device;
-use vmm::legacy::fw_cfg::{FwCfg, Items};
-use vmm::memory::GuestRam;
-use vmm::state::Saved;
-use vmm::virtio::testing::ram;
+use vmm_monitor::bus::Device;
+use vmm_monitor::legacy::fw_cfg::{FwCfg, Items};
+use vmm_monitor::memory::GuestRam;
+use vmm_monitor::state::Saved;
+use vmm_monitor::virtio::testing::ram;
 
 static RAM: LazyLock<Arc<GuestRam>> = LazyLock::new(|| ram(0x4000));
 

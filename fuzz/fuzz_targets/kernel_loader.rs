@@ -8,11 +8,11 @@ use std::path::PathBuf;
 
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
-use vmm::boot::tables::Platform;
-use vmm::boot::{Error, Payload, load};
-use vmm::config::BootProtocol;
-use vmm::kvm::regs::Entry;
-use vmm::memory::Memory;
+use vmm_monitor::boot::tables::Platform;
+use vmm_monitor::boot::{Error, Payload, load};
+use vmm_monitor::config::BootProtocol;
+use vmm_monitor::kvm::regs::Entry;
+use vmm_monitor::memory::Memory;
 
 /// An ELF that loads: one segment, one PVH note.
 fn elf() -> Vec<u8> {
@@ -107,6 +107,6 @@ fuzz_target!(init: {
     match boot(head[1], &image, u64::from(head[0] & 0x3f) << 14) {
         Ok(_) => {}
         // The whole text, as a user would see it.
-        Err(error) => assert!(!vmm::error_chain(&error).is_empty() && !error.hint().is_empty()),
+        Err(error) => assert!(!vmm_monitor::error_chain(&error).is_empty() && !error.hint().is_empty()),
     }
 });

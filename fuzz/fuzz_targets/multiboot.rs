@@ -8,11 +8,11 @@ use std::path::PathBuf;
 
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
-use vmm::boot::tables::Platform;
-use vmm::boot::{Error, Payload, load};
-use vmm::config::BootProtocol;
-use vmm::kvm::regs::Entry;
-use vmm::memory::Memory;
+use vmm_monitor::boot::tables::Platform;
+use vmm_monitor::boot::{Error, Payload, load};
+use vmm_monitor::config::BootProtocol;
+use vmm_monitor::kvm::regs::Entry;
+use vmm_monitor::memory::Memory;
 
 const MAGIC: u32 = 0x1bad_b002;
 const SIZE: u64 = 32 << 20;
@@ -81,6 +81,6 @@ fuzz_target!(init: {
     match boot(how & 8 != 0, &image) {
         Ok(Entry::Multiboot { rip, .. }) => assert!((0x8000..SIZE as u32).contains(&rip), "{rip:#x}"),
         Ok(_) => {}
-        Err(error) => assert!(!vmm::error_chain(&error).is_empty() && !error.hint().is_empty()),
+        Err(error) => assert!(!vmm_monitor::error_chain(&error).is_empty() && !error.hint().is_empty()),
     }
 });

@@ -6,9 +6,9 @@ use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::memory::GuestRam;
-use vmm::virtio::queue::{Position, Setup, Virtqueue};
-use vmm::virtio::testing::{CountingNotifier, ram};
+use vmm_monitor::memory::GuestRam;
+use vmm_monitor::virtio::queue::{Position, Setup, Virtqueue};
+use vmm_monitor::virtio::testing::{CountingNotifier, ram};
 
 static RAM: LazyLock<Arc<GuestRam>> = LazyLock::new(|| ram(0x4000));
 const SIZE: u16 = 16;

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
-use vmm::trace::file::{MAGIC, Trace};
-use vmm::trace::report::{Filter, Report};
-use vmm::trace::symbols::Symbols;
+use vmm_trace::file::{MAGIC, Trace};
+use vmm_trace::report::{Filter, Report};
+use vmm_trace::symbols::Symbols;
 
 fn file(bytes: &[u8]) -> (File, PathBuf) {
     let mut file = File::from(memfd_create("trace", MemfdFlags::CLOEXEC).unwrap());
@@ -44,7 +44,7 @@ fn tell(path: &Path, symbols: Symbols) {
     let trace = match Trace::read(path) {
         Ok(trace) => trace,
         // The whole text, as a user would see it.
-        Err(error) => return assert!(!vmm::error_chain(&error).is_empty()),
+        Err(error) => return assert!(!vmm_monitor::error_chain(&error).is_empty()),
     };
     let symbols = Symbols::of_guest(&trace.symbols).unwrap_or(symbols);
     let mut report = Report::new(&trace, symbols);

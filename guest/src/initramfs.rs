@@ -1,12 +1,12 @@
 //! Builds initramfs images: PID 1, busybox if asked, the modules that a stock kernel needs to find its devices, and
 //! whatever files the caller adds. The same input gives the same bytes.
 
-use crate::cpio::{Archive, Entry};
 use crate::kernel::{Kernel, Kind};
 use crate::modules::Modules;
 use crate::programs::{self, Init};
 use crate::run::Tool;
 use anyhow::{Context, Result, bail};
+use cpio::{Archive, Entry};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};

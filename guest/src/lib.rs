@@ -22,7 +22,3 @@ pub mod rootfs;
 pub mod run;
 pub mod stock;
 pub mod tuned;
-
-// The monitor's own file. (With the monitor as a dependency, all of it would be compiled before a kernel's build could begin.)
-#[path = "../../src/boot/cpio.rs"]
-pub mod cpio;

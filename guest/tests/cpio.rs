@@ -1,6 +1,6 @@
 //! Our archives, as the `cpio` program reads them.
 
-use guest::cpio::{Archive, Entry};
+use cpio::{Archive, Entry};
 use guest::initramfs::{Compression, Recipe};
 use guest::run::Tool;
 use std::fs;

@@ -148,7 +148,7 @@ fn one(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::render::sample::run;
+    use crate::render::sample::run;
 
     fn counted() -> Run {
         let mut run = run();

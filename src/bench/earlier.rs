@@ -112,7 +112,7 @@ pub fn merge(runs: Vec<Run>, command: Vec<String>) -> Run {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::render::sample::run;
+    use crate::render::sample::run;
 
     #[test]
     fn what_was_written_reads_back_the_same() {

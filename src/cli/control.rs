@@ -3,13 +3,13 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use super::exit::{Code, Failure, pretty, print};
 use super::list::uptime;
-use crate::api::client::Client;
-use crate::api::protocol::Command;
-use crate::api::registry::Registry;
-use crate::api::{Error, Status};
-use crate::config::Size;
+use vmm_command::{Code, Failure, pretty, print};
+use vmm_monitor::api::client::Client;
+use vmm_monitor::api::protocol::Command;
+use vmm_monitor::api::registry::Registry;
+use vmm_monitor::api::{Error, Status};
+use vmm_monitor::config::Size;
 
 /// How much longer than the guest's own time to wait for the monitor's end.
 const GRACE: Duration = Duration::from_secs(10);

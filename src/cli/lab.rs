@@ -4,9 +4,9 @@ use std::io::{self, IsTerminal};
 
 use anyhow::anyhow;
 
-use super::exit::{Code, Failure, print};
-use super::scratch::Scratch;
-use crate::lab::{self, LABS, Lab};
+use vmm_command::Scratch;
+use vmm_command::{Code, Failure, print};
+use vmm_trace::lab::{self, LABS, Lab};
 
 /// The options of `vmm lab`.
 #[derive(Debug, clap::Args)]
@@ -38,14 +38,4 @@ pub fn lab(options: Options) -> Result<Code, Failure> {
     lab::narrate(lab, &ran, io::stdout().is_terminal(), &mut text)?;
     print(&String::from_utf8_lossy(&text))?;
     Ok(Code::Success)
-}
-
-impl From<lab::Error> for Failure {
-    fn from(error: lab::Error) -> Self {
-        match error {
-            lab::Error::Machine(error) => error.into(),
-            lab::Error::Trace(error) => error.into(),
-            error @ lab::Error::Host { .. } => Self::new(Code::Host, error),
-        }
-    }
 }

@@ -4,13 +4,13 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::exit::{Code, Failure, pretty, print};
-use crate::api::client::Client;
-use crate::api::protocol::Command;
-use crate::api::registry::Registry;
-use crate::api::{Error, Status};
-use crate::config::Size;
-use crate::error_chain;
+use vmm_command::{Code, Failure, pretty, print};
+use vmm_monitor::api::client::Client;
+use vmm_monitor::api::protocol::Command;
+use vmm_monitor::api::registry::Registry;
+use vmm_monitor::api::{Error, Status};
+use vmm_monitor::config::Size;
+use vmm_monitor::error_chain;
 
 /// The options of `vmm list`.
 #[derive(Debug, clap::Args)]

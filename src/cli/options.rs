@@ -10,11 +10,11 @@ use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
-use super::exit::{Code, Failure};
-use crate::config::{
+use vmm_command::{Code, Failure};
+use vmm_monitor::config::{
     BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, Port, VmConfig, Where,
 };
-use crate::debug::gdb::Place;
+use vmm_trace::debug::gdb::Place;
 
 /// The largest configuration file that is read.
 const MAX_CONFIG: u64 = 1 << 20;

@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::exit::{Failure, pretty};
-use crate::boot::{self, tables::Platform};
-use crate::config::{Console, VmConfig, Where};
-use crate::legacy::{crtc, fw_cfg, rtc_cmos, testdev};
-use crate::memory::layout;
-use crate::{machine, virtio};
+use vmm_command::{Failure, pretty};
+use vmm_monitor::boot::{self, tables::Platform};
+use vmm_monitor::config::{Console, VmConfig, Where};
+use vmm_monitor::legacy::{crtc, fw_cfg, rtc_cmos, testdev};
+use vmm_monitor::memory::layout;
+use vmm_monitor::{machine, virtio};
 
 #[derive(Serialize)]
 struct Plan {

@@ -7,20 +7,22 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use super::exit::{Code, Failure, print};
 use super::options::Options;
 use super::plan::plan;
-use crate::api::registry::Registry;
-use crate::api::running::Running;
-use crate::api::server::Server;
-use crate::api::signals::Signals;
-use crate::api::{self, Control, Pty};
-use crate::config::{OnReboot, VmConfig};
-use crate::debug::Debugger;
-use crate::debug::gdb;
-use crate::machine::{self, Ends, Outcome};
-use crate::trace::file::Header;
-use crate::trace::recording::{Recording, Start};
+use vmm_command::{Code, Failure, print};
+use vmm_monitor::api::registry::Registry;
+use vmm_monitor::api::running::Running;
+use vmm_monitor::api::server::Server;
+use vmm_monitor::api::signals::Signals;
+use vmm_monitor::api::{self, Control, Pty};
+use vmm_monitor::config::{OnReboot, VmConfig};
+use vmm_monitor::machine::{self, Ends, Outcome};
+use vmm_monitor::recorder::Recorder;
+use vmm_trace::debug::Debugger;
+use vmm_trace::debug::gdb;
+use vmm_trace::file::Header;
+use vmm_trace::live::watch::Live;
+use vmm_trace::recording::{Recording, Start};
 
 /// What the options say beside the machine.
 pub struct Around {
@@ -79,7 +81,9 @@ pub fn live(
     let signals = Signals::take().map_err(api::Error::Thread)?;
     let entry = Registry::of_user().register(config.name.as_deref())?;
     log::info!("{}: control socket registered", entry.name());
-    let running = Arc::new(Running::new(entry.name(), &config, record.is_some()));
+    let recorder = Arc::<Recorder>::default();
+    let live = Live::new(config.clone(), recorder.clone(), record.is_some());
+    let running = Arc::new(Running::new(entry.name(), &config, live));
     // Whoever signals or connects before the control thread is there is kept waiting, not lost; so the guest need not
     // wait for the thread.
     let mut unserved = Some((entry, signals));
@@ -94,7 +98,7 @@ pub fn live(
         }
     };
     let mut ends = Ends::default();
-    let mut watched = Watched { config: &config, record, debugger };
+    let mut watched = Watched { config: &config, recorder, record, debugger };
     let end = watched.run(&mut ends, &running, &mut serve);
     // Why there is no server says more than that the machine was killed for want of it.
     server.transpose()?;
@@ -104,6 +108,7 @@ pub fn live(
 /// A machine with those who look at its run.
 struct Watched<'a, 'd> {
     config: &'a VmConfig,
+    recorder: Arc<Recorder>,
     record: Option<Record>,
     debugger: Option<&'a mut (dyn Debugger + 'd)>,
 }
@@ -112,7 +117,7 @@ impl Watched<'_, '_> {
     /// Runs the machine, and again after each reboot if that is wanted. Calls `serve` whenever it has begun to run.
     fn run(&mut self, ends: &mut Ends, running: &Running, serve: &mut dyn FnMut()) -> Result<Code, Failure> {
         let mut first = true;
-        let recorder = running.recorder().clone();
+        let recorder = self.recorder.clone();
         // Ends with the last of the machines.
         let mut recording: Option<Recording> = None;
         // The monitor's own steps belong to the record.
@@ -182,19 +187,4 @@ fn ptys(ends: &Ends) -> Vec<Pty> {
         Some(Pty { device: role.to_owned(), path })
     };
     ends.list().filter_map(pty).collect()
-}
-
-impl From<machine::Error> for Failure {
-    fn from(error: machine::Error) -> Self {
-        let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
-        let hint = error.hint().map(|hint| hint.into_owned());
-        Self::new(code, error).hint(hint)
-    }
-}
-
-impl From<gdb::Error> for Failure {
-    fn from(error: gdb::Error) -> Self {
-        let hint = error.hint();
-        Self::new(Code::Host, error).hint(hint)
-    }
 }

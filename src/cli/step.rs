@@ -1,4 +1,4 @@
-//! `vmm trace --step`: which symbols, from where, how far; the steps are [`crate::debug::step`]'s.
+//! `vmm trace --step`: which symbols, from where, how far; the steps are [`vmm_trace::debug::step`]'s.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,12 +6,12 @@ use std::path::Path;
 
 use anyhow::anyhow;
 
-use super::exit::{Code, Failure};
 use super::options;
 use super::run::{self, Around};
-use crate::config::VmConfig;
-use crate::debug::step::{LINUX_MAP, Plan, Seen, Steps};
-use crate::trace::symbols::Symbols;
+use vmm_command::{Code, Failure};
+use vmm_monitor::config::VmConfig;
+use vmm_trace::debug::step::{LINUX_MAP, Plan, Seen, Steps};
+use vmm_trace::symbols::Symbols;
 
 /// The options of `vmm trace` that are about stepping.
 #[derive(Debug, clap::Args)]

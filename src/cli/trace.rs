@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use super::exit::{Code, Failure};
-use super::scratch::Scratch;
 use super::{options, run, step, top};
-use crate::recorder::Kind;
-use crate::trace::file::{self, Trace};
-use crate::trace::report::{Filter, Report};
-use crate::trace::symbols::{self, Symbols};
+use vmm_command::Scratch;
+use vmm_command::{Code, Failure};
+use vmm_monitor::recorder::Kind;
+use vmm_trace::file::Trace;
+use vmm_trace::report::{Filter, Report};
+use vmm_trace::symbols::Symbols;
 
 /// The options of `vmm trace`.
 #[derive(Debug, clap::Args)]
@@ -215,27 +215,5 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
         result => {
             result.map_err(|error| Failure::new(Code::Host, anyhow!(error).context("write the report")))
         }
-    }
-}
-
-impl From<file::Error> for Failure {
-    fn from(error: file::Error) -> Self {
-        let code = match error {
-            file::Error::Io { .. } => Code::Host,
-            file::Error::Format { .. } => Code::BadArgument,
-        };
-        Self::new(code, error).hint(Some("a trace is made by: vmm --trace FILE --kernel ..."))
-    }
-}
-
-impl From<symbols::Error> for Failure {
-    fn from(error: symbols::Error) -> Self {
-        let hint = match error {
-            symbols::Error::Read { .. } | symbols::Error::None { .. } => {
-                "without --symbols the guest's own are taken, if its kernel has them, or a vmlinux or System.map beside it"
-            }
-            symbols::Error::OtherKernel { .. } => "with --kaslr-offset 0 they are taken as they are",
-        };
-        Self::new(Code::BadArgument, error).hint(Some(hint))
     }
 }

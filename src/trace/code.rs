@@ -8,7 +8,7 @@ use iced_x86::{
 };
 
 use super::file::Trace;
-use crate::recorder::{Event, Kind};
+use vmm_monitor::recorder::{Event, Kind};
 
 /// Longest x86 instruction (SDM vol. 2, 2.3.11), and so the bytes in a [`Kind::Code`] event.
 const MAX: u64 = 15;

@@ -3,7 +3,7 @@
 //! By the device's name and the offset; where nothing better is known, the plain numbers.
 
 use super::file::Header;
-use crate::recorder::{Event, Kind};
+use vmm_monitor::recorder::{Event, Kind};
 
 /// Who answered `event`, and what it was to them. `None` for an exit that no device is asked about.
 pub fn tell(header: &Header, event: &Event) -> Option<String> {

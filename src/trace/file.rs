@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use zerocopy::FromBytes;
 
-use crate::recorder::{Event, Kind};
+use vmm_monitor::recorder::{Event, Kind};
 
 /// The first bytes of a trace file; the last is the version.
 pub const MAGIC: [u8; 8] = *b"vmmtrac\x01";
@@ -288,9 +288,9 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::memory::Memory;
-    use crate::recorder::{Recorder, clock};
-    use crate::trace::recording::{Recording, Start};
+    use crate::recording::{Recording, Start};
+    use vmm_monitor::memory::Memory;
+    use vmm_monitor::recorder::{Recorder, clock};
 
     fn event(value: u64) -> Event {
         let (time, kind) = (clock::ticks(), Kind::PioOut as u8);

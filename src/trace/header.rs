@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use super::file::{Header, Range};
-use crate::bus::Bus;
-use crate::config::{Kernel, VmConfig};
-use crate::vcpu::dispatch::Buses;
+use vmm_monitor::bus::Bus;
+use vmm_monitor::config::{Kernel, VmConfig};
+use vmm_monitor::vcpu::dispatch::Buses;
 
 impl Header {
     /// For the machine that `config` describes, with its devices on `buses`, on this host.

@@ -3,8 +3,8 @@
 //! VT-x: the basic exit reasons of the Intel SDM, vol. 3, appendix C. AMD-V: the intercept exit codes of the AMD APM, vol. 2,
 //! appendix C. KVM shows its user only KVM_EXIT_*; [`of`] goes back to the reason behind it.
 
-use crate::config::msr;
-use crate::recorder::{Event, Kind};
+use vmm_monitor::config::msr;
+use vmm_monitor::recorder::{Event, Kind};
 
 /// A reason in both architectures' terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

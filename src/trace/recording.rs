@@ -15,9 +15,9 @@ use zerocopy::IntoBytes;
 use super::file::{CLOCK, COUNTERS, DROPPED, EVENTS, Error, Header, IN_KERNEL, MAGIC, NAME, REASON, SYMBOLS};
 use super::kallsyms::{self, Roots};
 use super::kernel::KernelExits;
-use crate::kvm::Counters;
-use crate::memory::GuestRam;
-use crate::recorder::{Event, Kind, Recorder, Step, Steps, Taken, clock};
+use vmm_monitor::kvm::Counters;
+use vmm_monitor::memory::GuestRam;
+use vmm_monitor::recorder::{Event, Kind, Recorder, Step, Steps, Taken, clock};
 
 /// Between two drains. A ring holds more exits than a vCPU can make in that time on any hardware.
 pub(super) const PERIOD: Duration = Duration::from_millis(5);

@@ -32,42 +32,42 @@ fn arguments_that_cannot_be() {
     place.file("empty.json", "");
     fs::create_dir(place.path("folder")).unwrap();
     for (arguments, words) in [
-        ("bench explode", &["explode", "boot", "scale"][..]),
-        ("bench boot --samples 0", &["--samples", "0"]),
-        ("bench boot --samples 10001", &["--samples", "10000"]),
-        ("bench boot --samples some", &["--samples", "some"]),
-        ("bench boot --warm-up -1", &["-1"]),
-        ("bench boot --with crun", &["--with", "RIVAL=FILE"]),
-        ("bench boot --with =words", &["--with", "RIVAL=FILE"]),
-        ("bench boot --with crun=missing", &["missing", "No such file"]),
-        ("bench boot --with crun=folder", &["folder", "not a file"]),
-        ("bench boot --guests missing", &["missing", "No such file"]),
-        ("bench boot --guests words", &["words", "not a folder"]),
-        ("bench boot --json no/such/folder/x.json", &["no/such/folder"]),
-        ("bench boot --html folder", &["folder"]),
-        ("bench boot --csv words/x", &["words"]),
-        ("bench boot --json - --csv -", &["two outputs"]),
-        ("bench boot --json x --html x", &["x", "two outputs"]),
-        ("bench boot --compare good.json", &["--compare", "repeats"]),
-        ("bench boot --icount --compare missing", &["missing", "No such file"]),
-        ("bench --from missing.json", &["missing.json", "No such file"]),
-        ("bench --from folder", &["folder", "not a regular file"]),
-        ("bench --from /dev/zero", &["/dev/zero", "not a regular file"]),
-        ("bench --from garbage", &["garbage", "UTF-8"]),
-        ("bench --from words", &["words", "not a result"]),
-        ("bench --from empty.json", &["empty.json", "not a result"]),
-        ("bench --from other.json", &["other.json", "suites"]),
-        ("bench --from null.json", &["null.json", "not a result"]),
-        ("bench --from twice.json", &["twice.json", "crun"]),
-        ("bench --from good.json --from missing.json", &["missing.json"]),
-        ("bench --from good.json boot", &["--from"]),
-        ("bench --from good.json --samples 3", &["--from"]),
-        ("bench --list --icount", &["--list"]),
-        ("bench --through", &["--through"]),
+        ("explode", &["explode", "boot", "scale"][..]),
+        ("boot --samples 0", &["--samples", "0"]),
+        ("boot --samples 10001", &["--samples", "10000"]),
+        ("boot --samples some", &["--samples", "some"]),
+        ("boot --warm-up -1", &["-1"]),
+        ("boot --with crun", &["--with", "RIVAL=FILE"]),
+        ("boot --with =words", &["--with", "RIVAL=FILE"]),
+        ("boot --with crun=missing", &["missing", "No such file"]),
+        ("boot --with crun=folder", &["folder", "not a file"]),
+        ("boot --guests missing", &["missing", "No such file"]),
+        ("boot --guests words", &["words", "not a folder"]),
+        ("boot --json no/such/folder/x.json", &["no/such/folder"]),
+        ("boot --html folder", &["folder"]),
+        ("boot --csv words/x", &["words"]),
+        ("boot --json - --csv -", &["two outputs"]),
+        ("boot --json x --html x", &["x", "two outputs"]),
+        ("boot --compare good.json", &["--compare", "repeats"]),
+        ("boot --icount --compare missing", &["missing", "No such file"]),
+        ("--from missing.json", &["missing.json", "No such file"]),
+        ("--from folder", &["folder", "not a regular file"]),
+        ("--from /dev/zero", &["/dev/zero", "not a regular file"]),
+        ("--from garbage", &["garbage", "UTF-8"]),
+        ("--from words", &["words", "not a result"]),
+        ("--from empty.json", &["empty.json", "not a result"]),
+        ("--from other.json", &["other.json", "suites"]),
+        ("--from null.json", &["null.json", "not a result"]),
+        ("--from twice.json", &["twice.json", "crun"]),
+        ("--from good.json --from missing.json", &["missing.json"]),
+        ("--from good.json boot", &["--from"]),
+        ("--from good.json --samples 3", &["--from"]),
+        ("--list --icount", &["--list"]),
+        ("--through", &["--through"]),
     ] {
         refused(&place, arguments, BAD_ARGUMENT, words);
     }
-    let mut blank = place.command("bench boot --through");
+    let mut blank = place.command("boot --through");
     blank.arg("  ");
     refused_command(&place, blank, BAD_ARGUMENT, &["--through", "no command"]);
 }
@@ -75,13 +75,13 @@ fn arguments_that_cannot_be() {
 #[test]
 fn help_and_list_tell_what_there_is() {
     let place = Place::new();
-    let help = text(&place.vmm("bench --help").stdout);
+    let help = text(&place.vmm("--help").stdout);
     for word in
         ["Examples:", "--through", "--compare", "--icount", "vmm bench --from", "12 more than 5% worse"]
     {
         assert!(help.contains(word), "{word}: {help}");
     }
-    let list = text(&place.vmm("bench --list").stdout);
+    let list = text(&place.vmm("--list").stdout);
     let suites: Vec<_> = list.lines().filter_map(|line| line.split_once(' ')).map(|(name, _)| name).collect();
     assert_eq!(suites, ["boot", "memory", "image", "exits", "cpu", "mem", "block", "console", "scale"]);
 }
@@ -90,7 +90,7 @@ fn help_and_list_tell_what_there_is() {
 fn idle_instances_are_weighed_alone_and_in_numbers() {
     let place = Place::new();
     // Without the rivals that may be installed here.
-    let mut command = place.command("bench memory --samples 2 --instances 10 --json -");
+    let mut command = place.command("memory --samples 2 --instances 10 --json -");
     let run = result(&command.env("PATH", "").output().unwrap().stdout);
     let figures = run["suites"][0]["figures"].as_array().unwrap();
     let samples = |name: &str, who: &str| -> Vec<f64> {
@@ -127,15 +127,15 @@ fn earlier_results_are_shown_and_put_together() {
     let place = Place::new();
     place.file("one.json", SMALL);
     place.file("two.json", SMALL.replace("AMD EPYC", "Another CPU"));
-    let shown = place.vmm("bench --from one.json --json same.json --csv one.csv --html one.html");
+    let shown = place.vmm("--from one.json --json same.json --csv one.csv --html one.html");
     assert_eq!((shown.status.code(), text(&shown.stderr)), (Some(0), String::new()));
     assert!(text(&shown.stdout).contains("no difference shown ("), "{}", text(&shown.stdout));
     // Nothing of it is lost or changed, and the page is as good as the file.
     assert_eq!(result(&fs::read(place.path("same.json")).unwrap()), result(SMALL.as_bytes()));
-    let from_page = place.vmm("bench --from one.html --json -");
+    let from_page = place.vmm("--from one.html --json -");
     assert_eq!(result(&from_page.stdout), result(SMALL.as_bytes()));
     assert_eq!(fs::read_to_string(place.path("one.csv")).unwrap().lines().count(), 1 + 2 * 4 * 8);
-    let both = result(&place.vmm("bench --from one.json --from two.json --json -").stdout);
+    let both = result(&place.vmm("--from one.json --from two.json --json -").stdout);
     let hosts: Vec<_> =
         both["suites"].as_array().unwrap().iter().map(|suite| &suite["host"]["cpu"]).collect();
     assert_eq!(hosts, ["AMD EPYC", "Another CPU"]);
@@ -149,7 +149,7 @@ fn earlier_results_are_shown_and_put_together() {
 fn an_output_that_cannot_be_written_is_told_and_the_others_are_there() {
     let place = Place::new();
     place.file("one.json", SMALL);
-    let output = place.vmm("bench --from one.json --csv /dev/full --html page.html");
+    let output = place.vmm("--from one.json --csv /dev/full --html page.html");
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(HOST), "{stderr}");
     assert!(stderr.starts_with("vmm: error: write /dev/full: "), "{stderr}");
@@ -205,7 +205,7 @@ fn a_baseline_is_held() {
         ("gone", WORSE, &["boot: exec to exit: crun: not measured any more: it broke", "2 of its figures"]),
         ("wall", BAD_ARGUMENT, &["suite boot of the result was not taken on a repeatable clock"]),
     ] {
-        let output = place.vmm(&format!("bench --from {now}.json --compare base.json"));
+        let output = place.vmm(&format!("--from {now}.json --compare base.json"));
         let stderr = text(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{now}: {stderr}");
         assert!(words.iter().all(|word| stderr.contains(word)), "{now}: {words:?}: {stderr}");
@@ -222,7 +222,7 @@ fn machine(place: &Place, script: &str) -> String {
 
 /// Whether this host would measure elsewhere at all.
 fn needs_another_machine(test: &str) -> bool {
-    let needs = !vmm::bench::host::Host::look(false).hardware_virtualization;
+    let needs = !vmm_bench::host::Host::look(false).hardware_virtualization;
     if !needs {
         eprintln!("SKIPPED: {test} needs a host without hardware virtualization, where --through is of use");
     }
@@ -241,7 +241,7 @@ fn another_machine_measures_what_this_one_cannot() {
     let script = "echo \"$@\" >arguments; cp there.json \"$7\"";
     let machine = machine(&place, script);
     let mut command =
-        place.command("bench console --samples 2 --warm-up 0 --guests guests --json run.json --through");
+        place.command("console --samples 2 --warm-up 0 --guests guests --json run.json --through");
     command.arg(format!("{machine}  quiet --"));
     command.args(["--with", &format!("crun={machine}")]);
     let output = finish(command.spawn().unwrap());
@@ -275,7 +275,7 @@ fn what_another_machine_says_of_its_failure_is_told() {
         ("echo garbage >\"$5\"; exit 0", "not a result of vmm bench"),
         ("kill -9 $$", "signal: 9"),
     ] {
-        let mut command = place.command("bench console --samples 1 --warm-up 0 --through");
+        let mut command = place.command("console --samples 1 --warm-up 0 --through");
         command.arg(machine(&place, script));
         let output = finish(command.spawn().unwrap());
         let stderr = text(&output.stderr);
@@ -285,7 +285,7 @@ fn what_another_machine_says_of_its_failure_is_told() {
             "{stderr}"
         );
     }
-    let mut command = place.command("bench console --samples 1 --warm-up 0 --through /no/such/machine");
+    let mut command = place.command("console --samples 1 --warm-up 0 --through /no/such/machine");
     let output = finish(command.spawn().unwrap());
     assert!(text(&output.stderr).contains("start /no/such/machine: "), "{}", text(&output.stderr));
 }
@@ -299,7 +299,7 @@ fn an_interrupt_reaches_the_other_machine() {
     place.file("there.json", SMALL.replace("\"interrupted\": false", "\"interrupted\": true"));
     let script =
         "trap 'cp there.json \"$5\"; exit 10' INT\necho it runs >&2; touch running\nsleep 1000 & wait";
-    let mut command = place.command("bench console --samples 1 --warm-up 0 --json run.json --through");
+    let mut command = place.command("console --samples 1 --warm-up 0 --json run.json --through");
     command.arg(machine(&place, script));
     let child = command.spawn().unwrap();
     let deadline = Instant::now() + PATIENCE;
@@ -321,7 +321,7 @@ fn an_interrupt_reaches_the_other_machine() {
 fn an_interrupt_shows_what_there_is() {
     let place = Place::new();
     // More than can be done while this waits.
-    let mut command = place.command("bench boot --samples 10000 --warm-up 0 --json run.json");
+    let mut command = place.command("boot --samples 10000 --warm-up 0 --json run.json");
     let mut child = command.spawn().unwrap();
     let pid = Pid::from_raw(child.id() as i32).unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());

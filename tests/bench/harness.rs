@@ -6,10 +6,10 @@ use std::rc::Rc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmm::bench::measure::stats::{Comparison, Summary};
-use vmm::bench::measure::{Contender, FEWEST, Plan, Quantity, Random, series, span};
-use vmm::bench::render::table::table;
-use vmm::bench::result::{self, Better, Figure, Run, Suite, Unit};
+use vmm_bench::measure::stats::{Comparison, Summary};
+use vmm_bench::measure::{Contender, FEWEST, Plan, Quantity, Random, series, span};
+use vmm_bench::render::table::table;
+use vmm_bench::result::{self, Better, Figure, Run, Suite, Unit};
 
 const TIME: Quantity = Quantity { name: "time", unit: Unit::Milliseconds, better: Better::Lower };
 const LIMIT: Duration = Duration::from_secs(20);
@@ -213,7 +213,7 @@ fn a_failing_command_is_never_fast() {
     let suite = Suite {
         name: "boot".to_owned(),
         title: "Start".to_owned(),
-        host: vmm::bench::host::Host::look(false),
+        host: vmm_bench::host::Host::look(false),
         seed: 1,
         method: Vec::new(),
         contenders: entries,

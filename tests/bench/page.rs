@@ -36,7 +36,7 @@ fn run(browser: &Path, place: &Place, arguments: &[&str]) -> String {
 /// Makes `page.html` of a result and gives the document that the browser makes of it.
 fn document(browser: &Path, place: &Place, result: &str) -> String {
     place.file("result.json", result);
-    let made = place.vmm("bench --from result.json --html page.html");
+    let made = place.vmm("--from result.json --html page.html");
     assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
     run(browser, place, &["--dump-dom", &format!("file://{}", place.path("page.html").display())])
 }

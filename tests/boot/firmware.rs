@@ -79,7 +79,7 @@ fn built_in_under_qemu() {
     }
     let dir = tempfile::tempdir().unwrap();
     let rom = dir.path().join("rom");
-    let own = vmm::boot::firmware::BUILT_IN;
+    let own = vmm_monitor::boot::firmware::BUILT_IN;
     std::fs::write(&rom, [&vec![0xff; (64 << 10) - own.len()][..], own].concat()).unwrap();
     for kernel in [Kernel::TunedBzImage, Kernel::TunedPvh] {
         let mut command = Command::new("qemu-system-x86_64");

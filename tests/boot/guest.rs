@@ -12,8 +12,10 @@ const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Where the bundle of `cargo guest bundle` is.
 pub fn bundle(name: &str) -> PathBuf {
-    let folder = std::env::var_os("VMM_TEST_GUESTS")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests"), PathBuf::from);
+    let folder = std::env::var_os("VMM_TEST_GUESTS").map_or_else(
+        || Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("target/guests"),
+        PathBuf::from,
+    );
     folder.join(name)
 }
 

@@ -1,7 +1,6 @@
 //! The `vmm` command as a user meets it: a table of input that cannot work, and tiny guests from start to end.
 
 mod bad_input;
-mod bench_work;
 #[path = "../images/mod.rs"]
 #[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;
@@ -12,3 +11,6 @@ mod terminal;
 mod top;
 mod trace;
 mod trace_damage;
+
+/// What the tests run.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vmm");

@@ -38,9 +38,9 @@ impl Place {
         fs::write(self.path(name), content).unwrap();
     }
 
-    /// `vmm` with `arguments`, split at blanks, in this place.
+    /// The program with `arguments`, split at blanks, in this place.
     pub fn command(&self, arguments: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+        let mut command = Command::new(crate::PROGRAM);
         command.args(arguments.split_whitespace());
         self.set_up(&mut command);
         command

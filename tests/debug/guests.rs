@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::*;
-use vmm::bench::elf::LOAD;
+use vmm_bench::elf::LOAD;
 
 use crate::images::{kernel, pvh_kernel};
 use crate::place::*;

@@ -12,7 +12,8 @@ fn breakpoints_find_linux_at_its_first_function() {
     if !has_kvm(TEST) {
         return;
     }
-    let vmlinux = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests/tuned-vmlinux");
+    let vmlinux =
+        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("target/guests/tuned-vmlinux");
     if !vmlinux.exists() {
         assert!(std::env::var_os("CI").is_none(), "{TEST}: no {}", vmlinux.display());
         eprintln!("SKIP: {TEST}: this machine lacks the guests: cargo guest bundle --out target/guests");

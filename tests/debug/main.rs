@@ -13,3 +13,6 @@ mod linux;
 #[allow(dead_code, reason = "shared with others, which refuse more")]
 mod place;
 mod steps;
+
+/// What the tests run.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vmm");

@@ -11,7 +11,7 @@ const RUN: &str = "--console off --serial file=out --debug-exit";
 /// Compares with the file of that name beside this one.
 #[track_caller]
 pub fn golden(name: &str, said: &str) {
-    let file = format!("{}/tests/debug/{name}", env!("CARGO_MANIFEST_DIR"));
+    let file = format!("{}/../../tests/debug/{name}", env!("CARGO_MANIFEST_DIR"));
     let expected = fs::read_to_string(&file).unwrap_or_default();
     assert!(said == expected, "{file} is otherwise; now it is:\n{said}");
 }

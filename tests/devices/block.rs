@@ -5,11 +5,11 @@ use std::os::unix::fs::MetadataExt;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use vmm::bus::Device;
-use vmm::chardev::Ends;
-use vmm::config;
-use vmm::disk::{Error, Raw};
-use vmm::state::Saved;
+use vmm_monitor::bus::Device;
+use vmm_monitor::chardev::Ends;
+use vmm_monitor::config;
+use vmm_monitor::disk::{Error, Raw};
+use vmm_monitor::state::Saved;
 
 use crate::guest::{DATA, Guest, HIGH};
 use crate::subjects::{header, image, open};
@@ -233,7 +233,7 @@ fn the_configuration_says_what_holds() {
     let (_keep, mut disk) = image(SIZE);
     disk.block_size = Some("4096".parse().unwrap());
     disk.serial = Some("a serial of 20 bytes".to_owned());
-    let device = vmm::virtio::Device::Block(0, &disk).build(&mut Ends::default()).unwrap();
+    let device = vmm_monitor::virtio::Device::Block(0, &disk).build(&mut Ends::default()).unwrap();
     let mut vm = Guest::new(device);
     vm.start(0);
     let config: [u8; 60] = vm.config(0);
@@ -322,7 +322,7 @@ fn images_that_cannot_be_are_refused_with_a_hint() {
         (config::Disk { block_size: Some("4096".parse().unwrap()), ..at("small", Some(512)) }, "4096-byte"),
     ] {
         let error = open(&disk);
-        let text = vmm::error_chain(&error).to_lowercase();
+        let text = vmm_monitor::error_chain(&error).to_lowercase();
         assert!(text.contains(word) && text.contains(&*disk.path.to_string_lossy().to_lowercase()), "{text}");
         assert!(error.hint().is_some() || word == "is a directory", "{text}: no hint");
     }

@@ -2,8 +2,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use vmm::bus::Device;
-use vmm::state::Saved;
+use vmm_monitor::bus::Device;
+use vmm_monitor::state::Saved;
 
 use crate::guest::{EVENT_IDX, Guest, NEEDS_RESET, STATUS};
 use crate::subjects::{Subject, all};

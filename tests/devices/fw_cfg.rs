@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::bus::Device;
-use vmm::legacy::fw_cfg::{Content, FwCfg, Items, Source};
-use vmm::memory::GuestRam;
-use vmm::state::Saved;
+use vmm_monitor::bus::Device;
+use vmm_monitor::legacy::fw_cfg::{Content, FwCfg, Items, Source};
+use vmm_monitor::memory::GuestRam;
+use vmm_monitor::state::Saved;
 
 /// A file of a length that no memory holds: each byte is its place.
 struct Endless;

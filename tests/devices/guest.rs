@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
-use vmm::bus::Device;
-use vmm::memory::GuestRam;
-use vmm::virtio::device::VirtioDevice;
-use vmm::virtio::mmio::Mmio;
-use vmm::virtio::testing::DriverRing;
-use vmm::vm::fake::FakeVm;
+use vmm_monitor::bus::Device;
+use vmm_monitor::memory::GuestRam;
+use vmm_monitor::virtio::device::VirtioDevice;
+use vmm_monitor::virtio::mmio::Mmio;
+use vmm_monitor::virtio::testing::DriverRing;
+use vmm_monitor::vm::fake::FakeVm;
 
 /// Where the device is.
 pub const BASE: u64 = 0xfe00_0000;

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use vm_memory::{Bytes, GuestAddress};
-use vmm::bus::Device;
-use vmm::state::Saved;
-use vmm::virtio::testing::DriverRing;
+use vmm_monitor::bus::Device;
+use vmm_monitor::state::Saved;
+use vmm_monitor::virtio::testing::DriverRing;
 
 use crate::guest::{BASE, DATA, Guest, HIGH, HIGH_SIZE, LOW, QUEUE_NOTIFY, STATUS};
 use crate::subjects::{Subject, all};

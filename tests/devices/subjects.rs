@@ -10,13 +10,13 @@ use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use vmm::chardev::Endpoint;
-use vmm::config;
-use vmm::disk::Raw;
-use vmm::virtio::block::Block;
-use vmm::virtio::console::Console;
-use vmm::virtio::device::VirtioDevice;
-use vmm::virtio::rng::Rng;
+use vmm_monitor::chardev::Endpoint;
+use vmm_monitor::config;
+use vmm_monitor::disk::Raw;
+use vmm_monitor::virtio::block::Block;
+use vmm_monitor::virtio::console::Console;
+use vmm_monitor::virtio::device::VirtioDevice;
+use vmm_monitor::virtio::rng::Rng;
 
 use crate::guest::{DATA, Guest};
 
@@ -70,7 +70,7 @@ pub fn open(disk: &config::Disk) -> Box<dyn VirtioDevice> {
     let end = Instant::now() + Duration::from_secs(10);
     let disk = loop {
         match Raw::open(disk) {
-            Err(vmm::disk::Error::Locked { .. }) if Instant::now() < end => {
+            Err(vmm_monitor::disk::Error::Locked { .. }) if Instant::now() < end => {
                 std::thread::sleep(Duration::from_millis(5));
             }
             result => break result.unwrap(),

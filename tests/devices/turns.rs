@@ -3,10 +3,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vmm::state::Stateless;
-use vmm::virtio::device::{Kind, Traits, VirtioDevice};
-use vmm::virtio::queue::Virtqueue;
-use vmm::virtio::testing::DriverRing;
+use vmm_monitor::state::Stateless;
+use vmm_monitor::virtio::device::{Kind, Traits, VirtioDevice};
+use vmm_monitor::virtio::queue::Virtqueue;
+use vmm_monitor::virtio::testing::DriverRing;
 
 use crate::guest::{BASE, DATA, Guest, QUEUE_NOTIFY};
 

@@ -1,7 +1,7 @@
 //! Kernel images made for a test or a measurement, a few instructions each.
 
 #[allow(unused_imports, reason = "not everyone makes every kind")]
-pub use vmm::bench::elf::{kernel, pvh_kernel};
+pub use vmm_bench::elf::{kernel, pvh_kernel};
 
 /// The head of a bzImage of protocol 2.15, which says that `setup` + `code` bytes follow it.
 pub fn bzimage(xloadflags: u16, code: usize) -> Vec<u8> {

@@ -67,7 +67,9 @@ fn lasting(text: &str) -> String {
 }
 
 fn file(lab: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/labs/golden").join(format!("{lab}.txt"))
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+        .join("tests/labs/golden")
+        .join(format!("{lab}.txt"))
 }
 
 #[test]
@@ -112,7 +114,8 @@ fn the_golden_files_are_those_of_the_labs() {
 fn labs_are_listed_and_their_sources_shown() {
     let list = said(&["lab"]);
     assert!(list.lines().count() >= 14 && list.contains("pio            port I/O, the oldest"), "{list}");
-    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/guest/labs/README.md")).unwrap();
+    let readme =
+        fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../guest/labs/README.md")).unwrap();
     for lab in labs() {
         let source = said(&["lab", &lab, "--source"]);
         assert!(source.starts_with(&format!("# {lab}: ")) && source.contains("\nstart:\n"), "{source}");

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::facts;
-use crate::bench::result::Run;
+use crate::result::Run;
 
 /// All samples of `run`. The host is in it because a suite may have been measured on several.
 pub fn csv(run: &Run) -> String {
@@ -36,7 +36,7 @@ fn quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::render::sample::run;
+    use crate::render::sample::run;
 
     #[test]
     fn every_sample_has_its_line() {

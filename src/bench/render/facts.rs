@@ -1,6 +1,6 @@
 //! The host's facts as lines for people.
 
-use crate::bench::host::Host;
+use crate::host::Host;
 
 /// One line for the machine, one for its state when it was measured.
 pub fn lines(host: &Host) -> [String; 2] {

@@ -9,8 +9,8 @@ use super::facts;
 use super::number::three_digits;
 use super::rows::{Row, Verdict, View};
 use super::strip::{self, Axis, MOST_DOTS, percent};
-use crate::bench::measure::stats::Ratio;
-use crate::bench::result::{Run, Suite};
+use crate::measure::stats::Ratio;
+use crate::result::{Run, Suite};
 
 const PAGE: &str = include_str!("page.html");
 /// Where the parts come in `PAGE`.
@@ -200,7 +200,7 @@ fn line(suite: &Suite, row: &Row, axis: &Axis, baseline: Option<f64>) -> String 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::render::sample::run;
+    use crate::render::sample::run;
 
     /// A result in which every text tries to get out of its place.
     fn evil() -> (Run, &'static str) {

@@ -19,7 +19,7 @@ pub fn json(run: &Run) -> String {
 /// A small result for the tests of this and of what reads it.
 #[cfg(test)]
 pub mod sample {
-    use crate::bench::result::Run;
+    use crate::result::Run;
 
     /// The result that tests/bench uses too.
     pub fn run() -> Run {

@@ -1,6 +1,6 @@
 //! Numbers as people read them: three digits, and a unit that needs no more.
 
-use crate::bench::result::Unit;
+use crate::result::Unit;
 
 /// `value` to three significant digits; whole numbers keep all of theirs.
 pub fn three_digits(value: f64) -> String {

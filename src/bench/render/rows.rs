@@ -2,9 +2,9 @@
 //! the page both show these, so they cannot disagree.
 
 use super::number::{scale, three_digits};
-use crate::bench::measure::Random;
-use crate::bench::measure::stats::{Comparison, Ratio, Summary};
-use crate::bench::result::{Better, Figure, Suite};
+use crate::measure::Random;
+use crate::measure::stats::{Comparison, Ratio, Summary};
+use crate::result::{Better, Figure, Suite};
 
 /// A figure in the unit in which it is shown.
 pub struct View<'a> {

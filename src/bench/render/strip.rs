@@ -216,8 +216,8 @@ fn density(places: &[f64]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::render::sample::run;
-    use crate::bench::result::Figure;
+    use crate::render::sample::run;
+    use crate::result::Figure;
 
     fn with_axis<T>(samples: &[f64], test: impl Fn(&View, &Axis) -> T) -> T {
         let mut run = run();

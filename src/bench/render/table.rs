@@ -5,7 +5,7 @@
 use super::facts;
 use super::number::{align, three_digits};
 use super::rows::View;
-use crate::bench::result::{Run, Suite};
+use crate::result::{Run, Suite};
 
 /// Nothing is wider, commands and errors being wrapped.
 const WIDTH: usize = 110;
@@ -167,7 +167,7 @@ fn cut(name: &str, limit: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::render::sample::run;
+    use crate::render::sample::run;
 
     #[test]
     fn it_says_what_is_shown_and_what_is_not() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::command::{prepare, shown, version};
 use super::{Found, Life, Rival};
-use crate::bench::measure::Absent;
+use crate::measure::Absent;
 
 /// What tells one program from another.
 pub trait Maker: 'static {

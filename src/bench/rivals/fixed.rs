@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::command::{shown, version};
 use super::{Found, Life, Rival};
-use crate::bench::measure::Absent;
+use crate::measure::Absent;
 
 /// A program and its arguments.
 pub struct Fixed {

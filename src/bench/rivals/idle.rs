@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
 
 use super::{Life, Rival};
-use crate::bench::measure::INTERRUPTED;
+use crate::measure::INTERRUPTED;
 
 /// They run until this is dropped, and so does all else that was started meanwhile.
 pub struct Instances {

@@ -124,8 +124,10 @@ pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
 /// What a run of `vmm bench` has at hand. Made once, by the command line.
 #[derive(Debug, Clone)]
 pub struct Setting {
-    /// This program: the vmm that is measured, and the workload that runs inside.
+    /// The vmm that is measured.
     pub vmm: PathBuf,
+    /// This program: the workload that runs inside.
+    pub own: PathBuf,
     /// Rivals by path, from `--with NAME=PATH`; those not named are looked for in PATH.
     pub with: BTreeMap<String, PathBuf>,
     /// The small kernel for VMs: an ELF vmlinux with a PVH note.

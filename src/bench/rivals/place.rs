@@ -1,4 +1,4 @@
-//! The same workload in three places: this program as `vmm bench-work`, natively, in a container, in a Linux guest.
+//! The same workload in three places: this program as `vmm-bench work`, natively, in a container, in a Linux guest.
 
 use std::fs;
 use std::io::BufWriter;
@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::Setting;
-use crate::bench::elf;
-use crate::boot::cpio::{Archive, Entry};
+use crate::elf;
 use crate::sandbox::container::Container;
+use cpio::{Archive, Entry};
 
 /// The host's device nodes that a container's workload finds.
 const NODES: [&str; 3] = ["null", "zero", "urandom"];
@@ -37,7 +37,7 @@ impl Place {
     /// All of them, the baseline first.
     pub const ALL: [Self; 3] = [Self::Native, Self::Container, Self::Vm];
 
-    /// The command that runs `vmm bench-work ARGUMENTS` there, its output on standard output. `size` is the VM's.
+    /// The command that runs `vmm-bench work ARGUMENTS` there, its output on standard output. `size` is the VM's.
     ///
     /// A disk: natively and in the container the workload is given a path below [`Setting::scratch`], which is the same inside;
     /// for the VM `--disk FILE` is added to what this returns, and the workload finds it at /dev/vda. In the VM the workload is
@@ -47,19 +47,19 @@ impl Place {
     /// Why it cannot run there.
     pub fn command(self, setting: &Setting, arguments: &[&str], size: Size) -> Result<Command, String> {
         let mut command = match self {
-            Self::Native => Command::new(&setting.vmm),
+            Self::Native => Command::new(&setting.own),
             Self::Container => container(setting)?
-                .command("/vmm")
-                .map_err(|error| format!("a container for {}: {error}", setting.vmm.display()))?,
+                .command("/vmm-bench")
+                .map_err(|error| format!("a container for {}: {error}", setting.own.display()))?,
             Self::Vm => return vm(setting, arguments, size),
         };
-        command.arg("bench-work").args(arguments);
+        command.arg("work").args(arguments);
         Ok(command)
     }
 }
 
 fn container(setting: &Setting) -> Result<Container, String> {
-    elf::must_be_static(&setting.vmm)?;
+    elf::must_be_static(&setting.own)?;
     let root = setting.scratch.join("work-root");
     let failed = |path: &Path, error: std::io::Error| format!("make {}: {error}", path.display());
     let file = |path: PathBuf| {
@@ -67,12 +67,12 @@ fn container(setting: &Setting) -> Result<Container, String> {
         fs::OpenOptions::new().create(true).append(true).open(&path).map_err(|error| failed(&path, error))
     };
     let inside = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
-    file(root.join("vmm"))?;
+    file(root.join("vmm-bench"))?;
     // Its own scratch folder at its own path, so that a file there has one name everywhere.
     for folder in [root.join("proc"), inside(&setting.scratch)] {
         fs::create_dir_all(&folder).map_err(|error| failed(&folder, error))?;
     }
-    let mut container = Container::new(&root).bind(&setting.vmm, "/vmm", false).bind(
+    let mut container = Container::new(&root).bind(&setting.own, "/vmm-bench", false).bind(
         &setting.scratch,
         &setting.scratch,
         true,
@@ -93,10 +93,10 @@ fn vm(setting: &Setting, arguments: &[&str], size: Size) -> Result<Command, Stri
     }
     let initramfs = setting.scratch.join("work.cpio");
     if !initramfs.exists() {
-        pack(&setting.vmm, &initramfs)?;
+        pack(&setting.own, &initramfs)?;
     }
     let cmdline = format!(
-        "console=hvc0 quiet reboot=t panic=-1 rdinit=/vmm -- bench-work --guest {}",
+        "console=hvc0 quiet reboot=t panic=-1 rdinit=/vmm-bench -- work --guest {}",
         arguments.join(" ")
     );
     let mut command = Command::new(&setting.vmm);
@@ -106,7 +106,7 @@ fn vm(setting: &Setting, arguments: &[&str], size: Size) -> Result<Command, Stri
     Ok(command)
 }
 
-/// Writes an initramfs with `program` as /vmm.
+/// Writes an initramfs with `program` as /vmm-bench.
 fn pack(program: &Path, to: &Path) -> Result<(), String> {
     elf::must_be_static(program)?;
     let bytes = fs::read(program).map_err(|error| format!("read {}: {error}", program.display()))?;
@@ -114,7 +114,7 @@ fn pack(program: &Path, to: &Path) -> Result<(), String> {
         .ok_or_else(|| format!("{} is not an x86-64 ELF program", program.display()))?;
     let mut archive = Archive::new();
     let console = Entry::CharDevice { mode: 0o600, major: 5, minor: 1 };
-    let entries = [("vmm", Entry::File { mode: 0o755, data }), ("dev/console", console)];
+    let entries = [("vmm-bench", Entry::File { mode: 0o755, data }), ("dev/console", console)];
     let folders = ["proc", "sys", "tmp"].map(|path| (path, Entry::Directory { mode: 0o755 }));
     for (path, entry) in entries.into_iter().chain(folders) {
         archive.add(path, entry).map_err(|error| format!("make an initramfs: {error}"))?;
@@ -130,12 +130,13 @@ fn pack(program: &Path, to: &Path) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::rivals::program;
+    use crate::rivals::program;
 
-    fn setting(scratch: &Path, vmm: PathBuf) -> Setting {
+    fn setting(scratch: &Path, own: PathBuf) -> Setting {
         let (with, scratch) = (Default::default(), scratch.to_owned());
         Setting {
-            vmm,
+            vmm: "vmm".into(),
+            own,
             with,
             kernel: None,
             bzimage: None,
@@ -194,6 +195,6 @@ mod tests {
         pack(&vmm, &initramfs).unwrap();
         let bytes = fs::read(&initramfs).unwrap();
         let has = |what: &[u8]| bytes.windows(what.len()).any(|window| window == what);
-        assert!(has(b"vmm\0") && has(b"dev/console\0") && has(&image[..]), "{} bytes", bytes.len());
+        assert!(has(b"vmm-bench\0") && has(b"dev/console\0") && has(&image[..]), "{} bytes", bytes.len());
     }
 }

@@ -11,8 +11,8 @@ use iced_x86::code_asm::{
 };
 
 use super::Life;
-use crate::bench::elf;
-use crate::boot::cpio::{Archive, Entry};
+use crate::elf;
+use cpio::{Archive, Entry};
 
 /// What it says, and a newline, which a terminal may turn into two bytes. Nothing else that a contender prints has it.
 pub const MARKER: &[u8] = b"bench: here";

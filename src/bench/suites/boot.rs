@@ -1,12 +1,12 @@
 //! Start: from the call that starts a process to the first output of the program that it was started for, and to its end.
 
 use super::{merge, own_mounts};
-use crate::bench::host::Host;
-use crate::bench::measure::{self, Absent, Contender, Plan, Quantity, span};
-use crate::bench::result::{Better, Suite, Unit};
-use crate::bench::rivals::idle::Instances;
-use crate::bench::rivals::program::Root;
-use crate::bench::rivals::{self, Life, RAM_MIB, Rival, Setting};
+use crate::host::Host;
+use crate::measure::{self, Absent, Contender, Plan, Quantity, span};
+use crate::result::{Better, Suite, Unit};
+use crate::rivals::idle::Instances;
+use crate::rivals::program::Root;
+use crate::rivals::{self, Life, RAM_MIB, Rival, Setting};
 
 const QUANTITIES: [Quantity; 2] = [
     Quantity { name: "exec to first output", unit: Unit::Milliseconds, better: Better::Lower },

@@ -82,7 +82,7 @@ impl Contender for Talk<'_> {
         let step = self.step().to_string();
         self.place
             .command(self.setting, &[&step], SIZE)
-            .map_or_else(|_| format!("vmm bench-work {step} ({:?})", self.place), |command| shown(&command))
+            .map_or_else(|_| format!("vmm-bench work {step} ({:?})", self.place), |command| shown(&command))
     }
 
     fn sample(&mut self) -> Result<Vec<f64>, String> {

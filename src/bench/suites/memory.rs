@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{merge, own_mounts};
-use crate::bench::host::Host;
-use crate::bench::measure::{self, Absent, Contender, INTERRUPTED, Plan, Quantity};
-use crate::bench::result::{self, Better, Figure, Suite, Unit};
-use crate::bench::rivals::idle::{Instances, at_once};
-use crate::bench::rivals::program::Root;
-use crate::bench::rivals::weight::{Kernel, Weight};
-use crate::bench::rivals::{self, RAM_MIB, Rival, Setting};
+use crate::host::Host;
+use crate::measure::{self, Absent, Contender, INTERRUPTED, Plan, Quantity};
+use crate::result::{self, Better, Figure, Suite, Unit};
+use crate::rivals::idle::{Instances, at_once};
+use crate::rivals::program::Root;
+use crate::rivals::weight::{Kernel, Weight};
+use crate::rivals::{self, RAM_MIB, Rival, Setting};
 
 /// Instances at a time.
 const COUNTS: [usize; 3] = [10, 50, 100];

@@ -152,7 +152,7 @@ pub fn measured<'a>(
             Ok(_) => contenders.push(Box::new(worker)),
             Err(why) => {
                 let steps: Vec<_> = worker.work.iter().map(|work| work.step.to_string()).collect();
-                let command = format!("vmm bench-work {} ({:?})", steps.join(" "), worker.place);
+                let command = format!("vmm-bench work {} ({:?})", steps.join(" "), worker.place);
                 absent.push(Absent { name: worker.name.to_owned(), command, why });
             }
         }

@@ -17,8 +17,8 @@ use super::super::result::{Better, Suite, Unit};
 use super::super::rivals::{Place, Setting, Size};
 use super::super::work::Step;
 use super::places::{LIMIT, shown};
-use crate::legacy::acpi_pm;
-use crate::memory::layout;
+use vmm_monitor::legacy::acpi_pm;
+use vmm_monitor::memory::layout;
 
 const fn milliseconds(name: &'static str) -> Quantity {
     Quantity { name, unit: Unit::Milliseconds, better: Better::Lower }
@@ -290,6 +290,7 @@ mod tests {
     fn vcpus_double_up_to_four_times_the_hosts() {
         let setting = Setting {
             vmm: "vmm".into(),
+            own: "vmm-bench".into(),
             with: Default::default(),
             kernel: None,
             bzimage: None,

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-use crate::bench::measure::Random;
+use crate::measure::Random;
 
 const BLOCK: usize = 4096;
 

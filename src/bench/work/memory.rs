@@ -1,6 +1,6 @@
 //! Work for the memory: bandwidth as STREAM's triad measures it, and the latency of dependent loads.
 
-use crate::bench::measure::Random;
+use crate::measure::Random;
 
 /// Bytes of each array of the triad: more than the last cache, as STREAM asks for, of all but large servers.
 pub const ARRAY: usize = 32 << 20;

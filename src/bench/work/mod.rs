@@ -1,4 +1,4 @@
-//! The workloads of the classic comparisons: `vmm bench-work STEP...`, run natively, in a container, and as PID 1 of a guest.
+//! The workloads of the classic comparisons: `vmm-bench work STEP...`, run natively, in a container, and as PID 1 of a guest.
 //!
 //! Each step says "begin NAME", does a fixed amount of work, and says "end NAME" with what came out of it, so that nobody can
 //! optimize the work away. The time is taken by whoever reads those lines; nothing here looks at a clock.

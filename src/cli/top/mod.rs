@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 
-use super::exit::{Code, Failure, print};
-use crate::api::registry::Registry;
-use crate::api::{Error, State};
-use crate::error_chain;
 use session::Session;
+use vmm_command::{Code, Failure, print};
+use vmm_monitor::api::registry::Registry;
+use vmm_monitor::api::{Error, State};
+use vmm_monitor::error_chain;
 
 /// What the columns mean: for `--help`, and for the view's own help.
 const MEANING: &str = "\
@@ -199,7 +199,7 @@ fn remark(state: State) -> &'static str {
 }
 
 /// A symbols file's error in one line, for the view.
-fn in_short(error: &crate::trace::symbols::Error) -> String {
+fn in_short(error: &vmm_trace::symbols::Error) -> String {
     error_chain(error)
 }
 

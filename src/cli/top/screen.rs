@@ -9,14 +9,13 @@ use anyhow::Context;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
-use super::session::{KEEP_ALIVE, Look, Session};
+use super::session::{KEEP_ALIVE, Look, Seen, Session};
 use super::{ended, view};
-use crate::api::client::Client;
-use crate::api::protocol::Seen;
-use crate::api::signals::Signals;
-use crate::api::{self, Error};
-use crate::cli::exit::{Code, Failure};
-use crate::trace::live::rates::Order;
+use vmm_command::{Code, Failure};
+use vmm_monitor::api::client::Client;
+use vmm_monitor::api::signals::Signals;
+use vmm_monitor::api::{self, Error};
+use vmm_trace::live::rates::Order;
 
 /// How long a key, a signal or news may have to wait.
 const TURN: Duration = Duration::from_millis(50);
@@ -122,7 +121,7 @@ fn ask(mut client: Client, interval: Duration) -> io::Result<Receiver<Result<See
         let mut next = Instant::now();
         let mut pause = interval.min(FIRST);
         loop {
-            let (answer, due) = (client.sample(), Instant::now() >= next);
+            let (answer, due) = (Seen::by(&mut client), Instant::now() >= next);
             let over = answer.is_err();
             if due || over {
                 if told.send(answer).is_err() || over {

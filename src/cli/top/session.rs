@@ -6,14 +6,13 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::api::client::Client;
-use crate::api::protocol::Seen;
-use crate::api::registry::Registry;
-use crate::api::{Error, Status};
-use crate::cli::exit::Failure;
-use crate::trace::live::Sample;
-use crate::trace::live::rates::Rates;
-use crate::trace::symbols::Symbols;
+use vmm_command::Failure;
+use vmm_monitor::api::client::Client;
+use vmm_monitor::api::registry::Registry;
+use vmm_monitor::api::{Error, Status};
+use vmm_trace::live::Sample;
+use vmm_trace::live::rates::Rates;
+use vmm_trace::symbols::Symbols;
 
 /// A viewer that does not ask for so long may be cut off as one that is gone.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(2);
@@ -22,6 +21,22 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(2);
 pub struct Session {
     client: Client,
     names: Names,
+}
+
+/// A machine at one moment.
+#[derive(Debug)]
+pub struct Seen {
+    /// What it is.
+    pub status: Status,
+    /// What it has been doing.
+    pub sample: Sample,
+}
+
+impl Seen {
+    /// Asks for it, and waits for the answer.
+    pub fn by(client: &mut Client) -> Result<Self, Error> {
+        client.sample().map(|(status, sample)| Self { status, sample })
+    }
 }
 
 /// What is shown of one interval.
@@ -49,7 +64,7 @@ impl Session {
         // Each vCPU's thread makes itself known at its next exit, which the first sample asks for: that takes a moment.
         let deadline = Instant::now() + Duration::from_millis(200);
         loop {
-            let Seen { status, sample } = client.sample()?;
+            let Seen { status, sample } = Seen::by(&mut client)?;
             let known = sample.vcpus.values().filter(|vcpu| vcpu.cpu_ns.is_some()).count();
             if known >= status.cpus as usize || Instant::now() >= deadline {
                 return Ok(Self { client, names });
@@ -60,7 +75,7 @@ impl Session {
 
     /// Asks, and waits for the answer.
     pub fn sample(&mut self) -> Result<Seen, Error> {
-        self.client.sample()
+        Seen::by(&mut self.client)
     }
 
     /// The connection and the names, for two threads.

@@ -10,9 +10,9 @@ use ratatui::widgets::{Block, Borders, Cell, Clear, Paragraph, Row, Table, Widge
 use super::screen::Settings;
 use super::session::Look;
 use super::{MEANING, indented, remark};
-use crate::cli::list::uptime;
-use crate::config::Size;
-use crate::trace::live::rates::{self, DeviceRates, Order, Rates, VcpuRates};
+use crate::list::uptime;
+use vmm_monitor::config::Size;
+use vmm_trace::live::rates::{self, DeviceRates, Order, Rates, VcpuRates};
 
 /// Lines for vCPUs at most, so that the rest has room.
 const MAX_VCPUS: usize = 6;
@@ -285,8 +285,8 @@ fn share(value: Option<f64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{State, Status};
-    use crate::trace::live::rates::VcpuRates;
+    use vmm_monitor::api::{State, Status};
+    use vmm_trace::live::rates::VcpuRates;
 
     fn look(vcpus: usize) -> Look {
         let vcpu = |n: usize| VcpuRates {

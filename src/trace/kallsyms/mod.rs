@@ -20,7 +20,7 @@ pub use space::Space;
 use std::fmt::Write;
 use std::ops::Range;
 
-use crate::memory::GuestRam;
+use vmm_monitor::memory::GuestRam;
 
 /// Where Linux maps its own image (Documentation/arch/x86/x86_64/mm.rst).
 pub const IMAGE: Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;

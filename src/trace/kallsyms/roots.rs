@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::IMAGE;
-use crate::recorder::Event;
-use crate::recorder::registers::Collector;
+use vmm_monitor::recorder::Event;
+use vmm_monitor::recorder::registers::Collector;
 
 /// Where page tables of a guest's kernel were seen: CR3 and CR4. The first, because those of the kernel itself are never freed,
 /// and the last, because those are in use.

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::memory::GuestRam;
+use vmm_monitor::memory::GuestRam;
 
 /// CR4.LA57: five levels.
 const LA57: u64 = 1 << 12;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::memory::Memory;
+use vmm_monitor::memory::Memory;
 
 /// Where the kernel is in the guest, and in its RAM.
 const KERNEL: u64 = 0xffff_ffff_a540_0000;

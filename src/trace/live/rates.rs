@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{Device, Sample, Vcpu, Work};
-use crate::recorder::Kind;
-use crate::trace::reasons;
-use crate::trace::report::plain_name;
-use crate::trace::symbols::Symbols;
+use crate::reasons;
+use crate::report::plain_name;
+use crate::symbols::Symbols;
+use vmm_monitor::recorder::Kind;
 
 /// What happened in an interval. Rates are per second, shares are 0 to 1 of the interval.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::{Device, Sample, Vcpu, Work};
-use crate::recorder::{Event, Kind, Taken};
-use crate::trace::code;
-use crate::trace::devices;
-use crate::trace::file::Header;
-use crate::trace::report::plain_name;
+use crate::code;
+use crate::devices;
+use crate::file::Header;
+use crate::report::plain_name;
+use vmm_monitor::recorder::{Event, Kind, Taken};
 
 /// Places in the guest that are kept apart. A kernel's drivers exit from some hundred.
 const PLACES: usize = 512;
@@ -139,7 +139,7 @@ impl Tally {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::file::Range;
+    use crate::file::Range;
 
     fn taken<'a>(name: &'a str, events: &'a [Event]) -> Taken<'a> {
         Taken { track: 0, name, events, dropped: 0 }

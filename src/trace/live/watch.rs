@@ -10,13 +10,15 @@ use std::time::Instant;
 
 use super::tally::Tally;
 use super::{Sample, Vcpu};
-use crate::bus::lock;
-use crate::config::VmConfig;
-use crate::machine::Handle;
-use crate::recorder::{Recorder, Taken, Watcher, clock};
-use crate::trace::file::Header;
-use crate::trace::recording::PERIOD;
-use crate::trace::report::COUNTERS;
+use crate::file::Header;
+use crate::recording::PERIOD;
+use crate::report::COUNTERS;
+use vmm_monitor::api;
+use vmm_monitor::bus::lock;
+use vmm_monitor::config::VmConfig;
+use vmm_monitor::error_chain;
+use vmm_monitor::machine::Handle;
+use vmm_monitor::recorder::{Recorder, Taken, Watcher, clock};
 
 /// Viewers at a time: each holds a connection, and those are few.
 const MAX_VIEWERS: usize = 8;
@@ -132,6 +134,19 @@ impl Drop for Viewer {
     }
 }
 
+impl api::Viewers for Live {
+    fn attach(self: Arc<Self>, machine: Option<&Handle>) -> Result<Box<dyn api::Viewer>, String> {
+        Live::attach(&self, machine).map(|viewer| Box::new(viewer) as _).map_err(|error| error_chain(&error))
+    }
+}
+
+impl api::Viewer for Viewer {
+    fn sample(&self, machine: Option<&Handle>) -> api::Sample {
+        // Maps with string keys, and numbers: that cannot fail.
+        serde_json::to_value(Viewer::sample(self, machine)).unwrap_or_default()
+    }
+}
+
 /// What the host tells of the vCPUs' threads, and KVM of the vCPUs. One that has not been recorded yet is called out of the guest,
 /// so that it will be: only its own thread can open its counters.
 fn look_at_threads(machine: &Handle, sample: &mut Sample) {
@@ -193,7 +208,7 @@ impl Drop for Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recorder::{Event, Kind};
+    use vmm_monitor::recorder::{Event, Kind};
 
     fn out() -> Event {
         Event { kind: Kind::PioOut as u8, ..Event::default() }

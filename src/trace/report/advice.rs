@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use super::{Report, duration};
-use crate::recorder::{Event, Kind};
-use crate::trace::devices;
+use crate::devices;
+use vmm_monitor::recorder::{Event, Kind};
 
 /// One piece of advice.
 #[derive(Debug, Clone, PartialEq)]
@@ -231,8 +231,8 @@ impl Report<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::file::{Header, Range, Trace};
-    use crate::trace::symbols::Symbols;
+    use crate::file::{Header, Range, Trace};
+    use crate::symbols::Symbols;
 
     fn event(kind: Kind, address: u64, value: u64) -> (u32, Event) {
         (

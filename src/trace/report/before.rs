@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::Report;
-use crate::recorder::{Event, Kind, Step};
+use vmm_monitor::recorder::{Event, Kind, Step};
 
 /// A step, and when. Times are nanoseconds since the start of the recording.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -11,9 +11,9 @@ use super::meaning::{self, Class};
 use super::stages::{Phase, Stages, Use};
 use super::stats::COUNTERS;
 use super::{Filter, Report};
-use crate::recorder::registers::{self, Collector};
-use crate::recorder::{Event, Kind, Registers};
-use crate::trace::{devices, reasons};
+use crate::{devices, reasons};
+use vmm_monitor::recorder::registers::{self, Collector};
+use vmm_monitor::recorder::{Event, Kind, Registers};
 
 /// Events that are told one by one. Of what comes after them, the page has counts and times.
 const DETAIL: usize = 200_000;

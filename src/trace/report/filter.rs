@@ -3,8 +3,8 @@
 use std::ops::RangeInclusive;
 
 use super::Report;
-use crate::recorder::{Event, Kind};
-use crate::trace::devices;
+use crate::devices;
+use vmm_monitor::recorder::{Event, Kind};
 
 /// What an event must be to be shown; nothing set: all but code.
 #[derive(Debug, Clone, Default)]

@@ -57,9 +57,9 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::recorder::{Event, Kind};
-    use crate::trace::file::{Range, Trace};
-    use crate::trace::symbols::Symbols;
+    use crate::file::{Range, Trace};
+    use crate::symbols::Symbols;
+    use vmm_monitor::recorder::{Event, Kind};
 
     /// The page of `trace`, and what stands in it as data.
     fn page(trace: &Trace, filter: &Filter) -> (String, Value) {

@@ -6,8 +6,8 @@ use std::io::{self, Write};
 use serde_json::{Value, json};
 
 use super::{Report, duration};
-use crate::recorder::{Event, Kind, Registers, registers};
-use crate::trace::{devices, reasons};
+use crate::{devices, reasons};
+use vmm_monitor::recorder::{Event, Kind, Registers, registers};
 
 const DIM: &str = "\x1b[2m";
 const BOLD: &str = "\x1b[1m";

@@ -3,8 +3,8 @@
 //! VT-x: SDM vol. 3, chapter 28 (qualifications: 28.2.1) and appendix C. AMD-V: APM vol. 2, 15.7 to 15.12 (EXITINFO1, EXITINFO2)
 //! and appendix C. What KVM does with them: arch/x86/kvm in Linux.
 
-use crate::recorder::Kind;
-use crate::trace::reasons;
+use crate::reasons;
+use vmm_monitor::recorder::Kind;
 
 /// What an event is coloured by. The page has a colour for each, by its place here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

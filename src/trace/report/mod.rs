@@ -23,8 +23,8 @@ use super::code::Code;
 use super::file::Trace;
 use super::reasons;
 use super::symbols::{self, Symbols};
-use crate::recorder::registers::Collector;
-use crate::recorder::{Event, Kind};
+use vmm_monitor::recorder::registers::Collector;
+use vmm_monitor::recorder::{Event, Kind};
 
 /// A trace with what is needed to tell it.
 #[derive(Debug)]

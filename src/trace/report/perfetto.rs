@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::before;
 use super::line::plain_name;
 use super::{Filter, Report};
-use crate::recorder::{Event, Kind};
-use crate::trace::devices;
+use crate::devices;
+use vmm_monitor::recorder::{Event, Kind};
 
 /// One process: the machine.
 const PROCESS: u32 = 1;

@@ -6,8 +6,8 @@ use std::ops::Range;
 use serde::Serialize;
 
 use super::Report;
-use crate::recorder::{Event, Kind};
-use crate::trace::devices;
+use crate::devices;
+use vmm_monitor::recorder::{Event, Kind};
 
 /// Marks that are shown one by one.
 const MARKS: usize = 64;

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use super::line::plain_name;
 use super::{Filter, Report, duration};
-use crate::recorder::Kind;
-use crate::trace::devices;
+use crate::devices;
+use vmm_monitor::recorder::Kind;
 
 /// Counts and costs of the exits that pass a filter.
 #[derive(Debug, Serialize)]

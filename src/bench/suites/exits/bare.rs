@@ -10,16 +10,16 @@ use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR};
 
 use super::guest::{DOORBELL, Kind};
 use super::{Said, brief, last_line, text};
-use crate::boot::{self, Payload};
-use crate::config::VmConfig;
-use crate::event_loop::Event;
-use crate::kvm::exit::{Exit, Stuck};
-use crate::kvm::{self, Kvm, Vcpu};
-use crate::machine;
-use crate::memory::{GuestRam, Memory, layout};
-use crate::vcpu::dispatch::{Buses, End, Next, dispatch};
-use crate::vcpu::report::report;
-use crate::vm::{Interrupt, IoEventAddress, Vm as _};
+use vmm_monitor::boot::{self, Payload};
+use vmm_monitor::config::VmConfig;
+use vmm_monitor::event_loop::Event;
+use vmm_monitor::kvm::exit::{Exit, Stuck};
+use vmm_monitor::kvm::{self, Kvm, Vcpu};
+use vmm_monitor::machine;
+use vmm_monitor::memory::{GuestRam, Memory, layout};
+use vmm_monitor::vcpu::dispatch::{Buses, End, Next, dispatch};
+use vmm_monitor::vcpu::report::report;
+use vmm_monitor::vm::{Interrupt, IoEventAddress, Vm as _};
 
 /// A guest that runs, and the interrupt line that it listens to.
 pub struct Bare {
@@ -45,7 +45,7 @@ fn parts(config: &VmConfig) -> Result<Parts, String> {
         Payload { kernel: kernel.into(), initrd: None, cmdline: String::new(), protocol: config.boot };
     let platform = machine::platform(config).map_err(text)?;
     let entry = boot::load(&memory, &payload, &platform).map_err(text)?;
-    let vcpu = vm.create_vcpu(0, 1, &crate::config::Cpu::default()).map_err(text)?;
+    let vcpu = vm.create_vcpu(0, 1, &vmm_monitor::config::Cpu::default()).map_err(text)?;
     vcpu.set_boot_msrs().map_err(text)?;
     vcpu.enter_at(entry).map_err(text)?;
     Ok(Parts { vm, vcpu, ram: memory.ram().clone() })

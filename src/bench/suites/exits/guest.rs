@@ -7,9 +7,9 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, cl, dword_ptr, dx, eax, ecx, edi, esp, fword_ptr};
 use kvm_bindings::{KVM_EXIT_IO, KVM_EXIT_MMIO};
 
-use crate::bench::elf;
-use crate::legacy::acpi_pm;
-use crate::memory::layout;
+use crate::elf;
+use vmm_monitor::legacy::acpi_pm;
+use vmm_monitor::memory::layout;
 
 /// A way out of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

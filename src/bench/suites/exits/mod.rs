@@ -17,12 +17,12 @@ use super::super::host::Host;
 use super::super::measure::{self, Contender, INTERRUPTED, Plan, Quantity, stats};
 use super::super::result::{self, Better, Suite, Unit};
 use super::super::rivals::Setting;
-use crate::chardev::Endpoint;
-use crate::config::{Console, Size, VmConfig, Where};
-use crate::machine::{self, Ends, Outcome};
 use bare::Bare;
 use guest::Kind;
 use seen::Seen;
+use vmm_monitor::chardev::Endpoint;
+use vmm_monitor::config::{Console, Size, VmConfig, Where};
+use vmm_monitor::machine::{self, Ends, Outcome};
 
 /// Nothing that works takes longer, also where the KVM is emulated.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -197,7 +197,7 @@ fn config(kind: Kind, rounds: u32, path: PathBuf) -> Result<VmConfig, String> {
         .map_err(|error| format!("write {}: {error}", path.display()))?;
     Ok(VmConfig {
         kernel: Some(path),
-        mem: crate::config::Memory { size: Size::mib(32), ..Default::default() },
+        mem: vmm_monitor::config::Memory { size: Size::mib(32), ..Default::default() },
         console: Console(Some(Where::Off)),
         // Its end is put in place of this before the machine is built.
         serial: Where::Stdio,
@@ -326,7 +326,7 @@ fn last_line(text: &str) -> Option<String> {
 }
 
 fn text(error: impl std::error::Error) -> String {
-    crate::error_chain(&error)
+    vmm_monitor::error_chain(&error)
 }
 
 #[cfg(test)]

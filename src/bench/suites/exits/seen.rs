@@ -7,13 +7,13 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::{Who, text};
-use crate::config::VmConfig;
-use crate::machine::Machine;
-use crate::recorder::Recorder;
-use crate::trace::file::Header;
-use crate::trace::kernel::KernelExits;
-use crate::trace::live::watch::Live;
-use crate::trace::recording::{Recording, Start};
+use vmm_monitor::config::VmConfig;
+use vmm_monitor::machine::Machine;
+use vmm_monitor::recorder::Recorder;
+use vmm_trace::file::Header;
+use vmm_trace::kernel::KernelExits;
+use vmm_trace::live::watch::Live;
+use vmm_trace::recording::{Recording, Start};
 
 /// How often `vmm top` asks, unless told otherwise.
 const PERIOD: Duration = Duration::from_secs(1);

@@ -1,7 +1,7 @@
 //! The suite on this host's KVM, with few samples.
 
 use super::*;
-use crate::bench::elf;
+use crate::elf;
 
 /// A folder for kernels, and whether there is a KVM. Says so if not.
 fn folder(test: &str) -> Option<tempfile::TempDir> {

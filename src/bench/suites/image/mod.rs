@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use way::{FILES, Image, Way};
 
 use super::{merge, own_mounts};
-use crate::bench::host::Host;
-use crate::bench::measure::{self, Absent, Contender, INTERRUPTED, Plan, Quantity};
-use crate::bench::result::{Better, Suite, Unit};
-use crate::bench::rivals::Setting;
+use crate::host::Host;
+use crate::measure::{self, Absent, Contender, INTERRUPTED, Plan, Quantity};
+use crate::result::{Better, Suite, Unit};
+use crate::rivals::Setting;
 
 /// Instances on the image.
 const COUNTS: [usize; 3] = [1, 10, 50];

@@ -8,8 +8,8 @@ use std::process::Command;
 use rustix::fs::statvfs;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::bench::rivals::Setting;
-use crate::bench::rivals::command::{found, prepare, version};
+use crate::rivals::Setting;
+use crate::rivals::command::{found, prepare, version};
 
 /// The image: so many files of 1 MiB, which nothing compresses, in a folder and one behind the other in one file.
 pub const FILES: usize = 48;

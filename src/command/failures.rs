@@ -1,0 +1,68 @@
+//! What each library's errors are to a user: their exit code and hint.
+
+use vmm_monitor::{api, config, machine};
+use vmm_trace::debug::gdb;
+use vmm_trace::{file, lab, symbols};
+
+use crate::{Code, Failure};
+
+impl From<config::Invalid> for Failure {
+    fn from(error: config::Invalid) -> Self {
+        let hint = error.hint;
+        Self::new(Code::BadArgument, error).hint(Some(hint))
+    }
+}
+
+impl From<api::Error> for Failure {
+    fn from(error: api::Error) -> Self {
+        let hint = error.hint();
+        Self::new(Code::Host, error).hint(hint)
+    }
+}
+
+impl From<machine::Error> for Failure {
+    fn from(error: machine::Error) -> Self {
+        let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
+        let hint = error.hint().map(|hint| hint.into_owned());
+        Self::new(code, error).hint(hint)
+    }
+}
+
+impl From<file::Error> for Failure {
+    fn from(error: file::Error) -> Self {
+        let code = match error {
+            file::Error::Io { .. } => Code::Host,
+            file::Error::Format { .. } => Code::BadArgument,
+        };
+        Self::new(code, error).hint(Some("a trace is made by: vmm --trace FILE --kernel ..."))
+    }
+}
+
+impl From<symbols::Error> for Failure {
+    fn from(error: symbols::Error) -> Self {
+        let hint = match error {
+            symbols::Error::Read { .. } | symbols::Error::None { .. } => {
+                "without --symbols the guest's own are taken, if its kernel has them, or a vmlinux or System.map beside it"
+            }
+            symbols::Error::OtherKernel { .. } => "with --kaslr-offset 0 they are taken as they are",
+        };
+        Self::new(Code::BadArgument, error).hint(Some(hint))
+    }
+}
+
+impl From<lab::Error> for Failure {
+    fn from(error: lab::Error) -> Self {
+        match error {
+            lab::Error::Machine(error) => error.into(),
+            lab::Error::Trace(error) => error.into(),
+            error @ lab::Error::Host { .. } => Self::new(Code::Host, error),
+        }
+    }
+}
+
+impl From<gdb::Error> for Failure {
+    fn from(error: gdb::Error) -> Self {
+        let hint = error.hint();
+        Self::new(Code::Host, error).hint(hint)
+    }
+}

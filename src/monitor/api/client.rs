@@ -1,0 +1,126 @@
+//! The asking side of the control socket: what `vmm status`, `stop` and their like are made of.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+
+use super::protocol::{self, Answer, Command, MAX_REPLY, Seen};
+use super::registry::Registry;
+use super::{Error, Status};
+
+/// How long a monitor may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A connection to a running virtual machine.
+#[derive(Debug)]
+pub struct Client {
+    name: String,
+    stream: UnixStream,
+}
+
+impl Client {
+    /// Connects to the virtual machine called `name`.
+    ///
+    /// # Errors
+    /// There is none, or it does not take connections.
+    pub fn connect(registry: &Registry, name: &str) -> Result<Self, Error> {
+        let stream = registry.connect(name)?;
+        let client = Self { name: name.to_owned(), stream };
+        client.stream.set_nonblocking(false).map_err(|e| client.broken(e))?;
+        Ok(client)
+    }
+
+    /// Has `command` carried out; the status is that after it.
+    ///
+    /// # Errors
+    /// The virtual machine refuses, does not answer in time, or is gone.
+    pub fn ask(&mut self, command: Command) -> Result<Status, Error> {
+        match self.exchange(command)? {
+            Answer::Status(status) => Ok(status),
+            Answer::Sample(seen) => Ok(seen.status),
+            Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
+        }
+    }
+
+    /// What the virtual machine has been doing, and its status. With the first call this connection is a viewer's. `S` is what
+    /// the trace library makes of a [`Sample`](super::Sample).
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn sample<S: DeserializeOwned>(&mut self) -> Result<(Status, S), Error> {
+        let name = self.name.clone();
+        match self.exchange(Command::Sample)? {
+            Answer::Sample(seen) => {
+                let Seen { status, sample } = *seen;
+                let sample = serde_json::from_value(sample);
+                Ok((status, sample.map_err(|error| Error::Protocol { name, reason: error.to_string() })?))
+            }
+            Answer::Status(_) => Err(Error::Protocol { name, reason: "a status, and no sample".to_owned() }),
+            // A monitor that does not know the word yet says that it is no request.
+            Answer::Error(reason) => Err(Error::Refused { name, reason }),
+        }
+    }
+
+    fn exchange(&mut self, command: Command) -> Result<Answer, Error> {
+        self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
+        self.stream.write_all(&protocol::request(command)).map_err(|e| self.broken(e))?;
+        let line = self.read_line()?;
+        let protocol = |reason| Error::Protocol { name: self.name.clone(), reason };
+        protocol::parse_reply(&line).map_err(protocol)
+    }
+
+    /// Waits until the virtual machine is gone: after [`Command::Stop`] and [`Command::Kill`].
+    ///
+    /// # Errors
+    /// It is still there after `patience`.
+    pub fn wait_for_end(mut self, patience: Duration) -> Result<(), Error> {
+        let deadline = Instant::now().checked_add(patience);
+        loop {
+            self.patience(deadline)?;
+            match self.stream.read(&mut [0; 64]) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                Err(e) => return Err(self.broken(e)),
+            }
+        }
+    }
+
+    /// One reply, which is a line of bounded length.
+    fn read_line(&mut self) -> Result<Vec<u8>, Error> {
+        let deadline = Instant::now().checked_add(PATIENCE);
+        let mut line = Vec::new();
+        let mut bytes = [0; 4096];
+        while line.last() != Some(&b'\n') && line.len() < MAX_REPLY {
+            self.patience(deadline)?;
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return Err(Error::NoSuchVm(self.name.clone())),
+                Ok(count) => line.extend_from_slice(&bytes[..count]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.broken(e)),
+            }
+        }
+        Ok(line)
+    }
+
+    /// Lets the next read wait until `deadline` at most.
+    fn patience(&self, deadline: Option<Instant>) -> Result<(), Error> {
+        let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        if left == Some(Duration::ZERO) {
+            return Err(Error::NoAnswer(self.name.clone()));
+        }
+        self.stream.set_read_timeout(left).map_err(|e| self.broken(e))
+    }
+
+    fn broken(&self, error: io::Error) -> Error {
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::NoAnswer(self.name.clone()),
+            // It ended between our connecting and its answering.
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Error::NoSuchVm(self.name.clone()),
+            _ => Error::Protocol { name: self.name.clone(), reason: error.to_string() },
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Controlling a running virtual machine from another process: names, sockets, commands.
+//!
+//! `vmm run` registers a name ([`registry`]) and serves commands on it ([`server`]) in one thread, which also
+//! takes the process's signals ([`signals`]); `vmm status`, `vmm top` and their like are clients ([`client`]) that
+//! speak [`protocol`]. The server sees the machine through [`Control`] only; [`running`] is that for a real one.
+
+pub mod client;
+pub mod protocol;
+pub mod registry;
+pub mod running;
+pub mod server;
+pub mod signals;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::machine::Handle;
+
+/// What a virtual machine is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Being built, before its first instruction or on its way through a reboot.
+    Starting,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs are parked and its devices quiet.
+    Paused,
+    /// Its power button was pressed, or it is being stopped.
+    Stopping,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+        })
+    }
+}
+
+/// What `vmm status` tells of a virtual machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Its name.
+    pub name: String,
+    /// The monitor's process.
+    pub pid: u32,
+    /// What it is doing.
+    pub state: State,
+    /// Seconds since the monitor took the name.
+    pub uptime_seconds: f64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Guest RAM in bytes.
+    pub memory_bytes: u64,
+    /// The kernel that was booted.
+    pub kernel: Option<PathBuf>,
+    /// Pseudo-terminals that lead into it.
+    pub ptys: Vec<Pty>,
+}
+
+/// A pseudo-terminal that leads to one of the guest's character devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pty {
+    /// The device: `console`, `serial`, or a port's name.
+    pub device: String,
+    /// What to open on the host.
+    pub path: PathBuf,
+}
+
+/// A virtual machine as its control socket and its signals see it.
+///
+/// Called from the control thread, one call at a time. No call may wait for the guest: `pause` waits for vCPU threads
+/// to leave the guest and for I/O in flight, nothing else.
+pub trait Control: Send + Sync {
+    /// What it is and does.
+    fn status(&self) -> Status;
+    /// Parks the vCPUs and quiesces the devices. Nothing happens if that is so already.
+    ///
+    /// # Errors
+    /// In words, why it is not paused.
+    fn pause(&self) -> Result<(), String>;
+    /// Lets a paused machine run on. Nothing happens if it runs.
+    ///
+    /// # Errors
+    /// In words, why it does not run.
+    fn resume(&self) -> Result<(), String>;
+    /// Presses the ACPI power button. Whether the guest does anything about it is up to the guest.
+    ///
+    /// # Errors
+    /// In words, why there is no button to press.
+    fn power_button(&self) -> Result<(), String>;
+    /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
+    fn kill(&self);
+    /// Attaches somebody who looks at what the machine does, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// In words, why that cannot be now.
+    fn watch(&self) -> Result<Box<dyn Watch>, String>;
+}
+
+/// What a machine has been doing: sums that only grow. Made and read by the trace library; here it is only passed on.
+pub type Sample = serde_json::Value;
+
+/// A viewer of a run, attached until it is dropped.
+pub trait Watch: Send {
+    /// The sums so far. Never blocks.
+    fn sample(&self) -> Sample;
+}
+
+/// Adds up what the machines of a run do while viewers are attached. The trace library has one.
+pub trait Viewers: fmt::Debug + Send + Sync {
+    /// Attaches a viewer. `machine` is the one that runs now, if any.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    fn attach(self: Arc<Self>, machine: Option<&Handle>) -> Result<Box<dyn Viewer>, String>;
+}
+
+/// One viewer of [`Viewers`]. Dropping it detaches it.
+pub trait Viewer: Send {
+    /// The sums so far. `machine` is the one that runs now, if any.
+    fn sample(&self, machine: Option<&Handle>) -> Sample;
+}
+
+/// Why a virtual machine cannot be controlled, or cannot have its name.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The directory for control sockets cannot be used.
+    #[error("use the runtime directory {}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
+    },
+    /// The directory for control sockets is open to others.
+    #[error("the runtime directory {} {what}", path.display())]
+    Unsafe {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// The name belongs to a virtual machine that is alive.
+    #[error("a virtual machine called {0:?} is running already")]
+    NameTaken(String),
+    /// Nothing of this name runs.
+    #[error("no virtual machine called {0:?} is running")]
+    NoSuchVm(String),
+    /// A control socket cannot be made or used.
+    #[error("{what} control socket {}", path.display())]
+    Socket {
+        /// What was tried.
+        what: &'static str,
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The monitor is there but does not answer in time.
+    #[error("{0:?} does not answer")]
+    NoAnswer(String),
+    /// The monitor's answer makes no sense.
+    #[error("{name:?} answers in a way that this vmm does not understand: {reason}")]
+    Protocol {
+        /// Whom was asked.
+        name: String,
+        /// What is wrong with the answer.
+        reason: String,
+    },
+    /// The monitor understood, and refused.
+    #[error("{name:?} refuses: {reason}")]
+    Refused {
+        /// Whom was asked.
+        name: String,
+        /// Its words.
+        reason: String,
+    },
+    /// The control thread or its signals cannot be set up.
+    #[error("start the control thread")]
+    Thread(#[source] io::Error),
+}
+
+impl Error {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Directory { .. } => "set XDG_RUNTIME_DIR to a directory of your own",
+            Self::Unsafe { .. } => "make it yours alone (chown, chmod 700), or remove it",
+            Self::NameTaken(_) => "choose another --name, or end that one: vmm stop NAME",
+            Self::NoSuchVm(_) => "vmm list shows what is running",
+            Self::NoAnswer(_) => "the monitor may be stopped (SIGSTOP) or stuck; vmm list shows its name",
+            Self::Protocol { .. } => "it may have been started by another version of vmm",
+            Self::Socket { source, .. } if source.kind() == io::ErrorKind::InvalidInput => {
+                "the path is too long for a socket: choose a shorter --name or XDG_RUNTIME_DIR"
+            }
+            Self::Socket { .. } | Self::Refused { .. } | Self::Thread(_) => return None,
+        })
+    }
+}

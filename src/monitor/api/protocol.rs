@@ -1,0 +1,173 @@
+//! The words of the control socket: one JSON request a line, one JSON reply a line, in order.
+//!
+//! ```text
+//! {"version":1,"command":"stop","timeout_seconds":10}
+//! {"version":1,"status":{"name":"calm-otter","pid":4711,"state":"stopping",...}}
+//! {"version":1,"error":"the guest is starting"}
+//! ```
+//!
+//! After the reply to `stop` and `kill` the server keeps the connection open until the virtual machine is gone, so that
+//! its end is the news of that. With the first `sample` the client becomes a viewer of the machine, and stays one as long
+//! as the connection lasts: one that does not ask again within some seconds is cut off like any other. Does no I/O itself.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Sample, Status};
+
+/// The protocol's version, in every message. Another one is refused.
+pub const VERSION: u32 = 1;
+/// The longest request in bytes, its newline included.
+pub const MAX_REQUEST: usize = 4096;
+/// The longest reply in bytes, its newline included.
+pub const MAX_REPLY: usize = 256 << 10;
+
+/// What may be asked of a virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "lowercase")]
+pub enum Command {
+    /// Nothing but the status, which every command is answered with.
+    Status,
+    /// Park it.
+    Pause,
+    /// Let it run on.
+    Resume,
+    /// Press the power button (resuming it first if it is paused), and stop it hard when the time is over.
+    Stop {
+        /// Seconds until then; absent: the `--stop-timeout` that it was started with.
+        #[serde(default)]
+        timeout_seconds: Option<u64>,
+    },
+    /// Stop it hard.
+    Kill,
+    /// What it has been doing, in sums that only grow: asked again and again, they tell what happens between.
+    Sample,
+}
+
+impl Command {
+    /// The virtual machine ends by this; the connection lasts until then.
+    pub fn ends(self) -> bool {
+        matches!(self, Self::Stop { .. } | Self::Kill)
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Request {
+    version: u32,
+    #[serde(flatten)]
+    command: Command,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Reply {
+    version: u32,
+    #[serde(flatten)]
+    answer: Answer,
+}
+
+/// What comes back.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answer {
+    /// It is done; this is how things stand after it.
+    Status(Status),
+    /// Answers [`Command::Sample`].
+    Sample(Box<Seen>),
+    /// It is not done, and why.
+    Error(String),
+}
+
+/// A machine as a viewer sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Seen {
+    /// What it is.
+    pub status: Status,
+    /// What it has been doing.
+    pub sample: Sample,
+}
+
+/// A request as the line that is sent.
+pub fn request(command: Command) -> Vec<u8> {
+    line(&Request { version: VERSION, command })
+}
+
+/// A reply as the line that is sent.
+pub fn reply(answer: Answer) -> Vec<u8> {
+    line(&Reply { version: VERSION, answer })
+}
+
+fn line(message: &impl Serialize) -> Vec<u8> {
+    // These types have string keys and finite numbers only, so writing them to memory cannot fail.
+    let mut bytes = serde_json::to_vec(message).unwrap_or_default();
+    bytes.push(b'\n');
+    bytes
+}
+
+/// Reads a request.
+///
+/// # Errors
+/// In words, what is wrong with it: to be sent back.
+pub fn parse_request(line: &[u8]) -> Result<Command, String> {
+    check_version(line)?;
+    let request: Request = serde_json::from_slice(line).map_err(|e| format!("not a request: {e}"))?;
+    Ok(request.command)
+}
+
+/// Reads a reply.
+///
+/// # Errors
+/// In words, what is wrong with it.
+pub fn parse_reply(line: &[u8]) -> Result<Answer, String> {
+    check_version(line)?;
+    let reply: Reply = serde_json::from_slice(line).map_err(|e| e.to_string())?;
+    Ok(reply.answer)
+}
+
+/// Looks at the version before the rest, whose shape depends on it.
+fn check_version(line: &[u8]) -> Result<(), String> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    match serde_json::from_slice(line) {
+        Ok(Versioned { version: VERSION }) => Ok(()),
+        Ok(Versioned { version }) => Err(format!("protocol version {version}, where {VERSION} is spoken")),
+        Err(e) => Err(format!("not a message of this protocol: {e}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_survive_the_line() {
+        let stop = Command::Stop { timeout_seconds: Some(3) };
+        for command in
+            [Command::Status, Command::Pause, Command::Resume, stop, Command::Kill, Command::Sample]
+        {
+            let line = request(command);
+            assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
+            assert_eq!(parse_request(&line), Ok(command));
+        }
+        assert_eq!(
+            parse_request(br#"{"version":1,"command":"stop"}"#),
+            Ok(Command::Stop { timeout_seconds: None })
+        );
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused_in_words() {
+        for (line, word) in [
+            (&b""[..], "not a message"),
+            (b"\xff\xfe", "not a message"),
+            (b"GET / HTTP/1.1", "not a message"),
+            (br#"{"version":2,"command":"status"}"#, "version 2"),
+            (br#"{"version":1}"#, "command"),
+            (br#"{"version":1,"command":"explode"}"#, "explode"),
+            (br#"{"version":1,"command":"stop","timeout_seconds":-1}"#, "-1"),
+        ] {
+            let error = parse_request(line).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! [`Control`] of a real machine, across reboots: the machine is built anew for each, the name and socket stay.
+//!
+//! What is asked for while there is no machine (before the first, between two) is kept if it is an end, and refused
+//! otherwise.
+
+use std::process;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::{Control, Pty, Sample, State, Status, Viewer, Viewers, Watch};
+use crate::config::VmConfig;
+use crate::error_chain;
+use crate::machine::{Handle, Phase};
+
+/// A virtual machine that this process runs.
+#[derive(Debug)]
+pub struct Running {
+    started: Instant,
+    /// All of the status but what changes.
+    status: Status,
+    now: Arc<Mutex<Now>>,
+    viewers: Arc<dyn Viewers>,
+}
+
+#[derive(Debug, Default)]
+struct Now {
+    machine: Option<Handle>,
+    button: bool,
+    kill: bool,
+    ptys: Vec<Pty>,
+}
+
+impl Running {
+    /// One that is called `name` and will be built from `config`, and that `viewers` can look at.
+    pub fn new(name: &str, config: &VmConfig, viewers: Arc<dyn Viewers>) -> Self {
+        let status = Status {
+            name: name.to_owned(),
+            pid: process::id(),
+            state: State::Starting,
+            uptime_seconds: 0.0,
+            cpus: config.cpus.0,
+            memory_bytes: config.mem.size.bytes(),
+            kernel: config.kernel.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
+            ptys: Vec::new(),
+        };
+        Self { started: Instant::now(), status, now: Arc::default(), viewers }
+    }
+
+    /// The machine is built: what was asked for meanwhile reaches it now.
+    pub fn built(&self, machine: Handle, ptys: Vec<Pty>) {
+        let mut now = self.now();
+        if now.kill {
+            machine.kill();
+        } else if now.button {
+            machine.power_button();
+        }
+        now.ptys = ptys;
+        now.machine = Some(machine);
+    }
+
+    /// The machine has ended. True if that was asked for, so that it is not to be built again.
+    pub fn ended(&self) -> bool {
+        let mut now = self.now();
+        now.machine = None;
+        now.button || now.kill
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        lock(&self.now)
+    }
+
+    fn with_machine<E: std::error::Error>(
+        &self,
+        call: impl Fn(&Handle) -> Result<(), E>,
+    ) -> Result<(), String> {
+        // The lock is not held during the call: the main thread needs it to say that the machine has ended.
+        let machine = self.now().machine.clone().ok_or("it is starting")?;
+        call(&machine).map_err(|error| error_chain(&error))
+    }
+}
+
+fn lock(now: &Mutex<Now>) -> MutexGuard<'_, Now> {
+    // Nothing in here can be left half done.
+    now.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A viewer of whatever machine runs at the time.
+struct Watching {
+    now: Arc<Mutex<Now>>,
+    viewer: Box<dyn Viewer>,
+}
+
+impl Watch for Watching {
+    fn sample(&self) -> Sample {
+        let machine = lock(&self.now).machine.clone();
+        self.viewer.sample(machine.as_ref())
+    }
+}
+
+impl Control for Running {
+    fn status(&self) -> Status {
+        let now = self.now();
+        let state = match &now.machine {
+            _ if now.kill || now.button => State::Stopping,
+            None => State::Starting,
+            Some(machine) => match machine.phase() {
+                Phase::Running => State::Running,
+                Phase::Paused => State::Paused,
+                Phase::Ended => State::Stopping,
+            },
+        };
+        let uptime_seconds = self.started.elapsed().as_millis() as f64 / 1000.0;
+        Status { state, uptime_seconds, ptys: now.ptys.clone(), ..self.status.clone() }
+    }
+
+    fn pause(&self) -> Result<(), String> {
+        self.with_machine(|machine| machine.pause().map(drop))
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        self.with_machine(Handle::resume)
+    }
+
+    fn power_button(&self) -> Result<(), String> {
+        let mut now = self.now();
+        now.button = true;
+        now.machine.iter().for_each(Handle::power_button);
+        Ok(())
+    }
+
+    fn kill(&self) {
+        let mut now = self.now();
+        now.kill = true;
+        now.machine.iter().for_each(Handle::kill);
+    }
+
+    fn watch(&self) -> Result<Box<dyn Watch>, String> {
+        let machine = self.now().machine.clone();
+        let viewer = self.viewers.clone().attach(machine.as_ref())?;
+        Ok(Box::new(Watching { now: self.now.clone(), viewer }))
+    }
+}

@@ -1,0 +1,112 @@
+//! `--gdb`: gdb connects and has the guest's vCPUs as threads: breakpoints, steps, registers, memory.
+//!
+//! [`Server`] is the monitor's end of it: it shows each machine of a run to the session thread, which speaks gdb's remote
+//! protocol through the gdbstub crate.
+
+mod breakpoints;
+mod place;
+mod registers;
+mod session;
+mod target;
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::Debugger;
+use place::Door;
+use session::{Event, Session};
+use vmm_monitor::machine::{self, Machine};
+
+pub use place::{Error, Place};
+
+/// A place where gdb connects, and the thread that serves it.
+#[derive(Debug)]
+pub struct Server {
+    events: Sender<Event>,
+    wake: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Opens `place` and says on standard error how to connect. `kernel` is what gdb would read symbols from.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn listen(place: &Place, kernel: Option<&Path>) -> Result<Self, Error> {
+        let door = Door::open(place)?;
+        let is_elf = |path: &&Path| {
+            let mut magic = [0; 4];
+            File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"\x7fELF"
+        };
+        let kernel = kernel.filter(is_elf).unwrap_or(Path::new("vmlinux"));
+        // Not a log line: it is what to do next.
+        let _ = writeln!(
+            std::io::stderr(),
+            "vmm: the guest waits for gdb: gdb {} -ex 'target remote {door}'",
+            kernel.display()
+        );
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let wake = Arc::new(wake.map_err(|error| Error::Thread(error.into()))?);
+        let (events, received) = channel();
+        let session = Session {
+            door,
+            events: received,
+            wake: wake.clone(),
+            queue: VecDeque::new(),
+            input: VecDeque::new(),
+            machine: None,
+            started: false,
+        };
+        let thread = std::thread::Builder::new().name("gdb".to_owned()).spawn(|| session.run());
+        Ok(Self { events, wake, thread: Some(thread.map_err(Error::Thread)?) })
+    }
+
+    fn tell(&self, event: Event) {
+        tell(&self.events, &self.wake, event);
+    }
+
+    /// Waits for the thread, which has been told of the end.
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A panic there is a defect of ours, and goes on as one.
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+    }
+}
+
+fn tell(events: &Sender<Event>, wake: &OwnedFd, event: Event) {
+    // The thread is gone only when the run is over.
+    let _ = events.send(event);
+    let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
+}
+
+impl Debugger for Server {
+    fn attach(&mut self, machine: &Machine) -> Result<(), machine::Error> {
+        let (events, wake) = (self.events.clone(), self.wake.clone());
+        let debug = machine.debug(move |stop| tell(&events, &wake, Event::Stopped(stop)))?;
+        self.tell(Event::Machine(debug));
+        Ok(())
+    }
+
+    fn ended(&mut self, status: Option<u8>) {
+        self.tell(Event::Ended(status));
+        if status.is_some() {
+            self.join();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.tell(Event::Closed);
+        self.join();
+    }
+}

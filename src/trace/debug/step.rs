@@ -1,0 +1,219 @@
+//! `vmm trace --step`: one instruction after the other, each on a line: where, what, in which mode, and what it changed.
+//!
+//! A thread of its own lets the vCPU go by single steps (KVM_GUESTDBG_SINGLESTEP), and ends the machine when it has seen
+//! enough. Other vCPUs run freely meanwhile.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvm_bindings::KVM_MP_STATE_RUNNABLE;
+
+use super::Debugger;
+use super::view::View;
+use crate::symbols::Symbols;
+use vmm_monitor::kvm::debug::{Access, BREAKPOINTS, Breakpoint, GuestDebug};
+use vmm_monitor::kvm::{self, Vcpu};
+use vmm_monitor::machine::{self, AlreadyEnded, Debug, Machine};
+use vmm_monitor::memory::GuestRam;
+use vmm_monitor::vcpu::Stop;
+
+/// Where Linux maps its image, less where it lies in physical memory (Documentation/arch/x86/x86_64/mm.rst). Before the guest
+/// has paging on, its kernel runs so much below its symbols.
+pub const LINUX_MAP: u64 = 0xffff_ffff_8000_0000;
+
+/// What to step through.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Run freely to the first of these linear addresses (four at most); none: from the first instruction.
+    pub from: Vec<u64>,
+    /// How many instructions.
+    pub count: u64,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seen {
+    /// All that was asked for.
+    All,
+    /// The guest ended before.
+    Ended,
+    /// The guest ended, and never was where stepping should begin.
+    NeverThere,
+    /// KVM did not do it, or nobody reads any more.
+    Failed(String),
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Steps {
+    plan: Plan,
+    symbols: Symbols,
+    events: Option<Sender<Event>>,
+    thread: Option<JoinHandle<(Walk, Seen)>>,
+    /// What the last machine's steps came to.
+    pub seen: Seen,
+}
+
+enum Event {
+    Stopped(Stop),
+    Ended,
+}
+
+impl Steps {
+    /// Steps as `plan` says, told on standard output with names of `symbols`.
+    pub fn new(plan: Plan, symbols: Symbols) -> Self {
+        Self { plan, symbols, events: None, thread: None, seen: Seen::Ended }
+    }
+}
+
+impl Debugger for Steps {
+    fn attach(&mut self, machine: &Machine) -> Result<(), machine::Error> {
+        let (events, received) = channel();
+        let stopped = events.clone();
+        let debug = machine.debug(move |stop| _ = stopped.send(Event::Stopped(stop)))?;
+        let (plan, symbols) = (self.plan.clone(), std::mem::take(&mut self.symbols));
+        let mut walk = Walk { debug, events: received, plan, symbols };
+        let thread = std::thread::Builder::new().name("step".to_owned()).spawn(move || {
+            let seen = walk.all();
+            walk.debug.handle().kill();
+            (walk, seen)
+        });
+        let failed = |source| machine::Error::Host { what: "the thread that steps".to_owned(), source };
+        self.thread = Some(thread.map_err(failed)?);
+        self.events = Some(events);
+        Ok(())
+    }
+
+    fn ended(&mut self, _: Option<u8>) {
+        let (Some(events), Some(thread)) = (self.events.take(), self.thread.take()) else { return };
+        let _ = events.send(Event::Ended);
+        // A panic there is a defect of ours, and goes on as one.
+        let (walk, seen) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (self.plan, self.symbols, self.seen) = (walk.plan, walk.symbols, seen);
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        self.ended(None);
+    }
+}
+
+/// The steps through one machine.
+struct Walk {
+    debug: Debug,
+    events: Receiver<Event>,
+    /// What is left of it.
+    plan: Plan,
+    symbols: Symbols,
+}
+
+impl Walk {
+    fn all(&mut self) -> Seen {
+        self.go().unwrap_or_else(|seen| seen)
+    }
+
+    fn go(&mut self) -> Result<Seen, Seen> {
+        let vcpu = self.begin()?;
+        for other in (0..self.debug.cpus()).filter(|other| *other != vcpu) {
+            self.debug.release(other);
+        }
+        let mut out = io::stdout();
+        let mut view = self.look(vcpu)?;
+        while self.plan.count > 0 {
+            self.debug.release(vcpu);
+            if let Err(seen) = self.wait() {
+                self.line(vcpu, &view, "(the guest ended here)", &mut out)?;
+                return Err(seen);
+            }
+            let after = self.look(vcpu)?;
+            self.line(vcpu, &view, &view.changes(&after), &mut out)?;
+            view = after;
+            self.plan.count -= 1;
+        }
+        Ok(Seen::All)
+    }
+
+    /// Brings a vCPU to where stepping begins; the others are held too.
+    fn begin(&mut self) -> Result<u32, Seen> {
+        if self.plan.from.is_empty() {
+            return Ok(0);
+        }
+        let one = |address: &u64| Breakpoint { address: *address, len: 1, access: Access::Execute };
+        let hardware = self.plan.from.iter().take(BREAKPOINTS).map(one).collect();
+        self.set(&GuestDebug { hardware, ..GuestDebug::default() })?;
+        (0..self.debug.cpus()).for_each(|vcpu| self.debug.release(vcpu));
+        let stop = self.wait().map_err(|seen| if seen == Seen::Ended { Seen::NeverThere } else { seen })?;
+        self.debug.hold()?;
+        self.set(&GuestDebug::default())?;
+        // Another vCPU may have come there at the same time: it runs on.
+        while let Ok(Event::Stopped(_)) = self.events.try_recv() {}
+        self.plan.from.clear();
+        Ok(stop.vcpu)
+    }
+
+    fn set(&self, debug: &GuestDebug) -> Result<(), Seen> {
+        for vcpu in 0..self.debug.cpus() {
+            let debug = debug.clone();
+            self.debug.with(vcpu, move |vcpu, _| vcpu.set_guest_debug(&debug))??;
+        }
+        Ok(())
+    }
+
+    /// Where `vcpu` stands; it will come back after the next instruction.
+    fn look(&self, vcpu: u32) -> Result<View, Seen> {
+        let blocks = self.debug.blocks_interrupts;
+        let look = move |vcpu: &mut Vcpu, ram: &GuestRam| {
+            // A halted vCPU waits for the interrupt that blocking would keep from it.
+            let block_interrupts = blocks && vcpu.mp_state()?.mp_state == KVM_MP_STATE_RUNNABLE;
+            vcpu.set_guest_debug(&GuestDebug { step: true, block_interrupts, ..GuestDebug::default() })?;
+            View::of(vcpu, ram)
+        };
+        Ok(self.debug.with(vcpu, look)??)
+    }
+
+    fn wait(&self) -> Result<Stop, Seen> {
+        const LONG: Duration = Duration::from_secs(3);
+        loop {
+            match self.events.recv_timeout(LONG) {
+                Ok(Event::Stopped(stop)) => return Ok(stop),
+                Ok(Event::Ended) | Err(RecvTimeoutError::Disconnected) => return Err(Seen::Ended),
+                Err(RecvTimeoutError::Timeout) => log::warn!(
+                    "the guest has not come to the next instruction of the trace yet: it waits for an interrupt, or runs \
+                     elsewhere"
+                ),
+            }
+        }
+    }
+
+    fn line(&self, vcpu: u32, view: &View, changes: &str, out: &mut impl Write) -> Result<(), Seen> {
+        let (pc, mut text) = (view.pc(), String::new());
+        let linked = if pc < !LINUX_MAP { pc.wrapping_add(LINUX_MAP) } else { pc };
+        let name = [pc, linked]
+            .into_iter()
+            .find_map(|address| self.symbols.find(address).map(|_| self.symbols.name(address)));
+        let (bytes, instruction) = view.instruction();
+        let _ = write!(text, "vcpu{vcpu}  {pc:<#18x}  ");
+        if self.symbols.source.is_some() {
+            let _ = write!(text, "{:<24} ", name.unwrap_or_default());
+        }
+        let _ = write!(text, "{bytes:<20} {instruction:<32} | {:<12} | {changes}", view.mode_name());
+        writeln!(out, "{}", text.trim_end())
+            .map_err(|error| Seen::Failed(format!("write the steps: {error}")))
+    }
+}
+
+impl From<AlreadyEnded> for Seen {
+    fn from(_: AlreadyEnded) -> Self {
+        Self::Ended
+    }
+}
+
+impl From<kvm::Error> for Seen {
+    fn from(error: kvm::Error) -> Self {
+        Self::Failed(vmm_monitor::error_chain(&error))
+    }
+}

@@ -1,0 +1,158 @@
+//! [`narrate`]: a lab's text, every exit of its run beside the line of source that it came from, and what came of it.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+
+use super::facts::Facts;
+use super::run::Ran;
+use super::source::Lines;
+use super::{Error, Lab};
+use crate::report::Report;
+use crate::symbols::Symbols;
+use vmm_monitor::kvm;
+use vmm_monitor::machine::Outcome;
+use vmm_monitor::recorder::{Event, Kind};
+
+/// Columns of a paragraph.
+const WIDTH: usize = 126;
+
+/// Tells `ran`, a run of `lab`, to `out`; with colours, for a terminal, if `colour`.
+///
+/// # Errors
+/// `out` does not take it.
+pub fn narrate(lab: &Lab, ran: &Ran, colour: bool, out: &mut dyn Write) -> Result<(), Error> {
+    tell(lab, ran, colour, out).map_err(|source| Error::Host { what: "write the lab's text", source })
+}
+
+fn tell(lab: &Lab, ran: &Ran, colour: bool, out: &mut dyn Write) -> io::Result<()> {
+    let symbols = ran.trace.header.kernel.as_deref().and_then(Symbols::beside).unwrap_or_default();
+    let mut report = Report::new(&ran.trace, symbols);
+    report.colour = colour;
+    let facts = Facts { ran, report: &report };
+    let [bold, plain] = if colour { ["\x1b[1m", "\x1b[0m"] } else { [""; 2] };
+    writeln!(out, "{bold}{}: {}{plain}\n", lab.name, lab.idea())?;
+    lab.comment().try_for_each(|line| writeln!(out, "{line}"))?;
+    writeln!(out, "\n{bold}What happened here{plain}\n")?;
+    host(&facts).iter().try_for_each(|text| paragraph(text, out))?;
+    writeln!(out)?;
+    exits(lab, &facts, out)?;
+    writeln!(out, "\n{bold}What came of it{plain}\n")?;
+    let mut closing = Vec::new();
+    if let Some(text) = ending(lab, &ran.outcome) {
+        closing.push(text);
+    }
+    closing.extend((lab.closing)(&facts));
+    closing.iter().try_for_each(|text| paragraph(text, out))
+}
+
+/// What must be known of this host.
+fn host(facts: &Facts<'_>) -> Vec<String> {
+    let vendor = if facts.report.is_amd() { "AMD-V" } else { "VT-x" };
+    let mut text = vec![if kvm::host_has_hardware_virtualization() {
+        format!("Host: {vendor}.")
+    } else {
+        format!(
+            "Host: no hardware virtualization (no vmx or svm flag). Its KVM emulates the guest's instructions; the reasons \
+             below are those for which {vendor} would leave the guest."
+        )
+    }];
+    text.push(match facts.traced() {
+        true => {
+            "Exits that KVM answered by itself are from the kernel's trace. Those for the host's own interrupts, which the guest \
+             has no part in, are left out."
+                .to_owned()
+        }
+        false => format!("Exits that KVM answers by itself: {}.", facts.ran.trace.header.in_kernel),
+    });
+    text
+}
+
+/// Every exit, after the line of source that it came from, and what the host did, in order of time.
+fn exits(lab: &Lab, facts: &Facts<'_>, out: &mut dyn Write) -> io::Result<()> {
+    let (report, trace) = (facts.report, &facts.ran.trace);
+    let (lines, source) = (Lines::of(lab.image), lab.source.lines().collect::<Vec<_>>());
+    let mut acts = facts.ran.acts.iter().peekable();
+    let mut act = |before: u64, out: &mut dyn Write| {
+        while let Some((time, text)) = acts.next_if(|(time, _)| *time < before) {
+            let time = format!("+{:.3}ms", trace.since_start(*time) / 1e6);
+            writeln!(out, "{:<16} {time:>12}  {text}", "host")?;
+        }
+        Ok(())
+    };
+    let mut last = None;
+    let mut sizes = HashMap::new();
+    for (track, event) in &trace.events {
+        let Some(kind) = event.kind().filter(|kind| !kind.is_detail()) else { continue };
+        let from_guest = kind == Kind::InKernel || kind.is_exit();
+        let line = lines.line(report.origin(event)).filter(|_| from_guest);
+        if is_left_out(report, kind, event, line) {
+            continue;
+        }
+        act(event.time, out)?;
+        let place = line.map(|line| (*track, line));
+        if let Some((_, line)) = place.filter(|_| place != last) {
+            let text = line.checked_sub(1).and_then(|index| source.get(index)).unwrap_or(&"");
+            writeln!(out, "{line:>4}  {}", text.trim_end())?;
+        }
+        last = place.or(last);
+        let size = report.code_size(event).filter(|_| kind.is_exit());
+        if let Some(size) = size
+            && sizes.insert(*track, size).unwrap_or(32) != size
+        {
+            writeln!(out, "      (code of {size} bits)")?;
+        }
+        report.event(*track, event, out)?;
+    }
+    act(u64::MAX, out)
+}
+
+/// What tells nothing of the lab: exits for the host's interrupts; a worker's looks that found nothing; vCPUs that came back from
+/// KVM without having run, because a start-up IPI was on its way.
+fn is_left_out(report: &Report<'_>, kind: Kind, event: &Event, line: Option<usize>) -> bool {
+    match kind {
+        Kind::InKernel => is_the_hosts(report, event),
+        Kind::Queue | Kind::Source => event.value == 0,
+        Kind::Kicked => line.is_none(),
+        _ => false,
+    }
+}
+
+/// Whether an exit inside KVM is for an interrupt of the host.
+fn is_the_hosts(report: &Report<'_>, event: &Event) -> bool {
+    let of_host = if report.is_amd() { &[0x60, 0x61, 0x62][..] } else { &[1, 6] };
+    report.number_in_kvm(event).is_some_and(|number| of_host.contains(&number))
+}
+
+/// How it ended, if not as labs end as a rule.
+fn ending(lab: &Lab, outcome: &Outcome) -> Option<String> {
+    match outcome {
+        Outcome::Exit(1) => None,
+        Outcome::Killed => {
+            Some(format!("The guest did not end by itself: vmm ended it after {} ms.", lab.limit.as_millis()))
+        }
+        Outcome::Crash(report) | Outcome::InternalError(report) => {
+            let first = report.lines().next().unwrap_or_default();
+            Some(format!("The run ended with: {first}"))
+        }
+        other => Some(format!("The run ended otherwise than labs do: {other:?}.")),
+    }
+}
+
+/// `text` in lines of [`WIDTH`] columns at most.
+fn paragraph(text: &str, out: &mut dyn Write) -> io::Result<()> {
+    let mut width = 0;
+    for word in text.split_whitespace() {
+        let len = word.chars().count();
+        if width > 0 && width + 1 + len > WIDTH {
+            writeln!(out)?;
+            width = 0;
+        }
+        if width > 0 {
+            write!(out, " ")?;
+            width += 1;
+        }
+        write!(out, "{word}")?;
+        width += len;
+    }
+    writeln!(out)
+}
