@@ -1,15 +1,14 @@
 //! `vmm run --dry-run`: what would run, as JSON, without opening any of it.
 
-use std::ops::Range;
+use std::path::Path;
 
 use serde::Serialize;
-
-use vmm_command::{Failure, pretty};
-use vmm_monitor::boot::{self, tables::Platform};
-use vmm_monitor::config::{Console, VmConfig, Where};
-use vmm_monitor::legacy::{crtc, fw_cfg, rtc_cmos, testdev};
+use vmm_command::{Code, Failure, pretty};
+use vmm_monitor::boot::{self, firmware};
+use vmm_monitor::bus::{Kind, Place, Slot};
+use vmm_monitor::config::{Console, VmConfig};
+use vmm_monitor::machine;
 use vmm_monitor::memory::layout;
-use vmm_monitor::{machine, virtio};
 
 #[derive(Serialize)]
 struct Plan {
@@ -26,88 +25,63 @@ struct Row {
     what: String,
 }
 
-/// The resolved configuration and the guest's address map.
+/// The resolved configuration, and what the guest finds at its addresses.
 ///
 /// # Errors
-/// More devices than there is room for.
+/// More devices than there is room for; the firmware's file is not there.
 pub fn plan(mut config: VmConfig) -> Result<String, Failure> {
-    let platform = machine::platform(&config)?;
+    let rom = config.firmware.as_ref().map(firmware::rom_size).transpose().map_err(|error| {
+        let path = config.firmware.as_ref().map(ToString::to_string).unwrap_or_default();
+        Failure::new(Code::BadArgument, anyhow::Error::new(error).context(format!("firmware {path}")))
+    })?;
+    let list = machine::inventory(&config, rom)?;
     // The defaults that depend on other values.
     let cmdline = boot::cmdline::default_for(&config);
     config.cmdline.get_or_insert(cmdline);
     config.console = Console(Some(config.console()));
-    Ok(pretty(&Plan { memory_map: memory_map(&config, &platform), ports: ports(&config), config }))
+    let rows = |place, mut more: Vec<(u64, u64, String)>| {
+        let slots = list.iter().filter(|slot| slot.place == place);
+        more.extend(slots.map(|slot| (slot.base, slot.size, told(slot, &config))));
+        more.sort_unstable();
+        more.into_iter().map(row).collect()
+    };
+    let (ports, memory_map) = (rows(Place::Pio, Vec::new()), rows(Place::Mmio, ram(&config)));
+    Ok(pretty(&Plan { memory_map, ports, config }))
 }
 
-fn row(range: Range<u64>, what: impl Into<String>) -> Row {
-    let [start, end] = [range.start, range.end - 1].map(|address| format!("{address:#x}"));
-    Row { start, end, what: what.into() }
+fn row((start, size, what): (u64, u64, String)) -> Row {
+    let [start, end] = [start, start + (size - 1)].map(|address| format!("{address:#x}"));
+    Row { start, end, what }
 }
 
-fn sized(start: u64, size: u64, what: impl Into<String>) -> Row {
-    row(start..start + size, what)
+/// A device's name, with what the configuration says of it.
+fn told(slot: &Slot, config: &VmConfig) -> String {
+    let disk = |index: usize| config.disk.get(index).map(|disk| disk.path.as_path());
+    // Disks are the first virtio devices.
+    let file = match (slot.kind, &config.firmware) {
+        (Kind::Virtio(index), _) => disk(index).map(Path::display).map(|path| path.to_string()),
+        (Kind::Rom, Some(firmware)) => Some(firmware.to_string()),
+        _ => None,
+    };
+    let file = file.map(|file| format!(" ({file})")).unwrap_or_default();
+    let gsi = slot.gsi.map(|gsi| format!(", interrupt {gsi}")).unwrap_or_default();
+    let kvm = if slot.kind == Kind::InKernel { ", in the kernel" } else { "" };
+    format!("{}{file}{gsi}{kvm}", slot.name)
 }
 
-/// What the guest finds at its physical addresses, ascending.
-fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
+/// The parts of RAM.
+fn ram(config: &VmConfig) -> Vec<(u64, u64, String)> {
     let ram = layout::ram(config.mem.size.bytes());
-    let mut map = vec![
-        row(0..layout::LOW_END.min(ram[0].end), "RAM: boot parameters, page tables, command line"),
-        row(layout::ACPI..layout::MP_TABLES + layout::MP_TABLES_SIZE, "ACPI and MP tables"),
-        row(layout::HIGH_RAM..ram[0].end, "RAM: kernel, then free memory, then initrd"),
+    let low = ram[0].end;
+    let tables = layout::MP_TABLES + layout::MP_TABLES_SIZE;
+    let parts = [
+        (0..layout::LOW_END.min(low), "RAM: boot parameters, page tables, command line"),
+        (layout::ACPI..tables, "RAM: ACPI and MP tables"),
+        (layout::HIGH_RAM..low, "RAM: kernel, then free memory, then initrd"),
     ];
-    for (device, at) in virtio::Device::list(config).iter().zip(&platform.virtio_mmio) {
-        let file = if let virtio::Device::Block(_, disk) = device { disk.path.to_str() } else { None };
-        let file = file.map(|path| format!(" ({path})")).unwrap_or_default();
-        let what = format!("{}{file}, interrupt {}", device.name(), at.gsi);
-        map.push(sized(at.base.into(), layout::VIRTIO_MMIO_SIZE, what));
-    }
-    map.push(sized(layout::IO_APIC, 0x1000, "I/O APIC"));
-    map.push(sized(layout::LOCAL_APIC, 0x1000, "local APIC"));
-    map.push(sized(layout::KVM_IDENTITY_MAP, 0x4000, "reserved for KVM"));
-    if config.test_device {
-        map.push(sized(layout::TEST_MEMORY, testdev::MEMORY, "test device: memory"));
-    }
-    if let Some(firmware) = &config.firmware {
-        let what = format!("firmware ({firmware}): ends here, read-only");
-        map.push(sized(layout::ROM_END - 0x1000, 0x1000, what));
-    }
-    map.extend(ram.into_iter().skip(1).map(|range| row(range, "RAM: above the hole")));
-    map
-}
-
-/// What the guest finds at its I/O ports, ascending.
-fn ports(config: &VmConfig) -> Vec<Row> {
-    let mut ports = vec![(layout::I8042, layout::I8042_SIZE, "i8042: reset only")];
-    if config.pit {
-        ports.push((layout::PIT, layout::PIT_SIZE, "8254 timer, interrupt 0 (in the kernel)"));
-    }
-    if config.test_device {
-        ports.push((layout::TEST_PORTS, testdev::PORTS, "test device: register, page to unmap"));
-        ports.push((layout::TEST_IRQS, testdev::LINES, "test device: interrupt lines"));
-    }
-    if config.boot_marks {
-        ports.push((layout::POST, 1, "boot marks"));
-    }
-    if let Some(port) = config.debug_exit {
-        ports.push((port.into(), 4, "debug exit"));
-    }
-    if config.rtc || config.firmware.is_some() {
-        ports.push((layout::CMOS, rtc_cmos::SIZE, "RTC and CMOS"));
-    }
-    if config.text_screen {
-        ports.push((layout::CRTC, crtc::SIZE, "text screen: cursor"));
-    }
-    if config.firmware.is_some() {
-        ports.push((layout::DEBUG_PORT, 1, "the firmware's messages"));
-        ports.push((layout::FW_CFG, fw_cfg::SIZE, "fw_cfg"));
-    }
-    if config.serial != Where::Off {
-        ports.push((layout::COM1, 8, "serial port COM1, interrupt 4"));
-    }
-    ports.push((layout::ACPI_PM, layout::ACPI_PM_SIZE, "ACPI sleep, reset and event registers"));
-    ports.sort_unstable();
-    ports.into_iter().map(|(start, size, what)| sized(start, size, what)).collect()
+    let above = ram.into_iter().skip(1).map(|range| (range, "RAM: above the hole"));
+    let parts = parts.into_iter().chain(above).filter(|(range, _)| range.start < range.end);
+    parts.map(|(range, what)| (range.start, range.end - range.start, what.to_owned())).collect()
 }
 
 #[cfg(test)]

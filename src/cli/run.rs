@@ -125,7 +125,7 @@ impl Watched<'_, '_> {
         recorder.set_all_registers(self.record.as_ref().is_some_and(|record| record.registers));
         let start = Start::now();
         loop {
-            let mut machine = machine::build(self.config, ends, &recorder)?;
+            let mut machine = machine::load(self.config, ends, &recorder)?;
             let ptys = ptys(ends);
             if first {
                 for pty in &ptys {
@@ -134,7 +134,7 @@ impl Watched<'_, '_> {
                 }
             }
             if let (true, Some(record)) = (first, &self.record) {
-                let header = Header::of(self.config, machine.handle().buses());
+                let header = Header::of(self.config, machine.handle().inventory());
                 let (recorder, ram) = (recorder.clone(), machine.handle().ram().clone());
                 let counters = machine.counters();
                 recording = Some(Recording::start(&record.file, header, recorder, start, counters, ram)?);

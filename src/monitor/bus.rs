@@ -62,6 +62,56 @@ pub trait Hypercalls: Send {
     fn call(&mut self, input: u64, parameters: [u64; 2]) -> u64;
 }
 
+/// What a device is, for whoever builds, describes or names it. Each is explained where it is built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are those of the device models")]
+pub enum Kind {
+    AcpiPm,
+    I8042,
+    Serial,
+    DebugExit,
+    RtcCmos,
+    TextScreen,
+    BootMarks,
+    Rom,
+    FwCfg,
+    DebugPort,
+    TestPorts,
+    TestLines,
+    TestMemory,
+    HypervTest,
+    /// The `usize`th virtio device.
+    Virtio(usize),
+    /// KVM's own: it answers without the monitor.
+    InKernel,
+}
+
+/// Which address space a device is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// I/O ports.
+    Pio,
+    /// Physical memory.
+    Mmio,
+}
+
+/// One entry of a machine's inventory: a device, and where the guest finds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slot {
+    /// A name of its own in the machine.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Its address space.
+    pub place: Place,
+    /// The first address.
+    pub base: u64,
+    /// Addresses from there on.
+    pub size: u64,
+    /// The global system interrupt that it raises, if it has one.
+    pub gsi: Option<u32>,
+}
+
 /// Hypercall status: no such call.
 pub const HV_STATUS_INVALID_HYPERCALL_CODE: u64 = 2;
 /// Hypercall status: a connection of this number is not there.

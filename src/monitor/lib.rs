@@ -15,7 +15,7 @@
 //! | [`kvm`] | the only module that issues KVM ioctls |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
-//! | [`machine`] | [`machine::build`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
+//! | [`machine`] | [`machine::load`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
 //! | [`trace`] | records in files, told as sentences: hardware reasons, symbols, code, statistics; exits inside KVM joined in; what a running machine does, added up |
 //! | [`lab`] | lessons: tiny guests, and what their exits were here |
 //! | [`debug`] | a guest from outside: single steps told on lines, a stub for gdb |

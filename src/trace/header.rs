@@ -3,16 +3,19 @@
 use std::path::PathBuf;
 
 use super::file::{Header, Range};
-use vmm_monitor::bus::Bus;
+use vmm_monitor::bus::{Kind, Place, Slot};
 use vmm_monitor::config::{Kernel, VmConfig};
-use vmm_monitor::vcpu::dispatch::Buses;
 
 impl Header {
-    /// For the machine that `config` describes, with its devices on `buses`, on this host.
-    pub fn of(config: &VmConfig, buses: &Buses) -> Self {
-        let ranges = |bus: &Bus| {
-            let range = |(base, size, name): (u64, u64, &str)| Range { name: name.to_owned(), base, size };
-            bus.ranges().map(range).collect()
+    /// For the machine that `config` describes, which has what is on the `inventory`, on this host.
+    pub fn of(config: &VmConfig, inventory: &[Slot]) -> Self {
+        let ranges = |place| {
+            let ours =
+                inventory.iter().filter(move |slot| slot.place == place && slot.kind != Kind::InKernel);
+            let range = |slot: &Slot| Range { name: slot.name.clone(), base: slot.base, size: slot.size };
+            let mut ranges: Vec<_> = ours.map(range).collect();
+            ranges.sort_unstable_by_key(|range| range.base);
+            ranges
         };
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let vendor = cpuinfo.lines().find_map(|line| line.strip_prefix("vendor_id")?.split_once(": "));
@@ -23,8 +26,8 @@ impl Header {
             boots_disk: matches!(config.to_boot(), Ok(Some(Kernel::BootDisk))),
             cmdline: config.cmdline.clone(),
             vendor: vendor.map_or("", |(_, vendor)| vendor).to_owned(),
-            ports: ranges(&buses.pio),
-            addresses: ranges(&buses.mmio),
+            ports: ranges(Place::Pio),
+            addresses: ranges(Place::Mmio),
             ..Self::default()
         }
     }

@@ -64,28 +64,40 @@ pub struct Start<'a> {
     pub payload: Option<&'a Payload>,
 }
 
-/// Puts the ROM in place, and gives what fw_cfg has.
+/// The bytes of a ROM.
 ///
 /// # Errors
 /// [`Error`], which names the file and has a hint.
-pub fn load(memory: &mut Memory, start: &Start, platform: &Platform) -> Result<Items, Error> {
-    match start.firmware {
-        Firmware::BuiltIn => {
-            place(memory, BUILT_IN).map_err(|what| (PathBuf::from(Firmware::BUILT_IN), what))
-        }
-        Firmware::File(path) => {
-            let image = Image::open(path, Role::Firmware)?;
-            let len = usize::try_from(image.len()).unwrap_or(usize::MAX);
-            if image.len() > layout::ROM_MAX || len < 16 {
-                let what = format!("{len} bytes; a ROM has 16 to {}", layout::ROM_MAX);
-                return Err(Error::Firmware { path: path.clone(), what });
-            }
-            let mut bytes = vec![0; len];
-            image.bytes(0, &mut bytes, "the ROM")?;
-            place(memory, &bytes).map_err(|what| (path.clone(), what))
-        }
+pub fn rom(firmware: &Firmware) -> Result<Vec<u8>, Error> {
+    let Firmware::File(path) = firmware else { return Ok(BUILT_IN.to_vec()) };
+    let image = Image::open(path, Role::Firmware)?;
+    let len = usize::try_from(image.len()).unwrap_or(usize::MAX);
+    if image.len() > layout::ROM_MAX || len < 16 {
+        let what = format!("{len} bytes; a ROM has 16 to {}", layout::ROM_MAX);
+        return Err(Error::Firmware { path: path.clone(), what });
     }
-    .map_err(|(path, what)| Error::Firmware { path, what })?;
+    let mut bytes = vec![0; len];
+    image.bytes(0, &mut bytes, "the ROM")?;
+    Ok(bytes)
+}
+
+/// The size of a ROM in bytes, without reading it.
+///
+/// # Errors
+/// There is no such file.
+pub fn rom_size(firmware: &Firmware) -> io::Result<u64> {
+    match firmware {
+        Firmware::BuiltIn => Ok(BUILT_IN.len() as u64),
+        Firmware::File(path) => Ok(std::fs::metadata(path)?.len()),
+    }
+}
+
+/// Fills the memory of a machine that starts by firmware, and gives what fw_cfg has. The ROM is in `memory` already.
+///
+/// # Errors
+/// [`Error`], which names the file and has a hint.
+pub fn load(memory: &Memory, start: &Start, platform: &Platform) -> Result<Items, Error> {
+    shadow(memory).map_err(|what| Error::Firmware { path: start.firmware.to_string().into(), what })?;
 
     let mut items = Items::default();
     items.add_bytes(item::RAM_SIZE, memory.size().to_le_bytes());
@@ -128,15 +140,14 @@ pub fn load(memory: &mut Memory, start: &Start, platform: &Platform) -> Result<I
     Ok(items)
 }
 
-/// The ROM below 4 GiB, and the copy of its end below 1 MiB, where a PC's chipset shows it, too.
-fn place(memory: &mut Memory, rom: &[u8]) -> Result<(), String> {
-    memory.set_rom(rom).map_err(|error| crate::error_chain(&error))?;
-    let shadow = &rom[rom.len().saturating_sub(layout::ROM_SHADOW_MAX as usize)..];
-    let at = layout::HIGH_RAM - shadow.len() as u64;
-    memory
-        .ram()
-        .write_slice(shadow, GuestAddress(at))
-        .map_err(|error| format!("its copy below 1 MiB: {error}"))
+/// Copies the ROM's end to below 1 MiB, where a PC's chipset shows it, too.
+fn shadow(memory: &Memory) -> Result<(), String> {
+    let Some((base, _, size)) = memory.rom_slot() else { return Ok(()) };
+    let mut end = vec![0; size.min(layout::ROM_SHADOW_MAX) as usize];
+    let len = end.len() as u64;
+    let failed = |error| format!("its copy below 1 MiB: {error}");
+    memory.all().read_slice(&mut end, GuestAddress(base + size - len)).map_err(failed)?;
+    memory.ram().write_slice(&end, GuestAddress(layout::HIGH_RAM - len)).map_err(failed)
 }
 
 fn add_payload(

@@ -52,11 +52,16 @@ impl VmConfig {
         match self.firmware {
             _ if !self.disk.is_empty() => Ok(Some(Kernel::BootDisk)),
             Some(Firmware::File(_)) => Ok(None),
-            _ => invalid(
-                "there is no kernel to boot, and no disk to find one on",
-                "name a kernel: --kernel FILE; or a disk with an installed system: --disk FILE",
-            ),
+            _ => Err(nothing_to_boot()),
         }
+    }
+}
+
+/// There is neither kernel nor disk.
+pub(crate) fn nothing_to_boot() -> Invalid {
+    Invalid {
+        what: "there is no kernel to boot, and no disk to find one on".to_owned(),
+        hint: "name a kernel: --kernel FILE; or a disk with an installed system: --disk FILE",
     }
 }
 

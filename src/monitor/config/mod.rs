@@ -7,7 +7,7 @@
 pub mod cpu;
 pub mod cpu_features;
 mod firmware;
-mod kernel;
+pub(crate) mod kernel;
 pub mod msr;
 mod text;
 

@@ -1,7 +1,7 @@
 //! fw_cfg: how firmware learns what the monitor has for it. QEMU's ABI (its docs/specs/fw_cfg.rst): numbered items, files in
 //! a directory, read through a data port or, far faster, by DMA into guest memory.
 //!
-//! Made by `machine::build` with the [`Items`] that `boot::firmware` prepared, and only with `--firmware`. Nothing can be
+//! Made by `machine::load` with the [`Items`] that `boot::firmware` prepared, and only with `--firmware`. Nothing can be
 //! written to. A DMA request lies in guest memory: it is read once, what it names must be RAM, and a vCPU can ask for
 //! no more than that RAM holds.
 
@@ -177,6 +177,11 @@ impl FwCfg {
     /// `ram` is what DMA goes to.
     pub fn new(items: Items, ram: Arc<GuestRam>) -> Self {
         Self { items: items.finish(), ram, selected: SIGNATURE, offset: 0, dma_high: 0 }
+    }
+
+    /// Replaces all there is to read.
+    pub fn set_items(&mut self, items: Items) {
+        self.items = items.finish();
     }
 
     /// Whether there is such an item does not matter: one that is not there is empty.

@@ -1,6 +1,6 @@
 //! Devices of a PC that are neither virtio nor PCI, one per file: fixed ports, no discovery.
 //!
-//! `machine::build` puts them on the port bus. They know nothing of KVM, of the machine or of each other; what they ask
+//! `machine::load` puts them on the port bus. They know nothing of KVM, of the machine or of each other; what they ask
 //! of the machine is an [`Effect`](crate::bus::Effect) or an [`Interrupt`](crate::vm::Interrupt).
 
 pub mod acpi_pm;

@@ -1,9 +1,11 @@
 //! [`Machine`]: a built virtual machine, its run, and the [`Handle`] by which others pause, resume and stop it.
 //!
-//! [`build`] assembles it from a configuration. Knows no command line, control socket or snapshot format.
+//! [`inventory`] says what a configuration amounts to, [`load`] builds that and fills it from its [`Origin`]. Knows no command line, control socket or snapshot format.
 
 mod build;
 mod debug;
+mod inventory;
+mod origin;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -14,17 +16,20 @@ use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
-use crate::bus::{Overlap, SharedDevice, lock};
+use crate::bus::{Overlap, SharedDevice, Slot, lock};
 use crate::config;
 use crate::legacy::acpi_pm::AcpiPm;
+use crate::legacy::fw_cfg::FwCfg;
 use crate::memory::dirty::DirtyPages;
 use crate::vcpu::dispatch::{Buses, End};
 use crate::vcpu::{self, Ended};
 use crate::{boot, chardev, kvm, memory, virtio};
 
 pub use crate::chardev::Ends;
-pub use build::{build, platform};
+pub use build::load;
 pub use debug::Debug;
+pub use inventory::{inventory, platform};
+pub use origin::Origin;
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +148,8 @@ pub enum Phase {
 struct Shared {
     vcpus: Arc<vcpu::Shared>,
     threads: Mutex<Vec<vcpu::Thread>>,
+    /// What the machine has, and where.
+    inventory: Vec<Slot>,
     /// Every device, by name, in the order in which they are paused and saved.
     devices: Vec<(String, SharedDevice)>,
     power: Arc<Mutex<AcpiPm>>,
@@ -194,6 +201,7 @@ impl Shared {
 /// A built machine that has not run yet.
 pub struct Machine {
     shared: Arc<Shared>,
+    fw_cfg: Arc<Mutex<FwCfg>>,
     vcpus: Vec<kvm::Vcpu>,
     events: Receiver<Event>,
     built: Instant,
@@ -339,6 +347,11 @@ impl Handle {
     /// Guest RAM, also after the run.
     pub fn ram(&self) -> &Arc<memory::GuestRam> {
         &self.0.vcpus.ram
+    }
+
+    /// What the machine has, and where.
+    pub fn inventory(&self) -> &[Slot] {
+        &self.0.inventory
     }
 
     /// How many vCPUs it has.

@@ -6,8 +6,6 @@
 //! 0x000e_0000  RAM  ACPI tables, at the end MP tables (reserved in the memory map; where the specs let a guest search)
 //! 0x0010_0000  RAM  kernel, then free memory, initrd as high as it may be
 //! 0xc000_0000  ---  the hole below 4 GiB: devices, no RAM
-//!   0xc000_0000  32-bit PCI window          512 MiB
-//!   0xe000_0000  PCIe ECAM                  256 MiB
 //!   0xfe00_0000  virtio-mmio slots          4 KiB each
 //!   0xfec0_0000  I/O APIC                   (in the kernel)
 //!   0xfee0_0000  local APIC                 (in the kernel)
@@ -59,10 +57,14 @@ pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// The local APICs' base.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Bytes of registers of either APIC.
+pub const APIC_SIZE: u64 = 0x1000;
 /// KVM's identity-map page.
 pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
 /// KVM's three TSS pages.
 pub const KVM_TSS: u64 = 0xfeff_d000;
+/// Bytes that KVM has from [`KVM_IDENTITY_MAP`] on.
+pub const KVM_SIZE: u64 = 0x4000;
 
 /// Where firmware ends. The reset vector is 16 bytes before it.
 pub const ROM_END: u64 = 0x1_0000_0000;
@@ -71,8 +73,10 @@ pub const ROM_MAX: u64 = 16 << 20;
 /// As much of the firmware's end lies below 1 MiB, too, where 16-bit code reaches it: a copy in RAM.
 pub const ROM_SHADOW_MAX: u64 = 128 << 10;
 
-/// COM1's first port; it has 8.
+/// COM1's first port.
 pub const COM1: u64 = 0x3f8;
+/// Ports at [`COM1`].
+pub const COM1_SIZE: u64 = 8;
 /// COM1's interrupt.
 pub const COM1_GSI: u32 = 4;
 /// The 8254 timer's ports, in the kernel.

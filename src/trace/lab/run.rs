@@ -78,13 +78,13 @@ pub fn run(lab: &Lab, folder: &Path) -> Result<Ran, Error> {
 
     let recorder = Arc::<Recorder>::default();
     let start = Start::now();
-    let mut built = machine::build(&config, &mut ends, &recorder)?;
+    let mut built = machine::load(&config, &mut ends, &recorder)?;
     let handle = built.handle();
     if lab.host == Host::FetchesDirtyLog {
         handle.log_dirty(true)?;
     }
     let _ = machine.set(handle.clone());
-    let header = Header::of(&config, handle.buses());
+    let header = Header::of(&config, handle.inventory());
     let recording =
         Recording::start(&record, header, recorder, start, built.counters(), handle.ram().clone())?;
     let (over, ended) = channel::<()>();

@@ -43,7 +43,8 @@ fn parts(config: &VmConfig) -> Result<Parts, String> {
     let kernel = config.kernel.clone().ok_or("nothing to boot")?;
     let payload =
         Payload { kernel: kernel.into(), initrd: None, cmdline: String::new(), protocol: config.boot };
-    let platform = machine::platform(config).map_err(text)?;
+    let list = machine::inventory(config, None).map_err(text)?;
+    let platform = machine::platform(config.cpus.0, &list);
     let entry = boot::load(&memory, &payload, &platform).map_err(text)?;
     let vcpu = vm.create_vcpu(0, 1, &vmm_monitor::config::Cpu::default()).map_err(text)?;
     vcpu.set_boot_msrs().map_err(text)?;

@@ -1,4 +1,4 @@
-//! What a round trip out of the guest costs, by kind of exit: the monitor's whole path (`machine::build`, `Machine::run`, the
+//! What a round trip out of the guest costs, by kind of exit: the monitor's whole path (`machine::load`, `Machine::run`, the
 //! vCPU's thread, dispatch, bus, device) beside a bare KVM_RUN loop, and the same path while it is recorded or looked at. Its
 //! guests are a few instructions each, so that it runs on any /dev/kvm.
 
@@ -77,7 +77,7 @@ impl Who {
     }
 }
 
-const WHOLE: &str = "machine::build and Machine::run in this process: --mem 32M --rng, a serial port whose end is in this process";
+const WHOLE: &str = "machine::load and Machine::run in this process: --mem 32M --rng, a serial port whose end is in this process";
 
 /// The suite.
 ///
@@ -271,7 +271,7 @@ impl RoundTrip {
         });
         ends.put("serial", end.map_err(text)?);
         let recorder = Arc::default();
-        let mut machine = machine::build(&self.config, &mut ends, &recorder).map_err(text)?;
+        let mut machine = machine::load(&self.config, &mut ends, &recorder).map_err(text)?;
         let handle = machine.handle();
         let seen = Seen::by(self.who, &self.config, &machine, recorder)?;
         let run = move || {

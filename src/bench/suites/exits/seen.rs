@@ -44,7 +44,7 @@ impl Seen {
             Who::Bare | Who::Vmm => Ok(Self::Nobodys),
             Who::Traced => {
                 let path = config.kernel.clone().unwrap_or_default().with_extension("trace");
-                let (header, ram) = (Header::of(config, handle.buses()), handle.ram().clone());
+                let (header, ram) = (Header::of(config, handle.inventory()), handle.ram().clone());
                 let start = Recording::start(&path, header, recorder, Start::now(), machine.counters(), ram);
                 Ok(Self::Recorded(start.map_err(text)?, path))
             }

@@ -1,0 +1,148 @@
+//! [`inventory`]: from a configuration to the list of what the machine has, without building any of it.
+//!
+//! The assembly walks the list, the dry run prints it, the ACPI tables are made from it and a trace's header carries it: a device
+//! that is not here does not exist, and where it is is decided here alone.
+
+use super::Error;
+use crate::boot::tables::{Platform, VirtioMmio};
+use crate::bus::{Kind, Place, Slot};
+use crate::config::{VmConfig, Where};
+use crate::legacy::{crtc, debug_exit, fw_cfg, hyperv_testdev, rtc_cmos, testdev};
+use crate::memory::layout;
+use crate::virtio;
+
+/// Everything that answers at an address of the machine that `config` describes, in the order in which it is built. `rom` is
+/// the size of its firmware in bytes.
+///
+/// # Errors
+/// [`Error::TooManyDevices`]
+pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error> {
+    let mut list = List::default();
+    list.port("acpi-pm", Kind::AcpiPm, layout::ACPI_PM, layout::ACPI_PM_SIZE).gsi = Some(layout::ACPI_GSI);
+    list.port("i8042", Kind::I8042, layout::I8042, layout::I8042_SIZE);
+    if let Some(port) = config.debug_exit {
+        list.port("debug-exit", Kind::DebugExit, port.into(), debug_exit::SIZE);
+    }
+    if config.pit {
+        list.port("pit", Kind::InKernel, layout::PIT, layout::PIT_SIZE).gsi = Some(0);
+    }
+    if config.rtc || config.firmware.is_some() {
+        list.port("rtc-cmos", Kind::RtcCmos, layout::CMOS, rtc_cmos::SIZE);
+    }
+    if config.text_screen {
+        list.port("text-screen", Kind::TextScreen, layout::CRTC, crtc::SIZE);
+    }
+    if config.test_device {
+        list.port("test-device", Kind::TestPorts, layout::TEST_PORTS, testdev::PORTS);
+        list.port("test-irqs", Kind::TestLines, layout::TEST_IRQS, testdev::LINES);
+        list.memory("test-memory", Kind::TestMemory, layout::TEST_MEMORY, testdev::MEMORY);
+        if config.cpu.hyperv {
+            list.port("hyperv-test", Kind::HypervTest, layout::HYPERV_TEST, hyperv_testdev::SIZE);
+        }
+    }
+    if config.boot_marks {
+        list.port("boot-marks", Kind::BootMarks, layout::POST, 1);
+    }
+    if config.firmware.is_some() {
+        list.port("fw-cfg", Kind::FwCfg, layout::FW_CFG, fw_cfg::SIZE);
+        list.port("debug-port", Kind::DebugPort, layout::DEBUG_PORT, 1);
+    }
+    if let Some(size) = rom {
+        let size = size.next_multiple_of(0x1000);
+        list.memory("rom", Kind::Rom, layout::ROM_END.saturating_sub(size), size);
+    }
+    let virtio = virtio::Device::list(config);
+    let (wanted, possible) = (virtio.len(), layout::VIRTIO_GSIS.len());
+    if wanted > possible {
+        return Err(Error::TooManyDevices { wanted, possible });
+    }
+    for (index, (device, gsi)) in virtio.iter().zip(layout::VIRTIO_GSIS).enumerate() {
+        let base = layout::VIRTIO_MMIO + index as u64 * layout::VIRTIO_MMIO_SIZE;
+        list.memory(&device.name(), Kind::Virtio(index), base, layout::VIRTIO_MMIO_SIZE).gsi = Some(gsi);
+    }
+    if config.serial != Where::Off {
+        list.port("serial", Kind::Serial, layout::COM1, layout::COM1_SIZE).gsi = Some(layout::COM1_GSI);
+    }
+    list.memory("ioapic", Kind::InKernel, layout::IO_APIC, layout::APIC_SIZE);
+    list.memory("lapic", Kind::InKernel, layout::LOCAL_APIC, layout::APIC_SIZE);
+    list.memory("kvm", Kind::InKernel, layout::KVM_IDENTITY_MAP, layout::KVM_SIZE);
+    Ok(list.0)
+}
+
+/// What the guest's tables say of the machine with `cpus` vCPUs and what is on the `list`.
+pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
+    let virtio = |slot: &Slot| match (slot.kind, slot.gsi) {
+        // The layout puts these below 4 GiB.
+        (Kind::Virtio(_), Some(gsi)) => Some(VirtioMmio { base: slot.base as u32, gsi }),
+        _ => None,
+    };
+    let com1 = list.iter().any(|slot| slot.kind == Kind::Serial);
+    Platform { cpus, virtio_mmio: list.iter().filter_map(virtio).collect(), com1 }
+}
+
+#[derive(Default)]
+struct List(Vec<Slot>);
+
+impl List {
+    fn port(&mut self, name: &str, kind: Kind, base: u64, size: u64) -> &mut Slot {
+        self.add(name, kind, Place::Pio, base, size)
+    }
+
+    fn memory(&mut self, name: &str, kind: Kind, base: u64, size: u64) -> &mut Slot {
+        self.add(name, kind, Place::Mmio, base, size)
+    }
+
+    fn add(&mut self, name: &str, kind: Kind, place: Place, base: u64, size: u64) -> &mut Slot {
+        let slot = Slot { name: name.to_owned(), kind, place, base, size, gsi: None };
+        self.0.push(slot);
+        let last = self.0.len() - 1;
+        &mut self.0[last]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Everything that can be asked for, at once.
+    fn everything() -> VmConfig {
+        let json = r#"{"kernel": "k", "disk": ["a", "b"], "rng": true, "serial": "stdio", "port": ["p=off"],
+            "debug_exit": 244, "firmware": "built-in", "rtc": true, "pit": true, "text_screen": true,
+            "test_device": true, "boot_marks": true, "cpu": "host,+hyperv"}"#;
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn nothing_overlaps_and_nothing_has_another_things_name_or_interrupt() {
+        for rom in [None, Some(4096), Some(layout::ROM_MAX - layout::ROM_MAX / 4)] {
+            let list = inventory(&everything(), rom).unwrap();
+            for place in [Place::Pio, Place::Mmio] {
+                let mut ranges: Vec<_> = list.iter().filter(|s| s.place == place).collect();
+                ranges.sort_by_key(|slot| slot.base);
+                for pair in ranges.windows(2) {
+                    assert!(pair[0].base + pair[0].size <= pair[1].base, "{pair:x?}");
+                }
+            }
+            for (at, slot) in list.iter().enumerate() {
+                let others = &list[..at];
+                assert!(others.iter().all(|other| other.name != slot.name), "{slot:?}");
+                assert!(slot.gsi.is_none() || others.iter().all(|other| other.gsi != slot.gsi), "{slot:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_tables_name_each_virtio_device_and_the_serial_port() {
+        let list = inventory(&everything(), None).unwrap();
+        let platform = platform(3, &list);
+        assert_eq!((platform.cpus, platform.com1, platform.virtio_mmio.len()), (3, true, 4));
+        assert_eq!(u64::from(platform.virtio_mmio[0].base), layout::VIRTIO_MMIO);
+    }
+
+    #[test]
+    fn more_devices_than_interrupts_are_refused() {
+        let config = VmConfig { disk: vec!["d".parse().unwrap(); 18], ..VmConfig::default() };
+        let refused = inventory(&config, None).unwrap_err();
+        assert!(matches!(refused, Error::TooManyDevices { wanted: 19, possible: 18 }), "{refused}");
+    }
+}

@@ -1,0 +1,93 @@
+//! [`Origin`]: what a machine begins with, beside the machine itself.
+
+use std::fs;
+use std::path::PathBuf;
+
+use super::Error;
+use crate::boot::tables::Platform;
+use crate::boot::{self, Payload, firmware};
+use crate::config::kernel::nothing_to_boot;
+use crate::config::{Firmware, Kernel, VmConfig};
+use crate::kvm::regs::Entry;
+use crate::legacy::fw_cfg::Items;
+use crate::memory::Memory;
+
+/// Where the contents of a machine's memory and registers come from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Origin {
+    /// A kernel, entered by its boot protocol.
+    Kernel(Payload),
+    /// Firmware, entered at the reset vector.
+    Firmware {
+        /// The ROM.
+        firmware: Firmware,
+        /// Programs for it to run.
+        option_roms: Vec<PathBuf>,
+        /// What it is to boot, if anything.
+        payload: Option<Payload>,
+    },
+}
+
+/// What the machine is given when its memory has been filled.
+pub(super) struct Contents {
+    /// How vCPU 0 begins.
+    pub entry: Entry,
+    /// What firmware finds in fw_cfg.
+    pub items: Items,
+}
+
+impl Origin {
+    /// What `config` asks for.
+    ///
+    /// # Errors
+    /// It names nothing to start.
+    pub fn of(config: &VmConfig) -> Result<Self, Error> {
+        let payload = config.to_boot()?.map(|kernel| Payload {
+            kernel,
+            initrd: config.initrd.clone(),
+            cmdline: config.cmdline.clone().unwrap_or_else(|| boot::cmdline::default_for(config)),
+            protocol: config.boot,
+        });
+        Ok(match (&config.firmware, payload) {
+            (Some(firmware), payload) => {
+                let option_roms = config.option_rom.clone();
+                Self::Firmware { firmware: firmware.clone(), option_roms, payload }
+            }
+            (None, Some(payload)) => Self::Kernel(payload),
+            (None, None) => return Err(nothing_to_boot().into()),
+        })
+    }
+
+    /// The ROM that has to be a memory slot before there is a VM.
+    pub(super) fn rom(&self) -> Result<Option<Vec<u8>>, Error> {
+        match self {
+            Self::Kernel(_) => Ok(None),
+            Self::Firmware { firmware, .. } => Ok(Some(firmware::rom(firmware)?)),
+        }
+    }
+
+    /// Fills `memory`, which holds zeroes and the ROM. Needs no VM, so that KVM can set up meanwhile.
+    pub(super) fn fill(&self, memory: &Memory, platform: &Platform) -> Result<Contents, Error> {
+        Ok(match self {
+            Self::Kernel(payload) => {
+                Contents { entry: boot::load(memory, payload, platform)?, items: Items::default() }
+            }
+            Self::Firmware { firmware, option_roms, payload } => {
+                let start = firmware::Start { firmware, option_roms, payload: payload.as_ref() };
+                Contents { entry: Entry::Reset, items: firmware::load(memory, &start, platform)? }
+            }
+        })
+    }
+
+    /// Whether filling takes less time than starting a thread for it would: test guests, unikernels, and firmware, which reads
+    /// the files itself.
+    pub(super) fn is_quick(&self) -> bool {
+        const SMALL: u64 = 256 << 10;
+        let Self::Kernel(payload) = self else { return true };
+        // The built-in one is small, and no initrd belongs to it.
+        let Kernel::File(kernel) = &payload.kernel else { return true };
+        // A file that cannot be read is for the loader to report.
+        let size = |path| fs::metadata(path).map_or(0, |metadata| metadata.len());
+        [Some(kernel), payload.initrd.as_ref()].into_iter().flatten().map(size).sum::<u64>() <= SMALL
+    }
+}
