@@ -237,8 +237,8 @@ fn another_machine_measures_what_this_one_cannot() {
     let place = Place::new();
     place.file("there.json", SMALL.replace("AMD EPYC", "Another CPU"));
     fs::create_dir(place.path("guests")).unwrap();
-    // Its arguments: quiet -- VMM bench console --json FILE ...
-    let script = "echo \"$@\" >arguments; cp there.json \"$7\"";
+    // Its arguments: quiet -- VMM-BENCH console --json FILE ...
+    let script = "echo \"$@\" >arguments; cp there.json \"$6\"";
     let machine = machine(&place, script);
     let mut command =
         place.command("console --samples 2 --warm-up 0 --guests guests --json run.json --through");
@@ -255,7 +255,7 @@ fn another_machine_measures_what_this_one_cannot() {
     let arguments = fs::read_to_string(place.path("arguments")).unwrap();
     for words in [
         "quiet -- /",
-        " bench console --json /",
+        "vmm-bench console --json /",
         " --samples 2 --warm-up 0 --instances 100 --with crun=/",
         " --guests /",
     ] {
@@ -272,7 +272,7 @@ fn what_another_machine_says_of_its_failure_is_told() {
     for (script, words) in [
         ("echo no machine today >&2; exit 5", "exit status: 5): no machine today"),
         ("exit 0", "ended (exit status: 0) and said nothing"),
-        ("echo garbage >\"$5\"; exit 0", "not a result of vmm bench"),
+        ("echo garbage >\"$4\"; exit 0", "not a result of vmm bench"),
         ("kill -9 $$", "signal: 9"),
     ] {
         let mut command = place.command("console --samples 1 --warm-up 0 --through");
@@ -298,7 +298,7 @@ fn an_interrupt_reaches_the_other_machine() {
     let place = Place::new();
     place.file("there.json", SMALL.replace("\"interrupted\": false", "\"interrupted\": true"));
     let script =
-        "trap 'cp there.json \"$5\"; exit 10' INT\necho it runs >&2; touch running\nsleep 1000 & wait";
+        "trap 'cp there.json \"$4\"; exit 10' INT\necho it runs >&2; touch running\nsleep 1000 & wait";
     let mut command = place.command("console --samples 1 --warm-up 0 --json run.json --through");
     command.arg(machine(&place, script));
     let child = command.spawn().unwrap();
