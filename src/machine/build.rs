@@ -5,12 +5,13 @@
 //! plan.
 
 use std::fs;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::Instant;
 
-use super::{Error, Handle, Machine, Phase, Shared, kvm_path};
+use super::{Error, Event, Handle, Machine, Phase, Shared, kvm_path};
 use crate::boot::tables::{Platform, VirtioMmio};
 use crate::boot::{self, Payload, firmware};
 use crate::bus::{Bus, Device, Hypercalls, SharedDevice};
@@ -136,6 +137,9 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     let mut buses = Buses::new(board.pio, board.mmio);
     buses.hypercalls = board.hypercalls;
     let (events, ended) = channel();
+    let serve = events.clone();
+    // The receiver is gone only when the run is over.
+    buses.serve = Some(Box::new(move || drop(serve.send(Event::Serve))));
     let shared = Arc::new(Shared {
         vcpus: Arc::new(vcpu::Shared {
             buses,
@@ -150,6 +154,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
         power,
         phase: Mutex::new(Phase::Running),
         events,
+        killed: AtomicBool::new(false),
         vm: Arc::downgrade(&vm),
     });
     // Weak, because the ends outlive the machine, and its devices hold locks on their images.
