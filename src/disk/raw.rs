@@ -538,6 +538,87 @@ mod tests {
     }
 
     #[test]
+    fn a_long_request_stops_between_pieces_when_held_and_goes_on_where_it_was() {
+        let parts = std::cell::RefCell::new(Vec::new());
+        let part = |offset, len| {
+            parts.borrow_mut().push((offset, len));
+            Ok(())
+        };
+        // Held already: one piece, so that it comes on however often it is held.
+        assert_eq!(in_pieces((512, 1 << 30), &|| true, part).unwrap(), PIECE);
+        assert_eq!(parts.take(), [(512, PIECE)]);
+        assert_eq!(in_pieces((512, 1 << 30), &|| parts.borrow().len() == 3, part).unwrap(), 7 * PIECE);
+        assert_eq!(in_pieces((0, 0), &|| false, part).unwrap(), 0);
+        parts.take();
+        assert_eq!(in_pieces((512, 1 << 30), &|| false, part).unwrap(), 1 << 30);
+        let mut at = 512;
+        for (offset, len) in parts.take() {
+            assert!(offset == at && len <= PIECE_MAX);
+            at += len;
+        }
+        assert_eq!(at, 512 + (1 << 30));
+        // Pieces fit how fast the host is.
+        let after = |millis| next_piece(PIECE, Duration::from_millis(millis));
+        assert_eq!((after(0), after(50), after(500)), (2 * PIECE, PIECE, PIECE / 2));
+        assert_eq!(next_piece(PIECE_MAX, Duration::ZERO), PIECE_MAX);
+        assert_eq!(next_piece(PIECE_MIN, Duration::MAX), PIECE_MIN);
+    }
+
+    #[test]
+    fn a_held_disk_begins_nothing_and_keeps_what_it_has() {
+        let (_keep, mut disk) = disk();
+        disk.submit(0, Io::Flush);
+        disk.submit(1, Io::Flush);
+        disk.submit(2, Io::WriteZeroes { offset: 0, len: 4096, unmap: false });
+        disk.hold();
+        let end = Instant::now() + Duration::from_secs(10);
+        let mut done = Vec::new();
+        while !disk.is_at_rest() {
+            assert!(Instant::now() < end, "it does not come to rest");
+            done.extend(disk.done().map(|(tag, _)| tag));
+        }
+        disk.submit(3, Io::WriteZeroes { offset: 0, len: 4096, unmap: false });
+        assert!(disk.done().is_none() && disk.is_at_rest(), "not while it is held");
+        disk.go_on();
+        while done.len() < 4 {
+            done.push(wait(&mut disk).0);
+        }
+        done.sort_unstable();
+        assert_eq!(done, [0, 1, 2, 3], "each is done once");
+        disk.hold();
+        disk.submit(4, Io::Flush);
+        disk.forget();
+        disk.go_on();
+        disk.submit(5, Io::WriteZeroes { offset: 0, len: 512, unmap: false });
+        assert_eq!(wait(&mut disk).0, 5, "what was forgotten does not come");
+    }
+
+    #[test]
+    fn a_disk_whose_storage_hangs_can_be_dropped() {
+        static GO: AtomicUsize = AtomicUsize::new(0);
+        let (_keep, mut disk) = disk();
+        Arc::get_mut(&mut disk.shared).unwrap().image.sync = |_| {
+            while GO.load(Ordering::SeqCst) == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        };
+        for tag in 0..4 {
+            disk.submit(tag, Io::Flush);
+        }
+        let shared = disk.shared.clone();
+        drop(disk);
+        GO.store(1, Ordering::SeqCst);
+        // Its threads end by themselves, and begin nothing more.
+        let end = Instant::now() + Duration::from_secs(10);
+        while Arc::strong_count(&shared) > 1 {
+            assert!(Instant::now() < end, "a thread goes on");
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(shared.work().done.len() <= THREADS);
+    }
+
+    #[test]
     fn zeroes_are_written_where_the_file_system_cannot_make_them() {
         let (keep, disk) = disk();
         let path = keep.path().join("disk");
