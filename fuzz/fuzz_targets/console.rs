@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
+use std::time::Instant;
 
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
@@ -44,7 +45,8 @@ fuzz_target!(|data: &[u8]| {
             Setup { size: 16, ready: true, descriptors: base, available: base + 0x100, used: base + 0x200 };
         assert!(queue.enable(&setup, Position::default(), head[0] & 2 != 0));
     }
-    console.start(if head[0] & 4 != 0 { u64::MAX } else { 0 });
+    console.accept(if head[0] & 4 != 0 { u64::MAX } else { 0 });
+    console.start();
     while let Some((patch, more)) = rest.split_at_checked(4) {
         let index = usize::from(patch[0]) % queues.len();
         let at = 0xf00 + QUEUE * index as u64 + 2 * u64::from(patch[1]);
@@ -72,6 +74,6 @@ fuzz_target!(|data: &[u8]| {
             let _ = host.read(&mut [0; 4096]);
         }
     }
-    console.drain(&mut queues);
+    console.drain(&mut queues, Instant::now()).expect("never waits");
     console.reset();
 });

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,9 @@ pub enum Effect {
     /// Nothing: the vCPU goes on.
     #[default]
     None,
+    /// The device wants a thread of its own, which a vCPU must not make: the vCPU goes on, and the machine calls
+    /// [`Device::resume`] from another thread soon.
+    Serve,
     /// The guest asked for a reset.
     Reset,
     /// The guest powered itself off.
@@ -23,6 +27,11 @@ pub enum Effect {
     /// The guest ended the run with a status of its own (an isa-debug-exit style port).
     Exit(u8),
 }
+
+/// A device is not at rest yet: the text says what it waits for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Busy(pub String);
 
 /// A device on a [`Bus`]. One trait for port and memory-mapped I/O.
 ///
@@ -35,10 +44,16 @@ pub trait Device: Saved + Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// The guest writes `data` at `offset`.
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect;
-    /// Comes to rest: when it returns, no thread or kernel work of this device touches guest memory or host
+    /// Comes to rest: once it returns `Ok`, no thread or kernel work of this device touches guest memory or host
     /// files until [`Device::resume`]. The vCPUs are parked. Idempotent.
-    fn pause(&mut self) {}
-    /// Undoes [`Device::pause`]; also starts a device after `restore_bytes`. Idempotent.
+    ///
+    /// # Errors
+    /// [`Busy`] at `deadline`: work of the device still goes on. Another pause goes on waiting; a resume takes it back.
+    fn pause(&mut self, _deadline: Instant) -> Result<(), Busy> {
+        Ok(())
+    }
+    /// Undoes [`Device::pause`], also one that failed; starts a device after `restore_bytes`, and one that asked for it by
+    /// [`Effect::Serve`]. Never called by a vCPU. Idempotent.
     fn resume(&mut self) {}
 }
 

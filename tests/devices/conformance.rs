@@ -23,9 +23,9 @@ fn a_device_lives_through_save_and_restore_in_the_middle_of_its_work() {
             guest.start(without);
             (subject.traffic)(&mut guest);
             (subject.traffic)(&mut guest);
-            guest.mmio.pause();
+            guest.pause();
             let saved = guest.mmio.save_bytes();
-            guest.mmio.pause();
+            guest.pause();
             assert_eq!(guest.mmio.save_bytes(), saved, "a paused device stands still");
 
             let mut guest = Guest::on(guest.unplug(), (subject.build)());
@@ -36,11 +36,11 @@ fn a_device_lives_through_save_and_restore_in_the_middle_of_its_work() {
             assert_eq!(guest.read(STATUS), 15);
             (subject.traffic)(&mut guest);
 
-            guest.mmio.pause();
+            guest.pause();
             guest.mmio.resume();
             (subject.traffic)(&mut guest);
 
-            guest.write(STATUS, 0);
+            guest.reset();
             guest.start(without);
             (subject.traffic)(&mut guest);
             assert!(guest.interrupts() > 0);
@@ -56,7 +56,7 @@ fn a_reset_device_is_as_built() {
         let built = guest.mmio.save_bytes();
         guest.start(0);
         (subject.traffic)(&mut guest);
-        guest.write(STATUS, 0);
+        guest.reset();
         let mut config = [0; 8];
         guest.mmio.read(0x100, &mut config);
         let rest = guest.unplug();
@@ -73,7 +73,7 @@ fn what_is_kicked_while_paused_is_done_after_resume() {
         let mut guest = Guest::new((subject.build)());
         guest.start(0);
         (subject.traffic)(&mut guest);
-        guest.mmio.pause();
+        guest.pause();
         let interrupts = guest.interrupts();
         // A kick of every queue, in vain or not.
         for queue in 0..guest.rings.len() {
@@ -104,7 +104,7 @@ fn a_broken_ring_asks_for_a_reset_and_gets_over_it() {
         let reasons = guest.read(0x60);
         assert_ne!(reasons & 2, 0, "a configuration interrupt tells of it: {reasons:#x}");
 
-        guest.mmio.pause();
+        guest.pause();
         let saved = guest.mmio.save_bytes();
         let mut guest = Guest::on(guest.unplug(), (subject.build)());
         guest.mmio.restore_bytes(&saved).unwrap();
@@ -122,7 +122,7 @@ fn damaged_state_is_refused_or_harmless() {
         let mut guest = Guest::new((subject.build)());
         guest.start(0);
         (subject.traffic)(&mut guest);
-        guest.mmio.pause();
+        guest.pause();
         let saved = guest.mmio.save_bytes();
         let mut rest = guest.unplug();
         let mut refused = 0;
@@ -167,7 +167,7 @@ fn negotiation_follows_the_rules() {
         for (low, high, other) in
             [(0, 0, 0), (offered as u32, 0, 0), (bad as u32, 1, 0), (0, 3, 0), (0, 1, 1)]
         {
-            guest.write(STATUS, 0);
+            guest.reset();
             guest.write(STATUS, 8);
             assert_eq!(guest.read(STATUS), 0, "not before DRIVER");
             guest.write(STATUS, 1);

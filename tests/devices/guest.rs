@@ -1,10 +1,11 @@
 //! [`Guest`]: RAM between guard pages, one virtio-mmio device, and a driver that follows the specification.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
-use vmm_monitor::bus::Device;
+use vmm_monitor::bus::{Device, Effect};
 use vmm_monitor::memory::GuestRam;
 use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::mmio::Mmio;
@@ -132,7 +133,34 @@ impl Guest {
     }
 
     pub fn write(&mut self, offset: u64, value: u32) {
-        self.mmio.write(offset, &value.to_le_bytes());
+        self.write_bytes(offset, &value.to_le_bytes());
+    }
+
+    /// A write of any width. A device that wants a worker gets it, as a machine gives it.
+    pub fn write_bytes(&mut self, offset: u64, data: &[u8]) {
+        if self.mmio.write(offset, data) == Effect::Serve {
+            self.mmio.resume();
+        }
+    }
+
+    /// Resets the device, and waits until that is over (2.4.2).
+    pub fn reset(&mut self) {
+        self.write(STATUS, 0);
+        self.wait_for("a reset is over", |guest| guest.read(STATUS) == 0);
+    }
+
+    /// Waits until `done`.
+    pub fn wait_for(&mut self, what: &str, done: impl Fn(&mut Self) -> bool) {
+        let end = Instant::now() + Duration::from_secs(20);
+        while !done(self) {
+            assert!(Instant::now() < end, "not within 20 s: {what}");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// Brings the device to rest.
+    pub fn pause(&mut self) {
+        self.mmio.pause(Instant::now() + Duration::from_secs(20)).unwrap();
     }
 
     /// The configuration space's first `N` bytes.
@@ -157,8 +185,13 @@ impl Guest {
 
     /// Resets and initializes the device as 3.1.1 says, with all offered features but `without`.
     pub fn start(&mut self, without: u64) {
-        self.write(STATUS, 0);
-        assert_eq!(self.read(STATUS), 0, "reset is complete");
+        self.negotiate(without);
+        self.set_up_and_run();
+    }
+
+    /// [`Guest::start`] up to FEATURES_OK.
+    pub fn negotiate(&mut self, without: u64) {
+        self.reset();
         self.write(STATUS, 1);
         self.write(STATUS, 3);
         self.features = self.offered() & !without;
@@ -168,6 +201,17 @@ impl Guest {
         }
         self.write(STATUS, 11);
         assert_eq!(self.read(STATUS), 11, "FEATURES_OK stands");
+    }
+
+    /// [`Guest::start`] from FEATURES_OK on.
+    pub fn set_up_and_run(&mut self) {
+        self.set_up();
+        self.write(STATUS, 15);
+        assert_eq!(self.read(STATUS) & 15, 15, "the device runs");
+    }
+
+    /// Sets up all queues, with new rings.
+    pub fn set_up(&mut self) {
         self.rings.clear();
         for index in 0.. {
             self.write(0x30, index);
@@ -188,8 +232,6 @@ impl Guest {
             assert_eq!(self.read(0x44), 1, "queue {index} is ready");
             self.rings.push(ring);
         }
-        self.write(STATUS, 15);
-        assert_eq!(self.read(STATUS) & 15, 15, "the device runs");
     }
 
     /// Kicks `queue` if the device wants to know of what was offered since `old`. True if it did.

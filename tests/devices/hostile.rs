@@ -128,7 +128,7 @@ fn perform(step: &Step, slot: &mut Option<Guest>, subject: &Subject) {
     match step {
         Step::Start(without) => guest.start(*without),
         Step::Write { offset, value, width } => {
-            guest.mmio.write(*offset, &value.to_le_bytes()[..*width]);
+            guest.write_bytes(*offset, &value.to_le_bytes()[..*width]);
         }
         Step::Read { offset, width } => guest.mmio.read(*offset, &mut [0xff; 8][..*width]),
         Step::Descriptor { queue, index, descriptor: d } => {
@@ -173,11 +173,11 @@ fn perform(step: &Step, slot: &mut Option<Guest>, subject: &Subject) {
             guest.write(QUEUE_NOTIFY, *queue);
         }
         Step::Pause => {
-            guest.mmio.pause();
+            guest.pause();
             guest.mmio.resume();
         }
         Step::SaveAndRestore => {
-            guest.mmio.pause();
+            guest.pause();
             let saved = guest.mmio.save_bytes();
             let rest = slot.take().expect("there is a guest").unplug();
             let guest = slot.insert(Guest::on(rest, (subject.build)()));
@@ -187,8 +187,7 @@ fn perform(step: &Step, slot: &mut Option<Guest>, subject: &Subject) {
             guest.mmio.resume();
         }
         Step::Reset => {
-            guest.write(STATUS, 0);
-            assert_eq!(guest.read(STATUS), 0);
+            guest.reset();
         }
     }
 }
@@ -373,7 +372,7 @@ fn a_driver_that_never_stops_cannot_keep_the_machine_from_pausing() {
                 guest.notify(0);
                 thread::sleep(Duration::from_millis(2));
                 let start = Instant::now();
-                guest.mmio.pause();
+                guest.pause();
                 assert!(start.elapsed() < Duration::from_secs(5), "{}: pausing takes too long", subject.name);
                 guest.mmio.resume();
             }

@@ -4,6 +4,7 @@
 //! tested by adding it there. What is not virtio has a file of its own.
 
 mod block;
+mod busy;
 mod conformance;
 mod fw_cfg;
 mod guest;

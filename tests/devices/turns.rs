@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vmm_monitor::state::Stateless;
-use vmm_monitor::virtio::device::{Kind, Traits, VirtioDevice};
+use vmm_monitor::virtio::device::{Traits, VirtioDevice};
 use vmm_monitor::virtio::queue::Virtqueue;
 use vmm_monitor::virtio::testing::DriverRing;
 
@@ -26,7 +26,7 @@ struct Device(Arc<Mutex<Busy>>);
 
 impl VirtioDevice for Device {
     fn traits(&self) -> Traits {
-        Traits { kind: Kind::Entropy, features: 0, queues: &[64] }
+        Traits { kind: 4, features: 0, queues: vec![64] }
     }
 
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {

@@ -88,7 +88,7 @@ pub struct Info {
     pub size: u64,
     /// Writes fail with `ErrorKind::ReadOnlyFilesystem`.
     pub readonly: bool,
-    /// Logical block size: every offset and length is a multiple of it.
+    /// Logical block size: what a guest does best to keep to. Offsets and lengths are multiples of 512, whatever it is.
     pub block_size: u32,
     /// Preferred (physical) block size, a power of two times `block_size`.
     pub physical_block_size: u32,
@@ -137,7 +137,11 @@ pub enum Io {
 ///
 /// One front end calls it, from one thread at a time. `submit` takes the buffers over; the front end hears of the
 /// request again only from `done`. Tags are the front end's, unique among those in flight. Requests may complete in
-/// any order; `ready` becomes readable when there is something to collect. Dropping a disk waits for what is in flight.
+/// any order; `ready` becomes readable when there is something to collect.
+///
+/// A disk comes to rest by [`Disk::hold`]: what is begun goes on to its end, or, if it is long, to the next place where it
+/// can wait; the rest stays with the disk until [`Disk::go_on`] or [`Disk::forget`]. Each request can be begun anew: the
+/// front end may submit what was held to another disk on the same image. Dropping a disk waits a moment for what it has.
 pub trait Disk: Send {
     /// What the disk is.
     fn info(&self) -> Info;
@@ -145,6 +149,14 @@ pub trait Disk: Send {
     fn submit(&mut self, tag: u16, io: Io);
     /// The next finished request: its tag, and the bytes moved or why it failed.
     fn done(&mut self) -> Option<(u16, io::Result<u32>)>;
-    /// Readable while [`Disk::done`] may have something to give.
+    /// Readable while [`Disk::done`] may have something to give, and when a held disk comes to rest.
     fn ready(&self) -> BorrowedFd<'_>;
+    /// Begins nothing more.
+    fn hold(&mut self);
+    /// Whether it is held, nothing is being done, and all that is done is collected.
+    fn is_at_rest(&self) -> bool;
+    /// Undoes [`Disk::hold`].
+    fn go_on(&mut self);
+    /// Drops what is held. At rest.
+    fn forget(&mut self);
 }

@@ -11,6 +11,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, FlockOperation};
 
@@ -19,8 +20,18 @@ use crate::config;
 use crate::event_loop::Event;
 use crate::memory::Buffers;
 
+/// The unit of offsets and lengths.
+const SECTOR: u64 = 512;
 /// I/O threads of one disk: with two, a slow flush does not hold up a read.
 const THREADS: usize = 2;
+/// A disk that is dropped waits for its threads this long. One that hangs keeps its thread, and what that has, to itself.
+const LAST_WAIT: Duration = Duration::from_millis(500);
+
+/// Bytes of a discard or write-zeroes that are done at once: first, at least, and at most. On a fragmented image a MiB can
+/// take more than 100 ms.
+const PIECE: u64 = 4 << 20;
+const PIECE_MIN: u64 = 1 << 20;
+const PIECE_MAX: u64 = 64 << 20;
 
 /// An open raw image.
 #[derive(Debug)]
@@ -36,6 +47,8 @@ struct Shared {
     image: Image,
     work: Mutex<Work>,
     arrived: Condvar,
+    /// An I/O thread has nothing to do.
+    idle: Condvar,
     ready: Event,
 }
 
@@ -43,6 +56,9 @@ struct Shared {
 struct Work {
     queue: VecDeque<(u16, Io)>,
     done: VecDeque<(u16, io::Result<u32>)>,
+    /// Requests that threads are at.
+    begun: usize,
+    held: bool,
     closing: bool,
 }
 
@@ -88,7 +104,8 @@ impl Raw {
         };
         let image = Image { file, device, info, sync: |file| rustix::fs::fdatasync(file) };
         let ready = Event::new().map_err(failed)?;
-        let shared = Shared { image, work: Mutex::default(), arrived: Condvar::new(), ready };
+        let (arrived, idle) = Default::default();
+        let shared = Shared { image, work: Mutex::default(), arrived, idle, ready };
         Ok(Self { info, shared: Arc::new(shared), threads: Vec::new() })
     }
 
@@ -139,12 +156,48 @@ impl Disk for Raw {
     fn ready(&self) -> BorrowedFd<'_> {
         self.shared.ready.as_fd()
     }
+
+    fn hold(&mut self) {
+        self.shared.work().held = true;
+    }
+
+    fn is_at_rest(&self) -> bool {
+        let work = self.shared.work();
+        work.held && work.begun == 0 && work.done.is_empty()
+    }
+
+    fn go_on(&mut self) {
+        self.shared.work().held = false;
+        self.shared.arrived.notify_all();
+    }
+
+    fn forget(&mut self) {
+        self.shared.work().queue.clear();
+    }
 }
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        self.shared.work().closing = true;
+        let mut work = self.shared.work();
+        work.closing = true;
         self.shared.arrived.notify_all();
+        let end = Instant::now() + LAST_WAIT;
+        // Who held it has waited already.
+        while work.begun > 0 || (!work.held && !work.queue.is_empty()) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || (work.held && work.begun > 0) {
+                // What they have keeps guest memory in place.
+                log::warn!(
+                    "a disk is closed with {} requests begun, {} waiting",
+                    work.begun,
+                    work.queue.len()
+                );
+                work.held = true;
+                return;
+            }
+            work = self.shared.idle.wait_timeout(work, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(work);
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
@@ -160,12 +213,20 @@ impl Shared {
     fn serve(&self) {
         let mut work = self.work();
         loop {
-            if let Some((tag, io)) = work.queue.pop_front() {
+            let next = if work.held { None } else { work.queue.pop_front() };
+            if let Some((tag, io)) = next {
+                work.begun += 1;
                 drop(work);
-                let result = self.image.perform(io);
+                let result = self.image.perform(io, &|| self.work().held);
                 work = self.work();
-                work.done.push_back((tag, result));
+                work.begun -= 1;
+                match result {
+                    Ok(Step::Done(moved)) => work.done.push_back((tag, Ok(moved))),
+                    Ok(Step::Left(io)) => work.queue.push_front((tag, io)),
+                    Err(error) => work.done.push_back((tag, Err(error))),
+                }
                 self.ready.signal();
+                self.idle.notify_all();
             } else if work.closing {
                 return;
             } else {
@@ -203,38 +264,79 @@ struct Image {
     sync: fn(&File) -> rustix::io::Result<()>,
 }
 
+/// How far a request has come.
+enum Step {
+    /// To its end, with so many bytes moved.
+    Done(u32),
+    /// This is left of it.
+    Left(Io),
+}
+
+/// Does `part` of `range` (offset, length) piece by piece, and returns how many bytes are done: all, unless `stop` said so
+/// between two.
+fn in_pieces(
+    range: (u64, u64),
+    stop: &dyn Fn() -> bool,
+    part: impl Fn(u64, u64) -> io::Result<()>,
+) -> io::Result<u64> {
+    let (offset, len) = range;
+    let (mut done, mut piece) = (0, PIECE);
+    while done < len && (done == 0 || !stop()) {
+        let now = piece.min(len - done);
+        let start = Instant::now();
+        part(offset + done, now)?;
+        done += now;
+        piece = next_piece(piece, start.elapsed());
+    }
+    Ok(done)
+}
+
+/// Bytes of the piece after one of `piece` bytes that took `took`.
+fn next_piece(piece: u64, took: Duration) -> u64 {
+    match took.as_millis() {
+        0..10 => (2 * piece).min(PIECE_MAX),
+        10..100 => piece,
+        _ => (piece / 2).max(PIECE_MIN),
+    }
+}
+
 impl Image {
-    fn perform(&self, io: Io) -> io::Result<u32> {
+    /// Does `io`, or a part of it if it is long and `stop` says so meanwhile.
+    fn perform(&self, io: Io, stop: &dyn Fn() -> bool) -> io::Result<Step> {
         match &io {
             Io::Read { offset, to } => {
                 self.check(*offset, to.len() as u64, false)?;
-                self.transfer(*offset, to, false)
+                self.transfer(*offset, to, false).map(Step::Done)
             }
             Io::Write { offset, from } => {
                 self.check(*offset, from.len() as u64, true)?;
-                self.transfer(*offset, from, true)
+                self.transfer(*offset, from, true).map(Step::Done)
             }
-            Io::Flush => self.flush(),
-            Io::Discard { offset, len } => {
-                self.check(*offset, *len, true)?;
-                self.discard(*offset, *len)
+            Io::Flush => self.flush().map(Step::Done),
+            &Io::Discard { offset, len } => {
+                self.check(offset, len, true)?;
+                let done = in_pieces((offset, len), stop, |offset, len| self.discard(offset, len))?;
+                let left = Io::Discard { offset: offset + done, len: len - done };
+                Ok(if done == len { Step::Done(0) } else { Step::Left(left) })
             }
-            Io::WriteZeroes { offset, len, unmap } => {
-                self.check(*offset, *len, true)?;
-                self.write_zeroes(*offset, *len, *unmap)
+            &Io::WriteZeroes { offset, len, unmap } => {
+                self.check(offset, len, true)?;
+                let part = |offset, len| self.write_zeroes(offset, len, unmap);
+                let done = in_pieces((offset, len), stop, part)?;
+                let left = Io::WriteZeroes { offset: offset + done, len: len - done, unmap };
+                Ok(if done == len { Step::Done(0) } else { Step::Left(left) })
             }
         }
     }
 
     fn check(&self, offset: u64, len: u64, write: bool) -> io::Result<()> {
-        let block = u64::from(self.info.block_size);
         if write && self.info.readonly {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
         let end = offset.checked_add(len);
         let fits = end.is_some_and(|end| end <= self.info.size)
-            && offset.is_multiple_of(block)
-            && len.is_multiple_of(block);
+            && offset.is_multiple_of(SECTOR)
+            && len.is_multiple_of(SECTOR);
         if fits { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
     }
 
@@ -287,33 +389,48 @@ impl Image {
         Ok(0)
     }
 
-    fn discard(&self, offset: u64, len: u64) -> io::Result<u32> {
+    /// The whole blocks in a range, as offset and length.
+    fn whole_blocks(&self, offset: u64, len: u64) -> (u64, u64) {
+        let block = u64::from(self.info.block_size);
+        let (from, to) = (offset.next_multiple_of(block), offset + len);
+        (from, (to - to % block).saturating_sub(from))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let punched = if self.device {
+            // The kernel takes no others.
+            let (offset, len) = self.whole_blocks(offset, len);
             self.range_ioctl(BLKDISCARD, offset, len)
         } else {
             self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len)
         };
         match punched {
             // The contents may be anything after a discard, what they were among it.
-            Err(error) if unsupported(&error) => Ok(0),
-            result => result.map(|()| 0),
+            Err(error) if unsupported(&error) => Ok(()),
+            result => result,
         }
     }
 
-    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<u32> {
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         let fast = if self.device {
-            self.range_ioctl(BLKZEROOUT, offset, len)
+            let (from, whole) = self.whole_blocks(offset, len);
+            if whole == 0 {
+                return self.write_zeroes_plainly(offset, len);
+            }
+            self.write_zeroes_plainly(offset, from - offset)?;
+            self.write_zeroes_plainly(from + whole, offset + len - from - whole)?;
+            self.range_ioctl(BLKZEROOUT, from, whole)
         } else {
             let how = if unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
             self.fallocate(how, offset, len)
         };
         match fast {
             Err(error) if unsupported(&error) => self.write_zeroes_plainly(offset, len),
-            result => result.map(|()| 0),
+            result => result,
         }
     }
 
-    fn write_zeroes_plainly(&self, mut offset: u64, mut len: u64) -> io::Result<u32> {
+    fn write_zeroes_plainly(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
         static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
         while len > 0 {
@@ -322,7 +439,7 @@ impl Image {
             offset += part;
             len -= part;
         }
-        Ok(0)
+        Ok(())
     }
 
     fn fallocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
@@ -418,6 +535,87 @@ mod tests {
         disk.submit(3, Io::Flush);
         drop(disk);
         assert_eq!(SYNCS.load(Ordering::SeqCst), before + 2);
+    }
+
+    #[test]
+    fn a_long_request_stops_between_pieces_when_held_and_goes_on_where_it_was() {
+        let parts = std::cell::RefCell::new(Vec::new());
+        let part = |offset, len| {
+            parts.borrow_mut().push((offset, len));
+            Ok(())
+        };
+        // Held already: one piece, so that it comes on however often it is held.
+        assert_eq!(in_pieces((512, 1 << 30), &|| true, part).unwrap(), PIECE);
+        assert_eq!(parts.take(), [(512, PIECE)]);
+        assert_eq!(in_pieces((512, 1 << 30), &|| parts.borrow().len() == 3, part).unwrap(), 7 * PIECE);
+        assert_eq!(in_pieces((0, 0), &|| false, part).unwrap(), 0);
+        parts.take();
+        assert_eq!(in_pieces((512, 1 << 30), &|| false, part).unwrap(), 1 << 30);
+        let mut at = 512;
+        for (offset, len) in parts.take() {
+            assert!(offset == at && len <= PIECE_MAX);
+            at += len;
+        }
+        assert_eq!(at, 512 + (1 << 30));
+        // Pieces fit how fast the host is.
+        let after = |millis| next_piece(PIECE, Duration::from_millis(millis));
+        assert_eq!((after(0), after(50), after(500)), (2 * PIECE, PIECE, PIECE / 2));
+        assert_eq!(next_piece(PIECE_MAX, Duration::ZERO), PIECE_MAX);
+        assert_eq!(next_piece(PIECE_MIN, Duration::MAX), PIECE_MIN);
+    }
+
+    #[test]
+    fn a_held_disk_begins_nothing_and_keeps_what_it_has() {
+        let (_keep, mut disk) = disk();
+        disk.submit(0, Io::Flush);
+        disk.submit(1, Io::Flush);
+        disk.submit(2, Io::WriteZeroes { offset: 0, len: 4096, unmap: false });
+        disk.hold();
+        let end = Instant::now() + Duration::from_secs(10);
+        let mut done = Vec::new();
+        while !disk.is_at_rest() {
+            assert!(Instant::now() < end, "it does not come to rest");
+            done.extend(disk.done().map(|(tag, _)| tag));
+        }
+        disk.submit(3, Io::WriteZeroes { offset: 0, len: 4096, unmap: false });
+        assert!(disk.done().is_none() && disk.is_at_rest(), "not while it is held");
+        disk.go_on();
+        while done.len() < 4 {
+            done.push(wait(&mut disk).0);
+        }
+        done.sort_unstable();
+        assert_eq!(done, [0, 1, 2, 3], "each is done once");
+        disk.hold();
+        disk.submit(4, Io::Flush);
+        disk.forget();
+        disk.go_on();
+        disk.submit(5, Io::WriteZeroes { offset: 0, len: 512, unmap: false });
+        assert_eq!(wait(&mut disk).0, 5, "what was forgotten does not come");
+    }
+
+    #[test]
+    fn a_disk_whose_storage_hangs_can_be_dropped() {
+        static GO: AtomicUsize = AtomicUsize::new(0);
+        let (_keep, mut disk) = disk();
+        Arc::get_mut(&mut disk.shared).unwrap().image.sync = |_| {
+            while GO.load(Ordering::SeqCst) == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        };
+        for tag in 0..4 {
+            disk.submit(tag, Io::Flush);
+        }
+        let shared = disk.shared.clone();
+        drop(disk);
+        GO.store(1, Ordering::SeqCst);
+        // Its threads end by themselves, and begin nothing more.
+        let end = Instant::now() + Duration::from_secs(10);
+        while Arc::strong_count(&shared) > 1 {
+            assert!(Instant::now() < end, "a thread goes on");
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(shared.work().done.len() <= THREADS);
     }
 
     #[test]

@@ -10,13 +10,14 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileMemory};
 
 use crate::bus::{
-    Device, Effect, HV_STATUS_INVALID_CONNECTION_ID, HV_STATUS_INVALID_HYPERCALL_CODE, HVCALL_POST_MESSAGE,
-    HVCALL_SIGNAL_EVENT, Hypercalls, Synic, lock,
+    Busy, Device, Effect, HV_STATUS_INVALID_CONNECTION_ID, HV_STATUS_INVALID_HYPERCALL_CODE,
+    HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT, Hypercalls, Synic, lock,
 };
 use crate::event_loop::{Event, Handler, Worker};
 use crate::guest_warn;
@@ -278,8 +279,9 @@ impl Device for HypervTestDevice {
         Effect::None
     }
 
-    fn pause(&mut self) {
+    fn pause(&mut self, _deadline: Instant) -> Result<(), Busy> {
         self.paused = true;
+        Ok(())
     }
 
     fn resume(&mut self) {

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
 
-use crate::bus::{Device, Effect, lock};
+use crate::bus::{Busy, Device, Effect, lock};
 use crate::chardev::{Endpoint, Interest};
 use crate::event_loop::{Handler, Worker};
 use crate::guest_warn;
@@ -220,9 +220,10 @@ impl Device for SerialPort {
         Effect::None
     }
 
-    fn pause(&mut self) {
+    fn pause(&mut self, _deadline: Instant) -> Result<(), Busy> {
         self.worker = None;
         lock(&self.inner).output().flush();
+        Ok(())
     }
 
     fn resume(&mut self) {
@@ -431,7 +432,7 @@ mod tests {
         while read(&mut port, LSR.into()) & LSR_THRE != 0 {
             port.write(0, b"o");
         }
-        port.pause();
+        port.pause(Instant::now()).unwrap();
         let state = port.save();
         assert!(state.kept.len() >= BUSY && state.in_buffer == b"typed");
         let (mut fresh, mut theirs, _) = self::port();

@@ -4,6 +4,7 @@
 //! vCPUs. A kernel of some size is loaded by a thread of its own while KVM sets up, because it needs only the memory and the
 //! plan.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
@@ -11,7 +12,7 @@ use std::time::Instant;
 
 use super::inventory::{inventory, platform};
 use super::origin::{Contents, Origin};
-use super::{Error, Handle, Machine, Phase, Shared, kvm_path};
+use super::{Error, Event, Handle, Machine, Phase, Shared, kvm_path};
 use crate::boot::tables::Platform;
 use crate::bus::{Bus, Device, Hypercalls, Kind, Place, SharedDevice, Slot, lock};
 use crate::chardev::{Ends, Escape};
@@ -178,6 +179,9 @@ fn build(
     let mut buses = Buses::new(board.pio, board.mmio);
     buses.hypercalls = board.hypercalls;
     let (events, ended) = channel();
+    let serve = events.clone();
+    // The receiver is gone only when the run is over.
+    buses.serve = Some(Box::new(move || drop(serve.send(Event::Serve))));
     let shared = Arc::new(Shared {
         vcpus: Arc::new(vcpu::Shared {
             buses,
@@ -193,6 +197,7 @@ fn build(
         power,
         phase: Mutex::new(Phase::Running),
         events,
+        killed: AtomicBool::new(false),
         vm: Arc::downgrade(&vm),
     });
     // Weak, because the ends outlive the machine, and its devices hold locks on their images.

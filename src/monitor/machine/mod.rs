@@ -12,11 +12,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::bus::{Overlap, SharedDevice, Slot, lock};
+use crate::bus::{Busy, Overlap, SharedDevice, Slot, lock};
 use crate::config;
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::fw_cfg::FwCfg;
@@ -155,12 +157,16 @@ struct Shared {
     power: Arc<Mutex<AcpiPm>>,
     phase: Mutex<Phase>,
     events: Sender<Event>,
+    /// Nobody waits for a device any more.
+    killed: AtomicBool,
     /// Weak: the guest goes with the machine, whoever still has a handle.
     vm: Weak<kvm::Vm>,
 }
 
-/// What ends a run.
+/// What the thread of [`Machine::run`] is told.
 enum Event {
+    /// A device asks for its thread.
+    Serve,
     /// A vCPU's loop ended.
     Ended(Ended),
     /// [`Handle::kill`].
@@ -178,23 +184,40 @@ impl Shared {
         lock(&self.threads).iter().for_each(vcpu::Thread::kick);
     }
 
-    /// Unless the machine was paused meanwhile: then they start when it resumes.
-    fn start_devices(&self) {
-        let phase = lock(&self.phase);
+    /// Starts the devices that are not served yet, unless the machine was paused meanwhile: then they start when it
+    /// resumes. False if that cannot be said, because a pause or resume is under way.
+    fn start_devices(&self) -> bool {
+        let phase = match self.phase.try_lock() {
+            Ok(phase) => phase,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
         if *phase == Phase::Running {
             self.resume_devices();
         }
+        true
     }
 
     fn resume_devices(&self) {
         self.devices.iter().for_each(|(_, device)| lock(device).resume());
     }
 
-    fn pause_devices(&self) {
+    /// Brings all devices to rest, for as long as `limit` allows and nobody kills the machine.
+    fn pause_devices(&self, limit: Duration) -> Result<(), NotAtRest> {
+        /// Between two looks whether the machine was killed.
+        const SLICE: Duration = Duration::from_millis(50);
+        let deadline = Instant::now() + limit;
+        let mut result = Ok(());
         for (name, device) in &self.devices {
             log::debug!("pause {name}");
-            lock(device).pause();
+            while let Err(busy) = lock(device).pause(deadline.min(Instant::now() + SLICE)) {
+                if Instant::now() >= deadline || self.killed.load(Ordering::SeqCst) {
+                    result = result.and(Err(NotAtRest { device: name.clone(), busy }));
+                    break;
+                }
+            }
         }
+        result
     }
 }
 
@@ -208,6 +231,11 @@ pub struct Machine {
     /// Dropped last: closing the VM's descriptor is what frees the guest.
     vm: Arc<kvm::Vm>,
 }
+
+/// A pause that takes longer fails, and the machine goes on.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+/// What devices owe the host after the run's end is waited for this long.
+const LAST_LIMIT: Duration = Duration::from_secs(10);
 
 /// A VM that was built longer ago than this closes at once (see [`kvm::Vm::close_later`]).
 const YOUNG: Duration = Duration::from_millis(50);
@@ -245,16 +273,36 @@ impl Machine {
             // The guest is on its way meanwhile. Input comes last: a device is locked while its thread is made, and the
             // guest's first output would wait for that.
             meanwhile();
-            self.shared.start_devices();
+            self.serve_devices();
         }
-        // `shared` holds a sender, so there is an event in the end.
-        let event = if started.is_ok() { self.events.recv().unwrap_or(Event::Kill) } else { Event::Kill };
+        let event = if started.is_ok() { self.wait() } else { Event::Kill };
         self.shared.vcpus.gate.shut(|| self.shared.kick_all());
         lock(&self.shared.threads).drain(..).for_each(vcpu::Thread::join);
         *lock(&self.shared.phase) = Phase::Ended;
-        self.shared.pause_devices();
+        if let Err(busy) = self.shared.pause_devices(LAST_LIMIT) {
+            log::warn!("{busy}: what the guest was not told of as done may be lost");
+        }
         started?;
         outcome(event)
+    }
+
+    fn serve_devices(&self) {
+        if !self.shared.start_devices() {
+            // Not under a lock that a slow pause holds: an end of the run must be heard meanwhile.
+            thread::sleep(Duration::from_millis(1));
+            let _ = self.shared.events.send(Event::Serve);
+        }
+    }
+
+    /// The end of the run; till then this is the thread on which devices get theirs.
+    fn wait(&self) -> Event {
+        loop {
+            // `shared` holds a sender, so there is an event in the end.
+            match self.events.recv().unwrap_or(Event::Kill) {
+                Event::Serve => self.serve_devices(),
+                end => return end,
+            }
+        }
     }
 
     /// Gives everything back after the run, without waiting for KVM to take the VM apart: for a process that is about to end.
@@ -298,27 +346,52 @@ pub struct Paused<'a>(#[allow(dead_code, reason = "the guard is the proof")] Mut
 #[error("the virtual machine has ended")]
 pub struct AlreadyEnded;
 
+/// A device does not come to rest in time.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{device} does not come to rest: {busy}")]
+pub struct NotAtRest {
+    /// Its name.
+    pub device: String,
+    /// What it waits for.
+    pub busy: Busy,
+}
+
+/// Why a machine could not be paused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PauseError {
+    /// The run is over.
+    #[error(transparent)]
+    Ended(#[from] AlreadyEnded),
+    /// The machine runs on.
+    #[error(transparent)]
+    Busy(#[from] NotAtRest),
+}
+
 impl Handle {
     /// What the machine is doing. Waits for a pause or resume under way.
     pub fn phase(&self) -> Phase {
         *lock(&self.0.phase)
     }
 
-    /// Parks the vCPUs, then brings the devices to rest. Returns when all stand still.
+    /// Parks the vCPUs, then brings the devices to rest. Returns when all stand still, or after 10 seconds.
     ///
     /// # Errors
-    /// [`AlreadyEnded`]
-    pub fn pause(&self) -> Result<Paused<'_>, AlreadyEnded> {
+    /// [`PauseError`]; the machine is as it was.
+    pub fn pause(&self) -> Result<Paused<'_>, PauseError> {
         let shared = &self.0;
         let mut phase = lock(&shared.phase);
         if *phase == Phase::Running {
             if !shared.vcpus.gate.close(|| shared.kick_all()) {
-                return Err(AlreadyEnded);
+                return Err(AlreadyEnded.into());
             }
-            shared.pause_devices();
+            if let Err(busy) = shared.pause_devices(PAUSE_LIMIT) {
+                shared.resume_devices();
+                shared.vcpus.gate.open();
+                return Err(busy.into());
+            }
             *phase = Phase::Paused;
         }
-        if *phase == Phase::Ended { Err(AlreadyEnded) } else { Ok(Paused(phase)) }
+        if *phase == Phase::Ended { Err(AlreadyEnded.into()) } else { Ok(Paused(phase)) }
     }
 
     /// Undoes [`Handle::pause`]. The guest's clocks go on as if it had been asleep.
@@ -397,6 +470,7 @@ impl Handle {
 
     /// Ends the run at once, paused or not.
     pub fn kill(&self) {
+        self.0.killed.store(true, Ordering::SeqCst);
         // The receiver is gone only when the run is over.
         let _ = self.0.events.send(Event::Kill);
     }

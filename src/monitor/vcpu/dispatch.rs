@@ -23,6 +23,8 @@ pub struct Buses {
     pub mmio: Bus,
     /// Who answers Hyper-V's calls, if anybody does.
     pub hypercalls: Option<Arc<Mutex<dyn Hypercalls>>>,
+    /// Tells the machine that a device asks to be served ([`Effect::Serve`]). Does not block.
+    pub serve: Option<Box<dyn Fn() + Send + Sync>>,
     unclaimed: AtomicU32,
 }
 
@@ -95,8 +97,10 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
         Exit::PioOut { port, size, data } => {
             for element in data.chunks(size) {
                 match buses.pio.write(u64::from(port), element) {
-                    Some(Effect::None) => {}
-                    Some(effect) => return after(effect),
+                    Some(effect) => match after(effect, buses) {
+                        Next::Again => {}
+                        next => return next,
+                    },
                     None => buses.log_unclaimed(format_args!("out {size} at port {port:#x}")),
                 }
             }
@@ -109,7 +113,7 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
             Next::Again
         }
         Exit::MmioWrite { address, data } => match buses.mmio.write(address, data) {
-            Some(effect) => after(effect),
+            Some(effect) => after(effect, buses),
             None => {
                 buses.log_unclaimed(format_args!("write {} at {address:#x}", data.len()));
                 Next::Again
@@ -160,9 +164,15 @@ fn unanswered(input: u64) -> u64 {
     }
 }
 
-fn after(effect: Effect) -> Next {
+fn after(effect: Effect, buses: &Buses) -> Next {
     match effect {
         Effect::None => Next::Again,
+        Effect::Serve => {
+            if let Some(serve) = &buses.serve {
+                serve();
+            }
+            Next::Again
+        }
         Effect::Reset => Next::End(End::Reset),
         Effect::Shutdown => Next::End(End::Shutdown),
         Effect::Exit(code) => Next::End(End::Exit(code)),
@@ -177,7 +187,7 @@ mod tests {
     use crate::bus::Device;
     use crate::state::Stateless;
 
-    /// Remembers what was written, element by element; reads count up; writing 0xee powers off.
+    /// Remembers what was written, element by element; reads count up; writing 0xee powers off, 0x5e asks for a thread.
     #[derive(Default)]
     struct Tape(Vec<(u64, Vec<u8>)>, u8);
     impl Stateless for Tape {}
@@ -188,7 +198,11 @@ mod tests {
         }
         fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
             self.0.push((offset, data.to_vec()));
-            if data[0] == 0xee { Effect::Shutdown } else { Effect::None }
+            match data[0] {
+                0xee => Effect::Shutdown,
+                0x5e => Effect::Serve,
+                _ => Effect::None,
+            }
         }
     }
 
@@ -217,6 +231,20 @@ mod tests {
         let mut out = Exit::PioOut { port: 0x10, size: 1, data: &[1, 0xee, 2] };
         assert_eq!(dispatch(&mut out, &buses), Next::End(End::Shutdown));
         assert_eq!(tape.lock().unwrap().0.len(), 2);
+    }
+
+    #[test]
+    fn a_device_that_asks_to_be_served_does_not_stop_the_vcpu() {
+        let (tape, mut buses) = buses();
+        let asked = Arc::new(AtomicU32::new(0));
+        let count = asked.clone();
+        buses.serve = Some(Box::new(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+        }));
+        let mut out = Exit::PioOut { port: 0x10, size: 1, data: &[1, 0x5e, 2] };
+        assert_eq!(dispatch(&mut out, &buses), Next::Again);
+        assert_eq!(dispatch(&mut Exit::MmioWrite { address: 0x1000, data: &[0x5e] }, &buses), Next::Again);
+        assert_eq!((tape.lock().unwrap().0.len(), asked.load(Ordering::Relaxed)), (4, 2));
     }
 
     #[test]

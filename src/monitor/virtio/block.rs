@@ -4,8 +4,9 @@
 
 use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -14,10 +15,12 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le};
 
-use super::device::{Kind, Traits, VirtioDevice};
+use super::device::{Traits, VirtioDevice};
 use super::queue::{Chain, Virtqueue};
+use crate::bus::Busy;
 use crate::disk::{Disk, Info, Io};
 use crate::guest_warn;
 use crate::memory::Buffers;
@@ -107,17 +110,25 @@ enum Request {
     Id(Buffers),
 }
 
+/// Where a request is answered.
+#[derive(Debug)]
+struct Answer {
+    /// The status byte.
+    status: Buffers,
+    /// Bytes in front of it.
+    room: usize,
+    /// Bytes in front of it that are written if the request succeeds.
+    written: usize,
+}
+
 /// A request that the disk has.
 #[derive(Debug)]
 struct Pending {
-    /// The status byte.
-    status: Buffers,
+    answer: Answer,
     /// What it counts for [`IN_FLIGHT_MAX`].
     cost: u64,
     /// It has to be on stable storage before it counts as done (writethrough).
     sync: bool,
-    /// Bytes of the answer in front of the status byte.
-    data: u32,
 }
 
 /// A block device.
@@ -126,12 +137,18 @@ pub struct Block {
     info: Info,
     id: [u8; ID_SIZE],
     config: Config,
+    /// Feature bits that are offered.
+    offered: u64,
+    /// Those of them that the driver has accepted.
+    features: u64,
     /// By head of chain.
     pending: Vec<Option<Pending>>,
     /// Sum of the costs in `pending`.
     in_flight: u64,
     /// Requests were left in the queue because too much is in flight.
     held_back: bool,
+    /// Heads of requests that a saved device had not finished. They begin anew.
+    restored: Vec<u16>,
 }
 
 impl Block {
@@ -161,7 +178,19 @@ impl Block {
         let len = id.len().min(ID_SIZE);
         bytes[..len].copy_from_slice(&id.as_bytes()[..len]);
         let pending = (0..QUEUE_SIZE).map(|_| None).collect();
-        Self { disk, info, id: bytes, config, pending, in_flight: 0, held_back: false }
+        let offered = offered(&info);
+        Self {
+            disk,
+            info,
+            id: bytes,
+            config,
+            offered,
+            features: 0,
+            pending,
+            in_flight: 0,
+            held_back: false,
+            restored: Vec::new(),
+        }
     }
 
     /// Answers or submits one request.
@@ -172,27 +201,29 @@ impl Block {
             // There is no place for an answer.
             return queue.fail("a block request has no status byte");
         }
-        let data = writable.len() as u32;
+        let mut answer = Answer { status, room: writable.len(), written: 0 };
         match self.parse(readable, writable) {
             Ok(Request::Io(io, cost)) => {
                 let writes = !matches!(io, Io::Read { .. } | Io::Flush);
                 let sync = writes && self.config.writeback == 0;
+                if let Io::Read { to, .. } = &io {
+                    answer.written = to.len();
+                }
                 self.in_flight += cost;
-                self.pending[usize::from(head)] = Some(Pending { status, cost, sync, data });
+                self.pending[usize::from(head)] = Some(Pending { answer, cost, sync });
                 self.disk.submit(head, io);
             }
             Ok(Request::Id(mut to)) => {
-                let written = to.write(&self.id).unwrap_or(0) as u32;
-                answer(queue, head, status, written, Ok(()));
+                answer.written = to.write(&self.id).unwrap_or(0);
+                answer.give(queue, head, Ok(()));
             }
-            Err(refusal) => answer(queue, head, status, data, Err(refusal)),
+            Err(refusal) => answer.give(queue, head, Err(refusal)),
         }
     }
 
     fn parse(&self, mut readable: Buffers, writable: Buffers) -> Result<Request, Refusal> {
         let header: Header = read(&mut readable)?;
-        let features = self.traits().features;
-        let offered = |bit: u32| features & (1 << bit) != 0;
+        let accepted = |bit: u32| self.features & (1 << bit) != 0;
         match header.kind.get() {
             VIRTIO_BLK_T_IN => {
                 let (offset, len) = self.range(header.sector.get(), writable.len() as u64, REQUEST_MAX)?;
@@ -205,14 +236,14 @@ impl Block {
             }
             VIRTIO_BLK_T_FLUSH => Ok(Request::Io(Io::Flush, 0)),
             VIRTIO_BLK_T_GET_ID => Ok(Request::Id(writable)),
-            VIRTIO_BLK_T_DISCARD if offered(VIRTIO_BLK_F_DISCARD) => {
+            VIRTIO_BLK_T_DISCARD if accepted(VIRTIO_BLK_F_DISCARD) => {
                 let (segment, offset, len) = self.segment(readable, DISCARD_MAX)?;
                 if segment.flags.get() != 0 {
                     return Err(Refusal::Unsupported);
                 }
                 Ok(Request::Io(Io::Discard { offset, len }, 0))
             }
-            VIRTIO_BLK_T_WRITE_ZEROES if offered(VIRTIO_BLK_F_WRITE_ZEROES) => {
+            VIRTIO_BLK_T_WRITE_ZEROES if accepted(VIRTIO_BLK_F_WRITE_ZEROES) => {
                 let (segment, offset, len) = self.segment(readable, WRITE_ZEROES_MAX)?;
                 if segment.flags.get() & !UNMAP != 0 {
                     return Err(Refusal::Unsupported);
@@ -235,13 +266,16 @@ impl Block {
         Ok((segment, offset, len))
     }
 
-    /// The byte range of `len` bytes from `sector`, if that is whole blocks of the disk, and at most `most` bytes.
+    /// The byte range of `len` bytes from `sector`, if that is whole sectors of the disk, and at most `most` bytes. The
+    /// block size is a hint, and changes no unit (5.2.4).
     fn range(&self, sector: u64, len: u64, most: u64) -> Result<(u64, u64), Refusal> {
-        let block = u64::from(self.info.block_size);
         let offset = sector.checked_mul(SECTOR).ok_or(Refusal::Error)?;
         let end = offset.checked_add(len).ok_or(Refusal::Error)?;
-        let whole = offset.is_multiple_of(block) && len.is_multiple_of(block);
-        if whole && len <= most && end <= self.info.size { Ok((offset, len)) } else { Err(Refusal::Error) }
+        if len.is_multiple_of(SECTOR) && len <= most && end <= self.info.size {
+            Ok((offset, len))
+        } else {
+            Err(Refusal::Error)
+        }
     }
 
     /// Answers what the disk has finished.
@@ -257,20 +291,39 @@ impl Block {
                 }
                 Ok(_) => {
                     self.in_flight -= pending.cost;
-                    answer(queue, head, pending.status, pending.data, Ok(()));
+                    pending.answer.give(queue, head, Ok(()));
                 }
                 Err(error) => {
                     guest_warn!("a disk request failed on the host: {error}");
                     self.in_flight -= pending.cost;
-                    answer(queue, head, pending.status, pending.data, Err(Refusal::Error));
+                    pending.answer.give(queue, head, Err(Refusal::Error));
                 }
             }
         }
     }
 
-    fn is_idle(&self) -> bool {
-        self.pending.iter().all(Option::is_none)
+    /// Heads of the requests that are not finished.
+    fn unfinished(&self) -> impl Iterator<Item = u16> {
+        (0..QUEUE_SIZE).zip(&self.pending).filter_map(|(head, pending)| pending.as_ref().map(|_| head))
     }
+}
+
+/// The feature bits for a disk.
+fn offered(info: &Info) -> u64 {
+    let mut bits = vec![
+        VIRTIO_BLK_F_SIZE_MAX,
+        VIRTIO_BLK_F_SEG_MAX,
+        VIRTIO_BLK_F_BLK_SIZE,
+        VIRTIO_BLK_F_FLUSH,
+        VIRTIO_BLK_F_TOPOLOGY,
+        VIRTIO_BLK_F_CONFIG_WCE,
+    ];
+    if info.readonly {
+        bits.push(VIRTIO_BLK_F_RO);
+    } else if info.discard {
+        bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+    }
+    bits.iter().fold(0, |all, bit| all | 1 << bit)
 }
 
 /// Reads one of the structures at the front of a request.
@@ -281,37 +334,27 @@ fn read<T: FromBytes>(from: &mut Buffers) -> Result<T, Refusal> {
     T::read_from_bytes(bytes).map_err(|_| Refusal::Error)
 }
 
-/// Writes the status byte behind `data` bytes of the answer, and gives the chain back.
-fn answer(queue: &mut Virtqueue, head: u16, mut status: Buffers, data: u32, result: Result<(), Refusal>) {
-    let byte = match result {
-        Ok(()) => VIRTIO_BLK_S_OK,
-        Err(Refusal::Error) => VIRTIO_BLK_S_IOERR,
-        Err(Refusal::Unsupported) => VIRTIO_BLK_S_UNSUPP,
-    };
-    // The place was in RAM when it was popped, and RAM stays.
-    let _ = status.write(&[byte as u8]);
-    // 2.7.8.2: the bytes written from the front on; a failed read leaves what is in front of its status undefined.
-    let written = if result.is_ok() || data == 0 { data.saturating_add(1) } else { 0 };
-    queue.complete(head, written);
+impl Answer {
+    /// Writes the status byte, and gives the chain back.
+    fn give(mut self, queue: &mut Virtqueue, head: u16, result: Result<(), Refusal>) {
+        let byte = match result {
+            Ok(()) => VIRTIO_BLK_S_OK,
+            Err(Refusal::Error) => VIRTIO_BLK_S_IOERR,
+            Err(Refusal::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+        };
+        // The place was in RAM when it was popped, and RAM stays.
+        let _ = self.status.write(&[byte as u8]);
+        // 2.7.8.2: bytes that were written, from the front on. The status byte is among them only if nothing in front of it
+        // was left out; a failed read leaves that undefined.
+        let front = if result.is_ok() { self.written } else { 0 };
+        let used = if front == self.room { front + 1 } else { front };
+        queue.complete(head, used as u32);
+    }
 }
 
 impl VirtioDevice for Block {
     fn traits(&self) -> Traits {
-        let mut bits = vec![
-            VIRTIO_BLK_F_SIZE_MAX,
-            VIRTIO_BLK_F_SEG_MAX,
-            VIRTIO_BLK_F_BLK_SIZE,
-            VIRTIO_BLK_F_FLUSH,
-            VIRTIO_BLK_F_TOPOLOGY,
-            VIRTIO_BLK_F_CONFIG_WCE,
-        ];
-        if self.info.readonly {
-            bits.push(VIRTIO_BLK_F_RO);
-        } else if self.info.discard {
-            bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
-        }
-        let features = bits.iter().fold(0, |all, bit| all | 1 << bit);
-        Traits { kind: Kind::Block, features, queues: &[QUEUE_SIZE] }
+        Traits { kind: VIRTIO_ID_BLOCK, features: self.offered, queues: vec![QUEUE_SIZE] }
     }
 
     fn config(&self) -> &[u8] {
@@ -319,18 +362,18 @@ impl VirtioDevice for Block {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
-        // The only field that a driver may write.
-        if let (WRITEBACK_OFFSET, [on @ (0 | 1)]) = (offset, data) {
+        // The only field that a driver may write, and only if it has taken CONFIG_WCE (5.2.5).
+        let writable = self.features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0;
+        if let (true, WRITEBACK_OFFSET, [on @ (0 | 1)]) = (writable, offset, data) {
             self.config.writeback = *on;
         }
     }
 
-    fn start(&mut self, features: u64) {
-        // 5.2.5: without CONFIG_WCE the cache is writeback for a driver that knows how to flush it; 5.2.6.2: one that
-        // does not must find its writes on stable storage when they complete.
-        if features & (1 << VIRTIO_BLK_F_CONFIG_WCE | 1 << VIRTIO_BLK_F_FLUSH) == 0 {
-            self.config.writeback = 0;
-        }
+    fn accept(&mut self, features: u64) {
+        self.features = features & self.offered;
+        // 5.2.5.2, 5.2.6.2: the cache is writeback for a driver that knows how to flush it; one that does not must find its
+        // writes on stable storage when they complete.
+        self.config.writeback = (features & 1 << VIRTIO_BLK_F_FLUSH != 0).into();
     }
 
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
@@ -355,22 +398,46 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn drain(&mut self, queues: &mut [Virtqueue]) {
+    fn drain(&mut self, queues: &mut [Virtqueue], deadline: Instant) -> Result<(), Busy> {
+        self.disk.hold();
         loop {
             self.collect(&mut queues[0]);
-            if self.is_idle() {
-                return;
+            if self.disk.is_at_rest() {
+                return Ok(());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Busy(format!("{} disk requests are unfinished", self.unfinished().count())));
             }
             let ready = self.disk.ready();
             let mut ready = [PollFd::new(&ready, PollFlags::IN)];
             // Interrupted or not: the next look tells.
-            let _ = poll(&mut ready, None);
+            let _ = poll(&mut ready, Timespec::try_from(left).ok().as_ref());
         }
     }
 
-    fn reset(&mut self) {
-        self.config.writeback = 1;
+    fn resume(&mut self, queues: &mut [Virtqueue]) {
+        self.disk.go_on();
+        for head in std::mem::take(&mut self.restored) {
+            if let Some(chain) = queues[0].retake(head) {
+                self.take(chain, &mut queues[0]);
+            }
+        }
+    }
+
+    fn forget(&mut self, _index: usize) {
+        self.disk.forget();
+        self.pending.fill_with(|| None);
+        self.in_flight = 0;
         self.held_back = false;
+        self.restored = Vec::new();
+    }
+
+    fn reset(&mut self) {
+        self.forget(0);
+        self.disk.go_on();
+        self.features = 0;
+        self.config.writeback = 1;
     }
 }
 
@@ -379,14 +446,19 @@ impl VirtioDevice for Block {
 pub struct State {
     /// The guest knows the disk's size: another disk will not do.
     size: u64,
+    features: u64,
     writeback: bool,
+    /// Heads of the requests that are not finished: each is begun anew.
+    unfinished: Vec<u16>,
 }
 
 impl Stateful for Block {
     type State = State;
 
     fn save(&self) -> State {
-        State { size: self.info.size, writeback: self.config.writeback != 0 }
+        let unfinished = self.restored.iter().copied().chain(self.unfinished()).collect();
+        let (features, writeback) = (self.features, self.config.writeback != 0);
+        State { size: self.info.size, features, writeback, unfinished }
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
@@ -394,7 +466,13 @@ impl Stateful for Block {
             let (saved, size) = (state.size, self.info.size);
             return Err(StateError::Invalid(format!("the disk had {saved} bytes, and has {size} now")));
         }
+        if state.features & !self.offered != 0 || state.unfinished.iter().any(|head| *head >= QUEUE_SIZE) {
+            let (features, unfinished) = (state.features, state.unfinished);
+            return Err(StateError::Invalid(format!("features {features:#x}, requests {unfinished:?}")));
+        }
+        self.features = state.features;
         self.config.writeback = state.writeback.into();
+        self.restored = state.unfinished;
         Ok(())
     }
 }

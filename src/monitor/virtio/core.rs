@@ -5,11 +5,15 @@
 //!
 //! Two locks: the transport's mutex covers the registers here, and device and queues behind one of their own are
 //! what the worker needs, so that a vCPU at a register and the worker at a queue meet only where they must.
+//!
+//! No vCPU waits for I/O, nor makes a thread: a reset, or the end of a queue, that comes with work in flight is posted, and
+//! done by the worker, or a pause, when the device is at rest. Until then the driver reads that it is not over.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use bitflags::bitflags;
 use serde::{Deserialize, Serialize};
@@ -18,7 +22,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::device::{Traits, VirtioDevice};
 use super::queue::{Notifier, Position, Setup, Virtqueue};
-use crate::bus::lock;
+use crate::bus::{Busy, lock};
 use crate::event_loop::{Event, Handler, Worker};
 use crate::guest_warn;
 use crate::memory::GuestRam;
@@ -57,6 +61,16 @@ const CHAINS_PER_CALL: usize = 256;
 struct Signals {
     needs_reset: AtomicBool,
     config_generation: AtomicU32,
+    /// Something is in [`Parts::posted`].
+    posted: AtomicBool,
+}
+
+/// What the driver asked for that needs the device at rest.
+#[derive(Debug, Default)]
+struct Posted {
+    reset: bool,
+    /// Queues to be disabled.
+    stop: Vec<usize>,
 }
 
 /// The data path: what the worker holds while it serves the device.
@@ -66,6 +80,9 @@ struct Parts {
     doorbells: Vec<Event>,
     notifier: Arc<dyn Notifier>,
     signals: Arc<Signals>,
+    posted: Posted,
+    /// From DRIVER_OK to a reset.
+    started: bool,
     /// The configuration space as it was after the last callback.
     config: Vec<u8>,
     recorder: Arc<Recorder>,
@@ -80,22 +97,83 @@ struct Parts {
 enum Cause {
     Queue(usize),
     Source(usize),
-    /// The device comes to rest.
-    Drain,
 }
 
 impl Parts {
     /// One callback, with all that belongs around it.
     fn call(&mut self, cause: Cause) {
-        for queue in &mut self.queues {
-            queue.allow(CHAINS_PER_CALL);
+        if self.signals.posted.load(Ordering::SeqCst) {
+            if self.come_to_rest(Instant::now()).is_ok() {
+                self.go_on();
+            }
+            return;
+        }
+        // Nothing is taken before DRIVER_OK (3.1.1). A source is heard all the same: else it would stay ready.
+        if !self.started && matches!(cause, Cause::Queue(_)) {
+            return;
         }
         let start = self.recorder.is_on().then(|| (clock::ticks(), self.completions()));
+        self.allow();
         match cause {
             Cause::Queue(index) => self.device.on_queue(index, &mut self.queues),
             Cause::Source(index) => self.device.on_event(index, &mut self.queues),
-            Cause::Drain => self.device.drain(&mut self.queues),
         }
+        let interrupted = self.tell_driver();
+        if let Some((time, completions)) = start {
+            self.record(cause, time, completions, interrupted);
+        }
+    }
+
+    /// What the driver has asked for is done once the device is at rest.
+    fn come_to_rest(&mut self, deadline: Instant) -> Result<(), Busy> {
+        self.allow();
+        let result = self.device.drain(&mut self.queues, deadline);
+        self.tell_driver();
+        result?;
+        let Posted { reset, stop } = std::mem::take(&mut self.posted);
+        for index in stop {
+            self.device.forget(index);
+            self.queues[index].disable();
+        }
+        if reset {
+            self.device.reset();
+            self.queues.iter_mut().for_each(Virtqueue::disable);
+            self.started = false;
+            self.config_moved();
+            self.signals.needs_reset.store(false, Ordering::SeqCst);
+        }
+        // Last: the driver may go on as soon as it reads this.
+        self.signals.posted.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Undoes [`Parts::come_to_rest`], or has the worker try again.
+    fn go_on(&mut self) {
+        if self.signals.posted.load(Ordering::SeqCst) {
+            self.doorbells.iter().take(1).for_each(Event::signal);
+        } else if self.started {
+            self.allow();
+            self.device.resume(&mut self.queues);
+            self.tell_driver();
+            self.ring();
+        }
+    }
+
+    /// Has the worker look at every queue: for what came while nobody looked.
+    fn ring(&self) {
+        let queues = self.queues.iter().zip(&self.doorbells);
+        queues.filter(|(queue, _)| queue.is_usable()).for_each(|(_, doorbell)| doorbell.signal());
+    }
+
+    fn allow(&mut self) {
+        for queue in &mut self.queues {
+            queue.allow(CHAINS_PER_CALL);
+        }
+    }
+
+    /// Interrupts the driver for what a callback did: the queue (all ones: the configuration) that it was last
+    /// interrupted for.
+    fn tell_driver(&mut self) -> Option<u64> {
         let mut changed = self.config_moved();
         let mut interrupted = None;
         for (index, (queue, doorbell)) in self.queues.iter_mut().zip(&self.doorbells).enumerate() {
@@ -114,9 +192,7 @@ impl Parts {
             self.notifier.config_changed();
             interrupted = Some(u64::MAX);
         }
-        if let Some((time, completions)) = start {
-            self.record(cause, time, completions, interrupted);
-        }
+        interrupted
     }
 
     /// Requests completed so far, in all queues; it wraps.
@@ -129,7 +205,6 @@ impl Parts {
         let (kind, address) = match cause {
             Cause::Queue(index) => (Kind::Queue, index as u64),
             Cause::Source(index) => (Kind::Source, index as u64),
-            Cause::Drain => return,
         };
         let completed = self.completions().wrapping_sub(completions);
         let track = self.track.get_or_insert_with(|| self.recorder.track(&self.name));
@@ -195,7 +270,16 @@ pub struct Core {
     doorbells: Vec<Event>,
     signals: Arc<Signals>,
     parts: Arc<Mutex<Parts>>,
+    /// The status that the driver reads while its reset is posted.
+    leaving: Option<Status>,
+    /// Queues whose end is posted: they read as ready until then.
+    stopping: Vec<usize>,
+    /// The driver is ready, and the machine not paused.
+    running: bool,
+    /// Made by [`Core::resume`]. It stays over resets.
     worker: Option<Worker>,
+    /// The machine was asked for a worker, and has not looked yet.
+    asked: bool,
 }
 
 /// [`Core`]'s saved state, the device's included.
@@ -231,6 +315,8 @@ impl Core {
             queues: traits.queues.iter().enumerate().map(queue).collect(),
             doorbells: clones(&doorbells)?,
             signals: signals.clone(),
+            posted: Posted::default(),
+            started: false,
             config: device.config().to_vec(),
             device,
             notifier,
@@ -247,7 +333,11 @@ impl Core {
             doorbells,
             signals,
             parts: Arc::new(Mutex::new(parts)),
+            leaving: None,
+            stopping: Vec::new(),
+            running: false,
             worker: None,
+            asked: false,
         })
     }
 
@@ -268,7 +358,7 @@ impl Core {
 
     /// A kick that came as a register write.
     pub fn kick(&self, queue: usize) {
-        if self.queue_ready(queue) && self.worker.is_some() {
+        if self.running && self.queue_ready(queue) {
             let mut parts = lock(&self.parts);
             if parts.device.served_by_vcpu(queue) {
                 return parts.call(Cause::Queue(queue));
@@ -294,22 +384,35 @@ impl Core {
             guest_warn!("{}: features accepted at the wrong time", self.name);
             return;
         }
-        // Nothing is offered further up, and no driver looks there.
         if page < 4 {
             let shift = page * 32;
             self.features = self.features & !(u128::from(u32::MAX) << shift) | u128::from(value) << shift;
+        } else if value != 0 {
+            // Nothing is offered further up: the last bit stands for all of them.
+            self.features |= 1 << 127;
         }
     }
 
     /// The device status as the driver reads it.
     pub fn status(&self) -> u8 {
-        let needs_reset = self.signals.needs_reset.load(Ordering::SeqCst);
-        (self.status | if needs_reset { Status::NEEDS_RESET } else { Status::empty() }).bits()
+        let status = self.leaving.filter(|_| self.is_posted()).unwrap_or(self.status);
+        (status | if self.failed() { Status::NEEDS_RESET } else { Status::empty() }).bits()
     }
 
-    /// The driver writes the device status. True if that was a reset, and the transport's registers have to follow.
-    pub fn write_status(&mut self, value: u8) -> bool {
-        let new = Status::from_bits_truncate(value) - Status::NEEDS_RESET;
+    fn is_posted(&self) -> bool {
+        self.signals.posted.load(Ordering::SeqCst)
+    }
+
+    /// A reset was asked for, and is not over: the status reads as before it, and the driver has to wait for 0 (2.4.2). What
+    /// it writes meanwhile is to be ignored.
+    pub fn is_resetting(&self) -> bool {
+        self.leaving.is_some() && self.is_posted()
+    }
+
+    /// The driver writes the device status; bits that mean nothing are ignored. True if that was a reset, and the transport's
+    /// registers have to follow.
+    pub fn write_status(&mut self, value: u32) -> bool {
+        let new = Status::from_bits_truncate(value as u8) - Status::NEEDS_RESET;
         if value == 0 {
             self.reset();
             return true;
@@ -339,8 +442,10 @@ impl Core {
                 continue;
             }
             self.status |= bit;
-            if bit == Status::DRIVER_OK {
-                self.start();
+            match bit {
+                Status::FEATURES_OK => self.agree(),
+                Status::DRIVER_OK => self.start(),
+                _ => {}
             }
         }
         false
@@ -360,9 +465,10 @@ impl Core {
         self.traits.queues.get(index).copied()
     }
 
-    /// Whether queue `index` is enabled.
+    /// Whether queue `index` is enabled: it is until the device has let go of it (4.2.2.2).
     pub fn queue_ready(&self, index: usize) -> bool {
-        self.queues.get(index).is_some_and(|queue| queue.ready)
+        let stopping = self.is_posted() && self.stopping.contains(&index);
+        stopping || self.queues.get(index).is_some_and(|queue| queue.ready)
     }
 
     /// Sets up queue `index`. Ignored while it is enabled and after DRIVER_OK (4.2.2.2).
@@ -388,10 +494,26 @@ impl Core {
         }
         queue.ready = ready;
         if late {
-            self.pause();
-            lock(&self.parts).queues[index].disable();
-            self.resume();
+            self.post(|posted| posted.stop.push(index));
+            self.stopping.push(index);
         }
+    }
+
+    /// Has the device do what needs it at rest: at once, if it is, or else by the worker. True if at once.
+    fn post(&mut self, what: impl FnOnce(&mut Posted)) -> bool {
+        if !self.is_posted() {
+            self.stopping.clear();
+        }
+        let mut parts = lock(&self.parts);
+        what(&mut parts.posted);
+        self.signals.posted.store(true, Ordering::SeqCst);
+        let result = parts.come_to_rest(Instant::now());
+        if let Err(busy) = &result {
+            log::debug!("{}: reset or disabled with work in flight: {busy}", self.name);
+        } else if self.running {
+            parts.go_on();
+        }
+        result.is_ok()
     }
 
     /// Counts changes of the configuration space.
@@ -417,6 +539,13 @@ impl Core {
         }
     }
 
+    /// FEATURES_OK: the features stand.
+    fn agree(&mut self) {
+        let mut parts = lock(&self.parts);
+        parts.device.accept(self.accepted());
+        parts.config_moved();
+    }
+
     /// DRIVER_OK: from here on the device may touch the queues.
     fn start(&mut self) {
         let event_idx = self.accepted() & EVENT_IDX != 0;
@@ -431,10 +560,18 @@ impl Core {
             self.give_up();
             return;
         }
-        parts.device.start(self.accepted());
+        parts.device.start();
         parts.config_moved();
+        parts.started = true;
+        parts.ring();
         drop(parts);
-        self.resume();
+        self.running = true;
+    }
+
+    /// Whether the device waits for the machine to call [`Core::resume`], because it has no worker. Says so once.
+    pub fn wants_worker(&mut self) -> bool {
+        let wanted = self.running && self.worker.is_none() && !self.failed();
+        wanted && !std::mem::replace(&mut self.asked, true)
     }
 
     /// The device cannot go on until the driver resets it.
@@ -444,33 +581,27 @@ impl Core {
         }
     }
 
-    /// Comes to rest: the worker is gone and no work is in flight when it returns. Idempotent.
-    pub fn pause(&mut self) {
+    /// Comes to rest: the worker is gone, nothing is in flight, and what the driver had asked for is done. Idempotent.
+    ///
+    /// # Errors
+    /// [`Busy`] at `deadline`; the worker is gone all the same.
+    pub fn pause(&mut self, deadline: Instant) -> Result<(), Busy> {
         self.worker = None;
-        let mut parts = lock(&self.parts);
-        parts.call(Cause::Drain);
-        for (index, queue) in parts.queues.iter().enumerate() {
-            if queue.in_flight() > 0 && queue.is_usable() {
-                log::error!("queue {index}: {} requests left after drain", queue.in_flight());
-            }
-        }
+        self.running = false;
+        lock(&self.parts).come_to_rest(deadline)
     }
 
-    /// Goes on, if the driver had started the device. Idempotent.
+    /// Gives the device its worker, if the driver had started it. Undoes [`Core::pause`]. Not for vCPUs. Idempotent.
     pub fn resume(&mut self) {
-        if !self.status.contains(Status::DRIVER_OK) || self.worker.is_some() || self.failed() {
+        self.asked = false;
+        let started = self.status.contains(Status::DRIVER_OK) && !self.failed();
+        if self.worker.is_some() || !(started || self.is_posted()) {
             return;
         }
+        self.running = started;
+        lock(&self.parts).go_on();
         match self.spawn() {
-            Ok(worker) => {
-                self.worker = Some(worker);
-                // What came while nobody looked.
-                for (index, queue) in self.queues.iter().enumerate() {
-                    if queue.ready {
-                        self.doorbells[index].signal();
-                    }
-                }
-            }
+            Ok(worker) => self.worker = Some(worker),
             Err(error) => {
                 log::error!("{}: start the worker thread: {error}", self.name);
                 self.give_up();
@@ -493,18 +624,20 @@ impl Core {
         Worker::spawn(&self.name, Service { parts: self.parts.clone(), sources, doorbells })
     }
 
-    /// Back to as built (2.4).
-    pub fn reset(&mut self) {
-        self.pause();
-        let mut parts = lock(&self.parts);
-        parts.device.reset();
-        parts.queues.iter_mut().for_each(Virtqueue::disable);
-        parts.config_moved();
-        drop(parts);
+    /// Back to as built (2.4): at once, or [posted](Core::is_resetting) while work is in flight.
+    fn reset(&mut self) {
+        self.running = false;
+        self.leaving = None;
+        if !self.post(|posted| posted.reset = true) {
+            self.leaving = Some(self.status);
+            let mut parts = lock(&self.parts);
+            // From here on its rings are the driver's, and it hears of nothing.
+            parts.queues.iter_mut().for_each(Virtqueue::disable);
+            parts.started = false;
+        }
         self.features = 0;
         self.status = Status::empty();
         self.queues = initial_queues(&self.traits);
-        self.signals.needs_reset.store(false, Ordering::SeqCst);
     }
 }
 
@@ -575,6 +708,7 @@ impl Stateful for Core {
             }
         }
         parts.config = parts.device.config().to_vec();
+        parts.started = running;
         drop(parts);
         self.signals.needs_reset.store(state.needs_reset, Ordering::SeqCst);
         self.signals.config_generation.store(state.config_generation, Ordering::SeqCst);

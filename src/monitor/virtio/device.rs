@@ -3,43 +3,34 @@
 //! [`core`](super::core) drives it, the same way for every device and transport.
 
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
 use super::queue::Virtqueue;
+use crate::bus::Busy;
 use crate::state::Saved;
 
 /// What a device is, as data.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Traits {
-    /// Device type (virtio 1.3, section 5).
-    pub kind: Kind,
+    /// Device type: a `VIRTIO_ID_*` (virtio 1.3, section 5).
+    pub kind: u32,
     /// Device-specific feature bits that are offered. The core adds the ring's and VIRTIO_F_VERSION_1.
     pub features: u64,
     /// The largest size of each queue, a power of two.
-    pub queues: &'static [u16],
-}
-
-/// Device types (virtio 1.3, section 5).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Kind {
-    /// 5.2
-    Block = 2,
-    /// 5.3
-    Console = 3,
-    /// 5.4
-    Entropy = 4,
+    pub queues: Vec<u16>,
 }
 
 /// A device behind virtqueues.
 ///
-/// Life: built, `start` at DRIVER_OK, then any number of `on_queue` and `on_event`, then `drain` (pause, reset or
-/// save), then `on_queue` again (resume) or `reset` (back to as built). `restore_bytes` comes in place of `start`:
-/// state must therefore hold the negotiated features that the device cares for.
+/// Life: built, `accept` at FEATURES_OK, `start` at DRIVER_OK, then any number of `on_queue` and `on_event`, then `drain`
+/// (until it says that the device is at rest), then `resume`, or `reset` (back to as built). `restore_bytes` comes in place
+/// of `accept` and `start`, and `resume` after it: state must therefore hold the accepted features that the device cares
+/// for.
 ///
-/// Every call is made with the device's one mutex held, by its worker thread or, for configuration space and queues that
-/// are [`served_by_vcpu`](VirtioDevice::served_by_vcpu), a vCPU. None may block for long, panic, or grow without bound,
-/// whatever the rings hold. After `drain` returns no work is in flight: no thread and no kernel request touches guest memory
-/// on the device's behalf.
+/// Every call is made with the device's one mutex held, by its worker thread, by a vCPU (registers, configuration space,
+/// queues that are [`served_by_vcpu`](VirtioDevice::served_by_vcpu)) or by who pauses the machine. None may block for
+/// long, panic, or grow without bound, whatever the rings hold; `drain` may until its deadline, which is over already when a
+/// vCPU or the worker asks.
 pub trait VirtioDevice: Saved + Send {
     /// What the device is. Constant for its life.
     fn traits(&self) -> Traits;
@@ -49,8 +40,10 @@ pub trait VirtioDevice: Saved + Send {
     }
     /// The driver writes to configuration space. In range of [`VirtioDevice::config`].
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
-    /// The driver is ready, having accepted `features`.
-    fn start(&mut self, _features: u64) {}
+    /// The driver has accepted `features`: they stand until the next reset.
+    fn accept(&mut self, _features: u64) {}
+    /// The driver is ready.
+    fn start(&mut self) {}
     /// The driver kicked queue `index`, or work may be waiting there. Pops until the queue is empty or the device can
     /// take no more (it must then look again by itself, from `on_event`).
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]);
@@ -64,10 +57,21 @@ pub trait VirtioDevice: Saved + Send {
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }
-    /// Source `source` of [`VirtioDevice::event_sources`] is ready.
+    /// Source `source` of [`VirtioDevice::event_sources`] is ready. It may be so before `start` and after `reset`, too.
     fn on_event(&mut self, _source: usize, _queues: &mut [Virtqueue]) {}
-    /// Finishes what is in flight, completing it to the queues.
-    fn drain(&mut self, _queues: &mut [Virtqueue]) {}
-    /// Forgets the driver: back to the state in which it was built. Called after `drain`.
+    /// Comes to rest: begins nothing more, and waits until `deadline` at most for what is begun. After `Ok` no thread and
+    /// no kernel request touches guest memory or the host on the device's behalf; what it has popped is completed, put
+    /// back, or kept in its state to go on after `resume`.
+    ///
+    /// # Errors
+    /// [`Busy`]: not yet. The device has a source that becomes ready when it is worth asking again.
+    fn drain(&mut self, _queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {
+        Ok(())
+    }
+    /// Undoes `drain`, also one that is not over, and takes up what restored state holds. The queues are looked at anyway.
+    fn resume(&mut self, _queues: &mut [Virtqueue]) {}
+    /// Forgets what it has popped from queue `index`, which is about to be disabled. At rest.
+    fn forget(&mut self, _index: usize) {}
+    /// Forgets the driver: back to the state in which it was built. At rest.
     fn reset(&mut self) {}
 }

@@ -7,13 +7,14 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::core::{self, Core};
 use super::device::VirtioDevice;
 use super::queue::{Notifier, Setup};
-use crate::bus::{Device, Effect};
+use crate::bus::{Busy, Device, Effect};
 use crate::guest_warn;
 use crate::memory::GuestRam;
 use crate::recorder::Recorder;
@@ -170,7 +171,7 @@ impl Mmio {
         Some(match offset {
             MAGIC_VALUE => MAGIC,
             VERSION => 2,
-            DEVICE_ID => self.core.traits().kind as u32,
+            DEVICE_ID => self.core.traits().kind,
             VENDOR_ID => VENDOR,
             DEVICE_FEATURES => self.core.offered_features(self.select.device_features),
             QUEUE_SIZE_MAX => self.core.queue_max(queue).map_or(0, u32::from),
@@ -192,13 +193,16 @@ impl Mmio {
             QUEUE_SEL => self.select.queue = value,
             // A size that 16 bits do not hold is none, and the queue cannot be enabled with it.
             QUEUE_SIZE => self.set_up(|queue| queue.size = value.try_into().unwrap_or(0)),
-            QUEUE_READY => self.core.set_queue_ready(self.select.queue as usize, value & 1 != 0),
+            QUEUE_READY => match value {
+                0 | 1 => self.core.set_queue_ready(self.select.queue as usize, value == 1),
+                _ => guest_warn!("virtio-mmio QueueReady written with {value:#x}"),
+            },
             QUEUE_NOTIFY => self.core.kick(value as usize),
             INTERRUPT_ACK => {
                 self.line.reasons.fetch_and(!value, Ordering::SeqCst);
             }
             STATUS => {
-                let reset = self.core.write_status(value as u8);
+                let reset = self.core.write_status(value);
                 if reset {
                     self.line.reasons.store(0, Ordering::SeqCst);
                     self.select = Selectors::default();
@@ -242,18 +246,21 @@ impl Device for Mmio {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
-        if let Some(offset) = offset.checked_sub(CONFIG) {
+        if self.core.is_resetting() {
+            // 4.2.2.2: the driver is to read 0 from the status first. Its old rings may still be written to.
+            guest_warn!("virtio-mmio {offset:#x} written before the reset is over: ignored");
+        } else if let Some(offset) = offset.checked_sub(CONFIG) {
             self.core.write_config(offset, data);
         } else if let Ok(data) = data.try_into() {
             self.write_register(offset, u32::from_le_bytes(data));
         } else {
             guest_warn!("virtio-mmio register {offset:#x} written with the wrong width");
         }
-        Effect::None
+        if self.core.wants_worker() { Effect::Serve } else { Effect::None }
     }
 
-    fn pause(&mut self) {
-        self.core.pause();
+    fn pause(&mut self, deadline: Instant) -> Result<(), Busy> {
+        self.core.pause(deadline)
     }
 
     fn resume(&mut self) {

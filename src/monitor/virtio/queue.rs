@@ -8,6 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -211,7 +212,7 @@ impl Virtqueue {
     fn take_next(&mut self) -> Result<Option<Chain>, Broken> {
         // A driver that moves its index back and forth could keep this from ending: a few rounds are plenty.
         for _ in 0..8 {
-            let Some(chain) = self.queue.iter(&*self.ram)?.next() else {
+            let Some(head) = self.queue.iter(&*self.ram)?.next().map(|chain| chain.head_index()) else {
                 // Empty: ask for a kick, and look again in case the driver was faster.
                 self.quiet = false;
                 if self.queue.enable_notification(&*self.ram)? {
@@ -219,7 +220,7 @@ impl Virtqueue {
                 }
                 return Ok(None);
             };
-            let chain = self.read(chain.head_index(), chain)?;
+            let chain = self.read(head)?;
             if !self.quiet && !self.queue.event_idx_enabled() {
                 self.queue.disable_notification(&*self.ram)?;
                 self.quiet = true;
@@ -233,11 +234,7 @@ impl Virtqueue {
     }
 
     /// Reads the chain's descriptors. Each comes out of guest memory once.
-    fn read(
-        &self,
-        head: u16,
-        descriptors: impl Iterator<Item = virtio_queue::desc::split::Descriptor>,
-    ) -> Result<Chain, Broken> {
+    fn read(&self, head: u16) -> Result<Chain, Broken> {
         match self.taken.get(usize::from(head)) {
             Some(false) if head < self.queue.size() => {}
             Some(true) => return Err(Broken::Twice { head }),
@@ -247,12 +244,15 @@ impl Virtqueue {
         let mut readable = Buffers::empty(self.ram.clone());
         let mut writable = Buffers::empty(self.ram.clone());
         let (mut count, mut more, mut answering) = (0, true, false);
-        for descriptor in descriptors {
+        let mut total = 0u32;
+        for descriptor in Descriptors::of(self, head) {
             count += 1;
             if count > most {
                 return Err(Broken::Long { head, most });
             }
             more = descriptor.has_next();
+            // 2.7.5.2: no chain is longer than 2^32 bytes in total.
+            total = total.checked_add(descriptor.len()).ok_or(Broken::Chain { head })?;
             let part = match (descriptor.is_write_only(), answering) {
                 (false, false) => &mut readable,
                 (true, _) => &mut writable,
@@ -264,8 +264,27 @@ impl Virtqueue {
                     .map_err(|what| Broken::Memory { head, what })?;
             }
         }
-        // The crate's iterator just ends where it cannot go on; the last descriptor then still promised more.
+        // Where the walk could not go on, the last descriptor still promised more.
         if more { Err(Broken::Chain { head }) } else { Ok(Chain { head, readable, writable }) }
+    }
+
+    /// Takes chain `head` once more, read anew: one that was popped before the device was saved, and not completed. Breaks
+    /// the queue if there is no such chain.
+    pub fn retake(&mut self, head: u16) -> Option<Chain> {
+        if !self.is_usable() {
+            return None;
+        }
+        match self.read(head) {
+            Ok(chain) => {
+                self.taken[usize::from(head)] = true;
+                self.in_flight += 1;
+                Some(chain)
+            }
+            Err(broken) => {
+                self.fail(&broken.to_string());
+                None
+            }
+        }
     }
 
     /// Whether the driver has put something there that is not popped yet. Changes nothing, asks for no kick.
@@ -349,6 +368,47 @@ impl Virtqueue {
     /// A pop was refused because the allowance was used up.
     pub(super) fn wants_more(&self) -> bool {
         self.exhausted && self.is_usable()
+    }
+}
+
+/// A chain's descriptors, each read once. Ends early where the chain leaves the rules: the last one then promises more.
+struct Descriptors<'a> {
+    ram: &'a GuestRam,
+    table: GuestAddress,
+    size: u32,
+    next: Option<u32>,
+    /// Descriptors that may still come: a loop ends.
+    left: u32,
+    indirect: bool,
+}
+
+impl<'a> Descriptors<'a> {
+    fn of(queue: &'a Virtqueue, head: u16) -> Self {
+        let (table, size) = (GuestAddress(queue.queue.desc_table()), queue.queue.size().into());
+        Self { ram: &queue.ram, table, size, next: Some(head.into()), left: size, indirect: false }
+    }
+}
+
+impl Iterator for Descriptors<'_> {
+    type Item = Descriptor;
+
+    fn next(&mut self) -> Option<Descriptor> {
+        loop {
+            let index = self.next.take().filter(|index| *index < self.size)?;
+            self.left = self.left.checked_sub(1)?;
+            let at = self.table.0.checked_add(16 * u64::from(index))?;
+            let descriptor: Descriptor = self.ram.read_obj(GuestAddress(at)).ok()?;
+            if !descriptor.refers_to_indirect_table() {
+                self.next = descriptor.has_next().then(|| descriptor.next().into());
+                return Some(descriptor);
+            }
+            // 2.7.5.3: a table of whole descriptors, no second one in or behind it. WRITE says nothing here.
+            if self.indirect || descriptor.has_next() || !descriptor.len().is_multiple_of(16) {
+                return None;
+            }
+            (self.table, self.size) = (descriptor.addr(), descriptor.len() / 16);
+            (self.next, self.left, self.indirect) = (Some(0), self.size, true);
+        }
     }
 }
 

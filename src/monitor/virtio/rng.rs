@@ -3,8 +3,9 @@
 use std::io::Write;
 
 use rustix::rand::{GetRandomFlags, getrandom};
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use super::device::{Kind, Traits, VirtioDevice};
+use super::device::{Traits, VirtioDevice};
 use super::queue::{Chain, Virtqueue};
 use crate::state::Stateless;
 
@@ -26,7 +27,7 @@ impl Rng {
 
 impl VirtioDevice for Rng {
     fn traits(&self) -> Traits {
-        Traits { kind: Kind::Entropy, features: 0, queues: &[64] }
+        Traits { kind: VIRTIO_ID_RNG, features: 0, queues: vec![64] }
     }
 
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {

@@ -90,7 +90,7 @@ fn a_message_waits_for_its_slot() {
         let before = bench.raised(8);
         bench.ram.write_obj(0u32, GuestAddress(MESSAGES + 8 * 256)).unwrap();
         if is_paused {
-            lock(&bench.device).pause();
+            lock(&bench.device).pause(Instant::now()).unwrap();
             lock(&bench.device).deliver_all();
             assert_eq!(bench.raised(8), before, "at rest");
             lock(&bench.device).resume();

@@ -13,11 +13,14 @@ mod tests;
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
-use super::device::{Kind, Traits, VirtioDevice};
+use super::device::{Traits, VirtioDevice};
 use super::queue::Virtqueue;
+use crate::bus::Busy;
 use crate::chardev::{Endpoint, WindowSize};
 use crate::config;
 use crate::guest_warn;
@@ -32,7 +35,7 @@ const F_MULTIPORT: u64 = 1 << 1;
 const F_EMERG_WRITE: u64 = 1 << 2;
 
 /// Linux fills each receive queue with pages of its own as soon as it finds the port: so they are short.
-static QUEUES: [u16; 2 * (config::Port::MAX + 2)] = [16; 2 * (config::Port::MAX + 2)];
+const QUEUE_SIZE: u16 = 16;
 
 /// Queue of messages to the driver; the one from it comes next (5.3.2).
 const CONTROL_RECEIVE: usize = 2;
@@ -48,6 +51,8 @@ const EMERGENCY_LIMIT: usize = 4096;
 pub struct Console {
     ports: Vec<Port>,
     multiport: bool,
+    /// The driver is ready: what happens at the host's ends is its business.
+    running: bool,
     settle: Settle,
     config: [u8; CONFIG_SIZE],
     size: Option<WindowSize>,
@@ -83,6 +88,7 @@ impl Console {
         Ok(Self {
             ports,
             multiport: false,
+            running: false,
             settle: Settle::new()?,
             config,
             size: None,
@@ -145,7 +151,7 @@ impl Console {
         let queue = Self::receive_queue(id);
         if id == 0 {
             self.flush_emergency();
-            if self.measure_due {
+            if self.measure_due && self.running {
                 self.measure();
             }
         }
@@ -208,9 +214,9 @@ impl VirtioDevice for Console {
         let named = self.ports.len() - 1;
         let (multiport, queues) = if named == 0 { (0, 2) } else { (F_MULTIPORT, 4 + 2 * named) };
         Traits {
-            kind: Kind::Console,
+            kind: VIRTIO_ID_CONSOLE,
             features: F_SIZE | F_EMERG_WRITE | multiport,
-            queues: &QUEUES[..queues],
+            queues: vec![QUEUE_SIZE; queues],
         }
     }
 
@@ -230,8 +236,12 @@ impl VirtioDevice for Console {
         self.flush_emergency();
     }
 
-    fn start(&mut self, features: u64) {
+    fn accept(&mut self, features: u64) {
         self.multiport = features & F_MULTIPORT != 0;
+    }
+
+    fn start(&mut self) {
+        self.running = true;
         self.measure_due = true;
     }
 
@@ -275,19 +285,26 @@ impl VirtioDevice for Console {
         self.tell(queues);
     }
 
-    fn drain(&mut self, queues: &mut [Virtqueue]) {
+    fn drain(&mut self, queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {
         self.flush_emergency();
         for (id, port) in self.ports.iter_mut().enumerate() {
             if let Some(queue) = queues.get_mut(Self::receive_queue(id) + 1) {
                 port.drain(queue);
             }
         }
+        Ok(())
+    }
+
+    fn resume(&mut self, _queues: &mut [Virtqueue]) {
+        self.running = true;
     }
 
     fn reset(&mut self) {
         self.ports.iter_mut().for_each(Port::reset);
         self.settle.stop();
         self.multiport = false;
+        self.running = false;
+        self.measure_due = false;
         self.set_size(None);
     }
 }

@@ -36,7 +36,8 @@ struct Rig {
 impl Rig {
     fn new(console: Console, features: u64) -> Self {
         let mut rig = Self::at_rest(console);
-        rig.console.start(features);
+        rig.console.accept(features);
+        rig.console.start();
         rig.resume();
         rig
     }
@@ -329,7 +330,7 @@ fn a_request_half_sent_goes_over_to_a_restored_device() {
     let mut got = vec![0; 5000];
     theirs.read_exact(&mut got).unwrap();
     rig.turn(Duration::ZERO);
-    rig.console.drain(&mut rig.queues);
+    rig.console.drain(&mut rig.queues, Instant::now()).unwrap();
     assert!(rig.queues.iter().all(|queue| queue.in_flight() == 0));
     let bytes = crate::state::Saved::save_bytes(&rig.console);
     let mut fresh = Console::new(endpoint, vec![]).unwrap();
@@ -510,7 +511,7 @@ proptest! {
         }
         prop_assert!(rig.transmit(CONTROL_TRANSMIT, b"short"));
         rig.settle();
-        rig.console.drain(&mut rig.queues);
+        rig.console.drain(&mut rig.queues, Instant::now()).unwrap();
         prop_assert!(rig.queues.iter().all(|queue| queue.in_flight() == 0 && !queue.is_broken()));
         rig.console.reset();
         prop_assert!(!rig.console.save().multiport);

@@ -1,0 +1,66 @@
+//! Threads by what they are for: the one place in the monitor where threads are made.
+//!
+//! A [`Role`] gives a thread its name and, later, its system call filter. Threads are made before the guest runs or by the control
+//! thread, never by a vCPU's.
+
+use std::io;
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
+
+/// What a thread is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// Runs a vCPU, by number.
+    Vcpu(u32),
+    /// Fills guest memory while KVM sets up.
+    Loader,
+    /// Takes orders: control socket, signals, terminal; serves the serial port's input.
+    Control,
+    /// Carries out an order that may take its time.
+    Errand,
+    /// Serves the queues of the device of this name.
+    Device(String),
+    /// Does the blocking I/O of the disk of this name.
+    Disk(String),
+    /// Writes to an output that may block.
+    Output,
+    /// Writes log lines.
+    Log,
+}
+
+impl Role {
+    /// The thread's name, which the kernel cuts to 15 bytes.
+    fn name(&self) -> String {
+        match self {
+            Self::Vcpu(number) => format!("vcpu{number}"),
+            Self::Loader => "loader".to_owned(),
+            Self::Control => "control".to_owned(),
+            Self::Errand => "errand".to_owned(),
+            Self::Device(name) | Self::Disk(name) => name.clone(),
+            Self::Output => "output".to_owned(),
+            Self::Log => "log".to_owned(),
+        }
+    }
+}
+
+/// Starts a thread of this role.
+///
+/// # Errors
+/// The host is out of threads.
+pub fn spawn<T: Send + 'static>(
+    role: Role,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    Builder::new().name(role.name()).spawn(run)
+}
+
+/// The same for a thread that ends within `scope`.
+///
+/// # Errors
+/// The host is out of threads.
+pub fn spawn_scoped<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    role: Role,
+    run: impl FnOnce() -> T + Send + 'scope,
+) -> io::Result<ScopedJoinHandle<'scope, T>> {
+    Builder::new().name(role.name()).spawn_scoped(scope, run)
+}
