@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// The monitor's modules by layer: one uses only its own layer and those before it.
 const LAYERS: [&[&str]; 9] = [
-    &["event_loop", "state", "config", "guest_log", "recorder"],
+    &["threads", "event_loop", "state", "config", "guest_log", "recorder"],
     &["memory", "vm", "bus"],
     &["disk", "net", "chardev"],
     &["kvm"],

@@ -12,6 +12,8 @@ use vmm_monitor::api::registry::Registry;
 use vmm_monitor::api::server::Server;
 use vmm_monitor::api::signals::Signals;
 use vmm_monitor::api::{Control, Error, Sample, State, Status, Watch};
+use vmm_monitor::event_loop::EventLoop;
+use vmm_monitor::threads::Role;
 
 #[derive(Default)]
 struct Fake {
@@ -78,6 +80,10 @@ impl Control for Fake {
         self.note("kill");
     }
 
+    fn give_up(&self) {
+        self.note("give up");
+    }
+
     fn watch(&self) -> Result<Box<dyn Watch>, String> {
         if self.name == "crowded" {
             return Err("8 viewers are attached already".to_owned());
@@ -115,7 +121,10 @@ impl Scene {
     fn start(&self, name: &str, signals: Option<Signals>) -> (Server, Arc<Fake>) {
         let fake = Arc::new(Fake { name: name.to_owned(), ..Fake::default() });
         let entry = self.registry.register(Some(name)).unwrap();
-        let server = Server::start(entry, signals, fake.clone(), Duration::from_secs(60)).unwrap();
+        let events = EventLoop::new().unwrap();
+        let timeout = Duration::from_secs(60);
+        let server = Server::start(&events, entry, signals, fake.clone(), timeout).unwrap();
+        events.run(Role::Control).unwrap();
         (server, fake)
     }
 
@@ -301,9 +310,16 @@ fn signals_press_the_button_once_and_then_end_it() {
     let (server, fake) = scene.start("a", Some(signals));
     fake.await_note("button");
     assert_eq!(scene.ask("a", Command::Status).unwrap().state, State::Stopping);
+    // As `timeout` does it: its child, then the child's group.
+    raise(signal_hook::consts::SIGTERM);
+    scene.ask("a", Command::Status).unwrap();
+    assert_eq!(fake.notes(), ["button"], "the guest keeps its time");
+    thread::sleep(Duration::from_millis(1100));
     raise(signal_hook::consts::SIGINT);
     fake.await_note("kill");
     assert_eq!(fake.notes(), ["button", "kill"]);
+    // A machine that does not end although it was killed goes with its process.
+    fake.await_note("give up");
     drop(server);
 
     let (_server, fake) = scene.start("b", Some(Signals::take().unwrap()));

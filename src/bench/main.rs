@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use vmm_bench::command;
-use vmm_command::{Code, Failure};
+use vmm_command::{Code, Failure, log_output};
 
 /// Measure virtual machines against containers and other monitors.
 #[derive(Debug, Parser)]
@@ -26,7 +26,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    log_output::start(0);
+    log_output::serve();
     let result = match Cli::try_parse() {
         Ok(Cli { work: Some(Command::Work(options)), .. }) => command::work::work(options),
         Ok(Cli { options, .. }) => command::bench(options),

@@ -7,7 +7,6 @@ mod bench;
 mod control;
 mod lab;
 mod list;
-mod log_output;
 mod options;
 mod plan;
 mod run;
@@ -21,7 +20,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use vmm_command::{Code, Failure};
+use vmm_command::{Code, Failure, log_output};
 
 /// The examples at the end of `--help`.
 const EXAMPLES: &str = "\
@@ -101,6 +100,7 @@ fn main() -> ExitCode {
         Ok(command) => command,
         Err(code) => return code,
     };
+    end_on_panic();
     log_output::start(if let Command::Run(options) = &command { options.verbose } else { 0 });
     let result = match command {
         Command::Run(options) => run::run(*options),
@@ -115,13 +115,23 @@ fn main() -> ExitCode {
         Command::Stop(options) => control::stop(options),
         Command::Kill(options) => control::kill(options),
     };
-    match result {
-        Ok(code) => code.into(),
-        Err(failure) => {
-            failure.print();
-            failure.code.into()
-        }
-    }
+    let code = result.unwrap_or_else(|failure| {
+        failure.print();
+        failure.code
+    });
+    // What was logged and has not been written yet.
+    log_output::say("");
+    code.into()
+}
+
+/// A panic is a defect of ours, on whichever thread: the others must not go on without it. (A terminal is restored by whoever made
+/// it raw, before this.)
+fn end_on_panic() {
+    std::panic::set_hook(Box::new(|info| {
+        let backtrace = std::backtrace::Backtrace::capture();
+        log_output::say(&format!("vmm: {info}\n{backtrace}\n"));
+        std::process::abort();
+    }));
 }
 
 /// Reads the arguments. An error is an exit code, whatever there is to say having been said.

@@ -1,28 +1,24 @@
-//! `vmm run`: from options to a running machine, and from its end to an exit code.
+//! `vmm run`: from options to a session, and from its end to an exit code.
 
+use std::error::Error;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
+use vmm_command::{Code, Failure, log_output, print};
+use vmm_monitor::api::Pty;
+use vmm_monitor::config::VmConfig;
+use vmm_monitor::machine::{self, Machine, Outcome};
+use vmm_monitor::recorder::Recorder;
+use vmm_monitor::session::{Controls, Observer, Session};
+use vmm_trace::debug::gdb;
+use vmm_trace::live::watch::Live;
+use vmm_trace::recorded::Recorded;
 
 use super::options::Options;
 use super::plan::plan;
-use vmm_command::{Code, Failure, print};
-use vmm_monitor::api::registry::Registry;
-use vmm_monitor::api::running::Running;
-use vmm_monitor::api::server::Server;
-use vmm_monitor::api::signals::Signals;
-use vmm_monitor::api::{self, Control, Pty};
-use vmm_monitor::config::{OnReboot, VmConfig};
-use vmm_monitor::machine::{self, Ends, Outcome};
-use vmm_monitor::recorder::Recorder;
-use vmm_trace::debug::Debugger;
-use vmm_trace::debug::gdb;
-use vmm_trace::file::Header;
-use vmm_trace::live::watch::Live;
-use vmm_trace::recording::{Recording, Start};
 
 /// What the options say beside the machine.
 pub struct Around {
@@ -64,7 +60,7 @@ pub fn run(options: Options) -> Result<Code, Failure> {
     }
     match gdb {
         Some(place) => {
-            let mut server = gdb::Server::listen(&place, config.kernel.as_deref())?;
+            let mut server = gdb::Server::listen(&place, config.kernel.as_deref(), status)?;
             live(config, around, Some(&mut server))
         }
         None => live(config, around, None),
@@ -75,116 +71,53 @@ pub fn run(options: Options) -> Result<Code, Failure> {
 pub fn live(
     config: VmConfig,
     Around { stop_timeout, record }: Around,
-    debugger: Option<&mut dyn Debugger>,
+    debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
-    // Before anything that a signal would have to undo.
-    let signals = Signals::take().map_err(api::Error::Thread)?;
-    let entry = Registry::of_user().register(config.name.as_deref())?;
-    log::info!("{}: control socket registered", entry.name());
     let recorder = Arc::<Recorder>::default();
-    let live = Live::new(config.clone(), recorder.clone(), record.is_some());
-    let running = Arc::new(Running::new(entry.name(), &config, live));
-    // Whoever signals or connects before the control thread is there is kept waiting, not lost; so the guest need not
-    // wait for the thread.
-    let mut unserved = Some((entry, signals));
-    let mut server = None;
-    let mut serve = || {
-        if let Some((entry, signals)) = unserved.take() {
-            let started = Server::start(entry, Some(signals), running.clone(), stop_timeout);
-            if started.is_err() {
-                running.kill();
-            }
-            server = Some(started);
-        }
-    };
-    let mut ends = Ends::default();
-    let mut watched = Watched { config: &config, recorder, record, debugger };
-    let end = watched.run(&mut ends, &running, &mut serve);
-    // Why there is no server says more than that the machine was killed for want of it.
-    server.transpose()?;
-    end
-}
-
-/// A machine with those who look at its run.
-struct Watched<'a, 'd> {
-    config: &'a VmConfig,
-    recorder: Arc<Recorder>,
-    record: Option<Record>,
-    debugger: Option<&'a mut (dyn Debugger + 'd)>,
-}
-
-impl Watched<'_, '_> {
-    /// Runs the machine, and again after each reboot if that is wanted. Calls `serve` whenever it has begun to run.
-    fn run(&mut self, ends: &mut Ends, running: &Running, serve: &mut dyn FnMut()) -> Result<Code, Failure> {
-        let mut first = true;
-        let recorder = self.recorder.clone();
-        // Ends with the last of the machines.
-        let mut recording: Option<Recording> = None;
-        // The monitor's own steps belong to the record.
-        recorder.set_on(self.record.is_some());
-        recorder.set_all_registers(self.record.as_ref().is_some_and(|record| record.registers));
-        let start = Start::now();
-        loop {
-            let mut machine = machine::load(self.config, ends, &recorder)?;
-            let ptys = ptys(ends);
-            if first {
-                for pty in &ptys {
-                    // Not a log line: without it the pseudo-terminal cannot be found.
-                    let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
-                }
-            }
-            if let (true, Some(record)) = (first, &self.record) {
-                let header = Header::of(self.config, machine.handle().inventory());
-                let (recorder, ram) = (recorder.clone(), machine.handle().ram().clone());
-                let counters = machine.counters();
-                recording = Some(Recording::start(&record.file, header, recorder, start, counters, ram)?);
-            } else if let Some(recording) = &mut recording {
-                recording.resume(machine.handle().ram().clone());
-            }
-            first = false;
-            if let Some(debugger) = &mut self.debugger {
-                debugger.attach(&machine)?;
-            }
-            running.built(machine.handle(), ptys);
-            let outcome = machine.run(&mut *serve);
-            let stopped = running.ended();
-            let again =
-                matches!(outcome, Ok(Outcome::Reset)) && self.config.on_reboot == OnReboot::Reset && !stopped;
-            let end = outcome.map_err(Failure::from).and_then(code);
-            if let Some(debugger) = &mut self.debugger {
-                let code = end.as_ref().map_or_else(|failure| failure.code, |code| *code);
-                debugger.ended((!again).then(|| code.number()));
-            }
-            if again {
-                log::info!("the guest rebooted: starting it again");
-                if let Some(recording) = &mut recording {
-                    recording.pause();
-                }
-                continue;
-            }
-            if let Some(recording) = recording.take() {
-                recording.finish()?;
-            }
-            machine.leave();
-            return end;
-        }
+    recorder.set_all_registers(record.as_ref().is_some_and(|record| record.registers));
+    let viewers = Live::new(config.clone(), recorder.clone(), record.is_some());
+    let killed_status = Code::Killed.number();
+    let controls = Controls { stop_timeout, viewers, serving: log_output::serve, killed_status };
+    let mut session = Session::controlled(&config, recorder.clone(), controls)?;
+    let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder));
+    let mut ptys = Announcer::default();
+    let mut observers: Vec<&mut dyn Observer> = vec![&mut ptys];
+    observers.extend(recorded.as_mut().map(|recorded| recorded as &mut dyn Observer));
+    if let Some(debugger) = debugger {
+        observers.push(debugger);
     }
+    let outcome = session.run(&mut observers);
+    recorded.map_or(Ok(()), Recorded::finish)?;
+    code(outcome?)
+}
+
+/// Says where the pseudo-terminals are, once: without that they cannot be found.
+#[derive(Default)]
+struct Announcer {
+    done: bool,
+}
+
+impl Observer for Announcer {
+    fn built(&mut self, _: &Machine, ptys: &[Pty]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        if !std::mem::replace(&mut self.done, true) {
+            for pty in ptys {
+                let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
+            }
+        }
+        Ok(())
+    }
+
+    fn ended(&mut self, _: &Result<Outcome, machine::Error>, _: bool) {}
 }
 
 fn code(outcome: Outcome) -> Result<Code, Failure> {
     match outcome {
-        Outcome::Shutdown | Outcome::Reset => Ok(Code::Success),
-        Outcome::Exit(code) => Ok(Code::Guest(code)),
-        Outcome::Killed => Ok(Code::Killed),
         Outcome::Crash(report) => Err(Failure::new(Code::GuestCrash, anyhow!(report))),
         Outcome::InternalError(report) => Err(Failure::new(Code::Internal, anyhow!(report))),
+        other => Ok(Code::of(&Ok(other))),
     }
 }
 
-fn ptys(ends: &Ends) -> Vec<Pty> {
-    let pty = |(role, place): (&str, String)| {
-        let path = place.strip_prefix("pty=")?.into();
-        Some(Pty { device: role.to_owned(), path })
-    };
-    ends.list().filter_map(pty).collect()
+fn status(outcome: &Result<Outcome, machine::Error>) -> u8 {
+    Code::of(outcome).number()
 }

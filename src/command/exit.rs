@@ -6,6 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::anyhow;
 use serde::Serialize;
+use vmm_monitor::machine::{self, Outcome};
+
+use crate::log_output;
 
 /// The exit codes. All are even, because those of the debug-exit device are odd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +42,19 @@ impl Code {
         (Self::Killed, "the VM was stopped hard: kill, a second signal, a stop's timeout, Ctrl-A x"),
         (Self::Worse, "vmm bench --compare: more than 5% worse than the baseline"),
     ];
+
+    /// What a run that ended so is to the shell.
+    pub fn of(outcome: &Result<Outcome, machine::Error>) -> Self {
+        match outcome {
+            Ok(Outcome::Shutdown | Outcome::Reset) => Self::Success,
+            Ok(Outcome::Exit(code)) => Self::Guest(*code),
+            Ok(Outcome::Killed) => Self::Killed,
+            Ok(Outcome::Crash(_)) => Self::GuestCrash,
+            Ok(Outcome::InternalError(_)) => Self::Internal,
+            Err(error) if error.is_bad_argument() => Self::BadArgument,
+            Err(_) => Self::Host,
+        }
+    }
 
     /// The number.
     pub fn number(self) -> u8 {
@@ -119,8 +135,7 @@ impl Failure {
         if let Some(hint) = &self.hint {
             text.push_str(&format!("hint: {hint}\n"));
         }
-        // One write, so that it stays in one piece. If stderr is gone there is nobody to tell.
-        let _ = std::io::stderr().write_all(text.as_bytes());
+        log_output::say(&text);
     }
 }
 

@@ -1,6 +1,6 @@
 //! What each library's errors are to a user: their exit code and hint.
 
-use vmm_monitor::{api, config, machine};
+use vmm_monitor::{api, config, machine, session};
 use vmm_trace::debug::gdb;
 use vmm_trace::{file, lab, symbols};
 
@@ -22,8 +22,8 @@ impl From<api::Error> for Failure {
 
 impl From<machine::Error> for Failure {
     fn from(error: machine::Error) -> Self {
-        let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
         let hint = error.hint().map(|hint| hint.into_owned());
+        let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
         Self::new(code, error).hint(hint)
     }
 }
@@ -53,7 +53,7 @@ impl From<symbols::Error> for Failure {
 impl From<lab::Error> for Failure {
     fn from(error: lab::Error) -> Self {
         match error {
-            lab::Error::Machine(error) => error.into(),
+            lab::Error::Session(error) => error.into(),
             lab::Error::Trace(error) => error.into(),
             error @ lab::Error::Host { .. } => Self::new(Code::Host, error),
         }
@@ -64,5 +64,21 @@ impl From<gdb::Error> for Failure {
     fn from(error: gdb::Error) -> Self {
         let hint = error.hint();
         Self::new(Code::Host, error).hint(hint)
+    }
+}
+
+impl From<session::Error> for Failure {
+    fn from(error: session::Error) -> Self {
+        match error {
+            session::Error::Machine(error) => error.into(),
+            session::Error::Api(error) => error.into(),
+            session::Error::Observer(error) => match error.downcast::<file::Error>() {
+                Ok(error) => (*error).into(),
+                Err(error) => match error.downcast::<machine::Error>() {
+                    Ok(error) => (*error).into(),
+                    Err(error) => Self::new(Code::Host, anyhow::Error::from_boxed(error)),
+                },
+            },
+        }
     }
 }

@@ -16,6 +16,7 @@ pub mod kernel;
 pub mod lab;
 pub mod live;
 pub mod reasons;
+pub mod recorded;
 pub mod recording;
 pub mod report;
 pub mod symbols;

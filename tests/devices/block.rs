@@ -9,6 +9,7 @@ use vmm_monitor::bus::Device;
 use vmm_monitor::chardev::Ends;
 use vmm_monitor::config;
 use vmm_monitor::disk::{Error, Raw};
+use vmm_monitor::event_loop::EventLoop;
 use vmm_monitor::state::Saved;
 
 use crate::guest::{DATA, Guest, HIGH};
@@ -233,7 +234,9 @@ fn the_configuration_says_what_holds() {
     let (_keep, mut disk) = image(SIZE);
     disk.block_size = Some("4096".parse().unwrap());
     disk.serial = Some("a serial of 20 bytes".to_owned());
-    let device = vmm_monitor::virtio::Device::Block(0, &disk).build(&mut Ends::default()).unwrap();
+    let device = vmm_monitor::virtio::Device::Block(0, &disk)
+        .build(&mut Ends::new(EventLoop::new().unwrap()))
+        .unwrap();
     let mut vm = Guest::new(device);
     vm.start(0);
     let config: [u8; 60] = vm.config(0);

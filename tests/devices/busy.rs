@@ -6,11 +6,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use vmm::bus::Device;
-use vmm::disk::{Disk, Info, Io};
-use vmm::event_loop::Event;
-use vmm::state::Saved;
-use vmm::virtio::block::Block;
+use vmm_monitor::bus::Device;
+use vmm_monitor::disk::{Disk, Info, Io};
+use vmm_monitor::event_loop::Event;
+use vmm_monitor::state::Saved;
+use vmm_monitor::virtio::block::Block;
 
 use crate::guest::{DATA, Guest, STATUS};
 use crate::subjects::header;

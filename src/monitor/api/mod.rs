@@ -1,13 +1,12 @@
 //! Controlling a running virtual machine from another process: names, sockets, commands.
 //!
-//! `vmm run` registers a name ([`registry`]) and serves commands on it ([`server`]) in one thread, which also
+//! A session registers a name ([`registry`]) and has commands on it served ([`server`]) by the control thread, which also
 //! takes the process's signals ([`signals`]); `vmm status`, `vmm top` and their like are clients ([`client`]) that
-//! speak [`protocol`]. The server sees the machine through [`Control`] only; [`running`] is that for a real one.
+//! speak [`protocol`]. The server sees the machine through [`Control`] only; `session` has that of a real one.
 
 pub mod client;
 pub mod protocol;
 pub mod registry;
-pub mod running;
 pub mod server;
 pub mod signals;
 
@@ -77,8 +76,8 @@ pub struct Pty {
 
 /// A virtual machine as its control socket and its signals see it.
 ///
-/// Called from the control thread, one call at a time. No call may wait for the guest: `pause` waits for vCPU threads
-/// to leave the guest and for I/O in flight, nothing else.
+/// Called from the control thread, which none may hold up. `pause` alone comes from a thread of its own: it waits for vCPUs to
+/// leave the guest and for I/O in flight, up to a limit of its own.
 pub trait Control: Send + Sync {
     /// What it is and does.
     fn status(&self) -> Status;
@@ -99,6 +98,8 @@ pub trait Control: Send + Sync {
     fn power_button(&self) -> Result<(), String>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
+    /// The machine has not ended although it was killed: ends the process, past everything that holds it up.
+    fn give_up(&self);
     /// Attaches somebody who looks at what the machine does, until what is returned is dropped.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::env;
 use std::fs;
 use std::io;
 use std::mem;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -255,17 +255,39 @@ impl Entry {
     }
 }
 
-impl Drop for Entry {
-    fn drop(&mut self) {
-        let Ok(locked) = self.registry.lock(false) else { return };
+impl Entry {
+    /// Gives the name back. Nothing happens the second time.
+    pub fn give_back(&self) {
+        if let Ok(locked) = self.registry.lock(false) {
+            self.remove(locked.0.as_fd());
+        }
+    }
+
+    /// Removes the socket's file without waiting for anybody: for a process that has to end now.
+    pub fn abandon(&self) {
+        let Ok(folder) =
+            rustix::fs::open(&self.registry.path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        else {
+            return;
+        };
+        self.remove(folder.as_fd());
+    }
+
+    fn remove(&self, folder: BorrowedFd<'_>) {
         let file = format!("{}.sock", self.name);
         // Ours only: someone may have removed the file and started another of this name.
-        let stat = rustix::fs::statat(&locked.0, &*file, AtFlags::SYMLINK_NOFOLLOW);
+        let stat = rustix::fs::statat(folder, &*file, AtFlags::SYMLINK_NOFOLLOW);
         if stat.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.inode) {
-            let _ = unlinkat(&locked.0, &*file, AtFlags::empty());
+            let _ = unlinkat(folder, &*file, AtFlags::empty());
         }
         // The last one out leaves nothing behind. Fails if there are others.
         let _ = fs::remove_dir(&self.registry.path);
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.give_back();
     }
 }
 

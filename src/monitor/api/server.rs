@@ -1,19 +1,18 @@
-//! The control thread: serves a machine's control socket, takes its signals, keeps the time of a stop.
+//! The control thread's part that takes orders: serves a machine's control socket, takes its signals, keeps the time of a stop.
 //!
-//! Never blocks on a client: sockets do not block, requests are short lines, and a client that is slow to ask or to
-//! listen is cut off. Sees the machine through [`Control`] only.
+//! It always obeys: it waits for no client (sockets do not block, requests are short lines, and a client that is slow to ask or to
+//! listen is cut off), for no device (a pause is an errand of another thread) and for no log. A machine that has not ended a second
+//! after it was killed is ended with its process. Sees the machine through [`Control`] only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
-use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
-use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
@@ -22,39 +21,43 @@ use super::protocol::{self, Answer, Command, MAX_REQUEST, Seen};
 use super::registry::Entry;
 use super::signals::{Signals, Wish};
 use super::{Control, Error, State, Status, Watch};
-use crate::event_loop::{Handler, Worker};
+use crate::bus::lock;
+use crate::event_loop::{Event, EventLoop, Handler, Interest, Registration, Sources};
+use crate::threads::{self, Role};
 
 /// How long a client may take from one request to the end of the next.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Clients at a time; more have to wait in the socket's queue.
 const MAX_CLIENTS: usize = 64;
+/// From a kill to the end of the process, whatever still holds it up.
+const KILL_LIMIT: Duration = Duration::from_millis(900);
+/// Signals to stop that come this soon after the first are the same wish: `timeout` signals its child, then the child's group.
+const SAME_WISH: Duration = Duration::from_secs(1);
 
-/// A machine's control thread. Dropping it gives the name back, then ends every connection and the thread.
+/// Serves a machine's orders on an event loop. Dropping it gives the name back, then ends every connection.
 #[derive(Debug)]
 pub struct Server {
-    // In this order: whoever waits for a connection to end must find the name free.
-    entry: Entry,
-    _worker: Worker,
+    entry: Arc<Entry>,
+    orders: Option<Registration>,
 }
 
 impl Server {
-    /// Serves `control` on `entry`, and on `signals` if they are to be taken. A stop that says nothing else becomes hard
-    /// after `stop_timeout`.
+    /// Serves `control` on `entry`, and on `signals` if they are to be taken, by `events`. A stop that says nothing else
+    /// becomes hard after `stop_timeout`.
     ///
     /// # Errors
-    /// The host is out of descriptors or threads.
+    /// The host is out of descriptors.
     pub fn start(
+        events: &EventLoop,
         entry: Entry,
         signals: Option<Signals>,
         control: Arc<dyn Control>,
         stop_timeout: Duration,
     ) -> Result<Self, Error> {
-        let start = || {
-            let desk = Desk::new(&entry, signals, control, stop_timeout)?;
-            Worker::spawn("control", desk)
-        };
-        let worker = start().map_err(Error::Thread)?;
-        Ok(Self { entry, _worker: worker })
+        let entry = Arc::new(entry);
+        let start = || events.add(Orders::new(&entry, signals, control, stop_timeout)?);
+        let orders = Some(start().map_err(Error::Thread)?);
+        Ok(Self { entry, orders })
     }
 
     /// The name that is served.
@@ -63,75 +66,98 @@ impl Server {
     }
 }
 
-/// Tokens of the epoll set; clients have theirs from [`FIRST_CLIENT`] on.
-const LISTENER: u64 = 0;
-const TIMER: u64 = 1;
-const SIGNALS: u64 = 2;
-const FIRST_CLIENT: u64 = 3;
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Whoever waits for a connection to end must find the name free.
+        self.entry.give_back();
+        self.orders = None;
+    }
+}
+
+/// Tokens of the descriptors; clients have theirs from [`FIRST_CLIENT`] on.
+const LISTENER: u32 = 0;
+const TIMER: u32 = 1;
+const SIGNALS: u32 = 2;
+const PAUSED: u32 = 3;
+const FIRST_CLIENT: u32 = 4;
 
 struct Client {
     stream: UnixStream,
     input: Vec<u8>,
-    /// When it is cut off; none if it waits for the machine's end.
+    /// When it is cut off; none if it waits for the machine's end, or for a pause.
     until: Option<Instant>,
     /// Once it has asked for a sample. Ends with the connection, however that ends.
     watch: Option<Box<dyn Watch>>,
 }
 
-struct Desk {
+/// Whether a client is to be kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    Yes,
+    No,
+    /// It is answered when the pause is over, and not heard before.
+    UntilPaused,
+}
+
+/// A pause under way on a thread of its own.
+struct Pause {
+    over: Event,
+    result: Arc<Mutex<Option<Result<(), String>>>>,
+    under_way: bool,
+    /// Who has asked for it, and who wants the machine paused or resumed when it is over, in order.
+    clients: VecDeque<(u32, Command)>,
+}
+
+struct Orders {
     control: Arc<dyn Control>,
+    entry: Arc<Entry>,
     stop_timeout: Duration,
-    poll: OwnedFd,
-    listener: std::os::unix::net::UnixListener,
+    listener: UnixListener,
     signals: Option<Signals>,
     timer: OwnedFd,
-    clients: BTreeMap<u64, Client>,
-    next_client: u64,
-    /// The listener is out of the set until then: no room, or no descriptors.
+    pause: Pause,
+    clients: BTreeMap<u32, Client>,
+    next_client: u32,
+    /// The listener is not waited for until then: no room, or no descriptors.
     accept_again: Option<Instant>,
     /// The stop in progress becomes hard then.
     stop_at: Option<Instant>,
+    /// The process ends then, whatever holds the machine up.
+    give_up_at: Option<Instant>,
     stopping: bool,
-    /// SIGTERM or SIGINT has come.
-    signalled: bool,
+    /// When SIGTERM or SIGINT came first.
+    signalled: Option<Instant>,
 }
 
-impl Desk {
+impl Orders {
     fn new(
-        entry: &Entry,
+        entry: &Arc<Entry>,
         signals: Option<Signals>,
         control: Arc<dyn Control>,
         stop_timeout: Duration,
     ) -> io::Result<Self> {
-        let poll = epoll::create(CreateFlags::CLOEXEC)?;
-        let listener = entry.listener().try_clone()?;
-        let timer =
-            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
-        let add = |source: BorrowedFd<'_>, token| {
-            epoll::add(&poll, source, EventData::new_u64(token), EventFlags::IN)
-        };
-        add(listener.as_fd(), LISTENER)?;
-        add(timer.as_fd(), TIMER)?;
-        for source in signals.iter().flat_map(Signals::sources) {
-            add(source, SIGNALS)?;
-        }
+        let pause =
+            Pause { over: Event::new()?, result: Arc::default(), under_way: false, clients: VecDeque::new() };
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         Ok(Self {
             control,
+            entry: entry.clone(),
             stop_timeout,
-            poll,
-            listener,
+            listener: entry.listener().try_clone()?,
             signals,
-            timer,
+            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
+            pause,
             clients: BTreeMap::new(),
             next_client: FIRST_CLIENT,
             accept_again: None,
             stop_at: None,
+            give_up_at: None,
             stopping: false,
-            signalled: false,
+            signalled: None,
         })
     }
 
-    fn accept(&mut self) {
+    fn accept(&mut self, sources: &mut Sources<'_, '_>) {
         while self.clients.len() < MAX_CLIENTS {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
@@ -143,72 +169,161 @@ impl Desk {
                 }
             };
             let token = self.next_client;
-            let added = stream.set_nonblocking(true).and_then(|()| {
-                Ok(epoll::add(&self.poll, &stream, EventData::new_u64(token), EventFlags::IN)?)
-            });
+            let added =
+                stream.set_nonblocking(true).and_then(|()| sources.add(&stream, token, Interest::INPUT));
             if added.is_ok() {
-                self.next_client += 1;
+                // Clients are few and short-lived: a token comes round long after its last user has gone.
+                self.next_client = self.next_client.checked_add(1).unwrap_or(FIRST_CLIENT);
                 let until = Some(Instant::now() + CLIENT_TIMEOUT);
                 self.clients.insert(token, Client { stream, input: Vec::new(), until, watch: None });
             }
         }
         // A listener that stays readable while nothing can be accepted would keep the thread busy.
-        self.listen(false);
+        self.listen(sources, Interest::default());
         self.accept_again = Some(Instant::now() + Duration::from_secs(1));
     }
 
-    fn listen(&self, on: bool) {
-        let flags = if on { EventFlags::IN } else { EventFlags::empty() };
-        if let Err(error) = epoll::modify(&self.poll, &self.listener, EventData::new_u64(LISTENER), flags) {
+    fn listen(&self, sources: &mut Sources<'_, '_>, interest: Interest) {
+        if let Err(error) = sources.change(&self.listener, LISTENER, interest) {
             log::error!("control socket: {error}");
         }
     }
 
+    fn cut_off(&mut self, client: &Client, sources: &mut Sources<'_, '_>) {
+        // It is not there while it waits for a pause.
+        let _ = sources.remove(&client.stream);
+    }
+
     /// Reads what a client sent. It is cut off when it has ended, or does not keep to the protocol.
-    fn hear(&mut self, token: u64) {
+    fn hear(&mut self, token: u32, sources: &mut Sources<'_, '_>) {
         let Some(mut client) = self.clients.remove(&token) else { return };
+        match self.serve_all(&mut client, token) {
+            Keep::Yes => _ = self.clients.insert(token, client),
+            Keep::No => self.cut_off(&client, sources),
+            Keep::UntilPaused => {
+                let _ = sources.remove(&client.stream);
+                self.clients.insert(token, client);
+            }
+        }
+    }
+
+    fn serve_all(&mut self, client: &mut Client, token: u32) -> Keep {
         let mut bytes = [0; MAX_REQUEST];
         let count = match client.stream.read(&mut bytes) {
-            Ok(0) => return,
+            Ok(0) => return Keep::No,
             Ok(count) => count,
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
-            Err(_) => return,
+            Err(_) => return Keep::No,
         };
         client.input.extend_from_slice(&bytes[..count]);
+        self.serve_lines(client, token)
+    }
+
+    /// Answers the requests that have come whole.
+    fn serve_lines(&mut self, client: &mut Client, token: u32) -> Keep {
         while let Some(end) = client.input.iter().position(|b| *b == b'\n') {
             let line: Vec<u8> = client.input.drain(..=end).collect();
-            if !self.serve(&mut client, &line) {
-                return;
+            match self.serve(client, token, &line) {
+                Keep::Yes => {}
+                other => return other,
             }
         }
         if client.input.len() >= MAX_REQUEST {
             let answer = Answer::Error(format!("a request is at most {MAX_REQUEST} bytes"));
             let _ = client.stream.write(&protocol::reply(answer));
-            return;
+            return Keep::No;
         }
-        self.clients.insert(token, client);
+        Keep::Yes
     }
 
-    /// Answers one request. False if the client is to be cut off.
-    fn serve(&mut self, client: &mut Client, line: &[u8]) -> bool {
-        let answer = protocol::parse_request(line).and_then(|command| {
-            log::debug!("control socket: {command:?}");
-            if command == Command::Sample && client.watch.is_none() {
-                client.watch = Some(self.control.watch()?);
-            }
-            self.obey(command).map(|()| command)
-        });
-        let ends = answer.as_ref().is_ok_and(|command| command.ends());
-        let reply = protocol::reply(match (answer, &client.watch) {
-            (Ok(Command::Sample), Some(watch)) => {
+    /// Answers one request.
+    fn serve(&mut self, client: &mut Client, token: u32, line: &[u8]) -> Keep {
+        let command = match protocol::parse_request(line) {
+            Ok(command) => command,
+            Err(reason) => return answer(client, Answer::Error(reason), false),
+        };
+        log::debug!("control socket: {command:?}");
+        let waits = command == Command::Resume && self.pause.under_way;
+        if waits || (command == Command::Pause && !self.stopping) {
+            return match self.begin_pause() {
+                Ok(()) => {
+                    self.pause.clients.push_back((token, command));
+                    client.until = None;
+                    Keep::UntilPaused
+                }
+                Err(reason) => answer(client, Answer::Error(reason), false),
+            };
+        }
+        let obeyed = self.obey(command, client);
+        let reply = match (obeyed, &client.watch) {
+            (Ok(()), Some(watch)) if command == Command::Sample => {
                 Answer::Sample(Box::new(Seen { status: self.status(), sample: watch.sample() }))
             }
-            (Ok(_), _) => Answer::Status(self.status()),
+            (Ok(()), _) => Answer::Status(self.status()),
             (Err(reason), _) => Answer::Error(reason),
-        });
-        client.until = if ends { None } else { Some(Instant::now() + CLIENT_TIMEOUT) };
-        // Replies are smaller than a socket's buffer: one that does not fit is not being read.
-        matches!(client.stream.write(&reply), Ok(written) if written == reply.len())
+        };
+        answer(client, reply, command.ends())
+    }
+
+    /// Starts a pause, unless one is under way.
+    fn begin_pause(&mut self) -> Result<(), String> {
+        if self.pause.under_way {
+            return Ok(());
+        }
+        let over = self.pause.over.try_clone().map_err(|error| error.to_string())?;
+        let (control, result) = (self.control.clone(), self.pause.result.clone());
+        let run = move || {
+            let paused = control.pause();
+            *lock(&result) = Some(paused);
+            over.signal();
+        };
+        threads::spawn(Role::Errand, run).map_err(|error| format!("start a thread: {error}"))?;
+        self.pause.under_way = true;
+        Ok(())
+    }
+
+    fn end_pause(&mut self, sources: &mut Sources<'_, '_>) {
+        self.pause.over.clear();
+        let Some(result) = lock(&self.pause.result).take() else { return };
+        self.pause.under_way = false;
+        // The guest has to hear its power button.
+        if self.stopping && result.is_ok() {
+            let _ = self.control.resume();
+        }
+        let asked = self.pause.clients.pop_front();
+        self.reply(asked, result, sources);
+        // Those who came meanwhile get their turn.
+        while let Some((token, command)) = self.pause.clients.pop_front() {
+            let result = match command {
+                Command::Pause if self.stopping => Err("it is being stopped".to_owned()),
+                Command::Pause => match self.begin_pause() {
+                    Ok(()) => return self.pause.clients.push_front((token, command)),
+                    Err(reason) => Err(reason),
+                },
+                _ => self.control.resume(),
+            };
+            self.reply(Some((token, command)), result, sources);
+        }
+    }
+
+    /// Answers a client that has waited, and hears it again.
+    fn reply(
+        &mut self,
+        client: Option<(u32, Command)>,
+        result: Result<(), String>,
+        sources: &mut Sources<'_, '_>,
+    ) {
+        let Some((token, _)) = client else { return };
+        let Some(mut client) = self.clients.remove(&token) else { return };
+        let reply = result.map_or_else(Answer::Error, |()| Answer::Status(self.status()));
+        let mut keep = answer(&mut client, reply, false);
+        if keep == Keep::Yes {
+            keep = self.serve_lines(&mut client, token);
+        }
+        let heard = keep == Keep::UntilPaused || sources.add(&client.stream, token, Interest::INPUT).is_ok();
+        if heard && keep != Keep::No {
+            self.clients.insert(token, client);
+        }
     }
 
     fn status(&self) -> Status {
@@ -219,11 +334,17 @@ impl Desk {
         status
     }
 
-    fn obey(&mut self, command: Command) -> Result<(), String> {
+    /// Carries out what takes no time.
+    fn obey(&mut self, command: Command, client: &mut Client) -> Result<(), String> {
         match command {
-            Command::Status | Command::Sample => Ok(()),
-            Command::Pause if self.stopping => Err("it is being stopped".to_owned()),
-            Command::Pause => self.control.pause(),
+            Command::Status => Ok(()),
+            Command::Sample => {
+                if client.watch.is_none() {
+                    client.watch = Some(self.control.watch()?);
+                }
+                Ok(())
+            }
+            Command::Pause => Err("it is being stopped".to_owned()),
             Command::Resume => self.control.resume(),
             Command::Stop { timeout_seconds } => {
                 self.stop(timeout_seconds.map_or(self.stop_timeout, Duration::from_secs))
@@ -237,8 +358,8 @@ impl Desk {
 
     /// Asks the guest to power off, and sees to it that it is gone after `timeout`.
     fn stop(&mut self, timeout: Duration) -> Result<(), String> {
-        // A paused guest cannot hear its power button.
-        if self.control.status().state == State::Paused {
+        // A paused guest cannot hear its power button. One that is being paused resumes when that is over.
+        if !self.pause.under_way && self.control.status().state == State::Paused {
             self.control.resume()?;
         }
         self.control.power_button()?;
@@ -251,17 +372,22 @@ impl Desk {
     fn kill(&mut self) {
         self.stopping = true;
         self.stop_at = None;
+        self.give_up_at.get_or_insert(Instant::now() + KILL_LIMIT);
         self.control.kill();
     }
 
     fn obey_signals(&mut self) {
         for wish in self.signals.as_mut().map(Signals::wishes).unwrap_or_default() {
-            if wish == Wish::Kill || self.signalled {
-                log::info!("signal: stopping hard");
-                self.kill();
-                continue;
+            match self.signalled {
+                Some(first) if wish == Wish::Stop && first.elapsed() < SAME_WISH => continue,
+                None if wish == Wish::Stop => {}
+                _ => {
+                    log::info!("signal: stopping hard");
+                    self.kill();
+                    continue;
+                }
             }
-            self.signalled = true;
+            self.signalled = Some(Instant::now());
             log::info!("signal: pressing the power button");
             if let Err(reason) = self.stop(self.stop_timeout) {
                 log::warn!("no power button ({reason}): stopping hard");
@@ -271,19 +397,27 @@ impl Desk {
     }
 
     /// Does what is due, and sets the timer for what is next.
-    fn keep_time(&mut self) {
+    fn keep_time(&mut self, sources: &mut Sources<'_, '_>) {
         let now = Instant::now();
         let due = |at: &Option<Instant>| at.is_some_and(|at| at <= now);
+        if due(&self.give_up_at) {
+            self.give_up_at = None;
+            self.entry.abandon();
+            self.control.give_up();
+        }
         if due(&self.stop_at) {
             log::warn!("the guest did not power off in time: stopping it hard");
             self.kill();
         }
-        self.clients.retain(|_, client| !due(&client.until));
+        let late: Vec<u32> = self.clients.iter().filter(|(_, c)| due(&c.until)).map(|(t, _)| *t).collect();
+        for client in late.iter().filter_map(|token| self.clients.remove(token)).collect::<Vec<_>>() {
+            self.cut_off(&client, sources);
+        }
         if due(&self.accept_again) {
             self.accept_again = None;
-            self.listen(true);
+            self.listen(sources, Interest::INPUT);
         }
-        let others = [self.stop_at, self.accept_again];
+        let others = [self.stop_at, self.give_up_at, self.accept_again];
         let next = self.clients.values().map(|client| client.until).chain(others).flatten().min();
         // Zero would disarm the timer.
         let after = next.map(|at| at.saturating_duration_since(now).max(Duration::from_micros(1)));
@@ -295,32 +429,41 @@ impl Desk {
     }
 }
 
-impl Handler for Desk {
-    fn sources(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.poll.as_fd()]
-    }
-
-    fn ready(&mut self, _: usize) {
-        let mut space = [MaybeUninit::<Event>::uninit(); 16];
-        let tokens: Vec<u64> = match epoll::wait(&self.poll, &mut space, Some(&Timespec::default())) {
-            Ok((events, _)) => events.iter().map(|event| event.data.u64()).collect(),
-            Err(_) => return,
-        };
-        for token in tokens {
-            match token {
-                LISTENER => self.accept(),
-                TIMER => {
-                    let _ = rustix::io::read(&self.timer, &mut [0; 8]);
-                }
-                SIGNALS => self.obey_signals(),
-                client => self.hear(client),
-            }
-        }
-        self.keep_time();
+/// Sends a reply. A client that waits for the machine's end may take its time from then on.
+fn answer(client: &mut Client, reply: Answer, ends: bool) -> Keep {
+    let reply = protocol::reply(reply);
+    client.until = if ends { None } else { Some(Instant::now() + CLIENT_TIMEOUT) };
+    // Replies are smaller than a socket's buffer: one that does not fit is not being read.
+    match client.stream.write(&reply) {
+        Ok(written) if written == reply.len() => Keep::Yes,
+        _ => Keep::No,
     }
 }
 
-impl Drop for Desk {
+impl Handler for Orders {
+    fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
+        sources.add(&self.listener, LISTENER, Interest::INPUT)?;
+        sources.add(&self.timer, TIMER, Interest::INPUT)?;
+        sources.add(&self.pause.over, PAUSED, Interest::INPUT)?;
+        let mut signals = self.signals.iter().flat_map(Signals::sources);
+        signals.try_for_each(|source| sources.add(source, SIGNALS, Interest::INPUT))
+    }
+
+    fn ready(&mut self, token: u32, sources: &mut Sources<'_, '_>) {
+        match token {
+            LISTENER => self.accept(sources),
+            TIMER => {
+                let _ = rustix::io::read(&self.timer, &mut [0; 8]);
+            }
+            SIGNALS => self.obey_signals(),
+            PAUSED => self.end_pause(sources),
+            client => self.hear(client, sources),
+        }
+        self.keep_time(sources);
+    }
+}
+
+impl Drop for Orders {
     fn drop(&mut self) {
         for client in self.clients.values() {
             // Not left to closing: a child process may hold the same descriptor for longer.

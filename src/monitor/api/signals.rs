@@ -7,10 +7,12 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use signal_hook::SigId;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::low_level;
+use signal_hook::{flag, low_level};
 
 /// What a signal asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,12 +23,14 @@ pub enum Wish {
     Kill,
 }
 
-/// The signals, taken. While this lives they do not end the process by themselves.
+/// The signals, taken. While this lives they do not end the process by themselves; afterwards they do again.
 #[derive(Debug)]
 pub struct Signals {
     stop: UnixStream,
     kill: UnixStream,
     handlers: Vec<SigId>,
+    // Dropped last: then the signals have their default effect again.
+    _held: Held,
 }
 
 impl Signals {
@@ -43,10 +47,11 @@ impl Signals {
         let mut handlers = Vec::new();
         for (signal, writer) in [(SIGTERM, &stop_writer), (SIGINT, &stop_writer), (SIGHUP, &kill_writer)] {
             if ignored & (1 << (signal - 1)) == 0 {
+                hold(signal)?;
                 handlers.push(low_level::pipe::register(signal, writer.try_clone()?)?);
             }
         }
-        Ok(Self { stop, kill, handlers })
+        Ok(Self { stop, kill, handlers, _held: Held::new() })
     }
 
     /// What to wait on.
@@ -69,11 +74,47 @@ impl Signals {
 
 impl Drop for Signals {
     fn drop(&mut self) {
-        // The signals stay without effect from here on: what is left to do is an orderly end.
         for id in self.handlers.drain(..) {
             low_level::unregister(id);
         }
     }
+}
+
+/// A handler's registration is for good, so what it does depends on whether any [`Signals`] are there.
+#[derive(Debug)]
+struct Held;
+
+static HELD: Mutex<usize> = Mutex::new(0);
+static RELEASED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+
+impl Held {
+    fn new() -> Self {
+        Self::count(1);
+        Self
+    }
+
+    fn count(by: isize) {
+        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        *held = held.saturating_add_signed(by);
+        RELEASED.get_or_init(Arc::default).store(*held == 0, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        Self::count(-1);
+    }
+}
+
+/// Has `signal` its default effect while nobody holds it. Registered once, and before all else that it is to do.
+fn hold(signal: i32) -> io::Result<()> {
+    static REGISTERED: Mutex<Vec<i32>> = Mutex::new(Vec::new());
+    let mut registered = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !registered.contains(&signal) {
+        flag::register_conditional_default(signal, RELEASED.get_or_init(Arc::default).clone())?;
+        registered.push(signal);
+    }
+    Ok(())
 }
 
 /// The set of signals that are ignored: bit n - 1 is signal n. From proc(5), as there is no other way without `unsafe`;

@@ -9,6 +9,7 @@ mod escape;
 mod listener;
 mod poll;
 mod pty;
+mod pump;
 mod socket;
 mod stdio;
 mod stream;
@@ -27,9 +28,13 @@ use rustix::fs::OFlags;
 
 use crate::bus::lock;
 use crate::config::Where;
+use crate::event_loop::EventLoop;
 use poll::Poll;
 use stream::{Descriptor, Stream};
 
+/// What a device waits for: input that it has room for; room for output that was refused, or simply another turn soon, where there
+/// is always room.
+pub use crate::event_loop::Interest;
 pub use ends::Ends;
 pub use escape::Escape;
 pub use listener::Listener;
@@ -93,15 +98,6 @@ impl Error {
     }
 }
 
-/// What a device waits for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Interest {
-    /// Input that it has room for.
-    pub input: bool,
-    /// Room for output that was refused, or simply another turn soon, where there is always room.
-    pub output: bool,
-}
-
 /// Size of a terminal in characters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WindowSize {
@@ -163,15 +159,15 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Opens what the configuration says.
+    /// Opens what the configuration says. A terminal's keys are read by `events`.
     ///
     /// # Errors
     /// [`Error`] names the path and what was tried. Nothing that others use was changed, except that
     /// an output file is truncated.
-    pub fn open(place: &Where) -> Result<Self, Error> {
+    pub fn open(place: &Where, events: &EventLoop) -> Result<Self, Error> {
         let host: Box<dyn Host> = match place {
             Where::Off => Box::new(Stream::default()),
-            Where::Stdio => Box::new(stdio::Stdio::open().map_err(Error::Stdio)?),
+            Where::Stdio => Box::new(stdio::Stdio::open(events).map_err(Error::Stdio)?),
             Where::Pty => Box::new(pty::Pty::open()?),
             Where::Socket(path) => Box::new(socket::Socket::listen(path)?),
             Where::File(path) => Box::new(open_file(path)?),
@@ -255,7 +251,7 @@ impl Endpoint {
         lock(&self.shared).host.is_terminal()
     }
 
-    /// Has `act` called, on a thread of the terminal's own, when a person types an escape sequence. It replaces who
+    /// Has `act` called, on the thread that reads the terminal, when a person types an escape sequence. It replaces who
     /// was told before. Without effect where there is no terminal.
     pub fn on_escape(&self, act: impl FnMut(Escape) + Send + 'static) {
         lock(&self.shared).host.on_escape(Box::new(act));

@@ -14,6 +14,7 @@ use super::poll::{EventFlags, Poll, Watch};
 use super::stream::{Descriptor, Stream};
 use super::terminal::Terminal;
 use super::{Host, Interest, WindowSize};
+use crate::event_loop::EventLoop;
 
 /// Standard input and output.
 pub struct Stdio {
@@ -25,13 +26,13 @@ pub struct Stdio {
 }
 
 impl Stdio {
-    /// Takes them over; a terminal goes into raw mode.
-    pub fn open() -> io::Result<Self> {
+    /// Takes them over; a terminal goes into raw mode, and its keys are read by `events`.
+    pub fn open(events: &EventLoop) -> io::Result<Self> {
         let output = Descriptor::shared(io::stdout().as_fd(), OFlags::WRONLY, "standard output")?;
         let mut stream = Stream { input: None, output: Some(output) };
         let mut terminal = None;
         if isatty(io::stdin()) {
-            terminal = Some(Terminal::attach()?);
+            terminal = Some(Terminal::attach(events)?);
         } else {
             stream.input = Some(Descriptor::shared(io::stdin().as_fd(), OFlags::RDONLY, "standard input")?);
         }

@@ -6,7 +6,6 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::event::PollFlags;
 use rustix::fs::{
     FileType, Mode as Permissions, OFlags, fcntl_getfl, fcntl_setfl, fstat, major, minor, open,
 };
@@ -14,19 +13,20 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::termios::isatty;
 
-use super::poll::{EventFlags, Poll, Watch, ready_now};
+use super::poll::{EventFlags, Poll, Watch};
+use super::pump::Pump;
 use super::{Host, Interest};
 
 /// How a descriptor is kept from blocking.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 enum Mode {
     /// A description of our own, with O_NONBLOCK.
     Nonblocking,
     /// A socket: every call says MSG_DONTWAIT.
     Socket,
-    /// Shared, and cannot be reopened: asked with poll(2) first, and written in small pieces.
-    Polled,
-    /// A regular file or the like: never waits, and cannot be polled.
+    /// Shared, and cannot be reopened: a thread of its own does the system calls.
+    Pumped(Pump),
+    /// A regular file or /dev/null: never waits, and cannot be polled.
     Always,
 }
 
@@ -44,11 +44,6 @@ pub struct Descriptor {
     complained: bool,
 }
 
-/// What a pipe takes without blocking when poll(2) says that it is writable (pipe(7), PIPE_BUF).
-const PIPE_PIECE: usize = 4096;
-/// The same for a terminal, whose poll(2) promises less.
-const TTY_PIECE: usize = 256;
-
 impl Descriptor {
     /// From a descriptor whose description others share. `access` is O_RDONLY or O_WRONLY.
     pub fn shared(fd: BorrowedFd<'_>, access: OFlags, name: &str) -> io::Result<Self> {
@@ -62,7 +57,9 @@ impl Descriptor {
             {
                 reopen(fd, access)?
             }
-            FileType::CharacterDevice => (Mode::Polled, fd.try_clone_to_owned()?),
+            // /dev/null and its kin (Documentation/admin-guide/devices.txt, 1 char).
+            FileType::CharacterDevice if major(stat.st_rdev) == 1 => (Mode::Always, fd.try_clone_to_owned()?),
+            FileType::CharacterDevice => pump(fd, access)?,
             // Not reopened: it would have a file position of its own.
             _ => (Mode::Always, fd.try_clone_to_owned()?),
         };
@@ -87,9 +84,9 @@ impl Descriptor {
         if self.closed || buf.is_empty() {
             return 0;
         }
-        let result = match self.mode {
+        let result = match &self.mode {
             Mode::Socket => recv(&self.fd, &mut *buf, RecvFlags::DONTWAIT).map(|(_, len)| len.min(buf.len())),
-            Mode::Polled if ready_now(self.fd.as_fd(), PollFlags::IN).is_empty() => Err(Errno::AGAIN),
+            Mode::Pumped(pump) => pump.read(buf),
             _ => rustix::io::read(&self.fd, &mut *buf),
         };
         match result {
@@ -114,15 +111,9 @@ impl Descriptor {
         if self.closed || data.is_empty() {
             return data.len();
         }
-        let result = match self.mode {
+        let result = match &self.mode {
             Mode::Socket => send(&self.fd, data, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
-            Mode::Polled if !ready_now(self.fd.as_fd(), PollFlags::OUT).contains(PollFlags::OUT) => {
-                Err(Errno::AGAIN)
-            }
-            Mode::Polled => {
-                let piece = if isatty(&self.fd) { TTY_PIECE } else { PIPE_PIECE };
-                rustix::io::write(&self.fd, &data[..data.len().min(piece)])
-            }
+            Mode::Pumped(pump) => pump.write(data),
             Mode::Nonblocking | Mode::Always => rustix::io::write(&self.fd, data),
         };
         match result {
@@ -150,11 +141,15 @@ impl Descriptor {
 
     /// Waits for `events`, or for nothing at all. True if there is no need to wait.
     pub fn watch(&mut self, poll: &Poll, events: Option<EventFlags>) -> bool {
-        if self.mode == Mode::Always {
+        if matches!(self.mode, Mode::Always) {
             return events.is_some() && !self.closed;
         }
         let wanted = events.filter(|_| !self.closed);
-        match poll.set(self.fd.as_fd(), &mut self.watch, wanted) {
+        let (fd, wanted) = match &self.mode {
+            Mode::Pumped(pump) => (pump.as_fd(), wanted.map(|_| EventFlags::IN)),
+            _ => (self.fd.as_fd(), wanted),
+        };
+        match poll.set(fd, &mut self.watch, wanted) {
             Ok(()) => false,
             // /dev/null and its kin cannot be polled: they never block either.
             Err(error) if error.raw_os_error() == Some(Errno::PERM.raw_os_error()) => {
@@ -169,9 +164,13 @@ impl Descriptor {
     }
 }
 
-impl AsFd for Descriptor {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+impl Descriptor {
+    /// What is readable when there is input: for a reader's own loop.
+    pub fn source(&self) -> BorrowedFd<'_> {
+        match &self.mode {
+            Mode::Pumped(pump) => pump.as_fd(),
+            _ => self.fd.as_fd(),
+        }
     }
 }
 
@@ -183,8 +182,13 @@ fn reopen(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<(Mode, OwnedFd)> {
     let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     match open(path, flags, Permissions::empty()) {
         Ok(own) => Ok((Mode::Nonblocking, own)),
-        Err(_) => Ok((Mode::Polled, fd.try_clone_to_owned()?)),
+        Err(_) => pump(fd, access),
     }
+}
+
+fn pump(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<(Mode, OwnedFd)> {
+    let pump = Pump::new(fd.try_clone_to_owned()?, access == OFlags::RDONLY)?;
+    Ok((Mode::Pumped(pump), fd.try_clone_to_owned()?))
 }
 
 /// A host end that is a reader and a writer, either of which may be missing.
@@ -222,6 +226,10 @@ mod tests {
     use std::io::{Seek, Write};
     use std::time::{Duration, Instant};
 
+    use rustix::event::PollFlags;
+
+    use super::super::poll::ready_now;
+
     /// Other tests start processes, which hold copies of this one's descriptors for a moment: an end of ours that is
     /// closed may be seen as such a little later.
     fn until(mut done: impl FnMut() -> bool) {
@@ -248,7 +256,7 @@ mod tests {
         let (reader, mut writer) = io::pipe().unwrap();
         let mut input = Descriptor::shared(reader.as_fd(), OFlags::RDONLY, "in").unwrap();
         let mut output = Descriptor::shared(writer.as_fd(), OFlags::WRONLY, "out").unwrap();
-        assert_eq!((input.mode, output.mode), (Mode::Nonblocking, Mode::Nonblocking));
+        assert!(matches!((&input.mode, &output.mode), (Mode::Nonblocking, Mode::Nonblocking)));
         assert!(!flags(&reader).contains(OFlags::NONBLOCK) && !flags(&writer).contains(OFlags::NONBLOCK));
         let mut buf = [0; 100];
         assert_eq!(input.read(&mut buf), 0);
@@ -271,30 +279,25 @@ mod tests {
     }
 
     #[test]
-    fn the_fallback_for_what_cannot_be_reopened_does_not_block_either() {
+    fn what_cannot_be_reopened_does_not_block_either() {
         let (reader, writer) = io::pipe().unwrap();
-        let polled = |fd: OwnedFd| Descriptor {
-            fd,
-            mode: Mode::Polled,
-            watch: None,
-            name: String::new(),
-            closed: false,
-            complained: false,
+        let pumped = |fd: OwnedFd, access| {
+            let (mode, fd) = pump(fd.as_fd(), access).unwrap();
+            Descriptor { fd, mode, watch: None, name: String::new(), closed: false, complained: false }
         };
-        let (mut input, mut output) = (polled(reader.into()), polled(writer.into()));
-        let mut buf = [0; 9000];
-        assert_eq!(input.read(&mut buf), 0);
-        let mut total = 0;
-        while let 1.. = {
-            let taken = output.write(&[7; 9000]);
-            total += taken;
-            taken
-        } {}
-        let mut got = 0;
-        while got < total {
-            got += input.read(&mut buf);
-        }
-        assert_eq!(input.read(&mut buf), 0);
+        let mut input = pumped(reader.into(), OFlags::RDONLY);
+        let mut output = pumped(writer.into(), OFlags::WRONLY);
+        let poll = Poll::new().unwrap();
+        let epoll = poll.try_clone_fd().unwrap();
+        assert!(!input.watch(&poll, Some(EventFlags::IN)));
+        assert!(ready_now(epoll.as_fd(), PollFlags::IN).is_empty());
+        assert_eq!(output.write(b"words"), 5);
+        let (mut buf, mut said) = ([0; 9], Vec::new());
+        until(|| {
+            let len = input.read(&mut buf);
+            said.extend_from_slice(&buf[..len]);
+            said == b"words"
+        });
         drop(output);
         expect_end(&mut input);
     }

@@ -1,7 +1,7 @@
 //! The terminal that the monitor was started from: raw while a guest has it, and given back whatever happens.
 //!
 //! Entered when a host end on standard input opens, left when that is dropped, on panic, and on signals that end or
-//! stop the process. A thread of its own reads the keys, so that Ctrl-A x works however stuck the guest is.
+//! stop the process. The control thread reads the keys, so that Ctrl-A x works however stuck the guest is.
 //! What SIGTERM and SIGINT mean for the guest is not decided here: whoever has a policy installs it before.
 
 use std::collections::VecDeque;
@@ -10,12 +10,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 use rustix::process::getpgrp;
 use rustix::termios::{OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcgetpgrp, tcsetattr};
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGWINCH};
@@ -25,6 +23,7 @@ use signal_hook::low_level::emulate_default_handler;
 
 use super::escape::{self, Escape, Key, Scanner};
 use super::stream::Descriptor;
+use crate::event_loop::{EventLoop, Handler, Interest, Registration, Sources};
 
 /// The terminal as it was, while it is not.
 struct Borrowed {
@@ -81,12 +80,12 @@ pub fn restore() {
 /// An escape sequence behind them is not seen.
 const QUEUE_LIMIT: usize = 16 << 10;
 
-/// The keys typed, from the terminal's thread to whoever reads them.
+/// The keys typed, from the loop that reads the terminal to whoever takes them.
 struct Keyboard {
     queue: Mutex<VecDeque<u8>>,
     /// Readable while there are keys.
     available: OwnedFd,
-    /// Wakes the thread: it should look at `queue` and `attached` again.
+    /// Wakes the loop: it should look at `queue` again.
     look: OwnedFd,
     /// Readable after the size of the window has changed.
     resized: OwnedFd,
@@ -95,11 +94,6 @@ struct Keyboard {
 }
 
 type EscapeHandler = Box<dyn FnMut(Escape) + Send>;
-
-/// There is one standard input, so there is one of these, and its thread lasts: giving back a signal that somebody
-/// else may have come to share is not possible.
-static KEYBOARD: OnceLock<Arc<Keyboard>> = OnceLock::new();
-static STARTING: Mutex<()> = Mutex::new(());
 
 fn signal(event: &OwnedFd) {
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
@@ -110,65 +104,20 @@ fn clear(event: &OwnedFd) {
 }
 
 impl Keyboard {
-    fn start() -> io::Result<Arc<Self>> {
+    fn new() -> io::Result<Self> {
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let keyboard = Arc::new(Self {
+        Ok(Self {
             queue: Mutex::default(),
             available: event()?,
             look: event()?,
             resized: event()?,
-            attached: AtomicBool::new(false),
+            attached: AtomicBool::new(true),
             escape: Mutex::default(),
-        });
-        let input = Descriptor::shared(io::stdin().as_fd(), OFlags::RDONLY, "terminal")?;
-        let echo = Descriptor::shared(io::stdin().as_fd(), OFlags::WRONLY, "terminal")?;
-        let (read, write) = UnixStream::pair()?;
-        let signals = SignalDelivery::with_pipe(read, write, SignalOnly, ours())?;
-        let shared = keyboard.clone();
-        thread::Builder::new()
-            .name("terminal".to_owned())
-            .spawn(move || shared.serve(input, echo, signals))?;
-        Ok(keyboard)
+        })
     }
 
     fn queue(&self) -> MutexGuard<'_, VecDeque<u8>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn serve(
-        &self,
-        mut input: Descriptor,
-        mut echo: Descriptor,
-        mut signals: SignalDelivery<UnixStream, SignalOnly>,
-    ) {
-        let mut scanner = Scanner::default();
-        loop {
-            let room = QUEUE_LIMIT - self.queue().len().min(QUEUE_LIMIT);
-            let listen = room > 0 && self.attached.load(Ordering::SeqCst) && !input.is_closed();
-            let keys = if listen { PollFlags::IN } else { PollFlags::empty() };
-            let mut fds = [
-                PollFd::new(signals.get_read(), PollFlags::IN),
-                PollFd::new(&self.look, PollFlags::IN),
-                PollFd::new(&input, keys),
-            ];
-            // A hang-up is reported even to those who do not listen.
-            let watched = if listen { 3 } else { 2 };
-            match poll(&mut fds[..watched], None) {
-                Ok(_) | Err(Errno::INTR) => (),
-                Err(error) => {
-                    log::error!("terminal: wait: {error}");
-                    return;
-                }
-            }
-            let typed = !fds[2].revents().is_empty();
-            clear(&self.look);
-            signals.pending().for_each(|number| self.on_signal(number));
-            if listen && typed {
-                let mut buf = [0; 512];
-                let len = input.read(&mut buf[..room.min(512)]);
-                self.typed(&buf[..len], &mut scanner, &mut echo);
-            }
-        }
     }
 
     fn typed(&self, keys: &[u8], scanner: &mut Scanner, echo: &mut Descriptor) {
@@ -227,7 +176,65 @@ impl Keyboard {
     }
 }
 
-/// The signals that the terminal's thread handles: its own, and the deadly ones that would otherwise leave a
+/// Signals that end a process that does nothing about them.
+const DEADLY: [i32; 4] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
+
+/// Tokens of what the loop waits for.
+const SIGNALS: u32 = 0;
+const LOOK: u32 = 1;
+const KEYS: u32 = 2;
+
+/// What the loop runs: reads keys as long as there is room for them, and handles the terminal's signals.
+struct Reader {
+    keyboard: Arc<Keyboard>,
+    input: Descriptor,
+    echo: Descriptor,
+    signals: SignalDelivery<UnixStream, SignalOnly>,
+    scanner: Scanner,
+    listening: bool,
+}
+
+impl Reader {
+    fn room(&self) -> usize {
+        QUEUE_LIMIT - self.keyboard.queue().len().min(QUEUE_LIMIT)
+    }
+
+    /// Waits for keys if there is room for them, and not at all otherwise: a hang-up is reported even to those who do not listen.
+    fn listen(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
+        let listen = self.room() > 0 && !self.input.is_closed();
+        if listen != std::mem::replace(&mut self.listening, listen) {
+            let keys = self.input.source();
+            return if listen { sources.add(keys, KEYS, Interest::INPUT) } else { sources.remove(keys) };
+        }
+        Ok(())
+    }
+}
+
+impl Handler for Reader {
+    fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
+        sources.add(self.signals.get_read(), SIGNALS, Interest::INPUT)?;
+        sources.add(&self.keyboard.look, LOOK, Interest::INPUT)?;
+        self.listen(sources)
+    }
+
+    fn ready(&mut self, token: u32, sources: &mut Sources<'_, '_>) {
+        match token {
+            SIGNALS => self.signals.pending().for_each(|number| self.keyboard.on_signal(number)),
+            LOOK => clear(&self.keyboard.look),
+            _ => {
+                let mut keys = [0; 512];
+                let room = self.room().min(keys.len());
+                let len = self.input.read(&mut keys[..room]);
+                self.keyboard.typed(&keys[..len], &mut self.scanner, &mut self.echo);
+            }
+        }
+        if let Err(error) = self.listen(sources) {
+            log::error!("terminal: wait: {error}");
+        }
+    }
+}
+
+/// The signals that the terminal's loop handles: its own, and the deadly ones that would otherwise leave a
 /// raw terminal behind. One that is handled or ignored by others already stays theirs.
 fn ours() -> Vec<i32> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -238,32 +245,23 @@ fn ours() -> Vec<i32> {
     let taken = mask("SigIgn:") | mask("SigCgt:");
     let free = |number: &i32| taken & (1 << (number - 1)) == 0;
     let mut signals = vec![SIGWINCH, SIGCONT];
-    signals.extend([SIGTSTP, SIGHUP, SIGINT, SIGQUIT, SIGTERM].into_iter().filter(free));
+    signals.extend(DEADLY.into_iter().chain([SIGTSTP]).filter(free));
     signals
 }
 
 /// Standard input as a raw terminal. Dropping it gives the terminal back.
 pub(super) struct Terminal {
     keyboard: Arc<Keyboard>,
+    /// Set: the signals have their default effect again.
+    released: Arc<AtomicBool>,
+    _reader: Registration,
 }
 
 impl Terminal {
-    /// Takes the terminal on standard input over.
-    pub(super) fn attach() -> io::Result<Self> {
+    /// Takes the terminal on standard input over; `events` reads its keys.
+    pub(super) fn attach(events: &EventLoop) -> io::Result<Self> {
         let terminal = io::stdin().as_fd().try_clone_to_owned()?;
         let original = tcgetattr(&terminal)?;
-        let keyboard = {
-            let _starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-            match KEYBOARD.get() {
-                Some(keyboard) => keyboard.clone(),
-                None => KEYBOARD
-                    .get_or_init({
-                        let keyboard = Keyboard::start()?;
-                        || keyboard
-                    })
-                    .clone(),
-            }
-        };
         static HOOK: Once = Once::new();
         HOOK.call_once(|| {
             let previous = panic::take_hook();
@@ -272,14 +270,30 @@ impl Terminal {
                 previous(info);
             }));
         });
-        if keyboard.attached.swap(true, Ordering::SeqCst) {
+        let mut user = borrowed();
+        if user.is_some() {
             return Err(io::Error::other("standard input has a user already"));
         }
-        let mut borrowed = borrowed();
-        borrowed.insert(Borrowed { terminal, original, raw: false }).set_raw();
-        drop(borrowed);
-        signal(&keyboard.look);
-        Ok(Self { keyboard })
+        let keyboard = Arc::new(Keyboard::new()?);
+        let released = Arc::<AtomicBool>::default();
+        let signals = ours();
+        // Before the others, which come after it in a handler's list.
+        for signal in signals.iter().filter(|signal| ![SIGWINCH, SIGCONT].contains(signal)) {
+            signal_hook::flag::register_conditional_default(*signal, released.clone())?;
+        }
+        let (read, write) = UnixStream::pair()?;
+        let reader = Reader {
+            keyboard: keyboard.clone(),
+            input: Descriptor::shared(io::stdin().as_fd(), OFlags::RDONLY, "terminal")?,
+            echo: Descriptor::shared(io::stdin().as_fd(), OFlags::WRONLY, "terminal")?,
+            signals: SignalDelivery::with_pipe(read, write, SignalOnly, signals)?,
+            scanner: Scanner::default(),
+            listening: false,
+        };
+        let reader = events.add(reader)?;
+        user.insert(Borrowed { terminal, original, raw: false }).set_raw();
+        drop(user);
+        Ok(Self { keyboard, released, _reader: reader })
     }
 
     /// Takes keys: 0 if there are none now.
@@ -325,6 +339,7 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         restore();
+        self.released.store(true, Ordering::SeqCst);
         self.keyboard.attached.store(false, Ordering::SeqCst);
         // What the handler holds may be the machine: let it go.
         let old = self.keyboard.escape.lock().unwrap_or_else(PoisonError::into_inner).take();

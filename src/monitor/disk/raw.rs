@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, FlockOperation};
@@ -19,6 +19,7 @@ use super::{Disk, Error, Info, Io};
 use crate::config;
 use crate::event_loop::Event;
 use crate::memory::Buffers;
+use crate::threads::{self, Role};
 
 /// The unit of offsets and lengths.
 const SECTOR: u64 = 512;
@@ -113,7 +114,7 @@ impl Raw {
         while self.threads.len() < THREADS {
             let shared = self.shared.clone();
             let name = format!("disk-io{}", self.threads.len());
-            match thread::Builder::new().name(name).spawn(move || shared.serve()) {
+            match threads::spawn(Role::Disk(name), move || shared.serve()) {
                 Ok(thread) => self.threads.push(thread),
                 // One thread does the work too, only slower.
                 Err(_) if !self.threads.is_empty() => break,
@@ -488,6 +489,8 @@ fn advance(vectors: &mut &mut [libc::iovec], mut n: usize) {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::{Duration, Instant};
+
+    use std::thread;
 
     use super::*;
 

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
@@ -19,10 +19,11 @@ use crate::bus::{
     Busy, Device, Effect, HV_STATUS_INVALID_CONNECTION_ID, HV_STATUS_INVALID_HYPERCALL_CODE,
     HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT, Hypercalls, Synic, lock,
 };
-use crate::event_loop::{Event, Handler, Worker};
+use crate::event_loop::{Event, Handler, Interest, Sources, Worker};
 use crate::guest_warn;
 use crate::memory::GuestRam;
 use crate::state::{StateError, Stateful};
+use crate::threads::Role;
 use crate::vm::{Interrupt, Vm};
 
 /// Ports, from [`layout::HYPERV_TEST`](crate::memory::layout::HYPERV_TEST).
@@ -95,7 +96,7 @@ impl HypervTestDevice {
         let device = Self { vm, ram, cpus, state, interrupts, eoi, worker: None, paused: false };
         let device = Arc::new(Mutex::new(device));
         let handler = Deliver { eoi: watched, device: Arc::downgrade(&device) };
-        lock(&device).worker = Some(Worker::spawn("hyperv-test", handler)?);
+        lock(&device).worker = Some(Worker::spawn(Role::Device("hyperv-test".to_owned()), handler)?);
         Ok(device)
     }
 
@@ -233,11 +234,11 @@ struct Deliver {
 }
 
 impl Handler for Deliver {
-    fn sources(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.eoi.as_fd()]
+    fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
+        sources.add(&self.eoi, 0, Interest::INPUT)
     }
 
-    fn ready(&mut self, _: usize) {
+    fn ready(&mut self, _: u32, _: &mut Sources<'_, '_>) {
         self.eoi.clear();
         if let Some(device) = self.device.upgrade() {
             lock(&device).deliver_all();

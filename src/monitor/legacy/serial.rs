@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,7 @@ use vm_superio::{Serial as Uart, Trigger};
 
 use crate::bus::{Busy, Device, Effect, lock};
 use crate::chardev::{Endpoint, Interest};
-use crate::event_loop::{Handler, Worker};
+use crate::event_loop::{self, EventLoop, Handler, Registration, Sources};
 use crate::guest_warn;
 use crate::state::{StateError, Stateful};
 use crate::vm::Interrupt;
@@ -144,7 +143,9 @@ impl Inner {
 pub struct SerialPort {
     inner: Arc<Mutex<Inner>>,
     endpoint: Endpoint,
-    worker: Option<Worker>,
+    /// Serves the input.
+    events: EventLoop,
+    served: Option<Registration>,
 }
 
 /// [`SerialPort`]'s saved state. Register names as in the crate that emulates them.
@@ -164,11 +165,11 @@ pub struct State {
 }
 
 impl SerialPort {
-    /// A port at `endpoint` that raises `interrupt`.
-    pub fn new(endpoint: Endpoint, interrupt: Arc<dyn Interrupt>) -> Self {
+    /// A port at `endpoint` that raises `interrupt`; `events` serves its input.
+    pub fn new(endpoint: Endpoint, interrupt: Arc<dyn Interrupt>, events: EventLoop) -> Self {
         let output = Output { endpoint: endpoint.clone(), kept: VecDeque::new(), lost: 0 };
         let uart = Uart::new(Line(interrupt.clone()), output);
-        Self { inner: Arc::new(Mutex::new(Inner { uart, interrupt })), endpoint, worker: None }
+        Self { inner: Arc::new(Mutex::new(Inner { uart, interrupt })), endpoint, events, served: None }
     }
 }
 
@@ -178,11 +179,11 @@ struct Service {
 }
 
 impl Handler for Service {
-    fn sources(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.endpoint.as_fd()]
+    fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
+        sources.add(&self.endpoint, 0, event_loop::Interest::INPUT)
     }
 
-    fn ready(&mut self, _: usize) {
+    fn ready(&mut self, _: u32, _: &mut Sources<'_, '_>) {
         lock(&self.inner).turn();
     }
 }
@@ -221,20 +222,20 @@ impl Device for SerialPort {
     }
 
     fn pause(&mut self, _deadline: Instant) -> Result<(), Busy> {
-        self.worker = None;
+        self.served = None;
         lock(&self.inner).output().flush();
         Ok(())
     }
 
     fn resume(&mut self) {
-        if self.worker.is_some() {
+        if self.served.is_some() {
             return;
         }
         lock(&self.inner).turn();
         let service = Service { inner: self.inner.clone(), endpoint: self.endpoint.clone() };
-        match Worker::spawn("serial", service) {
-            Ok(worker) => self.worker = Some(worker),
-            Err(error) => log::error!("serial port: start the worker thread: {error}; there is no input"),
+        match self.events.add(service) {
+            Ok(served) => self.served = Some(served),
+            Err(error) => log::error!("serial port: {error}: there is no input"),
         }
     }
 }
@@ -242,7 +243,7 @@ impl Device for SerialPort {
 impl Drop for SerialPort {
     /// The guest may have written its last words a moment ago: a reader that is only slow still gets them.
     fn drop(&mut self) {
-        self.worker = None;
+        self.served = None;
         let inner = &mut *lock(&self.inner);
         let end = Instant::now() + LAST_WORDS;
         loop {
@@ -332,7 +333,8 @@ mod tests {
     fn port() -> (SerialPort, UnixStream, Arc<FakeInterrupt>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let interrupt = Arc::<FakeInterrupt>::default();
-        let port = SerialPort::new(Endpoint::from_stream(ours).unwrap(), interrupt.clone());
+        let port =
+            SerialPort::new(Endpoint::from_stream(ours).unwrap(), interrupt.clone(), event_loop::running());
         (port, theirs, interrupt)
     }
 

@@ -33,6 +33,7 @@ use crate::legacy::serial::SerialPort;
 use crate::legacy::testdev;
 use crate::memory::{Memory, layout};
 use crate::recorder::{Recorder, Step, Steps};
+use crate::threads::{self, Role};
 use crate::vcpu;
 use crate::vcpu::dispatch::Buses;
 use crate::vcpu::gate::Gate;
@@ -99,8 +100,7 @@ fn fill_meanwhile(
     create_vm: impl FnOnce() -> Result<kvm::Vm, kvm::Error>,
 ) -> Result<(kvm::Vm, Contents), Error> {
     thread::scope(|scope| {
-        let loader = thread::Builder::new().name("loader".to_owned());
-        let filled = loader.spawn_scoped(scope, || fill(origin, memory, platform, recorder));
+        let filled = threads::spawn_scoped(scope, Role::Loader, || fill(origin, memory, platform, recorder));
         let vm = create_vm()?;
         let filled =
             filled.map_err(|source| Error::Host { what: "the loader's thread".to_owned(), source })?;
@@ -140,7 +140,8 @@ fn build(
             Kind::I8042 => shared(I8042),
             Kind::Serial => {
                 let interrupt = interrupt(&vm, "serial port", layout::COM1_GSI)?;
-                shared(SerialPort::new(ends.get("serial", &config.serial)?, interrupt))
+                let end = ends.get("serial", &config.serial)?;
+                shared(SerialPort::new(end, interrupt, ends.events().clone()))
             }
             Kind::DebugExit => shared(DebugExit),
             Kind::RtcCmos => shared(RtcCmos::new(memory.size(), config.cpus.0)),

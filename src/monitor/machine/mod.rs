@@ -13,7 +13,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -232,8 +232,10 @@ pub struct Machine {
     vm: Arc<kvm::Vm>,
 }
 
-/// A pause that takes longer fails, and the machine goes on.
-const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+/// A run that is shorter needs no thread but its vCPUs'.
+const SHORT: Duration = Duration::from_millis(5);
+/// A pause that takes longer fails, and the machine goes on. Shorter than a client waits for its answer.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 /// What devices owe the host after the run's end is waited for this long.
 const LAST_LIMIT: Duration = Duration::from_secs(10);
 
@@ -253,11 +255,12 @@ impl Machine {
     }
 
     /// Runs the guest until it ends, one thread per vCPU. Devices have flushed what they owe the host when it returns.
-    /// Calls `meanwhile` once the vCPUs run: the place for work that the guest need not wait for.
+    /// Calls `meanwhile` once it has run for some milliseconds, or when its end takes long: the place to start what most short
+    /// runs need not have. It may be called more than once.
     ///
     /// # Errors
     /// A thread could not be started, or KVM_RUN failed.
-    pub fn run(&mut self, meanwhile: impl FnOnce()) -> Result<Outcome, Error> {
+    pub fn run(&mut self, meanwhile: &mut dyn FnMut()) -> Result<Outcome, Error> {
         let mut started = Ok(());
         for vcpu in self.vcpus.drain(..) {
             let id = vcpu.id();
@@ -270,16 +273,19 @@ impl Machine {
             }
         }
         if started.is_ok() {
-            // The guest is on its way meanwhile. Input comes last: a device is locked while its thread is made, and the
-            // guest's first output would wait for that.
-            meanwhile();
             self.serve_devices();
         }
-        let event = if started.is_ok() { self.wait() } else { Event::Kill };
+        let event = if started.is_ok() { self.wait(meanwhile) } else { Event::Kill };
         self.shared.vcpus.gate.shut(|| self.shared.kick_all());
         lock(&self.shared.threads).drain(..).for_each(vcpu::Thread::join);
         *lock(&self.shared.phase) = Phase::Ended;
-        if let Err(busy) = self.shared.pause_devices(LAST_LIMIT) {
+        let rest = self.shared.pause_devices(SHORT);
+        let rest = rest.or_else(|_| {
+            // Whoever wants to end what is waited for must be heard.
+            meanwhile();
+            self.shared.pause_devices(LAST_LIMIT)
+        });
+        if let Err(busy) = rest {
             log::warn!("{busy}: what the guest was not told of as done may be lost");
         }
         started?;
@@ -295,12 +301,23 @@ impl Machine {
     }
 
     /// The end of the run; till then this is the thread on which devices get theirs.
-    fn wait(&self) -> Event {
+    fn wait(&self, meanwhile: &mut dyn FnMut()) -> Event {
+        let long = Instant::now() + SHORT;
+        let mut is_long = false;
         loop {
-            // `shared` holds a sender, so there is an event in the end.
-            match self.events.recv().unwrap_or(Event::Kill) {
-                Event::Serve => self.serve_devices(),
-                end => return end,
+            let event = match is_long {
+                true => self.events.recv().map_err(RecvTimeoutError::from),
+                false => self.events.recv_timeout(long.saturating_duration_since(Instant::now())),
+            };
+            match event {
+                Ok(Event::Serve) => self.serve_devices(),
+                Ok(end) => return end,
+                Err(RecvTimeoutError::Timeout) => {
+                    is_long = true;
+                    meanwhile();
+                }
+                // `shared` holds a sender, so this does not come.
+                Err(RecvTimeoutError::Disconnected) => return Event::Kill,
             }
         }
     }
@@ -368,12 +385,16 @@ pub enum PauseError {
 }
 
 impl Handle {
-    /// What the machine is doing. Waits for a pause or resume under way.
+    /// What the machine is doing. It runs while a pause or resume is under way.
     pub fn phase(&self) -> Phase {
-        *lock(&self.0.phase)
+        match self.0.phase.try_lock() {
+            Ok(phase) => *phase,
+            Err(TryLockError::Poisoned(poisoned)) => *poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => Phase::Running,
+        }
     }
 
-    /// Parks the vCPUs, then brings the devices to rest. Returns when all stand still, or after 10 seconds.
+    /// Parks the vCPUs, then brings the devices to rest. Returns when all stand still, or after 5 seconds.
     ///
     /// # Errors
     /// [`PauseError`]; the machine is as it was.

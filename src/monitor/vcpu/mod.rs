@@ -13,12 +13,13 @@ use std::fmt;
 use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use crate::kvm::exit::{Stuck, Trap};
 use crate::kvm::{self, Error, Vcpu};
 use crate::memory::GuestRam;
 use crate::recorder::Recorder;
+use crate::threads::{self, Role};
 use dispatch::{Buses, End, Next, dispatch};
 use gate::{Errand, Gate, Meanwhile, Passed};
 use observe::Observer;
@@ -83,8 +84,7 @@ impl Thread {
         shared: Arc<Shared>,
         ended: Sender<E>,
     ) -> io::Result<Self> {
-        let name = format!("vcpu{}", vcpu.id());
-        let thread = thread::Builder::new().name(name).spawn(move || {
+        let thread = threads::spawn(Role::Vcpu(vcpu.id()), move || {
             vcpu.bind();
             let end = run(&mut vcpu, &shared);
             if let Some(end) = end {

@@ -10,7 +10,7 @@
 //! done by the worker, or a pause, when the device is at rest. Until then the driver reads that it is not over.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -23,11 +23,12 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::device::{Traits, VirtioDevice};
 use super::queue::{Notifier, Position, Setup, Virtqueue};
 use crate::bus::{Busy, lock};
-use crate::event_loop::{Event, Handler, Worker};
+use crate::event_loop::{Event, Handler, Interest, Sources, Worker};
 use crate::guest_warn;
 use crate::memory::GuestRam;
 use crate::recorder::{Event as Record, Kind, Recorder, Track, clock};
 use crate::state::{StateError, Stateful};
+use crate::threads::Role;
 
 bitflags! {
     /// The device status field (virtio 1.3, 2.1).
@@ -238,11 +239,13 @@ struct Service {
 }
 
 impl Handler for Service {
-    fn sources(&self) -> Vec<BorrowedFd<'_>> {
-        self.sources.iter().map(AsFd::as_fd).collect()
+    fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
+        let mut own = self.sources.iter().zip(0..);
+        own.try_for_each(|(source, token)| sources.add(source, token, Interest::INPUT))
     }
 
-    fn ready(&mut self, index: usize) {
+    fn ready(&mut self, token: u32, _: &mut Sources<'_, '_>) {
+        let index = token as usize;
         match self.doorbells.get(index) {
             Some(doorbell) => {
                 // Before the look at the queue: a kick that comes after the look is then still there.
@@ -621,7 +624,10 @@ impl Core {
         let all = doorbells.iter().map(AsFd::as_fd).chain(own);
         let sources = all.map(|fd| fd.try_clone_to_owned()).collect::<io::Result<Vec<_>>>()?;
         drop(parts);
-        Worker::spawn(&self.name, Service { parts: self.parts.clone(), sources, doorbells })
+        Worker::spawn(
+            Role::Device(self.name.clone()),
+            Service { parts: self.parts.clone(), sources, doorbells },
+        )
     }
 
     /// Back to as built (2.4): at once, or [posted](Core::is_resetting) while work is in flight.

@@ -3,6 +3,7 @@
 //! A thread of its own lets the vCPU go by single steps (KVM_GUESTDBG_SINGLESTEP), and ends the machine when it has seen
 //! enough. Other vCPUs run freely meanwhile.
 
+use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -11,13 +12,14 @@ use std::time::Duration;
 
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 
-use super::Debugger;
 use super::view::View;
 use crate::symbols::Symbols;
+use vmm_monitor::api::Pty;
 use vmm_monitor::kvm::debug::{Access, BREAKPOINTS, Breakpoint, GuestDebug};
 use vmm_monitor::kvm::{self, Vcpu};
-use vmm_monitor::machine::{self, AlreadyEnded, Debug, Machine};
+use vmm_monitor::machine::{self, AlreadyEnded, Debug, Machine, Outcome};
 use vmm_monitor::memory::GuestRam;
+use vmm_monitor::session::Observer;
 use vmm_monitor::vcpu::Stop;
 
 /// Where Linux maps its image, less where it lies in physical memory (Documentation/arch/x86/x86_64/mm.rst). Before the guest
@@ -69,8 +71,8 @@ impl Steps {
     }
 }
 
-impl Debugger for Steps {
-    fn attach(&mut self, machine: &Machine) -> Result<(), machine::Error> {
+impl Observer for Steps {
+    fn built(&mut self, machine: &Machine, _: &[Pty]) -> Result<(), Box<dyn Error + Send + Sync>> {
         let (events, received) = channel();
         let stopped = events.clone();
         let debug = machine.debug(move |stop| _ = stopped.send(Event::Stopped(stop)))?;
@@ -87,7 +89,13 @@ impl Debugger for Steps {
         Ok(())
     }
 
-    fn ended(&mut self, _: Option<u8>) {
+    fn ended(&mut self, _: &Result<Outcome, machine::Error>, _: bool) {
+        self.stop();
+    }
+}
+
+impl Steps {
+    fn stop(&mut self) {
         let (Some(events), Some(thread)) = (self.events.take(), self.thread.take()) else { return };
         let _ = events.send(Event::Ended);
         // A panic there is a defect of ours, and goes on as one.
@@ -98,7 +106,7 @@ impl Debugger for Steps {
 
 impl Drop for Steps {
     fn drop(&mut self) {
-        self.ended(None);
+        self.stop();
     }
 }
 

@@ -22,9 +22,9 @@ pub use run::{Ran, run};
 /// Why a lab could not be run or told.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is no machine.
+    /// There is no machine, or it could not be run.
     #[error(transparent)]
-    Machine(#[from] vmm_monitor::machine::Error),
+    Session(#[from] vmm_monitor::session::Error),
     /// There is no record.
     #[error(transparent)]
     Trace(#[from] crate::file::Error),

@@ -1,23 +1,29 @@
 //! [`run`]: a lab's guest on the ordinary machine, recorded, with the host's part in it and a limit of time.
 
+use std::error;
 use std::fs;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, OnceLock};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::{Error, Host, Lab};
-use crate::file::{Header, Trace};
-use crate::recording::{Recording, Start};
+use crate::file::Trace;
+use crate::recorded::Recorded;
+use vmm_monitor::api::Pty;
 use vmm_monitor::chardev::Endpoint;
 use vmm_monitor::config::{Console, Size, VmConfig, Where};
-use vmm_monitor::machine::{self, Ends, Handle, Outcome};
+use vmm_monitor::machine::{self, Handle, Machine, Outcome};
 use vmm_monitor::memory::layout;
 use vmm_monitor::recorder::{Recorder, clock};
+use vmm_monitor::session::{Observer, Session};
 
 /// From the guest's byte to the power button: it is to be asleep by then.
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// What the host did, and when, in ticks of the recorder's clock.
+pub type Act = (u64, String);
 
 /// What came of a lab.
 #[derive(Debug)]
@@ -28,8 +34,8 @@ pub struct Ran {
     pub outcome: Outcome,
     /// What the guest wrote to the serial port, and to the console.
     pub output: [String; 2],
-    /// What the host did, and when, in ticks of the recorder's clock.
-    pub acts: Vec<(u64, String)>,
+    /// What the host did.
+    pub acts: Vec<Act>,
 }
 
 /// Runs `lab`; `folder` gets the guest and the record.
@@ -72,50 +78,69 @@ pub fn run(lab: &Lab, folder: &Path) -> Result<Ran, Error> {
     });
     let (shown, console) = channel();
     let screen = Endpoint::from_taker(move |bytes| _ = shown.send(bytes.to_vec()));
-    let mut ends = Ends::default();
-    ends.put("serial", taker.map_err(host("make a serial port's end"))?);
-    ends.put("console", screen.map_err(host("make a console's end"))?);
-
     let recorder = Arc::<Recorder>::default();
-    let start = Start::now();
-    let mut built = machine::load(&config, &mut ends, &recorder)?;
-    let handle = built.handle();
-    if lab.host == Host::FetchesDirtyLog {
-        handle.log_dirty(true)?;
-    }
-    let _ = machine.set(handle.clone());
-    let header = Header::of(&config, handle.inventory());
-    let recording =
-        Recording::start(&record, header, recorder, start, built.counters(), handle.ram().clone())?;
-    let (over, ended) = channel::<()>();
-    let outcome = thread::scope(|scope| {
-        let handle = &handle;
-        scope.spawn(move || watch(handle, lab, &pressed, &ended, &acts));
-        let outcome = built.run(|| ());
-        drop(over);
-        outcome
-    });
-    recording.finish()?;
+    let mut recorded = Recorded::new(&config, record.clone(), recorder.clone());
+    let mut session = Session::private(&config, recorder)?;
+    session.put("serial", taker.map_err(host("make a serial port's end"))?);
+    session.put("console", screen.map_err(host("make a console's end"))?);
+    let mut watch = HostPart { lab, machine, parts: Some((pressed, acts)), thread: None };
+    let outcome = session.run(&mut [&mut recorded, &mut watch]);
+    recorded.finish()?;
     let said = |from: Receiver<Vec<u8>>| from.try_iter().flatten().map(char::from).collect();
     let (outcome, output) = (outcome?, [said(serial), said(console)]);
     Ok(Ran { trace: Trace::read(&record)?, outcome, output, acts: done.try_iter().collect() })
 }
 
+/// The host's part: what it does while the guest runs, and the end of a guest whose time is over.
+struct HostPart<'a> {
+    lab: &'a Lab,
+    /// For whoever takes the guest's output.
+    machine: Arc<OnceLock<Handle>>,
+    /// The wish for the power button, and what is told of the host's acts.
+    parts: Option<(Receiver<()>, Sender<Act>)>,
+    thread: Option<(Sender<()>, JoinHandle<()>)>,
+}
+
+impl Observer for HostPart<'_> {
+    fn built(&mut self, machine: &Machine, _: &[Pty]) -> Result<(), Box<dyn error::Error + Send + Sync>> {
+        let handle = machine.handle();
+        if self.lab.host == Host::FetchesDirtyLog {
+            handle.log_dirty(true)?;
+        }
+        let _ = self.machine.set(handle.clone());
+        // A lab's guest does not reboot.
+        let Some((pressed, acts)) = self.parts.take() else { return Ok(()) };
+        let (over, ended) = channel::<()>();
+        let (host, limit) = (self.lab.host, self.lab.limit);
+        let run = move || watch(&handle, host, limit, &pressed, &ended, &acts);
+        self.thread = Some((over, thread::Builder::new().name("host".to_owned()).spawn(run)?));
+        Ok(())
+    }
+
+    fn ended(&mut self, _: &Result<Outcome, machine::Error>, _: bool) {
+        if let Some((over, thread)) = self.thread.take() {
+            drop(over);
+            let _ = thread.join();
+        }
+    }
+}
+
 /// Does what is asked for while the guest runs, and ends it when its time is over.
 fn watch(
     handle: &Handle,
-    lab: &Lab,
+    host: Host,
+    limit: Duration,
     pressed: &Receiver<()>,
     ended: &Receiver<()>,
-    acts: &Sender<(u64, String)>,
+    acts: &Sender<Act>,
 ) {
     let act = |text: &str| _ = acts.send((clock::ticks(), text.to_owned()));
-    if lab.host == Host::PressesPowerButton && pressed.recv_timeout(lab.limit).is_ok() {
+    if host == Host::PressesPowerButton && pressed.recv_timeout(limit).is_ok() {
         thread::sleep(PAUSE);
         act("presses the power button: writes to the eventfd of pin 9");
         handle.power_button();
     }
-    if ended.recv_timeout(lab.limit) == Err(RecvTimeoutError::Timeout) {
+    if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
         act("ends the run: its time is over");
         handle.kill();
     }

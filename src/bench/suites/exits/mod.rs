@@ -1,4 +1,4 @@
-//! What a round trip out of the guest costs, by kind of exit: the monitor's whole path (`machine::load`, `Machine::run`, the
+//! What a round trip out of the guest costs, by kind of exit: the monitor's whole path (a session, the
 //! vCPU's thread, dispatch, bus, device) beside a bare KVM_RUN loop, and the same path while it is recorded or looked at. Its
 //! guests are a few instructions each, so that it runs on any /dev/kvm.
 
@@ -20,9 +20,12 @@ use super::super::rivals::Setting;
 use bare::Bare;
 use guest::Kind;
 use seen::Seen;
+use vmm_monitor::api::Pty;
 use vmm_monitor::chardev::Endpoint;
 use vmm_monitor::config::{Console, Size, VmConfig, Where};
-use vmm_monitor::machine::{self, Ends, Outcome};
+use vmm_monitor::machine::{self, Handle, Machine, Outcome};
+use vmm_monitor::recorder::Recorder;
+use vmm_monitor::session::{Observer, Session};
 
 /// Nothing that works takes longer, also where the KVM is emulated.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -77,7 +80,8 @@ impl Who {
     }
 }
 
-const WHOLE: &str = "machine::load and Machine::run in this process: --mem 32M --rng, a serial port whose end is in this process";
+const WHOLE: &str =
+    "a session of the monitor in this process: --mem 32M --rng, a serial port whose end is in this process";
 
 /// The suite.
 ///
@@ -264,29 +268,37 @@ impl RoundTrip {
     }
 
     fn whole(&self, sender: Sender<Said>, said: &Receiver<Said>) -> Result<f64, String> {
-        let mut ends = Ends::default();
         let marks = sender.clone();
         let end = Endpoint::from_taker(move |_| {
             let _ = marks.send(Said::Mark(Instant::now()));
         });
-        ends.put("serial", end.map_err(text)?);
-        let recorder = Arc::default();
-        let mut machine = machine::load(&self.config, &mut ends, &recorder).map_err(text)?;
-        let handle = machine.handle();
-        let seen = Seen::by(self.who, &self.config, &machine, recorder)?;
+        let end = end.map_err(text)?;
+        let (who, config) = (self.who, self.config.clone());
+        let (tell, built) = channel();
         let run = move || {
-            let end = match machine.run(|| ()) {
+            let recorder = Arc::<Recorder>::default();
+            let mut seen = Seen::by(who, &config, recorder.clone());
+            let mut built = Built(tell);
+            let ran = Session::private(&config, recorder).map_err(text).and_then(|mut session| {
+                session.put("serial", end);
+                session.run(&mut [&mut seen, &mut built]).map_err(text)
+            });
+            let end = match ran {
                 Ok(Outcome::Crash(report) | Outcome::InternalError(report)) => brief(&report),
                 Ok(outcome) => format!("{outcome:?}"),
-                Err(error) => text(error),
+                Err(error) => error,
             };
             let _ = sender.send(Said::Over(end));
+            seen.end()
         };
         let thread = thread::Builder::new().name("machine".to_owned()).spawn(run).map_err(text)?;
+        let Ok(handle) = built.recv() else {
+            thread.join().map_err(|_| "the machine's thread panicked")??;
+            return self.take(said, &|| ());
+        };
         let taken = self.take(said, &|| handle.power_button());
         handle.kill();
-        thread.join().map_err(|_| "the machine's thread panicked")?;
-        seen.end()?;
+        thread.join().map_err(|_| "the machine's thread panicked")??;
         taken
     }
 
@@ -311,6 +323,21 @@ impl RoundTrip {
         }
         Ok(stats::quantile(&spans, 0.5))
     }
+}
+
+/// Gives a machine's handle to another thread.
+struct Built(Sender<Handle>);
+
+impl Observer for Built {
+    fn built(
+        &mut self,
+        machine: &Machine,
+        _: &[Pty],
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.0.send(machine.handle())?)
+    }
+
+    fn ended(&mut self, _: &Result<Outcome, machine::Error>, _: bool) {}
 }
 
 /// A failure's report in short: what happened, and the instruction, which is its last line.

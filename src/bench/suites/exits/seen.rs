@@ -1,5 +1,6 @@
 //! [`Seen`]: who looks at a machine while its exits are measured.
 
+use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -7,60 +8,38 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::{Who, text};
+use vmm_monitor::api::Pty;
 use vmm_monitor::config::VmConfig;
-use vmm_monitor::machine::Machine;
+use vmm_monitor::machine::{self, Machine, Outcome};
 use vmm_monitor::recorder::Recorder;
-use vmm_trace::file::Header;
+use vmm_monitor::session::Observer;
 use vmm_trace::kernel::KernelExits;
 use vmm_trace::live::watch::Live;
-use vmm_trace::recording::{Recording, Start};
+use vmm_trace::recorded::Recorded;
 
 /// How often `vmm top` asks, unless told otherwise.
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// A look that lasts until [`Seen::end`].
-pub enum Seen {
+pub enum Seen<'a> {
     /// Nobody's.
     Nobodys,
     /// A recording to a file, which goes with it.
-    Recorded(Recording, PathBuf),
-    /// A viewer's.
-    Watched(Sender<()>, JoinHandle<()>),
+    Recorded(Recorded<'a>, PathBuf),
+    /// A viewer's: what it looks by, and while the machine runs the thread that asks.
+    Watched(Arc<Live>, Option<(Sender<()>, JoinHandle<()>)>),
 }
 
-impl Seen {
-    /// What `who` wants of `machine`, which is about to run.
-    ///
-    /// # Errors
-    /// It cannot be had.
-    pub fn by(
-        who: Who,
-        config: &VmConfig,
-        machine: &Machine,
-        recorder: Arc<Recorder>,
-    ) -> Result<Self, String> {
-        let handle = machine.handle();
+impl<'a> Seen<'a> {
+    /// What `who` wants of the machine that `config` describes, which writes to `recorder`.
+    pub fn by(who: Who, config: &'a VmConfig, recorder: Arc<Recorder>) -> Self {
         match who {
-            Who::Bare | Who::Vmm => Ok(Self::Nobodys),
+            Who::Bare | Who::Vmm => Self::Nobodys,
             Who::Traced => {
                 let path = config.kernel.clone().unwrap_or_default().with_extension("trace");
-                let (header, ram) = (Header::of(config, handle.inventory()), handle.ram().clone());
-                let start = Recording::start(&path, header, recorder, Start::now(), machine.counters(), ram);
-                Ok(Self::Recorded(start.map_err(text)?, path))
+                Self::Recorded(Recorded::new(config, path.clone(), recorder), path)
             }
-            Who::Watched => {
-                let live = Live::new(config.clone(), recorder, false);
-                let viewer = live.attach(Some(&handle)).map_err(text)?;
-                let (sender, ended) = channel();
-                let ask = move || loop {
-                    viewer.sample(Some(&handle));
-                    if ended.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout) {
-                        return;
-                    }
-                };
-                let thread = thread::Builder::new().name("viewer".to_owned()).spawn(ask).map_err(text)?;
-                Ok(Self::Watched(sender, thread))
-            }
+            Who::Watched => Self::Watched(Live::new(config.clone(), recorder, false), None),
         }
     }
 
@@ -70,14 +49,45 @@ impl Seen {
     /// Not all of it could be kept.
     pub fn end(self) -> Result<(), String> {
         match self {
-            Self::Nobodys => Ok(()),
-            Self::Recorded(recording, path) => {
-                recording.finish().map_err(text)?;
+            Self::Nobodys | Self::Watched(..) => Ok(()),
+            Self::Recorded(recorded, path) => {
+                recorded.finish().map_err(text)?;
                 std::fs::remove_file(path).map_err(text)
             }
-            Self::Watched(sender, thread) => {
-                drop(sender);
-                thread.join().map_err(|_| "the viewer panicked".to_owned())
+        }
+    }
+}
+
+impl Observer for Seen<'_> {
+    fn built(&mut self, machine: &Machine, ptys: &[Pty]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        match self {
+            Self::Nobodys => {}
+            Self::Recorded(recorded, _) => recorded.built(machine, ptys)?,
+            Self::Watched(live, asks) => {
+                let handle = machine.handle();
+                let viewer = live.attach(Some(&handle))?;
+                let (sender, ended) = channel();
+                let ask = move || loop {
+                    viewer.sample(Some(&handle));
+                    if ended.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout) {
+                        return;
+                    }
+                };
+                *asks = Some((sender, thread::Builder::new().name("viewer".to_owned()).spawn(ask)?));
+            }
+        }
+        Ok(())
+    }
+
+    fn ended(&mut self, outcome: &Result<Outcome, machine::Error>, reboots: bool) {
+        match self {
+            Self::Nobodys => {}
+            Self::Recorded(recorded, _) => recorded.ended(outcome, reboots),
+            Self::Watched(_, asks) => {
+                if let Some((sender, thread)) = asks.take() {
+                    drop(sender);
+                    let _ = thread.join();
+                }
             }
         }
     }

@@ -8,8 +8,10 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
@@ -29,11 +31,14 @@ const CHILD: &str = "chardev::terminal::tests::child";
 #[ignore = "run by the other tests, on a terminal of its own"]
 fn child() {
     let Ok(scenario) = env::var(SCENARIO) else { return };
-    let endpoint = Endpoint::open(&Where::Stdio).unwrap();
+    let endpoint = Endpoint::open(&Where::Stdio, &crate::event_loop::running()).unwrap();
     let say = |text: &str| assert_eq!(endpoint.write(text.as_bytes()), text.len());
     let (sender, escapes) = mpsc::channel();
     endpoint.on_escape(move |escape| sender.send(escape).unwrap());
-    assert!(Endpoint::open(&Where::Stdio).is_err(), "there is one standard input");
+    assert!(
+        Endpoint::open(&Where::Stdio, &crate::event_loop::running()).is_err(),
+        "there is one standard input"
+    );
     say("[ready]");
     match scenario.as_str() {
         "drop" => drop(endpoint),

@@ -20,27 +20,35 @@ use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::Debugger;
 use place::Door;
 use session::{Event, Session};
-use vmm_monitor::machine::{self, Machine};
+use vmm_monitor::api::Pty;
+use vmm_monitor::machine::{self, Machine, Outcome};
+use vmm_monitor::session::Observer;
 
 pub use place::{Error, Place};
 
 /// A place where gdb connects, and the thread that serves it.
 #[derive(Debug)]
 pub struct Server {
+    /// What gdb is told of a run's end: the monitor's exit status.
+    status: fn(&Result<Outcome, machine::Error>) -> u8,
     events: Sender<Event>,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Opens `place` and says on standard error how to connect. `kernel` is what gdb would read symbols from.
+    /// Opens `place` and says on standard error how to connect. `kernel` is what gdb would read symbols from; `status` is the
+    /// exit status of this process for each way in which a run can end, which gdb is told.
     ///
     /// # Errors
     /// [`Error`]
-    pub fn listen(place: &Place, kernel: Option<&Path>) -> Result<Self, Error> {
+    pub fn listen(
+        place: &Place,
+        kernel: Option<&Path>,
+        status: fn(&Result<Outcome, machine::Error>) -> u8,
+    ) -> Result<Self, Error> {
         let door = Door::open(place)?;
         let is_elf = |path: &&Path| {
             let mut magic = [0; 4];
@@ -66,7 +74,7 @@ impl Server {
             started: false,
         };
         let thread = std::thread::Builder::new().name("gdb".to_owned()).spawn(|| session.run());
-        Ok(Self { events, wake, thread: Some(thread.map_err(Error::Thread)?) })
+        Ok(Self { status, events, wake, thread: Some(thread.map_err(Error::Thread)?) })
     }
 
     fn tell(&self, event: Event) {
@@ -88,17 +96,21 @@ fn tell(events: &Sender<Event>, wake: &OwnedFd, event: Event) {
     let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
 }
 
-impl Debugger for Server {
-    fn attach(&mut self, machine: &Machine) -> Result<(), machine::Error> {
+impl Observer for Server {
+    fn built(
+        &mut self,
+        machine: &Machine,
+        _: &[Pty],
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let (events, wake) = (self.events.clone(), self.wake.clone());
         let debug = machine.debug(move |stop| tell(&events, &wake, Event::Stopped(stop)))?;
         self.tell(Event::Machine(debug));
         Ok(())
     }
 
-    fn ended(&mut self, status: Option<u8>) {
-        self.tell(Event::Ended(status));
-        if status.is_some() {
+    fn ended(&mut self, outcome: &Result<Outcome, machine::Error>, reboots: bool) {
+        self.tell(Event::Ended((!reboots).then(|| (self.status)(outcome))));
+        if !reboots {
             self.join();
         }
     }

@@ -4,26 +4,34 @@
 //! otherwise.
 
 use std::process;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::{Control, Pty, Sample, State, Status, Viewer, Viewers, Watch};
+use crate::api::{Control, Pty, Sample, State, Status, Viewer, Viewers, Watch};
+use crate::chardev::terminal;
 use crate::config::VmConfig;
 use crate::error_chain;
 use crate::machine::{Handle, Phase};
 
 /// A virtual machine that this process runs.
 #[derive(Debug)]
-pub struct Running {
+pub(super) struct Running {
     started: Instant,
     /// All of the status but what changes.
     status: Status,
     now: Arc<Mutex<Now>>,
     viewers: Arc<dyn Viewers>,
+    /// Set by a kill, for whoever is busy after the machine's end.
+    killed: Arc<AtomicBool>,
+    /// The exit status of a process that has to be ended.
+    killed_status: u8,
 }
 
 #[derive(Debug, Default)]
 struct Now {
+    /// There will be no machine any more.
+    over: bool,
     machine: Option<Handle>,
     button: bool,
     kill: bool,
@@ -32,7 +40,7 @@ struct Now {
 
 impl Running {
     /// One that is called `name` and will be built from `config`, and that `viewers` can look at.
-    pub fn new(name: &str, config: &VmConfig, viewers: Arc<dyn Viewers>) -> Self {
+    pub fn new(name: &str, config: &VmConfig, viewers: Arc<dyn Viewers>, killed_status: u8) -> Self {
         let status = Status {
             name: name.to_owned(),
             pid: process::id(),
@@ -43,7 +51,14 @@ impl Running {
             kernel: config.kernel.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
             ptys: Vec::new(),
         };
-        Self { started: Instant::now(), status, now: Arc::default(), viewers }
+        Self {
+            started: Instant::now(),
+            status,
+            now: Arc::default(),
+            viewers,
+            killed: Arc::default(),
+            killed_status,
+        }
     }
 
     /// The machine is built: what was asked for meanwhile reaches it now.
@@ -63,6 +78,16 @@ impl Running {
         let mut now = self.now();
         now.machine = None;
         now.button || now.kill
+    }
+
+    /// There will be no other machine: whoever wants the end of what is still to do has to end the process.
+    pub fn over(&self) {
+        self.now().over = true;
+    }
+
+    /// Set once the machine is killed.
+    pub fn killed(&self) -> Arc<AtomicBool> {
+        self.killed.clone()
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
@@ -101,7 +126,7 @@ impl Control for Running {
     fn status(&self) -> Status {
         let now = self.now();
         let state = match &now.machine {
-            _ if now.kill || now.button => State::Stopping,
+            _ if now.kill || now.button || now.over => State::Stopping,
             None => State::Starting,
             Some(machine) => match machine.phase() {
                 Phase::Running => State::Running,
@@ -123,15 +148,24 @@ impl Control for Running {
 
     fn power_button(&self) -> Result<(), String> {
         let mut now = self.now();
+        if now.over {
+            return Err("it has ended".to_owned());
+        }
         now.button = true;
         now.machine.iter().for_each(Handle::power_button);
         Ok(())
     }
 
     fn kill(&self) {
+        self.killed.store(true, Ordering::SeqCst);
         let mut now = self.now();
         now.kill = true;
         now.machine.iter().for_each(Handle::kill);
+    }
+
+    fn give_up(&self) {
+        terminal::restore();
+        signal_hook::low_level::exit(self.killed_status.into());
     }
 
     fn watch(&self) -> Result<Box<dyn Watch>, String> {

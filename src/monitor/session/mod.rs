@@ -1,0 +1,199 @@
+//! [`Session`]: a run of a machine from start to end, over its reboots.
+//!
+//! Owns what outlives a machine: the name and control socket, the signals, the host ends of its consoles, the recorder, the control
+//! thread. The command line, the labs, the bench and whatever else runs machines drive it; it knows none of them.
+
+mod running;
+
+use std::error;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use crate::api::registry::{Entry, Registry};
+use crate::api::server::Server;
+use crate::api::signals::Signals;
+use crate::api::{self, Control, Pty, Viewers};
+use crate::chardev::{Endpoint, Ends};
+use crate::config::{OnReboot, VmConfig};
+use crate::event_loop::EventLoop;
+use crate::machine::{self, Machine, Outcome};
+use crate::recorder::Recorder;
+use crate::threads::Role;
+use running::Running;
+
+/// Why a session could not be, or ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The machine could not be built or run.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// It cannot have its name, or be controlled.
+    #[error(transparent)]
+    Api(#[from] api::Error),
+    /// An [`Observer`] refused.
+    #[error(transparent)]
+    Observer(Box<dyn error::Error + Send + Sync>),
+}
+
+/// Sees each machine of a session: the first, and those that reboots make.
+pub trait Observer {
+    /// `machine` is loaded and runs next; `ptys` lead into it.
+    ///
+    /// # Errors
+    /// The machine is not run, and the session is over.
+    fn built(&mut self, machine: &Machine, ptys: &[Pty]) -> Result<(), Box<dyn error::Error + Send + Sync>>;
+
+    /// Its run is over. `reboots`: there will be another machine.
+    fn ended(&mut self, outcome: &Result<Outcome, machine::Error>, reboots: bool);
+}
+
+/// How a session is controlled from outside.
+#[derive(Debug)]
+pub struct Controls {
+    /// From a stop to a hard end, unless the stop says otherwise.
+    pub stop_timeout: Duration,
+    /// Who adds up what the machine does while somebody watches.
+    pub viewers: Arc<dyn Viewers>,
+    /// Called when the control thread starts, before it: for threads of the owner's, which shorter runs do without.
+    pub serving: fn(),
+    /// The exit status of this process if it has to be ended because a killed machine does not end by itself.
+    pub killed_status: u8,
+}
+
+struct Controlled {
+    server: Option<Server>,
+    /// Until there is a server: whoever connects or signals before is kept waiting, not lost.
+    unserved: Option<(Entry, Signals)>,
+    running: Arc<Running>,
+    stop_timeout: Duration,
+    serving: fn(),
+}
+
+/// See the module's text.
+pub struct Session<'a> {
+    config: &'a VmConfig,
+    recorder: Arc<Recorder>,
+    // Dropped in this order: the name is free before anybody learns of the end, and all of them are handlers of the loop.
+    controlled: Option<Controlled>,
+    ends: Ends,
+    events: EventLoop,
+}
+
+impl<'a> Session<'a> {
+    /// A session of a machine that `config` describes, which nobody else can reach: no name, and signals do what they did before.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn private(config: &'a VmConfig, recorder: Arc<Recorder>) -> Result<Self, Error> {
+        let events = EventLoop::new().map_err(api::Error::Thread)?;
+        let ends = Ends::new(events.clone());
+        Ok(Self { config, recorder, ends, controlled: None, events })
+    }
+
+    /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on.
+    ///
+    /// # Errors
+    /// The name is taken; the host is out of descriptors.
+    pub fn controlled(
+        config: &'a VmConfig,
+        recorder: Arc<Recorder>,
+        controls: Controls,
+    ) -> Result<Self, Error> {
+        // Before anything that a signal would have to undo.
+        let signals = Signals::take().map_err(api::Error::Thread)?;
+        let entry = Registry::of_user().register(config.name.as_deref())?;
+        log::info!("{}: control socket registered", entry.name());
+        let Controls { stop_timeout, viewers, serving, killed_status } = controls;
+        let running = Arc::new(Running::new(entry.name(), config, viewers, killed_status));
+        let unserved = Some((entry, signals));
+        let controlled = Some(Controlled { server: None, unserved, running, stop_timeout, serving });
+        let mut session = Self::private(config, recorder)?;
+        session.controlled = controlled;
+        Ok(session)
+    }
+
+    /// Gives `role` (`console`, `serial`, `port NAME`) a host end that is open already, whatever the configuration says.
+    pub fn put(&mut self, role: &str, end: Endpoint) {
+        self.ends.put(role, end);
+    }
+
+    /// Set when the session is killed, also after its machine's end: for what its owner still has to do then.
+    pub fn killed(&self) -> Arc<AtomicBool> {
+        self.controlled.as_ref().map_or_else(Arc::default, |controlled| controlled.running.killed())
+    }
+
+    /// Runs the machine, and again after each reboot if the configuration wants that. Signals and clients are served until the
+    /// session is dropped.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn run(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
+        let result = self.run_all(observers);
+        if let Some(controlled) = &self.controlled {
+            controlled.running.over();
+        }
+        // What comes next may take its time, and can be ended meanwhile.
+        self.serve()?;
+        result
+    }
+
+    fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
+        loop {
+            let mut machine = machine::load(self.config, &mut self.ends, &self.recorder)?;
+            let ptys = self.ptys();
+            for observer in &mut *observers {
+                observer.built(&machine, &ptys).map_err(Error::Observer)?;
+            }
+            let running = self.controlled.as_ref().map(|controlled| controlled.running.clone());
+            if let Some(running) = &running {
+                running.built(machine.handle(), ptys);
+            }
+            let mut served = Ok(());
+            let outcome = machine.run(&mut || served = self.serve());
+            let stopped = running.is_some_and(|running| running.ended());
+            let reboots = matches!(outcome, Ok(Outcome::Reset))
+                && self.config.on_reboot == OnReboot::Reset
+                && !stopped
+                && served.is_ok();
+            for observer in &mut *observers {
+                observer.ended(&outcome, reboots);
+            }
+            // Why nobody serves says more than that the machine was killed for want of it.
+            served?;
+            if !reboots {
+                machine.leave();
+                return Ok(outcome?);
+            }
+            log::info!("the guest rebooted: starting it again");
+        }
+    }
+
+    /// Has orders, terminal and serial input served from now on.
+    fn serve(&mut self) -> Result<(), Error> {
+        let started = self.start_server();
+        if let (Err(_), Some(controlled)) = (&started, &self.controlled) {
+            controlled.running.kill();
+        }
+        started
+    }
+
+    fn start_server(&mut self) -> Result<(), Error> {
+        if let Some(controlled) = &mut self.controlled
+            && let Some((entry, signals)) = controlled.unserved.take()
+        {
+            (controlled.serving)();
+            let (running, timeout) = (controlled.running.clone(), controlled.stop_timeout);
+            controlled.server = Some(Server::start(&self.events, entry, Some(signals), running, timeout)?);
+        }
+        Ok(self.events.run(Role::Control).map_err(api::Error::Thread)?)
+    }
+
+    fn ptys(&self) -> Vec<Pty> {
+        let pty = |(role, place): (&str, String)| {
+            let path = place.strip_prefix("pty=")?.into();
+            Some(Pty { device: role.to_owned(), path })
+        };
+        self.ends.list().filter_map(pty).collect()
+    }
+}
