@@ -4,6 +4,8 @@
 
 mod build;
 mod debug;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

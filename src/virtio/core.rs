@@ -188,7 +188,7 @@ impl Parts {
                 doorbell.signal();
             }
         }
-        if changed {
+        if changed && self.started {
             self.notifier.config_changed();
             interrupted = Some(u64::MAX);
         }
