@@ -148,6 +148,34 @@ fn the_monitors_modules_use_only_their_layer_and_those_below() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// What `virtio` is made of beside devices.
+const VIRTIO_CORE: [&str; 5] = ["core", "device", "mmio", "queue", "testing"];
+
+/// To add one is its own file and `virtio/mod.rs` (and a subject of the tests), because nothing else knows it.
+#[test]
+fn a_virtio_device_is_known_to_its_own_file_and_the_list_alone() {
+    let all = sources();
+    let list = all.iter().find(|(path, _, _)| path.ends_with("virtio/mod.rs")).unwrap();
+    let modules = list.2.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+    let devices: Vec<_> = modules.filter(|module| !VIRTIO_CORE.contains(module)).collect();
+    assert!(devices.len() >= 3, "found only {devices:?}");
+    let mut wrong = Vec::new();
+    for (path, module, text) in &all {
+        let text = code(text);
+        for device in &devices {
+            let own =
+                [format!("virtio/{device}.rs"), format!("virtio/{device}/"), "virtio/mod.rs".to_owned()];
+            let inside = module == "virtio" && text.contains(&format!("super::{device}"));
+            if !own.iter().any(|own| path.to_str().unwrap().starts_with(own))
+                && (inside || text.contains(&format!("virtio::{device}")))
+            {
+                wrong.push(format!("{}: {device}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 #[test]
 fn unsafe_stands_only_where_the_design_says() {
     let is_unsafe = |line: &str| {

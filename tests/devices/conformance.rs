@@ -2,10 +2,10 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use vmm_monitor::bus::Device;
+use vmm_monitor::bus::{Device, Effect};
 use vmm_monitor::state::Saved;
 
-use crate::guest::{EVENT_IDX, Guest, NEEDS_RESET, STATUS};
+use crate::guest::{DATA, EVENT_IDX, Guest, NEEDS_RESET, STATUS};
 use crate::subjects::{Subject, all};
 
 fn for_each(test: impl Fn(&Subject)) {
@@ -82,6 +82,40 @@ fn what_is_kicked_while_paused_is_done_after_resume() {
         std::thread::sleep(std::time::Duration::from_millis(20));
         assert_eq!(guest.interrupts(), interrupts, "a paused device is quiet");
         guest.mmio.resume();
+        (subject.traffic)(&mut guest);
+    });
+}
+
+#[test]
+fn drivers_get_no_thread_from_their_vcpu_but_by_asking_the_machine_once() {
+    for_each(|subject| {
+        let mut guest = Guest::new((subject.build)());
+        guest.negotiate(0);
+        guest.set_up();
+        let status = |guest: &mut Guest, value: u32| guest.mmio.write(STATUS, &value.to_le_bytes());
+        assert_eq!(status(&mut guest, 15), Effect::Serve);
+        assert_eq!(status(&mut guest, 15), Effect::None, "it has asked");
+        let ring = &mut guest.rings[subject.queue];
+        let head = ring.add(&[(DATA, 16)], &[(DATA + 0x1000, 512), (DATA + 0x100, 1)]);
+        guest.store(DATA, &[0; 16]);
+        guest.notify(subject.queue);
+        // Output of a console is served by the vCPU itself, all else waits for the worker.
+        let at_once = guest.rings[subject.queue].used();
+        assert_eq!(at_once.is_some(), subject.name.starts_with("console"));
+        guest.resume();
+        let done = at_once.unwrap_or_else(|| guest.rings[subject.queue].wait_used(20));
+        assert_eq!(done.0, head);
+        // The worker stays over a reset, and is not asked for again, but after a pause.
+        guest.negotiate(0);
+        guest.set_up();
+        assert_eq!(status(&mut guest, 15), Effect::None);
+        (subject.traffic)(&mut guest);
+        guest.reset();
+        guest.settle();
+        guest.negotiate(0);
+        guest.set_up();
+        assert_eq!(status(&mut guest, 15), Effect::Serve);
+        guest.resume();
         (subject.traffic)(&mut guest);
     });
 }

@@ -9,6 +9,7 @@ use vmm_monitor::bus::{Device, Effect};
 use vmm_monitor::memory::GuestRam;
 use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::mmio::Mmio;
+use vmm_monitor::virtio::queue::Setup;
 use vmm_monitor::virtio::testing::DriverRing;
 use vmm_monitor::vm::fake::FakeVm;
 
@@ -16,8 +17,8 @@ use vmm_monitor::vm::fake::FakeVm;
 pub const BASE: u64 = 0xfe00_0000;
 const GSI: u32 = 16;
 /// Guest address of the first ring; each has [`RING_ROOM`].
-const RINGS: u64 = 0x1000;
-const RING_ROOM: u64 = 0x3000;
+pub const RINGS: u64 = 0x1000;
+pub const RING_ROOM: u64 = 0x3000;
 /// Guest address of memory that tests use for buffers.
 pub const DATA: u64 = 0x4_0000;
 /// End of the low RAM; there is a hole, then more RAM.
@@ -163,6 +164,17 @@ impl Guest {
         self.mmio.pause(Instant::now() + Duration::from_secs(20)).unwrap();
     }
 
+    /// Undoes [`Guest::pause`].
+    pub fn resume(&mut self) {
+        self.mmio.resume();
+    }
+
+    /// Waits until no callback is under way, so that what has not happened by now does not happen.
+    pub fn settle(&mut self) {
+        self.pause();
+        self.resume();
+    }
+
     /// The configuration space's first `N` bytes.
     pub fn config<const N: usize>(&mut self, offset: u64) -> [u8; N] {
         let mut data = [0xff; N];
@@ -220,18 +232,21 @@ impl Guest {
                 break;
             }
             let ring = DriverRing::new(&self.ram, RINGS + RING_ROOM * u64::from(index), max.min(64) as u16);
-            let setup = ring.setup();
-            self.write(0x38, setup.size.into());
-            for (register, address) in
-                [(0x80, setup.descriptors), (0x90, setup.available), (0xa0, setup.used)]
-            {
-                self.write(register, address as u32);
-                self.write(register + 4, (address >> 32) as u32);
-            }
-            self.write(0x44, 1);
+            self.set_up_queue(index, &ring.setup());
             assert_eq!(self.read(0x44), 1, "queue {index} is ready");
             self.rings.push(ring);
         }
+    }
+
+    /// Tells the device where queue `index` is, and to enable it.
+    pub fn set_up_queue(&mut self, index: u32, setup: &Setup) {
+        self.write(0x30, index);
+        self.write(0x38, setup.size.into());
+        for (register, address) in [(0x80, setup.descriptors), (0x90, setup.available), (0xa0, setup.used)] {
+            self.write(register, address as u32);
+            self.write(register + 4, (address >> 32) as u32);
+        }
+        self.write(0x44, 1);
     }
 
     /// Kicks `queue` if the device wants to know of what was offered since `old`. True if it did.

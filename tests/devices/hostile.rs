@@ -303,12 +303,12 @@ fn property(mutate: bool, time: Duration) {
 
 #[test]
 fn arbitrary_drivers_break_nothing() {
-    property(false, Duration::from_millis(1500));
+    property(false, Duration::from_millis(1200));
 }
 
 #[test]
 fn descriptors_that_change_under_the_device_break_nothing() {
-    property(true, Duration::from_millis(1500));
+    property(true, Duration::from_millis(1200));
 }
 
 #[test]

@@ -27,13 +27,15 @@ pub struct Subject {
     pub build: Box<dyn Fn() -> Box<dyn VirtioDevice>>,
     /// One exchange between a running device and its driver, with its outcome checked. Runs any number of times.
     pub traffic: Box<dyn Fn(&mut Guest)>,
+    /// A queue from which the device takes all that is offered, whatever it is.
+    pub queue: usize,
     /// What it stands on, for as long as it is used.
     _keep: Option<TempDir>,
 }
 
 /// The list.
 pub fn all() -> Vec<Subject> {
-    vec![block(), block_readonly(), rng(), console(), console_with_a_port()]
+    vec![block(512), block(4096), block_readonly(), rng(), console(), console_with_a_port()]
 }
 
 fn rng() -> Subject {
@@ -47,6 +49,7 @@ fn rng() -> Subject {
             assert_eq!(guest.load(DATA + 24, 8), [0; 8], "nothing between the buffers");
             assert_ne!(guest.load(DATA + 32, 32), [0; 32]);
         }),
+        queue: 0,
         _keep: None,
     }
 }
@@ -84,11 +87,13 @@ pub fn header(guest: &Guest, at: u64, kind: u32, sector: u64) {
     guest.store(at, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
 }
 
-fn block() -> Subject {
-    let (keep, disk) = image(1 << 20);
+/// With blocks of any size the unit of requests is a sector.
+fn block(block_size: u32) -> Subject {
+    let (keep, mut disk) = image(1 << 20);
+    disk.block_size = Some(block_size.to_string().parse().unwrap());
     let fill = AtomicU8::new(1);
     Subject {
-        name: "block",
+        name: if block_size == 512 { "block" } else { "block, large blocks" },
         build: Box::new(move || open(&disk)),
         traffic: Box::new(move |guest| {
             let (out, back, status) = (DATA + 0x1000, DATA + 0x3000, DATA + 0x100);
@@ -106,6 +111,7 @@ fn block() -> Subject {
             let expect = [vec![39; 512], vec![byte; 1024], vec![42; 512]].concat();
             assert_eq!(guest.load(back, 2048), expect);
         }),
+        queue: 0,
         _keep: Some(keep),
     }
 }
@@ -125,6 +131,7 @@ fn block_readonly() -> Subject {
             guest.request(0, &[(DATA, 16), (data, 512)], &[(status, 1)]);
             assert_eq!(guest.load(status, 1), [1], "a write is an error");
         }),
+        queue: 0,
         _keep: Some(keep),
     }
 }
@@ -166,6 +173,7 @@ fn console() -> Subject {
         name: "console",
         build: Box::new(move || Box::new(Console::new(end.clone(), vec![]).unwrap())),
         traffic: Box::new(move |guest| talk(guest, 0, &host, round.fetch_add(1, Ordering::Relaxed))),
+        queue: 1,
         _keep: None,
     }
 }
@@ -203,6 +211,7 @@ fn console_with_a_port() -> Subject {
             talk(guest, 0, &main_host, round);
             talk(guest, 4, &port_host, round);
         }),
+        queue: 1,
         _keep: None,
     }
 }

@@ -6,6 +6,8 @@ mod build;
 mod debug;
 mod inventory;
 mod origin;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -24,6 +26,7 @@ use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::fw_cfg::FwCfg;
 use crate::memory::dirty::DirtyPages;
 use crate::vcpu::dispatch::{Buses, End};
+use crate::vcpu::gate::NotClosed;
 use crate::vcpu::{self, Ended};
 use crate::{boot, chardev, kvm, memory, virtio};
 
@@ -379,6 +382,9 @@ pub enum PauseError {
     /// The run is over.
     #[error(transparent)]
     Ended(#[from] AlreadyEnded),
+    /// This vCPU's thread is held up on the host. The machine runs on.
+    #[error("vcpu{0} does not stop: the host holds up its thread")]
+    Vcpu(usize),
     /// The machine runs on.
     #[error(transparent)]
     Busy(#[from] NotAtRest),
@@ -402,8 +408,10 @@ impl Handle {
         let shared = &self.0;
         let mut phase = lock(&shared.phase);
         if *phase == Phase::Running {
-            if !shared.vcpus.gate.close(|| shared.kick_all()) {
-                return Err(AlreadyEnded.into());
+            match shared.vcpus.gate.close(Instant::now() + PAUSE_LIMIT, || shared.kick_all()) {
+                Ok(()) => {}
+                Err(NotClosed::Shut) => return Err(AlreadyEnded.into()),
+                Err(NotClosed::Running(vcpu)) => return Err(PauseError::Vcpu(vcpu)),
             }
             if let Err(busy) = shared.pause_devices(PAUSE_LIMIT) {
                 shared.resume_devices();

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::bus::lock;
 use crate::kvm::Vcpu;
@@ -83,6 +83,15 @@ pub enum Passed {
     Leave,
 }
 
+/// Why [`Gate::close`] did not close the gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotClosed {
+    /// It is shut for good.
+    Shut,
+    /// This vCPU did not come in time.
+    Running(usize),
+}
+
 impl Gate {
     /// How long the closer waits before it kicks the stragglers again.
     const PATIENCE: Duration = Duration::from_millis(20);
@@ -125,16 +134,29 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Closes the gate and waits until all vCPUs stand still. `kick` brings them out of the guest. False if the gate is
-    /// shut for good.
-    pub fn close(&self, kick: impl Fn()) -> bool {
+    /// Closes the gate and waits until all vCPUs stand still. `kick` brings them out of the guest.
+    ///
+    /// # Errors
+    /// [`NotClosed`]; the gate is open again if it was.
+    pub fn close(&self, deadline: Instant, kick: impl Fn()) -> Result<(), NotClosed> {
         let mut state = lock(&self.state);
         if state.want == Want::Leave {
-            return false;
+            return Err(NotClosed::Shut);
         }
         state.want = Want::Park;
-        state = self.wait(state, kick, |state| state.stands() || state.want != Want::Park);
-        state.want == Want::Park
+        let over = || Instant::now() >= deadline;
+        state = self.wait(state, kick, |state| state.stands() || state.want != Want::Park || over());
+        if state.want == Want::Leave {
+            return Err(NotClosed::Shut);
+        }
+        match state.vcpus.iter().position(|vcpu| !vcpu.parked && !vcpu.left) {
+            None => Ok(()),
+            Some(vcpu) => {
+                state.want = Want::Run;
+                self.changed.notify_all();
+                Err(NotClosed::Running(vcpu))
+            }
+        }
     }
 
     /// Opens a closed gate. Those that are held stay.
@@ -208,6 +230,24 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread;
 
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    #[test]
+    fn a_vcpu_that_does_not_come_is_named_and_the_others_run_on() {
+        let gate = Arc::new(Gate::new(2));
+        let vcpu = gate.clone();
+        let thread = thread::spawn(move || while vcpu.pass(0, |_| ()) != Passed::Leave {});
+        let deadline = Instant::now() + Duration::from_millis(50);
+        assert_eq!(gate.close(deadline, || ()), Err(NotClosed::Running(1)));
+        gate.left(1);
+        assert_eq!(gate.close(soon(), || ()), Ok(()));
+        gate.left(0);
+        gate.shut(|| ());
+        thread.join().unwrap();
+    }
+
     #[test]
     fn parks_all_runs_on_and_lets_all_leave() {
         let gate = Arc::new(Gate::new(3));
@@ -227,7 +267,7 @@ mod tests {
                 })
             })
             .collect();
-        assert!(gate.close(|| ()));
+        assert_eq!(gate.close(soon(), || ()), Ok(()));
         let before = rounds.load(Ordering::SeqCst);
         thread::sleep(Duration::from_millis(20));
         assert_eq!(rounds.load(Ordering::SeqCst), before, "all stand still");
@@ -238,7 +278,7 @@ mod tests {
         // Held one by one, they stay when the gate is closed and opened.
         assert!(gate.hold_all(|| ()));
         let before = rounds.load(Ordering::SeqCst);
-        assert!(gate.close(|| ()));
+        assert_eq!(gate.close(soon(), || ()), Ok(()));
         gate.open();
         gate.release(1);
         while rounds.load(Ordering::SeqCst) < before + 30 {
@@ -247,6 +287,6 @@ mod tests {
         assert_eq!(pauses.load(Ordering::SeqCst), 4, "one of them runs");
         gate.shut(|| ());
         vcpus.into_iter().for_each(|t| t.join().unwrap());
-        assert!(!gate.close(|| ()), "nobody is left to park");
+        assert_eq!(gate.close(soon(), || ()), Err(NotClosed::Shut), "nobody is left to park");
     }
 }

@@ -189,7 +189,7 @@ impl Parts {
                 doorbell.signal();
             }
         }
-        if changed {
+        if changed && self.started {
             self.notifier.config_changed();
             interrupted = Some(u64::MAX);
         }
