@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Modules by layer: one uses only its own layer and those before it.
 const LAYERS: [&[&str]; 10] = [
-    &["event_loop", "state", "config", "guest_log", "recorder"],
+    &["event_loop", "state", "config", "guest_log", "output", "printable", "recorder"],
     &["memory", "vm", "bus"],
     &["disk", "net", "chardev"],
     &["kvm"],

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::termios::isatty;
 
+use super::file::Loss;
 use super::poll::{EventFlags, Poll, Watch, ready_now};
 use super::{Host, Interest};
 
@@ -40,8 +41,8 @@ pub struct Descriptor {
     name: String,
     /// At its end, or broken: reads give nothing and writes vanish from now on.
     closed: bool,
-    /// An error that did not end it was logged.
-    complained: bool,
+    /// What errors that did not end it cost.
+    loss: Loss,
 }
 
 /// What a pipe takes without blocking when poll(2) says that it is writable (pipe(7), PIPE_BUF).
@@ -66,7 +67,7 @@ impl Descriptor {
             // Not reopened: it would have a file position of its own.
             _ => (Mode::Always, fd.try_clone_to_owned()?),
         };
-        Ok(Self { fd, mode, watch: None, name: name.to_owned(), closed: false, complained: false })
+        Ok(Self { fd, mode, watch: None, name: name.to_owned(), closed: false, loss: Loss::default() })
     }
 
     /// From a descriptor whose description is ours alone.
@@ -79,7 +80,7 @@ impl Descriptor {
                 Mode::Nonblocking
             }
         };
-        Ok(Self { fd, mode, watch: None, name: name.to_owned(), closed: false, complained: false })
+        Ok(Self { fd, mode, watch: None, name: name.to_owned(), closed: false, loss: Loss::default() })
     }
 
     /// Reads what is there: 0 if nothing is, now or for ever ([`Descriptor::is_closed`]).
@@ -135,9 +136,7 @@ impl Descriptor {
             }
             // A full disk may have room again later.
             Err(error) => {
-                if !std::mem::replace(&mut self.complained, true) {
-                    log::error!("{}: {error}; output is being lost", self.name);
-                }
+                self.loss.add(&self.name, &error, data.len());
                 data.len()
             }
         }
@@ -279,7 +278,7 @@ mod tests {
             watch: None,
             name: String::new(),
             closed: false,
-            complained: false,
+            loss: Loss::default(),
         };
         let (mut input, mut output) = (polled(reader.into()), polled(writer.into()));
         let mut buf = [0; 9000];
@@ -337,6 +336,6 @@ mod tests {
     fn a_full_disk_loses_output_but_does_not_end_it() {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let mut output = Descriptor::owned(full.into(), "out").unwrap();
-        assert_eq!((output.write(b"abc"), output.is_closed(), output.complained), (3, false, true));
+        assert_eq!((output.write(b"abc"), output.is_closed(), output.loss.bytes), (3, false, 3));
     }
 }

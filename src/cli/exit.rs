@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::anyhow;
 use serde::Serialize;
 
-use crate::{api, config};
+use crate::{api, config, printable};
 
 /// The exit codes. All are even, because those of the debug-exit device are odd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,6 +121,7 @@ impl Failure {
         if let Some(hint) = &self.hint {
             text.push_str(&format!("hint: {hint}\n"));
         }
+        let text = printable::lines(&text);
         // One write, so that it stays in one piece. If stderr is gone there is nobody to tell.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
@@ -143,7 +144,7 @@ impl From<api::Error> for Failure {
 /// A command's result as JSON.
 pub fn pretty(value: &impl Serialize) -> String {
     // What is printed here has string keys and finite numbers only, so it cannot fail.
-    let mut text = serde_json::to_string_pretty(value).unwrap_or_default();
+    let mut text = printable::json(serde_json::to_string_pretty(value).unwrap_or_default());
     text.push('\n');
     text
 }

@@ -4,6 +4,8 @@ use std::io::{IsTerminal, Write};
 
 use env_logger::{Builder, Env};
 
+use crate::printable;
+
 /// Starts logging with so many `-v`s.
 pub fn start(verbose: u8) {
     let level = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
@@ -13,7 +15,7 @@ pub fn start(verbose: u8) {
     let environment = Env::default().default_filter_or(level);
     Builder::from_env(environment)
         .format(move |out, record| {
-            let text = record.args().to_string().replace('\n', end);
+            let text = printable::lines(&record.args().to_string()).replace('\n', end);
             let level = record.level().as_str().to_lowercase();
             if verbose == 0 {
                 return write!(out, "vmm: {level}: {text}{end}");

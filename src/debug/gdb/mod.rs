@@ -50,7 +50,8 @@ impl Server {
         // Not a log line: it is what to do next.
         let _ = writeln!(
             std::io::stderr(),
-            "vmm: the guest waits for gdb: gdb {} -ex 'target remote {door}'",
+            "vmm: the guest waits for gdb ({}): gdb {} -ex 'target remote {door}'",
+            door.who(),
             kernel.display()
         );
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
