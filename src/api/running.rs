@@ -4,6 +4,7 @@
 //! otherwise.
 
 use std::process;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -23,6 +24,8 @@ pub struct Running {
     status: Status,
     now: Arc<Mutex<Now>>,
     live: Arc<Live>,
+    /// Times that it was told to end.
+    orders: AtomicU32,
 }
 
 #[derive(Debug, Default)]
@@ -47,7 +50,7 @@ impl Running {
             kernel: config.kernel.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
             ptys: Vec::new(),
         };
-        Self { started: Instant::now(), status, now: Arc::default(), live }
+        Self { started: Instant::now(), status, now: Arc::default(), live, orders: AtomicU32::new(0) }
     }
 
     /// What its machines are to tell of what they do.
@@ -72,6 +75,11 @@ impl Running {
         let mut now = self.now();
         now.machine = None;
         now.button || now.kill
+    }
+
+    /// How often it was told to end, by whatever way. One more ends also what is done after the machine's end.
+    pub fn orders(&self) -> u32 {
+        self.orders.load(Ordering::Relaxed)
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
@@ -131,6 +139,7 @@ impl Control for Running {
     }
 
     fn power_button(&self) -> Result<(), String> {
+        self.orders.fetch_add(1, Ordering::Relaxed);
         let mut now = self.now();
         now.button = true;
         now.machine.iter().for_each(Handle::power_button);
@@ -138,6 +147,7 @@ impl Control for Running {
     }
 
     fn kill(&self) {
+        self.orders.fetch_add(1, Ordering::Relaxed);
         let mut now = self.now();
         now.kill = true;
         now.machine.iter().for_each(Handle::kill);

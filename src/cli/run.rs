@@ -1,7 +1,6 @@
 //! `vmm run`: from options to a running machine, and from its end to an exit code.
 
 use std::io::Write;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,22 +14,23 @@ use crate::api::running::Running;
 use crate::api::server::Server;
 use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty};
-use crate::config::{OnReboot, VmConfig};
+use crate::config::{OnReboot, OutputFile, VmConfig};
 use crate::debug::Debugger;
 use crate::debug::gdb;
 use crate::machine::{self, Ends, Outcome};
 use crate::trace::file::Header;
-use crate::trace::recording::{Recording, Start};
+use crate::trace::recording::{Recording, SEARCH, Start};
 
 /// What the options say beside the machine.
 pub struct Around {
     stop_timeout: Duration,
     record: Option<Record>,
+    dumpable: bool,
 }
 
 /// What to record of a run.
 struct Record {
-    file: PathBuf,
+    file: OutputFile,
     /// The registers at every exit.
     registers: bool,
 }
@@ -47,7 +47,8 @@ impl Around {
             let error = anyhow!("--trace-registers: there is no record to put them in");
             return Err(Failure::new(Code::BadArgument, error).hint(Some("name its file: --trace FILE")));
         }
-        Ok(Self { stop_timeout: Duration::from_secs(options.stop_timeout), record })
+        let (stop_timeout, dumpable) = (Duration::from_secs(options.stop_timeout), options.dumpable);
+        Ok(Self { stop_timeout, record, dumpable })
     }
 }
 
@@ -72,9 +73,12 @@ pub fn run(options: Options) -> Result<Code, Failure> {
 /// Runs what `config` describes, under `debugger` if there is one.
 pub fn live(
     config: VmConfig,
-    Around { stop_timeout, record }: Around,
+    Around { stop_timeout, record, dumpable }: Around,
     debugger: Option<&mut dyn Debugger>,
 ) -> Result<Code, Failure> {
+    if !dumpable {
+        api::close_to_debuggers().map_err(api::Error::Thread)?;
+    }
     // Before anything that a signal would have to undo.
     let signals = Signals::take().map_err(api::Error::Thread)?;
     let entry = Registry::of_user().register(config.name.as_deref())?;
@@ -143,6 +147,8 @@ impl Watched<'_, '_> {
             running.built(machine.handle(), ptys);
             let outcome = machine.run(&mut *serve);
             let stopped = running.ended();
+            // One that comes from here on ends what is left to do.
+            let orders = running.orders();
             let again =
                 matches!(outcome, Ok(Outcome::Reset)) && self.config.on_reboot == OnReboot::Reset && !stopped;
             let end = outcome.map_err(Failure::from).and_then(code);
@@ -153,14 +159,19 @@ impl Watched<'_, '_> {
             if again {
                 log::info!("the guest rebooted: starting it again");
                 if let Some(recording) = &mut recording {
-                    recording.pause();
+                    recording.pause(&|| running.orders() > orders);
                 }
                 continue;
             }
-            if let Some(recording) = recording.take() {
-                recording.finish()?;
-            }
+            let recorded = recording.take().map(Recording::stop);
             machine.leave();
+            if let Some(recorded) = recorded {
+                // Ctrl-C is a signal again.
+                drop(std::mem::take(ends));
+                // A kill does not wait for names; those of an honest kernel are found all the same.
+                let time = if matches!(end, Ok(Code::Killed)) { SEARCH / 20 } else { SEARCH };
+                recorded?.analyse(time, &|| running.orders() > orders)?;
+            }
             return end;
         }
     }
@@ -194,7 +205,8 @@ impl From<machine::Error> for Failure {
 
 impl From<gdb::Error> for Failure {
     fn from(error: gdb::Error) -> Self {
+        let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
         let hint = error.hint();
-        Self::new(Code::Host, error).hint(hint)
+        Self::new(code, error).hint(hint)
     }
 }

@@ -85,8 +85,14 @@ pub fn run(lab: &Lab, folder: &Path) -> Result<Ran, Error> {
     }
     let _ = machine.set(handle.clone());
     let header = Header::of(&config, handle.buses());
-    let recording =
-        Recording::start(&record, header, recorder, start, built.counters(), handle.ram().clone())?;
+    let recording = Recording::start(
+        &record.clone().into(),
+        header,
+        recorder,
+        start,
+        built.counters(),
+        handle.ram().clone(),
+    )?;
     let (over, ended) = channel::<()>();
     let outcome = thread::scope(|scope| {
         let handle = &handle;

@@ -2,10 +2,11 @@
 //!
 //! Read from guest RAM, where the kernel lies unpacked and relocated: so a distribution's bzImage has names without any file
 //! beside it, at the addresses where KASLR put it. Format: scripts/kallsyms.c and kernel/kallsyms.c of Linux 4.20 (markers of 4
-//! bytes) and later. The tables are the guest's: all is
-//! checked and bounded.
+//! bytes) and later. The tables are the guest's, its page tables too, by which one page can stand in a million places: all is
+//! checked, and a [`Budget`] bounds the time and the memory of a search.
 
 mod btf;
+mod budget;
 mod modules;
 mod roots;
 mod space;
@@ -13,6 +14,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+pub use budget::{Budget, Cut};
 pub use modules::END;
 pub use roots::Roots;
 pub use space::Space;
@@ -44,9 +46,10 @@ pub struct Symbol {
 }
 
 /// The functions of the kernel that runs in `ram` and of its modules, as lines of address, type and name; by the first of
-/// `roots` (CR3 and CR4 of a vCPU in the kernel) that leads to them. Where a module ends, the name is [`END`].
-pub fn list(ram: &GuestRam, roots: &[(u64, u64)]) -> Option<String> {
-    let spaces = roots.iter().map(|(cr3, cr4)| Space::new(ram, *cr3, *cr4));
+/// `roots` (CR3 and CR4 of a vCPU in the kernel) that leads to them. Where a module ends, the name is [`END`]. Ends when `budget`
+/// does, and [`Budget::cut`] says so: then with as much as there is.
+pub fn list(ram: &GuestRam, roots: &[(u64, u64)], budget: &Budget<'_>) -> Option<String> {
+    let spaces = roots.iter().map(|(cr3, cr4)| Space::new(ram, *cr3, *cr4, budget));
     let (symbols, modules) = spaces.into_iter().find_map(|space| {
         let symbols = find(&space)?;
         let modules = modules::functions(&space, &symbols);

@@ -5,8 +5,9 @@
 
 use std::ops::Range;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::Budget;
 use crate::memory::GuestRam;
 
 /// CR4.LA57: five levels.
@@ -22,15 +23,27 @@ pub struct Space<'a> {
     ram: &'a GuestRam,
     root: u64,
     levels: u32,
+    budget: &'a Budget<'a>,
 }
 
 /// What an address leads to: a page that begins there, or nothing; and how many bytes share that fate.
 type Page = (Option<u64>, u64);
 
 impl<'a> Space<'a> {
-    /// That of a vCPU with these registers, in long mode.
-    pub fn new(ram: &'a GuestRam, cr3: u64, cr4: u64) -> Self {
-        Self { ram, root: cr3 & ADDRESS, levels: if cr4 & LA57 != 0 { 5 } else { 4 } }
+    /// That of a vCPU with these registers, in long mode; as long as `budget` lasts.
+    pub fn new(ram: &'a GuestRam, cr3: u64, cr4: u64, budget: &'a Budget<'a>) -> Self {
+        Self { ram, root: cr3 & ADDRESS, levels: if cr4 & LA57 != 0 { 5 } else { 4 }, budget }
+    }
+
+    /// What reading it may take.
+    pub fn budget(&self) -> &'a Budget<'a> {
+        self.budget
+    }
+
+    /// Bytes of RAM that there are at most, however often they are mapped.
+    pub fn size(&self) -> usize {
+        let all = self.ram.iter().map(|region| region.len()).fold(0, u64::saturating_add);
+        usize::try_from(all).unwrap_or(usize::MAX)
     }
 
     fn page(&self, address: u64) -> Page {
@@ -51,10 +64,13 @@ impl<'a> Space<'a> {
         (None, 1 << 12)
     }
 
-    /// Fills `bytes` from `address`; false if not all of that is memory.
+    /// Fills `bytes` from `address`; false if not all of that is memory, or the budget is used up.
     pub fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
         let mut done = 0;
         while done < bytes.len() {
+            if !self.budget.goes_on() {
+                return false;
+            }
             let Some(at) = address.checked_add(done as u64) else { return false };
             let (Some(page), size) = self.page(at) else { return false };
             let offset = at & (size - 1);
@@ -71,7 +87,7 @@ impl<'a> Space<'a> {
     pub fn mapped(&self, range: Range<u64>) -> Vec<Range<u64>> {
         let mut found: Vec<Range<u64>> = Vec::new();
         let mut at = range.start;
-        while at < range.end {
+        while at < range.end && self.budget.goes_on() {
             let (page, size) = self.page(at);
             let end = (at & !(size - 1)).saturating_add(size).min(range.end);
             if page.is_some() {

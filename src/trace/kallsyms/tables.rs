@@ -12,13 +12,13 @@ const TOKENS: usize = 256;
 const STRIDE: usize = 256;
 /// Symbols at least and at most: a kernel has tens or hundreds of thousands.
 const FEW: usize = 100;
-const SYMBOLS: usize = 2 << 20;
+const SYMBOLS: usize = 1 << 20;
 /// Numbers that are tried as that of the symbols.
 const TRIES: usize = 1000;
 /// Bytes of a name at most: KSYM_NAME_LEN is 512.
 const NAME: usize = 1024;
 /// Bytes of all names, markers and sequence numbers at most.
-const NAMES: usize = 64 << 20;
+const NAMES: usize = 16 << 20;
 /// Bytes of a token at most.
 const TOKEN: usize = 256;
 
@@ -31,6 +31,18 @@ pub fn may_begin_index(word: [u8; 8]) -> bool {
 
 /// The symbols of the tables whose index is at `index`.
 pub fn read(space: &Space<'_>, index: u64) -> Option<Vec<Symbol>> {
+    let bytes = space.budget().bytes();
+    let before = bytes.get();
+    // No more of them than the guest has memory for, as far as that goes: their names are packed.
+    bytes.set(before.min(space.size().saturating_mul(4)));
+    let symbols = symbols(space, index);
+    if symbols.is_none() {
+        bytes.set(before);
+    }
+    symbols
+}
+
+fn symbols(space: &Space<'_>, index: u64) -> Option<Vec<Symbol>> {
     let (table, tokens) = tokens(space, index)?;
     let (head, names) = names(space, table, &tokens)?;
     let count = names.len() as u64;
@@ -117,7 +129,7 @@ fn tokens(space: &Space<'_>, index: u64) -> Option<(u64, Vec<Vec<u8>>)> {
 fn names(space: &Space<'_>, table: u64, tokens: &[Vec<u8>]) -> Option<(u64, Vec<(char, String)>)> {
     // What stands there is small as a rule.
     [4 << 20, NAMES].into_iter().find_map(|most| {
-        let bytes = before(space, table, most);
+        let bytes = before(space, table, most.min(space.size()));
         let mut tries = TRIES;
         let numbers = bytes.as_chunks::<8>().0.iter().enumerate().rev();
         for (at, number) in numbers {
@@ -126,9 +138,14 @@ fn names(space: &Space<'_>, table: u64, tokens: &[Vec<u8>]) -> Option<(u64, Vec<
             if !(FEW..=SYMBOLS).contains(&count) || count * 2 > rest.len() {
                 continue;
             }
-            tries = usize::checked_sub(tries, 1)?;
+            tries = usize::checked_sub(tries, 1).filter(|_| space.budget().goes_on())?;
             if let Some(starts) = starts(rest, count) {
-                let names = starts.into_iter().map(|at| expand(rest, at, tokens)).collect::<Option<_>>()?;
+                let kept = |at| {
+                    let (kind, name) = expand(rest, at, tokens)?;
+                    let size = size_of::<Symbol>() + name.capacity();
+                    (space.budget().goes_on() && space.budget().keep(size)).then_some((kind, name))
+                };
+                let names = starts.into_iter().map(kept).collect::<Option<_>>()?;
                 return Some((table - bytes.len() as u64 + 8 * at as u64, names));
             }
         }
@@ -139,25 +156,27 @@ fn names(space: &Space<'_>, table: u64, tokens: &[Vec<u8>]) -> Option<(u64, Vec<
 /// Up to `most` bytes before `end`, as far as there is memory; a multiple of 8.
 fn before(space: &Space<'_>, end: u64, most: usize) -> Vec<u8> {
     const PAGE: u64 = 0x1000;
+    let mut bytes = vec![0; most.next_multiple_of(PAGE as usize)];
+    // It is filled from its end.
+    let mut free = bytes.len();
     let mut first = end;
-    let mut pages = Vec::new();
-    while (end - first) < most as u64 {
-        let Some(page) = first.checked_sub(1).map(|last| last & !(PAGE - 1)) else { break };
-        let mut bytes = vec![0; (first - page) as usize];
-        if !space.read(page, &mut bytes) {
+    while let Some(page) = first.checked_sub(1).map(|last| last & !(PAGE - 1)) {
+        let Some(start) = free.checked_sub((first - page) as usize) else { break };
+        if !space.read(page, &mut bytes[start..free]) {
             break;
         }
-        pages.push(bytes);
-        first = page;
+        (free, first) = (start, page);
     }
-    pages.reverse();
-    pages.concat()
+    bytes.drain(..free);
+    bytes
 }
 
 /// Where each of `count` names begins in `bytes`, if what follows them are their markers (the offset of every 256th name),
 /// perhaps sequence numbers of 3 bytes for each (6.1.y, 6.2, 6.3), and nothing else.
 fn starts(bytes: &[u8], count: usize) -> Option<Vec<usize>> {
-    let mut starts = Vec::new();
+    // Once without keeping them: as a rule there are none.
+    (0..count).try_fold(0, |at, _| length(bytes, at).map(|(head, len)| at + head + len))?;
+    let mut starts = Vec::with_capacity(count);
     let mut at = 0;
     for _ in 0..count {
         starts.push(at);
@@ -191,7 +210,7 @@ fn expand(bytes: &[u8], at: usize, tokens: &[Vec<u8>]) -> Option<(char, String)>
     }
     let name = String::from_utf8(name).ok()?;
     let kind = name.chars().next().filter(char::is_ascii_alphabetic)?;
-    Some((kind, name[1..].to_owned()))
+    Some((kind, String::from(&name[1..])))
 }
 
 fn words(space: &Space<'_>, at: u64, count: usize) -> Option<Vec<u32>> {

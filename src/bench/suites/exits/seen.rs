@@ -45,7 +45,14 @@ impl Seen {
             Who::Traced => {
                 let path = config.kernel.clone().unwrap_or_default().with_extension("trace");
                 let (header, ram) = (Header::of(config, handle.buses()), handle.ram().clone());
-                let start = Recording::start(&path, header, recorder, Start::now(), machine.counters(), ram);
+                let start = Recording::start(
+                    &path.clone().into(),
+                    header,
+                    recorder,
+                    Start::now(),
+                    machine.counters(),
+                    ram,
+                );
                 Ok(Self::Recorded(start.map_err(text)?, path))
             }
             Who::Watched => {
