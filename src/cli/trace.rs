@@ -208,7 +208,10 @@ fn tell(file: &Path, view: &View, ours: bool) -> Result<(), Failure> {
             out.flush()
         });
         let context = || format!("write {}", path.display());
-        return written.with_context(context).map_err(|error| Failure::new(Code::Host, error));
+        let hint = "give the path of a file (no symbolic link), in a folder that can be written to";
+        return written
+            .with_context(context)
+            .map_err(|error| Failure::new(Code::Host, error).hint(Some(hint)));
     }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match (view.stats, view.json) {

@@ -457,6 +457,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shown_is_printable_also_after_demangling() {
+        // "a", U+202E, "b" in punycode; and a name that is cut off.
+        let long = "x".repeat(5000);
+        let list = format!("10 t _RNvC7mycrateu6ab_g4t\n20 t \u{9b}2J\u{1b}c\n30 t {long}\n");
+        let symbols = Symbols::of_guest(&list).unwrap();
+        assert_eq!(symbols.name(0x10), "mycrate::a\\u{202e}b");
+        assert_eq!(symbols.name(0x20), "\\u{9b}2J\\u{1b}c");
+        assert_eq!(symbols.name(0x30), long[..MAX_NAME]);
+    }
+
+    #[test]
     fn the_shift_is_found_from_code_that_was_seen() {
         let code: Vec<u8> =
             (0..40_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
