@@ -9,6 +9,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use signal_hook::SigId;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXCPU, SIGXFSZ};
@@ -76,11 +77,26 @@ impl Signals {
 
 impl Drop for Signals {
     fn drop(&mut self) {
-        // The signals stay without effect from here on: what is left to do is an orderly end.
+        // The signals stay without effect from here on: what is left to do is an orderly end, or is for `give_back`.
         for id in self.handlers.drain(..) {
             low_level::unregister(id);
         }
     }
+}
+
+/// Has the signals end the process by themselves again, except those that its parent had it ignore: for a command that goes on
+/// when its machine is gone.
+///
+/// # Errors
+/// The kernel refuses: never seen.
+pub fn give_back() -> io::Result<()> {
+    let ignored = ignored();
+    for signal in [SIGTERM, SIGINT, SIGHUP] {
+        if ignored & (1 << (signal - 1)) == 0 {
+            flag::register_conditional_default(signal, Arc::new(AtomicBool::new(true)))?;
+        }
+    }
+    Ok(())
 }
 
 /// The set of signals that are ignored: bit n - 1 is signal n. From proc(5), as there is no other way without `unsafe`;

@@ -11,6 +11,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use super::exit::{Code, Failure};
 use super::scratch::Scratch;
 use super::{options, run, step, top};
+use crate::api::signals;
 use crate::config::OutputFile;
 use crate::output;
 use crate::recorder::Kind;
@@ -140,6 +141,8 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     let file = options.keep.unwrap_or_else(|| scratch.path().join("record").into());
     record.trace = Some(file.clone());
     let ended = run::run(record);
+    // A report may be long.
+    signals::give_back().map_err(|error| Failure::new(Code::Host, error))?;
     let told = if file.path.is_file() { tell(&file.path, &options.view, true) } else { Ok(()) };
     // How the run ended matters more than that nobody read the report to its end.
     let code = ended?;

@@ -178,7 +178,6 @@ impl Trace {
             match read_chunk(&mut file, &mut contents) {
                 Ok(Some((kind, track))) => trace.take(kind, track, &contents, &mut clocks),
                 Ok(None) => break,
-                Err(error) if error.kind() == ErrorKind::UnexpectedEof => break,
                 Err(error) if error.kind() == ErrorKind::InvalidData => {
                     return Err(format(&error.to_string()));
                 }
@@ -306,14 +305,14 @@ fn read_number(file: &mut impl Read) -> io::Result<u32> {
     Ok(u32::from_le_bytes(bytes))
 }
 
-/// The next chunk's kind and track, its contents in `contents`; `None` at the end, or where nothing was written.
+/// The next chunk's kind and track, its contents in `contents`; `None` at the end, or where nothing was written. Of events that
+/// are cut off, those that are there are as good as any.
 fn read_chunk(file: &mut impl Read, contents: &mut Vec<u8>) -> io::Result<Option<(u32, u32)>> {
     static HOLE: [u8; BLOCK] = [0; BLOCK];
-    let kind = match read_number(file) {
-        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
-        result => result?,
-    };
-    let (track, length) = (read_number(file)?, read_number(file)?);
+    let mut head = [0; 12];
+    let Some(()) = whole(file.read_exact(&mut head))? else { return Ok(None) };
+    let [kind, track, length] =
+        std::array::from_fn(|at| u32::from_le_bytes(std::array::from_fn(|byte| head[4 * at + byte])));
     if kind == 0 {
         return Ok(None);
     }
@@ -325,10 +324,18 @@ fn read_chunk(file: &mut impl Read, contents: &mut Vec<u8>) -> io::Result<Option
     while contents.len() < length as usize {
         let (start, most) = (contents.len(), BLOCK.min(length as usize - contents.len()));
         if file.take(most as u64).read_to_end(contents)? < most || contents[start..] == HOLE {
-            return Err(ErrorKind::UnexpectedEof.into());
+            return Ok((kind == EVENTS).then_some((kind, track)));
         }
     }
     Ok(Some((kind, track)))
+}
+
+/// None where the file ends.
+fn whole<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
+        result => result.map(Some),
+    }
 }
 
 #[cfg(test)]
@@ -390,10 +397,17 @@ mod tests {
         record(file.path());
         let whole = std::fs::read(file.path()).unwrap();
         let header = 12 + u32::from_le_bytes(whole[8..12].try_into().unwrap()) as usize;
+        let mut known = 0;
         for len in 0..whole.len() {
             std::fs::write(file.path(), &whole[..len]).unwrap();
-            assert_eq!(Trace::read(file.path()).is_ok(), len >= header, "{len}");
+            let trace = Trace::read(file.path());
+            assert_eq!(trace.is_ok(), len >= header, "{len}");
+            // Not by chunks, of which one may be all that there is.
+            let events = trace.map_or(0, |trace| trace.events.len());
+            assert!((known..=known + 1).contains(&events), "{len}: {events} after {known}");
+            known = events;
         }
+        assert_eq!(known, 21);
         let mut bad = whole.clone();
         bad[header + 8..header + 12].fill(0xff);
         std::fs::write(file.path(), &bad).unwrap();

@@ -273,6 +273,10 @@ impl<W: Write> Log<W> {
             return;
         }
         if (contents.len() + 12) as u64 > self.left[0] {
+            if kind == EVENTS {
+                let room = self.left[0].saturating_sub(12) as usize / size_of::<Event>();
+                self.last_chunk(kind, track, &contents[..room * size_of::<Event>()]);
+            }
             self.full = true;
             let max = self.max.map_or_else(String::new, |max| max.to_string());
             log::warn!("trace file {}: it has reached max={max}; what follows is not recorded", self.name);

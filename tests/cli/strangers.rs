@@ -326,7 +326,7 @@ fn nothing_that_a_trace_says_acts_on_a_terminal() {
         ["trace report wrong", "trace report record --symbols symbols\u{1b}[2J", "status a\u{1b}[2J"]
     {
         let output = place.vmm(arguments);
-        assert_eq!(output.status.success(), false, "{arguments}");
+        assert!(!output.status.success(), "{arguments}");
         harmless(arguments, &text(&output.stderr));
     }
 }
@@ -656,4 +656,34 @@ fn a_monitor_leaves_no_core_unless_it_may_and_the_guests_memory_never() {
         assert_eq!(cores.len(), usize::from(dumps), "{option}: {cores:?}");
         assert!(cores.iter().all(|len| *len < 60 << 20), "with 64 MiB of the guest's: {cores:?}");
     }
+}
+
+#[test]
+fn a_report_that_nobody_reads_can_be_interrupted() {
+    if !has_kvm("a_report_that_nobody_reads_can_be_interrupted") {
+        return;
+    }
+    let place = Place::new();
+    place.file("chatter", chatter(20_000));
+    let mut command = place.command(&format!("trace --keep record -- {CHATTER} --serial file=out"));
+    let mut child = command.spawn().unwrap();
+    // It has begun to tell, and the pipe is full some lines later.
+    let mut line = String::new();
+    let mut told = BufReader::with_capacity(1, child.stdout.take().unwrap());
+    told.read_line(&mut line).unwrap();
+    assert!(line.contains("serial THR"), "{line}");
+    let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None if Instant::now() > deadline => {
+                child.kill().unwrap();
+                panic!("it cannot be interrupted");
+            }
+            None => thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    assert_eq!(status.signal(), Some(libc::SIGTERM), "{status}");
 }

@@ -245,9 +245,9 @@ fn everywhere(image: &[u8]) -> Arc<GuestRam> {
         let entries: Vec<u8> = (0..512).flat_map(|at| entry(at).to_le_bytes()).collect();
         ram.write_slice(&entries, GuestAddress(table)).unwrap();
     };
-    fill(ROOT, &|_| ROOT * 2 | 3);
-    fill(ROOT * 2, &|_| ROOT * 3 | 3);
-    fill(ROOT * 3, &|_| ROOT * 4 | 3);
+    fill(ROOT, &|_| (ROOT * 2) | 3);
+    fill(ROOT * 2, &|_| (ROOT * 3) | 3);
+    fill(ROOT * 3, &|_| (ROOT * 4) | 3);
     fill(ROOT * 4, &leaf);
     ram
 }
