@@ -33,6 +33,7 @@ struct Now {
     machine: Option<Handle>,
     button: bool,
     kill: bool,
+    over: bool,
     ptys: Vec<Pty>,
 }
 
@@ -77,6 +78,11 @@ impl Running {
         now.button || now.kill
     }
 
+    /// No machine comes after the last; what is left to do may take a moment.
+    pub fn over(&self) {
+        self.now().over = true;
+    }
+
     /// How often it was told to end, by whatever way. One more ends also what is done after the machine's end.
     pub fn orders(&self) -> u32 {
         self.orders.load(Ordering::Relaxed)
@@ -118,7 +124,7 @@ impl Control for Running {
     fn status(&self) -> Status {
         let now = self.now();
         let state = match &now.machine {
-            _ if now.kill || now.button => State::Stopping,
+            _ if now.kill || now.button || now.over => State::Stopping,
             None => State::Starting,
             Some(machine) => match machine.phase() {
                 Phase::Running => State::Running,

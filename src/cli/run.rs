@@ -166,10 +166,11 @@ impl Watched<'_, '_> {
             let recorded = recording.take().map(Recording::stop);
             machine.leave();
             if let Some(recorded) = recorded {
+                running.over();
                 // Ctrl-C is a signal again.
                 drop(std::mem::take(ends));
                 // A kill does not wait for names; those of an honest kernel are found all the same.
-                let time = if matches!(end, Ok(Code::Killed)) { SEARCH / 20 } else { SEARCH };
+                let time = if matches!(end, Ok(Code::Killed)) { SEARCH / 48 } else { SEARCH };
                 recorded?.analyse(time, &|| running.orders() > orders)?;
             }
             return end;

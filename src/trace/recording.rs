@@ -27,10 +27,11 @@ use crate::recorder::{Event, Kind, Recorder, Step, Steps, Taken, clock};
 /// Between two drains. A ring holds more exits than a vCPU can make in that time on any hardware.
 pub(super) const PERIOD: Duration = Duration::from_millis(5);
 
-/// The guest's symbols are searched for so long when its run is over. A distribution's kernel has them found in a tenth of it.
-pub const SEARCH: Duration = Duration::from_secs(10);
+/// The guest's symbols are searched for so long when its run is over, on an ordinary host ([`Budget`]). A distribution's kernel
+/// has them found in a twentieth of it.
+pub const SEARCH: Duration = Duration::from_secs(4);
 /// The same between two lives of a guest that reboots, which waits for it.
-const SHORT_SEARCH: Duration = Duration::from_secs(3);
+const SHORT_SEARCH: Duration = Duration::from_secs(1);
 
 /// A recording under way. It ends with [`Recording::stop`] or [`Recording::finish`]; one that is dropped has what was known by
 /// then.

@@ -515,6 +515,19 @@ fn a_limit_of_the_host_does_not_end_the_guest() {
     assert_eq!(output.status.code(), Some(1), "the guest's own code: {} {said}", output.status);
     assert_eq!(said.matches("output is being lost").count(), 1, "once: {said}");
     assert_eq!(fs::metadata(place.path("out")).unwrap().len(), 10_000);
+    // What a limit of processor time sends, and what one of file sizes sends.
+    place.file("halt", kernel(&HALT));
+    let mut child = place.command("--kernel halt --console off --name idle").spawn().unwrap();
+    let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !text(&place.vmm("status idle").stdout).contains("running") {
+        assert!(Instant::now() < deadline, "it does not start");
+    }
+    for signal in [rustix::process::Signal::XCPU, rustix::process::Signal::XFSZ] {
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+    assert_eq!(place.vmm("kill idle").status.code(), Some(0));
+    assert_eq!(child.wait().unwrap().code(), Some(KILLED));
     // A record is another matter: whoever wants one is told by the exit code, but not before the guest has ended.
     let mut command = place.command(&format!("{CHATTER} --serial file=whole --trace record"));
     limited(&mut command, libc::RLIMIT_FSIZE, 100_000);

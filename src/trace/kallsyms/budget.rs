@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 /// What a search may take. Shared by all its parts; when it is used up, a [`Space`](super::Space) has no memory any more, so
 /// that everything that reads there comes to its end.
 pub struct Budget<'a> {
+    /// Steps that are left, of about a nanosecond each on an ordinary host. A search in an honest guest takes as many on a slow
+    /// one, where the clock alone would end it.
+    steps: Cell<u64>,
     deadline: Instant,
     interrupted: &'a dyn Fn() -> bool,
     cut: Cell<Option<Cut>>,
@@ -40,11 +43,15 @@ impl<'a> Budget<'a> {
     /// Questions between two looks at the clock. What is done between them takes microseconds.
     const STEP: u32 = 64;
 
-    /// `time` from now on, or until `interrupted` says so.
+    /// How much longer than on an ordinary host a search may take on a slow one.
+    const SLOW: u32 = 12;
+
+    /// What an ordinary host does in `time`, or until `interrupted` says so.
     pub fn new(time: Duration, interrupted: &'a dyn Fn() -> bool) -> Self {
         let now = Instant::now();
         Self {
-            deadline: now.checked_add(time).unwrap_or(now),
+            steps: Cell::new(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
+            deadline: now.checked_add(time.saturating_mul(Self::SLOW)).unwrap_or(now),
             interrupted,
             cut: Cell::default(),
             patience: Cell::default(),
@@ -57,8 +64,13 @@ impl<'a> Budget<'a> {
         self.cut.get()
     }
 
-    /// Whether there is time left.
-    pub(super) fn goes_on(&self) -> bool {
+    /// Takes `steps` of the search's time. Whether any is left.
+    pub(super) fn goes_on(&self, steps: usize) -> bool {
+        let left = self.steps.get().checked_sub(steps as u64);
+        self.steps.set(left.unwrap_or(0));
+        if left.is_none() && self.cut.get().is_none() {
+            self.cut.set(Some(Cut::Time));
+        }
         let left = self.patience.get();
         if self.cut.get().is_none() && left == 0 {
             self.patience.set(Self::STEP);
@@ -86,6 +98,10 @@ impl<'a> Budget<'a> {
 
 impl fmt::Debug for Budget<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Budget").field("cut", &self.cut).field("bytes", &self.bytes).finish_non_exhaustive()
+        f.debug_struct("Budget")
+            .field("cut", &self.cut)
+            .field("steps", &self.steps)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
     }
 }

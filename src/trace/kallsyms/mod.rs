@@ -22,6 +22,8 @@ pub use space::Space;
 use std::fmt::Write;
 use std::ops::Range;
 
+use zerocopy::IntoBytes;
+
 use crate::memory::GuestRam;
 
 /// Where Linux maps its own image (Documentation/arch/x86/x86_64/mm.rst).
@@ -67,19 +69,20 @@ pub fn list(ram: &GuestRam, roots: &[(u64, u64)], budget: &Budget<'_>) -> Option
 /// All symbols of the kernel in `space`.
 pub fn find(space: &Space<'_>) -> Option<Vec<Symbol>> {
     let (mut left, mut candidates) = (MOST, CANDIDATES);
-    let mut bytes = vec![0; STEP];
+    let mut words = vec![0u64; STEP / 8];
     for run in space.mapped(IMAGE) {
         let mut at = run.start;
         while at < run.end && left > 0 {
             let len = STEP.min(usize::try_from(run.end - at).unwrap_or(STEP));
             left = left.saturating_sub(len as u64);
-            if space.read(at, &mut bytes[..len]) {
-                for (word, place) in bytes[..len].as_chunks::<8>().0.iter().zip((at..).step_by(8)) {
-                    if !tables::may_begin_index(*word) {
+            if space.budget().goes_on(len / 8) && space.read(at, &mut words.as_mut_bytes()[..len]) {
+                for (number, word) in words[..len / 8].iter().enumerate() {
+                    // Most are none by their first number already.
+                    if *word as u16 != 0 || !tables::may_begin_index(word.to_ne_bytes()) {
                         continue;
                     }
                     candidates = candidates.checked_sub(1)?;
-                    if let Some(symbols) = tables::read(space, place) {
+                    if let Some(symbols) = tables::read(space, at + 8 * number as u64) {
                         return Some(symbols);
                     }
                 }

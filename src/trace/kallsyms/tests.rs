@@ -261,6 +261,7 @@ fn a_search_ends_when_its_time_is_over_or_somebody_wants_it_to() {
     let roots: Vec<_> = (0..16).map(|_| (ROOT, 0)).collect();
     let limit = Duration::from_millis(50);
     for (budget, cut) in [
+        // By its steps, wherever this runs; and by the clock.
         (Budget::new(limit, &|| false), Cut::Time),
         (Budget::new(Duration::from_secs(600), &|| true), Cut::Interrupted),
     ] {
