@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// The monitor's modules by layer: one uses only its own layer and those before it.
 const LAYERS: [&[&str]; 9] = [
-    &["threads", "event_loop", "state", "config", "guest_log", "recorder"],
+    &["threads", "event_loop", "state", "config", "guest_log", "output", "printable", "recorder"],
     &["memory", "vm", "bus"],
     &["disk", "net", "chardev"],
     &["kvm"],
@@ -155,16 +155,16 @@ const VIRTIO_CORE: [&str; 5] = ["core", "device", "mmio", "queue", "testing"];
 #[test]
 fn a_virtio_device_is_known_to_its_own_file_and_the_list_alone() {
     let all = sources();
-    let list = all.iter().find(|(path, _, _)| path.ends_with("virtio/mod.rs")).unwrap();
-    let modules = list.2.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+    let list = all.iter().find(|source| source.path.ends_with("monitor/virtio/mod.rs")).unwrap();
+    let modules = list.text.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
     let devices: Vec<_> = modules.filter(|module| !VIRTIO_CORE.contains(module)).collect();
     assert!(devices.len() >= 3, "found only {devices:?}");
     let mut wrong = Vec::new();
-    for (path, module, text) in &all {
+    for Source { path, module, text, .. } in &all {
         let text = code(text);
         for device in &devices {
-            let own =
-                [format!("virtio/{device}.rs"), format!("virtio/{device}/"), "virtio/mod.rs".to_owned()];
+            let own = [format!("{device}.rs"), format!("{device}/"), "mod.rs".to_owned()];
+            let own = own.map(|file| format!("monitor/virtio/{file}"));
             let inside = module == "virtio" && text.contains(&format!("super::{device}"));
             if !own.iter().any(|own| path.to_str().unwrap().starts_with(own))
                 && (inside || text.contains(&format!("virtio::{device}")))
@@ -193,4 +193,16 @@ fn every_file_says_what_it_is() {
     let silent = sources().into_iter().filter(|s| !s.text.starts_with("//!"));
     let wrong: Vec<_> = silent.map(|s| s.path.display().to_string()).collect();
     assert!(wrong.is_empty(), "no //! at the top of {}", wrong.join(", "));
+}
+
+#[test]
+fn the_monitors_threads_are_made_in_one_place() {
+    let makes = |s: &Source| {
+        let text = s.text.split("#[cfg(test)]").next().unwrap_or_default();
+        ["thread::spawn", "Builder::new().name("].iter().any(|call| code(text).contains(call))
+    };
+    let elsewhere =
+        |s: &Source| s.package == "monitor" && s.module != "threads" && !s.path.ends_with("tests.rs");
+    let wrong: Vec<_> = sources().into_iter().filter(|s| elsewhere(s) && makes(s)).map(|s| s.path).collect();
+    assert!(wrong.is_empty(), "{wrong:?} do not use threads::spawn");
 }

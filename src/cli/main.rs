@@ -43,8 +43,8 @@ Examples:
       watch what it does, from another terminal (vmm top --help)
   vmm trace --step --count 60 -- --kernel vmlinux
       its first instructions, with the mode of each and what it changed
-  vmm --gdb tcp:1234 --kernel vmlinux --cmdline 'console=hvc0 nokaslr'
-      gdb vmlinux -ex 'target remote :1234' has it from the first instruction on
+  vmm --gdb unix:gdb.sock --kernel vmlinux --cmdline 'console=hvc0 nokaslr'
+      gdb vmlinux -ex 'target remote gdb.sock' has it from the first instruction on
   vmm list; vmm pause web; vmm resume web; vmm stop web
       from another terminal
 ";

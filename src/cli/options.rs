@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args};
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
@@ -12,7 +13,7 @@ use serde::de::value::Error as ValueError;
 
 use vmm_command::{Code, Failure};
 use vmm_monitor::config::{
-    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, Port, VmConfig, Where,
+    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, OutputFile, Port, VmConfig, Where,
 };
 use vmm_trace::debug::gdb::Place;
 
@@ -45,7 +46,7 @@ pub struct Options {
     /// what is installed there is booted
     #[arg(long, value_name = "path=FILE")]
     disk: Vec<Disk>,
-    /// Where the console hvc0 goes: stdio, pty, file=PATH, socket=PATH, off [default: stdio]
+    /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH, off [default: stdio]
     #[arg(long, value_name = "WHERE")]
     console: Option<Console>,
     /// A named port, /dev/virtio-ports/NAME in the guest; may be repeated
@@ -93,18 +94,22 @@ pub struct Options {
     /// Log the guest's writes to port 0x80 with their time
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     boot_marks: Option<bool>,
-    /// Record every exit in a file, for vmm trace report
-    #[arg(long, value_name = "FILE")]
-    pub trace: Option<PathBuf>,
+    /// Record every exit in a file, for vmm trace report: FILE[,max=SIZE]; at that size the record ends, and the guest runs on
+    #[arg(long, value_name = "FILE", value_parser = output_file())]
+    pub trace: Option<OutputFile>,
     /// Record the registers at every exit, and not only at the first from each place
     #[arg(long)]
     pub trace_registers: bool,
-    /// Wait for gdb before the first instruction, at unix:PATH or tcp:[HOST:]PORT
+    /// Wait for gdb before the first instruction, at unix:PATH (for you alone) or tcp:[HOST:]PORT (for every
+    /// user of this machine; with ,public for other machines, too)
     #[arg(long, value_name = "WHERE")]
     pub gdb: Option<Place>,
     /// Seconds from a stop (SIGTERM, SIGINT, vmm stop) until the guest is stopped hard
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,
+    /// Leave the monitor open to debuggers, perf and core dumps of this user (a core never has the guest's memory)
+    #[arg(long)]
+    pub dumpable: bool,
     /// Print the resolved configuration and the guest's memory map as JSON, and run nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -180,6 +185,11 @@ fn read(path: &Path) -> anyhow::Result<VmConfig> {
 /// A word as the configuration's serde form knows it.
 fn keyword<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T, ValueError> {
     T::deserialize(text.into_deserializer())
+}
+
+/// Of any name, also of one that is no text.
+pub fn output_file() -> impl TypedValueParser<Value = OutputFile> {
+    OsStringValueParser::new().try_map(OutputFile::try_from)
 }
 
 fn switch(text: &str) -> Result<bool, &'static str> {

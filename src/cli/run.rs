@@ -2,17 +2,16 @@
 
 use std::error::Error;
 use std::io::Write;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
 use vmm_command::{Code, Failure, log_output, print};
-use vmm_monitor::api::Pty;
-use vmm_monitor::config::VmConfig;
+use vmm_monitor::api::{self, Pty};
+use vmm_monitor::config::{OutputFile, VmConfig};
 use vmm_monitor::machine::{self, Machine, Outcome};
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::session::{Controls, Observer, Session};
+use vmm_monitor::session::{Controls, End, Observer, Session};
 use vmm_trace::debug::gdb;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
@@ -24,11 +23,12 @@ use super::plan::plan;
 pub struct Around {
     stop_timeout: Duration,
     record: Option<Record>,
+    dumpable: bool,
 }
 
 /// What to record of a run.
 struct Record {
-    file: PathBuf,
+    file: OutputFile,
     /// The registers at every exit.
     registers: bool,
 }
@@ -45,7 +45,8 @@ impl Around {
             let error = anyhow!("--trace-registers: there is no record to put them in");
             return Err(Failure::new(Code::BadArgument, error).hint(Some("name its file: --trace FILE")));
         }
-        Ok(Self { stop_timeout: Duration::from_secs(options.stop_timeout), record })
+        let (stop_timeout, dumpable) = (Duration::from_secs(options.stop_timeout), options.dumpable);
+        Ok(Self { stop_timeout, record, dumpable })
     }
 }
 
@@ -70,9 +71,12 @@ pub fn run(options: Options) -> Result<Code, Failure> {
 /// Runs what `config` describes, under `debugger` if there is one.
 pub fn live(
     config: VmConfig,
-    Around { stop_timeout, record }: Around,
+    Around { stop_timeout, record, dumpable }: Around,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
+    if !dumpable {
+        api::close_to_debuggers().map_err(api::Error::Thread)?;
+    }
     let recorder = Arc::<Recorder>::default();
     recorder.set_all_registers(record.as_ref().is_some_and(|record| record.registers));
     let viewers = Live::new(config.clone(), recorder.clone(), record.is_some());
@@ -87,7 +91,7 @@ pub fn live(
         observers.push(debugger);
     }
     let outcome = session.run(&mut observers);
-    recorded.map_or(Ok(()), Recorded::finish)?;
+    recorded.map_or(Ok(()), |recorded| recorded.finish(&|| session.interrupted()))?;
     code(outcome?)
 }
 
@@ -107,7 +111,7 @@ impl Observer for Announcer {
         Ok(())
     }
 
-    fn ended(&mut self, _: &Result<Outcome, machine::Error>, _: bool) {}
+    fn ended(&mut self, _: &End<'_>) {}
 }
 
 fn code(outcome: Outcome) -> Result<Code, Failure> {

@@ -1,7 +1,6 @@
 //! `vmm trace`: records a run and tells it, or tells an earlier record.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -12,6 +11,8 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use super::{options, run, step, top};
 use vmm_command::Scratch;
 use vmm_command::{Code, Failure};
+use vmm_monitor::config::OutputFile;
+use vmm_monitor::output;
 use vmm_monitor::recorder::Kind;
 use vmm_trace::file::Trace;
 use vmm_trace::report::{Filter, Report};
@@ -25,9 +26,9 @@ pub struct Options {
     command: Option<Command>,
     #[command(flatten)]
     view: View,
-    /// Keep the record in this file
-    #[arg(long, value_name = "FILE")]
-    keep: Option<PathBuf>,
+    /// Keep the record in this file: FILE[,max=SIZE]
+    #[arg(long, value_name = "FILE", value_parser = options::output_file())]
+    keep: Option<OutputFile>,
     /// Watch a virtual machine that runs, as vmm top does [default: the only one]
     #[arg(long, value_name = "NAME", num_args = 0..=1, conflicts_with_all = ["keep", "View", "StepOptions"])]
     live: Option<Option<String>>,
@@ -92,9 +93,10 @@ struct View {
     /// Write a page about it that any browser opens: what happened when, lanes, the story of each exit
     #[arg(long, value_name = "FILE", conflicts_with = "perfetto")]
     html: Option<PathBuf>,
-    /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms [default: the guest's own, or looked for beside the kernel]
-    #[arg(long, value_name = "FILE")]
-    symbols: Option<PathBuf>,
+    /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms; without FILE, those in or beside the kernel that the
+    /// record names [default: the guest's own; of a run that is told at once also those beside its kernel]
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    symbols: Option<Option<PathBuf>>,
     /// How far the guest's kernel runs from where it was linked (KASLR) [default: found out]
     #[arg(long, value_name = "BYTES", value_parser = number)]
     kaslr_offset: Option<u64>,
@@ -124,7 +126,7 @@ fn ports(text: &str) -> Result<RangeInclusive<u64>, String> {
 /// `vmm trace`.
 pub fn trace(options: Options) -> Result<Code, Failure> {
     if let Some(Command::Report { file, view }) = options.command {
-        tell(&file, &view)?;
+        tell(&file, &view, false)?;
         return Ok(Code::Success);
     }
     if let Some(name) = options.live {
@@ -132,13 +134,13 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     }
     let mut record = run_options(options.run)?;
     if options.step.step {
-        return step::step(&options.step, record, options.view.symbols.as_deref());
+        return step::step(&options.step, record, options.view.symbols.flatten().as_deref());
     }
     let scratch = Scratch::new("vmm-trace").map_err(|error| Failure::new(Code::Host, error))?;
-    let file = options.keep.unwrap_or_else(|| scratch.path().join("record"));
+    let file = options.keep.unwrap_or_else(|| scratch.path().join("record").into());
     record.trace = Some(file.clone());
     let ended = run::run(record);
-    let told = if file.exists() { tell(&file, &options.view) } else { Ok(()) };
+    let told = if file.path.is_file() { tell(&file.path, &options.view, true) } else { Ok(()) };
     // How the run ended matters more than that nobody read the report to its end.
     let code = ended?;
     told.map(|()| code)
@@ -156,17 +158,26 @@ fn run_options(arguments: Vec<OsString>) -> Result<options::Options, Failure> {
     parsed.map(|run| run.options).map_err(|error| Failure::usage(&error))
 }
 
-/// Tells the record in `file` on standard output.
-fn tell(file: &Path, view: &View) -> Result<(), Failure> {
+/// Tells the record in `file` on standard output. `ours`: it was made just now, and the user named the kernel. Nothing that
+/// another record names is opened unless the user wants it.
+fn tell(file: &Path, view: &View, ours: bool) -> Result<(), Failure> {
     let trace = Trace::read(file)?;
     // What the guest itself said of its kernel is the right kernel's, and at the right place.
     let own = || Symbols::of_guest(&trace.symbols);
-    let beside = || trace.header.kernel.as_deref().and_then(Symbols::beside);
+    let wanted = ours || view.symbols.is_some();
+    let beside = || trace.header.kernel.as_deref().filter(|_| wanted).and_then(Symbols::beside);
     let (symbols, own) = match (&view.symbols, view.kaslr_offset) {
-        (Some(path), _) => (Symbols::read(path)?, false),
+        (Some(Some(path)), _) => (Symbols::read(path)?, false),
+        (Some(None), _) => (beside().ok_or_else(|| nothing_beside(&trace))?, false),
         (None, None) => own().map(|own| (own, true)).or_else(|| Some((beside()?, false))).unwrap_or_default(),
         (None, Some(_)) => (beside().unwrap_or_default(), false),
     };
+    if !own
+        && symbols.source.is_none()
+        && let (false, Some(kernel)) = (wanted, &trace.header.kernel)
+    {
+        log::info!("no symbols; the record names {}: --symbols without FILE looks there", kernel.display());
+    }
     let filter = Filter {
         only: view.only.iter().flat_map(|kinds| kinds.0).copied().collect(),
         port: view.port.clone(),
@@ -180,7 +191,7 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
         Some(offset) => report.symbols.set_shift(offset),
         None if own => {}
         None => match report.find_shift() {
-            Err(error) if view.symbols.is_none() => {
+            Err(error) if !matches!(view.symbols, Some(Some(_))) => {
                 log::warn!("{error}");
                 report.symbols = Symbols::default();
             }
@@ -189,7 +200,7 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
     }
     report.colour = io::stdout().is_terminal();
     if let Some(path) = view.html.as_ref().or(view.perfetto.as_ref()) {
-        let written = File::create(path).map(BufWriter::new).and_then(|mut out| {
+        let written = output::create(path).map(BufWriter::new).and_then(|mut out| {
             match view.html {
                 Some(_) => report.html(&filter, &mut out)?,
                 None => report.perfetto(&filter, &mut out)?,
@@ -197,7 +208,10 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
             out.flush()
         });
         let context = || format!("write {}", path.display());
-        return written.with_context(context).map_err(|error| Failure::new(Code::Host, error));
+        let hint = "give the path of a file (no symbolic link), in a folder that can be written to";
+        return written
+            .with_context(context)
+            .map_err(|error| Failure::new(Code::Host, error).hint(Some(hint)));
     }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match (view.stats, view.json) {
@@ -216,4 +230,12 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
             result.map_err(|error| Failure::new(Code::Host, anyhow!(error).context("write the report")))
         }
     }
+}
+
+fn nothing_beside(trace: &Trace) -> Failure {
+    let error = match &trace.header.kernel {
+        Some(kernel) => anyhow!("there are no symbols in or beside {}", kernel.display()),
+        None => anyhow!("the record names no kernel to look for symbols beside"),
+    };
+    Failure::new(Code::BadArgument, error).hint(Some("name a file: --symbols vmlinux"))
 }

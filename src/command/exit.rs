@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::anyhow;
 use serde::Serialize;
 use vmm_monitor::machine::{self, Outcome};
+use vmm_monitor::printable;
 
 use crate::log_output;
 
@@ -135,14 +136,14 @@ impl Failure {
         if let Some(hint) = &self.hint {
             text.push_str(&format!("hint: {hint}\n"));
         }
-        log_output::say(&text);
+        log_output::say(&printable::lines(&text));
     }
 }
 
 /// A command's result as JSON.
 pub fn pretty(value: &impl Serialize) -> String {
     // What is printed here has string keys and finite numbers only, so it cannot fail.
-    let mut text = serde_json::to_string_pretty(value).unwrap_or_default();
+    let mut text = printable::json(serde_json::to_string_pretty(value).unwrap_or_default());
     text.push('\n');
     text
 }

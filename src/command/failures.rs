@@ -42,7 +42,7 @@ impl From<symbols::Error> for Failure {
     fn from(error: symbols::Error) -> Self {
         let hint = match error {
             symbols::Error::Read { .. } | symbols::Error::None { .. } => {
-                "without --symbols the guest's own are taken, if its kernel has them, or a vmlinux or System.map beside it"
+                "without --symbols the guest's own are taken, if its kernel has them"
             }
             symbols::Error::OtherKernel { .. } => "with --kaslr-offset 0 they are taken as they are",
         };
@@ -62,8 +62,9 @@ impl From<lab::Error> for Failure {
 
 impl From<gdb::Error> for Failure {
     fn from(error: gdb::Error) -> Self {
+        let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
         let hint = error.hint();
-        Self::new(Code::Host, error).hint(hint)
+        Self::new(code, error).hint(hint)
     }
 }
 

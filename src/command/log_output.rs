@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use env_logger::{Builder, Env, Target};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_monitor::printable;
 use vmm_monitor::threads::{self, Role};
 
 /// Bytes of lines that wait.
@@ -86,7 +87,7 @@ pub fn start(verbose: u8) {
     Builder::from_env(Env::default().default_filter_or(level))
         .target(Target::Pipe(Box::new(Queue)))
         .format(move |out, record| {
-            let text = record.args().to_string().replace('\n', end);
+            let text = printable::lines(&record.args().to_string()).replace('\n', end);
             let level = record.level().as_str().to_lowercase();
             if verbose == 0 {
                 return write!(out, "vmm: {level}: {text}{end}");

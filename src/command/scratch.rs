@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
+use vmm_monitor::output;
+
 /// See the module's text.
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// A new folder among the temporary ones, its name beginning with `prefix`. Nobody else can have made it, nor put anything
-    /// into it.
+    /// A new folder among the temporary ones, its name beginning with `prefix`. Nobody else can have made it, nor look into it or
+    /// put anything there.
     ///
     /// # Errors
     /// It cannot be made.
@@ -18,7 +20,7 @@ impl Scratch {
         // Process ids repeat where machines share a temporary folder.
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let path = std::env::temp_dir().join(format!("{prefix}-{}-{:x}", std::process::id(), now.as_nanos()));
-        fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
+        output::folder(&path).with_context(|| format!("make {}", path.display()))?;
         Ok(Self(path))
     }
 

@@ -7,6 +7,8 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::printable::Printable;
+
 /// Messages let through in each [`PERIOD`].
 const BURST: u32 = 20;
 const PERIOD: Duration = Duration::from_secs(10);
@@ -46,6 +48,8 @@ pub fn warn(message: fmt::Arguments<'_>) {
     if !log::log_enabled!(log::Level::Warn) {
         return;
     }
+    // Names of ports, errors that quote: what comes from the guest does not act on the host's terminal.
+    let message = Printable(message);
     let admitted = LIMIT.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now());
     match admitted {
         None => {}

@@ -8,6 +8,7 @@
 //! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
 //! | [`state`] | saved state: one plain value per part |
 //! | [`event_loop`], [`guest_log`] | worker threads; rate-limited warnings about the guest |
+//! | [`output`], [`printable`] | how files are made that a run writes; text of others that a terminal may show |
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`] | what devices may ask of the hypervisor; address to device |
@@ -26,7 +27,7 @@
 //! (its clock), `memory`, `kvm`, `disk` and `sandbox` alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
-//! 0 event_loop state config guest_log recorder
+//! 0 event_loop state config guest_log output printable recorder
 //! 1 memory vm bus
 //! 2 disk chardev
 //! 3 kvm
@@ -67,6 +68,8 @@ pub mod kvm;
 pub mod legacy;
 pub mod machine;
 pub mod memory;
+pub mod output;
+pub mod printable;
 pub mod recorder;
 pub mod session;
 pub mod state;

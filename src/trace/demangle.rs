@@ -5,10 +5,14 @@ use std::fmt::{self, Write};
 /// A longer name says less than the mangled one.
 const LONGEST: usize = 300;
 
+/// Whether `name` looks like a mangled one.
+pub fn is_mangled(name: &str) -> bool {
+    ["_R", "_Z", "__R", "__Z"].iter().any(|prefix| name.starts_with(prefix))
+}
+
 /// `name` as in its source where it is mangled, else as it is.
 pub fn demangled(name: &str) -> String {
-    let mangled = ["_R", "_Z", "__R", "__Z"].iter().any(|prefix| name.starts_with(prefix));
-    if !mangled || name.len() > 4 * LONGEST {
+    if !is_mangled(name) || name.len() > 4 * LONGEST {
         return name.to_owned();
     }
     let mut text = Limited(String::new());

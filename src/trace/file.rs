@@ -2,7 +2,10 @@
 //!
 //! Everything is little-endian. The file starts with [`MAGIC`] and the header's length (4 bytes), then the header as JSON;
 //! then chunks: kind, track, length in bytes (4 bytes each), and the contents. A file that ends in the middle (the monitor
-//! was killed) is good up to there.
+//! was killed, the disk was full) is good up to there; so is one with a hole, which nobody wrote.
+//!
+//! A file may be anybody's: its texts are made [printable](vmm_monitor::printable) as they are read, what is kept of it is no more
+//! than a little over what it holds, and nothing that it names is opened here.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use zerocopy::FromBytes;
 
+use vmm_monitor::printable;
 use vmm_monitor::recorder::{Event, Kind};
 
 /// The first bytes of a trace file; the last is the version.
@@ -20,7 +24,16 @@ pub const MAGIC: [u8; 8] = *b"vmmtrac\x01";
 /// A header's length at most.
 const MAX_HEADER: u32 = 1 << 20;
 /// A chunk's length at most.
-const MAX_CHUNK: u32 = 64 << 20;
+pub(super) const MAX_CHUNK: u32 = 64 << 20;
+/// Bytes that are read at once. If all of so many are 0, it is a hole.
+const BLOCK: usize = 64 << 10;
+/// Events that are kept: 900 MiB of them. Those behind them are counted.
+const MAX_EVENTS: usize = 16 << 20;
+/// Tracks at most: vCPUs, and devices' workers.
+const MAX_TRACKS: usize = 4096;
+/// Bytes of a track's or a reason's name, and of KVM's counters, at most.
+const MAX_NAME: usize = 256;
+const MAX_COUNTERS: usize = 4 << 20;
 
 // Kinds of chunks.
 /// A track's name.
@@ -37,6 +50,8 @@ pub(super) const REASON: u32 = 5;
 pub(super) const COUNTERS: u32 = 6;
 /// The guest's own symbols, as lines of address, type and name.
 pub(super) const SYMBOLS: u32 = 7;
+/// Why no events follow, though the run went on.
+pub(super) const STOPPED: u32 = 8;
 
 /// Tracks of exits inside KVM have this and the vCPU's number.
 pub(super) const IN_KERNEL: u32 = 1 << 16;
@@ -122,8 +137,12 @@ pub struct Trace {
     pub counters: BTreeMap<String, BTreeMap<String, u64>>,
     /// Reasons of exits inside KVM, as it writes them, by number.
     pub reasons: BTreeMap<u32, String>,
-    /// The guest's own list of its symbols, where it has one.
+    /// The guest's own list of its symbols, where it has one: as it was, not printable.
     pub symbols: String,
+    /// Why there are no events of the rest of the run.
+    pub stopped: Option<String>,
+    /// Events behind those that are kept.
+    pub left_out: u64,
     /// Ticks at the start.
     start: u64,
     /// Nanoseconds per tick.
@@ -150,22 +169,23 @@ impl Trace {
         }
         let mut json = vec![0; length as usize];
         file.read_exact(&mut json).map_err(|_| format("its header is cut off"))?;
+        let header = serde_json::from_slice(&json).map(printable::value).and_then(serde_json::from_value);
         let header =
-            serde_json::from_slice(&json).map_err(|error| format(&format!("its header: {error}")))?;
+            header.map_err(|error| format(&format!("its header: {}", printable::Printable(error))))?;
         let mut trace = Self { header, ..Self::default() };
-        let mut clocks = Vec::new();
+        let (mut clocks, mut contents) = (None, Vec::new());
         loop {
-            match read_chunk(&mut file) {
-                Ok(Some((kind, track, contents))) => trace.take(kind, track, &contents, &mut clocks),
+            match read_chunk(&mut file, &mut contents) {
+                Ok(Some((kind, track))) => trace.take(kind, track, &contents, &mut clocks),
                 Ok(None) => break,
-                Err(error) if error.kind() == ErrorKind::UnexpectedEof => break,
                 Err(error) if error.kind() == ErrorKind::InvalidData => {
                     return Err(format(&error.to_string()));
                 }
                 Err(error) => return Err(failed(error)),
             }
         }
-        trace.set_clock(&clocks);
+        drop(contents);
+        trace.set_clock(clocks);
         trace.events.sort_by_key(|(_, event)| event.time);
         trace.join_kernel();
         Ok(trace)
@@ -216,23 +236,44 @@ impl Trace {
         }
     }
 
-    fn take(&mut self, kind: u32, track: u32, contents: &[u8], clocks: &mut Vec<[u64; 2]>) {
+    fn take(&mut self, kind: u32, track: u32, contents: &[u8], clocks: &mut Option<[[u64; 2]; 2]>) {
+        let name = || {
+            let name = String::from_utf8_lossy(&contents[..contents.len().min(MAX_NAME)]);
+            printable::text(&name).into_owned()
+        };
         match kind {
-            NAME => _ = self.tracks.insert(track, String::from_utf8_lossy(contents).into_owned()),
+            NAME if self.tracks.len() < MAX_TRACKS => _ = self.tracks.insert(track, name()),
             EVENTS => {
                 let events = contents.chunks_exact(size_of::<Event>());
-                self.events
-                    .extend(events.filter_map(|bytes| Some((track, Event::read_from_bytes(bytes).ok()?))));
+                let events = events.filter_map(|bytes| Event::read_from_bytes(bytes).ok());
+                // Of a later version, or of nobody.
+                let known = events.filter(|event| event.kind().is_some());
+                let room = MAX_EVENTS.saturating_sub(self.events.len());
+                let mut left_out = 0;
+                self.events.extend(known.enumerate().filter_map(|(number, event)| {
+                    left_out += u64::from(number >= room);
+                    (number < room).then_some((track, event))
+                }));
+                self.left_out += left_out;
             }
-            DROPPED => {
+            DROPPED if self.dropped.len() < MAX_TRACKS || self.dropped.contains_key(&track) => {
                 let count = <[u8; 8]>::try_from(contents).map_or(0, u64::from_le_bytes);
                 let all = self.dropped.entry(track).or_default();
                 *all = all.saturating_add(count);
             }
-            CLOCK => clocks.extend(<[u64; 2]>::read_from_bytes(contents)),
-            REASON => _ = self.reasons.insert(track, String::from_utf8_lossy(contents).into_owned()),
+            CLOCK => {
+                if let Ok(pair) = <[u64; 2]>::read_from_bytes(contents) {
+                    clocks.get_or_insert([pair, pair])[1] = pair;
+                }
+            }
+            // Their numbers in events have 8 bits.
+            REASON if track <= u32::from(u8::MAX) => _ = self.reasons.insert(track, name()),
             SYMBOLS => self.symbols = String::from_utf8_lossy(contents).into_owned(),
-            COUNTERS => self.counters = serde_json::from_slice(contents).unwrap_or_default(),
+            STOPPED => self.stopped = Some(name()),
+            COUNTERS if contents.len() <= MAX_COUNTERS => {
+                let counters = serde_json::from_slice(contents).map(printable::value);
+                self.counters = counters.and_then(serde_json::from_value).unwrap_or_default();
+            }
             // Of a later version.
             _ => {}
         }
@@ -240,9 +281,8 @@ impl Trace {
 
     /// From the first pair of ticks and nanoseconds and the last, which may be the same in a trace that was cut off: then
     /// ticks are shown as if there were one a nanosecond.
-    fn set_clock(&mut self, clocks: &[[u64; 2]]) {
-        let (first, last) =
-            (clocks.first().copied().unwrap_or_default(), clocks.last().copied().unwrap_or_default());
+    fn set_clock(&mut self, clocks: Option<[[u64; 2]; 2]>) {
+        let [first, last] = clocks.unwrap_or_default();
         self.start = first[0];
         let (ticks, ns) = (last[0].wrapping_sub(first[0]), last[1].saturating_sub(first[1]));
         self.rate = if ticks == 0 || ns == 0 { 1.0 } else { ns as f64 / ticks as f64 };
@@ -265,22 +305,37 @@ fn read_number(file: &mut impl Read) -> io::Result<u32> {
     Ok(u32::from_le_bytes(bytes))
 }
 
-/// The next chunk; `None` at the end.
-fn read_chunk(file: &mut impl Read) -> io::Result<Option<(u32, u32, Vec<u8>)>> {
-    let kind = match read_number(file) {
-        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
-        result => result?,
-    };
-    let (track, length) = (read_number(file)?, read_number(file)?);
+/// The next chunk's kind and track, its contents in `contents`; `None` at the end, or where nothing was written. Of events that
+/// are cut off, those that are there are as good as any.
+fn read_chunk(file: &mut impl Read, contents: &mut Vec<u8>) -> io::Result<Option<(u32, u32)>> {
+    static HOLE: [u8; BLOCK] = [0; BLOCK];
+    let mut head = [0; 12];
+    let Some(()) = whole(file.read_exact(&mut head))? else { return Ok(None) };
+    let [kind, track, length] =
+        std::array::from_fn(|at| u32::from_le_bytes(std::array::from_fn(|byte| head[4 * at + byte])));
+    if kind == 0 {
+        return Ok(None);
+    }
     if length > MAX_CHUNK {
         return Err(io::Error::new(ErrorKind::InvalidData, "a chunk is too long"));
     }
     // Grows as it is read: the length is the file's word only.
-    let mut contents = Vec::new();
-    if file.take(length.into()).read_to_end(&mut contents)? < length as usize {
-        return Err(ErrorKind::UnexpectedEof.into());
+    contents.clear();
+    while contents.len() < length as usize {
+        let (start, most) = (contents.len(), BLOCK.min(length as usize - contents.len()));
+        if file.take(most as u64).read_to_end(contents)? < most || contents[start..] == HOLE {
+            return Ok((kind == EVENTS).then_some((kind, track)));
+        }
     }
-    Ok(Some((kind, track, contents)))
+    Ok(Some((kind, track)))
+}
+
+/// None where the file ends.
+fn whole<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
+        result => result.map(Some),
+    }
 }
 
 #[cfg(test)]
@@ -301,8 +356,15 @@ mod tests {
         let recorder = Arc::<Recorder>::default();
         let ram = Memory::new(&"2M".parse().unwrap()).unwrap().ram().clone();
         let header = Header { vmm: "1".to_owned(), ..Header::default() };
-        let recording =
-            Recording::start(path, header, recorder.clone(), Start::now(), Vec::new(), ram).unwrap();
+        let recording = Recording::start(
+            &path.to_owned().into(),
+            header,
+            recorder.clone(),
+            Start::now(),
+            Vec::new(),
+            ram,
+        )
+        .unwrap();
         assert!(recorder.is_on());
         let (mut a, mut b) = (recorder.track("vcpu0"), recorder.track("vcpu1"));
         for value in 0..10 {
@@ -335,10 +397,17 @@ mod tests {
         record(file.path());
         let whole = std::fs::read(file.path()).unwrap();
         let header = 12 + u32::from_le_bytes(whole[8..12].try_into().unwrap()) as usize;
+        let mut known = 0;
         for len in 0..whole.len() {
             std::fs::write(file.path(), &whole[..len]).unwrap();
-            assert_eq!(Trace::read(file.path()).is_ok(), len >= header, "{len}");
+            let trace = Trace::read(file.path());
+            assert_eq!(trace.is_ok(), len >= header, "{len}");
+            // Not by chunks, of which one may be all that there is.
+            let events = trace.map_or(0, |trace| trace.events.len());
+            assert!((known..=known + 1).contains(&events), "{len}: {events} after {known}");
+            known = events;
         }
+        assert_eq!(known, 21);
         let mut bad = whole.clone();
         bad[header + 8..header + 12].fill(0xff);
         std::fs::write(file.path(), &bad).unwrap();

@@ -19,7 +19,11 @@ impl Header {
         };
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let vendor = cpuinfo.lines().find_map(|line| line.strip_prefix("vendor_id")?.split_once(": "));
-        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        // What is no text is told as well as can be: a header is JSON.
+        let absolute = |path: &PathBuf| -> PathBuf {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            path.to_string_lossy().into_owned().into()
+        };
         Self {
             vmm: env!("CARGO_PKG_VERSION").to_owned(),
             kernel: config.kernel.as_ref().map(absolute),

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use vmm_monitor::recorder::{Event, Kind, clock};
@@ -44,7 +44,10 @@ impl KernelExits {
         let root = ROOTS.map(Path::new).into_iter().find(|root| root.join("instances").is_dir());
         let root =
             root.ok_or_else(|| io::Error::new(ErrorKind::NotFound, "no tracefs at /sys/kernel/tracing"))?;
-        let instance = root.join("instances").join(format!("vmm-{}", std::process::id()));
+        let instances = root.join("instances");
+        let owner = Owner::this();
+        remove_stale(&instances, &owner);
+        let instance = instances.join(owner.instance());
         fs::create_dir(&instance)?;
         Self::set_up(&instance).inspect_err(|_| _ = fs::remove_dir(&instance))
     }
@@ -125,6 +128,56 @@ impl Drop for KernelExits {
     }
 }
 
+/// Whose an instance is. A process id alone could be that of another process meanwhile, or of another container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Owner {
+    /// The inode of its process ids' namespace.
+    namespace: u64,
+    pid: u32,
+    /// When it was started, in clock ticks since the host's (proc(5), /proc/PID/stat).
+    started: u64,
+}
+
+impl Owner {
+    fn this() -> Self {
+        let pid = std::process::id();
+        let namespace = fs::metadata("/proc/self/ns/pid").map_or(0, |meta| meta.ino());
+        Self { namespace, pid, started: started(pid).unwrap_or(0) }
+    }
+
+    fn instance(&self) -> String {
+        format!("vmm-{}-{}-{}", self.namespace, self.pid, self.started)
+    }
+
+    fn of(instance: &str) -> Option<Self> {
+        let mut parts = instance.strip_prefix("vmm-")?.split('-').map(|part| part.parse::<u64>().ok());
+        let mut next = || parts.next().flatten();
+        let owner = Self { namespace: next()?, pid: next()?.try_into().ok()?, started: next()? };
+        (owner.instance() == instance).then_some(owner)
+    }
+}
+
+/// When the process was started; none if there is no such process.
+fn started(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is a name in parentheses, which may hold anything; this is the 22nd.
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Removes what monitors left that were killed: each holds 16 MiB a processor, and its events go on costing the host.
+fn remove_stale(instances: &Path, own: &Owner) {
+    for entry in fs::read_dir(instances).into_iter().flatten().flatten() {
+        let Some(owner) = entry.file_name().to_str().and_then(Owner::of) else { continue };
+        // Who is alive in another namespace is not to be seen from here.
+        if owner.namespace == own.namespace && started(owner.pid) != Some(owner.started) {
+            match fs::remove_dir(entry.path()) {
+                Ok(()) => log::info!("removed {}, whose owner was killed", entry.path().display()),
+                Err(error) => log::info!("remove {}: {error}", entry.path().display()),
+            }
+        }
+    }
+}
+
 impl Parser {
     /// `  vcpu0-168  [001] d..1.  14644566076: kvm_exit: vcpu 0 reason npf rip 0x1000500 info1 0x100000014 info2 0x...`
     fn line(&mut self, line: &str, sink: &mut dyn FnMut(u32, Event)) {
@@ -176,6 +229,30 @@ impl Parser {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_killed_monitor_left_is_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = Owner::this();
+        assert_eq!(Owner::of(&own.instance()), Some(own));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let dead = Owner { pid: child.id(), ..own };
+        child.wait().unwrap();
+        let kept = [
+            own.instance(),
+            Owner { namespace: own.namespace + 1, ..dead }.instance(),
+            format!("vmm-{}", dead.pid),
+            format!("{}-", dead.instance()),
+            "vmm-x-1-1".to_owned(),
+            "other".to_owned(),
+        ];
+        // Its number may be another's by now.
+        let gone = [dead.instance(), Owner { started: own.started + 1, ..own }.instance()];
+        kept.iter().chain(&gone).for_each(|name| fs::create_dir(dir.path().join(name)).unwrap());
+        remove_stale(dir.path(), &own);
+        assert!(kept.iter().all(|name| dir.path().join(name).is_dir()));
+        assert!(gone.iter().all(|name| !dir.path().join(name).exists()));
+    }
 
     #[test]
     fn the_kernels_lines_are_read() {

@@ -1,41 +1,45 @@
 //! [`Recorded`]: a recording of all machines of a session.
 
 use std::error::Error;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use vmm_monitor::api::Pty;
-use vmm_monitor::config::VmConfig;
-use vmm_monitor::machine::{self, Machine, Outcome};
+use vmm_monitor::config::{OutputFile, VmConfig};
+use vmm_monitor::machine::{Machine, Outcome};
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::session::Observer;
+use vmm_monitor::session::{End, Observer};
 
 use crate::file::{self, Header};
-use crate::recording::{Recording, Start};
+use crate::recording::{Ended, Recording, SEARCH, Start};
 
 /// Records what the machines of a session do, reboots included, to one file. The monitor's own steps from here on belong to it.
 #[derive(Debug)]
 pub struct Recorded<'a> {
     config: &'a VmConfig,
-    file: PathBuf,
+    file: OutputFile,
     recorder: Arc<Recorder>,
     start: Start,
     recording: Option<Recording>,
+    /// Once the last machine's run is over.
+    ended: Option<Result<Ended, file::Error>>,
+    killed: bool,
 }
 
 impl<'a> Recorded<'a> {
     /// A recording of the session of `config`'s machines that writes to `recorder`.
-    pub fn new(config: &'a VmConfig, file: PathBuf, recorder: Arc<Recorder>) -> Self {
+    pub fn new(config: &'a VmConfig, file: OutputFile, recorder: Arc<Recorder>) -> Self {
         recorder.set_on(true);
-        Self { config, file, recorder, start: Start::now(), recording: None }
+        Self { config, file, recorder, start: Start::now(), recording: None, ended: None, killed: false }
     }
 
-    /// Completes the file, once the session's run is over.
+    /// Completes the file, once the session's run is over. The guest's symbols are searched for only until `interrupted`, and
+    /// not for long if the machine was killed: those of an honest kernel are found all the same.
     ///
     /// # Errors
     /// Not all of it could be written.
-    pub fn finish(self) -> Result<(), file::Error> {
-        self.recording.map_or(Ok(()), Recording::finish)
+    pub fn finish(self, interrupted: &dyn Fn() -> bool) -> Result<(), file::Error> {
+        let Some(ended) = self.ended else { return Ok(()) };
+        ended?.analyse(if self.killed { SEARCH / 48 } else { SEARCH }, interrupted)
     }
 }
 
@@ -55,9 +59,11 @@ impl Observer for Recorded<'_> {
         Ok(())
     }
 
-    fn ended(&mut self, _: &Result<Outcome, machine::Error>, reboots: bool) {
-        if let (true, Some(recording)) = (reboots, &mut self.recording) {
-            recording.pause();
+    fn ended(&mut self, end: &End<'_>) {
+        match &mut self.recording {
+            Some(recording) if end.reboots => recording.pause(end.interrupted),
+            _ => self.ended = self.recording.take().map(Recording::stop),
         }
+        self.killed = matches!(end.outcome, Ok(Outcome::Killed));
     }
 }

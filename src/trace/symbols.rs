@@ -1,15 +1,35 @@
 //! From guest addresses to names: out of an ELF vmlinux, or a list as System.map and /proc/kallsyms have it.
 
-use std::collections::HashMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+//!
+//! Files may be anybody's, and lists a guest's: what is kept of them grows with their size and no faster, and names are read
+//! ([demangled](super::demangle)) only when they are shown, for as long as that takes no longer than a moment.
 
-use super::demangle::demangled;
+use std::cell::{Cell, OnceCell};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::demangle::{demangled, is_mangled};
 use super::kallsyms::{END, IMAGE};
 use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
+use rustix::fs::{SeekFrom, seek};
+use vmm_monitor::printable;
 
 /// A file's size at most: a vmlinux with debug information stays below.
 const MAX_FILE: u64 = 2 << 30;
+/// What is no regular file (a pipe, /proc/kallsyms) has as many bytes at most.
+const MAX_STREAM: u64 = 256 << 20;
+/// Symbols at most; a large program has a million.
+const MAX_SYMBOLS: usize = 4 << 20;
+/// Sections whose code is kept at most; a kernel has a handful.
+const MAX_SECTIONS: usize = 64;
+/// Bytes of a name at most; the rest of a longer one is cut off.
+const MAX_NAME: usize = 2048;
+/// All names are read within this time; those that would come after it are shown mangled.
+const READING: Duration = Duration::from_secs(2);
 
 /// Linux moves by multiples of CONFIG_PHYSICAL_ALIGN, which is this (Documentation/arch/x86/boot.rst, mm.rst).
 const ALIGN: u64 = 2 << 20;
@@ -42,11 +62,66 @@ pub enum Error {
     },
 }
 
+/// A name and where it begins.
+#[derive(Debug)]
+struct Symbol {
+    address: u64,
+    /// Where its name is in all names, and how long it is.
+    name: (u32, u16),
+    /// The name as its author wrote it, once it was asked for; of those that are mangled.
+    shown: OnceCell<Box<str>>,
+}
+
+/// Symbols while they are read: no more of them than their file can hold.
+#[derive(Debug)]
+struct Table {
+    symbols: Vec<Symbol>,
+    names: String,
+    /// Bytes of names at most.
+    most: usize,
+}
+
+impl Table {
+    /// For what is read from `len` bytes. Names may overlap in a file, but only a forger's do so often.
+    fn of(len: usize) -> Self {
+        Self { symbols: Vec::new(), names: String::new(), most: len.saturating_mul(2).clamp(4096, 1 << 30) }
+    }
+
+    /// One more; false if there is no room for it.
+    fn add(&mut self, address: u64, name: &str) -> bool {
+        // What acts on a terminal would be no part of a mangled name either.
+        let name = printable::text(name);
+        let mut end = name.len().min(MAX_NAME);
+        while !name.is_char_boundary(end) {
+            end -= 1;
+        }
+        if self.symbols.len() >= MAX_SYMBOLS || self.names.len() + end > self.most {
+            return false;
+        }
+        // Both fit, as there are at most 1 GiB of them, and 2 KiB of one.
+        self.symbols.push(Symbol {
+            address,
+            name: (self.names.len() as u32, end as u16),
+            shown: OnceCell::new(),
+        });
+        self.names.push_str(&name[..end]);
+        true
+    }
+
+    fn is_empty(&self) -> bool {
+        self.symbols.is_empty()
+    }
+}
+
 /// Names by address.
 #[derive(Debug, Default)]
 pub struct Symbols {
     /// Sorted by address.
-    table: Vec<(u64, String)>,
+    table: Vec<Symbol>,
+    /// One behind the other.
+    names: String,
+    /// Time that names were read in.
+    reading: Cell<Duration>,
     /// Where they are from.
     pub source: Option<String>,
     /// What is added to the table's addresses in the guest (KASLR).
@@ -56,37 +131,45 @@ pub struct Symbols {
 }
 
 impl Symbols {
-    /// From `path`.
+    /// From `path`, which the user named: whatever that is is read.
     ///
     /// # Errors
     /// [`Error`]
     pub fn read(path: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Read { path: path.to_owned(), source };
-        let size = fs::metadata(path).map_err(failed)?.len();
-        if size > MAX_FILE {
-            return Err(failed(std::io::Error::other("it is too large")));
-        }
-        let bytes = fs::read(path).map_err(failed)?;
-        let (mut table, code) = match object::File::parse(&*bytes) {
+        let file = File::open(path).map_err(failed)?;
+        let bytes = contents(file).map_err(failed)?;
+        Self::parse(&bytes, path)
+    }
+
+    fn parse(bytes: &[u8], path: &Path) -> Result<Self, Error> {
+        let (table, code) = match object::File::parse(bytes) {
             Ok(file) => {
-                let functions = from_elf(&file);
-                (if functions.is_empty() { labels(&file) } else { functions }, code(&file))
+                let functions = from_elf(&file, bytes.len());
+                let table = if functions.is_empty() { labels(&file, bytes.len()) } else { functions };
+                (table, code(&file, bytes.len()))
             }
-            Err(_) => (from_list(&bytes), Vec::new()),
+            Err(_) => (from_list(bytes), Vec::new()),
         };
         if table.is_empty() {
             return Err(Error::None { path: path.to_owned() });
         }
-        sort(&mut table);
-        Ok(Self { table, source: Some(path.display().to_string()), shift: 0, code })
+        let source = printable::text(&path.display().to_string()).into_owned();
+        Ok(Self { code, ..Self::sorted(table, source) })
     }
 
     /// Those that the guest's own (kallsyms) had, as a trace keeps them: at the addresses where it ran. None if there are none.
     pub fn of_guest(list: &str) -> Option<Self> {
-        let mut table = from_list(list.as_bytes());
-        sort(&mut table);
-        let source = Some("the guest's own (kallsyms)".to_owned());
-        (!table.is_empty()).then_some(Self { table, source, ..Self::default() })
+        let table = from_list(list.as_bytes());
+        (!table.is_empty()).then(|| Self::sorted(table, "the guest's own (kallsyms)".to_owned()))
+    }
+
+    fn sorted(Table { symbols: mut table, names, .. }: Table, source: String) -> Self {
+        // Where one ends and the next begins, it is the next that counts.
+        table.sort_by_key(|symbol| (symbol.address, name_in(&names, symbol) == END));
+        table.dedup_by_key(|symbol| symbol.address);
+        table.shrink_to_fit();
+        Self { table, names, source: Some(source), ..Self::default() }
     }
 
     /// Looks at `kernel` itself and at what lies beside it: a vmlinux or System.map of the same name in its place.
@@ -104,8 +187,38 @@ impl Symbols {
             }
         }
         names.extend([name.replace("vmlinux", "System.map"), "System.map".to_owned()]);
-        let beside = names.into_iter().map(|name| kernel.with_file_name(name));
-        beside.filter(|path| path.is_file()).find_map(|path| Self::read(&path).ok())
+        names.into_iter().map(|name| kernel.with_file_name(name)).find_map(|path| {
+            // Nobody asked for just this file: a pipe is not waited for, and what the kernel makes up (/proc/kmsg) not read.
+            let file = File::options()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+                .open(&path)
+                .ok()?;
+            file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() > 0).then_some(())?;
+            Self::parse(&contents(file).ok()?, &path).ok()
+        })
+    }
+
+    fn raw(&self, symbol: &Symbol) -> &str {
+        name_in(&self.names, symbol)
+    }
+
+    /// As its author wrote it.
+    fn shown<'a>(&'a self, symbol: &'a Symbol) -> &'a str {
+        let raw = self.raw(symbol);
+        if !is_mangled(raw) {
+            return raw;
+        }
+        let read = || {
+            let start = Instant::now();
+            if self.reading.get() > READING {
+                return raw.into();
+            }
+            let name = demangled(raw);
+            self.reading.set(self.reading.get() + start.elapsed());
+            printable::text(&name).into()
+        };
+        symbol.shown.get_or_init(read)
     }
 
     /// The guest runs its kernel this far from where it was linked.
@@ -139,15 +252,16 @@ impl Symbols {
     /// Most functions that both name are as far apart.
     fn shift_to(&self, guest: &Self) -> Option<u64> {
         let mut ours: HashMap<&str, Option<u64>> = HashMap::new();
-        for (address, name) in &self.table {
+        for symbol in &self.table {
             // Static functions of the same name are not told apart.
-            ours.entry(name).and_modify(|known| *known = None).or_insert(Some(*address));
+            let address = Some(symbol.address);
+            ours.entry(self.raw(symbol)).and_modify(|known| *known = None).or_insert(address);
         }
         let mut shifts: HashMap<u64, usize> = HashMap::new();
         let mut all = 0;
-        for (address, name) in &guest.table {
-            if let Some(Some(own)) = ours.get(name.as_str()) {
-                *shifts.entry(address.wrapping_sub(*own)).or_default() += 1;
+        for symbol in &guest.table {
+            if let Some(Some(own)) = ours.get(guest.raw(symbol)) {
+                *shifts.entry(symbol.address.wrapping_sub(*own)).or_default() += 1;
                 all += 1;
             }
         }
@@ -195,15 +309,16 @@ impl Symbols {
         /// A function or the padding behind it is not longer.
         const FAR: u64 = 1 << 20;
         let address = address.wrapping_sub(self.shift);
-        let at = self.table.partition_point(|(start, _)| *start <= address).checked_sub(1)?;
-        let (start, name) = &self.table[at];
-        (address - start < FAR && name != END).then_some((name, address - start))
+        let at = self.table.partition_point(|symbol| symbol.address <= address).checked_sub(1)?;
+        let symbol = &self.table[at];
+        let offset = address - symbol.address;
+        (offset < FAR && self.raw(symbol) != END).then(|| (self.shown(symbol), offset))
     }
 
     /// Where the symbol called `name` is in the guest.
     pub fn address(&self, name: &str) -> Option<u64> {
-        let (address, _) = self.table.iter().find(|(_, known)| known == name)?;
-        Some(address.wrapping_add(self.shift))
+        let known = |symbol: &&Symbol| self.raw(symbol) == name || self.shown(symbol) == name;
+        Some(self.table.iter().find(known)?.address.wrapping_add(self.shift))
     }
 
     /// `symbol+0x12`, or the plain number.
@@ -216,48 +331,112 @@ impl Symbols {
     }
 }
 
-fn sort(table: &mut Vec<(u64, String)>) {
-    // Where one ends and the next begins, it is the next that counts.
-    table.sort_by_key(|(address, name)| (*address, name == END));
-    table.dedup_by_key(|(address, _)| *address);
+fn name_in<'a>(names: &'a str, symbol: &Symbol) -> &'a str {
+    let (at, len) = (symbol.name.0 as usize, usize::from(symbol.name.1));
+    names.get(at..at + len).unwrap_or_default()
 }
 
-fn from_elf(file: &object::File<'_>) -> Vec<(u64, String)> {
-    let code = file.symbols().filter(|symbol| {
-        symbol.is_definition() && matches!(symbol.kind(), SymbolKind::Text | SymbolKind::Unknown)
-    });
-    let named = code.filter_map(|symbol| Some((symbol.address(), demangled(symbol.name().ok()?))));
-    named.filter(|(address, name)| *address != 0 && !name.is_empty()).collect()
+/// All that is in `file`. What is mostly holes has less to say than it takes: no compiler makes such a file.
+fn contents(file: File) -> io::Result<Vec<u8>> {
+    let meta = file.metadata()?;
+    let (len, most) = match meta.is_file() && meta.len() > 0 {
+        true => (meta.len(), MAX_FILE),
+        false => (0, MAX_STREAM),
+    };
+    if len > most {
+        return Err(io::Error::other(format!("it is larger than {} MiB", most >> 20)));
+    }
+    if data(&file, len)? < len / 2 {
+        return Err(io::Error::other("most of it is a hole (a sparse file)"));
+    }
+    let mut bytes = Vec::with_capacity(len as usize);
+    (&file).take(most + 1).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 > most {
+        true => Err(io::Error::other(format!("it is larger than {} MiB", most >> 20))),
+        false => Ok(bytes),
+    }
+}
+
+/// Bytes of `file` that are no holes, as far as its file system tells; counted up to half of `len`.
+fn data(file: &File, len: u64) -> io::Result<u64> {
+    let (mut sum, mut at) = (0, 0);
+    while at < len && sum < len / 2 {
+        // None behind this: ENXIO. A file system without holes says that all is data.
+        let Ok(start) = seek(file, SeekFrom::Data(at)) else { break };
+        let end = seek(file, SeekFrom::Hole(start)).unwrap_or(len);
+        (sum, at) = (sum + end.saturating_sub(start), end.max(at + 1));
+    }
+    if len > 0 {
+        seek(file, SeekFrom::Start(0))?;
+    }
+    Ok(sum)
+}
+
+fn from_elf(file: &object::File<'_>, len: usize) -> Table {
+    named(file, len, |symbol| {
+        symbol.is_definition()
+            && matches!(symbol.kind(), SymbolKind::Text | SymbolKind::Unknown)
+            && symbol.address() != 0
+    })
 }
 
 /// Plain labels in a section: all that is there where somebody wrote in assembly and gave no types.
-fn labels(file: &object::File<'_>) -> Vec<(u64, String)> {
-    let labels = file
-        .symbols()
-        .filter(|symbol| symbol.kind() == SymbolKind::Unknown && symbol.section_index().is_some());
-    let named = labels.filter_map(|symbol| Some((symbol.address(), symbol.name().ok()?.to_owned())));
-    named.filter(|(_, name)| !name.is_empty()).collect()
+fn labels(file: &object::File<'_>, len: usize) -> Table {
+    named(file, len, |symbol| symbol.kind() == SymbolKind::Unknown && symbol.section_index().is_some())
 }
 
-fn code(file: &object::File<'_>) -> Vec<(u64, Vec<u8>)> {
-    let sections = file.sections().filter(|section| section.kind() == SectionKind::Text);
-    sections.filter_map(|section| Some((section.address(), section.data().ok()?.to_vec()))).collect()
+/// Those symbols that are `wanted` of a file of `len` bytes.
+fn named(file: &object::File<'_>, len: usize, wanted: impl Fn(&object::Symbol<'_, '_>) -> bool) -> Table {
+    let mut table = Table::of(len);
+    // Many names can be ends of one long string, each of which is searched for its end.
+    let mut searched = len.saturating_mul(16);
+    for symbol in file.symbols().filter(wanted) {
+        let name = symbol.name_bytes();
+        // One without an end was searched for it to the end of all names.
+        let Some(left) = searched.checked_sub(name.map_or(len, <[u8]>::len)) else { break };
+        searched = left;
+        let name = name.unwrap_or_default();
+        let name = String::from_utf8_lossy(&name[..name.len().min(MAX_NAME)]);
+        if !name.is_empty() && !table.add(symbol.address(), &name) {
+            break;
+        }
+    }
+    table
+}
+
+/// The code of a file of `len` bytes: sections may overlap, but together they are no more than it.
+fn code(file: &object::File<'_>, len: usize) -> Vec<(u64, Vec<u8>)> {
+    let mut left = len;
+    let sections = file.sections().filter(|section| section.kind() == SectionKind::Text).take(MAX_SECTIONS);
+    let code = sections.map_while(|section| {
+        let bytes = section.data().unwrap_or_default();
+        left = left.checked_sub(bytes.len())?;
+        Some((section.address(), bytes.to_vec()))
+    });
+    code.collect()
 }
 
 /// Lines of address, type, name: `ffffffff81000000 T _stext`.
-fn from_list(bytes: &[u8]) -> Vec<(u64, String)> {
-    let text = String::from_utf8_lossy(bytes);
-    let line = |line: &str| {
+fn from_list(bytes: &[u8]) -> Table {
+    let mut table = Table::of(bytes.len());
+    for line in bytes.split(|byte| *byte == b'\n') {
+        // A longer line is none of a list.
+        let line = String::from_utf8_lossy(&line[..line.len().min(2 * MAX_NAME)]);
         let mut words = line.split_whitespace();
-        let address = u64::from_str_radix(words.next()?, 16).ok()?;
-        let code = matches!(words.next()?, "t" | "T" | "w" | "W");
-        (code && address != 0).then_some((address, demangled(words.next()?)))
-    };
-    text.lines().filter_map(line).collect()
+        let address = words.next().and_then(|word| u64::from_str_radix(word, 16).ok());
+        let code = matches!(words.next(), Some("t" | "T" | "w" | "W"));
+        let (Some(address @ 1..), true, Some(name)) = (address, code, words.next()) else { continue };
+        if !table.add(address, name) {
+            break;
+        }
+    }
+    table
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -278,15 +457,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shown_is_printable_also_after_demangling() {
+        // "a", U+202E, "b" in punycode; and a name that is cut off.
+        let long = "x".repeat(5000);
+        let list = format!("10 t _RNvC7mycrateu6ab_g4t\n20 t \u{9b}2J\u{1b}c\n30 t {long}\n");
+        let symbols = Symbols::of_guest(&list).unwrap();
+        assert_eq!(symbols.name(0x10), "mycrate::a\\u{202e}b");
+        assert_eq!(symbols.name(0x20), "\\u{9b}2J\\u{1b}c");
+        assert_eq!(symbols.name(0x30), long[..MAX_NAME]);
+    }
+
+    #[test]
     fn the_shift_is_found_from_code_that_was_seen() {
         let code: Vec<u8> =
             (0..40_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
         let linked = 0xffff_ffff_8100_0000;
-        let mut symbols = Symbols {
-            table: vec![(linked, "start".to_owned())],
-            code: vec![(linked, code.clone())],
-            ..Symbols::default()
-        };
+        let mut table = Table::of(0);
+        table.add(linked, "start");
+        let mut symbols = Symbols::sorted(table, String::new());
+        symbols.code = vec![(linked, code.clone())];
         let shift = 37 * (2 << 20);
         let seen = |at: usize| (linked + shift + at as u64, &code[at..at + 15]);
         let patched = [0x90; 15];

@@ -7,6 +7,7 @@ mod images;
 mod lives;
 mod page;
 mod place;
+mod strangers;
 mod terminal;
 mod top;
 mod trace;

@@ -84,7 +84,10 @@ fn registers_memory_steps_and_the_exit_code() {
     assert!(said.contains("Cannot access memory at address 0x7000000000"), "{said}");
     let output = guest.finish();
     assert_eq!(output.status.code(), Some(5), "{}", text(&output.stderr));
-    assert!(text(&output.stderr).starts_with("vmm: the guest waits for gdb: gdb up -ex 'target remote /"));
+    assert!(
+        text(&output.stderr)
+            .starts_with("vmm: the guest waits for gdb (only you can connect): gdb up -ex 'target remote /")
+    );
     assert_eq!(fs::read(place.path("out")).unwrap(), b"He", "as gdb changed it");
     assert!(!place.path("gdb").exists(), "the socket is gone");
 }
@@ -248,6 +251,8 @@ fn places_where_nobody_can_listen() {
         ("--gdb unix:file", HOST, &["file", "not a socket"]),
         ("--gdb unix:no/such/folder", HOST, &["no/such/folder"]),
         (&format!("--gdb tcp:{port}"), HOST, &[&port.to_string()]),
+        ("--gdb tcp:0.0.0.0:0", BAD_ARGUMENT, &["0.0.0.0", "not this machine's own"]),
+        ("--gdb tcp:[::]:0", BAD_ARGUMENT, &["[::]:0", "not this machine's own"]),
     ] {
         refused(&place, &format!("{arguments} --kernel kernel --console off"), code, words);
     }

@@ -406,3 +406,28 @@ fn a_block_device_is_a_disk_like_any_other() {
     assert!(bytes[16 * 512..24 * 512].iter().all(|byte| *byte == 0));
     assert!(bytes[..512].iter().all(|byte| *byte == 0) && bytes[7 * 512] == 7 && bytes[32 * 512] == 32);
 }
+
+#[test]
+#[ignore = "run by the test below, in a process of its own"]
+fn on_a_host_with_a_limit() {
+    const LIMIT: u64 = 512 << 10;
+    let _signals = vmm_monitor::api::signals::Signals::take().unwrap();
+    let (_keep, disk) = image(SIZE);
+    let mut guest = guest(&disk);
+    let limit = libc::rlimit { rlim_cur: LIMIT, rlim_max: LIMIT };
+    // SAFETY: the call reads the limit and changes nothing else.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) }, 0);
+    let beyond = LIMIT / 512;
+    for (sector, status) in [(0, OK), (beyond - 8, OK), (beyond, IOERR), (beyond - 4, IOERR), (8, OK)] {
+        assert_eq!(ask(&mut guest, OUT, sector, &[(BUFFER, 4096)], &[]).0, status, "sector {sector}");
+    }
+}
+
+#[test]
+fn a_limit_of_the_hosts_file_sizes_is_an_io_error_and_no_signal() {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "block::on_a_host_with_a_limit", "--ignored", "--nocapture"]);
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{}: {said}", output.status);
+}

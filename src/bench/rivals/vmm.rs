@@ -57,6 +57,7 @@ fn linux(
         let mut arguments = words(["--kernel", &kernel.to_string_lossy(), "--initrd", &initramfs]);
         arguments.extend(words(["--mem", &format!("{RAM_MIB}M")]));
         arguments.extend(console.clone());
+        arguments.extend(weighed(life));
         arguments.extend(words(["--cmdline", &cmdline(word, 't', end(life))]));
         arguments
     });
@@ -71,10 +72,19 @@ pub fn bare_metal(setting: &Setting, _: &Root) -> Found {
         let kernel = kernel(life);
         let mut arguments = words(["--kernel", &kernel.to_string_lossy(), "--mem", &format!("{RAM_MIB}M")]);
         arguments.extend(words(["--console", "off", "--serial", "stdio", "--debug-exit"]));
+        arguments.extend(weighed(life));
         arguments
     });
     (rival.good_status, rival.marker, rival.guest_ram) = (1, vec![BARE_MARKER], true);
     rival.if_possible(made.and_then(|()| setting.kvm()))
+}
+
+/// What idles is weighed from outside (smaps), which is for root alone unless the monitor allows it.
+fn weighed(life: Life) -> Vec<String> {
+    match life {
+        Life::Once => Vec::new(),
+        Life::Idle => words(["--dumpable"]),
+    }
 }
 
 /// The file of that guest for each life, and whether both could be made.

@@ -80,9 +80,10 @@ pub struct Looks {
     /// Print JSON: an object for each interval, on a line of its own
     #[arg(long)]
     json: bool,
-    /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms [default: looked for beside the kernel]
-    #[arg(long, value_name = "FILE")]
-    symbols: Option<PathBuf>,
+    /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms; without FILE, those in or beside the kernel that the
+    /// monitor names
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    symbols: Option<Option<PathBuf>>,
 }
 
 impl Default for Looks {
@@ -118,7 +119,7 @@ pub fn top(options: Options) -> Result<Code, Failure> {
         Some(name) => name,
         None => only_one()?,
     };
-    let session = Session::attach(&name, symbols.as_deref())?;
+    let session = Session::attach(&name, symbols)?;
     if on_terminal {
         return screen::run(session, interval);
     }

@@ -1,6 +1,6 @@
 //! [`Session`]: a viewer's connection to a virtual machine, with the guest's symbols.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ pub struct Look {
 
 impl Session {
     /// Attaches to the virtual machine called `name`.
-    pub fn attach(name: &str, symbols: Option<&Path>) -> Result<Self, Failure> {
+    pub fn attach(name: &str, symbols: Option<Option<PathBuf>>) -> Result<Self, Failure> {
         let names = Names::new(symbols)?;
         let mut client = Client::connect(&Registry::of_user(), name)?;
         // Each vCPU's thread makes itself known at its next exit, which the first sample asks for: that takes a moment.
@@ -94,6 +94,8 @@ pub struct Names {
     symbols: Symbols,
     /// Given by the user, so they stay, whatever kernel runs.
     given: bool,
+    /// Those beside the kernel are wanted. The monitor says which that is, so it takes the user's word to look there.
+    beside: bool,
     kernel: Option<PathBuf>,
     /// From which the kernel's place was found out.
     code: Vec<(u64, Vec<u8>)>,
@@ -101,11 +103,12 @@ pub struct Names {
 }
 
 impl Names {
-    fn new(given: Option<&Path>) -> Result<Self, Failure> {
-        let symbols = given.map(Symbols::read).transpose()?;
+    fn new(given: Option<Option<PathBuf>>) -> Result<Self, Failure> {
+        let beside = given == Some(None);
+        let symbols = given.flatten().map(|path| Symbols::read(&path)).transpose()?;
         let (given, source) = (symbols.is_some(), "no symbols".to_owned());
         let symbols = symbols.unwrap_or_default();
-        Ok(Self { symbols, given, kernel: None, code: Vec::new(), source })
+        Ok(Self { symbols, given, beside, kernel: None, code: Vec::new(), source })
     }
 
     /// What happened from `before` to `now`.
@@ -123,9 +126,11 @@ impl Names {
     fn update(&mut self, sample: &Sample) {
         if !self.given && self.kernel != sample.kernel {
             self.kernel.clone_from(&sample.kernel);
-            self.symbols = self.kernel.as_deref().and_then(Symbols::beside).unwrap_or_default();
+            let wanted = self.kernel.as_deref().filter(|_| self.beside);
+            self.symbols = wanted.and_then(Symbols::beside).unwrap_or_default();
             self.code.clear();
             self.source = match &self.kernel {
+                Some(_) if !self.beside => "no symbols (--symbols)".to_owned(),
                 Some(kernel) => format!("no symbols in or beside {}", kernel.display()),
                 None => "no symbols".to_owned(),
             };

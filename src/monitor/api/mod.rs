@@ -154,6 +154,14 @@ pub enum Error {
     /// The name belongs to a virtual machine that is alive.
     #[error("a virtual machine called {0:?} is running already")]
     NameTaken(String),
+    /// What has the name is not this user's.
+    #[error("{name:?} is not yours to control: {what}")]
+    Stranger {
+        /// The name.
+        name: String,
+        /// Whose it is.
+        what: &'static str,
+    },
     /// Nothing of this name runs.
     #[error("no virtual machine called {0:?} is running")]
     NoSuchVm(String),
@@ -192,12 +200,25 @@ pub enum Error {
     Thread(#[source] io::Error),
 }
 
+/// Closes this process to other processes of its user: no ptrace (gdb, strace), no perf, no core dump, /proc/PID belongs to
+/// root. What it holds is the guest's; a monitor that was taken over must not take others over by it, nor they it.
+///
+/// # Errors
+/// The kernel refuses: never seen.
+pub fn close_to_debuggers() -> io::Result<()> {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
 impl Error {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::Directory { .. } => "set XDG_RUNTIME_DIR to a directory of your own",
             Self::Unsafe { .. } => "make it yours alone (chown, chmod 700), or remove it",
+            Self::Stranger { .. } => {
+                "see who made it: ls -la $XDG_RUNTIME_DIR/vmm /run/user/$UID/vmm /tmp/vmm-$UID"
+            }
             Self::NameTaken(_) => "choose another --name, or end that one: vmm stop NAME",
             Self::NoSuchVm(_) => "vmm list shows what is running",
             Self::NoAnswer(_) => "the monitor may be stopped (SIGSTOP) or stuck; vmm list shows its name",

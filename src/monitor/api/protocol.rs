@@ -13,6 +13,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Sample, Status};
+use crate::printable::{self, Printable};
 
 /// The protocol's version, in every message. Another one is refused.
 pub const VERSION: u32 = 1;
@@ -112,13 +113,15 @@ pub fn parse_request(line: &[u8]) -> Result<Command, String> {
     Ok(request.command)
 }
 
-/// Reads a reply.
+/// Reads a reply. Its texts are [printable](crate::printable), whatever the peer sent.
 ///
 /// # Errors
 /// In words, what is wrong with it.
 pub fn parse_reply(line: &[u8]) -> Result<Answer, String> {
     check_version(line)?;
-    let reply: Reply = serde_json::from_slice(line).map_err(|e| e.to_string())?;
+    // What a monitor says ends on a terminal: nothing in it acts there.
+    let value = serde_json::from_slice(line).map(printable::value).map_err(|e| e.to_string())?;
+    let reply: Reply = serde_json::from_value(value).map_err(|e| e.to_string())?;
     Ok(reply.answer)
 }
 
@@ -131,7 +134,7 @@ fn check_version(line: &[u8]) -> Result<(), String> {
     match serde_json::from_slice(line) {
         Ok(Versioned { version: VERSION }) => Ok(()),
         Ok(Versioned { version }) => Err(format!("protocol version {version}, where {VERSION} is spoken")),
-        Err(e) => Err(format!("not a message of this protocol: {e}")),
+        Err(e) => Err(format!("not a message of this protocol: {}", Printable(e))),
     }
 }
 
@@ -153,6 +156,38 @@ mod tests {
             parse_request(br#"{"version":1,"command":"stop"}"#),
             Ok(Command::Stop { timeout_seconds: None })
         );
+    }
+
+    #[test]
+    fn nothing_in_a_reply_acts_on_a_terminal() {
+        let evil = "\u{1b}]0;x\u{7}\u{9b}2J\u{202e}";
+        let status = |text: &str| Status {
+            name: text.to_owned(),
+            pid: 1,
+            state: crate::api::State::Running,
+            uptime_seconds: 0.0,
+            cpus: 1,
+            memory_bytes: 1,
+            kernel: Some(text.into()),
+            ptys: vec![crate::api::Pty { device: text.to_owned(), path: text.into() }],
+        };
+        let sample = serde_json::json!({"kernel": evil, "reasons": {evil: [evil, 1]}});
+        let seen = Answer::Sample(Box::new(Seen { status: status(evil), sample }));
+        for answer in [Answer::Status(status(evil)), seen, Answer::Error(evil.to_owned())] {
+            let text = format!("{:?}", parse_reply(&reply(answer)).unwrap());
+            // Debug shows what it escapes with one backslash: what was escaped before has two.
+            let clean = text.replace("\\\\u{1b}]0;x\\\\u{7}\\\\u{9b}2J\\\\u{202e}", "");
+            assert!(clean.len() < text.len() && !clean.contains("\\u{"), "{text}");
+        }
+        // Nor in what is said of one that cannot be read.
+        for line in [
+            r#"{"version":1,"error":{"\u001b":1}}"#,
+            r#"{"version":"\u001b"}"#,
+            r#"{"version":1,"\u001b":1}"#,
+        ] {
+            let error = parse_reply(line.as_bytes()).unwrap_err();
+            assert!(!error.contains('\u{1b}'), "{error:?}");
+        }
     }
 
     #[test]

@@ -15,10 +15,13 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, fchmod, flock, fstat, mkdir, open, unlinkat};
+use rustix::fs::{
+    AtFlags, FileType, FlockOperation, Mode, OFlags, fchmod, flock, fstat, mkdir, open, unlinkat,
+};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+    sockopt::socket_peercred,
 };
 use rustix::process::geteuid;
 
@@ -152,6 +155,10 @@ impl Registry {
         for entry in fs::read_dir(&self.path).map_err(failed)? {
             let file = entry.map_err(failed)?.file_name();
             let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".sock")) else { continue };
+            // No name of ours, and it would be shown.
+            if !name.chars().all(|c| c.is_ascii_graphic()) {
+                continue;
+            }
             match self.alive(name) {
                 Ok(true) => names.push(name.to_owned()),
                 Ok(false) => {
@@ -164,25 +171,82 @@ impl Registry {
         Ok(names)
     }
 
-    /// Connects to `name`.
+    /// Connects to `name`. Where the directory is (`/tmp/vmm-UID`), somebody else may have been first: so directory and socket
+    /// must be this user's alone, and so must the process behind it.
     ///
     /// # Errors
-    /// Nothing of this name is alive, or it does not take connections.
+    /// Nothing of this name is alive, it does not take connections, or it is another user's.
     pub fn connect(&self, name: &str) -> Result<UnixStream, Error> {
         let path = self.socket(name);
         if name.is_empty() || name.contains('/') {
             return Err(Error::NoSuchVm(name.to_owned()));
         }
+        self.check_socket(name)?;
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.try_connect(&path) {
-                Ok(stream) => return Ok(stream),
+                Ok(stream) => {
+                    let peer = socket_peercred(&stream);
+                    let peer = peer.map_err(|source| Error::Socket {
+                        what: "ask who serves",
+                        path,
+                        source: source.into(),
+                    })?;
+                    return match peer.uid == geteuid() {
+                        true => Ok(stream),
+                        false => Err(Error::Stranger {
+                            name: name.to_owned(),
+                            what: "another user's process serves it",
+                        }),
+                    };
+                }
                 Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(Error::NoSuchVm(name.to_owned())),
                 Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
                 Err(Errno::AGAIN) => return Err(Error::NoAnswer(name.to_owned())),
                 Err(source) => return Err(Error::Socket { what: "connect to", path, source: source.into() }),
             }
         }
+    }
+
+    /// The socket of `name` is one, in a directory and with an owner and a mode as [`Registry::register`] makes them.
+    fn check_socket(&self, name: &str) -> Result<(), Error> {
+        let stranger = |what| Err(Error::Stranger { name: name.to_owned(), what });
+        let absent = || Error::NoSuchVm(name.to_owned());
+        let directory = match self.open() {
+            Err(Error::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(absent());
+            }
+            directory => directory?,
+        };
+        // A name that is too long is told by who connects.
+        let stat = match rustix::fs::statat(&directory, format!("{name}.sock"), AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Err(absent()),
+            Err(_) => return Ok(()),
+            Ok(stat) => stat,
+        };
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Socket if stat.st_uid != geteuid().as_raw() => {
+                stranger("its socket belongs to another user")
+            }
+            FileType::Socket if stat.st_mode & 0o077 != 0 => stranger("its socket is open to other users"),
+            FileType::Socket => Ok(()),
+            _ => stranger("what stands in the socket's place is none"),
+        }
+    }
+
+    /// The directory, if it is this user's alone.
+    fn open(&self) -> Result<OwnedFd, Error> {
+        let failed = |source: Errno| Error::Directory { path: self.path.clone(), source: source.into() };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = open(&self.path, flags, Mode::empty()).map_err(failed)?;
+        let stat = fstat(&directory).map_err(failed)?;
+        if stat.st_uid != geteuid().as_raw() {
+            return Err(Error::Unsafe { path: self.path.clone(), what: "belongs to another user" });
+        }
+        if stat.st_mode & 0o077 != 0 {
+            return Err(Error::Unsafe { path: self.path.clone(), what: "is open to other users" });
+        }
+        Ok(directory)
     }
 
     fn try_connect(&self, path: &Path) -> Result<UnixStream, Errno> {
@@ -212,18 +276,15 @@ impl Registry {
                     Err(error) => return Err(failed(error)),
                 }
             }
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let directory = match open(&self.path, flags, Mode::empty()) {
-                Err(Errno::NOENT) if create && Instant::now() < deadline => continue,
-                result => result.map_err(failed)?,
+            let directory = match self.open() {
+                Err(Error::Directory { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound && create && Instant::now() < deadline =>
+                {
+                    continue;
+                }
+                directory => directory?,
             };
             let stat = fstat(&directory).map_err(failed)?;
-            if stat.st_uid != geteuid().as_raw() {
-                return Err(Error::Unsafe { path: self.path.clone(), what: "belongs to another user" });
-            }
-            if stat.st_mode & 0o077 != 0 {
-                return Err(Error::Unsafe { path: self.path.clone(), what: "is open to other users" });
-            }
             // The lock is held for microseconds; a holder that was stopped must not stop everyone else.
             while let Err(error) = flock(&directory, FlockOperation::NonBlockingLockExclusive) {
                 if !matches!(error, Errno::WOULDBLOCK | Errno::INTR) || Instant::now() > deadline {
@@ -380,6 +441,41 @@ mod tests {
         fs::remove_dir(registry.path()).unwrap();
         symlink(dir.path(), registry.path()).unwrap();
         assert!(matches!(registry.register(None), Err(Error::Directory { .. })));
+    }
+
+    #[test]
+    fn a_client_connects_to_nothing_that_others_could_have_put_there() {
+        let (dir, registry) = registry();
+        let entry = registry.register(Some("a")).unwrap();
+        let chmod = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        let stranger = |wanted: &str| match registry.connect("a") {
+            Err(Error::Stranger { what, .. } | Error::Unsafe { what, .. }) => {
+                assert!(what.contains(wanted), "{what}")
+            }
+            other => panic!("{wanted}: {other:?}"),
+        };
+        registry.connect("a").unwrap();
+        chmod(registry.path(), 0o755);
+        stranger("open to other users");
+        chmod(registry.path(), 0o700);
+        chmod(&registry.socket("a"), 0o666);
+        stranger("open to other users");
+        chmod(&registry.socket("a"), 0o600);
+        // The same socket by another way.
+        fs::rename(registry.socket("a"), dir.path().join("b.sock")).unwrap();
+        symlink(dir.path().join("b.sock"), registry.socket("a")).unwrap();
+        stranger("is none");
+        fs::rename(dir.path().join("b.sock"), registry.socket("a")).unwrap();
+        registry.connect("a").unwrap();
+        if geteuid().is_root() {
+            use std::os::unix::fs::chown;
+            chown(registry.socket("a"), Some(65534), None).unwrap();
+            stranger("another user");
+            chown(registry.path(), Some(65534), None).unwrap();
+            stranger("another user");
+            chown(registry.path(), Some(0), None).unwrap();
+        }
+        drop(entry);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The process's signals as something to poll: SIGTERM and SIGINT ask the guest to power off, SIGHUP ends it.
+//! The process's signals as something to poll: SIGTERM and SIGINT ask the guest to power off, SIGHUP ends it, SIGXFSZ and SIGXCPU
+//! do nothing.
 //!
 //! The handlers do nothing but write a byte to a socket, which is all that is safe in them; [`super::server`] reads it.
 //! Taken before anything needs cleaning up, so that a signal during start-up is kept, not fatal.
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use signal_hook::SigId;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXCPU, SIGXFSZ};
 use signal_hook::{flag, low_level};
 
 /// What a signal asks for.
@@ -45,6 +46,11 @@ impl Signals {
         kill.set_nonblocking(true)?;
         let ignored = ignored();
         let mut handlers = Vec::new();
+        // A limit of the host's (ulimit -f, -t) is no reason to end a machine: a write beyond it fails (EFBIG), and that is
+        // answered where it was made. A handler, because what is ignored would be so in child processes, too.
+        for signal in [SIGXFSZ, SIGXCPU] {
+            handlers.push(flag::register(signal, Arc::default())?);
+        }
         for (signal, writer) in [(SIGTERM, &stop_writer), (SIGINT, &stop_writer), (SIGHUP, &kill_writer)] {
             if ignored & (1 << (signal - 1)) == 0 {
                 hold(signal)?;

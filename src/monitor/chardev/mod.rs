@@ -6,6 +6,7 @@
 mod backlog;
 mod ends;
 mod escape;
+mod file;
 mod listener;
 mod poll;
 mod pty;
@@ -16,15 +17,11 @@ mod stream;
 pub mod terminal;
 
 use std::fmt;
-use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-
-use rustix::fs::OFlags;
 
 use crate::bus::lock;
 use crate::config::Where;
@@ -83,9 +80,12 @@ impl Error {
     /// What to try.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::File { .. } => {
-                Some("give the path of a file in a folder that exists and can be written to")
+            Self::File { source, .. } if source.raw_os_error() == Some(libc::ENXIO) => {
+                Some("start the reader of the named pipe first")
             }
+            Self::File { .. } => Some(
+                "give the path of a file (no symbolic link), in a folder that exists and can be written to",
+            ),
             Self::Socket { .. } => {
                 Some("give a path of at most 107 bytes, in a folder that exists and can be written to")
             }
@@ -170,7 +170,7 @@ impl Endpoint {
             Where::Stdio => Box::new(stdio::Stdio::open(events).map_err(Error::Stdio)?),
             Where::Pty => Box::new(pty::Pty::open()?),
             Where::Socket(path) => Box::new(socket::Socket::listen(path)?),
-            Where::File(path) => Box::new(open_file(path)?),
+            Where::File(file) => file::open(file)?,
         };
         let text = match (place, host.path()) {
             (Where::Pty, Some(path)) => format!("pty={}", path.display()),
@@ -294,15 +294,6 @@ impl<F: FnMut(&[u8]) + Send> Host for Taker<F> {
     fn watch(&mut self, _: &Poll, want: Interest) -> bool {
         want.output
     }
-}
-
-/// A file for output only: created or truncated. A FIFO must have a reader.
-fn open_file(path: &Path) -> Result<Stream, Error> {
-    let failed = |source| Error::File { path: path.to_owned(), source };
-    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
-    let file = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(path);
-    let output = Descriptor::owned(file.map_err(failed)?.into(), &path.display().to_string());
-    Ok(Stream { input: None, output: Some(output.map_err(failed)?) })
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::termios::isatty;
 
+use super::file::Loss;
 use super::poll::{EventFlags, Poll, Watch};
 use super::pump::Pump;
 use super::{Host, Interest};
@@ -40,8 +41,8 @@ pub struct Descriptor {
     name: String,
     /// At its end, or broken: reads give nothing and writes vanish from now on.
     closed: bool,
-    /// An error that did not end it was logged.
-    complained: bool,
+    /// What errors that did not end it cost.
+    loss: Loss,
 }
 
 impl Descriptor {
@@ -63,7 +64,7 @@ impl Descriptor {
             // Not reopened: it would have a file position of its own.
             _ => (Mode::Always, fd.try_clone_to_owned()?),
         };
-        Ok(Self { fd, mode, watch: None, name: name.to_owned(), closed: false, complained: false })
+        Ok(Self { fd, mode, watch: None, name: name.to_owned(), closed: false, loss: Loss::default() })
     }
 
     /// From a descriptor whose description is ours alone.
@@ -76,7 +77,7 @@ impl Descriptor {
                 Mode::Nonblocking
             }
         };
-        Ok(Self { fd, mode, watch: None, name: name.to_owned(), closed: false, complained: false })
+        Ok(Self { fd, mode, watch: None, name: name.to_owned(), closed: false, loss: Loss::default() })
     }
 
     /// Reads what is there: 0 if nothing is, now or for ever ([`Descriptor::is_closed`]).
@@ -126,9 +127,7 @@ impl Descriptor {
             }
             // A full disk may have room again later.
             Err(error) => {
-                if !std::mem::replace(&mut self.complained, true) {
-                    log::error!("{}: {error}; output is being lost", self.name);
-                }
+                self.loss.add(&self.name, &error, data.len());
                 data.len()
             }
         }
@@ -283,7 +282,7 @@ mod tests {
         let (reader, writer) = io::pipe().unwrap();
         let pumped = |fd: OwnedFd, access| {
             let (mode, fd) = pump(fd.as_fd(), access).unwrap();
-            Descriptor { fd, mode, watch: None, name: String::new(), closed: false, complained: false }
+            Descriptor { fd, mode, watch: None, name: String::new(), closed: false, loss: Loss::default() }
         };
         let mut input = pumped(reader.into(), OFlags::RDONLY);
         let mut output = pumped(writer.into(), OFlags::WRONLY);
@@ -340,6 +339,6 @@ mod tests {
     fn a_full_disk_loses_output_but_does_not_end_it() {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let mut output = Descriptor::owned(full.into(), "out").unwrap();
-        assert_eq!((output.write(b"abc"), output.is_closed(), output.complained), (3, false, true));
+        assert_eq!((output.write(b"abc"), output.is_closed(), output.loss.bytes), (3, false, 3));
     }
 }

@@ -234,7 +234,7 @@ fn a_file_takes_output_and_gives_none() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     fs::write(&path, b"what was there before").unwrap();
-    let end = Endpoint::open(&Where::File(path.clone()), &crate::event_loop::running()).unwrap();
+    let end = Endpoint::open(&Where::File(path.clone().into()), &crate::event_loop::running()).unwrap();
     put(&end, b"output");
     assert_eq!(end.read(&mut [0; 4]), 0);
     end.want(INPUT);
@@ -242,8 +242,7 @@ fn a_file_takes_output_and_gives_none() {
     end.want(OUTPUT);
     assert!(wakes(&end, 1000), "another turn comes at once");
     assert_eq!(fs::read(&path).unwrap(), b"output");
-    let nowhere =
-        Endpoint::open(&Where::File(dir.path().join("no/such/folder")), &crate::event_loop::running())
-            .unwrap_err();
+    let nowhere = Where::File(dir.path().join("no/such/folder").into());
+    let nowhere = Endpoint::open(&nowhere, &crate::event_loop::running()).unwrap_err();
     assert!(nowhere.to_string().contains("no/such/folder"));
 }

@@ -196,7 +196,21 @@ pub struct Disk {
 #[serde(transparent)]
 pub struct Console(pub Option<Where>);
 
-/// The host's end of a character device: `stdio|pty|file=PATH|socket=PATH|off`.
+/// A file that a run writes: `PATH[,max=SIZE]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutputFile {
+    /// Where.
+    pub path: PathBuf,
+    /// What it may grow to; absent: whatever the disk has. What happens then is up to who writes it.
+    pub max: Option<Size>,
+}
+
+impl OutputFile {
+    /// The smallest limit: a file's header, or a screenful, fits.
+    pub const LEAST: Size = Size::from_bytes(4096);
+}
+
+/// The host's end of a character device: `stdio|pty|file=PATH[,max=SIZE]|socket=PATH|off`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Where {
     /// The monitor's stdin and stdout.
@@ -204,7 +218,7 @@ pub enum Where {
     /// A new pseudo-terminal, whose path is reported.
     Pty,
     /// A file that output is written to; there is no input.
-    File(PathBuf),
+    File(OutputFile),
     /// A listening unix socket; one client at a time.
     Socket(PathBuf),
     /// Nowhere: the device is not there.

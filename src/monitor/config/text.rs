@@ -3,13 +3,15 @@
 //! A list is turned into a JSON object and goes through the same serde tree as a file, so that both forms
 //! have the same keys, defaults and errors.
 
+use std::ffi::OsString;
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
 
-use super::{Console, Cpus, Disk, Memory, Port, Where};
+use super::{Console, Cpus, Disk, Memory, OutputFile, Port, Where};
 
 /// A text that does not say what it should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -144,9 +146,13 @@ impl FromStr for Where {
             ("stdio", _) => Self::Stdio,
             ("pty", _) => Self::Pty,
             ("off", _) => Self::Off,
-            (_, Some(("file", path))) if !path.is_empty() => Self::File(path.into()),
+            (_, Some(("file", file))) if !file.is_empty() => Self::File(file.parse()?),
             (_, Some(("socket", path))) if !path.is_empty() => Self::Socket(path.into()),
-            _ => return fail(format_args!("{text:?} is not one of stdio, pty, file=PATH, socket=PATH, off")),
+            _ => {
+                return fail(format_args!(
+                    "{text:?} is not one of stdio, pty, file=PATH[,max=SIZE], socket=PATH, off"
+                ));
+            }
         })
     }
 }
@@ -157,9 +163,50 @@ impl fmt::Display for Where {
             Self::Stdio => f.write_str("stdio"),
             Self::Pty => f.write_str("pty"),
             Self::Off => f.write_str("off"),
-            Self::File(path) => write!(f, "file={}", path.display()),
+            Self::File(file) => write!(f, "file={file}"),
             Self::Socket(path) => write!(f, "socket={}", path.display()),
         }
+    }
+}
+
+impl FromStr for OutputFile {
+    type Err = ParseError;
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let (path, max) = match text.rsplit_once(",max=") {
+            Some((path, max)) => (path, Some(max.parse::<Size>()?)),
+            None => (text, None),
+        };
+        match max {
+            _ if path.is_empty() => fail(format_args!("{text:?}: expected PATH[,max=SIZE]")),
+            Some(max) if max < Self::LEAST => {
+                fail(format_args!("{text:?}: max={max} is too little; at least {}", Self::LEAST))
+            }
+            max => Ok(Self { path: path.into(), max }),
+        }
+    }
+}
+
+impl TryFrom<OsString> for OutputFile {
+    type Error = ParseError;
+    fn try_from(text: OsString) -> Result<Self, ParseError> {
+        match text.into_string() {
+            Ok(text) => text.parse(),
+            // A name that is no text is one all the same.
+            Err(path) => Ok(Self { path: path.into(), max: None }),
+        }
+    }
+}
+
+impl From<PathBuf> for OutputFile {
+    fn from(path: PathBuf) -> Self {
+        Self { path, max: None }
+    }
+}
+
+impl fmt::Display for OutputFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path.display())?;
+        self.max.map_or(Ok(()), |max| write!(f, ",max={max}"))
     }
 }
 
@@ -254,7 +301,7 @@ mod tests {
         let config: VmConfig = serde_json::from_str(json).unwrap();
         assert_eq!(config.mem, memory);
         assert_eq!(config.disk, [disk.clone(), disk]);
-        assert_eq!(config.port[0].to, Where::File("/l".into()));
+        assert_eq!(config.port[0].to, Where::File("/l".parse().unwrap()));
         let again: VmConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
     }
@@ -268,7 +315,13 @@ mod tests {
             assert!(error.contains(word), "{text}: {error}");
         }
         assert!("readonly=on".parse::<Disk>().is_err(), "a disk needs a path");
-        assert!("file=".parse::<Where>().is_err());
+        for wrong in ["file=", "file=,max=1M", "file=a,max=", "file=a,max=lots", "file=a,max=1K"] {
+            assert!(wrong.parse::<Where>().is_err(), "{wrong}");
+        }
+        let capped: Where = "file=a,b,max=64K".parse().unwrap();
+        assert_eq!(capped.to_string(), "file=a,b,max=64K");
+        let Where::File(file) = capped else { panic!("{capped:?}") };
+        assert_eq!((file.path, file.max), ("a,b".into(), Some(Size(64 << 10))));
     }
 
     #[test]

@@ -185,6 +185,10 @@ fn map(
     if let (true, Err(error)) = (config.thp, advised) {
         log::warn!("no transparent huge pages for guest memory: {error}");
     }
+    // SAFETY: as above. A core dump of the monitor is not the place for the guest's secrets, nor for its size.
+    if let Err(error) = unsafe { madvise(mapping.as_ptr().cast(), mapping.size(), Advice::LinuxDontDump) } {
+        log::warn!("guest memory stays in core dumps: {error}");
+    }
     GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or_else(|| failed("address overflow".into()))
 }
 

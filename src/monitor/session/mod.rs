@@ -7,7 +7,6 @@ mod running;
 
 use std::error;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use crate::api::registry::{Entry, Registry};
@@ -44,8 +43,18 @@ pub trait Observer {
     /// The machine is not run, and the session is over.
     fn built(&mut self, machine: &Machine, ptys: &[Pty]) -> Result<(), Box<dyn error::Error + Send + Sync>>;
 
-    /// Its run is over. `reboots`: there will be another machine.
-    fn ended(&mut self, outcome: &Result<Outcome, machine::Error>, reboots: bool);
+    /// Its run is over.
+    fn ended(&mut self, end: &End<'_>);
+}
+
+/// The end of one machine of a session.
+pub struct End<'a> {
+    /// How it ended.
+    pub outcome: &'a Result<Outcome, machine::Error>,
+    /// There will be another machine.
+    pub reboots: bool,
+    /// Whether the session is told to end meanwhile: work that takes its time asks.
+    pub interrupted: &'a dyn Fn() -> bool,
 }
 
 /// How a session is controlled from outside.
@@ -78,6 +87,8 @@ pub struct Session<'a> {
     controlled: Option<Controlled>,
     ends: Ends,
     events: EventLoop,
+    /// How often it was told to end before its last machine ended.
+    orders: u32,
 }
 
 impl<'a> Session<'a> {
@@ -88,7 +99,7 @@ impl<'a> Session<'a> {
     pub fn private(config: &'a VmConfig, recorder: Arc<Recorder>) -> Result<Self, Error> {
         let events = EventLoop::new().map_err(api::Error::Thread)?;
         let ends = Ends::new(events.clone());
-        Ok(Self { config, recorder, ends, controlled: None, events })
+        Ok(Self { config, recorder, ends, controlled: None, events, orders: 0 })
     }
 
     /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on.
@@ -118,9 +129,13 @@ impl<'a> Session<'a> {
         self.ends.put(role, end);
     }
 
-    /// Set when the session is killed, also after its machine's end: for what its owner still has to do then.
-    pub fn killed(&self) -> Arc<AtomicBool> {
-        self.controlled.as_ref().map_or_else(Arc::default, |controlled| controlled.running.killed())
+    /// Whether the session was told to end once more since its last machine ended: for what its owner still has to do then.
+    pub fn interrupted(&self) -> bool {
+        self.orders() > self.orders
+    }
+
+    fn orders(&self) -> u32 {
+        self.controlled.as_ref().map_or(0, |controlled| controlled.running.orders())
     }
 
     /// Runs the machine, and again after each reboot if the configuration wants that. Signals and clients are served until the
@@ -133,7 +148,8 @@ impl<'a> Session<'a> {
         if let Some(controlled) = &self.controlled {
             controlled.running.over();
         }
-        // What comes next may take its time, and can be ended meanwhile.
+        // What comes next may take its time, and can be ended meanwhile: Ctrl-C is a signal again.
+        self.ends = Ends::new(self.events.clone());
         self.serve()?;
         result
     }
@@ -156,8 +172,10 @@ impl<'a> Session<'a> {
                 && self.config.on_reboot == OnReboot::Reset
                 && !stopped
                 && served.is_ok();
+            self.orders = self.orders();
+            let end = End { outcome: &outcome, reboots, interrupted: &|| self.interrupted() };
             for observer in &mut *observers {
-                observer.ended(&outcome, reboots);
+                observer.ended(&end);
             }
             // Why nobody serves says more than that the machine was killed for want of it.
             served?;

@@ -4,7 +4,7 @@
 //! otherwise.
 
 use std::process;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -22,19 +22,18 @@ pub(super) struct Running {
     status: Status,
     now: Arc<Mutex<Now>>,
     viewers: Arc<dyn Viewers>,
-    /// Set by a kill, for whoever is busy after the machine's end.
-    killed: Arc<AtomicBool>,
+    /// Times that it was told to end.
+    orders: AtomicU32,
     /// The exit status of a process that has to be ended.
     killed_status: u8,
 }
 
 #[derive(Debug, Default)]
 struct Now {
-    /// There will be no machine any more.
-    over: bool,
     machine: Option<Handle>,
     button: bool,
     kill: bool,
+    over: bool,
     ptys: Vec<Pty>,
 }
 
@@ -51,14 +50,8 @@ impl Running {
             kernel: config.kernel.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
             ptys: Vec::new(),
         };
-        Self {
-            started: Instant::now(),
-            status,
-            now: Arc::default(),
-            viewers,
-            killed: Arc::default(),
-            killed_status,
-        }
+        let orders = AtomicU32::new(0);
+        Self { started: Instant::now(), status, now: Arc::default(), viewers, orders, killed_status }
     }
 
     /// The machine is built: what was asked for meanwhile reaches it now.
@@ -80,14 +73,14 @@ impl Running {
         now.button || now.kill
     }
 
-    /// There will be no other machine: whoever wants the end of what is still to do has to end the process.
+    /// No machine comes after the last; what is left to do may take a moment, and ends with the next order to end.
     pub fn over(&self) {
         self.now().over = true;
     }
 
-    /// Set once the machine is killed.
-    pub fn killed(&self) -> Arc<AtomicBool> {
-        self.killed.clone()
+    /// How often it was told to end, by whatever way. One more ends also what is done after the machine's end.
+    pub fn orders(&self) -> u32 {
+        self.orders.load(Ordering::Relaxed)
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
@@ -147,6 +140,7 @@ impl Control for Running {
     }
 
     fn power_button(&self) -> Result<(), String> {
+        self.orders.fetch_add(1, Ordering::Relaxed);
         let mut now = self.now();
         if now.over {
             return Err("it has ended".to_owned());
@@ -157,7 +151,7 @@ impl Control for Running {
     }
 
     fn kill(&self) {
-        self.killed.store(true, Ordering::SeqCst);
+        self.orders.fetch_add(1, Ordering::Relaxed);
         let mut now = self.now();
         now.kill = true;
         now.machine.iter().for_each(Handle::kill);

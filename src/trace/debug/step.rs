@@ -17,9 +17,9 @@ use crate::symbols::Symbols;
 use vmm_monitor::api::Pty;
 use vmm_monitor::kvm::debug::{Access, BREAKPOINTS, Breakpoint, GuestDebug};
 use vmm_monitor::kvm::{self, Vcpu};
-use vmm_monitor::machine::{self, AlreadyEnded, Debug, Machine, Outcome};
+use vmm_monitor::machine::{self, AlreadyEnded, Debug, Machine};
 use vmm_monitor::memory::GuestRam;
-use vmm_monitor::session::Observer;
+use vmm_monitor::session::{End, Observer};
 use vmm_monitor::vcpu::Stop;
 
 /// Where Linux maps its image, less where it lies in physical memory (Documentation/arch/x86/x86_64/mm.rst). Before the guest
@@ -89,7 +89,7 @@ impl Observer for Steps {
         Ok(())
     }
 
-    fn ended(&mut self, _: &Result<Outcome, machine::Error>, _: bool) {
+    fn ended(&mut self, _: &End<'_>) {
         self.stop();
     }
 }

@@ -2,10 +2,11 @@
 //!
 //! Read from guest RAM, where the kernel lies unpacked and relocated: so a distribution's bzImage has names without any file
 //! beside it, at the addresses where KASLR put it. Format: scripts/kallsyms.c and kernel/kallsyms.c of Linux 4.20 (markers of 4
-//! bytes) and later. The tables are the guest's: all is
-//! checked and bounded.
+//! bytes) and later. The tables are the guest's, its page tables too, by which one page can stand in a million places: all is
+//! checked, and a [`Budget`] bounds the time and the memory of a search.
 
 mod btf;
+mod budget;
 mod modules;
 mod roots;
 mod space;
@@ -13,6 +14,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+pub use budget::{Budget, Cut};
 pub use modules::END;
 pub use roots::Roots;
 pub use space::Space;
@@ -21,6 +23,7 @@ use std::fmt::Write;
 use std::ops::Range;
 
 use vmm_monitor::memory::GuestRam;
+use zerocopy::IntoBytes;
 
 /// Where Linux maps its own image (Documentation/arch/x86/x86_64/mm.rst).
 pub const IMAGE: Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
@@ -44,9 +47,10 @@ pub struct Symbol {
 }
 
 /// The functions of the kernel that runs in `ram` and of its modules, as lines of address, type and name; by the first of
-/// `roots` (CR3 and CR4 of a vCPU in the kernel) that leads to them. Where a module ends, the name is [`END`].
-pub fn list(ram: &GuestRam, roots: &[(u64, u64)]) -> Option<String> {
-    let spaces = roots.iter().map(|(cr3, cr4)| Space::new(ram, *cr3, *cr4));
+/// `roots` (CR3 and CR4 of a vCPU in the kernel) that leads to them. Where a module ends, the name is [`END`]. Ends when `budget`
+/// does, and [`Budget::cut`] says so: then with as much as there is.
+pub fn list(ram: &GuestRam, roots: &[(u64, u64)], budget: &Budget<'_>) -> Option<String> {
+    let spaces = roots.iter().map(|(cr3, cr4)| Space::new(ram, *cr3, *cr4, budget));
     let (symbols, modules) = spaces.into_iter().find_map(|space| {
         let symbols = find(&space)?;
         let modules = modules::functions(&space, &symbols);
@@ -64,19 +68,20 @@ pub fn list(ram: &GuestRam, roots: &[(u64, u64)]) -> Option<String> {
 /// All symbols of the kernel in `space`.
 pub fn find(space: &Space<'_>) -> Option<Vec<Symbol>> {
     let (mut left, mut candidates) = (MOST, CANDIDATES);
-    let mut bytes = vec![0; STEP];
+    let mut words = vec![0u64; STEP / 8];
     for run in space.mapped(IMAGE) {
         let mut at = run.start;
         while at < run.end && left > 0 {
             let len = STEP.min(usize::try_from(run.end - at).unwrap_or(STEP));
             left = left.saturating_sub(len as u64);
-            if space.read(at, &mut bytes[..len]) {
-                for (word, place) in bytes[..len].as_chunks::<8>().0.iter().zip((at..).step_by(8)) {
-                    if !tables::may_begin_index(*word) {
+            if space.budget().goes_on(len / 8) && space.read(at, &mut words.as_mut_bytes()[..len]) {
+                for (number, word) in words[..len / 8].iter().enumerate() {
+                    // Most are none by their first number already.
+                    if *word as u16 != 0 || !tables::may_begin_index(word.to_ne_bytes()) {
                         continue;
                     }
                     candidates = candidates.checked_sub(1)?;
-                    if let Some(symbols) = tables::read(space, place) {
+                    if let Some(symbols) = tables::read(space, at + 8 * number as u64) {
                         return Some(symbols);
                     }
                 }

@@ -29,7 +29,7 @@ pub fn functions(space: &Space<'_>, symbols: &[Symbol]) -> Vec<Symbol> {
 fn list(space: &Space<'_>, symbols: &[Symbol]) -> Option<Vec<Symbol>> {
     let address = |name: &str| Some(symbols.iter().find(|symbol| symbol.name == name)?.address);
     let (head, start, stop) = (address("modules")?, address("__start_BTF")?, address("__stop_BTF")?);
-    let len = stop.checked_sub(start).filter(|len| *len <= BTF)?;
+    let len = stop.checked_sub(start).filter(|len| *len <= BTF && *len <= space.size() as u64)?;
     let mut types = vec![0; usize::try_from(len).ok()?];
     if !space.read(start, &mut types) {
         return None;
@@ -56,8 +56,8 @@ fn list(space: &Space<'_>, symbols: &[Symbol]) -> Option<Vec<Symbol>> {
 /// Adds the functions of the table whose members are at these addresses, and where they end.
 fn of_module(space: &Space<'_>, [symbols, count, strings]: [u64; 3], found: &mut Vec<Symbol>) -> Option<()> {
     let (symbols, strings) = (word(space, symbols)?, word(space, strings)?);
-    let count = word(space, count)? as u32;
-    let mut table = vec![0; count.min(SYMBOLS) as usize * ENTRY];
+    let count = (word(space, count)? as u32).min(SYMBOLS) as usize;
+    let mut table = vec![0; count * ENTRY];
     if !space.read(symbols, &mut table) {
         return None;
     }
@@ -69,6 +69,9 @@ fn of_module(space: &Space<'_>, [symbols, count, strings]: [u64; 3], found: &mut
             continue;
         }
         let Some(name) = string(space, strings.wrapping_add(name.into())) else { continue };
+        if !space.budget().keep(size_of::<Symbol>() + name.capacity()) {
+            break;
+        }
         end = end.max(address.wrapping_add(size));
         found.push(Symbol { address, kind: 't', name });
     }

@@ -4,7 +4,7 @@
 //! relative_base, num_syms, names, markers, (6.1.y, 6.2, 6.3: seqs_of_names,) token_table, token_index; since then offsets and
 //! relative_base come last, and seqs_of_names behind them. Each begins at a multiple of 8.
 
-use super::{IMAGE, Space, Symbol};
+use super::{Budget, IMAGE, Space, Symbol};
 
 /// Tokens.
 const TOKENS: usize = 256;
@@ -12,13 +12,13 @@ const TOKENS: usize = 256;
 const STRIDE: usize = 256;
 /// Symbols at least and at most: a kernel has tens or hundreds of thousands.
 const FEW: usize = 100;
-const SYMBOLS: usize = 2 << 20;
+const SYMBOLS: usize = 1 << 20;
 /// Numbers that are tried as that of the symbols.
 const TRIES: usize = 1000;
 /// Bytes of a name at most: KSYM_NAME_LEN is 512.
 const NAME: usize = 1024;
 /// Bytes of all names, markers and sequence numbers at most.
-const NAMES: usize = 64 << 20;
+const NAMES: usize = 16 << 20;
 /// Bytes of a token at most.
 const TOKEN: usize = 256;
 
@@ -31,6 +31,18 @@ pub fn may_begin_index(word: [u8; 8]) -> bool {
 
 /// The symbols of the tables whose index is at `index`.
 pub fn read(space: &Space<'_>, index: u64) -> Option<Vec<Symbol>> {
+    let bytes = space.budget().bytes();
+    let before = bytes.get();
+    // No more of them than the guest has memory for, as far as that goes: their names are packed.
+    bytes.set(before.min(space.size().saturating_mul(4)));
+    let symbols = symbols(space, index);
+    if symbols.is_none() {
+        bytes.set(before);
+    }
+    symbols
+}
+
+fn symbols(space: &Space<'_>, index: u64) -> Option<Vec<Symbol>> {
     let (table, tokens) = tokens(space, index)?;
     let (head, names) = names(space, table, &tokens)?;
     let count = names.len() as u64;
@@ -40,6 +52,7 @@ pub fn read(space: &Space<'_>, index: u64) -> Option<Vec<Symbol>> {
     // Up to 6.3, and since 6.4: where the offsets are, and where the base is.
     let orders = [(before.checked_sub(size), before), (Some(after), after.checked_add(size)?)];
     let found = orders.into_iter().find_map(|(offsets, base)| {
+        space.budget().goes_on(WAYS.len() * 8 * names.len()).then_some(())?;
         let offsets = words(space, offsets?, names.len())?;
         let mut bytes = [0; 8];
         let base = if space.read(base, &mut bytes) { u64::from_le_bytes(bytes) } else { 0 };
@@ -97,6 +110,7 @@ fn tokens(space: &Space<'_>, index: u64) -> Option<(u64, Vec<Vec<u8>>)> {
     let mut before = vec![0; (last + TOKEN).next_multiple_of(8)];
     let first = index.checked_sub(before.len() as u64)?;
     // The first of them may not be mapped where a section begins: then as much as there is.
+    space.budget().goes_on(16 * before.len()).then_some(())?;
     let skip =
         (0..before.len()).step_by(8).find(|skip| space.read(first + *skip as u64, &mut before[*skip..]))?;
     let string = |at: usize| before.get(at..)?.split(|byte| *byte == 0).next().map(<[u8]>::to_vec);
@@ -117,7 +131,9 @@ fn tokens(space: &Space<'_>, index: u64) -> Option<(u64, Vec<Vec<u8>>)> {
 fn names(space: &Space<'_>, table: u64, tokens: &[Vec<u8>]) -> Option<(u64, Vec<(char, String)>)> {
     // What stands there is small as a rule.
     [4 << 20, NAMES].into_iter().find_map(|most| {
-        let bytes = before(space, table, most);
+        let bytes = before(space, table, most.min(space.size()));
+        // Each of its numbers is looked at.
+        space.budget().goes_on(bytes.len() / 4).then_some(())?;
         let mut tries = TRIES;
         let numbers = bytes.as_chunks::<8>().0.iter().enumerate().rev();
         for (at, number) in numbers {
@@ -127,8 +143,14 @@ fn names(space: &Space<'_>, table: u64, tokens: &[Vec<u8>]) -> Option<(u64, Vec<
                 continue;
             }
             tries = usize::checked_sub(tries, 1)?;
-            if let Some(starts) = starts(rest, count) {
-                let names = starts.into_iter().map(|at| expand(rest, at, tokens)).collect::<Option<_>>()?;
+            if let Some(starts) = starts(rest, count, space.budget()) {
+                let mut space_for_one = Vec::with_capacity(NAME);
+                let kept = |at| {
+                    let (kind, name) = expand(rest, at, tokens, &mut space_for_one)?;
+                    let size = size_of::<Symbol>() + name.capacity();
+                    (space.budget().goes_on(2 * size) && space.budget().keep(size)).then_some((kind, name))
+                };
+                let names = starts.into_iter().map(kept).collect::<Option<_>>()?;
                 return Some((table - bytes.len() as u64 + 8 * at as u64, names));
             }
         }
@@ -139,27 +161,30 @@ fn names(space: &Space<'_>, table: u64, tokens: &[Vec<u8>]) -> Option<(u64, Vec<
 /// Up to `most` bytes before `end`, as far as there is memory; a multiple of 8.
 fn before(space: &Space<'_>, end: u64, most: usize) -> Vec<u8> {
     const PAGE: u64 = 0x1000;
+    let mut bytes = vec![0; most.next_multiple_of(PAGE as usize)];
+    // It is filled from its end.
+    let mut free = bytes.len();
     let mut first = end;
-    let mut pages = Vec::new();
-    while (end - first) < most as u64 {
-        let Some(page) = first.checked_sub(1).map(|last| last & !(PAGE - 1)) else { break };
-        let mut bytes = vec![0; (first - page) as usize];
-        if !space.read(page, &mut bytes) {
+    while let Some(page) = first.checked_sub(1).map(|last| last & !(PAGE - 1)) {
+        let Some(start) = free.checked_sub((first - page) as usize) else { break };
+        if !space.read(page, &mut bytes[start..free]) {
             break;
         }
-        pages.push(bytes);
-        first = page;
+        (free, first) = (start, page);
     }
-    pages.reverse();
-    pages.concat()
+    bytes.drain(..free);
+    bytes
 }
 
 /// Where each of `count` names begins in `bytes`, if what follows them are their markers (the offset of every 256th name),
 /// perhaps sequence numbers of 3 bytes for each (6.1.y, 6.2, 6.3), and nothing else.
-fn starts(bytes: &[u8], count: usize) -> Option<Vec<usize>> {
+fn starts(bytes: &[u8], count: usize, budget: &Budget<'_>) -> Option<Vec<usize>> {
     let mut starts = Vec::new();
     let mut at = 0;
-    for _ in 0..count {
+    for number in 0..count {
+        if number % STRIDE == 0 && !budget.goes_on(2 * STRIDE) {
+            return None;
+        }
         starts.push(at);
         at += length(bytes, at).map(|(head, len)| head + len)?;
     }
@@ -179,19 +204,19 @@ fn length(bytes: &[u8], at: usize) -> Option<(usize, usize)> {
     }
 }
 
-/// The type and the name at `at`.
-fn expand(bytes: &[u8], at: usize, tokens: &[Vec<u8>]) -> Option<(char, String)> {
+/// The type and the name at `at`; put together in `whole`.
+fn expand(bytes: &[u8], at: usize, tokens: &[Vec<u8>], whole: &mut Vec<u8>) -> Option<(char, String)> {
     let (head, len) = length(bytes, at)?;
-    let mut name = Vec::new();
+    whole.clear();
     for token in bytes.get(at + head..at + head + len)? {
-        name.extend_from_slice(tokens.get(usize::from(*token))?);
-        if name.len() > NAME {
+        whole.extend_from_slice(tokens.get(usize::from(*token))?);
+        if whole.len() > NAME {
             return None;
         }
     }
-    let name = String::from_utf8(name).ok()?;
-    let kind = name.chars().next().filter(char::is_ascii_alphabetic)?;
-    Some((kind, name[1..].to_owned()))
+    let (kind, name) = whole.split_first()?;
+    let name = std::str::from_utf8(name).ok()?;
+    kind.is_ascii_alphabetic().then(|| (char::from(*kind), name.to_owned()))
 }
 
 fn words(space: &Space<'_>, at: u64, count: usize) -> Option<Vec<u32>> {

@@ -1,6 +1,7 @@
 //! Tables made as the kernel's build makes them, in guest memory behind page tables; and what is no table.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -29,6 +30,11 @@ fn ram(image: &[u8]) -> Arc<GuestRam> {
     }
     ram.write_slice(image, GuestAddress(PHYSICAL)).unwrap();
     ram
+}
+
+/// Enough for everything.
+fn budget() -> Budget<'static> {
+    Budget::new(Duration::from_secs(600), &|| false)
 }
 
 fn wanted() -> Vec<Symbol> {
@@ -132,11 +138,12 @@ const FORMS: [Form; 5] = [Form::Old, Form::OldWithSequences, Form::New, Form::Ne
 fn tables_of_each_form_are_found_where_the_kernel_runs() {
     for form in FORMS {
         let ram = ram(&image(form));
-        let found = find(&Space::new(&ram, ROOT, 0)).unwrap_or_else(|| panic!("{form:?}: nothing"));
+        let found =
+            find(&Space::new(&ram, ROOT, 0, &budget())).unwrap_or_else(|| panic!("{form:?}: nothing"));
         let relative =
             |symbols: &[Symbol]| symbols.iter().filter(|s| s.kind != 'A').cloned().collect::<Vec<_>>();
         assert_eq!(relative(&found), relative(&wanted()), "{form:?}");
-        let list = list(&ram, &[(0xdead_0000, 0), (ROOT, 0)]).unwrap();
+        let list = list(&ram, &[(0xdead_0000, 0), (ROOT, 0)], &budget()).unwrap();
         assert!(list.starts_with("ffffffffa5400000 T function_0\nffffffffa5400040 t function_1\n"));
     }
 }
@@ -157,16 +164,16 @@ fn damaged_tables_are_no_tables_and_nothing_panics() {
             bad[at] = random(256) as u8;
         }
         ram.write_slice(&bad, GuestAddress(PHYSICAL)).unwrap();
-        let _ = find(&Space::new(&ram, ROOT, 0));
+        let _ = find(&Space::new(&ram, ROOT, 0, &budget()));
     }
     for (cr3, cr4) in [(0, 0), (u64::MAX, u64::MAX), (ROOT, 1 << 12), (PHYSICAL, 0)] {
-        let _ = find(&Space::new(&ram, cr3, cr4));
+        let _ = find(&Space::new(&ram, cr3, cr4, &budget()));
     }
     // Page tables that lead in circles map everything to themselves.
     for level in [0x7, 0x87] {
         let entries: Vec<u8> = (0..512).flat_map(|_| (ROOT | level).to_le_bytes()).collect();
         ram.write_slice(&entries, GuestAddress(ROOT)).unwrap();
-        assert_eq!(find(&Space::new(&ram, ROOT, 0)), None);
+        assert_eq!(find(&Space::new(&ram, ROOT, 0, &budget())), None);
     }
 }
 
@@ -204,7 +211,7 @@ fn with_module() -> (Vec<u8>, Vec<Symbol>) {
 
 fn of_modules(image: &[u8], symbols: &[Symbol]) -> Vec<(u64, String)> {
     let ram = ram(image);
-    let found = modules::functions(&Space::new(&ram, ROOT, 0), symbols);
+    let found = modules::functions(&Space::new(&ram, ROOT, 0, &budget()), symbols);
     found.into_iter().map(|symbol| (symbol.address & 0xfff, symbol.name)).collect()
 }
 
@@ -228,4 +235,58 @@ fn modules_that_a_guest_made_up_come_to_an_end() {
     of_modules(&image, &symbols);
     image[0x2010..0x2018].fill(0xff);
     of_modules(&image, &symbols);
+}
+
+/// RAM of which one table of pages stands for all of the kernel's part of the address space, again and again.
+fn everywhere(image: &[u8]) -> Arc<GuestRam> {
+    let ram = ram(image);
+    let leaf = |page: usize| (PHYSICAL + (page % image.len().div_ceil(4096)) as u64 * 4096) | 3;
+    let fill = |table: u64, entry: &dyn Fn(usize) -> u64| {
+        let entries: Vec<u8> = (0..512).flat_map(|at| entry(at).to_le_bytes()).collect();
+        ram.write_slice(&entries, GuestAddress(table)).unwrap();
+    };
+    fill(ROOT, &|_| (ROOT * 2) | 3);
+    fill(ROOT * 2, &|_| (ROOT * 3) | 3);
+    fill(ROOT * 3, &|_| (ROOT * 4) | 3);
+    fill(ROOT * 4, &leaf);
+    ram
+}
+
+#[test]
+fn a_search_ends_when_its_time_is_over_or_somebody_wants_it_to() {
+    // Whatever is looked at, it may be the beginning of an index; and what stands before it may be names.
+    let image: Vec<u8> =
+        [0u16, 2, 4, 6].iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<_>>().repeat(8192);
+    let ram = everywhere(&image);
+    let roots: Vec<_> = (0..16).map(|_| (ROOT, 0)).collect();
+    let limit = Duration::from_millis(50);
+    for (budget, cut) in [
+        // By its steps, wherever this runs; and by the clock.
+        (Budget::new(limit, &|| false), Cut::Time),
+        (Budget::new(Duration::from_secs(600), &|| true), Cut::Interrupted),
+    ] {
+        let start = Instant::now();
+        assert_eq!(list(&ram, &roots, &budget), None);
+        // Between two looks at the clock little is done.
+        assert!(start.elapsed() < limit * 40, "{:?}", start.elapsed());
+        assert_eq!(budget.cut(), Some(cut));
+    }
+}
+
+#[test]
+fn names_take_no_more_memory_than_the_guest_has() {
+    // A table of a million names of 500 letters each, in a guest of 16 MiB: one byte stands for each of them.
+    let whole = image(Form::New);
+    let ram = ram(&whole);
+    let budget = budget();
+    let before = budget.bytes().get();
+    let space = Space::new(&ram, ROOT, 0, &budget);
+    assert!(find(&space).is_some());
+    let kept = before.min(4 * (16 << 20)) - budget.bytes().get();
+    let names: usize = wanted().iter().map(|symbol| size_of::<Symbol>() + symbol.name.len()).sum();
+    assert!((names..2 * names).contains(&kept), "{kept} of {names}");
+    // With less than they need there are none, and what was kept for them is given back.
+    budget.bytes().set(names / 2);
+    assert_eq!(find(&space), None);
+    assert_eq!(budget.bytes().get(), names / 2);
 }

@@ -14,10 +14,10 @@ use crate::recorded::Recorded;
 use vmm_monitor::api::Pty;
 use vmm_monitor::chardev::Endpoint;
 use vmm_monitor::config::{Console, Size, VmConfig, Where};
-use vmm_monitor::machine::{self, Handle, Machine, Outcome};
+use vmm_monitor::machine::{Handle, Machine, Outcome};
 use vmm_monitor::memory::layout;
 use vmm_monitor::recorder::{Recorder, clock};
-use vmm_monitor::session::{Observer, Session};
+use vmm_monitor::session::{End, Observer, Session};
 
 /// From the guest's byte to the power button: it is to be asleep by then.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -79,13 +79,13 @@ pub fn run(lab: &Lab, folder: &Path) -> Result<Ran, Error> {
     let (shown, console) = channel();
     let screen = Endpoint::from_taker(move |bytes| _ = shown.send(bytes.to_vec()));
     let recorder = Arc::<Recorder>::default();
-    let mut recorded = Recorded::new(&config, record.clone(), recorder.clone());
+    let mut recorded = Recorded::new(&config, record.clone().into(), recorder.clone());
     let mut session = Session::private(&config, recorder)?;
     session.put("serial", taker.map_err(host("make a serial port's end"))?);
     session.put("console", screen.map_err(host("make a console's end"))?);
     let mut watch = HostPart { lab, machine, parts: Some((pressed, acts)), thread: None };
     let outcome = session.run(&mut [&mut recorded, &mut watch]);
-    recorded.finish()?;
+    recorded.finish(&|| false)?;
     let said = |from: Receiver<Vec<u8>>| from.try_iter().flatten().map(char::from).collect();
     let (outcome, output) = (outcome?, [said(serial), said(console)]);
     Ok(Ran { trace: Trace::read(&record)?, outcome, output, acts: done.try_iter().collect() })
@@ -117,7 +117,7 @@ impl Observer for HostPart<'_> {
         Ok(())
     }
 
-    fn ended(&mut self, _: &Result<Outcome, machine::Error>, _: bool) {
+    fn ended(&mut self, _: &End<'_>) {
         if let Some((over, thread)) = self.thread.take() {
             drop(over);
             let _ = thread.join();

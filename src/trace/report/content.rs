@@ -75,6 +75,8 @@ struct Run {
     has_kernel: bool,
     symbols: Option<String>,
     lost: Vec<(String, u64)>,
+    /// Why the end is missing, if it is.
+    stopped: Option<String>,
     /// KVM's own, by vCPU.
     counters: BTreeMap<String, Vec<(&'static str, u64)>>,
     /// Not all events were asked for.
@@ -293,6 +295,7 @@ impl Report<'_> {
             in_kernel: header.in_kernel.clone(),
             has_kernel: self.trace.events.iter().any(|(_, event)| event.kind() == Some(Kind::InKernel)),
             symbols: self.symbols.source.clone(),
+            stopped: self.trace.stopped.clone(),
             lost: lost.map(|(track, count)| (self.track(*track).to_owned(), *count)).collect(),
             counters: self.trace.counters.iter().map(|(vcpu, all)| (vcpu.clone(), counted(all))).collect(),
             filtered: filter.is_set(),

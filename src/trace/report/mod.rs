@@ -126,6 +126,16 @@ impl<'a> Report<'a> {
         for (track, count) in &self.trace.dropped {
             writeln!(out, "{}: {count} events were lost: the ring was full", self.track(*track))?;
         }
+        if let Some(why) = &self.trace.stopped {
+            writeln!(out, "the rest of the run was not recorded: {why}")?;
+        }
+        if self.trace.left_out > 0 {
+            writeln!(
+                out,
+                "{} events that follow are not told: the record is too large",
+                self.trace.left_out
+            )?;
+        }
         Ok(())
     }
 

@@ -23,9 +23,9 @@ use seen::Seen;
 use vmm_monitor::api::Pty;
 use vmm_monitor::chardev::Endpoint;
 use vmm_monitor::config::{Console, Size, VmConfig, Where};
-use vmm_monitor::machine::{self, Handle, Machine, Outcome};
+use vmm_monitor::machine::{Handle, Machine, Outcome};
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::session::{Observer, Session};
+use vmm_monitor::session::{End, Observer, Session};
 
 /// Nothing that works takes longer, also where the KVM is emulated.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -337,7 +337,7 @@ impl Observer for Built {
         Ok(self.0.send(machine.handle())?)
     }
 
-    fn ended(&mut self, _: &Result<Outcome, machine::Error>, _: bool) {}
+    fn ended(&mut self, _: &End<'_>) {}
 }
 
 /// A failure's report in short: what happened, and the instruction, which is its last line.

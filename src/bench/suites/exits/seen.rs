@@ -10,9 +10,9 @@ use std::time::Duration;
 use super::{Who, text};
 use vmm_monitor::api::Pty;
 use vmm_monitor::config::VmConfig;
-use vmm_monitor::machine::{self, Machine, Outcome};
+use vmm_monitor::machine::Machine;
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::session::Observer;
+use vmm_monitor::session::{End, Observer};
 use vmm_trace::kernel::KernelExits;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
@@ -25,7 +25,7 @@ pub enum Seen<'a> {
     /// Nobody's.
     Nobodys,
     /// A recording to a file, which goes with it.
-    Recorded(Recorded<'a>, PathBuf),
+    Recorded(Box<Recorded<'a>>, PathBuf),
     /// A viewer's: what it looks by, and while the machine runs the thread that asks.
     Watched(Arc<Live>, Option<(Sender<()>, JoinHandle<()>)>),
 }
@@ -37,7 +37,7 @@ impl<'a> Seen<'a> {
             Who::Bare | Who::Vmm => Self::Nobodys,
             Who::Traced => {
                 let path = config.kernel.clone().unwrap_or_default().with_extension("trace");
-                Self::Recorded(Recorded::new(config, path.clone(), recorder), path)
+                Self::Recorded(Box::new(Recorded::new(config, path.clone().into(), recorder)), path)
             }
             Who::Watched => Self::Watched(Live::new(config.clone(), recorder, false), None),
         }
@@ -51,7 +51,7 @@ impl<'a> Seen<'a> {
         match self {
             Self::Nobodys | Self::Watched(..) => Ok(()),
             Self::Recorded(recorded, path) => {
-                recorded.finish().map_err(text)?;
+                recorded.finish(&|| false).map_err(text)?;
                 std::fs::remove_file(path).map_err(text)
             }
         }
@@ -79,10 +79,10 @@ impl Observer for Seen<'_> {
         Ok(())
     }
 
-    fn ended(&mut self, outcome: &Result<Outcome, machine::Error>, reboots: bool) {
+    fn ended(&mut self, end: &End<'_>) {
         match self {
             Self::Nobodys => {}
-            Self::Recorded(recorded, _) => recorded.ended(outcome, reboots),
+            Self::Recorded(recorded, _) => recorded.ended(end),
             Self::Watched(_, asks) => {
                 if let Some((sender, thread)) = asks.take() {
                     drop(sender);

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::elf;
+use vmm_monitor::machine;
 
 /// A folder for kernels, and whether there is a KVM. Says so if not.
 fn folder(test: &str) -> Option<tempfile::TempDir> {

@@ -24,7 +24,7 @@ use place::Door;
 use session::{Event, Session};
 use vmm_monitor::api::Pty;
 use vmm_monitor::machine::{self, Machine, Outcome};
-use vmm_monitor::session::Observer;
+use vmm_monitor::session::{End, Observer};
 
 pub use place::{Error, Place};
 
@@ -58,7 +58,8 @@ impl Server {
         // Not a log line: it is what to do next.
         let _ = writeln!(
             std::io::stderr(),
-            "vmm: the guest waits for gdb: gdb {} -ex 'target remote {door}'",
+            "vmm: the guest waits for gdb ({}): gdb {} -ex 'target remote {door}'",
+            door.who(),
             kernel.display()
         );
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
@@ -108,9 +109,9 @@ impl Observer for Server {
         Ok(())
     }
 
-    fn ended(&mut self, outcome: &Result<Outcome, machine::Error>, reboots: bool) {
-        self.tell(Event::Ended((!reboots).then(|| (self.status)(outcome))));
-        if !reboots {
+    fn ended(&mut self, end: &End<'_>) {
+        self.tell(Event::Ended((!end.reboots).then(|| (self.status)(end.outcome))));
+        if !end.reboots {
             self.join();
         }
     }

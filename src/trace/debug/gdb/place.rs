@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -18,29 +18,38 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Answers are sent in pieces of so many bytes at most.
 const PIECE: usize = 4096;
 
-/// `unix:PATH` or `tcp:[HOST:]PORT`.
+/// `unix:PATH` or `tcp:[HOST:]PORT[,public]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     /// A socket's path.
     Unix(PathBuf),
-    /// Host and port: "127.0.0.1:1234".
-    Tcp(String),
+    /// A TCP port. gdb has no password: whoever reaches it has the guest.
+    Tcp {
+        /// Host and port: "127.0.0.1:1234".
+        address: String,
+        /// An address that other machines reach is meant.
+        public: bool,
+    },
 }
 
 impl FromStr for Place {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const FORM: &str = "it is unix:PATH or tcp:[HOST:]PORT";
+        const FORM: &str = "it is unix:PATH or tcp:[HOST:]PORT[,public]";
         match text.split_once(':') {
             Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
-            Some(("tcp", port)) if port.parse::<u16>().is_ok() => Ok(Self::Tcp(format!("127.0.0.1:{port}"))),
-            Some(("tcp", address)) => match address.rsplit_once(':') {
-                Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => {
-                    Ok(Self::Tcp(address.to_owned()))
+            Some(("tcp", address)) => {
+                let (address, public) = match address.strip_suffix(",public") {
+                    Some(address) => (address, true),
+                    None => (address, false),
+                };
+                let (host, port) = address.rsplit_once(':').unwrap_or(("127.0.0.1", address));
+                match port.parse::<u16>() {
+                    Ok(_) if !host.is_empty() => Ok(Self::Tcp { address: format!("{host}:{port}"), public }),
+                    _ => Err(FORM),
                 }
-                _ => Err(FORM),
-            },
+            }
             _ => Err(FORM),
         }
     }
@@ -61,6 +70,16 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Other machines would reach the TCP port, and nobody said that they may.
+    #[error(
+        "--gdb tcp:{address}: {reached} is not this machine's own, so whoever reaches it could debug the guest"
+    )]
+    Exposed {
+        /// Where.
+        address: String,
+        /// What that is.
+        reached: IpAddr,
+    },
     /// The host is out of threads or descriptors.
     #[error("start the thread that talks to gdb")]
     Thread(#[source] io::Error),
@@ -72,8 +91,16 @@ impl Error {
         match self {
             Self::Unix(error) => error.hint(),
             Self::Tcp { .. } => Some("give another port, or a unix socket: --gdb unix:PATH"),
+            Self::Exposed { .. } => {
+                Some("use --gdb unix:PATH and ssh, or add ,public if everybody there may have the guest")
+            }
             Self::Thread(_) => None,
         }
+    }
+
+    /// Whether the caller's request was wrong (and not the host lacking something).
+    pub fn is_bad_argument(&self) -> bool {
+        matches!(self, Self::Exposed { .. })
     }
 }
 
@@ -89,12 +116,29 @@ impl Door {
     pub fn open(place: &Place) -> Result<Self, Error> {
         match place {
             Place::Unix(path) => Ok(Self::Unix(Listener::bind(path)?)),
-            Place::Tcp(address) => {
+            Place::Tcp { address, public } => {
                 let failed = |source| Error::Tcp { address: address.clone(), source };
-                let listener = TcpListener::bind(address).map_err(failed)?;
+                let places: Vec<_> = address.to_socket_addrs().map_err(failed)?.collect();
+                // A name can stand for several.
+                if let (false, Some(place)) = (public, places.iter().find(|place| !place.ip().is_loopback()))
+                {
+                    return Err(Error::Exposed { address: address.clone(), reached: place.ip() });
+                }
+                let listener = TcpListener::bind(&*places).map_err(failed)?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 Ok(Self::Tcp(listener))
             }
+        }
+    }
+
+    /// Who can connect, in words.
+    pub fn who(&self) -> &'static str {
+        match self {
+            Self::Unix(_) => "only you can connect",
+            Self::Tcp(listener) if listener.local_addr().is_ok_and(|at| at.ip().is_loopback()) => {
+                "every user of this machine can connect"
+            }
+            Self::Tcp(_) => "everybody who reaches this machine can connect",
         }
     }
 
@@ -201,10 +245,30 @@ mod tests {
     fn places_are_read() {
         let place = |text: &str| text.parse::<Place>();
         assert_eq!(place("unix:/a:b"), Ok(Place::Unix("/a:b".into())));
-        assert_eq!(place("tcp:1234"), Ok(Place::Tcp("127.0.0.1:1234".to_owned())));
-        assert_eq!(place("tcp:[::1]:1"), Ok(Place::Tcp("[::1]:1".to_owned())));
-        for wrong in ["", "1234", "unix:", "tcp:", "tcp:x", "tcp:99999", "tcp::1", "udp:1"] {
+        let tcp = |address: &str, public| Ok(Place::Tcp { address: address.to_owned(), public });
+        assert_eq!(place("tcp:1234"), tcp("127.0.0.1:1234", false));
+        assert_eq!(place("tcp:[::1]:1"), tcp("[::1]:1", false));
+        assert_eq!(place("tcp:0.0.0.0:1,public"), tcp("0.0.0.0:1", true));
+        for wrong in ["", "1234", "unix:", "tcp:", "tcp:x", "tcp:99999", "tcp::1", "udp:1", "tcp:1,open"] {
             assert!(place(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_port_that_others_reach_wants_an_explicit_word() {
+        let open = |text: &str| Door::open(&text.parse().unwrap());
+        for exposed in ["tcp:0.0.0.0:0", "tcp:[::]:0", "tcp:192.0.2.1:0"] {
+            assert!(matches!(open(exposed), Err(Error::Exposed { .. })), "{exposed}");
+        }
+        for (place, who) in [
+            ("tcp:0", "every user"),
+            ("tcp:localhost:0", "every user"),
+            ("tcp:0.0.0.0:0,public", "everybody"),
+        ] {
+            assert!(open(place).unwrap().who().starts_with(who), "{place}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("gdb");
+        assert!(open(&format!("unix:{}", path.display())).unwrap().who().starts_with("only you"));
     }
 }

@@ -13,6 +13,7 @@
   fill(byId("facts"), ...facts.filter(([, value]) => value).map(([key, value]) =>
     el("div", {}, el("dt", {}, key), el("dd", { class: ["kernel", "command line", "symbols"].includes(key) ? "mono" : null }, value))));
   const notes = run.lost.map(([track, lost]) => `${track}: ${plural(lost, "event")} lost, because ${track === "KVM" ? "the kernel's buffer" : "its ring"} was full: gaps in the lanes may hide exits.`);
+  if (run.stopped) notes.push(`The rest of the run was not recorded: ${run.stopped}.`);
   const all = D.totals[0] + D.totals[1] + D.totals[2];
   if (!all) notes.push("There is no event in this trace, or none that was asked for.");
   if (all > N) notes.push(`The first ${count(N)} of ${count(all)} events, up to ${moment(N ? began[N - 1] : 0, 1e6)}, are told one by one: in the lanes, the list and the stories. Tables, totals and the picture over time count all of them. A page of what came later: --after MS.`);

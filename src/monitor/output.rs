@@ -1,0 +1,214 @@
+//! Files that a run writes: consoles, ports, traces, pages. [`create`] makes every one of them.
+//!
+//! What goes into them is the guest's, so they are for their owner alone (0600; [`folder`]: 0700). And whoever else may write to
+//! the folder must not choose which file is overwritten: a symbolic link in the last place is not followed.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+/// Creates the file at `path`, or empties the one that is there: 0600 if it is new; an existing one keeps its mode. Terminals,
+/// `/dev/null`, and named pipes that somebody reads are taken as they are. `/dev/stdout`, `/dev/stderr` and `/dev/fd/N` are what
+/// this process was given; a file there is written to at its end.
+///
+/// # Errors
+/// As open(2) has them; `path` is a symbolic link; a named pipe has no reader (ENXIO).
+pub fn create(path: &Path) -> io::Result<File> {
+    let inherited = inherited(path);
+    // Without O_NONBLOCK a pipe would be waited for.
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let flags = match inherited {
+        // A link of the kernel's own, to what is open already.
+        Some(_) => flags | OFlags::APPEND,
+        None => flags | OFlags::NOFOLLOW,
+    };
+    let mut options = OpenOptions::new();
+    options.write(true).create(inherited.is_none()).mode(0o600).custom_flags(flags.bits() as i32);
+    let file = options.open(inherited.as_deref().unwrap_or(path)).map_err(|error| told(path, error))?;
+    if file.metadata()?.is_file() && inherited.is_none() {
+        file.set_len(0)?;
+    }
+    fcntl_setfl(file.as_fd(), fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+    Ok(file)
+}
+
+/// Makes a folder that nobody but its owner may enter. What is there already is an error.
+///
+/// # Errors
+/// As mkdir(2) has them.
+pub fn folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(path)
+}
+
+/// Where a descriptor of this process can be opened anew, if `path` names one.
+fn inherited(path: &Path) -> Option<PathBuf> {
+    let number = match path.to_str()? {
+        "/dev/stdout" => "1",
+        "/dev/stderr" => "2",
+        path => ["/dev/fd/", "/proc/self/fd/"].into_iter().find_map(|folder| path.strip_prefix(folder))?,
+    };
+    number.parse::<u32>().ok().map(|number| format!("/proc/self/fd/{number}").into())
+}
+
+/// The kernel's words for a link are "too many levels of symbolic links", of which there is one.
+fn told(path: &Path, error: io::Error) -> io::Error {
+    match std::fs::read_link(path) {
+        Ok(target) if error.raw_os_error() == Some(libc::ELOOP) => {
+            let what =
+                format!("it is a symbolic link, and outputs follow none; its target is {}", target.display());
+            io::Error::new(error.kind(), what)
+        }
+        _ => error,
+    }
+}
+
+/// A file that never grows beyond a size: when it is full it becomes PATH.1, in place of an older one, and begins anew. So there
+/// are at most twice as many bytes, the latest of all.
+#[derive(Debug)]
+pub struct Rotating {
+    file: File,
+    path: PathBuf,
+    /// Most bytes of one file.
+    max: u64,
+    written: u64,
+    turns: u64,
+}
+
+impl Rotating {
+    /// Creates `path` like [`create`].
+    ///
+    /// # Errors
+    /// Those of [`create`]; it is no regular file.
+    pub fn create(path: &Path, max: u64) -> io::Result<Self> {
+        let file = create(path)?;
+        if !file.metadata()?.is_file() || inherited(path).is_some() {
+            return Err(io::Error::other("it is no regular file, so it has no size to limit"));
+        }
+        // A run may change its folder.
+        Ok(Self { file, path: std::path::absolute(path)?, max: max.max(1), written: 0, turns: 0 })
+    }
+
+    /// Writes some of `data`. True if that made older output go for the first time.
+    ///
+    /// # Errors
+    /// As write(2) has them.
+    pub fn write(&mut self, data: &[u8]) -> io::Result<(usize, bool)> {
+        let mut drops = false;
+        if self.written > 0 && self.written + data.len() as u64 > self.max {
+            // The first time there is nothing older, unless the file had to be emptied.
+            let kept = self.turn()?;
+            drops = self.turns == if kept { 2 } else { 1 };
+        }
+        let most = usize::try_from(self.max).unwrap_or(usize::MAX);
+        let count = self.file.write(&data[..data.len().min(most)])?;
+        self.written += count as u64;
+        Ok((count, drops))
+    }
+
+    /// Begins anew. True if what was written until now is kept beside it.
+    fn turn(&mut self) -> io::Result<bool> {
+        self.turns += 1;
+        self.written = 0;
+        let moved = self.move_away();
+        if moved.is_err() {
+            // The folder may not be written to, or somebody else moved the file: what we have is all there is.
+            self.file.set_len(0)?;
+            io::Seek::rewind(&mut self.file)?;
+        }
+        Ok(moved.is_ok())
+    }
+
+    fn move_away(&mut self) -> io::Result<()> {
+        let (ours, there) = (self.file.metadata()?, std::fs::symlink_metadata(&self.path)?);
+        if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+            return Err(io::Error::other("another file has its name"));
+        }
+        let mut older = self.path.clone().into_os_string();
+        older.push(".1");
+        std::fs::rename(&self.path, older)?;
+        self.file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn outputs_are_their_owners_and_follow_no_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        create(&path("new")).unwrap().write_all(b"x").unwrap();
+        folder(&path("folder")).unwrap();
+        assert_eq!((mode(&path("new")), mode(&path("folder"))), (0o600, 0o700));
+        assert!(folder(&path("folder")).is_err());
+        // What is there is emptied, and keeps the mode that its owner gave it.
+        fs::set_permissions(path("new"), fs::Permissions::from_mode(0o644)).unwrap();
+        create(&path("new")).unwrap();
+        assert_eq!((fs::read(path("new")).unwrap(), mode(&path("new"))), (vec![], 0o644));
+        fs::write(path("precious"), "precious").unwrap();
+        symlink("precious", path("link")).unwrap();
+        symlink("nothing", path("dangling")).unwrap();
+        for link in ["link", "dangling"] {
+            let error = create(&path(link)).unwrap_err().to_string();
+            assert!(error.contains("symbolic link"), "{error}");
+        }
+        assert_eq!(fs::read(path("precious")).unwrap(), b"precious");
+        assert!(!path("nothing").exists());
+        // A folder on the way may be one.
+        symlink("folder", path("way")).unwrap();
+        create(&path("way/file")).unwrap();
+    }
+
+    #[test]
+    fn devices_pipes_and_inherited_descriptors_are_taken_as_they_are() {
+        use std::os::fd::AsRawFd;
+        let dir = tempfile::tempdir().unwrap();
+        create(Path::new("/dev/null")).unwrap().write_all(b"x").unwrap();
+        let pipe = dir.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert_eq!(create(&pipe).unwrap_err().raw_os_error(), Some(libc::ENXIO), "nobody reads it");
+        let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&pipe).unwrap();
+        let writer = create(&pipe).unwrap();
+        assert!(!fcntl_getfl(&writer).unwrap().contains(OFlags::NONBLOCK));
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"before, ").unwrap();
+        let again = format!("/dev/fd/{}", file.as_raw_fd());
+        create(Path::new(&again)).unwrap().write_all(b"after").unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 13);
+        assert!(Rotating::create(Path::new(&again), 10).is_err() && Rotating::create(&pipe, 10).is_err());
+    }
+
+    #[test]
+    fn a_full_file_begins_anew_and_the_latest_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, older) = (dir.path().join("log"), dir.path().join("log.1"));
+        let mut log = Rotating::create(&path, 10).unwrap();
+        let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+        let mut drops = Vec::new();
+        for word in ["0123", "4567", "89ab", "cdef", "ghij"] {
+            drops.push(log.write(word.as_bytes()).unwrap());
+        }
+        assert_eq!((read(&older), read(&path)), ("89abcdef".to_owned(), "ghij".to_owned()));
+        assert_eq!(drops, [(4, false), (4, false), (4, false), (4, false), (4, true)]);
+        assert_eq!(log.write(&[b'x'; 25]).unwrap(), (10, false), "as much as there is room for");
+        assert_eq!((mode(&path), mode(&older), read(&path).len()), (0o600, 0o600, 10));
+        // Somebody else's file in its place is not touched.
+        fs::rename(&path, dir.path().join("moved")).unwrap();
+        fs::write(&path, "theirs").unwrap();
+        log.write(b"yy").unwrap();
+        assert_eq!((read(&path), read(&dir.path().join("moved"))), ("theirs".to_owned(), "yy".to_owned()));
+    }
+}
