@@ -7,6 +7,7 @@ use anyhow::anyhow;
 use super::exit::{Code, Failure, print};
 use super::scratch::Scratch;
 use crate::lab::{self, LABS, Lab};
+use crate::trace::reasons::Shown;
 
 /// The options of `vmm lab`.
 #[derive(Debug, clap::Args)]
@@ -16,6 +17,9 @@ pub struct Options {
     /// Print the guest's source in place of running it
     #[arg(long, requires = "name")]
     source: bool,
+    /// Whose exit reasons to show: intel (VT-x), amd (AMD-V) or both, this host's first
+    #[arg(long, value_name = "WHOSE", default_value = "both")]
+    vendor: Shown,
 }
 
 /// `vmm lab`.
@@ -35,7 +39,7 @@ pub fn lab(options: Options) -> Result<Code, Failure> {
     let scratch = Scratch::new("vmm-lab").map_err(|error| Failure::new(Code::Host, error))?;
     let ran = lab::run(lab, scratch.path())?;
     let mut text = Vec::new();
-    lab::narrate(lab, &ran, io::stdout().is_terminal(), &mut text)?;
+    lab::narrate(lab, &ran, options.vendor, io::stdout().is_terminal(), &mut text)?;
     print(&String::from_utf8_lossy(&text))?;
     Ok(Code::Success)
 }

@@ -14,6 +14,7 @@ use super::scratch::Scratch;
 use super::{options, run, step, top};
 use crate::recorder::Kind;
 use crate::trace::file::{self, Trace};
+use crate::trace::reasons::Shown;
 use crate::trace::report::{Filter, Report};
 use crate::trace::symbols::{self, Symbols};
 
@@ -77,6 +78,9 @@ struct View {
     /// Only where the guest was in a function whose name contains this
     #[arg(long, value_name = "TEXT")]
     symbol: Option<String>,
+    /// Whose exit reasons to show: intel (VT-x), amd (AMD-V) or both, this host's first
+    #[arg(long, value_name = "WHOSE", default_value = "both")]
+    vendor: Shown,
     /// Counts, shares, percentiles and histograms in place of lines
     #[arg(long)]
     stats: bool,
@@ -187,6 +191,7 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
             found => found?,
         },
     }
+    report.shown = view.vendor;
     report.colour = io::stdout().is_terminal();
     if let Some(path) = view.html.as_ref().or(view.perfetto.as_ref()) {
         let written = File::create(path).map(BufWriter::new).and_then(|mut out| {

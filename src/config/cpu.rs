@@ -51,7 +51,7 @@ pub enum Level {
 }
 
 /// The maker's name in CPUID.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Vendor {
     /// GenuineIntel.
     Intel,
@@ -65,6 +65,14 @@ impl Vendor {
         match self {
             Self::Intel => b"GenuineIntel",
             Self::Amd => b"AuthenticAMD",
+        }
+    }
+
+    /// The one that it is not.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Intel => Self::Amd,
+            Self::Amd => Self::Intel,
         }
     }
 }

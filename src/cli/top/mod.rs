@@ -15,6 +15,7 @@ use super::exit::{Code, Failure, print};
 use crate::api::registry::Registry;
 use crate::api::{Error, State};
 use crate::error_chain;
+use crate::trace::reasons::Shown;
 use session::Session;
 
 /// What the columns mean: for `--help`, and for the view's own help.
@@ -83,11 +84,14 @@ pub struct Looks {
     /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms [default: looked for beside the kernel]
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
+    /// Whose exit reasons to show: intel (VT-x), amd (AMD-V) or both [default: both where they fit, else this host's]
+    #[arg(long, value_name = "WHOSE")]
+    vendor: Option<Shown>,
 }
 
 impl Default for Looks {
     fn default() -> Self {
-        Self { interval: Duration::from_secs(1), once: false, json: false, symbols: None }
+        Self { interval: Duration::from_secs(1), once: false, json: false, symbols: None, vendor: None }
     }
 }
 
@@ -106,7 +110,7 @@ fn interval(text: &str) -> Result<Duration, &'static str> {
 
 /// `vmm top`.
 pub fn top(options: Options) -> Result<Code, Failure> {
-    let Looks { interval, once, json, symbols } = options.looks;
+    let Looks { interval, once, json, symbols, vendor } = options.looks;
     let on_terminal = !once && !json;
     if on_terminal && !(io::stdin().is_terminal() && io::stdout().is_terminal()) {
         let error = anyhow!("the view needs a terminal, and standard input or output is none");
@@ -120,9 +124,9 @@ pub fn top(options: Options) -> Result<Code, Failure> {
     };
     let session = Session::attach(&name, symbols.as_deref())?;
     if on_terminal {
-        return screen::run(session, interval);
+        return screen::run(session, interval, vendor);
     }
-    numbers(session, interval, once, json)
+    numbers(session, interval, (once, json), vendor)
 }
 
 /// The name of the virtual machine that runs, if there is one.
@@ -141,7 +145,12 @@ fn only_one() -> Result<String, Failure> {
 }
 
 /// Without a terminal.
-fn numbers(mut session: Session, interval: Duration, once: bool, json: bool) -> Result<Code, Failure> {
+fn numbers(
+    mut session: Session,
+    interval: Duration,
+    (once, json): (bool, bool),
+    vendor: Option<Shown>,
+) -> Result<Code, Failure> {
     let mut before = session.sample()?;
     loop {
         let until = Instant::now() + interval;
@@ -168,7 +177,7 @@ fn numbers(mut session: Session, interval: Duration, once: bool, json: bool) -> 
                 result => result.map_err(|error| Failure::new(Code::Host, error))?,
             }
         } else {
-            print(&view::text(&look))?;
+            print(&view::text(&look, vendor))?;
         }
         if once {
             return Ok(Code::Success);

@@ -17,6 +17,7 @@ use crate::api::signals::Signals;
 use crate::api::{self, Error};
 use crate::cli::exit::{Code, Failure};
 use crate::trace::live::rates::Order;
+use crate::trace::reasons::Shown;
 
 /// How long a key, a signal or news may have to wait.
 const TURN: Duration = Duration::from_millis(50);
@@ -40,7 +41,7 @@ impl Drop for Screen {
     }
 }
 
-/// What the keys change.
+/// What the keys change, and what stays as it was asked for.
 #[derive(Debug, Default)]
 pub struct Settings {
     /// What comes first.
@@ -49,15 +50,18 @@ pub struct Settings {
     pub paused: bool,
     /// The explanations are shown.
     pub help: bool,
+    /// Whose hardware reasons are shown; absent: both vendors' where they fit, else the host's.
+    pub shown: Option<Shown>,
 }
 
 /// Shows the view until somebody quits or the machine ends.
-pub fn run(session: Session, interval: Duration) -> Result<Code, Failure> {
+pub fn run(session: Session, interval: Duration, shown: Option<Shown>) -> Result<Code, Failure> {
     let mut signals = Signals::take().map_err(api::Error::Thread)?;
     let (client, mut names) = session.split();
     let news = ask(client, interval).map_err(api::Error::Thread)?;
     let mut screen = Screen::open().context("take the terminal over").map_err(host)?;
-    let (mut settings, mut before, mut look) = (Settings::default(), None::<Seen>, None::<Look>);
+    let (mut settings, mut before, mut look) =
+        (Settings { shown, ..Settings::default() }, None::<Seen>, None::<Look>);
     let mut draw = true;
     loop {
         match news.try_recv() {
