@@ -11,12 +11,14 @@ pub mod running;
 pub mod server;
 pub mod signals;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::host_path::{self, quoted};
 use crate::trace::live::Sample;
 
 /// What a virtual machine is doing.
@@ -60,6 +62,7 @@ pub struct Status {
     /// Guest RAM in bytes.
     pub memory_bytes: u64,
     /// The kernel that was booted.
+    #[serde(default, with = "host_path::optional")]
     pub kernel: Option<PathBuf>,
     /// Pseudo-terminals that lead into it.
     pub ptys: Vec<Pty>,
@@ -71,6 +74,7 @@ pub struct Pty {
     /// The device: `console`, `serial`, or a port's name.
     pub device: String,
     /// What to open on the host.
+    #[serde(with = "host_path")]
     pub path: PathBuf,
 }
 
@@ -115,7 +119,7 @@ pub trait Watch: Send {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The directory for control sockets cannot be used.
-    #[error("use the runtime directory {}", path.display())]
+    #[error("cannot use the runtime directory {}", path.display())]
     Directory {
         /// The directory.
         path: PathBuf,
@@ -132,13 +136,13 @@ pub enum Error {
         what: &'static str,
     },
     /// The name belongs to a virtual machine that is alive.
-    #[error("a virtual machine called {0:?} is running already")]
+    #[error("a virtual machine called {0:?} is already running")]
     NameTaken(String),
     /// Nothing of this name runs.
     #[error("no virtual machine called {0:?} is running")]
     NoSuchVm(String),
     /// A control socket cannot be made or used.
-    #[error("{what} control socket {}", path.display())]
+    #[error("cannot {what} control socket {}", path.display())]
     Socket {
         /// What was tried.
         what: &'static str,
@@ -152,7 +156,7 @@ pub enum Error {
     #[error("{0:?} does not answer")]
     NoAnswer(String),
     /// The monitor's answer makes no sense.
-    #[error("{name:?} answers in a way that this vmm does not understand: {reason}")]
+    #[error("{name:?} sent an answer that this vmm does not understand: {reason}")]
     Protocol {
         /// Whom was asked.
         name: String,
@@ -160,7 +164,7 @@ pub enum Error {
         reason: String,
     },
     /// The monitor understood, and refused.
-    #[error("{name:?} refuses: {reason}")]
+    #[error("{name:?} refused: {reason}")]
     Refused {
         /// Whom was asked.
         name: String,
@@ -168,22 +172,32 @@ pub enum Error {
         reason: String,
     },
     /// The control thread or its signals cannot be set up.
-    #[error("start the control thread")]
+    #[error("cannot start the control thread")]
     Thread(#[source] io::Error),
 }
 
 impl Error {
     /// What the user can do about it.
-    pub fn hint(&self) -> Option<&'static str> {
+    pub fn hint(&self) -> Option<Cow<'static, str>> {
         Some(match self {
-            Self::Directory { .. } => "set XDG_RUNTIME_DIR to a directory of your own",
-            Self::Unsafe { .. } => "make it yours alone (chown, chmod 700), or remove it",
-            Self::NameTaken(_) => "choose another --name, or end that one: vmm stop NAME",
-            Self::NoSuchVm(_) => "vmm list shows what is running",
-            Self::NoAnswer(_) => "the monitor may be stopped (SIGSTOP) or stuck; vmm list shows its name",
-            Self::Protocol { .. } => "it may have been started by another version of vmm",
+            Self::Directory { .. } => "set XDG_RUNTIME_DIR to a directory of your own".into(),
+            Self::Unsafe { path, .. } => {
+                let path = quoted(path);
+                format!("make it yours alone: sudo chown $USER {path}; chmod 700 {path}").into()
+            }
+            Self::NameTaken(name) => {
+                format!("choose another name, `name=NAME`, or stop the one that runs: vmm stop {name}").into()
+            }
+            Self::NoSuchVm(_) => "see what is running: vmm list".into(),
+            Self::NoAnswer(_) => {
+                "its process may be stopped or stuck; vmm list shows its PID, and kill -CONT PID wakes it"
+                    .into()
+            }
+            Self::Protocol { .. } => {
+                "it may be another version of vmm; vmm list shows its PID, and kill PID stops it".into()
+            }
             Self::Socket { source, .. } if source.kind() == io::ErrorKind::InvalidInput => {
-                "the path is too long for a socket: choose a shorter --name or XDG_RUNTIME_DIR"
+                "the path is too long for a socket: choose a shorter `name=NAME` or XDG_RUNTIME_DIR".into()
             }
             Self::Socket { .. } | Self::Refused { .. } | Self::Thread(_) => return None,
         })

@@ -179,7 +179,7 @@ fn check_machine(kernel: &Image, header: &Elf64_Ehdr) -> Result<(), Error> {
     if header.e_ident[EI_CLASS] != ELFCLASS64 {
         return Err(Error::Only32Bit { path: path() });
     }
-    let not = |what| Err(Error::NotAKernel { path: path(), what, hint: "give a bzImage or a vmlinux" });
+    let not = |what| Err(Error::NotAKernel { path: path(), what, hint: "use a bzImage or a vmlinux" });
     match header.e_type {
         ET_EXEC => Ok(()),
         ET_REL => not("an object file or a kernel module"),

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::thread;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::getpgrp;
@@ -68,6 +68,21 @@ impl Borrowed {
         self.raw = false;
     }
 }
+
+/// Whether this process may read the terminal, which is then raw. One in the background would be stopped for reading (SIGTTIN), and
+/// the keys are another's.
+fn take_if_in_foreground() -> bool {
+    let mut borrowed = borrowed();
+    let Some(terminal) = borrowed.as_mut() else { return true };
+    let foreground = terminal.in_foreground();
+    if foreground {
+        terminal.set_raw();
+    }
+    foreground
+}
+
+/// How often a job in the background looks whether it has come to the foreground: a shell's `fg` sends no signal to one that runs.
+const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 250_000_000 };
 
 /// Gives the terminal back in the mode that it was found in, for good. From any thread, any number of times; call
 /// it before ending the process past destructors.
@@ -144,7 +159,10 @@ impl Keyboard {
         let mut scanner = Scanner::default();
         loop {
             let room = QUEUE_LIMIT - self.queue().len().min(QUEUE_LIMIT);
-            let listen = room > 0 && self.attached.load(Ordering::SeqCst) && !input.is_closed();
+            let attached = self.attached.load(Ordering::SeqCst) && !input.is_closed();
+            let foreground = take_if_in_foreground();
+            let listen = room > 0 && attached && foreground;
+            let look = (attached && !foreground).then_some(&LOOK);
             let keys = if listen { PollFlags::IN } else { PollFlags::empty() };
             let mut fds = [
                 PollFd::new(signals.get_read(), PollFlags::IN),
@@ -153,7 +171,7 @@ impl Keyboard {
             ];
             // A hang-up is reported even to those who do not listen.
             let watched = if listen { 3 } else { 2 };
-            match poll(&mut fds[..watched], None) {
+            match poll(&mut fds[..watched], look) {
                 Ok(_) | Err(Errno::INTR) => (),
                 Err(error) => {
                     log::error!("terminal: wait: {error}");

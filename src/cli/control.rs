@@ -40,7 +40,7 @@ pub struct StopOptions {
 /// `vmm status`.
 pub fn status(options: Options) -> Result<Code, Failure> {
     let status = connect(&options)?.ask(Command::Status)?;
-    print(&if options.json { pretty(&status) } else { text(&status) })?;
+    print(&if options.json { pretty(&status)? } else { text(&status) })?;
     Ok(Code::Success)
 }
 
@@ -75,7 +75,7 @@ fn connect(options: &Options) -> Result<Client, Error> {
 fn change(options: Options, command: Command) -> Result<Code, Failure> {
     let status = connect(&options)?.ask(command)?;
     if options.json {
-        print(&pretty(&status))?;
+        print(&pretty(&status)?)?;
     }
     Ok(Code::Success)
 }
@@ -85,7 +85,7 @@ fn end(options: Options, command: Command, timeout: Option<Duration>) -> Result<
     let mut client = connect(&options)?;
     let status = client.ask(command)?;
     if options.json {
-        print(&pretty(&status))?;
+        print(&pretty(&status)?)?;
     }
     client.wait_for_end(timeout.map_or(Duration::MAX, |timeout| timeout.saturating_add(GRACE)))?;
     Ok(Code::Success)

@@ -5,8 +5,10 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::anyhow;
+use clap::CommandFactory;
 use serde::Serialize;
 
+use crate::config::ParseError;
 use crate::{api, config};
 
 /// The exit codes. All are even, because those of the debug-exit device are odd.
@@ -73,6 +75,10 @@ pub fn table() -> String {
     text
 }
 
+/// What to do where a limit of descriptors is met. The soft one has been raised to the hard one before.
+const FEW_FILES: &str = "raise this shell's limit on open files: sudo prlimit --nofile=4096 --pid $$";
+const FEW_FILES_AT_ALL: &str = "the whole host is out of open files: sudo sysctl -w fs.file-max=1000000";
+
 /// A command that failed: what is said, what to try, and the exit code.
 #[derive(Debug)]
 pub struct Failure {
@@ -83,14 +89,22 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A failure of kind `code`.
+    /// A failure of kind `code`. Whatever it was that found no free descriptor, it is the host that lacks them.
     pub fn new(code: Code, error: impl Into<anyhow::Error>) -> Self {
-        Self { error: error.into(), hint: None, code }
+        let error = error.into();
+        // By what the standard library and others write for an error number: its types differ with who wraps it.
+        let met = |number: i32| format!("{error:#}").contains(&format!("(os error {number})"));
+        let (code, hint) = match () {
+            () if met(libc::EMFILE) => (Code::Host, Some(FEW_FILES.into())),
+            () if met(libc::ENFILE) => (Code::Host, Some(FEW_FILES_AT_ALL.into())),
+            () => (code, None),
+        };
+        Self { error, hint, code }
     }
 
-    /// The same with something to try.
+    /// The same with something to try, unless that is known already.
     pub fn hint(mut self, hint: Option<impl Into<Cow<'static, str>>>) -> Self {
-        self.hint = hint.map(Into::into);
+        self.hint = self.hint.or(hint.map(Into::into));
         self
     }
 
@@ -111,7 +125,9 @@ impl Failure {
                 what = format!("{what} {line}");
             }
         }
-        let hint = hint.unwrap_or_else(|| "vmm --help and vmm run --help tell what there is".to_owned());
+        let parsed = std::error::Error::source(error).and_then(|source| source.downcast_ref::<ParseError>());
+        let hint = parsed.and_then(ParseError::hint).map(str::to_owned).or(hint);
+        let hint = hint.unwrap_or_else(|| "see vmm --help, or vmm run --help for every option".to_owned());
         Self { error: anyhow!(what), hint: Some(hint.into()), code: Code::BadArgument }
     }
 
@@ -121,6 +137,7 @@ impl Failure {
         if let Some(hint) = &self.hint {
             text.push_str(&format!("hint: {hint}\n"));
         }
+        let text = with_flags(&text);
         // One write, so that it stays in one piece. If stderr is gone there is nobody to tell.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
@@ -128,7 +145,7 @@ impl Failure {
 
 impl From<config::Invalid> for Failure {
     fn from(error: config::Invalid) -> Self {
-        let hint = error.hint;
+        let hint = error.hint.clone();
         Self::new(Code::BadArgument, error).hint(Some(hint))
     }
 }
@@ -140,12 +157,60 @@ impl From<api::Error> for Failure {
     }
 }
 
+/// Settings as the library writes them in what it says, in backquotes, as options: `` `mem=1G` `` is `--mem 1G`. Whatever else
+/// is in backquotes stays.
+pub fn with_flags(text: &str) -> Cow<'_, str> {
+    if !text.contains('`') {
+        return Cow::Borrowed(text);
+    }
+    let mut command = super::Cli::command();
+    command.build();
+    let mut parts = text.split('`');
+    let mut all = parts.next().unwrap_or_default().to_owned();
+    let mut inside = true;
+    for part in parts {
+        match option(&command, part).filter(|_| inside) {
+            // The backquote that closes it goes with it.
+            Some(option) => {
+                all.push_str(&option);
+                inside = false;
+            }
+            None if inside => {
+                all.push('`');
+                all.push_str(part);
+            }
+            None => {
+                all.push_str(part);
+                inside = true;
+            }
+        }
+    }
+    Cow::Owned(all)
+}
+
+/// `field=value` as an option of `command` or one of its own commands; a switch has no value.
+fn option(command: &clap::Command, setting: &str) -> Option<String> {
+    let (field, value) = setting.split_once('=')?;
+    let name = field.replace('_', "-");
+    let commands = std::iter::once(command).chain(command.get_subcommands());
+    let arg = commands.flat_map(clap::Command::get_arguments).find(|arg| arg.get_long() == Some(&name))?;
+    Some(match value {
+        "" | "on" => format!("--{name}"),
+        _ if arg.is_require_equals_set() => format!("--{name}={value}"),
+        _ => format!("--{name} {value}"),
+    })
+}
+
 /// A command's result as JSON.
-pub fn pretty(value: &impl Serialize) -> String {
-    // What is printed here has string keys and finite numbers only, so it cannot fail.
-    let mut text = serde_json::to_string_pretty(value).unwrap_or_default();
+///
+/// # Errors
+/// It has something that JSON cannot say.
+pub fn pretty(value: &impl Serialize) -> Result<String, Failure> {
+    let context = |error| anyhow::Error::new(error).context("write the result as JSON");
+    let mut text =
+        serde_json::to_string_pretty(value).map_err(|error| Failure::new(Code::Host, context(error)))?;
     text.push('\n');
-    text
+    Ok(text)
 }
 
 /// Writes a command's result to stdout. A reader that has gone away (`| head`) is no error.
@@ -164,6 +229,32 @@ pub fn print(text: &str) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn settings_become_options() {
+        for (text, wanted) in [
+            ("`mem=1M`: too little; try `mem=128M` or less", "--mem 1M: too little; try --mem 128M or less"),
+            ("give it a `name=`, `pit=on`", "give it a --name, --pit"),
+            ("`debug_exit=0xf4` `option_rom=FILE`", "--debug-exit=0xf4 --option-rom FILE"),
+            ("`cmdline='console=ttyS0 quiet'`", "--cmdline 'console=ttyS0 quiet'"),
+            ("unknown field `serial`, expected `path`", "unknown field `serial`, expected `path`"),
+            ("`cargo x=y` and `mem=2G`", "`cargo x=y` and --mem 2G"),
+            ("one ` alone `mem=1G`", "one ` alone --mem 1G"),
+        ] {
+            assert_eq!(with_flags(text), wanted);
+        }
+    }
+
+    #[test]
+    fn too_few_descriptors_are_the_hosts_affair_whoever_met_it() {
+        for number in [libc::EMFILE, libc::ENFILE] {
+            let error = std::io::Error::from_raw_os_error(number);
+            let failure = Failure::new(Code::BadArgument, anyhow::Error::new(error).context("open disk d"));
+            let failure = failure.hint(Some("check the disk"));
+            assert_eq!(failure.code, Code::Host);
+            assert!(failure.hint.unwrap().contains("open files"));
+        }
+    }
 
     #[test]
     fn codes_are_distinct_and_never_those_of_the_debug_exit_device() {

@@ -23,6 +23,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 pub use exit::{Code, Failure};
 
@@ -107,6 +108,7 @@ pub fn main() -> ExitCode {
         Ok(command) => command,
         Err(code) => return code,
     };
+    raise_file_limit();
     log_output::start(if let Command::Run(options) = &command { options.verbose } else { 0 });
     let result = match command {
         Command::Run(options) => run::run(*options),
@@ -129,6 +131,13 @@ pub fn main() -> ExitCode {
             failure.code.into()
         }
     }
+}
+
+/// Takes as many descriptors as the host lets us have: shells start programs with a soft limit that suits select(2), of which there
+/// is none here. That it cannot be raised is met where one is missing.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// Reads the arguments. An error is an exit code, whatever there is to say having been said.

@@ -1,10 +1,12 @@
 //! The options of `vmm run`, and how they and a configuration file become one [`VmConfig`].
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args};
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
@@ -12,7 +14,7 @@ use serde::de::value::Error as ValueError;
 
 use super::exit::{Code, Failure};
 use crate::config::{
-    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, Port, VmConfig, Where,
+    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, Port, VmConfig, Where, port_number,
 };
 use crate::debug::gdb::Place;
 
@@ -43,16 +45,16 @@ pub struct Options {
     cpu: Option<Cpu>,
     /// A disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ... Without --kernel,
     /// what is installed there is booted
-    #[arg(long, value_name = "path=FILE")]
+    #[arg(long, value_name = "path=FILE", value_parser = os_text::<Disk, _>())]
     disk: Vec<Disk>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH, socket=PATH, off [default: stdio]
-    #[arg(long, value_name = "WHERE")]
+    #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
     console: Option<Console>,
     /// A named port, /dev/virtio-ports/NAME in the guest; may be repeated
-    #[arg(long, value_name = "NAME=WHERE")]
+    #[arg(long, value_name = "NAME=WHERE", value_parser = os_text::<Port, _>())]
     port: Vec<Port>,
     /// Where the serial port ttyS0 goes; stdio takes it from the console [default: off]
-    #[arg(long, value_name = "WHERE")]
+    #[arg(long, value_name = "WHERE", value_parser = os_text::<Where, _>())]
     serial: Option<Where>,
     /// Give the guest an entropy device
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
@@ -67,7 +69,7 @@ pub struct Options {
     #[arg(long, value_name = "PROTOCOL", value_parser = keyword::<BootProtocol>)]
     boot: Option<BootProtocol>,
     /// Start at the reset vector, in firmware that boots the kernel [without FILE: the built-in one]
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = Firmware::BUILT_IN)]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = Firmware::BUILT_IN, value_parser = os_text::<Firmware, _>())]
     firmware: Option<Firmware>,
     /// A program for the firmware to run (SeaBIOS boots a kernel by QEMU's linuxboot_dma.bin); may be repeated
     #[arg(long, value_name = "FILE")]
@@ -100,7 +102,7 @@ pub struct Options {
     #[arg(long)]
     pub trace_registers: bool,
     /// Wait for gdb before the first instruction, at unix:PATH or tcp:[HOST:]PORT
-    #[arg(long, value_name = "WHERE")]
+    #[arg(long, value_name = "WHERE", value_parser = os_text::<Place, _>())]
     pub gdb: Option<Place>,
     /// Seconds from a stop (SIGTERM, SIGINT, vmm stop) until the guest is stopped hard
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
@@ -186,16 +188,17 @@ fn switch(text: &str) -> Result<bool, &'static str> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),
-        _ => Err("it is on or off"),
+        _ => Err("expected on or off"),
     }
 }
 
-fn port_number(text: &str) -> Result<u16, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u16::from_str_radix(hex, 16),
-        None => text.parse(),
-    };
-    parsed.map_err(|_| "an I/O port is a number up to 65535, or 0x...".to_owned())
+/// A text that has a path in it, which need not be UTF-8.
+fn os_text<T, E>() -> impl TypedValueParser<Value = T>
+where
+    T: for<'a> TryFrom<&'a OsStr, Error = E> + Clone + Send + Sync + 'static,
+    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+{
+    OsStringValueParser::new().try_map(|text| T::try_from(&text))
 }
 
 #[cfg(test)]

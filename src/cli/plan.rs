@@ -36,7 +36,7 @@ pub fn plan(mut config: VmConfig) -> Result<String, Failure> {
     let cmdline = boot::cmdline::default_for(&config);
     config.cmdline.get_or_insert(cmdline);
     config.console = Console(Some(config.console()));
-    Ok(pretty(&Plan { memory_map: memory_map(&config, &platform), ports: ports(&config), config }))
+    pretty(&Plan { memory_map: memory_map(&config, &platform), ports: ports(&config), config })
 }
 
 fn row(range: Range<u64>, what: impl Into<String>) -> Row {
@@ -57,7 +57,7 @@ fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
         row(layout::HIGH_RAM..ram[0].end, "RAM: kernel, then free memory, then initrd"),
     ];
     for (device, at) in virtio::Device::list(config).iter().zip(&platform.virtio_mmio) {
-        let file = if let virtio::Device::Block(_, disk) = device { disk.path.to_str() } else { None };
+        let file = if let virtio::Device::Block(_, disk) = device { Some(disk.path.display()) } else { None };
         let file = file.map(|path| format!(" ({path})")).unwrap_or_default();
         let what = format!("{}{file}, interrupt {}", device.name(), at.gsi);
         map.push(sized(at.base.into(), layout::VIRTIO_MMIO_SIZE, what));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use super::exit::{Code, Failure};
+use super::exit::{Code, Failure, with_flags};
 use super::scratch::Scratch;
 use super::{options, run, step, top};
 use crate::recorder::Kind;
@@ -206,7 +206,11 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
     }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match (view.stats, view.json) {
-        _ if view.advise => report.write_advice(&mut out),
+        _ if view.advise => {
+            let mut advice = Vec::new();
+            let written = report.write_advice(&mut advice);
+            written.and_then(|()| out.write_all(with_flags(&String::from_utf8_lossy(&advice)).as_bytes()))
+        }
         (true, true) => serde_json::to_writer_pretty(&mut out, &report.stats(&filter))
             .map_err(io::Error::from)
             .and_then(|()| writeln!(out)),

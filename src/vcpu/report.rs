@@ -21,7 +21,7 @@ pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<S
         Ok(End::Shutdown | End::Reset | End::Exit(_)) => return None,
         Ok(End::TripleFault) => format!(
             "vcpu{id}: triple fault: an exception while delivering a double fault, most often because the guest has no \
-             valid IDT or stack yet; watch early output with --serial stdio and earlyprintk=serial on its command line"
+             valid IDT or stack yet; to see its early output: `serial=stdio` `cmdline='console=ttyS0 earlyprintk=serial'`"
         ),
         Ok(End::GuestCrash) => format!("vcpu{id}: the guest reported its own crash: see its console"),
         Ok(End::Stuck(Stuck::FailEntry { reason, cpu })) => format!(

@@ -1,12 +1,13 @@
 //! Where gdb connects: a unix socket that only its owner may open, or a TCP port.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use gdbstub::conn::Connection;
@@ -27,13 +28,15 @@ pub enum Place {
     Tcp(String),
 }
 
-impl FromStr for Place {
-    type Err = &'static str;
+impl TryFrom<&OsStr> for Place {
+    type Error = &'static str;
 
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const FORM: &str = "it is unix:PATH or tcp:[HOST:]PORT";
-        match text.split_once(':') {
-            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+    fn try_from(text: &OsStr) -> Result<Self, Self::Error> {
+        const FORM: &str = "expected unix:PATH or tcp:[HOST:]PORT";
+        if let Some(path) = text.as_bytes().strip_prefix(b"unix:").filter(|path| !path.is_empty()) {
+            return Ok(Self::Unix(OsStr::from_bytes(path).into()));
+        }
+        match text.to_str().ok_or(FORM)?.split_once(':') {
             Some(("tcp", port)) if port.parse::<u16>().is_ok() => Ok(Self::Tcp(format!("127.0.0.1:{port}"))),
             Some(("tcp", address)) => match address.rsplit_once(':') {
                 Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => {
@@ -53,7 +56,7 @@ pub enum Error {
     #[error(transparent)]
     Unix(#[from] chardev::Error),
     /// The TCP port.
-    #[error("listen on {address}")]
+    #[error("cannot listen on {address}")]
     Tcp {
         /// Where.
         address: String,
@@ -62,7 +65,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The host is out of threads or descriptors.
-    #[error("start the thread that talks to gdb")]
+    #[error("cannot start the thread that talks to gdb")]
     Thread(#[source] io::Error),
 }
 
@@ -71,7 +74,7 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Unix(error) => error.hint(),
-            Self::Tcp { .. } => Some("give another port, or a unix socket: --gdb unix:PATH"),
+            Self::Tcp { .. } => Some("choose a free port, or a unix socket: `gdb=unix:PATH`"),
             Self::Thread(_) => None,
         }
     }
@@ -199,8 +202,10 @@ mod tests {
 
     #[test]
     fn places_are_read() {
-        let place = |text: &str| text.parse::<Place>();
+        let place = |text: &str| Place::try_from(OsStr::new(text));
         assert_eq!(place("unix:/a:b"), Ok(Place::Unix("/a:b".into())));
+        let bytes = OsStr::from_bytes(b"/\xff");
+        assert_eq!(Place::try_from(OsStr::from_bytes(b"unix:/\xff")), Ok(Place::Unix(bytes.into())));
         assert_eq!(place("tcp:1234"), Ok(Place::Tcp("127.0.0.1:1234".to_owned())));
         assert_eq!(place("tcp:[::1]:1"), Ok(Place::Tcp("[::1]:1".to_owned())));
         for wrong in ["", "1234", "unix:", "tcp:", "tcp:x", "tcp:99999", "tcp::1", "udp:1"] {
