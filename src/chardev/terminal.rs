@@ -211,7 +211,7 @@ impl Keyboard {
     fn act(&self, escape: Escape) {
         let slot = || self.escape.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(mut act) = slot().take() else {
-            log::warn!("terminal: nobody is there to act on {escape:?}");
+            log::warn!("terminal: nothing handles {escape:?}");
             return;
         };
         act(escape);

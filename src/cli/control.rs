@@ -17,7 +17,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// The options of a command to one virtual machine.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Its name, as vmm list shows it
+    /// The virtual machine's name, as vmm list shows it
     name: String,
     /// Print the virtual machine's status as JSON
     #[arg(long)]
@@ -29,10 +29,10 @@ pub struct Options {
 pub struct StopOptions {
     #[command(flatten)]
     options: Options,
-    /// Stop the guest hard after so many seconds [default: the --stop-timeout it was started with]
+    /// Kill the guest if it has not powered off after so many seconds [default: the --stop-timeout it was started with]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
-    /// Stop the guest hard at once, as vmm kill does
+    /// Kill the guest at once, as vmm kill does
     #[arg(long, conflicts_with = "timeout")]
     force: bool,
 }

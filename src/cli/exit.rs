@@ -1,4 +1,4 @@
-//! How a command ends: its exit code, and what is said when it fails.
+//! How a command ends: its exit code, and the error and hint that it prints if it fails.
 
 use std::borrow::Cow;
 use std::io::Write;
@@ -35,12 +35,12 @@ pub enum Code {
 impl Code {
     /// The code as `--help` explains it.
     const TABLE: [(Self, &str); 7] = [
-        (Self::Success, "the guest powered off or rebooted; or the command did what was asked"),
-        (Self::BadArgument, "an argument, or a file that it names, cannot be used"),
-        (Self::Host, "the host lacks or refused something: KVM, memory, a running VM of that name"),
+        (Self::Success, "the guest powered off or rebooted, or the command succeeded"),
+        (Self::BadArgument, "bad argument, or a file that it names cannot be used"),
+        (Self::Host, "the host lacks or refused something: KVM, memory, open files, a VM of that name"),
         (Self::GuestCrash, "the guest crashed (triple fault)"),
-        (Self::Internal, "KVM could not run the guest (internal error, failed entry)"),
-        (Self::Killed, "the VM was stopped hard: kill, a second signal, a stop's timeout, Ctrl-A x"),
+        (Self::Internal, "KVM could not run the guest (internal error or failed entry)"),
+        (Self::Killed, "the VM was killed: vmm kill, a second signal, the timeout of a stop, Ctrl-A x"),
         (Self::Worse, "vmm bench --compare: more than 5% worse than the baseline"),
     ];
 
@@ -75,11 +75,11 @@ pub fn table() -> String {
     text
 }
 
-/// What to do where a limit of descriptors is met. The soft one has been raised to the hard one before.
+/// Hints for when descriptors run out. By then the soft limit has been raised to the hard one.
 const FEW_FILES: &str = "raise this shell's limit on open files: sudo prlimit --nofile=4096 --pid $$";
 const FEW_FILES_AT_ALL: &str = "the whole host is out of open files: sudo sysctl -w fs.file-max=1000000";
 
-/// A command that failed: what is said, what to try, and the exit code.
+/// A command that failed: the error, what to try, and the exit code.
 #[derive(Debug)]
 pub struct Failure {
     error: anyhow::Error,
@@ -108,7 +108,7 @@ impl Failure {
         self
     }
 
-    /// What clap has to say, in the form of our own errors.
+    /// An error of clap's in the form of our own.
     pub fn usage(error: &clap::Error) -> Self {
         let text = error.to_string();
         // "error: WHAT", some lines of detail, perhaps "tip: ...", then the usage. The details belong to WHAT.
@@ -131,7 +131,7 @@ impl Failure {
         Self { error: anyhow!(what), hint: Some(hint.into()), code: Code::BadArgument }
     }
 
-    /// Says it on stderr.
+    /// Prints it on stderr.
     pub fn print(&self) {
         let mut text = format!("vmm: error: {:#}\n", self.error);
         if let Some(hint) = &self.hint {
@@ -206,7 +206,7 @@ fn option(command: &clap::Command, setting: &str) -> Option<String> {
 /// # Errors
 /// It has something that JSON cannot say.
 pub fn pretty(value: &impl Serialize) -> Result<String, Failure> {
-    let context = |error| anyhow::Error::new(error).context("write the result as JSON");
+    let context = |error| anyhow::Error::new(error).context("cannot write the result as JSON");
     let mut text =
         serde_json::to_string_pretty(value).map_err(|error| Failure::new(Code::Host, context(error)))?;
     text.push('\n');
@@ -219,9 +219,10 @@ pub fn pretty(value: &impl Serialize) -> Result<String, Failure> {
 /// stdout does not take it: a full disk, say.
 pub fn print(text: &str) -> Result<(), Failure> {
     match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Failure::new(Code::Host, anyhow::Error::new(error).context("write to stdout")))
-        }
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(
+            Code::Host,
+            anyhow::Error::new(error).context("cannot write to standard output"),
+        )),
         _ => Ok(()),
     }
 }

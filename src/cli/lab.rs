@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal};
 
 use anyhow::anyhow;
 
-use super::exit::{Code, Failure, print};
+use super::exit::{Code, Failure, print, with_flags};
 use super::scratch::Scratch;
 use crate::lab::{self, LABS, Lab};
 use crate::trace::reasons::Shown;
@@ -12,9 +12,9 @@ use crate::trace::reasons::Shown;
 /// The options of `vmm lab`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Which lab; without it they are listed
+    /// The lab to run; without a name, lists them
     name: Option<String>,
-    /// Print the guest's source in place of running it
+    /// Print the guest's source instead of running it
     #[arg(long, requires = "name")]
     source: bool,
     /// Whose exit reasons to show: intel (VT-x), amd (AMD-V) or both, this host's first
@@ -40,7 +40,7 @@ pub fn lab(options: Options) -> Result<Code, Failure> {
     let ran = lab::run(lab, scratch.path())?;
     let mut text = Vec::new();
     lab::narrate(lab, &ran, options.vendor, io::stdout().is_terminal(), &mut text)?;
-    print(&String::from_utf8_lossy(&text))?;
+    print(&with_flags(&String::from_utf8_lossy(&text)))?;
     Ok(Code::Success)
 }
 

@@ -1,4 +1,4 @@
-//! `vmm trace`: records a run and tells it, or tells an earlier record.
+//! `vmm trace`: records a run and reports it, or reports an earlier recording.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -26,15 +26,15 @@ pub struct Options {
     command: Option<Command>,
     #[command(flatten)]
     view: View,
-    /// Keep the record in this file
+    /// Keep the recording in this file
     #[arg(long, value_name = "FILE")]
     keep: Option<PathBuf>,
-    /// Watch a virtual machine that runs, as vmm top does [default: the only one]
+    /// Watch a running virtual machine, as vmm top does [without NAME: the only one]
     #[arg(long, value_name = "NAME", num_args = 0..=1, conflicts_with_all = ["keep", "View", "StepOptions"])]
     live: Option<Option<String>>,
     #[command(flatten)]
     step: step::StepOptions,
-    /// What to run: the options of vmm run, from the first on that is none of these (or after --)
+    /// What to run: options of vmm run, after -- or from the first that is none of the above
     #[arg(
         trailing_var_arg = true,
         allow_hyphen_values = true,
@@ -47,9 +47,9 @@ pub struct Options {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Tell a record that `vmm --trace FILE ...` made
+    /// Report a recording that `vmm --trace FILE ...` made
     Report {
-        /// The record
+        /// The recording
         #[arg(value_name = "FILE")]
         file: PathBuf,
         #[command(flatten)]
@@ -60,46 +60,46 @@ enum Command {
 /// What to show, and how.
 #[derive(Debug, Clone, clap::Args)]
 struct View {
-    /// Only these: pio, mmio, halt, kvm (exits inside it), virtio, other; with commas between
+    /// Only exits of these kinds: pio, mmio, halt, kvm (answered inside KVM), virtio, other; separated by commas
     #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = kinds)]
     only: Vec<Kinds>,
-    /// Only accesses to this port, or ports: 0x3f8, 0x3f8-0x3ff
+    /// Only accesses to this port or range of ports: 0x3f8, 0x3f8-0x3ff
     #[arg(long, value_name = "PORT", value_parser = ports)]
     port: Option<RangeInclusive<u64>>,
-    /// Only what this device answered: serial, virtio-console, nobody ...
+    /// Only what this device answered: serial, virtio-console, nobody and so on
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
     /// Only this vCPU
     #[arg(long, value_name = "N")]
     vcpu: Option<u32>,
-    /// Only what came so many milliseconds after the start, or later
+    /// Only what happened at least so many milliseconds after the start
     #[arg(long, value_name = "MS")]
     after: Option<f64>,
-    /// Only where the guest was in a function whose name contains this
+    /// Only exits from functions whose names contain this
     #[arg(long, value_name = "TEXT")]
     symbol: Option<String>,
     /// Whose exit reasons to show: intel (VT-x), amd (AMD-V) or both, this host's first
     #[arg(long, value_name = "WHOSE", default_value = "both")]
     vendor: Shown,
-    /// Counts, shares, percentiles and histograms in place of lines
+    /// Print counts, shares, percentiles and histograms instead of lines
     #[arg(long)]
     stats: bool,
-    /// What the exits were spent on for nothing, what that cost, and what to change
+    /// Print which exits were wasted, what they cost, and what to change
     #[arg(long, conflicts_with_all = ["stats", "json"])]
     advise: bool,
-    /// JSON: an object per line, or one with the statistics
+    /// Print JSON: an object per line, or with --stats one object
     #[arg(long)]
     json: bool,
-    /// Write the record in the format that ui.perfetto.dev opens (Chromium's trace events)
+    /// Write a file for ui.perfetto.dev (Chromium's trace events)
     #[arg(long, value_name = "FILE")]
     perfetto: Option<PathBuf>,
-    /// Write a page about it that any browser opens: what happened when, lanes, the story of each exit
+    /// Write a page for any browser: a timeline, lanes, and the story of each exit
     #[arg(long, value_name = "FILE", conflicts_with = "perfetto")]
     html: Option<PathBuf>,
-    /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms [default: the guest's own, or looked for beside the kernel]
+    /// The guest's symbols: a vmlinux, a System.map or a copy of /proc/kallsyms [default: the guest's own, or those beside the kernel]
     #[arg(long, value_name = "FILE")]
     symbols: Option<PathBuf>,
-    /// How far the guest's kernel runs from where it was linked (KASLR) [default: found out]
+    /// How far the guest's kernel runs from its link address (KASLR) [default: detected]
     #[arg(long, value_name = "BYTES", value_parser = number)]
     kaslr_offset: Option<u64>,
 }
@@ -109,7 +109,7 @@ struct View {
 struct Kinds(&'static [Kind]);
 
 fn kinds(word: &str) -> Result<Kinds, &'static str> {
-    Filter::kinds(word).map(Kinds).ok_or("it is pio, mmio, halt, kvm, virtio or other")
+    Filter::kinds(word).map(Kinds).ok_or("expected pio, mmio, halt, kvm, virtio or other")
 }
 
 fn number(text: &str) -> Result<u64, String> {
@@ -117,7 +117,7 @@ fn number(text: &str) -> Result<u64, String> {
         Some(hex) => u64::from_str_radix(hex, 16),
         None => text.parse(),
     };
-    parsed.map_err(|_| "it is a number, or 0x...".to_owned())
+    parsed.map_err(|_| "expected a number, or 0x...".to_owned())
 }
 
 fn ports(text: &str) -> Result<RangeInclusive<u64>, String> {
@@ -201,7 +201,7 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
             }
             out.flush()
         });
-        let context = || format!("write {}", path.display());
+        let context = || format!("cannot write {}", path.display());
         return written.with_context(context).map_err(|error| Failure::new(Code::Host, error));
     }
     let mut out = BufWriter::new(io::stdout().lock());
@@ -221,9 +221,8 @@ fn tell(file: &Path, view: &View) -> Result<(), Failure> {
     match written.and_then(|()| out.flush()) {
         // A pager that was closed has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => {
-            result.map_err(|error| Failure::new(Code::Host, anyhow!(error).context("write the report")))
-        }
+        result => result
+            .map_err(|error| Failure::new(Code::Host, anyhow!(error).context("cannot write the report"))),
     }
 }
 
@@ -233,7 +232,7 @@ impl From<file::Error> for Failure {
             file::Error::Io { .. } => Code::Host,
             file::Error::Format { .. } => Code::BadArgument,
         };
-        Self::new(code, error).hint(Some("a trace is made by: vmm --trace FILE --kernel ..."))
+        Self::new(code, error).hint(Some("record one: vmm --trace FILE --kernel vmlinux"))
     }
 }
 
@@ -241,9 +240,9 @@ impl From<symbols::Error> for Failure {
     fn from(error: symbols::Error) -> Self {
         let hint = match error {
             symbols::Error::Read { .. } | symbols::Error::None { .. } => {
-                "without --symbols the guest's own are taken, if its kernel has them, or a vmlinux or System.map beside it"
+                "drop --symbols to use the guest's own, or a vmlinux or System.map beside the kernel"
             }
-            symbols::Error::OtherKernel { .. } => "with --kaslr-offset 0 they are taken as they are",
+            symbols::Error::OtherKernel { .. } => "to use them as they are, add --kaslr-offset 0",
         };
         Self::new(Code::BadArgument, error).hint(Some(hint))
     }

@@ -80,8 +80,8 @@ impl FromStr for Size {
         let number = digits.parse::<u64>().ok().filter(|_| digits.bytes().all(|b| b.is_ascii_digit()));
         match number.map(|n| n.checked_mul(1 << shift.unwrap_or(0))) {
             Some(Some(bytes)) => Ok(Self(bytes)),
-            Some(None) => fail(format_args!("{text:?} is more than 64 bits hold")),
-            None => fail(format_args!("{text:?} is not a size; write it like 512M or 2G")),
+            Some(None) => fail(format_args!("{text:?} does not fit into 64 bits")),
+            None => fail(format_args!("{text:?} is not a size; write one like 512M or 2G")),
         }
     }
 }

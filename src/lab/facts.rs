@@ -55,9 +55,7 @@ impl Facts<'_> {
     /// Who answered `what`, which hardware would leave the guest for by `reasons`, and which never reaches the monitor.
     pub fn in_kvm(&self, what: &str, reasons: Reasons) -> String {
         if !self.traced() {
-            return format!(
-                "{what}: nothing of it reached the monitor. What KVM did about it was not recorded here."
-            );
+            return format!("{what}: nothing reached the monitor, and what KVM did was not recorded here.");
         }
         let inside = self.inside(reasons);
         let both = |event: &&Event| self.report.hardware(Kind::InKernel, event);
@@ -71,14 +69,14 @@ impl Facts<'_> {
         let times = match inside.len() {
             0 => {
                 return format!(
-                    "{what}: the kernel's trace has no exit for it: the processor did it in the guest."
+                    "{what}: no exit in the kernel's trace; the processor handled it in the guest."
                 );
             }
             1 => "one exit".to_owned(),
             count => format!("{count} exits"),
         };
         format!(
-            "{what}: {times} ({names}) that KVM answered by itself; the monitor's vCPU thread saw nothing of it."
+            "{what}: {times} ({names}), answered inside KVM; the monitor's vCPU thread saw nothing of it."
         )
     }
 

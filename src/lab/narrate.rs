@@ -1,4 +1,4 @@
-//! [`narrate`]: a lab's text, every exit of its run beside the line of source that it came from, and what came of it.
+//! [`narrate`]: a lab's text, every exit of its run beside the line of source that it came from, and the result.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -40,7 +40,7 @@ fn tell(lab: &Lab, ran: &Ran, shown: Shown, colour: bool, out: &mut dyn Write) -
     host(&facts).iter().try_for_each(|text| paragraph(text, out))?;
     writeln!(out)?;
     exits(lab, &facts, out)?;
-    writeln!(out, "\n{bold}What came of it{plain}\n")?;
+    writeln!(out, "\n{bold}Result{plain}\n")?;
     let mut closing = Vec::new();
     if let Some(text) = ending(lab, &ran.outcome) {
         closing.push(text);
@@ -71,11 +71,11 @@ fn host(facts: &Facts<'_>) -> Vec<String> {
     });
     text.push(match facts.traced() {
         true => {
-            "Exits that KVM answered by itself are from the kernel's trace. Those for the host's own interrupts, which the guest \
-             has no part in, are left out."
+            "Exits answered inside KVM are from the kernel's trace. Those for the host's own interrupts, in which the guest has \
+             no part, are left out."
                 .to_owned()
         }
-        false => format!("Exits that KVM answers by itself: {}.", facts.ran.trace.header.in_kernel),
+        false => format!("Exits answered inside KVM: {}.", facts.ran.trace.header.in_kernel),
     });
     text
 }
@@ -148,7 +148,7 @@ fn ending(lab: &Lab, outcome: &Outcome) -> Option<String> {
             let first = report.lines().next().unwrap_or_default();
             Some(format!("The run ended with: {first}"))
         }
-        other => Some(format!("The run ended otherwise than labs do: {other:?}.")),
+        other => Some(format!("The run ended in a way that labs do not: {other:?}.")),
     }
 }
 

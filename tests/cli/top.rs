@@ -251,7 +251,7 @@ fn the_terminal_is_given_back_whatever_happens() {
         assert_ne!(terminal.mode(), before, "not raw");
         if end == "key" {
             // Only cells that change are written, so one word each.
-            for (key, shown) in [("s", "time)"), ("p", "paused"), ("h", "shown")] {
+            for (key, shown) in [("s", "time)"), ("p", "paused"), ("h", "columns")] {
                 terminal.press(key);
                 terminal.expect(shown);
             }

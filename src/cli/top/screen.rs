@@ -59,7 +59,7 @@ pub fn run(session: Session, interval: Duration, shown: Option<Shown>) -> Result
     let mut signals = Signals::take().map_err(api::Error::Thread)?;
     let (client, mut names) = session.split();
     let news = ask(client, interval).map_err(api::Error::Thread)?;
-    let mut screen = Screen::open().context("take the terminal over").map_err(host)?;
+    let mut screen = Screen::open().context("cannot take over the terminal").map_err(host)?;
     let (mut settings, mut before, mut look) =
         (Settings { shown, ..Settings::default() }, None::<Seen>, None::<Look>);
     let mut draw = true;
@@ -81,11 +81,11 @@ pub fn run(session: Session, interval: Duration, shown: Option<Shown>) -> Result
         }
         if draw {
             let frame = screen.0.draw(|frame| view::draw(frame, look.as_ref(), &settings));
-            frame.context("draw on the terminal").map_err(host)?;
+            frame.context("cannot draw on the terminal").map_err(host)?;
             draw = false;
         }
-        if event::poll(TURN).context("read the keyboard").map_err(host)? {
-            match event::read().context("read the keyboard").map_err(host)? {
+        if event::poll(TURN).context("cannot read the keyboard").map_err(host)? {
+            match event::read().context("cannot read the keyboard").map_err(host)? {
                 Event::Key(key) if key.kind == KeyEventKind::Press => {
                     let control = key.modifiers.contains(KeyModifiers::CONTROL);
                     match key.code {

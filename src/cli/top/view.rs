@@ -48,7 +48,7 @@ fn render(look: Option<&Look>, settings: &Settings, area: Rect, buffer: &mut Buf
     self::keys(settings).render(keys, buffer);
     match look {
         Some(look) => numbers(look, settings, body, buffer),
-        None => Paragraph::new(" attached; the first look takes a moment ...").render(body, buffer),
+        None => Paragraph::new(" attached; waiting for the first interval ...").render(body, buffer),
     }
     if settings.help {
         help(area, buffer);
@@ -291,7 +291,7 @@ fn keys(settings: &Settings) -> Line<'static> {
         Order::Count => "count",
         Order::Time => "time",
     };
-    let pause = if settings.paused { "go on" } else { "pause" };
+    let pause = if settings.paused { "resume" } else { "pause" };
     let text = format!(" q quit   p {pause}   s sort (by {order})   h help");
     Line::from(text).style(Style::new().add_modifier(Modifier::REVERSED))
 }
@@ -302,7 +302,7 @@ fn help(area: Rect, buffer: &mut Buffer) {
     let wanted = Rect { x: area.x, y: area.y + 1, width: 80, height: text.lines().count() as u16 + 2 };
     let place = wanted.intersection(area);
     Clear.render(place, buffer);
-    Paragraph::new(text).block(Block::bordered().title(" what is shown ")).render(place, buffer);
+    Paragraph::new(text).block(Block::bordered().title(" columns ")).render(place, buffer);
 }
 
 fn right<'a>(text: impl Into<Text<'a>>) -> Cell<'a> {

@@ -120,8 +120,8 @@ impl Report<'_> {
 /// What a device's worker did.
 pub(super) fn worker(kind: Kind, event: &Event) -> String {
     match kind {
-        Kind::Queue => format!("takes queue {} up: {} completed", event.address, event.value),
-        Kind::Source => format!("looks at its host end {}: {} completed", event.address, event.value),
+        Kind::Queue => format!("serves queue {}: {} completed", event.address, event.value),
+        Kind::Source => format!("polls host end {}: {} completed", event.address, event.value),
         Kind::Interrupt if event.address == u64::MAX => {
             "interrupts the guest: configuration changed".to_owned()
         }
@@ -135,7 +135,7 @@ pub(super) fn monitor(kind: Kind) -> &'static str {
     match kind {
         Kind::Kicked => "back to the monitor",
         Kind::Shutdown | Kind::SystemEvent | Kind::FailEntry | Kind::InternalError => "the run ends",
-        _ => "goes on",
+        _ => "continues",
     }
 }
 
