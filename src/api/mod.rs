@@ -180,10 +180,12 @@ impl Error {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<Cow<'static, str>> {
         Some(match self {
-            Self::Directory { .. } => "set XDG_RUNTIME_DIR to a directory of your own".into(),
+            Self::Directory { .. } => {
+                "use a directory of your own: export XDG_RUNTIME_DIR=$(mktemp -d)".into()
+            }
             Self::Unsafe { path, .. } => {
                 let path = quoted(path);
-                format!("make it yours alone: sudo chown $USER {path}; chmod 700 {path}").into()
+                format!("if it is yours, chmod 700 {path}; if it is not, sudo rm -r {path}").into()
             }
             Self::NameTaken(name) => {
                 format!("choose another name, `name=NAME`, or stop the one that runs: vmm stop {name}").into()

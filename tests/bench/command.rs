@@ -42,13 +42,13 @@ fn arguments_that_cannot_be() {
         ("bench boot --with crun=missing", &["missing", "No such file"]),
         ("bench boot --with crun=folder", &["folder", "not a file"]),
         ("bench boot --guests missing", &["missing", "No such file"]),
-        ("bench boot --guests words", &["words", "not a folder"]),
+        ("bench boot --guests words", &["words", "not a directory"]),
         ("bench boot --json no/such/folder/x.json", &["no/such/folder"]),
         ("bench boot --html folder", &["folder"]),
         ("bench boot --csv words/x", &["words"]),
         ("bench boot --json - --csv -", &["two outputs"]),
         ("bench boot --json x --html x", &["x", "two outputs"]),
-        ("bench boot --compare good.json", &["--compare", "repeats"]),
+        ("bench boot --compare good.json", &["--compare", "repeatable"]),
         ("bench boot --icount --compare missing", &["missing", "No such file"]),
         ("bench --from missing.json", &["missing.json", "No such file"]),
         ("bench --from folder", &["folder", "not a regular file"]),
@@ -70,6 +70,12 @@ fn arguments_that_cannot_be() {
     let mut blank = place.command("bench boot --through");
     blank.arg("  ");
     refused_command(&place, blank, BAD_ARGUMENT, &["--through", "no command"]);
+    // Paths need not be UTF-8.
+    for (option, value) in [("--guests", &b"\xff"[..]), ("--with", b"crun=\xff")] {
+        let mut missing = place.command("bench boot");
+        missing.arg(option).arg(std::os::unix::ffi::OsStrExt::from_bytes(value) as &std::ffi::OsStr);
+        refused_command(&place, missing, BAD_ARGUMENT, &[option, "No such file"]);
+    }
 }
 
 #[test]
@@ -152,7 +158,7 @@ fn an_output_that_cannot_be_written_is_told_and_the_others_are_there() {
     let output = place.vmm("bench --from one.json --csv /dev/full --html page.html");
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(HOST), "{stderr}");
-    assert!(stderr.starts_with("vmm: error: write /dev/full: "), "{stderr}");
+    assert!(stderr.starts_with("vmm: error: cannot write /dev/full: "), "{stderr}");
     assert!(text(&output.stdout).contains("exec to first output") && place.path("page.html").exists());
 }
 
