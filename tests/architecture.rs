@@ -189,6 +189,29 @@ fn unsafe_stands_only_where_the_design_says() {
 }
 
 #[test]
+fn only_the_command_line_knows_flags() {
+    // Settings are written `mem=1G` elsewhere; the command line makes an option of that. Tests may say what they like.
+    let flag = |line: &str| {
+        let mut rests = line.match_indices("--").map(|(at, _)| &line[at + 2..]);
+        rests.any(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase()))
+    };
+    let mut wrong = Vec::new();
+    for Source { path, package, module, text } in sources() {
+        if ["cli", "bench", "command"].contains(&package.as_str())
+            || module == "build"
+            || path.ends_with("tests.rs")
+        {
+            continue;
+        }
+        let code = code(text.split("#[cfg(test)]").next().unwrap_or_default());
+        wrong.extend(
+            code.lines().filter(|line| flag(line)).map(|line| format!("{}: {}", path.display(), line.trim())),
+        );
+    }
+    assert!(wrong.is_empty(), "flags outside of the command line:\n{}", wrong.join("\n"));
+}
+
+#[test]
 fn every_file_says_what_it_is() {
     let silent = sources().into_iter().filter(|s| !s.text.starts_with("//!"));
     let wrong: Vec<_> = silent.map(|s| s.path.display().to_string()).collect();

@@ -263,14 +263,14 @@ fn a_denied_msr_is_a_protection_fault_that_the_log_and_the_trace_name() {
     ]);
     let out = recorded.args(denied).output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr);
-    assert!(said.contains("reads MSR IA32_SYSENTER_CS (0x174), which --cpu denies"), "{said}");
+    assert!(said.contains("reads MSR IA32_SYSENTER_CS (0x174), which its CPU model denies"), "{said}");
     let out = vmm().args(["trace", "report", "--only", "other"]).arg(&trace).output().unwrap();
     let told = String::from_utf8_lossy(&out.stdout);
     for (instruction, register) in
         [("rdmsr", "IA32_SYSENTER_CS (0x174)"), ("wrmsr", "IA32_SYSENTER_EIP (0x176) <- ")]
     {
         let line = told.lines().find(|line| line.contains(register) && line.contains(instruction));
-        assert!(line.is_some_and(|line| line.contains("denied by --cpu: #GP")), "{told}");
+        assert!(line.is_some_and(|line| line.contains("denied by the CPU model: #GP")), "{told}");
     }
 }
 
@@ -341,7 +341,7 @@ fn cpu_wishes_that_cannot_be_are_told() {
         assert_eq!(said("host,+hyperv"), (Some(1), String::new()));
     } else {
         let (code, text) = said("host,+hyperv");
-        assert!(code == Some(4) && text.contains("asks for hyperv, which this host"), "{text}");
+        assert!(code == Some(4) && text.contains("lacks hyperv"), "{text}");
     }
     // No processor has both makers' virtualization, nor this feature of one that was never sold.
     let (code, text) = said("host,+avx512pf,+fma4");

@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     };
     result
         .unwrap_or_else(|failure| {
-            failure.print();
+            failure.print(|text| text.into());
             failure.code
         })
         .into()

@@ -17,7 +17,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// The options of a command to one virtual machine.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Its name, as vmm list shows it
+    /// The virtual machine's name, as vmm list shows it
     name: String,
     /// Print the virtual machine's status as JSON
     #[arg(long)]
@@ -29,10 +29,10 @@ pub struct Options {
 pub struct StopOptions {
     #[command(flatten)]
     options: Options,
-    /// Stop the guest hard after so many seconds [default: the --stop-timeout it was started with]
+    /// Kill the guest if it has not powered off after so many seconds [default: the --stop-timeout it was started with]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
-    /// Stop the guest hard at once, as vmm kill does
+    /// Kill the guest at once, as vmm kill does
     #[arg(long, conflicts_with = "timeout")]
     force: bool,
 }
@@ -40,7 +40,7 @@ pub struct StopOptions {
 /// `vmm status`.
 pub fn status(options: Options) -> Result<Code, Failure> {
     let status = connect(&options)?.ask(Command::Status)?;
-    print(&if options.json { pretty(&status) } else { text(&status) })?;
+    print(&if options.json { pretty(&status)? } else { text(&status) })?;
     Ok(Code::Success)
 }
 
@@ -75,7 +75,7 @@ fn connect(options: &Options) -> Result<Client, Error> {
 fn change(options: Options, command: Command) -> Result<Code, Failure> {
     let status = connect(&options)?.ask(command)?;
     if options.json {
-        print(&pretty(&status))?;
+        print(&pretty(&status)?)?;
     }
     Ok(Code::Success)
 }
@@ -85,7 +85,7 @@ fn end(options: Options, command: Command, timeout: Option<Duration>) -> Result<
     let mut client = connect(&options)?;
     let status = client.ask(command)?;
     if options.json {
-        print(&pretty(&status))?;
+        print(&pretty(&status)?)?;
     }
     client.wait_for_end(timeout.map_or(Duration::MAX, |timeout| timeout.saturating_add(GRACE)))?;
     Ok(Code::Success)

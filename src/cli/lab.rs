@@ -4,18 +4,23 @@ use std::io::{self, IsTerminal};
 
 use anyhow::anyhow;
 
+use crate::flags::with_flags;
 use vmm_command::Scratch;
 use vmm_command::{Code, Failure, print};
 use vmm_trace::lab::{self, LABS, Lab};
+use vmm_trace::reasons::Shown;
 
 /// The options of `vmm lab`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Which lab; without it they are listed
+    /// The lab to run; without a name, lists them
     name: Option<String>,
-    /// Print the guest's source in place of running it
+    /// Print the guest's source instead of running it
     #[arg(long, requires = "name")]
     source: bool,
+    /// Whose exit reasons to show: intel (VT-x), amd (AMD-V) or both, this host's first
+    #[arg(long, value_name = "WHOSE", default_value = "both")]
+    vendor: Shown,
 }
 
 /// `vmm lab`.
@@ -35,7 +40,7 @@ pub fn lab(options: Options) -> Result<Code, Failure> {
     let scratch = Scratch::new("vmm-lab").map_err(|error| Failure::new(Code::Host, error))?;
     let ran = lab::run(lab, scratch.path())?;
     let mut text = Vec::new();
-    lab::narrate(lab, &ran, io::stdout().is_terminal(), &mut text)?;
-    print(&String::from_utf8_lossy(&text))?;
+    lab::narrate(lab, &ran, options.vendor, io::stdout().is_terminal(), &mut text)?;
+    print(&with_flags(&String::from_utf8_lossy(&text)))?;
     Ok(Code::Success)
 }

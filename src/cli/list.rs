@@ -1,12 +1,12 @@
 //! `vmm list`: what runs.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use vmm_command::{Code, Failure, pretty, print};
-use vmm_monitor::api::client::Client;
-use vmm_monitor::api::protocol::Command;
+use vmm_monitor::api::client::{Client, Listed};
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::api::{Error, Status};
 use vmm_monitor::config::Size;
@@ -20,18 +20,16 @@ pub struct Options {
     json: bool,
 }
 
+/// How long to wait for the answers, of all that run together.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// `vmm list`.
 pub fn list(options: Options) -> Result<Code, Failure> {
     let registry = Registry::of_user();
-    let mut rows = Vec::new();
-    for name in registry.names()? {
-        match Client::connect(&registry, &name).and_then(|mut client| client.ask(Command::Status)) {
-            // It ended while we were looking.
-            Err(Error::NoSuchVm(_)) => {}
-            answer => rows.push((name, answer)),
-        }
-    }
-    print(&if options.json { json(&rows) } else { table(&rows) })?;
+    let mut rows = Client::ask_all(&registry, registry.names()?, PATIENCE);
+    // It ended while we were looking.
+    rows.retain(|row| !matches!(row.answer, Err(Error::NoSuchVm(_))));
+    print(&if options.json { json(&rows)? } else { table(&rows) })?;
     Ok(Code::Success)
 }
 
@@ -40,25 +38,26 @@ pub fn list(options: Options) -> Result<Code, Failure> {
 #[serde(untagged)]
 enum Row<'a> {
     Status(&'a Status),
-    Error { name: &'a str, error: String },
+    Error { name: &'a str, pid: Option<u32>, error: String },
 }
 
-fn json(rows: &[(String, Result<Status, Error>)]) -> String {
-    let rows = rows.iter().map(|(name, answer)| match answer {
+fn json(rows: &[Listed]) -> Result<String, Failure> {
+    let rows = rows.iter().map(|row| match &row.answer {
         Ok(status) => Row::Status(status),
-        Err(error) => Row::Error { name, error: error_chain(error) },
+        Err(error) => Row::Error { name: &row.name, pid: row.pid, error: error_chain(error) },
     });
     pretty(&rows.collect::<Vec<_>>())
 }
 
-fn table(rows: &[(String, Result<Status, Error>)]) -> String {
+fn table(rows: &[Listed]) -> String {
     let mut text = String::new();
     let _ = writeln!(
         text,
         "{:<24} {:>8} {:<9} {:>9} {:>4} {:>7}  KERNEL",
         "NAME", "PID", "STATE", "UPTIME", "CPUS", "MEMORY"
     );
-    for (name, answer) in rows {
+    for Listed { name, pid, answer } in rows {
+        let pid = pid.map_or("-".to_owned(), |pid| pid.to_string());
         // Writing to a String does not fail.
         let _ = match answer {
             Ok(s) => writeln!(
@@ -71,7 +70,10 @@ fn table(rows: &[(String, Result<Status, Error>)]) -> String {
                 Size::from_bytes(s.memory_bytes).to_string(),
                 s.kernel.as_ref().map_or("-".into(), |path| path.display().to_string()),
             ),
-            Err(error) => writeln!(text, "{name:<24} {:>8} {}", "-", error_chain(error)),
+            Err(Error::NoAnswer(_)) => {
+                writeln!(text, "{name:<24} {pid:>8} {:<9} {:>9} {:>4} {:>7}  -", "no answer", "-", "-", "-")
+            }
+            Err(error) => writeln!(text, "{name:<24} {pid:>8} {}", error_chain(error)),
         };
     }
     text

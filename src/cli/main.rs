@@ -5,6 +5,7 @@
 
 mod bench;
 mod control;
+mod flags;
 mod lab;
 mod list;
 mod options;
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use vmm_command::{Code, Failure, log_output};
 
@@ -26,33 +28,33 @@ use vmm_command::{Code, Failure, log_output};
 const EXAMPLES: &str = "\
 Examples:
   vmm --kernel vmlinux --initrd initramfs.cpio --mem 512M
-      boot a kernel to its initramfs, on this terminal
+      boot a kernel and its initramfs, on this terminal
   vmm --kernel bzImage --disk root.img --cpus 2 --cmdline 'console=hvc0 root=/dev/vda rw'
-      two CPUs, and the root file system on a disk
+      two CPUs, and a root file system on a disk
   vmm --disk debian.img --mem 1G
-      a disk with an installed system: its own kernel and initrd, and a second to choose if there are several
+      boot the system installed on a disk; if it has several kernels, a menu waits for a second
   vmm --config vm.json --mem 2G --name web
-      everything from a file, but with other memory, under a name
+      a configuration file, with more memory and a name
   vmm --kernel vmlinux --serial stdio --cmdline 'console=ttyS0 earlyprintk=serial'
-      watch a kernel that dies early
+      see the output of a kernel that dies early
   vmm --kernel vmlinux --dry-run
-      show what would run, and where everything is in the guest's memory
+      show what would run, and the guest's memory map
   vmm trace --stats -- --kernel vmlinux --serial stdio
-      run it, and tell what its exits were and what they cost (vmm trace --help)
+      run it, then show what its exits were and what they cost (vmm trace --help)
   vmm top web
-      watch what it does, from another terminal (vmm top --help)
+      watch it from another terminal (vmm top --help)
   vmm trace --step --count 60 -- --kernel vmlinux
-      its first instructions, with the mode of each and what it changed
+      show its first instructions: the mode of each, and what it changed
   vmm --gdb unix:gdb.sock --kernel vmlinux --cmdline 'console=hvc0 nokaslr'
-      gdb vmlinux -ex 'target remote gdb.sock' has it from the first instruction on
+      debug it from its first instruction: gdb vmlinux -ex 'target remote gdb.sock'
   vmm list; vmm pause web; vmm resume web; vmm stop web
-      from another terminal
+      control it from another terminal
 ";
 
 /// The keys of the console.
 const KEYS: &str = "\
-Keys, where the console or the serial port is this terminal:
-  Ctrl-A x  end the virtual machine at once
+Keys, if the console or the serial port is this terminal:
+  Ctrl-A x  kill the virtual machine
   Ctrl-A p  press its power button
   Ctrl-A a  send Ctrl-A to the guest (Ctrl-A Ctrl-A too)
   Ctrl-A h  show these keys
@@ -60,7 +62,7 @@ Keys, where the console or the serial port is this terminal:
 
 /// Run virtual machines on KVM.
 ///
-/// `vmm --kernel FILE ...` is short for `vmm run --kernel FILE ...`; `vmm run --help` lists every option of it.
+/// `vmm --kernel FILE ...` is short for `vmm run --kernel FILE ...`; `vmm run --help` lists every option.
 #[derive(Debug, Parser)]
 #[command(name = "vmm", version, arg_required_else_help = true, max_term_width = 110)]
 struct Cli {
@@ -70,27 +72,27 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Boot a virtual machine and stay with it until it ends
+    /// Boot a virtual machine and stay attached until it ends
     Run(Box<options::Options>),
     /// Show every exit of a virtual machine as a sentence: what the guest did, who answered, what it cost
     Trace(Box<trace::Options>),
-    /// Learn from tiny guests of one idea each: every exit told, and what came of it on this host
+    /// Learn from tiny guests with one idea each: every exit explained, as it happened on this host
     Lab(lab::Options),
-    /// Watch what a running virtual machine does: exits by reason, vCPUs' time, devices, hottest places
+    /// Watch a running virtual machine: exits by reason, vCPU time, devices, hottest functions
     Top(Box<top::Options>),
     /// Measure virtual machines against containers and other monitors
     Bench(bench::Options),
-    /// List the virtual machines that are running
+    /// List running virtual machines
     List(list::Options),
-    /// Tell how a virtual machine is
+    /// Show the status of a virtual machine
     Status(control::Options),
-    /// Park the CPUs of a virtual machine
+    /// Pause a virtual machine: stop its CPUs and quiesce its devices
     Pause(control::Options),
-    /// Let a paused virtual machine run on
+    /// Resume a paused virtual machine
     Resume(control::Options),
-    /// Press the power button of a virtual machine and wait until it is gone
+    /// Press the power button of a virtual machine and wait until it has ended
     Stop(control::StopOptions),
-    /// End a virtual machine without asking its guest
+    /// Kill a virtual machine, without asking its guest
     Kill(control::Options),
 }
 
@@ -101,6 +103,7 @@ fn main() -> ExitCode {
         Err(code) => return code,
     };
     end_on_panic();
+    raise_file_limit();
     log_output::start(if let Command::Run(options) = &command { options.verbose } else { 0 });
     let result = match command {
         Command::Run(options) => run::run(*options),
@@ -116,7 +119,7 @@ fn main() -> ExitCode {
         Command::Kill(options) => control::kill(options),
     };
     let code = result.unwrap_or_else(|failure| {
-        failure.print();
+        failure.print(flags::with_flags);
         failure.code
     });
     // What was logged and has not been written yet.
@@ -134,7 +137,14 @@ fn end_on_panic() {
     }));
 }
 
-/// Reads the arguments. An error is an exit code, whatever there is to say having been said.
+/// Raises the soft limit on open files to the hard one: the usual soft limit exists for programs that call select(2), and this one
+/// does not. If that fails, whoever needs one descriptor too many reports it.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+/// Reads the arguments. Prints what there is to say about them; an error is the exit code.
 fn parse(mut arguments: Vec<OsString>) -> Result<Command, ExitCode> {
     let first = arguments.get(1).and_then(|argument| argument.to_str()).unwrap_or_default();
     if first.starts_with('-') && !["-h", "--help", "-V", "--version"].contains(&first) {
@@ -162,7 +172,7 @@ fn parse(mut arguments: Vec<OsString>) -> Result<Command, ExitCode> {
             Code::BadArgument.into()
         }
         _ => {
-            Failure::usage(&error).print();
+            Failure::usage(&error).print(flags::with_flags);
             Code::BadArgument.into()
         }
     })

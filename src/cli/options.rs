@@ -1,5 +1,6 @@
 //! The options of `vmm run`, and how they and a configuration file become one [`VmConfig`].
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use serde::de::value::Error as ValueError;
 use vmm_command::{Code, Failure};
 use vmm_monitor::config::{
     BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, OutputFile, Port, VmConfig, Where,
+    port_number,
 };
 use vmm_trace::debug::gdb::Place;
 
@@ -23,97 +25,98 @@ const MAX_CONFIG: u64 = 1 << 20;
 /// All options of `vmm run`. Those absent leave the configuration file's value, or the default.
 #[derive(Debug, Default, Args)]
 pub struct Options {
-    /// The kernel: a bzImage, or an ELF vmlinux [default: the one that is installed on a disk]
+    /// Kernel: a bzImage or an ELF vmlinux [default: the one installed on a disk]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// The initial RAM disk
+    /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// The kernel's command line [default: one that fits the devices]
+    /// Kernel command line [default: one that fits the devices]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
-    /// Guest memory: SIZE[,prefault][,thp][,hugepages=2M|1G][,backing=anonymous|memfd] [default: 256M]
+    /// Guest memory: SIZE[,prefault][,thp][,hugepages=2M|1G][,backing=anonymous|memfd]; SIZE takes K, M, G or T [default: 256M]
     #[arg(long, value_name = "SIZE")]
     mem: Option<Memory>,
-    /// Number of CPUs [default: 1]
+    /// Number of CPUs, up to 254 [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<Cpus>,
-    /// What the CPUs can do: host, x86-64-v1, x86-64-v2 or x86-64-v3, then ,+FEATURE ,-FEATURE as in /proc/cpuinfo, ,+hyperv (for
-    /// Windows), ,nested=on (VT-x or AMD-V), ,msr-deny=MSR[-MSR] (#GP), ,vendor=intel|amd [default: host]
+    /// CPU model: host, x86-64-v1, x86-64-v2 or x86-64-v3, then any of ,+FEATURE ,-FEATURE (as in /proc/cpuinfo), ,+hyperv (for
+    /// Windows), ,nested=on (VT-x or AMD-V), ,msr-deny=MSR[-MSR] (raises #GP), ,vendor=intel|amd [default: host]
     #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
     cpu: Option<Cpu>,
-    /// A disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ... Without --kernel,
-    /// what is installed there is booted
-    #[arg(long, value_name = "path=FILE")]
+    /// Disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096], where a comma in FILE is written twice; repeat it for
+    /// /dev/vdb and so on. Without --kernel, boots the system installed on it
+    #[arg(long, value_name = "path=FILE", value_parser = os_text::<Disk, _>())]
     disk: Vec<Disk>,
-    /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH, off [default: stdio]
-    #[arg(long, value_name = "WHERE")]
+    /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
+    /// [default: stdio]
+    #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
     console: Option<Console>,
-    /// A named port, /dev/virtio-ports/NAME in the guest; may be repeated
-    #[arg(long, value_name = "NAME=WHERE")]
+    /// Named console port, /dev/virtio-ports/NAME in the guest; WHERE is as for --console; repeatable
+    #[arg(long, value_name = "NAME=WHERE", value_parser = os_text::<Port, _>())]
     port: Vec<Port>,
-    /// Where the serial port ttyS0 goes; stdio takes it from the console [default: off]
-    #[arg(long, value_name = "WHERE")]
+    /// Where the serial port ttyS0 goes, as for --console; stdio is then taken from the console [default: off]
+    #[arg(long, value_name = "WHERE", value_parser = os_text::<Where, _>())]
     serial: Option<Where>,
-    /// Give the guest an entropy device
+    /// Add an entropy device
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     rng: Option<bool>,
-    /// The name for vmm list, stop and so on [default: a generated one]
+    /// Name for vmm list, vmm stop and so on [default: generated]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Read the configuration from a JSON file; options given here win over it (lists replace its lists)
+    /// Read the configuration from a JSON file; options on the command line override it, lists as a whole
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The way into the kernel: auto, linux64, pvh, multiboot [default: auto, which takes PVH where the kernel offers it]
+    /// Boot protocol: auto, linux64, pvh or multiboot [default: auto, which is PVH if the kernel offers it]
     #[arg(long, value_name = "PROTOCOL", value_parser = keyword::<BootProtocol>)]
     boot: Option<BootProtocol>,
-    /// Start at the reset vector, in firmware that boots the kernel [without FILE: the built-in one]
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = Firmware::BUILT_IN)]
+    /// Start at the reset vector, in firmware that boots the kernel [without FILE: the built-in firmware]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = Firmware::BUILT_IN, value_parser = os_text::<Firmware, _>())]
     firmware: Option<Firmware>,
-    /// A program for the firmware to run (SeaBIOS boots a kernel by QEMU's linuxboot_dma.bin); may be repeated
+    /// Option ROM for the firmware to run (SeaBIOS needs QEMU's linuxboot_dma.bin to boot a kernel); repeatable
     #[arg(long, value_name = "FILE")]
     option_rom: Vec<PathBuf>,
-    /// What a reboot of the guest does: exit, reset [default: exit]
+    /// What to do when the guest reboots: exit or reset [default: exit]
     #[arg(long, value_name = "WHAT", value_parser = keyword::<OnReboot>)]
     on_reboot: Option<OnReboot>,
-    /// Give the guest a port that ends the run with an exit code: writing V makes it 2V+1
+    /// Add an I/O port that ends the run: writing V to it makes the exit code 2V+1 [without PORT: 0xf4]
     #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true, default_missing_value = "0xf4", value_parser = port_number)]
     debug_exit: Option<u16>,
-    /// Give the guest an 8254 timer (PIT); what is younger than 2010 does without
+    /// Add an 8254 timer (PIT), for kernels older than about 2010
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     pit: Option<bool>,
-    /// Give the guest a clock (RTC) at ports 0x70 and 0x71, as it has with --firmware
+    /// Add a clock (RTC) at ports 0x70 and 0x71; --firmware implies it
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     rtc: Option<bool>,
-    /// Give the guest a text screen to write to, for kernels that insist; nobody sees it
+    /// Add the registers of a text screen, for kernels that insist on one; nothing is displayed
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     text_screen: Option<bool>,
-    /// Give the guest the device that kvm-unit-tests drives (QEMU's pc-testdev)
+    /// Add the device that kvm-unit-tests drives (QEMU's pc-testdev)
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     test_device: Option<bool>,
-    /// Log the guest's writes to port 0x80 with their time
+    /// Log the guest's writes to port 0x80, with their time
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     boot_marks: Option<bool>,
-    /// Record every exit in a file, for vmm trace report: FILE[,max=SIZE]; at that size the record ends, and the guest runs on
+    /// Record every exit to a file, for vmm trace report: FILE[,max=SIZE]; at that size the record ends, and the guest runs on
     #[arg(long, value_name = "FILE", value_parser = output_file())]
     pub trace: Option<OutputFile>,
-    /// Record the registers at every exit, and not only at the first from each place
+    /// Record the registers at every exit, not just at the first from each place
     #[arg(long)]
     pub trace_registers: bool,
-    /// Wait for gdb before the first instruction, at unix:PATH (for you alone) or tcp:[HOST:]PORT (for every
-    /// user of this machine; with ,public for other machines, too)
-    #[arg(long, value_name = "WHERE")]
+    /// Wait for gdb before the first instruction, on unix:PATH (for you alone) or tcp:[HOST:]PORT (for every user of this
+    /// machine; with ,public for other machines, too)
+    #[arg(long, value_name = "WHERE", value_parser = os_text::<Place, _>())]
     pub gdb: Option<Place>,
-    /// Seconds from a stop (SIGTERM, SIGINT, vmm stop) until the guest is stopped hard
+    /// Seconds that the guest has to power off after SIGTERM, SIGINT or vmm stop, before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,
     /// Leave the monitor open to debuggers, perf and core dumps of this user (a core never has the guest's memory)
     #[arg(long)]
     pub dumpable: bool,
-    /// Print the resolved configuration and the guest's memory map as JSON, and run nothing
+    /// Print the resolved configuration and the guest's memory map as JSON, without running anything
     #[arg(long)]
     pub dry_run: bool,
-    /// Log more: -v what happens, -vv details (RUST_LOG, in env_logger's form, says it by module)
+    /// Log more: -v events, -vv details (RUST_LOG chooses by module, in env_logger's syntax)
     #[arg(short, long, action = ArgAction::Count)]
     pub verbose: u8,
 }
@@ -127,7 +130,7 @@ impl Options {
         let mut config = match &self.config {
             Some(path) => read(path).map_err(|error| {
                 let hint =
-                    "the file has the options' names as keys: {\"kernel\": \"vmlinux\", \"mem\": \"512M\"}";
+                    "its keys are the names of the options: {\"kernel\": \"vmlinux\", \"mem\": \"512M\"}";
                 Failure::new(Code::BadArgument, error).hint(Some(hint))
             })?,
             None => VmConfig::default(),
@@ -171,41 +174,42 @@ impl Options {
 }
 
 fn read(path: &Path) -> anyhow::Result<VmConfig> {
-    let context = || format!("read configuration file {}", path.display());
+    let context = || format!("cannot read configuration file {}", path.display());
     let mut text = Vec::new();
     File::open(path)
         .and_then(|file| file.take(MAX_CONFIG + 1).read_to_end(&mut text))
         .with_context(context)?;
     if text.len() as u64 > MAX_CONFIG {
-        return Err(anyhow!("it is larger than {MAX_CONFIG} bytes")).with_context(context);
+        return Err(anyhow!("larger than {MAX_CONFIG} bytes")).with_context(context);
     }
     serde_json::from_slice(&text).with_context(context)
 }
 
-/// A word as the configuration's serde form knows it.
+/// A keyword, parsed by its serde implementation.
 fn keyword<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T, ValueError> {
     T::deserialize(text.into_deserializer())
 }
 
 /// Of any name, also of one that is no text.
 pub fn output_file() -> impl TypedValueParser<Value = OutputFile> {
-    OsStringValueParser::new().try_map(OutputFile::try_from)
+    os_text::<OutputFile, _>()
 }
 
 fn switch(text: &str) -> Result<bool, &'static str> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),
-        _ => Err("it is on or off"),
+        _ => Err("expected on or off"),
     }
 }
 
-fn port_number(text: &str) -> Result<u16, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u16::from_str_radix(hex, 16),
-        None => text.parse(),
-    };
-    parsed.map_err(|_| "an I/O port is a number up to 65535, or 0x...".to_owned())
+/// A text that has a path in it, which need not be UTF-8.
+fn os_text<T, E>() -> impl TypedValueParser<Value = T>
+where
+    T: for<'a> TryFrom<&'a OsStr, Error = E> + Clone + Send + Sync + 'static,
+    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+{
+    OsStringValueParser::new().try_map(|text| T::try_from(&text))
 }
 
 #[cfg(test)]

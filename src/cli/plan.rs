@@ -46,7 +46,7 @@ pub fn plan(mut config: VmConfig) -> Result<String, Failure> {
         more.into_iter().map(row).collect()
     };
     let (ports, memory_map) = (rows(Place::Pio, Vec::new()), rows(Place::Mmio, ram(&config)));
-    Ok(pretty(&Plan { memory_map, ports, config }))
+    pretty(&Plan { memory_map, ports, config })
 }
 
 fn row((start, size, what): (u64, u64, String)) -> Row {

@@ -42,8 +42,8 @@ impl Around {
         let registers = options.trace_registers;
         let record = options.trace.clone().map(|file| Record { file, registers });
         if registers && record.is_none() {
-            let error = anyhow!("--trace-registers: there is no record to put them in");
-            return Err(Failure::new(Code::BadArgument, error).hint(Some("name its file: --trace FILE")));
+            let error = anyhow!("--trace-registers needs a trace to write to");
+            return Err(Failure::new(Code::BadArgument, error).hint(Some("add --trace FILE")));
         }
         let (stop_timeout, dumpable) = (Duration::from_secs(options.stop_timeout), options.dumpable);
         Ok(Self { stop_timeout, record, dumpable })

@@ -16,17 +16,17 @@ use vmm_trace::symbols::Symbols;
 /// The options of `vmm trace` that are about stepping.
 #[derive(Debug, clap::Args)]
 pub struct StepOptions {
-    /// Step through the guest in place of recording its exits: each instruction, its mode, the registers that it changed
+    /// Step through the guest instead of recording its exits: each instruction, its mode, and the registers that it changed
     #[arg(
         long,
         conflicts_with_all = ["keep", "only", "port", "device", "vcpu", "after", "symbol", "stats", "advise", "json",
             "perfetto", "html", "kaslr_offset"]
     )]
     pub step: bool,
-    /// With --step: run freely to this symbol of the kernel, or linear address, and step from there
+    /// With --step: run freely to this kernel symbol or linear address, and step from there
     #[arg(long, value_name = "SYMBOL|ADDRESS", requires = "step")]
     from: Option<String>,
-    /// With --step: how many instructions; then the virtual machine is ended
+    /// With --step: how many instructions to show before the virtual machine is ended
     #[arg(long, value_name = "N", requires = "step", default_value_t = 100)]
     count: u64,
 }
@@ -37,8 +37,8 @@ pub fn step(options: &StepOptions, run: options::Options, symbols: Option<&Path>
         return run::run(run);
     }
     if run.gdb.is_some() {
-        let what = anyhow!("--step and --gdb cannot both have the guest");
-        return Err(Failure::new(Code::BadArgument, what).hint(Some("leave one of them out")));
+        let what = anyhow!("--step and --gdb cannot be used together");
+        return Err(Failure::new(Code::BadArgument, what).hint(Some("drop one of them")));
     }
     let around = Around::of(&run)?;
     let config = run.resolve()?;
@@ -55,12 +55,12 @@ pub fn step(options: &StepOptions, run: options::Options, symbols: Option<&Path>
         Seen::NeverThere => {
             let from = options.from.as_deref().unwrap_or_default();
             log::warn!(
-                "the guest ended without having been at {from}, as far as this host's KVM noticed: hardware breakpoints \
-                 do nothing in some emulated machines"
+                "the guest ended without reaching {from}, as far as this host's KVM can tell: hardware breakpoints do nothing in \
+                 some emulated machines"
             );
             code
         }
-        Seen::Failed(why) => Err(Failure::new(Code::Host, anyhow!("step through the guest: {why}"))),
+        Seen::Failed(why) => Err(Failure::new(Code::Host, anyhow!("cannot step through the guest: {why}"))),
     }
 }
 
@@ -74,17 +74,23 @@ fn addresses(from: &str, symbols: &Symbols, config: &VmConfig) -> Result<Vec<u64
     let Some(address) = symbols.address(from) else {
         let what = match &symbols.source {
             Some(path) => format!("--from {from}: {path} has no such symbol"),
-            None => format!("--from {from}: there are no symbols of this kernel"),
+            None => format!("--from {from}: no symbols for this kernel"),
         };
-        return Err(bad(what, "name a vmlinux or System.map with --symbols, or give an address: 0x..."));
+        return Err(bad(
+            what,
+            "pass a vmlinux or System.map, --symbols FILE, or an address: --from 0x1000000",
+        ));
     };
     let chooses =
         config.cmdline.as_deref().is_none_or(|cmdline| !cmdline.split(' ').any(|word| word == "nokaslr"));
     if chooses && config.kernel.as_deref().is_some_and(is_bzimage) {
         let what = format!(
-            "--from {from}: a bzImage may choose where it runs (KASLR), so where the symbol is is not known"
+            "--from {from}: a bzImage may choose where it runs (KASLR), so the symbol's address is unknown"
         );
-        return Err(bad(what, "add nokaslr to its --cmdline, boot its vmlinux, or give an address: 0x..."));
+        return Err(bad(
+            what,
+            "add nokaslr to --cmdline, boot the vmlinux instead, or pass an address: --from 0x1000000",
+        ));
     }
     // Before it has its own page tables the kernel runs where it lies in physical memory.
     Ok([address].into_iter().chain(address.checked_sub(LINUX_MAP)).collect())

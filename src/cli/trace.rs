@@ -1,4 +1,4 @@
-//! `vmm trace`: records a run and tells it, or tells an earlier record.
+//! `vmm trace`: records a run and reports it, or reports an earlier recording.
 
 use std::ffi::OsString;
 use std::io::{self, BufWriter, IsTerminal, Write};
@@ -9,12 +9,14 @@ use anyhow::{Context, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::{options, run, step, top};
+use crate::flags::with_flags;
 use vmm_command::Scratch;
 use vmm_command::{Code, Failure};
 use vmm_monitor::config::OutputFile;
 use vmm_monitor::output;
 use vmm_monitor::recorder::Kind;
 use vmm_trace::file::Trace;
+use vmm_trace::reasons::Shown;
 use vmm_trace::report::{Filter, Report};
 use vmm_trace::symbols::Symbols;
 
@@ -26,15 +28,15 @@ pub struct Options {
     command: Option<Command>,
     #[command(flatten)]
     view: View,
-    /// Keep the record in this file: FILE[,max=SIZE]
+    /// Keep the recording in this file: FILE[,max=SIZE]
     #[arg(long, value_name = "FILE", value_parser = options::output_file())]
     keep: Option<OutputFile>,
-    /// Watch a virtual machine that runs, as vmm top does [default: the only one]
+    /// Watch a running virtual machine, as vmm top does [without NAME: the only one]
     #[arg(long, value_name = "NAME", num_args = 0..=1, conflicts_with_all = ["keep", "View", "StepOptions"])]
     live: Option<Option<String>>,
     #[command(flatten)]
     step: step::StepOptions,
-    /// What to run: the options of vmm run, from the first on that is none of these (or after --)
+    /// What to run: options of vmm run, after -- or from the first that is none of the above
     #[arg(
         trailing_var_arg = true,
         allow_hyphen_values = true,
@@ -47,9 +49,9 @@ pub struct Options {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Tell a record that `vmm --trace FILE ...` made
+    /// Report a recording that `vmm --trace FILE ...` made
     Report {
-        /// The record
+        /// The recording
         #[arg(value_name = "FILE")]
         file: PathBuf,
         #[command(flatten)]
@@ -60,44 +62,47 @@ enum Command {
 /// What to show, and how.
 #[derive(Debug, Clone, clap::Args)]
 struct View {
-    /// Only these: pio, mmio, halt, kvm (exits inside it), virtio, other; with commas between
+    /// Only exits of these kinds: pio, mmio, halt, kvm (answered inside KVM), virtio, other; separated by commas
     #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = kinds)]
     only: Vec<Kinds>,
-    /// Only accesses to this port, or ports: 0x3f8, 0x3f8-0x3ff
+    /// Only accesses to this port or range of ports: 0x3f8, 0x3f8-0x3ff
     #[arg(long, value_name = "PORT", value_parser = ports)]
     port: Option<RangeInclusive<u64>>,
-    /// Only what this device answered: serial, virtio-console, nobody ...
+    /// Only what this device answered: serial, virtio-console, nobody and so on
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
     /// Only this vCPU
     #[arg(long, value_name = "N")]
     vcpu: Option<u32>,
-    /// Only what came so many milliseconds after the start, or later
+    /// Only what happened at least so many milliseconds after the start
     #[arg(long, value_name = "MS")]
     after: Option<f64>,
-    /// Only where the guest was in a function whose name contains this
+    /// Only exits from functions whose names contain this
     #[arg(long, value_name = "TEXT")]
     symbol: Option<String>,
-    /// Counts, shares, percentiles and histograms in place of lines
+    /// Whose exit reasons to show: intel (VT-x), amd (AMD-V) or both, this host's first
+    #[arg(long, value_name = "WHOSE", default_value = "both")]
+    vendor: Shown,
+    /// Print counts, shares, percentiles and histograms instead of lines
     #[arg(long)]
     stats: bool,
-    /// What the exits were spent on for nothing, what that cost, and what to change
+    /// Print which exits were wasted, what they cost, and what to change
     #[arg(long, conflicts_with_all = ["stats", "json"])]
     advise: bool,
-    /// JSON: an object per line, or one with the statistics
+    /// Print JSON: an object per line, or with --stats one object
     #[arg(long)]
     json: bool,
-    /// Write the record in the format that ui.perfetto.dev opens (Chromium's trace events)
+    /// Write a file for ui.perfetto.dev (Chromium's trace events)
     #[arg(long, value_name = "FILE")]
     perfetto: Option<PathBuf>,
-    /// Write a page about it that any browser opens: what happened when, lanes, the story of each exit
+    /// Write a page for any browser: a timeline, lanes, and the story of each exit
     #[arg(long, value_name = "FILE", conflicts_with = "perfetto")]
     html: Option<PathBuf>,
-    /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms; without FILE, those in or beside the kernel that the
-    /// record names [default: the guest's own; of a run that is told at once also those beside its kernel]
+    /// The guest's symbols: a vmlinux, a System.map or a copy of /proc/kallsyms; without FILE, those in or beside the kernel that
+    /// the record names [default: the guest's own; for a run just recorded also those beside its kernel]
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     symbols: Option<Option<PathBuf>>,
-    /// How far the guest's kernel runs from where it was linked (KASLR) [default: found out]
+    /// How far the guest's kernel runs from its link address (KASLR) [default: detected]
     #[arg(long, value_name = "BYTES", value_parser = number)]
     kaslr_offset: Option<u64>,
 }
@@ -107,7 +112,7 @@ struct View {
 struct Kinds(&'static [Kind]);
 
 fn kinds(word: &str) -> Result<Kinds, &'static str> {
-    Filter::kinds(word).map(Kinds).ok_or("it is pio, mmio, halt, kvm, virtio or other")
+    Filter::kinds(word).map(Kinds).ok_or("expected pio, mmio, halt, kvm, virtio or other")
 }
 
 fn number(text: &str) -> Result<u64, String> {
@@ -115,7 +120,7 @@ fn number(text: &str) -> Result<u64, String> {
         Some(hex) => u64::from_str_radix(hex, 16),
         None => text.parse(),
     };
-    parsed.map_err(|_| "it is a number, or 0x...".to_owned())
+    parsed.map_err(|_| "expected a number, or 0x...".to_owned())
 }
 
 fn ports(text: &str) -> Result<RangeInclusive<u64>, String> {
@@ -198,6 +203,7 @@ fn tell(file: &Path, view: &View, ours: bool) -> Result<(), Failure> {
             found => found?,
         },
     }
+    report.shown = view.vendor;
     report.colour = io::stdout().is_terminal();
     if let Some(path) = view.html.as_ref().or(view.perfetto.as_ref()) {
         let written = output::create(path).map(BufWriter::new).and_then(|mut out| {
@@ -207,15 +213,19 @@ fn tell(file: &Path, view: &View, ours: bool) -> Result<(), Failure> {
             }
             out.flush()
         });
-        let context = || format!("write {}", path.display());
-        let hint = "give the path of a file (no symbolic link), in a folder that can be written to";
+        let context = || format!("cannot write {}", path.display());
+        let hint = "give the path of a file (no symbolic link), in a directory that can be written to";
         return written
             .with_context(context)
             .map_err(|error| Failure::new(Code::Host, error).hint(Some(hint)));
     }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match (view.stats, view.json) {
-        _ if view.advise => report.write_advice(&mut out),
+        _ if view.advise => {
+            let mut advice = Vec::new();
+            let written = report.write_advice(&mut advice);
+            written.and_then(|()| out.write_all(with_flags(&String::from_utf8_lossy(&advice)).as_bytes()))
+        }
         (true, true) => serde_json::to_writer_pretty(&mut out, &report.stats(&filter))
             .map_err(io::Error::from)
             .and_then(|()| writeln!(out)),
@@ -226,9 +236,8 @@ fn tell(file: &Path, view: &View, ours: bool) -> Result<(), Failure> {
     match written.and_then(|()| out.flush()) {
         // A pager that was closed has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => {
-            result.map_err(|error| Failure::new(Code::Host, anyhow!(error).context("write the report")))
-        }
+        result => result
+            .map_err(|error| Failure::new(Code::Host, anyhow!(error).context("cannot write the report"))),
     }
 }
 

@@ -1,4 +1,4 @@
-//! How a command ends: its exit code, and what is said when it fails.
+//! How a command ends: its exit code, and the error and hint that it prints if it fails.
 
 use std::borrow::Cow;
 use std::io::Write;
@@ -10,6 +10,7 @@ use vmm_monitor::machine::{self, Outcome};
 use vmm_monitor::printable;
 
 use crate::log_output;
+use vmm_monitor::config::ParseError;
 
 /// The exit codes. All are even, because those of the debug-exit device are odd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,12 +36,12 @@ pub enum Code {
 impl Code {
     /// The code as `--help` explains it.
     const TABLE: [(Self, &str); 7] = [
-        (Self::Success, "the guest powered off or rebooted; or the command did what was asked"),
-        (Self::BadArgument, "an argument, or a file that it names, cannot be used"),
-        (Self::Host, "the host lacks or refused something: KVM, memory, a running VM of that name"),
+        (Self::Success, "the guest powered off or rebooted, or the command succeeded"),
+        (Self::BadArgument, "bad argument, or a file that it names cannot be used"),
+        (Self::Host, "the host lacks or refused something: KVM, memory, open files, a VM of that name"),
         (Self::GuestCrash, "the guest crashed (triple fault)"),
-        (Self::Internal, "KVM could not run the guest (internal error, failed entry)"),
-        (Self::Killed, "the VM was stopped hard: kill, a second signal, a stop's timeout, Ctrl-A x"),
+        (Self::Internal, "KVM could not run the guest (internal error or failed entry)"),
+        (Self::Killed, "the VM was killed: vmm kill, a second signal, the timeout of a stop, Ctrl-A x"),
         (Self::Worse, "vmm bench --compare: more than 5% worse than the baseline"),
     ];
 
@@ -88,7 +89,11 @@ pub fn table() -> String {
     text
 }
 
-/// A command that failed: what is said, what to try, and the exit code.
+/// Hints for when descriptors run out. By then the soft limit has been raised to the hard one.
+const FEW_FILES: &str = "raise this shell's limit on open files: sudo prlimit --nofile=4096 --pid $$";
+const FEW_FILES_AT_ALL: &str = "the whole host is out of open files: sudo sysctl -w fs.file-max=1000000";
+
+/// A command that failed: the error, what to try, and the exit code.
 #[derive(Debug)]
 pub struct Failure {
     error: anyhow::Error,
@@ -98,18 +103,26 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A failure of kind `code`.
+    /// A failure of kind `code`. Whatever it was that found no free descriptor, it is the host that lacks them.
     pub fn new(code: Code, error: impl Into<anyhow::Error>) -> Self {
-        Self { error: error.into(), hint: None, code }
+        let error = error.into();
+        // By what the standard library and others write for an error number: its types differ with who wraps it.
+        let met = |number: i32| format!("{error:#}").contains(&format!("(os error {number})"));
+        let (code, hint) = match () {
+            () if met(libc::EMFILE) => (Code::Host, Some(FEW_FILES.into())),
+            () if met(libc::ENFILE) => (Code::Host, Some(FEW_FILES_AT_ALL.into())),
+            () => (code, None),
+        };
+        Self { error, hint, code }
     }
 
-    /// The same with something to try.
+    /// The same with something to try, unless that is known already.
     pub fn hint(mut self, hint: Option<impl Into<Cow<'static, str>>>) -> Self {
-        self.hint = hint.map(Into::into);
+        self.hint = self.hint.or(hint.map(Into::into));
         self
     }
 
-    /// What clap has to say, in the form of our own errors.
+    /// An error of clap's in the form of our own.
     pub fn usage(error: &clap::Error) -> Self {
         let text = error.to_string();
         // "error: WHAT", some lines of detail, perhaps "tip: ...", then the usage. The details belong to WHAT.
@@ -126,26 +139,34 @@ impl Failure {
                 what = format!("{what} {line}");
             }
         }
-        let hint = hint.unwrap_or_else(|| "vmm --help and vmm run --help tell what there is".to_owned());
+        let parsed = std::error::Error::source(error).and_then(|source| source.downcast_ref::<ParseError>());
+        let hint = parsed.and_then(ParseError::hint).map(str::to_owned).or(hint);
+        let hint = hint.unwrap_or_else(|| "see vmm --help, or vmm run --help for every option".to_owned());
         Self { error: anyhow!(what), hint: Some(hint.into()), code: Code::BadArgument }
     }
 
-    /// Says it on stderr.
-    pub fn print(&self) {
+    /// Prints it on stderr. `spell` turns settings, which the libraries write in backquotes, into the options of the command line
+    /// at hand.
+    pub fn print(&self, spell: impl Fn(&str) -> Cow<'_, str>) {
         let mut text = format!("vmm: error: {:#}\n", self.error);
         if let Some(hint) = &self.hint {
             text.push_str(&format!("hint: {hint}\n"));
         }
-        log_output::say(&printable::lines(&text));
+        log_output::say(&printable::lines(&spell(&text)));
     }
 }
 
 /// A command's result as JSON.
-pub fn pretty(value: &impl Serialize) -> String {
-    // What is printed here has string keys and finite numbers only, so it cannot fail.
-    let mut text = printable::json(serde_json::to_string_pretty(value).unwrap_or_default());
+///
+/// # Errors
+/// It has something that JSON cannot say.
+pub fn pretty(value: &impl Serialize) -> Result<String, Failure> {
+    let context = |error| anyhow::Error::new(error).context("cannot write the result as JSON");
+    let text =
+        serde_json::to_string_pretty(value).map_err(|error| Failure::new(Code::Host, context(error)))?;
+    let mut text = printable::json(text);
     text.push('\n');
-    text
+    Ok(text)
 }
 
 /// Writes a command's result to stdout. A reader that has gone away (`| head`) is no error.
@@ -154,9 +175,10 @@ pub fn pretty(value: &impl Serialize) -> String {
 /// stdout does not take it: a full disk, say.
 pub fn print(text: &str) -> Result<(), Failure> {
     match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Failure::new(Code::Host, anyhow::Error::new(error).context("write to stdout")))
-        }
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(
+            Code::Host,
+            anyhow::Error::new(error).context("cannot write to standard output"),
+        )),
         _ => Ok(()),
     }
 }
@@ -164,6 +186,17 @@ pub fn print(text: &str) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn too_few_descriptors_are_the_hosts_affair_whoever_met_it() {
+        for number in [libc::EMFILE, libc::ENFILE] {
+            let error = std::io::Error::from_raw_os_error(number);
+            let failure = Failure::new(Code::BadArgument, anyhow::Error::new(error).context("open disk d"));
+            let failure = failure.hint(Some("check the disk"));
+            assert_eq!(failure.code, Code::Host);
+            assert!(failure.hint.unwrap().contains("open files"));
+        }
+    }
 
     #[test]
     fn codes_are_distinct_and_never_those_of_the_debug_exit_device() {

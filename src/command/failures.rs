@@ -8,7 +8,7 @@ use crate::{Code, Failure};
 
 impl From<config::Invalid> for Failure {
     fn from(error: config::Invalid) -> Self {
-        let hint = error.hint;
+        let hint = error.hint.clone();
         Self::new(Code::BadArgument, error).hint(Some(hint))
     }
 }
@@ -34,7 +34,7 @@ impl From<file::Error> for Failure {
             file::Error::Io { .. } => Code::Host,
             file::Error::Format { .. } => Code::BadArgument,
         };
-        Self::new(code, error).hint(Some("a trace is made by: vmm --trace FILE --kernel ..."))
+        Self::new(code, error).hint(Some("record one: vmm --trace FILE --kernel vmlinux"))
     }
 }
 
@@ -42,9 +42,9 @@ impl From<symbols::Error> for Failure {
     fn from(error: symbols::Error) -> Self {
         let hint = match error {
             symbols::Error::Read { .. } | symbols::Error::None { .. } => {
-                "without --symbols the guest's own are taken, if its kernel has them"
+                "drop --symbols to use the guest's own, if its kernel has them"
             }
-            symbols::Error::OtherKernel { .. } => "with --kaslr-offset 0 they are taken as they are",
+            symbols::Error::OtherKernel { .. } => "to use them as they are, add --kaslr-offset 0",
         };
         Self::new(Code::BadArgument, error).hint(Some(hint))
     }

@@ -20,7 +20,7 @@ impl Scratch {
         // Process ids repeat where machines share a temporary folder.
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let path = std::env::temp_dir().join(format!("{prefix}-{}-{:x}", std::process::id(), now.as_nanos()));
-        output::folder(&path).with_context(|| format!("make {}", path.display()))?;
+        output::folder(&path).with_context(|| format!("cannot make the directory {}", path.display()))?;
         Ok(Self(path))
     }
 

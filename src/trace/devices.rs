@@ -12,7 +12,9 @@ pub fn tell(header: &Header, event: &Event) -> Option<String> {
         Kind::PioOut => (&header.ports, false),
         Kind::MmioRead => (&header.addresses, true),
         Kind::MmioWrite => (&header.addresses, false),
-        Kind::MsrRead | Kind::MsrWrite if event.count == 0 => return Some("denied by --cpu: #GP".to_owned()),
+        Kind::MsrRead | Kind::MsrWrite if event.count == 0 => {
+            return Some("denied by the CPU model: #GP".to_owned());
+        }
         Kind::MsrWrite => return Some("noted: Hyper-V's interrupt controller".to_owned()),
         Kind::Hypercall => return Some(format!("status {:#x}", event.value)),
         _ => return None,
@@ -185,7 +187,7 @@ mod tests {
             assert_eq!(tell(&header, &event(kind, address, value)).as_deref(), Some(text));
         }
         let denied = Event { count: 0, ..event(Kind::MsrWrite, 0x174, 0) };
-        assert_eq!(tell(&header, &denied).as_deref(), Some("denied by --cpu: #GP"));
+        assert_eq!(tell(&header, &denied).as_deref(), Some("denied by the CPU model: #GP"));
         let synic = event(Kind::MsrWrite, 0x4000_0080, 1);
         assert_eq!(tell(&header, &synic).as_deref(), Some("noted: Hyper-V's interrupt controller"));
         assert_eq!(tell(&header, &event(Kind::Hypercall, 0x5c, 0x12)).as_deref(), Some("status 0x12"));

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use zerocopy::FromBytes;
 
+use vmm_monitor::config::host_path;
 use vmm_monitor::printable;
 use vmm_monitor::recorder::{Event, Kind};
 
@@ -60,7 +61,7 @@ pub(super) const IN_KERNEL: u32 = 1 << 16;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file could not be opened, written or read.
-    #[error("{what} trace file {}", path.display())]
+    #[error("cannot {what} trace file {}", path.display())]
     Io {
         /// What was tried.
         what: &'static str,
@@ -86,6 +87,7 @@ pub struct Header {
     /// Version of vmm.
     pub vmm: String,
     /// The kernel, for its symbols.
+    #[serde(default, with = "host_path::optional")]
     pub kernel: Option<PathBuf>,
     /// What was loaded is the monitor's own program that finds a kernel on a disk.
     #[serde(default)]

@@ -187,8 +187,7 @@ impl Ended {
         self.memory.search(&budget);
         if let Some(cut) = budget.cut() {
             log::warn!(
-                "the search for the guest's symbols was cut short: {cut}; the record is whole, but names may be missing \
-                 (vmm trace report --symbols FILE)"
+                "the search for the guest's symbols was cut short: {cut}; the record is whole, but names may be missing"
             );
         }
         self.memory.write(&mut self.log);

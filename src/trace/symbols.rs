@@ -38,7 +38,7 @@ const ALIGN: u64 = 2 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
-    #[error("read symbols from {}", path.display())]
+    #[error("cannot read symbols from {}", path.display())]
     Read {
         /// Which file.
         path: PathBuf,

@@ -42,13 +42,13 @@ fn arguments_that_cannot_be() {
         ("boot --with crun=missing", &["missing", "No such file"]),
         ("boot --with crun=folder", &["folder", "not a file"]),
         ("boot --guests missing", &["missing", "No such file"]),
-        ("boot --guests words", &["words", "not a folder"]),
+        ("boot --guests words", &["words", "not a directory"]),
         ("boot --json no/such/folder/x.json", &["no/such/folder"]),
         ("boot --html folder", &["folder"]),
         ("boot --csv words/x", &["words"]),
         ("boot --json - --csv -", &["two outputs"]),
         ("boot --json x --html x", &["x", "two outputs"]),
-        ("boot --compare good.json", &["--compare", "repeats"]),
+        ("boot --compare good.json", &["--compare", "repeatable"]),
         ("boot --icount --compare missing", &["missing", "No such file"]),
         ("--from missing.json", &["missing.json", "No such file"]),
         ("--from folder", &["folder", "not a regular file"]),
@@ -70,6 +70,12 @@ fn arguments_that_cannot_be() {
     let mut blank = place.command("boot --through");
     blank.arg("  ");
     refused_command(&place, blank, BAD_ARGUMENT, &["--through", "no command"]);
+    // Paths need not be UTF-8.
+    for (option, value) in [("--guests", &b"\xff"[..]), ("--with", b"crun=\xff")] {
+        let mut missing = place.command("boot");
+        missing.arg(option).arg(std::os::unix::ffi::OsStrExt::from_bytes(value) as &std::ffi::OsStr);
+        refused_command(&place, missing, BAD_ARGUMENT, &[option, "No such file"]);
+    }
 }
 
 #[test]
@@ -152,7 +158,7 @@ fn an_output_that_cannot_be_written_is_told_and_the_others_are_there() {
     let output = place.vmm("--from one.json --csv /dev/full --html page.html");
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(HOST), "{stderr}");
-    assert!(stderr.starts_with("vmm: error: write /dev/full: "), "{stderr}");
+    assert!(stderr.starts_with("vmm: error: cannot write /dev/full: "), "{stderr}");
     assert!(text(&output.stdout).contains("exec to first output") && place.path("page.html").exists());
 }
 

@@ -4,51 +4,76 @@ use std::process::Command;
 
 use crate::guest::available;
 
-/// What a lab must say: in AMD-V's terms, which are not asked for on VT-x, and in any case.
+/// What a lab must say: with AMD-V's terms first, which is not asked for on VT-x, and in any case.
 const SAYS: [(&str, &[&str], &[&str]); 14] = [
-    ("pio", &["AMD-V 0x7b IOIO (out 1B 0x3f8) | serial THR <- 'H'"], &["gave \"Hi\""]),
+    (
+        "pio",
+        &["AMD-V 0x7b IOIO = VT-x 30 I/O instruction (out 1B 0x3f8) | serial THR <- 'H'"],
+        &["gave \"Hi\""],
+    ),
     (
         "rep-outs",
-        &["AMD-V 0x7b IOIO (in 1B 0x3fd, string of 6)"],
+        &["AMD-V 0x7b IOIO = VT-x 30 I/O instruction (in 1B 0x3fd, string of 6)"],
         &["sent 6 bytes in 6 round trips", "got 6 bytes in one round trip"],
     ),
     (
         "mmio",
-        &["AMD-V 0x400 NPF (read 4B at 0xfe000000)", "AMD-V 0x400 NPF (guest address 0x200000) | in KVM"],
+        &[
+            "AMD-V 0x400 NPF = VT-x 49 EPT misconfiguration (read 4B at 0xfe000000)",
+            "AMD-V 0x400 NPF = VT-x 48 EPT violation (guest address 0x200000) | in KVM",
+        ],
         &["virtio-rng MagicValue -> 0x74726976", "where there is memory, made no exit to the monitor"],
     ),
-    ("halt", &["AMD-V 0x78 HLT | in KVM", "HLT: one exit (AMD-V 0x78 HLT)"], &["vmm ended it after 300 ms"]),
-    ("cpuid", &["CPUID: 3 exits (AMD-V 0x72 CPUID)"], &["its name begins with \"KVMK\"", "processor 0"]),
-    ("msr", &["RDMSR and WRMSR: 4 exits (AMD-V 0x7c MSR)"], &["whose handler noted its vector, 0xd"]),
+    (
+        "halt",
+        &["AMD-V 0x78 HLT = VT-x 12 HLT | in KVM", "HLT: one exit (AMD-V 0x78 HLT = VT-x 12 HLT)"],
+        &["vmm ended it after 300 ms"],
+    ),
+    (
+        "cpuid",
+        &["CPUID: 3 exits (AMD-V 0x72 CPUID = VT-x 10 CPUID)"],
+        &["its name begins with \"KVMK\"", "processor 0"],
+    ),
+    (
+        "msr",
+        &["RDMSR and WRMSR: 4 exits (AMD-V 0x7c MSR = VT-x 31 RDMSR, 32 WRMSR)"],
+        &["whose handler noted its vector, 0xd"],
+    ),
     (
         "hypercall",
-        &["The hypercalls: 2 exits (AMD-V 0x81 VMMCALL)"],
+        &["The hypercalls: 2 exits (AMD-V 0x81 VMMCALL = VT-x 18 VMCALL)"],
         &["Both calls came back: with 0, and for nobody's number with -1000."],
     ),
-    ("longmode", &["EFER: one exit (AMD-V 0x7c MSR)"], &["code of 16, 32, 64 bits"]),
+    ("longmode", &["EFER: one exit (AMD-V 0x7c MSR = VT-x 32 WRMSR)"], &["code of 16, 32, 64 bits"]),
     (
         "interrupt",
-        &["AMD-V 0x78 HLT | in KVM", "AMD-V 0x400 NPF (guest address 0xfee000b0) | in KVM"],
+        &[
+            "AMD-V 0x78 HLT = VT-x 12 HLT | in KVM",
+            "AMD-V 0x400 NPF = VT-x 49 EPT misconfiguration (guest address 0xfee000b0) | in KVM",
+        ],
         &["presses the power button", "nobody <- 0x30"],
     ),
     (
         "apic-timer",
-        &["AMD-V 0x78 HLT | in KVM", "AMD-V 0x400 NPF (guest address 0xfee00380) | in KVM"],
+        &[
+            "AMD-V 0x78 HLT = VT-x 12 HLT | in KVM",
+            "AMD-V 0x400 NPF = VT-x 49 EPT misconfiguration (guest address 0xfee00380) | in KVM",
+        ],
         &["20 ms were set"],
     ),
     (
         "triple-fault",
-        &["AMD-V 0x7f SHUTDOWN | the run ends"],
+        &["AMD-V 0x7f SHUTDOWN = VT-x 2 triple fault | the run ends"],
         &["The shutdown reached the monitor as one exit."],
     ),
     (
         "sipi",
-        &["AMD-V 0x400 NPF (guest address 0xfee00300) | in KVM"],
+        &["AMD-V 0x400 NPF = VT-x 49 EPT misconfiguration (guest address 0xfee00300) | in KVM"],
         &["vCPU 1 woke in code of 16 bits, and vCPU 0 saw its sign."],
     ),
     (
         "doorbell",
-        &["AMD-V 0x400 NPF (guest address 0xfe000050) | in KVM"],
+        &["AMD-V 0x400 NPF = VT-x 49 EPT misconfiguration (guest address 0xfe000050) | in KVM"],
         &[
             "was rung twice and made 0 exits to the monitor. Its worker completed 2 requests.",
             "The console's was rung twice and made 2 exits to the monitor, for 2 requests.",
@@ -56,7 +81,7 @@ const SAYS: [(&str, &[&str], &[&str]); 14] = [
     ),
     (
         "dirty-log",
-        &["AMD-V 0x400 NPF (guest address 0x205000) | in KVM"],
+        &["AMD-V 0x400 NPF = VT-x 48 EPT violation (guest address 0x205000) | in KVM"],
         &["fetches the dirty log: 1 page, 0x205000", "fetches the dirty log: no page"],
     ),
 ];

@@ -20,11 +20,12 @@ fn arguments_that_cannot_be() {
     for (arguments, words) in [
         ("run", &["no kernel"][..]),
         ("--mem 1G", &["no kernel", "no disk"]),
-        ("--initrd k --disk d", &["--initrd", "no kernel"]),
-        ("--boot linux64 --disk d", &["--boot", "no kernel"]),
+        ("--initrd k --disk d", &["--initrd without --kernel"]),
+        ("--boot linux64 --disk d", &["--boot without --kernel"]),
         ("--kernel k --mem 0", &["--mem 0"]),
         ("--kernel k --mem 1M", &["--mem 1M"]),
         ("--kernel k --mem 999T", &["--mem 999T"]),
+        ("--kernel k --mem 16T", &["--mem 16T"]),
         ("--kernel k --mem 99999999T", &["99999999T"]),
         ("--kernel k --mem 5000001", &["4096"]),
         ("--kernel k --mem lots", &["lots", "512M"]),
@@ -38,8 +39,8 @@ fn arguments_that_cannot_be() {
         ("--kernel k --disk readonly=on", &["path"]),
         ("--kernel k --disk path=d,block-size=1024", &["block size"]),
         ("--kernel k --console nowhere", &["nowhere", "stdio"]),
-        ("--kernel k --console stdio --serial stdio", &["twice"]),
-        ("--kernel k --port a=off --port a=pty", &["twice"]),
+        ("--kernel k --console stdio --serial stdio", &["stdio", "two"]),
+        ("--kernel k --port a=off --port a=pty", &["two", "\"a\""]),
         ("--kernel k --port a", &["NAME=WHERE"]),
         ("--kernel k --name ../x", &["../x"]),
         (&format!("--kernel k --name {long}"), &["name"]),
@@ -75,6 +76,9 @@ fn configuration_files_that_cannot_be() {
     place.file("type", r#"{"kernel": "k", "cpus": "many"}"#);
     place.file("value", r#"{"kernel": "k", "mem": "1M"}"#);
     place.file("list", r#"{"kernel": "k", "disk": ["path=a,b=c"]}"#);
+    place.file("bytes", r#"{"kernel": "k", "mem": 64}"#);
+    place.file("size", r#"{"kernel": "k", "mem": [64]}"#);
+    place.file("comma", r#"{"kernel": "k", "disk": ["a,b.img"]}"#);
     place.file("large", vec![b' '; (1 << 20) + 1]);
     place.file("deep", format!(r#"{{"mem": {}"#, "[".repeat(1 << 19)));
     for (file, words) in [
@@ -85,6 +89,9 @@ fn configuration_files_that_cannot_be() {
         ("unknown", &["colour", "cmdline"]),
         ("type", &["many"]),
         ("value", &["1M"]),
+        ("bytes", &["--mem 64:"]),
+        ("size", &["[64] is neither a text nor an object"]),
+        ("comma", &["a,,b.img"]),
         ("list", &["unknown field `b`"]),
         ("large", &["larger"]),
         ("deep", &["recursion"]),
@@ -170,6 +177,7 @@ fn disks_and_places_that_cannot_be() {
         ("--disk path=/dev/null", &["/dev/null"]),
         ("--disk path=disk --disk path=missing", &["missing"]),
         ("--disk path=disk --disk path=disk", &["disk", "in use"]),
+        ("--debug-exit=0x604", &["debug-exit", "overlaps"]),
         ("--console file=no/such/place", &["no/such/place"]),
         ("--console socket=no/such/place", &["no/such/place"]),
         ("--serial file=directory --console off", &["directory"]),
@@ -178,6 +186,119 @@ fn disks_and_places_that_cannot_be() {
     }
     let many = "--disk path=disk,readonly ".repeat(40);
     refused(&place, &format!("--kernel kernel {many}"), BAD_ARGUMENT, &["devices"]);
+}
+
+#[test]
+fn hints_are_in_the_words_of_the_command_line_and_lead_on() {
+    let place = Place::new();
+    for (arguments, hint) in [
+        ("--mem 1G", "give a kernel, --kernel FILE, or a disk with an installed system, --disk FILE"),
+        ("--kernel k --mem 64", "a size without a unit is in bytes; for 64 MiB write --mem 64M"),
+        ("--kernel k --mem 1M", "try --mem 128M"),
+        ("--kernel k --mem 100M,hugepages=1G", "round it up: --mem 1G,hugepages=1G"),
+        (
+            "--kernel k --mem 16T",
+            "at most --mem 8T; the host's own memory (free -h) is the limit that matters",
+        ),
+        ("--kernel k --cpus 0", "give 1 to 254 CPUs: --cpus 2"),
+        ("--option-rom r --kernel k", "add --firmware FILE"),
+        ("--kernel k --disk path=a,b.img", "write a comma that belongs to a path twice: path=a,,b.img"),
+        ("--kernel k --disk a=b.img", "give a path that has a '=' its key: path=a=b.img"),
+        ("--kernel k --serial file=a,b", "write a comma that belongs to a path twice: file=a,,b"),
+        ("--kernel k --port p=file=a,b", "write a comma that belongs to a path twice: file=a,,b"),
+    ] {
+        let said = text(&place.vmm(arguments).stderr);
+        assert!(said.ends_with(&format!("\nhint: {hint}\n")), "{arguments}: {said}");
+    }
+}
+
+#[test]
+fn paths_may_have_any_character() {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    if !has_kvm("paths_may_have_any_character") {
+        return;
+    }
+    let place = Place::new();
+    // A comma, '=', a blank, and bytes that are no UTF-8.
+    let odd = |name: &str| OsString::from_vec([name.as_bytes(), b",=\xff x"].concat());
+    let given = |before: &str, name: &str| {
+        OsString::from_vec([before.as_bytes(), name.as_bytes(), b",,=\xff x"].concat())
+    };
+    let path = |name: &str| place.dir.path().join(odd(name));
+    fs::write(path("kernel"), kernel(&out(0xf4, 21))).unwrap();
+    fs::write(path("disk"), [0; 512]).unwrap();
+    fs::write(path("config"), "{\"rng\": \"on\"}").unwrap();
+    let mut arguments = vec![OsString::from("--kernel"), odd("kernel"), "--config".into(), odd("config")];
+    arguments.extend(["--disk".into(), given("path=", "disk"), "--serial".into(), given("file=", "serial")]);
+    arguments.extend(["--port".into(), given("log=file=", "port"), "--trace".into(), odd("trace")]);
+    arguments.extend(["--debug-exit", "--console", "off"].map(OsString::from));
+    let run = |more: &[&OsStr]| {
+        let mut command = place.command("");
+        finish(command.args(&arguments).args(more).spawn().unwrap())
+    };
+    let ran = run(&[]);
+    assert_eq!(ran.status.code(), Some(43), "{}", text(&ran.stderr));
+    for name in ["serial", "port", "trace"] {
+        assert!(path(name).exists(), "{name}");
+    }
+    let report = |more: &[&OsStr]| {
+        let mut command = place.command("trace report");
+        finish(command.arg(odd("trace")).args(more).spawn().unwrap())
+    };
+    let told = report(&[]);
+    assert!(text(&told.stdout).contains("debug-exit <- 0x15"), "{}", text(&told.stderr));
+    let page = report(&[OsStr::new("--html"), &odd("page")]);
+    assert!(page.status.success() && path("page").exists(), "{}", text(&page.stderr));
+
+    // What is printed is a configuration that gives the same again.
+    let plan = run(&[OsStr::new("--dry-run")]);
+    let json: Value = serde_json::from_slice(&plan.stdout).unwrap();
+    let bytes: Vec<_> = odd("kernel").as_bytes().iter().copied().map(Value::from).collect();
+    assert_eq!(json["config"]["kernel"], Value::from(bytes));
+    place.file("again.json", json["config"].to_string());
+    let again = place.vmm("--config again.json --dry-run");
+    assert_eq!(text(&again.stdout), text(&plan.stdout), "{}", text(&again.stderr));
+}
+
+#[test]
+fn too_few_descriptors_have_one_code_and_one_hint() {
+    if !has_kvm("too_few_descriptors_have_one_code_and_one_hint") {
+        return;
+    }
+    let place = Place::new();
+    place.file("kernel", kernel(&out(0xf4, 21)));
+    place.file("disk", [0; 512]);
+    let limited = |kind: &str, most: u32| {
+        let mut shell = Command::new("sh");
+        shell.args([
+            "-c",
+            &format!("ulimit {kind} -n {most}; exec \"$0\" \"$@\""),
+            env!("CARGO_BIN_EXE_vmm"),
+        ]);
+        shell.args("--kernel kernel --disk disk --rng --console pty --debug-exit".split(' '));
+        place.set_up(&mut shell);
+        finish(shell.spawn().unwrap())
+    };
+    // As few as the command itself needs to be loaded, and then one more each time, until it runs.
+    let mut met = 0;
+    for most in 5.. {
+        let output = limited("", most);
+        let said = text(&output.stderr);
+        if output.status.code() == Some(43) {
+            break;
+        }
+        assert_eq!(output.status.code(), Some(HOST), "{most}: {said}");
+        assert!(
+            said.contains("os error 24") && said.contains("hint: raise this shell's limit on open files"),
+            "{most}: {said}"
+        );
+        met += 1;
+        assert!(most < 200, "it never runs");
+    }
+    assert!(met > 3, "{met}");
+    // A soft limit is no limit.
+    assert_eq!(limited("-S", 5).status.code(), Some(43));
 }
 
 #[test]
@@ -239,8 +360,21 @@ fn hosts_without_what_it_takes() {
     refused_command(&place, with_kvm("kernel"), HOST, &["kernel"]);
     if has_kvm("hosts_without_what_it_takes") {
         // More than any host has reserved, so it must be refused at the start, not met by a SIGBUS later.
-        for memory in ["1T,hugepages=1G", "1T,hugepages=2M", "1T,hugepages=2M,backing=anonymous"] {
-            refused(&place, &format!("--kernel kernel --console off --mem {memory}"), HOST, &["memory"]);
+        for (memory, pool) in [
+            (
+                "1T,hugepages=1G",
+                "echo 1024 | sudo tee /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages",
+            ),
+            (
+                "1T,hugepages=2M",
+                "echo 524288 | sudo tee /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+            ),
+            ("1T,hugepages=2M,backing=memfd", "hugepages-2048kB/nr_hugepages"),
+        ] {
+            let arguments = format!("--kernel kernel --console off --mem {memory}");
+            refused(&place, &arguments, HOST, &["memory"]);
+            let said = text(&place.vmm(&arguments).stderr);
+            assert!(said.trim_end().ends_with(pool), "{said}");
         }
     }
     // The runtime directory.

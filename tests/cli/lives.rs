@@ -268,6 +268,67 @@ fn a_reboot_really_restarts_if_asked_to() {
 }
 
 #[test]
+fn monitors_that_are_stopped_are_listed_as_such_and_delay_nobody() {
+    use rustix::process::Signal;
+    if !has_kvm("monitors_that_are_stopped_are_listed_as_such_and_delay_nobody") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    let runs = place.start("runs", "");
+    let stopped: Vec<_> = (0..4).map(|n| place.start(&format!("stopped{n}"), "")).collect();
+    stopped.iter().for_each(|guest| guest.signal(Signal::STOP));
+    let asked = Instant::now();
+    let list = place.done("list");
+    // One after the other, with the patience of a single command, it would be 40 s.
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    let rows: Vec<Vec<_>> = list.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+    let [first, others @ ..] = &rows[..] else { panic!("{list}") };
+    assert_eq!(first[..3], ["runs", &runs.pid().to_string(), "running"]);
+    assert_eq!(others.len(), 4);
+    for (row, guest) in others.iter().zip(&stopped) {
+        assert_eq!(row[1..4], [guest.pid().to_string().as_str(), "no", "answer"], "{list}");
+    }
+    let json: Value = serde_json::from_str(&place.done("list --json")).unwrap();
+    assert_eq!((&json[0]["state"], &json[1]["name"]), (&"running".into(), &"stopped0".into()));
+    assert_eq!(
+        (&json[1]["pid"], &json[1]["error"]),
+        (&stopped[0].pid().into(), &"\"stopped0\" does not answer".into())
+    );
+    // Woken, they answer again.
+    stopped.iter().for_each(|guest| guest.signal(Signal::CONT));
+    for n in 0..4 {
+        place.await_running(&format!("stopped{n}"));
+        place.done(&format!("kill stopped{n}"));
+    }
+    place.done("kill runs");
+}
+
+#[test]
+fn a_path_that_is_not_utf_8_has_a_status() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    if !has_kvm("a_path_that_is_not_utf_8_has_a_status") {
+        return;
+    }
+    let place = Place::new();
+    let name = OsStr::from_bytes(b"k\xff");
+    fs::write(place.dir.path().join(name), kernel(&HALT)).unwrap();
+    let mut command = place.command("--console off --name odd");
+    let guest = Running(Some(command.arg("--kernel").arg(name).spawn().unwrap()));
+    place.await_running("odd");
+    let status = place.status("odd");
+    let bytes = status["kernel"].as_array().unwrap_or_else(|| panic!("{status}"));
+    assert!(bytes.ends_with(&[b'k'.into(), 0xff.into()]), "{status}");
+    let list: Value = serde_json::from_str(&place.done("list --json")).unwrap();
+    assert_eq!(list[0]["kernel"], status["kernel"]);
+    assert!(place.done("status odd").contains("k\u{fffd}"));
+    place.done("top odd --once --interval 100ms");
+    place.done("kill odd");
+    assert_eq!(guest.finish().status.code(), Some(KILLED));
+}
+
+#[test]
 fn what_a_killed_monitor_leaves_does_not_take_its_name() {
     if !has_kvm("what_a_killed_monitor_leaves_does_not_take_its_name") {
         return;

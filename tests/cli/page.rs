@@ -85,6 +85,13 @@ fn a_page_shows_the_events_that_were_recorded() {
         &["serial THR <- 'H' after 0 exits", "used 3 times", "debug-exit <- 0x0 after 4 exits"],
     );
     has("reasons", "</section>", &["out monitor 3 ", "in monitor 2 "]);
+    // Whichever is this host's.
+    let reasons = words(&document, "reasons", "</section>");
+    let [vtx, svm] = ["VT-x 30 I/O instruction", "AMD-V 0x7b IOIO"];
+    assert!(
+        [[vtx, svm], [svm, vtx]].iter().any(|both| reasons.contains(&both.join(" = "))),
+        "not in both vendors' terms: {reasons}"
+    );
     has("devices", "</section>", &["serial 3 ", "nobody 1 ", "debug-exit 1 "]);
     has(
         "before",

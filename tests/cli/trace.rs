@@ -89,6 +89,34 @@ fn every_exit_is_a_sentence() {
 }
 
 #[test]
+fn a_trace_is_told_in_the_terms_of_the_vendors_that_are_asked_for() {
+    if !has_kvm("a_trace_is_told_in_the_terms_of_the_vendors_that_are_asked_for") {
+        return;
+    }
+    let place = place();
+    place.vmm(&format!("--trace record {RUN}"));
+    let told = |arguments: &str| {
+        let report = place.vmm(&format!("trace report record {arguments}"));
+        assert_eq!(report.status.code(), Some(0), "{arguments}: {}", text(&report.stderr));
+        text(&report.stdout)
+    };
+    let (vtx, svm) = ("VT-x 30 I/O instruction", "AMD-V 0x7b IOIO");
+    let amd = std::fs::read_to_string("/proc/cpuinfo").unwrap().contains("AuthenticAMD");
+    let both = if amd { [svm, vtx] } else { [vtx, svm] }.join(" = ");
+    for arguments in ["", "--vendor both", "--stats", "--json", "--stats --json"] {
+        assert!(told(arguments).contains(&both), "{arguments}: {}", told(arguments));
+    }
+    for (vendor, said, silent) in [("intel", vtx, "AMD-V"), ("amd", svm, "VT-x")] {
+        for form in ["", "--stats"] {
+            let told = told(&format!("--vendor {vendor} {form}"));
+            assert!(told.contains(said) && !told.contains(silent), "{vendor} {form}: {told}");
+        }
+    }
+    let refused = place.vmm("trace report record --vendor via");
+    assert_eq!(refused.status.code(), Some(BAD_ARGUMENT), "{}", text(&refused.stderr));
+}
+
+#[test]
 fn a_run_can_be_recorded_and_told_at_once() {
     if !has_kvm("a_run_can_be_recorded_and_told_at_once") {
         return;

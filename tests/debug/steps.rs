@@ -70,7 +70,7 @@ fn a_guest_that_never_comes_there_ends_as_it_would() {
     place.file("up", up());
     let run = place.vmm(&format!("trace --step --from 0x1234 -- --kernel up {RUN}"));
     assert_eq!((run.status.code(), text(&run.stdout).as_str()), (Some(5), ""));
-    assert!(text(&run.stderr).contains("without having been at 0x1234"), "{}", text(&run.stderr));
+    assert!(text(&run.stderr).contains("without reaching 0x1234"), "{}", text(&run.stderr));
 }
 
 #[test]

@@ -36,8 +36,8 @@ pub fn bench(options: Options) -> Result<Code, Failure> {
     }
     outputs::check(&options)?;
     if options.compare.is_some() && !options.icount && options.from.is_empty() {
-        return Err(Failure::new(Code::BadArgument, anyhow!("--compare needs a clock that repeats")).hint(
-            Some("add --icount, on a host whose clock counts instructions, or --from with such a result"),
+        return Err(Failure::new(Code::BadArgument, anyhow!("--compare needs a repeatable clock")).hint(
+            Some("add --icount on a host whose clock counts instructions, or --from with a result of one"),
         ));
     }
     // Before minutes are spent on measuring.
@@ -63,7 +63,7 @@ pub fn bench(options: Options) -> Result<Code, Failure> {
     }
     let error = anyhow!("not everything could be measured ({} failed)", failed.len());
     Err(Failure::new(Code::Host, error)
-        .hint(Some("the reasons stand above; --through COMMAND measures elsewhere")))
+        .hint(Some("see the reasons above; to measure elsewhere, use --through COMMAND")))
 }
 
 /// Measures. What failed as a whole is told beside the result.
@@ -113,7 +113,7 @@ fn measure(options: &Options) -> Result<(Run, Vec<String>), Failure> {
             (here, Some(Ok((suites, complaint)))) => {
                 run.suites.extend(suites);
                 if let Some(why) = here {
-                    eprintln!("vmm bench: {name}: measured in the other machine only: {why}");
+                    eprintln!("vmm bench: {name}: measured only in the other machine: {why}");
                 }
                 failed.extend(complaint.map(|why| format!("{name}, not all of it: {why}")));
             }
@@ -150,16 +150,16 @@ fn command() -> Vec<String> {
 }
 
 fn read(path: &Path) -> Result<Run, Failure> {
-    let failed = |why| Failure::new(Code::BadArgument, anyhow!("read {}: {why}", path.display()));
+    let failed = |why| Failure::new(Code::BadArgument, anyhow!("cannot read {}: {why}", path.display()));
     earlier::read(path)
-        .map_err(|why| failed(why).hint(Some("give a file that vmm bench --json or --html has written")))
+        .map_err(|why| failed(why).hint(Some("use a file that vmm bench --json or --html wrote")))
 }
 
 fn compare(options: &Options, run: &Run, before: &Run) -> Result<(), Failure> {
     let path = options.compare.as_deref().unwrap_or(Path::new("")).display();
     let names: Vec<&str> = options.suites.iter().map(|name| name.text()).collect();
     let verdict = baseline::compare(run, before, &names).map_err(|why| {
-        Failure::new(Code::BadArgument, anyhow!("compare with {path}: {why}"))
+        Failure::new(Code::BadArgument, anyhow!("cannot compare with {path}: {why}"))
             .hint(Some("renew the baseline: vmm bench --icount --json FILE"))
     })?;
     for change in &verdict.better {
@@ -167,7 +167,7 @@ fn compare(options: &Options, run: &Run, before: &Run) -> Result<(), Failure> {
     }
     if !verdict.better.is_empty() {
         eprintln!(
-            "vmm bench: better than {path}: renew it (vmm bench --icount --json FILE), so that it stays so"
+            "vmm bench: better than {path}: renew it to keep the gain (vmm bench --icount --json FILE)"
         );
     }
     for change in &verdict.worse {
@@ -178,8 +178,9 @@ fn compare(options: &Options, run: &Run, before: &Run) -> Result<(), Failure> {
         return Ok(());
     }
     let error = anyhow!("worse than the baseline {path}: {} of its figures", verdict.worse.len());
-    Err(Failure::new(Code::Worse, error)
-        .hint(Some("they stand above; if that is meant to be so, renew the baseline")))
+    Err(Failure::new(Code::Worse, error).hint(Some(
+        "see them above; if the change is intended, renew the baseline: vmm bench --icount --json FILE",
+    )))
 }
 
 /// Ctrl-C ends the measurement; what there is is shown. A second one ends the program.

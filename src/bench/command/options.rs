@@ -1,32 +1,34 @@
 //! The options of `vmm bench`, and its help.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context;
-
 use crate::earlier::MOST_SAMPLES;
 use crate::suites::Name;
+use anyhow::Context;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 
 /// The end of `vmm bench --help`.
 const EXAMPLES: &str = "\
 Examples:
   vmm bench
-      everything that can be measured here, as a table
+      measure everything that this machine can, and print a table
   vmm bench boot exits --samples 50 --html page.html
-      two suites, and a page with every sample drawn
+      two suites, and a page that draws every sample
   vmm bench boot --with firecracker=./firecracker --json result.json
-      with a rival that is not in PATH; and the result, to keep
+      a rival that is not in PATH, and a result to keep
   vmm bench --from result.json --from other.json --html page.html --csv samples.csv
-      results of earlier runs, or of other machines, put together; a page can be read too
+      combine earlier results, or those of other machines; a page can be read, too
   vmm bench --through 'cargo rig --quiet --'
-      what needs hardware virtualization, in a machine that has it: the command gets this one appended
+      measure what needs hardware virtualization in a machine that has it; this command line is appended
   vmm bench --icount --json counts.json; vmm bench --icount --compare counts.json
-      on a clock that counts instructions: a baseline, and later the comparison with it
+      on a clock that counts instructions: make a baseline, and later compare with it
 
-Ctrl-C ends the measurement and shows what there is. Whatever cannot be measured is told with its reason.
+Ctrl-C ends the measurement and shows the results so far. What cannot be measured is listed with the reason.
 
-Exit codes: 0 done; 2 bad arguments or files; 4 of a suite nothing could be measured; 10 interrupted;
+Exit codes: 0 done; 2 bad arguments or files; 4 nothing in a suite could be measured; 10 interrupted;
 12 more than 5% worse than the baseline (--compare)";
 
 /// The options of `vmm bench`.
@@ -36,43 +38,43 @@ pub struct Options {
     /// What to measure: boot, memory, image, exits, cpu, mem, block, console, scale [default: all]
     #[arg(value_name = "NAME")]
     pub suites: Vec<Name>,
-    /// Tell what the suites are, and measure nothing
+    /// List the suites, without measuring anything
     #[arg(long, exclusive = true)]
     pub list: bool,
-    /// Samples of each contender, up to 10000 [default: 20; 1 with --icount]
+    /// Samples per contender, up to 10000 [default: 20; 1 with --icount]
     #[arg(long, value_name = "N", value_parser = samples)]
     samples: Option<usize>,
-    /// Runs of each contender before those, which count for nothing [default: 2; 0 with --icount]
+    /// Warm-up runs per contender, which are not counted [default: 2; 0 with --icount]
     #[arg(long, value_name = "N", value_parser = warm_up)]
     warm_up: Option<usize>,
-    /// Take no more samples of a contender when those that it has (three or more) took so many seconds together
+    /// Stop sampling a contender (after three samples) once its samples have taken so many seconds in total
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     at_most: Option<u64>,
-    /// The most idle instances that the memory suite starts of each contender
+    /// Maximum number of idle instances that the memory suite starts per contender
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub instances: usize,
-    /// A rival's binary: firecracker, cloud-hypervisor, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman ...
-    #[arg(long, value_name = "RIVAL=FILE", value_parser = rival)]
+    /// Path of a rival's binary: firecracker, cloud-hypervisor, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman ...
+    #[arg(long, value_name = "RIVAL=FILE", value_parser = OsStringValueParser::new().try_map(|text| rival(&text)))]
     pub with: Vec<(String, PathBuf)>,
     /// The vmm to measure [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     vmm: Option<PathBuf>,
-    /// The folder with the guests' kernels (tuned-vmlinux, tuned-bzImage, stock-bzImage, stock.cpio), as `cargo guest
+    /// Directory with the guests' kernels (tuned-vmlinux, tuned-bzImage, stock-bzImage, stock.cpio), as `cargo guest
     /// bundle` makes it [default: target/guests]
-    #[arg(long, value_name = "FOLDER", value_parser = folder)]
+    #[arg(long, value_name = "FOLDER", value_parser = OsStringValueParser::new().try_map(|text| folder(&text)))]
     guests: Option<PathBuf>,
-    /// The host's clock counts instructions: measure only what repeats bit for bit, in a fixed order [default NAME: boot]
+    /// The host's clock counts instructions: measure only what repeats exactly, in a fixed order [default NAME: boot]
     #[arg(long)]
     pub icount: bool,
-    /// Measure what needs a KVM with hardware virtualization by COMMAND too if this host's has none. COMMAND is split at
-    /// blanks, gets a `vmm bench` command line appended, and must see the same files
+    /// If this host lacks hardware virtualization, measure what needs it through COMMAND. COMMAND is split at blanks, has a
+    /// `vmm bench` command line appended, and must see the same files
     #[arg(long, value_name = "COMMAND", value_parser = words)]
     pub through: Option<Words>,
-    /// Show results of earlier runs (JSON, or pages) in place of measuring; more than one are put together
+    /// Show earlier results (JSON or pages) instead of measuring; repeat to combine several
     #[arg(long, value_name = "FILE", conflicts_with_all = ["suites", "samples", "warm_up", "at_most", "instances", "with", "guests", "icount", "through"])]
     pub from: Vec<PathBuf>,
-    /// Fail if anything is more than 5% (and a tick of 4 ms) worse than in this result; both from a repeatable clock (with
-    /// --icount or --from)
+    /// Fail if anything is more than 5% (plus a tick of 4 ms) worse than in this result; needs a repeatable clock in both
+    /// (--icount, or --from with such a result)
     #[arg(long, value_name = "FILE")]
     pub compare: Option<PathBuf>,
     /// Write the result as JSON (- for standard output)
@@ -81,7 +83,7 @@ pub struct Options {
     /// Write the samples as CSV (- for standard output)
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
-    /// Write a page with every sample drawn, in one file that needs no other (- for standard output)
+    /// Write a self-contained page that draws every sample (- for standard output)
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
 }
@@ -158,7 +160,7 @@ pub fn list() -> String {
 }
 
 fn number(text: &str) -> Result<usize, String> {
-    text.parse().map_err(|_| "a whole number is wanted".to_owned())
+    text.parse().map_err(|_| "expected a whole number".to_owned())
 }
 
 fn samples(text: &str) -> Result<usize, String> {
@@ -166,7 +168,7 @@ fn samples(text: &str) -> Result<usize, String> {
     if (1..=MOST_SAMPLES).contains(&samples) {
         Ok(samples)
     } else {
-        Err(format!("from 1 to {MOST_SAMPLES} can be taken"))
+        Err(format!("expected 1 to {MOST_SAMPLES}"))
     }
 }
 
@@ -175,23 +177,26 @@ fn warm_up(text: &str) -> Result<usize, String> {
         .and_then(|runs| if runs <= MOST_SAMPLES { Ok(runs) } else { Err(format!("at most {MOST_SAMPLES}")) })
 }
 
-fn rival(text: &str) -> Result<(String, PathBuf), String> {
-    match text.split_once('=') {
-        Some((name, path)) if !name.is_empty() => {
-            // It is started in other folders, too.
-            let found = std::fs::canonicalize(path).map_err(|error| format!("{path}: {error}"))?;
-            if found.is_file() { Ok((name.to_owned(), found)) } else { Err(format!("{path} is not a file")) }
-        }
-        _ => Err("give it as RIVAL=FILE".to_owned()),
+fn rival(text: &OsStr) -> Result<(String, PathBuf), String> {
+    let bytes = text.as_bytes();
+    let parts = bytes.iter().position(|byte| *byte == b'=').map(|at| (&bytes[..at], &bytes[at + 1..]));
+    let (name, path) = parts.filter(|(name, _)| !name.is_empty()).ok_or("expected RIVAL=FILE")?;
+    let path = Path::new(OsStr::from_bytes(path));
+    // It is started in other folders, too.
+    let found = std::fs::canonicalize(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    if found.is_file() {
+        Ok((String::from_utf8_lossy(name).into_owned(), found))
+    } else {
+        Err(format!("{} is not a file", path.display()))
     }
 }
 
-fn folder(text: &str) -> Result<PathBuf, String> {
-    let found = std::fs::canonicalize(text).map_err(|error| error.to_string())?;
-    if found.is_dir() { Ok(found) } else { Err("not a folder".to_owned()) }
+fn folder(path: &OsStr) -> Result<PathBuf, String> {
+    let found = std::fs::canonicalize(path).map_err(|error| error.to_string())?;
+    if found.is_dir() { Ok(found) } else { Err("not a directory".to_owned()) }
 }
 
 fn words(text: &str) -> Result<Words, String> {
     let words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
-    if words.is_empty() { Err("there is no command in it".to_owned()) } else { Ok(Words(words)) }
+    if words.is_empty() { Err("no command given".to_owned()) } else { Ok(Words(words)) }
 }

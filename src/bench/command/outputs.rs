@@ -12,7 +12,8 @@ use crate::result::Run;
 use vmm_command::{Code, Failure, print};
 
 /// The hint behind a path that cannot be written.
-const HINT: &str = "name a file in a folder that is there and may be written to, or - for standard output";
+const HINT: &str =
+    "name a file in a directory that exists and that you can write to, or - for standard output";
 
 type Render = fn(&Run) -> String;
 
@@ -41,16 +42,25 @@ pub fn check(options: &Options) -> Result<(), Failure> {
             continue;
         }
         if path.is_dir() {
-            return Err(bad(anyhow!("write {}: it is a folder", path.display())));
+            return Err(bad(anyhow!("cannot write {}: it is a directory", path.display())));
         }
         let folder = folder(path);
         let meta = fs::metadata(&folder);
-        let there = meta.with_context(|| format!("write {}: folder {}", path.display(), folder.display()));
+        let there =
+            meta.with_context(|| format!("cannot write {}: directory {}", path.display(), folder.display()));
         if !there.map_err(bad)?.is_dir() {
-            return Err(bad(anyhow!("write {}: {} is no folder", path.display(), folder.display())));
+            return Err(bad(anyhow!(
+                "cannot write {}: {} is not a directory",
+                path.display(),
+                folder.display()
+            )));
         }
         if rustix::fs::access(&folder, rustix::fs::Access::WRITE_OK).is_err() && !path.exists() {
-            return Err(bad(anyhow!("write {}: {} may not be written to", path.display(), folder.display())));
+            return Err(bad(anyhow!(
+                "cannot write {}: no permission to write to {}",
+                path.display(),
+                folder.display()
+            )));
         }
     }
     Ok(())
@@ -70,7 +80,7 @@ pub fn show(options: &Options, run: &Run) -> Result<(), Failure> {
         if is_stdout(path) {
             print(&render(run))?;
         } else if let Err(error) = write(path, &render(run)) {
-            failed.push(format!("write {}: {error}", path.display()));
+            failed.push(format!("cannot write {}: {error}", path.display()));
         }
     }
     if failed.is_empty() {

@@ -1,4 +1,4 @@
-//! `vmm top`: what a running virtual machine does, as a view that refreshes, or as numbers for programs.
+//! `vmm top`: what a running virtual machine does, as a live view, or as numbers for programs.
 
 mod screen;
 mod session;
@@ -16,38 +16,39 @@ use vmm_command::{Code, Failure, print};
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::api::{Error, State};
 use vmm_monitor::error_chain;
+use vmm_trace::reasons::Shown;
 
 /// What the columns mean: for `--help`, and for the view's own help.
 const MEANING: &str = "\
-exits/s    exits that reached the monitor; all/s: those inside KVM too (KVM's count)
-monitor    time from an exit's arrival in the monitor until its answer
-guest      the vCPU thread's other time on a processor (schedstat): the guest's
-           code, and KVM's work for it
-wait       the thread was ready to run, and the host had no processor for it
-idle       the rest: asleep in KVM after HLT, or parked by a pause
-kicks      turns of a device's worker at a queue; kicks that come together are one
-bytes      by ports and registers; what goes through queues is not counted
-time       share of one processor that answering took
-place      the guest's function where exits came from, or the address
+exits/s    exits to the monitor; all/s: those inside KVM too (KVM's count)
+monitor    time from an exit's arrival in the monitor to its answer
+guest      the vCPU thread's other CPU time (schedstat): the guest's code,
+           and KVM's work for it
+wait       the thread was runnable, but the host had no processor for it
+idle       the rest: asleep in KVM after HLT, or paused
+kicks      times a device's worker served a queue, for one kick or several
+bytes      through ports and registers; traffic in queues is not counted
+time       share of one processor spent on answering
+place      the guest function (or address) that exits came from
 KVM/s      KVM's own counters (KVM_GET_STATS_FD), all vCPUs together";
 
 /// The end of `--help`.
 fn after_help() -> String {
     format!(
         "\
-What is shown:
+Columns:
 {}
 
 Keys: q quit, p pause the view, s sort by count or time, h help
 
-The recorder is on only while somebody looks: then an exit costs some percent more (docs/trace.md).
+The recorder runs only while somebody watches; an exit then costs a few percent more (docs/trace.md).
 
 Examples:
-  vmm top                          the virtual machine that runs, if there is one only
-  vmm top web --interval 500ms     the one called web, twice a second
-  vmm top web --once               one look as text, without a terminal
+  vmm top                          watch the only virtual machine that runs
+  vmm top web --interval 500ms     watch web, updated twice a second
+  vmm top web --once               print one interval as text; needs no terminal
   vmm top web --once --json        the same numbers for a program
-  vmm top web --json | jq .exits   one object a second until it ends
+  vmm top web --json | jq .exits   one object a second until web ends
 ",
         indented(MEANING)
     )
@@ -62,7 +63,7 @@ fn indented(text: &str) -> String {
 #[derive(Debug, clap::Args)]
 #[command(after_help = after_help())]
 pub struct Options {
-    /// Its name, as vmm list shows it [default: the only one that runs]
+    /// The virtual machine's name, as vmm list shows it [default: the only one running]
     pub name: Option<String>,
     #[command(flatten)]
     pub looks: Looks,
@@ -71,29 +72,32 @@ pub struct Options {
 /// How to look.
 #[derive(Debug, clap::Args)]
 pub struct Looks {
-    /// Time from one look to the next: 1s, 500ms
+    /// Time between updates: 1s, 500ms
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
     interval: Duration,
-    /// Look once, over one interval, and end: as text, or with --json as an object
+    /// Measure one interval, print it as text (or an object with --json), and exit
     #[arg(long)]
     once: bool,
-    /// Print JSON: an object for each interval, on a line of its own
+    /// Print JSON: one object per interval, each on its own line
     #[arg(long)]
     json: bool,
-    /// The guest's symbols: a vmlinux, a System.map, a copy of /proc/kallsyms; without FILE, those in or beside the kernel that the
-    /// monitor names
+    /// The guest's symbols: a vmlinux, a System.map or a copy of /proc/kallsyms; without FILE, those in or beside the kernel
+    /// that the monitor names
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     symbols: Option<Option<PathBuf>>,
+    /// Whose exit reasons to show: intel (VT-x), amd (AMD-V) or both [default: both where they fit, else this host's]
+    #[arg(long, value_name = "WHOSE")]
+    vendor: Option<Shown>,
 }
 
 impl Default for Looks {
     fn default() -> Self {
-        Self { interval: Duration::from_secs(1), once: false, json: false, symbols: None }
+        Self { interval: Duration::from_secs(1), once: false, json: false, symbols: None, vendor: None }
     }
 }
 
 fn interval(text: &str) -> Result<Duration, &'static str> {
-    const WORDS: &str = "it is a time from 100ms to 1h: 500ms, 2s";
+    const WORDS: &str = "expected a time from 100ms to 1h, like 500ms or 2s";
     let (number, unit) = match text.strip_suffix("ms") {
         Some(number) => (number, 1e-3),
         None => (text.strip_suffix('s').unwrap_or(text), 1.0),
@@ -107,13 +111,12 @@ fn interval(text: &str) -> Result<Duration, &'static str> {
 
 /// `vmm top`.
 pub fn top(options: Options) -> Result<Code, Failure> {
-    let Looks { interval, once, json, symbols } = options.looks;
+    let Looks { interval, once, json, symbols, vendor } = options.looks;
     let on_terminal = !once && !json;
     if on_terminal && !(io::stdin().is_terminal() && io::stdout().is_terminal()) {
-        let error = anyhow!("the view needs a terminal, and standard input or output is none");
-        return Err(
-            Failure::new(Code::BadArgument, error).hint(Some("for text: --once; for programs: --json"))
-        );
+        let error = anyhow!("the view needs a terminal on standard input and output");
+        return Err(Failure::new(Code::BadArgument, error)
+            .hint(Some("for text: vmm top --once; for programs: vmm top --json")));
     }
     let name = match options.name {
         Some(name) => name,
@@ -121,9 +124,9 @@ pub fn top(options: Options) -> Result<Code, Failure> {
     };
     let session = Session::attach(&name, symbols)?;
     if on_terminal {
-        return screen::run(session, interval);
+        return screen::run(session, interval, vendor);
     }
-    numbers(session, interval, once, json)
+    numbers(session, interval, (once, json), vendor)
 }
 
 /// The name of the virtual machine that runs, if there is one.
@@ -132,17 +135,22 @@ fn only_one() -> Result<String, Failure> {
     match (names.pop(), names.len()) {
         (Some(name), 0) => Ok(name),
         (None, _) => Err(Failure::new(Code::Host, anyhow!("no virtual machine is running"))
-            .hint(Some("start one in another terminal: vmm --name web --kernel ..."))),
+            .hint(Some("start one in another terminal: vmm --name web --kernel vmlinux"))),
         (Some(last), _) => {
             names.push(last);
             let error = anyhow!("{} virtual machines are running: {}", names.len(), names.join(", "));
-            Err(Failure::new(Code::BadArgument, error).hint(Some("name one: vmm top NAME")))
+            Err(Failure::new(Code::BadArgument, error).hint(Some("name one of them: vmm top NAME")))
         }
     }
 }
 
 /// Without a terminal.
-fn numbers(mut session: Session, interval: Duration, once: bool, json: bool) -> Result<Code, Failure> {
+fn numbers(
+    mut session: Session,
+    interval: Duration,
+    (once, json): (bool, bool),
+    vendor: Option<Shown>,
+) -> Result<Code, Failure> {
     let mut before = session.sample()?;
     loop {
         let until = Instant::now() + interval;
@@ -169,7 +177,7 @@ fn numbers(mut session: Session, interval: Duration, once: bool, json: bool) -> 
                 result => result.map_err(|error| Failure::new(Code::Host, error))?,
             }
         } else {
-            print(&view::text(&look))?;
+            print(&view::text(&look, vendor))?;
         }
         if once {
             return Ok(Code::Success);
@@ -193,8 +201,8 @@ fn ended(error: Error) -> Result<Code, Failure> {
 /// What a state means for the numbers.
 fn remark(state: State) -> &'static str {
     match state {
-        State::Paused => "vmm resume lets it go on",
-        State::Starting => "being built",
+        State::Paused => "vmm resume continues it",
+        State::Starting => "starting",
         State::Running | State::Stopping => "",
     }
 }
@@ -207,6 +215,12 @@ fn in_short(error: &vmm_trace::symbols::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_explanations_fit_into_the_view() {
+        // 80 columns, less the frame and a blank on either side.
+        assert!(MEANING.lines().all(|line| line.len() <= 76), "{MEANING}");
+    }
 
     #[test]
     fn intervals() {

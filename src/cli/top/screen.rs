@@ -16,6 +16,7 @@ use vmm_monitor::api::client::Client;
 use vmm_monitor::api::signals::Signals;
 use vmm_monitor::api::{self, Error};
 use vmm_trace::live::rates::Order;
+use vmm_trace::reasons::Shown;
 
 /// How long a key, a signal or news may have to wait.
 const TURN: Duration = Duration::from_millis(50);
@@ -39,7 +40,7 @@ impl Drop for Screen {
     }
 }
 
-/// What the keys change.
+/// What the keys change, and what stays as it was asked for.
 #[derive(Debug, Default)]
 pub struct Settings {
     /// What comes first.
@@ -48,15 +49,18 @@ pub struct Settings {
     pub paused: bool,
     /// The explanations are shown.
     pub help: bool,
+    /// Whose hardware reasons are shown; absent: both vendors' where they fit, else the host's.
+    pub shown: Option<Shown>,
 }
 
 /// Shows the view until somebody quits or the machine ends.
-pub fn run(session: Session, interval: Duration) -> Result<Code, Failure> {
+pub fn run(session: Session, interval: Duration, shown: Option<Shown>) -> Result<Code, Failure> {
     let mut signals = Signals::take().map_err(api::Error::Thread)?;
     let (client, mut names) = session.split();
     let news = ask(client, interval).map_err(api::Error::Thread)?;
-    let mut screen = Screen::open().context("take the terminal over").map_err(host)?;
-    let (mut settings, mut before, mut look) = (Settings::default(), None::<Seen>, None::<Look>);
+    let mut screen = Screen::open().context("cannot take over the terminal").map_err(host)?;
+    let (mut settings, mut before, mut look) =
+        (Settings { shown, ..Settings::default() }, None::<Seen>, None::<Look>);
     let mut draw = true;
     loop {
         match news.try_recv() {
@@ -76,11 +80,11 @@ pub fn run(session: Session, interval: Duration) -> Result<Code, Failure> {
         }
         if draw {
             let frame = screen.0.draw(|frame| view::draw(frame, look.as_ref(), &settings));
-            frame.context("draw on the terminal").map_err(host)?;
+            frame.context("cannot draw on the terminal").map_err(host)?;
             draw = false;
         }
-        if event::poll(TURN).context("read the keyboard").map_err(host)? {
-            match event::read().context("read the keyboard").map_err(host)? {
+        if event::poll(TURN).context("cannot read the keyboard").map_err(host)? {
+            match event::read().context("cannot read the keyboard").map_err(host)? {
                 Event::Key(key) if key.kind == KeyEventKind::Press => {
                     let control = key.modifiers.contains(KeyModifiers::CONTROL);
                     match key.code {

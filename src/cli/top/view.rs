@@ -12,7 +12,9 @@ use super::session::Look;
 use super::{MEANING, indented, remark};
 use crate::list::uptime;
 use vmm_monitor::config::Size;
+use vmm_monitor::config::cpu::Vendor;
 use vmm_trace::live::rates::{self, DeviceRates, Order, Rates, VcpuRates};
+use vmm_trace::reasons::{Both, Shown, extension};
 
 /// Lines for vCPUs at most, so that the rest has room.
 const MAX_VCPUS: usize = 6;
@@ -26,10 +28,10 @@ pub fn draw(frame: &mut Frame<'_>, look: Option<&Look>, settings: &Settings) {
     render(look, settings, frame.area(), frame.buffer_mut());
 }
 
-/// The view as text.
-pub fn text(look: &Look) -> String {
+/// The view as text, with the hardware reasons of the vendors that are `shown`.
+pub fn text(look: &Look, shown: Option<Shown>) -> String {
     let mut buffer = Buffer::empty(TEXT);
-    render(Some(look), &Settings::default(), TEXT, &mut buffer);
+    render(Some(look), &Settings { shown, ..Settings::default() }, TEXT, &mut buffer);
     let mut text = String::new();
     // The last line is that of the keys.
     for y in 0..TEXT.height - 1 {
@@ -46,7 +48,7 @@ fn render(look: Option<&Look>, settings: &Settings, area: Rect, buffer: &mut Buf
     self::keys(settings).render(keys, buffer);
     match look {
         Some(look) => numbers(look, settings, body, buffer),
-        None => Paragraph::new(" attached; the first look takes a moment ...").render(body, buffer),
+        None => Paragraph::new(" attached; waiting for the first interval ...").render(body, buffer),
     }
     if settings.help {
         help(area, buffer);
@@ -70,7 +72,7 @@ fn numbers(look: &Look, settings: &Settings, area: Rect, buffer: &mut Buffer) {
     self::vcpus(&rates.vcpus, vcpus, cpus, buffer);
     let columns = Layout::horizontal([Constraint::Fill(37), Constraint::Length(1), Constraint::Fill(42)]);
     let [left, _, right] = columns.areas(upper);
-    reasons(&rates.reasons, left, buffer);
+    reasons(&rates.reasons, settings.shown, left, buffer);
     devices(&rates.devices, right, buffer);
     let [left, _, right] = columns.areas(lower);
     places(&rates.places, &look.symbols, left, buffer);
@@ -168,23 +170,68 @@ fn bar(vcpu: &VcpuRates) -> Line<'static> {
     ])
 }
 
-fn reasons(rows: &[rates::Row], area: Rect, buffer: &mut Buffer) {
-    // "AMD-V 0x7b IOIO": the architecture once, in the header.
-    let split = |row: &rates::Row| {
-        row.hardware.as_deref()?.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned()))
+/// Ways to say a reason in a column, the longest first.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    /// `out (0x7b IOIO = 30 I/O instruction)`
+    Both,
+    /// `out (0x7b = 30)`
+    Numbers,
+    /// `out (0x7b IOIO)`; of no vendor: the host's own.
+    One(Option<Vendor>),
+}
+
+impl Form {
+    fn text(self, name: &str, both: Option<&Both>) -> String {
+        let Some(both) = both else { return name.to_owned() };
+        let (own, other) = (both.own.vendor, both.own.vendor.other());
+        let number = |vendor| match both.name(vendor) {
+            name if both.single(vendor).is_some() => name.split(' ').next().unwrap_or_default().to_owned(),
+            name => name,
+        };
+        match self {
+            Self::Both => format!("{name} ({} = {})", both.name(own), both.name(other)),
+            Self::Numbers => format!("{name} ({} = {})", number(own), number(other)),
+            Self::One(vendor) => format!("{name} ({})", both.name(vendor.unwrap_or(own))),
+        }
+    }
+
+    /// Of `host`'s reasons.
+    fn header(self, host: Vendor) -> String {
+        match self {
+            Self::Both | Self::Numbers => {
+                format!("reason ({} = {})", extension(host), extension(host.other()))
+            }
+            Self::One(vendor) => format!("reason ({})", extension(vendor.unwrap_or(host))),
+        }
+    }
+}
+
+fn reasons(rows: &[rates::Row], shown: Option<Shown>, area: Rect, buffer: &mut Buffer) {
+    let (long, short) = match shown {
+        None => (Form::Both, Form::One(None)),
+        Some(Shown::Both) => (Form::Both, Form::Numbers),
+        Some(Shown::Only(vendor)) => (Form::One(Some(vendor)), Form::One(Some(vendor))),
     };
-    let architecture = rows.iter().find_map(split).map(|(architecture, _)| format!(" ({architecture})"));
+    let room = usize::from(area.width).saturating_sub(RATE + TIME + 2);
+    let fits = |row: &rates::Row| long.text(&row.name, row.hardware.as_ref()).chars().count() <= room;
+    let form = if rows.iter().all(fits) { long } else { short };
+    let host = rows.iter().find_map(|row| row.hardware.as_ref()).map(|both| both.own.vendor);
     let lines = rows.iter().map(|row| {
-        let name =
-            split(row).map_or_else(|| row.name.clone(), |(_, reason)| format!("{} ({reason})", row.name));
+        let name = form.text(&row.name, row.hardware.as_ref());
         [Cell::from(name), right(number(row.rate)), right(share(Some(row.monitor)))]
     });
-    let header = [&format!("reason{}", architecture.unwrap_or_default()), "exits/s", "time"];
+    let header = [&host.map_or("reason".to_owned(), |host| form.header(host)), "exits/s", "time"];
     table(header, lines.map(Row::new).collect(), &SMALL, area, buffer);
 }
 
+/// Columns of numbers in the tables on the left.
+const RATE: usize = 7;
+const TIME: usize = 4;
+
 /// Columns of the tables on the left.
-const SMALL: [Constraint; 3] = [Constraint::Fill(1), Constraint::Length(7), Constraint::Length(4)];
+const SMALL: [Constraint; 3] =
+    [Constraint::Fill(1), Constraint::Length(RATE as u16), Constraint::Length(TIME as u16)];
 
 fn devices(rows: &[DeviceRates], area: Rect, buffer: &mut Buffer) {
     let rows = rows.iter().map(|row| {
@@ -244,7 +291,7 @@ fn keys(settings: &Settings) -> Line<'static> {
         Order::Count => "count",
         Order::Time => "time",
     };
-    let pause = if settings.paused { "go on" } else { "pause" };
+    let pause = if settings.paused { "resume" } else { "pause" };
     let text = format!(" q quit   p {pause}   s sort (by {order})   h help");
     Line::from(text).style(Style::new().add_modifier(Modifier::REVERSED))
 }
@@ -255,7 +302,7 @@ fn help(area: Rect, buffer: &mut Buffer) {
     let wanted = Rect { x: area.x, y: area.y + 1, width: 80, height: text.lines().count() as u16 + 2 };
     let place = wanted.intersection(area);
     Clear.render(place, buffer);
-    Paragraph::new(text).block(Block::bordered().title(" what is shown ")).render(place, buffer);
+    Paragraph::new(text).block(Block::bordered().title(" columns ")).render(place, buffer);
 }
 
 fn right<'a>(text: impl Into<Text<'a>>) -> Cell<'a> {
@@ -287,6 +334,7 @@ mod tests {
     use super::*;
     use vmm_monitor::api::{State, Status};
     use vmm_trace::live::rates::VcpuRates;
+    use vmm_trace::reasons::Pair;
 
     fn look(vcpus: usize) -> Look {
         let vcpu = |n: usize| VcpuRates {
@@ -300,7 +348,7 @@ mod tests {
         };
         let row = |name: &str| rates::Row {
             name: name.to_owned(),
-            hardware: Some("AMD-V 0x7b IOIO".to_owned()),
+            hardware: Some(Both::of_pair(Pair { vtx: 30, svm: 0x7b }, Vendor::Amd)),
             count: 7,
             rate: 7.0,
             monitor: 0.001,
@@ -333,7 +381,7 @@ mod tests {
 
     #[test]
     fn what_is_shown_fits_80_by_24() {
-        let told = text(&look(1));
+        let told = text(&look(1), None);
         let lines: Vec<_> = told.lines().collect();
         assert_eq!(lines.len(), 23);
         assert!(lines[0].contains("web  paused  up 1m01s  1 vCPUs  64M"), "{told}");
@@ -351,15 +399,38 @@ mod tests {
     }
 
     #[test]
+    fn reasons_are_in_both_vendors_terms_where_there_is_room() {
+        let both = |width, shown| {
+            let area = Rect::new(0, 0, width, 40);
+            let mut buffer = Buffer::empty(area);
+            render(Some(&look(1)), &Settings { shown, ..Settings::default() }, area, &mut buffer);
+            let line =
+                |y| (0..width).filter_map(|x| buffer.cell((x, y))).map(|c| c.symbol()).collect::<String>();
+            (0..40).map(line).collect::<Vec<_>>().join("\n")
+        };
+        for (width, shown, words) in [
+            (80, None, ["reason (AMD-V) ", "out (0x7b IOIO) "]),
+            (140, None, ["reason (AMD-V = VT-x)", "out (0x7b IOIO = 30 I/O instruction)"]),
+            (80, Some(Shown::Both), ["reason (AMD-V = VT-x)", "out (0x7b = 30) "]),
+            (80, Some(Shown::Only(Vendor::Intel)), ["reason (VT-x) ", "out (30 I/O instruction"]),
+        ] {
+            let told = both(width, shown);
+            for word in words {
+                assert!(told.contains(word), "no {word:?} at {width} columns in\n{told}");
+            }
+        }
+    }
+
+    #[test]
     fn of_many_vcpus_the_busiest_are_shown() {
-        let told = text(&look(254));
+        let told = text(&look(254), None);
         assert!(told.contains("vcpu33 ") && told.contains("+248 more"), "{told}");
         assert!(told.contains("place"), "there is room for the rest:\n{told}");
     }
 
     #[test]
     fn every_size_of_screen_can_be_drawn_on() {
-        let settings = Settings { help: true, paused: true, order: Order::Time };
+        let settings = Settings { help: true, paused: true, order: Order::Time, shown: None };
         for (width, height) in [(1, 1), (3, 40), (79, 2), (80, 24), (20, 5), (400, 120)] {
             let area = Rect::new(0, 0, width, height);
             for look in [None, Some(&look(0)), Some(&look(9))] {

@@ -13,6 +13,17 @@ use super::{Error, Status};
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// What became of asking one of several virtual machines.
+#[derive(Debug)]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// The process that has the name, where there is one.
+    pub pid: Option<u32>,
+    /// Its status, or why it is not known.
+    pub answer: Result<Status, Error>,
+}
+
 /// A connection to a running virtual machine.
 #[derive(Debug)]
 pub struct Client {
@@ -26,10 +37,46 @@ impl Client {
     /// # Errors
     /// There is none, or it does not take connections.
     pub fn connect(registry: &Registry, name: &str) -> Result<Self, Error> {
-        let stream = registry.connect(name)?;
+        Self::new(name, registry.connect(name)?)
+    }
+
+    fn new(name: &str, stream: UnixStream) -> Result<Self, Error> {
         let client = Self { name: name.to_owned(), stream };
         client.stream.set_nonblocking(false).map_err(|e| client.broken(e))?;
         Ok(client)
+    }
+
+    /// Asks all of `names` for their status at once, and waits for `patience` in all: a monitor that is stopped delays nobody
+    /// else's answer. The answers are in the order of `names`.
+    pub fn ask_all(registry: &Registry, names: Vec<String>, patience: Duration) -> Vec<Listed> {
+        let deadline = Instant::now() + patience;
+        let request = protocol::request(Command::Status);
+        let asked = names.into_iter().map(|name| {
+            let client = registry.connect_by(&name, deadline).and_then(|stream| Self::new(&name, stream));
+            let pid = client.as_ref().ok().and_then(Self::pid);
+            let client = client.and_then(|mut client| {
+                client.patience(Some(deadline))?;
+                client.stream.write_all(&request).map_err(|e| client.broken(e))?;
+                Ok(client)
+            });
+            (name, pid, client)
+        });
+        // All are asked before the first answer is waited for.
+        let asked: Vec<_> = asked.collect();
+        let answered = asked.into_iter().map(|(name, pid, client)| {
+            let answer = client.and_then(|mut client| {
+                let line = client.read_line(Some(deadline))?;
+                client.status(client.parse(&line)?)
+            });
+            Listed { name, pid, answer }
+        });
+        answered.collect()
+    }
+
+    /// The process that listens there, as the kernel knows it.
+    fn pid(&self) -> Option<u32> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.stream).ok()?;
+        u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
     }
 
     /// Has `command` carried out; the status is that after it.
@@ -37,7 +84,12 @@ impl Client {
     /// # Errors
     /// The virtual machine refuses, does not answer in time, or is gone.
     pub fn ask(&mut self, command: Command) -> Result<Status, Error> {
-        match self.exchange(command)? {
+        let answer = self.exchange(command)?;
+        self.status(answer)
+    }
+
+    fn status(&self, answer: Answer) -> Result<Status, Error> {
+        match answer {
             Answer::Status(status) => Ok(status),
             Answer::Sample(seen) => Ok(seen.status),
             Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
@@ -66,9 +118,13 @@ impl Client {
     fn exchange(&mut self, command: Command) -> Result<Answer, Error> {
         self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
         self.stream.write_all(&protocol::request(command)).map_err(|e| self.broken(e))?;
-        let line = self.read_line()?;
+        let line = self.read_line(Instant::now().checked_add(PATIENCE))?;
+        self.parse(&line)
+    }
+
+    fn parse(&self, line: &[u8]) -> Result<Answer, Error> {
         let protocol = |reason| Error::Protocol { name: self.name.clone(), reason };
-        protocol::parse_reply(&line).map_err(protocol)
+        protocol::parse_reply(line).map_err(protocol)
     }
 
     /// Waits until the virtual machine is gone: after [`Command::Stop`] and [`Command::Kill`].
@@ -90,8 +146,7 @@ impl Client {
     }
 
     /// One reply, which is a line of bounded length.
-    fn read_line(&mut self) -> Result<Vec<u8>, Error> {
-        let deadline = Instant::now().checked_add(PATIENCE);
+    fn read_line(&mut self, deadline: Option<Instant>) -> Result<Vec<u8>, Error> {
         let mut line = Vec::new();
         let mut bytes = [0; 4096];
         while line.last() != Some(&b'\n') && line.len() < MAX_REPLY {

@@ -10,6 +10,7 @@ pub mod registry;
 pub mod server;
 pub mod signals;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::host_path::{self, quoted};
 use crate::machine::Handle;
 
 /// What a virtual machine is doing.
@@ -60,6 +62,7 @@ pub struct Status {
     /// Guest RAM in bytes.
     pub memory_bytes: u64,
     /// The kernel that was booted.
+    #[serde(default, with = "host_path::optional")]
     pub kernel: Option<PathBuf>,
     /// Pseudo-terminals that lead into it.
     pub ptys: Vec<Pty>,
@@ -71,6 +74,7 @@ pub struct Pty {
     /// The device: `console`, `serial`, or a port's name.
     pub device: String,
     /// What to open on the host.
+    #[serde(with = "host_path")]
     pub path: PathBuf,
 }
 
@@ -135,7 +139,7 @@ pub trait Viewer: Send {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The directory for control sockets cannot be used.
-    #[error("use the runtime directory {}", path.display())]
+    #[error("cannot use the runtime directory {}", path.display())]
     Directory {
         /// The directory.
         path: PathBuf,
@@ -152,7 +156,7 @@ pub enum Error {
         what: &'static str,
     },
     /// The name belongs to a virtual machine that is alive.
-    #[error("a virtual machine called {0:?} is running already")]
+    #[error("a virtual machine called {0:?} is already running")]
     NameTaken(String),
     /// What has the name is not this user's.
     #[error("{name:?} is not yours to control: {what}")]
@@ -166,7 +170,7 @@ pub enum Error {
     #[error("no virtual machine called {0:?} is running")]
     NoSuchVm(String),
     /// A control socket cannot be made or used.
-    #[error("{what} control socket {}", path.display())]
+    #[error("cannot {what} control socket {}", path.display())]
     Socket {
         /// What was tried.
         what: &'static str,
@@ -180,7 +184,7 @@ pub enum Error {
     #[error("{0:?} does not answer")]
     NoAnswer(String),
     /// The monitor's answer makes no sense.
-    #[error("{name:?} answers in a way that this vmm does not understand: {reason}")]
+    #[error("{name:?} sent an answer that this vmm does not understand: {reason}")]
     Protocol {
         /// Whom was asked.
         name: String,
@@ -188,7 +192,7 @@ pub enum Error {
         reason: String,
     },
     /// The monitor understood, and refused.
-    #[error("{name:?} refuses: {reason}")]
+    #[error("{name:?} refused: {reason}")]
     Refused {
         /// Whom was asked.
         name: String,
@@ -196,7 +200,7 @@ pub enum Error {
         reason: String,
     },
     /// The control thread or its signals cannot be set up.
-    #[error("start the control thread")]
+    #[error("cannot start the control thread")]
     Thread(#[source] io::Error),
 }
 
@@ -212,19 +216,31 @@ pub fn close_to_debuggers() -> io::Result<()> {
 
 impl Error {
     /// What the user can do about it.
-    pub fn hint(&self) -> Option<&'static str> {
+    pub fn hint(&self) -> Option<Cow<'static, str>> {
         Some(match self {
-            Self::Directory { .. } => "set XDG_RUNTIME_DIR to a directory of your own",
-            Self::Unsafe { .. } => "make it yours alone (chown, chmod 700), or remove it",
-            Self::Stranger { .. } => {
-                "see who made it: ls -la $XDG_RUNTIME_DIR/vmm /run/user/$UID/vmm /tmp/vmm-$UID"
+            Self::Directory { .. } => {
+                "use a directory of your own: export XDG_RUNTIME_DIR=$(mktemp -d)".into()
             }
-            Self::NameTaken(_) => "choose another --name, or end that one: vmm stop NAME",
-            Self::NoSuchVm(_) => "vmm list shows what is running",
-            Self::NoAnswer(_) => "the monitor may be stopped (SIGSTOP) or stuck; vmm list shows its name",
-            Self::Protocol { .. } => "it may have been started by another version of vmm",
+            Self::Unsafe { path, .. } => {
+                let path = quoted(path);
+                format!("if it is yours, chmod 700 {path}; if it is not, sudo rm -r {path}").into()
+            }
+            Self::Stranger { .. } => {
+                "see who made it: ls -la $XDG_RUNTIME_DIR/vmm /run/user/$UID/vmm /tmp/vmm-$UID".into()
+            }
+            Self::NameTaken(name) => {
+                format!("choose another name, `name=NAME`, or stop the one that runs: vmm stop {name}").into()
+            }
+            Self::NoSuchVm(_) => "see what is running: vmm list".into(),
+            Self::NoAnswer(_) => {
+                "its process may be stopped or stuck; vmm list shows its PID, and kill -CONT PID wakes it"
+                    .into()
+            }
+            Self::Protocol { .. } => {
+                "it may be another version of vmm; vmm list shows its PID, and kill PID stops it".into()
+            }
             Self::Socket { source, .. } if source.kind() == io::ErrorKind::InvalidInput => {
-                "the path is too long for a socket: choose a shorter --name or XDG_RUNTIME_DIR"
+                "the path is too long for a socket: choose a shorter `name=NAME` or XDG_RUNTIME_DIR".into()
             }
             Self::Socket { .. } | Self::Refused { .. } | Self::Thread(_) => return None,
         })

@@ -177,12 +177,19 @@ impl Registry {
     /// # Errors
     /// Nothing of this name is alive, it does not take connections, or it is another user's.
     pub fn connect(&self, name: &str) -> Result<UnixStream, Error> {
+        self.connect_by(name, Instant::now() + PATIENCE)
+    }
+
+    /// [`Registry::connect`], waiting until `deadline` at most where too many have connected already.
+    ///
+    /// # Errors
+    /// As for that.
+    pub fn connect_by(&self, name: &str, deadline: Instant) -> Result<UnixStream, Error> {
         let path = self.socket(name);
         if name.is_empty() || name.contains('/') {
             return Err(Error::NoSuchVm(name.to_owned()));
         }
         self.check_socket(name)?;
-        let deadline = Instant::now() + PATIENCE;
         loop {
             match self.try_connect(&path) {
                 Ok(stream) => {

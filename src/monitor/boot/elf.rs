@@ -85,7 +85,7 @@ impl Elf {
     /// There is nothing to load, or more than the file has.
     pub(super) fn from_segments(kernel: &Image, entry: u64, segments: Vec<Segment>) -> Result<Self, Error> {
         if segments.is_empty() {
-            return Err(kernel.damaged("nothing in it is to be loaded"));
+            return Err(kernel.damaged("it has no segment to load"));
         }
         // Segments of a sane file share no bytes, so reading all of them costs no more than reading the file.
         let total = segments.iter().fold(0u64, |sum, s| sum.saturating_add(s.file_size));
@@ -124,7 +124,7 @@ impl Elf {
     ) -> Result<Range<u64>, Error> {
         let range = self.range();
         if range.start < lowest {
-            let what = format!("it wants to lie at {:#x}, below {lowest:#x}", range.start);
+            let what = format!("its load address {:#x} is below {lowest:#x}", range.start);
             return Err(kernel.damaged(what));
         }
         let hole = layout::LOW_END..layout::HIGH_RAM;
@@ -179,7 +179,7 @@ fn check_machine(kernel: &Image, header: &Elf64_Ehdr) -> Result<(), Error> {
     if header.e_ident[EI_CLASS] != ELFCLASS64 {
         return Err(Error::Only32Bit { path: path() });
     }
-    let not = |what| Err(Error::NotAKernel { path: path(), what, hint: "give a bzImage or a vmlinux" });
+    let not = |what| Err(Error::NotAKernel { path: path(), what, hint: "use a bzImage or a vmlinux" });
     match header.e_type {
         ET_EXEC => Ok(()),
         ET_REL => not("an object file or a kernel module"),

@@ -7,6 +7,8 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use crate::config::host_path::quoted;
+
 /// What a file was given as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -35,7 +37,7 @@ impl fmt::Display for Role {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file could not be opened.
-    #[error("open {role} {}", path.display())]
+    #[error("cannot open {role} {}", path.display())]
     Open {
         /// What it was given as.
         role: Role,
@@ -46,7 +48,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The file could not be read.
-    #[error("read {role} {}", path.display())]
+    #[error("cannot read {role} {}", path.display())]
     Read {
         /// What it was given as.
         role: Role,
@@ -113,7 +115,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A bzImage from before the 64-bit boot protocol was marked in the header.
-    #[error("kernel {} has boot protocol {}.{:02}, too old to be booted so", path.display(),
+    #[error("kernel {} has boot protocol {}.{:02}, which is too old", path.display(),
         version >> 8, version & 0xff)]
     OldProtocol {
         /// The file.
@@ -150,7 +152,7 @@ pub enum Error {
         what: String,
     },
     /// The kernel does not fit into the guest's memory.
-    #[error("kernel {} takes memory up to {end:#x} ({}), the guest has {}", path.display(),
+    #[error("kernel {} needs memory up to {end:#x} ({}), and the guest has {}", path.display(),
         Mib(*end), Mib(*have))]
     KernelTooBig {
         /// The file.
@@ -173,7 +175,7 @@ pub enum Error {
         needed: Option<u64>,
     },
     /// The kernel would cut the command line off.
-    #[error("command line of {len} bytes: kernel {} takes {max}", path.display())]
+    #[error("command line too long: {len} bytes, and kernel {} takes {max}", path.display())]
     CmdlineTooLong {
         /// The kernel.
         path: PathBuf,
@@ -193,7 +195,7 @@ pub enum Error {
         at: usize,
     },
     /// The boot structures themselves could not be written to guest memory.
-    #[error("write {what} for kernel {} to guest memory at {address:#x}", path.display())]
+    #[error("cannot write {what} for kernel {} to guest memory at {address:#x}", path.display())]
     Write {
         /// The kernel.
         path: PathBuf,
@@ -214,7 +216,7 @@ pub enum Error {
         what: String,
     },
     /// The ACPI tables do not fit into their place.
-    #[error("ACPI tables for kernel {}", path.display())]
+    #[error("cannot make the ACPI tables for kernel {}", path.display())]
     Tables {
         /// The kernel.
         path: PathBuf,
@@ -228,26 +230,28 @@ impl Error {
     /// What the user can do about it: one sentence.
     pub fn hint(&self) -> Cow<'static, str> {
         Cow::Borrowed(match self {
-            Self::Open { role: Role::Firmware | Role::OptionRom, source, .. }
-                if source.kind() == io::ErrorKind::NotFound =>
-            {
-                "check the path; --firmware alone is the monitor's own"
+            Self::Open { role: Role::Firmware, source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                "check the path; `firmware=built-in` needs no file"
             }
-            Self::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                "check the path; `cargo guest -- kernel` fetches a kernel to start with"
+            Self::Open { role: Role::Kernel, source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                "check the path; this host's own kernel is `kernel=/boot/vmlinuz-$(uname -r)`"
             }
-            Self::Open { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
-                "the file must be readable by the user who runs vmm"
+            Self::Open { path, source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                return Cow::Owned(format!("it must be readable by you: ls -l {}", quoted(path)));
             }
-            Self::Open { .. } | Self::Read { .. } => "check the file and the disk that it is on",
-            Self::NotAFile { .. } => "give a regular file (a pipe cannot be read at any place)",
-            Self::Empty { .. } => "the file has no content; build or fetch it again",
-            Self::Truncated { .. } => "an interrupted download or copy, perhaps: fetch the file again",
+            Self::Open { path, .. } => return Cow::Owned(format!("check the path: ls -l {}", quoted(path))),
+            Self::Read { .. } => "check the disk that it is on: dmesg | tail",
+            Self::NotAFile { .. } => "use a regular file: a loader must be able to seek in it",
+            Self::Empty { .. } => "build or fetch the file again",
+            Self::Truncated { .. } => "a download or copy may have been cut off: fetch the file again",
             Self::NotAKernel { hint, .. } | Self::NoPvh { hint, .. } | Self::NoMultiboot { hint, .. } => hint,
             Self::Foreign { .. } => "fetch or build the kernel for x86-64 (amd64)",
-            Self::Only32Bit { .. } => "build it with CONFIG_64BIT=y, or fetch an amd64 kernel",
+            Self::Only32Bit { .. } => {
+                "use a 64-bit kernel: fetch one for amd64, or build it with CONFIG_64BIT=y"
+            }
             Self::OldProtocol { .. } => {
-                "2.12 (Linux 3.8) is the oldest; SeaBIOS boots from 2.04 on (docs/firmware.md)"
+                "use a kernel with protocol 2.12 (Linux 3.8) or later; iPXE and its like start by SeaBIOS: \
+                 `firmware=/usr/share/seabios/bios-microvm.bin` `option_rom=/usr/share/qemu/linuxboot_dma.bin`"
             }
             Self::Damaged { .. } => "fetch or build the kernel again",
             Self::KernelTooBig { needed: None, .. } | Self::InitrdTooBig { needed: None, .. } => {
@@ -255,15 +259,17 @@ impl Error {
             }
             Self::KernelTooBig { needed: Some(needed), .. }
             | Self::InitrdTooBig { needed: Some(needed), .. } => {
-                return Cow::Owned(format!("it takes --mem {}M at least", needed.div_ceil(1 << 20)));
+                return Cow::Owned(format!("use at least `mem={}M`", needed.div_ceil(1 << 20)));
             }
-            Self::CmdlineTooLong { .. } => "shorten --cmdline",
-            Self::CmdlineCharacter { .. } => "write --cmdline in plain ASCII",
-            Self::Write { .. } => "the guest's memory is smaller than any kernel can use: raise --mem",
+            Self::CmdlineTooLong { .. } => "shorten it: `cmdline='console=hvc0 root=/dev/vda'`",
+            Self::CmdlineCharacter { .. } => {
+                "write it in plain ASCII: `cmdline='console=hvc0 root=/dev/vda'`"
+            }
+            Self::Write { .. } => "the guest has less memory than any kernel can use: try `mem=128M`",
             Self::Firmware { .. } => {
-                "give a ROM that ends with the reset vector: qboot.rom, or bios-microvm.bin of SeaBIOS; or --firmware alone"
+                "use a ROM that ends with the reset vector, as qboot.rom and SeaBIOS's bios-microvm.bin do, or `firmware=built-in`"
             }
-            Self::Tables { .. } => "ask for fewer --cpus or devices",
+            Self::Tables { .. } => "use fewer CPUs or devices: `cpus=64`",
         })
     }
 }

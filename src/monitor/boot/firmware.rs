@@ -217,11 +217,14 @@ fn add_payload(
             items.add_bytes(item::KERNEL_SIZE, ((range.end - range.start) as u32).to_le_bytes());
         }
         (_, BootProtocol::Multiboot) | (Format::Flat, _) => {
-            return Err(no_pvh(payload, "it is for Multiboot, which firmware knows nothing of"));
+            return Err(no_pvh(payload, "it is for Multiboot, which firmware does not speak"));
         }
         (Format::BzImage, BootProtocol::Pvh) => return Err(no_pvh(payload, "it is a bzImage")),
         (Format::Elf | Format::Elf32, BootProtocol::Linux64) => {
-            return Err(no_pvh(payload, "--boot linux64 was asked for, and firmware takes ELF by PVH only"));
+            return Err(no_pvh(
+                payload,
+                "firmware enters an ELF kernel by PVH only, and `boot=linux64` asks for another way",
+            ));
         }
     }
     cmdline::check(payload.kernel.path(), &payload.cmdline, cmdline_max)?;
@@ -241,7 +244,8 @@ fn add_payload(
 }
 
 fn no_pvh(payload: &Payload, why: &'static str) -> Error {
-    let hint = "firmware boots a bzImage, or an ELF file built with CONFIG_PVH=y; without --firmware others start, too";
+    let hint =
+        "use a bzImage, or an ELF kernel built with CONFIG_PVH=y; without `firmware=` others boot, too";
     Error::NoPvh { path: payload.kernel.path().to_owned(), why, hint }
 }
 

@@ -73,14 +73,13 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
         (Format::Flat, _) => Err(Error::NotAKernel {
             path: kernel.path().to_owned(),
             what: "a Multiboot image",
-            hint: "leave --boot away, or say --boot multiboot",
+            hint: "drop `boot=`, or use `boot=multiboot`",
         }),
         (Format::BzImage, BootProtocol::Auto | BootProtocol::Linux64) => linux::load_bzimage(&boot),
         (Format::BzImage, BootProtocol::Pvh) => Err(Error::NoPvh {
             path: kernel.path().to_owned(),
             why: "it is a bzImage",
-            hint: "extract the vmlinux inside it (scripts/extract-vmlinux of the kernel source does) and boot that, \
-                   or leave --boot pvh away",
+            hint: "drop `boot=`, or boot the vmlinux inside it: scripts/extract-vmlinux of the kernel's source extracts it",
         }),
         (Format::Elf | Format::Elf32, protocol) => {
             let elf = elf::Elf::parse(&kernel)?;
@@ -92,13 +91,13 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
                 (None, BootProtocol::Pvh) => Err(Error::NoPvh {
                     path: kernel.path().to_owned(),
                     why: "its ELF notes have no XEN_ELFNOTE_PHYS32_ENTRY",
-                    hint: "build it with CONFIG_PVH=y, or leave --boot pvh away",
+                    hint: "drop `boot=`, or build it with CONFIG_PVH=y",
                 }),
                 // Only the ways in above are marked as a kernel's.
                 (_, _) if elf.interpreted => Err(Error::NotAKernel {
                     path: kernel.path().to_owned(),
                     what: "a program",
-                    hint: "give a bzImage or a vmlinux",
+                    hint: "use a bzImage or a vmlinux",
                 }),
                 (_, _) => linux::load_elf(&boot, &elf),
             }

@@ -110,15 +110,15 @@ pub(super) fn load(boot: &Boot, header: Option<&Header>) -> Result<Entry, Error>
         return Err(Error::NoMultiboot {
             path: kernel.path().to_owned(),
             why: "there is no Multiboot header in its first 8 KiB",
-            hint: "leave --boot multiboot away",
+            hint: "drop `boot=`: the way in is then chosen by what the kernel offers",
         });
     };
     let unmet = header.flags & FLAGS_REQUIRED & !FLAGS_MET;
     if unmet != 0 {
         return Err(Error::NoMultiboot {
             path: kernel.path().to_owned(),
-            why: "its header asks for what is not here (flags other than 0 and 1: a video mode, most likely)",
-            hint: "build it for a text console on the serial port, without the video flag",
+            why: "its header requires flags other than 0 and 1 (a video mode, most likely)",
+            hint: "build it for a console on the serial port, without the video flag",
         });
     }
     let image = match header.addresses {
@@ -215,7 +215,7 @@ fn elf32(kernel: &Image) -> Result<Elf, Error> {
         return Err(Error::NoMultiboot {
             path: kernel.path().to_owned(),
             why: "its header gives no addresses, so it must be an ELF file for 32-bit x86, and is not",
-            hint: "objcopy -O elf32-i386 makes one of a 64-bit ELF whose entry point is 32-bit code",
+            hint: "if its entry point is 32-bit code, convert it: objcopy -O elf32-i386 KERNEL KERNEL32",
         });
     }
     let (entry, table) = (word(&header, 24), word(&header, 28));

@@ -29,19 +29,34 @@ const OTHERS: &[(usize, &[u8], &str, &str)] = &[
     (0, b"\x04\x22\x4d\x18", "an lz4 file", "unpack it with unlz4 first"),
     (0, b"\x5d\0\0", "an lzma file", "unpack it with unlzma first"),
     (0, b"\x89LZO", "an lzop file", "unpack it with lzop -d first"),
-    (0, b"!<arch>\n", "an archive (a .deb, perhaps)", "unpack it with dpkg-deb -x and take boot/vmlinuz-*"),
-    (0, b"\xed\xab\xee\xdb", "an RPM package", "unpack it and take the vmlinuz inside"),
-    (0, b"07070", "a cpio archive (an initramfs)", "give it as --initrd, and a kernel as --kernel"),
-    (0, b"QFI\xfb", "a qcow2 disk image", "give disks as --disk, and a kernel as --kernel"),
-    (0, b"#!", "a script", "give a bzImage or a vmlinux"),
+    (
+        0,
+        b"!<arch>\n",
+        "an archive (a .deb, perhaps)",
+        "unpack it: dpkg-deb -x FILE DIR, then boot DIR/boot/vmlinuz-*",
+    ),
+    (
+        0,
+        b"\xed\xab\xee\xdb",
+        "an RPM package",
+        "unpack it: rpm2cpio FILE | cpio -id, then boot the vmlinuz inside",
+    ),
+    (
+        0,
+        b"07070",
+        "a cpio archive (an initramfs)",
+        "pass it as `initrd=FILE`, with its kernel as `kernel=FILE`",
+    ),
+    (0, b"QFI\xfb", "a qcow2 disk image", "pass disks as `disk=FILE`, and a kernel as `kernel=FILE`"),
+    (0, b"#!", "a script", "use a bzImage or a vmlinux"),
     (0x38, b"ARMd", "an arm64 kernel", "fetch or build the kernel for x86-64 (amd64)"),
-    (0x438, b"\x53\xef", "an ext4 file system", "give disks as --disk, and a kernel as --kernel"),
-    (0x8001, b"CD001", "a CD image", "give disks as --disk, and a kernel as --kernel"),
+    (0x438, b"\x53\xef", "an ext4 file system", "pass disks as `disk=FILE`, and a kernel as `kernel=FILE`"),
+    (0x8001, b"CD001", "a CD image", "pass disks as `disk=FILE`, and a kernel as `kernel=FILE`"),
     (
         0,
         b"MZ",
         "an EFI program",
-        "give the bzImage inside it (objcopy -O binary -j .linux for a unified image)",
+        "boot the bzImage inside it; of a unified image: objcopy -O binary -j .linux IMAGE bzImage",
     ),
 ];
 
@@ -66,9 +81,9 @@ pub fn kernel(kernel: &Image) -> Result<(Format, Option<Header>), Error> {
     let hit = OTHERS.iter().find(|(at, signature, ..)| has(*at, signature));
     let (what, hint) = match hit {
         Some((_, _, what, hint)) => (*what, *hint),
-        None if bytes.len() < 0x206 => ("too short for a kernel", "give a bzImage or a vmlinux"),
+        None if bytes.len() < 0x206 => ("too short for a kernel", "use a bzImage or a vmlinux"),
         None if bytes.iter().all(|b| *b == 0) => ("all zeroes", "fetch or build it again"),
-        None => ("neither a bzImage nor an ELF file", "give a bzImage or a vmlinux"),
+        None => ("neither a bzImage nor an ELF file", "use a bzImage or a vmlinux"),
     };
     Err(Error::NotAKernel { path: kernel.path().to_owned(), what, hint })
 }

@@ -235,7 +235,7 @@ fn an_initrd_that_only_fits_above_4_gib_goes_there_in_halves() {
     assert_eq!((at(0x218), at(0x0c0)), (place & 0xffff_ffff, place >> 32));
     assert_eq!((at(0x21c), at(0x0c4)), (0x1800, 0));
     assert_eq!(guest.int(place + 0x17ff, 1), 1);
-    assert!(case.error("1G").contains("--mem 3073M"), "{}", case.error("1G"));
+    assert!(case.error("1G").contains("`mem=3073M`"), "{}", case.error("1G"));
     kernel[0x236] = 1; // not above 4 GiB
     assert!(Case::new(&kernel).initrd(&[1; 0x1800]).error("4G").contains("no amount of memory"));
 }
@@ -317,7 +317,7 @@ fn what_is_no_kernel_is_called_by_its_name() {
         (long(b"\x1f\x8b\x08"), "is a gzip file, not a kernel (unpack it"),
         (long(b"\xfd7zXZ\0"), "is an xz file"),
         (long(b"\x28\xb5\x2f\xfd"), "is a zstd file"),
-        (long(b"070701"), "--initrd"),
+        (long(b"070701"), "`initrd=FILE`"),
         (long(b"MZ"), "EFI program"),
         (bz(|b| b.truncate(0x1000)), "cut short"),
         (bz(|b| b.truncate(0x210)), "cut short"),
@@ -328,7 +328,7 @@ fn what_is_no_kernel_is_called_by_its_name() {
         (bz(|b| (b[0x234], b[0x25a], b[0x25b]) = (0, 0, 0)), "wants to be loaded at 0x0"),
         (bz(|b| put(b, 0x230, 3, 4)), "alignment"),
         (bz(|b| put(b, 0x258, u64::MAX, 8)), "damaged"),
-        (bz(|b| put(b, 0x258, 0xb000_0000, 8)), "--mem 2824M"),
+        (bz(|b| put(b, 0x258, 0xb000_0000, 8)), "`mem=2824M`"),
         (bz(|b| put(b, 0x258, layout::HOLE.start, 8)), "no amount of memory"),
         (elf(|b| b[4] = 1), "32-bit x86 only"),
         (elf(|b| put(b, 18, 3, 2)), "32-bit x86 only"),
@@ -345,7 +345,7 @@ fn what_is_no_kernel_is_called_by_its_name() {
         (elf(|b| put(b, 64 + 24, u64::MAX - 5, 8)), "impossible sizes"),
         (elf(|b| put(b, 64 + 32, 0x2000, 8)), "impossible sizes"),
         (elf(|b| put(b, 64 + 24, 32 * MIB, 8)), "entry point 0x1000500 is in no segment"),
-        (elf(|b| put(b, 64 + 40, 500 * MIB, 8)), "--mem 516M"),
+        (elf(|b| put(b, 64 + 40, 500 * MIB, 8)), "`mem=516M`"),
     ];
     for (kernel, expected) in cases {
         let error = Case::new(kernel).error("64M");
@@ -379,14 +379,14 @@ fn files_that_cannot_be_read_are_refused_at_once() {
 #[test]
 fn what_does_not_fit_says_how_much_memory_would_do() {
     let case = Case::new(&bzimage());
-    assert!(case.error("20M").contains("--mem 24M"), "{}", case.error("20M"));
+    assert!(case.error("20M").contains("`mem=24M`"), "{}", case.error("20M"));
     case.boot("24M").unwrap();
     let case = Case::new(&bzimage()).initrd(&vec![1; 16 << 20]);
-    assert!(case.error("32M").contains("--mem 40M"), "{}", case.error("32M"));
+    assert!(case.error("32M").contains("`mem=40M`"), "{}", case.error("32M"));
     let (_, guest) = case.boot("40M").unwrap();
     assert_eq!(guest.int(layout::BOOT_PARAMS + 0x218, 4), 24 * MIB);
     // The smallest memory there can be: everything is refused, nothing is written outside.
-    assert!(Case::new(&pvh_elf()).error("2M").contains("--mem 18M"));
+    assert!(Case::new(&pvh_elf()).error("2M").contains("`mem=18M`"));
 }
 
 #[test]

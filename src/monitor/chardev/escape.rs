@@ -18,7 +18,7 @@ const CTRL_A: u8 = 0x01;
 /// What Ctrl-A h shows.
 pub const HELP: &str = "\r\n\
     Ctrl-A h  this help\r\n\
-    Ctrl-A x  end the virtual machine at once\r\n\
+    Ctrl-A x  kill the virtual machine\r\n\
     Ctrl-A p  press its power button\r\n\
     Ctrl-A a  send Ctrl-A to the guest (Ctrl-A Ctrl-A too)\r\n";
 

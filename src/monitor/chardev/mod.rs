@@ -40,7 +40,7 @@ pub use listener::Listener;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The output file.
-    #[error("open output file {path}")]
+    #[error("cannot open output file {path}")]
     File {
         /// Which.
         path: PathBuf,
@@ -49,7 +49,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The listening socket.
-    #[error("{what} {path}")]
+    #[error("cannot {what} {path}")]
     Socket {
         /// What was tried.
         what: &'static str,
@@ -66,13 +66,13 @@ pub enum Error {
     #[error("socket {0} is in use by another process")]
     InUse(PathBuf),
     /// The pseudo-terminal.
-    #[error("make a pseudo-terminal")]
+    #[error("cannot make a pseudo-terminal")]
     Pty(#[source] io::Error),
     /// Standard input or output.
-    #[error("use standard input and output")]
+    #[error("cannot use standard input and output")]
     Stdio(#[source] io::Error),
     /// The descriptors to wait with.
-    #[error("make an epoll descriptor")]
+    #[error("cannot make an epoll descriptor")]
     Poll(#[source] io::Error),
 }
 
@@ -83,17 +83,32 @@ impl Error {
             Self::File { source, .. } if source.raw_os_error() == Some(libc::ENXIO) => {
                 Some("start the reader of the named pipe first")
             }
-            Self::File { .. } => Some(
-                "give the path of a file (no symbolic link), in a folder that exists and can be written to",
-            ),
-            Self::Socket { .. } => {
-                Some("give a path of at most 107 bytes, in a folder that exists and can be written to")
+            Self::File { source, .. } if source.raw_os_error() == Some(libc::ELOOP) => {
+                Some("it is a symbolic link: name the file that it leads to")
             }
-            Self::NotASocket(_) => Some("remove it, or give another path"),
-            Self::InUse(_) => Some("stop that process, or give another path"),
-            Self::Pty(_) => Some("see /proc/sys/kernel/pty/max and /proc/sys/fs/inotify/max_user_instances"),
-            Self::Stdio(_) => Some("give the console another place: pty, file=PATH, socket=PATH or off"),
-            Self::Poll(_) => Some("raise the limit of open files: ulimit -n"),
+            Self::File { .. } => {
+                Some("name a file that can be written to, in a directory that exists: file=/tmp/console.log")
+            }
+            Self::Socket { .. } => {
+                Some("use a path of at most 107 bytes, in a directory that exists: socket=/tmp/console.sock")
+            }
+            Self::NotASocket(_) => Some("remove it, or use another path"),
+            Self::InUse(_) => Some("stop that process (ss -xlp names it), or use another path"),
+            Self::Pty(_) => Some(
+                "raise the host's limits: sudo sysctl -w kernel.pty.max=8192 fs.inotify.max_user_instances=1024",
+            ),
+            Self::Stdio(_) => {
+                Some("send the console elsewhere: `console=pty`, `console=file=PATH` or `console=off`")
+            }
+            Self::Poll(_) => None,
+        }
+    }
+
+    /// Whether the caller's request was wrong (and not the host lacking something).
+    pub fn is_bad_argument(&self) -> bool {
+        match self {
+            Self::File { .. } | Self::Socket { .. } | Self::NotASocket(_) | Self::InUse(_) => true,
+            Self::Pty(_) | Self::Stdio(_) | Self::Poll(_) => false,
         }
     }
 }

@@ -121,7 +121,7 @@ impl Descriptor {
             Ok(len) => len,
             Err(Errno::AGAIN | Errno::INTR) => 0,
             Err(error @ (Errno::PIPE | Errno::IO | Errno::BADF | Errno::CONNRESET | Errno::NXIO)) => {
-                log::warn!("{}: {error}; output goes nowhere from here on", self.name);
+                log::warn!("{}: {error}; further output is discarded", self.name);
                 self.closed = true;
                 data.len()
             }

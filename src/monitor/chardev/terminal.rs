@@ -12,10 +12,13 @@ use std::panic;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::fs::OFlags;
 use rustix::process::getpgrp;
 use rustix::termios::{OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
+};
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGWINCH};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
@@ -67,6 +70,21 @@ impl Borrowed {
         self.raw = false;
     }
 }
+
+/// Whether this process may read the terminal, which is then raw. One in the background would be stopped for reading (SIGTTIN), and
+/// the keys are another's.
+fn take_if_in_foreground() -> bool {
+    let mut borrowed = borrowed();
+    let Some(terminal) = borrowed.as_mut() else { return true };
+    let foreground = terminal.in_foreground();
+    if foreground {
+        terminal.set_raw();
+    }
+    foreground
+}
+
+/// How often a job in the background looks whether it has come to the foreground: a shell's `fg` sends no signal to one that runs.
+const BACKGROUND_LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 250_000_000 };
 
 /// Gives the terminal back in the mode that it was found in, for good. From any thread, any number of times; call
 /// it before ending the process past destructors.
@@ -142,7 +160,7 @@ impl Keyboard {
     fn act(&self, escape: Escape) {
         let slot = || self.escape.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(mut act) = slot().take() else {
-            log::warn!("terminal: nobody is there to act on {escape:?}");
+            log::warn!("terminal: nothing handles {escape:?}");
             return;
         };
         act(escape);
@@ -183,6 +201,7 @@ const DEADLY: [i32; 4] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
 const SIGNALS: u32 = 0;
 const LOOK: u32 = 1;
 const KEYS: u32 = 2;
+const BACKGROUND: u32 = 3;
 
 /// What the loop runs: reads keys as long as there is room for them, and handles the terminal's signals.
 struct Reader {
@@ -192,6 +211,8 @@ struct Reader {
     signals: SignalDelivery<UnixStream, SignalOnly>,
     scanner: Scanner,
     listening: bool,
+    /// Ticks while this process is a job in the background.
+    background: OwnedFd,
 }
 
 impl Reader {
@@ -199,9 +220,14 @@ impl Reader {
         QUEUE_LIMIT - self.keyboard.queue().len().min(QUEUE_LIMIT)
     }
 
-    /// Waits for keys if there is room for them, and not at all otherwise: a hang-up is reported even to those who do not listen.
+    /// Waits for keys if there is room for them and they are ours, and not at all otherwise: a hang-up is reported even to those
+    /// who do not listen.
     fn listen(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
-        let listen = self.room() > 0 && !self.input.is_closed();
+        let foreground = take_if_in_foreground();
+        let tick = if foreground || self.input.is_closed() { Timespec::default() } else { BACKGROUND_LOOK };
+        let spec = Itimerspec { it_interval: tick, it_value: tick };
+        timerfd_settime(&self.background, TimerfdTimerFlags::empty(), &spec)?;
+        let listen = self.room() > 0 && foreground && !self.input.is_closed();
         if listen != std::mem::replace(&mut self.listening, listen) {
             let keys = self.input.source();
             return if listen { sources.add(keys, KEYS, Interest::INPUT) } else { sources.remove(keys) };
@@ -214,6 +240,7 @@ impl Handler for Reader {
     fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
         sources.add(self.signals.get_read(), SIGNALS, Interest::INPUT)?;
         sources.add(&self.keyboard.look, LOOK, Interest::INPUT)?;
+        sources.add(&self.background, BACKGROUND, Interest::INPUT)?;
         self.listen(sources)
     }
 
@@ -221,6 +248,9 @@ impl Handler for Reader {
         match token {
             SIGNALS => self.signals.pending().for_each(|number| self.keyboard.on_signal(number)),
             LOOK => clear(&self.keyboard.look),
+            BACKGROUND => clear(&self.background),
+            // The foreground may have been taken away since.
+            _ if !take_if_in_foreground() => {}
             _ => {
                 let mut keys = [0; 512];
                 let room = self.room().min(keys.len());
@@ -270,10 +300,19 @@ impl Terminal {
                 previous(info);
             }));
         });
-        let mut user = borrowed();
-        if user.is_some() {
-            return Err(io::Error::other("standard input has a user already"));
+        {
+            let mut user = borrowed();
+            if user.is_some() {
+                return Err(io::Error::other("standard input has a user already"));
+            }
+            user.replace(Borrowed { terminal, original, raw: false });
         }
+        Self::read_by(events).inspect_err(|_| restore())
+    }
+
+    /// The terminal is ours, and in raw mode if it is in our hands.
+    fn read_by(events: &EventLoop) -> io::Result<Self> {
+        take_if_in_foreground();
         let keyboard = Arc::new(Keyboard::new()?);
         let released = Arc::<AtomicBool>::default();
         let signals = ours();
@@ -289,10 +328,12 @@ impl Terminal {
             signals: SignalDelivery::with_pipe(read, write, SignalOnly, signals)?,
             scanner: Scanner::default(),
             listening: false,
+            background: timerfd_create(
+                TimerfdClockId::Monotonic,
+                TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
+            )?,
         };
         let reader = events.add(reader)?;
-        user.insert(Borrowed { terminal, original, raw: false }).set_raw();
-        drop(user);
         Ok(Self { keyboard, released, _reader: reader })
     }
 

@@ -51,7 +51,7 @@ pub enum Level {
 }
 
 /// The maker's name in CPUID.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Vendor {
     /// GenuineIntel.
     Intel,
@@ -65,6 +65,14 @@ impl Vendor {
         match self {
             Self::Intel => b"GenuineIntel",
             Self::Amd => b"AuthenticAMD",
+        }
+    }
+
+    /// The one that it is not.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Intel => Self::Amd,
+            Self::Amd => Self::Intel,
         }
     }
 }
@@ -137,11 +145,11 @@ impl FromStr for Cpu {
             let known = |name: &str| match cpu_features::find(name) {
                 Some(_) => Ok(name.to_owned()),
                 None if ["svm", "vmx"].contains(&name) => {
-                    Err(ParseError::new(format!("{name} is given by nested=on, and is not there without")))
+                    Err(ParseError::new(format!("{name} comes with nested=on and cannot be given otherwise")))
                 }
                 None => {
                     let near = cpu_features::nearest(name).join(", ");
-                    Err(ParseError::new(format!("there is no CPU feature {name:?}; there are {near}")))
+                    Err(ParseError::new(format!("unknown CPU feature {name:?}; similar ones are {near}")))
                 }
             };
             if let Some(name) = item.strip_prefix('+') {
@@ -165,7 +173,7 @@ impl FromStr for Cpu {
                     }
                     _ => {
                         return Err(ParseError::new(format!(
-                            "{item:?} says nothing about a CPU; write +FEATURE, -FEATURE, nested=on, msr-deny=MSR or \
+                            "{item:?} is no part of a CPU model; expected +FEATURE, -FEATURE, nested=on, msr-deny=MSR or \
                              vendor=intel|amd"
                         )));
                     }
@@ -175,11 +183,11 @@ impl FromStr for Cpu {
         let (windows, most) = (cpu.denied_msrs().len(), msr::Window::MOST);
         if windows > most {
             return Err(ParseError::new(format!(
-                "KVM filters MSRs in {most} places, and these are {windows}"
+                "too many MSR ranges: KVM filters {most} places, and these need {windows}"
             )));
         }
         match cpu.add.iter().find(|name| cpu.remove.contains(name)) {
-            Some(name) => Err(ParseError::new(format!("{name} is both wanted and not"))),
+            Some(name) => Err(ParseError::new(format!("{name} is both added and removed"))),
             None => Ok(cpu),
         }
     }
@@ -187,7 +195,7 @@ impl FromStr for Cpu {
 
 fn no_model(name: &str) -> ParseError {
     let names: Vec<_> = MODELS.iter().map(|(name, _)| *name).collect();
-    ParseError::new(format!("there is no CPU model {name:?}; there are {}", names.join(", ")))
+    ParseError::new(format!("unknown CPU model {name:?}; expected one of {}", names.join(", ")))
 }
 
 impl fmt::Display for Cpu {
@@ -244,7 +252,7 @@ mod tests {
             ("host,+svm", "nested=on"),
             ("host,+aes,-aes", "both"),
             ("host,aes", "+FEATURE"),
-            ("host,msr-deny=efer", "by its number"),
+            ("host,msr-deny=efer", "its number"),
             (
                 &(0..17).fold("host".to_owned(), |text, n| format!("{text},msr-deny={}", n * 0x3000)),
                 "16 places",

@@ -1,11 +1,12 @@
 //! [`Firmware`]: what starts at the reset vector, where a machine is to start there.
 
-use std::convert::Infallible;
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::host_path;
 
 /// Firmware: `built-in`, or the path of a ROM's image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,10 +22,9 @@ impl Firmware {
     pub const BUILT_IN: &'static str = "built-in";
 }
 
-impl FromStr for Firmware {
-    type Err = Infallible;
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        Ok(if text == Self::BUILT_IN { Self::BuiltIn } else { Self::File(text.into()) })
+impl From<&OsStr> for Firmware {
+    fn from(text: &OsStr) -> Self {
+        if text == Self::BUILT_IN { Self::BuiltIn } else { Self::File(text.into()) }
     }
 }
 
@@ -39,13 +39,15 @@ impl fmt::Display for Firmware {
 
 impl Serialize for Firmware {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+        match self {
+            Self::BuiltIn => serializer.serialize_str(Self::BUILT_IN),
+            Self::File(path) => host_path::serialize(path, serializer),
+        }
     }
 }
 
 impl<'de> Deserialize<'de> for Firmware {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let Ok(firmware) = String::deserialize(deserializer)?.parse();
-        Ok(firmware)
+        host_path::deserialize_text(deserializer).map(|text| text.as_os_str().into())
     }
 }

@@ -36,18 +36,21 @@ impl VmConfig {
     /// # Errors
     /// [`Invalid`]: there is nothing to boot, or something that belongs to a kernel and no kernel.
     pub fn to_boot(&self) -> Result<Option<Kernel>, Invalid> {
-        let invalid = |what: &str, hint| Err(Invalid { what: what.to_owned(), hint });
+        let invalid = |what: &str, hint: &str| Err(Invalid { what: what.to_owned(), hint: hint.to_owned() });
         if let Some(path) = &self.kernel {
             return Ok(Some(Kernel::File(path.clone())));
         }
         if self.initrd.is_some() {
             return invalid(
-                "--initrd: there is no kernel that it is for",
-                "name the kernel: --kernel FILE; what is installed on a --disk has its own initrd there",
+                "`initrd=` without `kernel=`: an initrd needs its kernel",
+                "add `kernel=FILE`, or drop `initrd=`: a system installed on a disk brings its own",
             );
         }
         if self.boot != BootProtocol::Auto {
-            return invalid("--boot: there is no kernel that it is for", "name one: --kernel FILE");
+            return invalid(
+                "`boot=` without `kernel=`: there is no kernel to enter",
+                "add `kernel=FILE`, or drop `boot=`",
+            );
         }
         match self.firmware {
             _ if !self.disk.is_empty() => Ok(Some(Kernel::BootDisk)),
@@ -60,8 +63,8 @@ impl VmConfig {
 /// There is neither kernel nor disk.
 pub(crate) fn nothing_to_boot() -> Invalid {
     Invalid {
-        what: "there is no kernel to boot, and no disk to find one on".to_owned(),
-        hint: "name a kernel: --kernel FILE; or a disk with an installed system: --disk FILE",
+        what: "nothing to boot: no kernel, and no disk to find one on".to_owned(),
+        hint: "give a kernel, `kernel=FILE`, or a disk with an installed system, `disk=FILE`".to_owned(),
     }
 }
 
@@ -84,9 +87,9 @@ mod tests {
         for (json, word) in [
             ("{}", "no disk"),
             (r#"{"firmware": "built-in"}"#, "no disk"),
-            (r#"{"initrd": "i", "disk": ["d"]}"#, "--initrd"),
-            (r#"{"initrd": "i", "firmware": "rom"}"#, "--initrd"),
-            (r#"{"boot": "linux64", "disk": ["d"]}"#, "--boot"),
+            (r#"{"initrd": "i", "disk": ["d"]}"#, "`initrd=`"),
+            (r#"{"initrd": "i", "firmware": "rom"}"#, "`initrd=`"),
+            (r#"{"boot": "linux64", "disk": ["d"]}"#, "`boot=`"),
         ] {
             assert!(to_boot(json).unwrap_err().contains(word), "{json}");
         }

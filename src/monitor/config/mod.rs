@@ -7,6 +7,7 @@
 pub mod cpu;
 pub mod cpu_features;
 mod firmware;
+pub mod host_path;
 pub(crate) mod kernel;
 pub mod msr;
 mod text;
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use cpu::Cpu;
 pub use firmware::Firmware;
 pub use kernel::Kernel;
-pub use text::{ParseError, Size};
+pub use text::{ParseError, Size, port_number};
 
 /// A virtual machine, wholly described.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -27,8 +28,10 @@ pub struct VmConfig {
     /// Name under which the VM is listed; generated if absent.
     pub name: Option<String>,
     /// The kernel: bzImage or ELF vmlinux. Absent: what the disks have installed (see [`VmConfig::to_boot`]).
+    #[serde(with = "host_path::optional")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk.
+    #[serde(with = "host_path::optional")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line. Absent: a default that fits the devices.
     pub cmdline: Option<String>,
@@ -37,9 +40,10 @@ pub struct VmConfig {
     /// What starts at the reset vector and boots the kernel. Absent: the monitor loads the kernel and enters it.
     pub firmware: Option<Firmware>,
     /// Option ROMs for the firmware to run.
+    #[serde(with = "host_path::list")]
     pub option_rom: Vec<PathBuf>,
     /// Guest RAM.
-    #[serde(deserialize_with = "text::text_or_object")]
+    #[serde(deserialize_with = "text::memory")]
     pub mem: Memory,
     /// Virtual CPUs.
     pub cpus: Cpus,
@@ -56,18 +60,25 @@ pub struct VmConfig {
     /// Where ttyS0 goes.
     pub serial: Where,
     /// An entropy device.
+    #[serde(deserialize_with = "text::flag")]
     pub rng: bool,
     /// I/O port of an isa-debug-exit style device: a write of V ends the run with exit code (V << 1) | 1.
+    #[serde(deserialize_with = "text::optional_port")]
     pub debug_exit: Option<u16>,
     /// An 8254 timer in the kernel, for guests that cannot do without.
+    #[serde(deserialize_with = "text::flag")]
     pub pit: bool,
     /// A clock with memory (MC146818), for guests that wait for one. With firmware it is there anyway.
+    #[serde(deserialize_with = "text::flag")]
     pub rtc: bool,
     /// The registers of a text screen, for guests that cannot do without; nobody draws it.
+    #[serde(deserialize_with = "text::flag")]
     pub text_screen: bool,
     /// The device that kvm-unit-tests drives.
+    #[serde(deserialize_with = "text::flag")]
     pub test_device: bool,
     /// Log the guest's writes to port 0x80 (POST codes) with their time.
+    #[serde(deserialize_with = "text::flag")]
     pub boot_marks: bool,
     /// What a guest's reboot does.
     pub on_reboot: OnReboot,
@@ -129,8 +140,8 @@ impl Memory {
     pub fn backing_name(&self) -> String {
         let pages = match self.hugepages {
             None => "",
-            Some(HugePages::TwoMiB) => ", 2 MiB huge pages: see /proc/sys/vm/nr_hugepages",
-            Some(HugePages::OneGiB) => ", 1 GiB huge pages: see /sys/kernel/mm/hugepages",
+            Some(HugePages::TwoMiB) => ", 2 MiB huge pages",
+            Some(HugePages::OneGiB) => ", 1 GiB huge pages",
         };
         format!("{}{pages}", if self.backing == Backing::Memfd { "memfd" } else { "anonymous" })
     }
@@ -159,7 +170,7 @@ pub enum HugePages {
 }
 
 /// Virtual CPUs: their number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Cpus(pub u32);
 
@@ -179,6 +190,7 @@ impl Default for Cpus {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Disk {
     /// Raw image file or block device.
+    #[serde(with = "host_path")]
     pub path: PathBuf,
     /// Refuse writes.
     #[serde(default, deserialize_with = "text::flag")]
@@ -236,13 +248,14 @@ pub struct Port {
     pub to: Where,
 }
 
-/// A configuration that no machine can be built from.
+/// A configuration that no machine can be built from. Settings in its texts are in backquotes, `` `mem=128M` ``: a front end may
+/// write them as its own users do.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{what}")]
 pub struct Invalid {
     what: String,
     /// What to try.
-    pub hint: &'static str,
+    pub hint: String,
 }
 
 impl Port {
@@ -265,74 +278,104 @@ impl VmConfig {
     /// # Errors
     /// [`Invalid`] names the first value that cannot be, and what to try.
     pub fn validate(&self) -> Result<(), Invalid> {
-        let invalid = |what: String, hint| Err(Invalid { what, hint });
-        let mem = self.mem.size.bytes();
+        fn invalid(what: impl Into<String>, hint: impl Into<String>) -> Result<(), Invalid> {
+            Err(Invalid { what: what.into(), hint: hint.into() })
+        }
+        const GUESS: u64 = 1 << 20;
+        let (size, mem) = (self.mem.size, self.mem.size.bytes());
         if mem < 2 << 20 {
-            return invalid(format!("--mem {}: too little to run in", self.mem.size), "try --mem 128M");
+            let hint = match mem {
+                1..GUESS => format!("a size without a unit is in bytes; for {mem} MiB write `mem={mem}M`"),
+                _ => "try `mem=128M`".to_owned(),
+            };
+            return invalid(format!("`mem={size}`: too little memory for any guest"), hint);
         }
         if !mem.is_multiple_of(4096) {
-            return invalid(format!("--mem {mem}: not a multiple of 4096"), "sizes take K, M, G and T");
+            let hint = format!("round it up: `mem={}`", Size::from_bytes(mem.next_multiple_of(4096)));
+            return invalid(format!("`mem={mem}`: not a multiple of 4096 bytes"), hint);
         }
         if mem > crate::memory::layout::MAX_RAM {
-            return invalid(format!("--mem {}: more than a guest can address", self.mem.size), "at most 16T");
+            let most = Size::from_bytes(crate::memory::layout::MAX_RAM);
+            return invalid(
+                format!("`mem={size}`: more than KVM maps into a guest in one piece"),
+                format!("at most `mem={most}`; the host's own memory (free -h) is the limit that matters"),
+            );
         }
         if let Some(page) = self.mem.hugepages {
             let page = if page == HugePages::TwoMiB { Size::mib(2) } else { Size::mib(1024) };
             if !mem.is_multiple_of(page.bytes()) {
+                let up = Size::from_bytes(mem.next_multiple_of(page.bytes()));
                 return invalid(
-                    format!("--mem {}: not a multiple of the huge page size {page}", self.mem.size),
-                    "round it up",
+                    format!("`mem={size}`: not a multiple of the huge page size, {page}"),
+                    format!("round it up: `mem={up},hugepages={page}`"),
                 );
             }
         }
         if !(1..=Cpus::MAX).contains(&self.cpus.0) {
-            return invalid(format!("--cpus {}: out of range", self.cpus.0), "1 to 254");
+            return invalid(format!("`cpus={}`: out of range", self.cpus.0), "give 1 to 254 CPUs: `cpus=2`");
         }
         if let Some(name) = &self.name {
             let fine = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
             if name.is_empty() || name.len() > 64 || !name.chars().all(fine) || name.starts_with(['.', '-']) {
                 return invalid(
-                    format!("--name {name:?}: not a name"),
-                    "1 to 64 letters, digits, '_', '.', '-', not starting with '.' or '-'",
+                    format!("{name:?} cannot be the name of a virtual machine"),
+                    "use 1 to 64 letters, digits, '_', '.' and '-', with a letter, digit or '_' first: `name=web-1`",
                 );
             }
         }
         for disk in &self.disk {
             let path = disk.path.display();
             if disk.serial.as_ref().is_some_and(|s| s.len() > 20 || !s.is_ascii()) {
-                return invalid(format!("disk {path}: serial too long"), "at most 20 ASCII characters");
+                return invalid(
+                    format!("disk {path}: the serial number is not 1 to 20 ASCII characters"),
+                    "shorten it: serial=root-1",
+                );
             }
             if disk.block_size.is_some_and(|s| ![512, 4096].contains(&s.bytes())) {
-                return invalid(format!("disk {path}: block size not possible"), "512 or 4096");
+                return invalid(
+                    format!("disk {path}: unsupported block size"),
+                    "use block-size=512 or block-size=4096",
+                );
             }
         }
         if self.firmware.is_none() && !self.option_rom.is_empty() {
-            return invalid("option ROMs without firmware to run them".to_owned(), "add --firmware FILE");
+            return invalid("option ROMs need firmware that runs them", "add `firmware=FILE`");
         }
         if self.port.len() > Port::MAX {
-            return invalid(format!("{} ports: too many", self.port.len()), "at most 30");
+            return invalid(
+                format!("{} console ports: too many", self.port.len()),
+                format!("a virtio console has {} ports at most", Port::MAX),
+            );
         }
         for (i, port) in self.port.iter().enumerate() {
             if port.name.is_empty() || port.name.len() > 64 || port.name.contains(['/', '\0']) {
-                return invalid(format!("port {:?}: not a name", port.name), "1 to 64 bytes without '/'");
+                return invalid(
+                    format!("{:?} cannot be the name of a console port", port.name),
+                    "use 1 to 64 bytes without '/': `port=log=file=PATH`",
+                );
             }
             if self.port[..i].iter().any(|p| p.name == port.name) {
-                return invalid(format!("port {:?} is there twice", port.name), "give each its own name");
+                return invalid(
+                    format!("two console ports are named {:?}", port.name),
+                    "give each its own name",
+                );
             }
         }
         let virtio =
             self.console() != Where::Off || self.rng || !self.disk.is_empty() || !self.port.is_empty();
         if self.test_device && virtio {
             return invalid(
-                "--test-device takes memory away from the guest, so there can be no virtio devices"
-                    .to_owned(),
-                "give it --console off or --serial stdio, and no disk, port or rng",
+                "the test device's memory lies where virtio devices would be, so a machine cannot have both",
+                "use `console=off` or `serial=stdio`, and no disk, port or entropy device",
             );
         }
         let ends = [self.console(), self.serial.clone()];
         let ends = ends.iter().chain(self.port.iter().map(|p| &p.to));
         if ends.filter(|w| **w == Where::Stdio).count() > 1 {
-            return invalid("stdio is asked for twice".to_owned(), "give one of them pty, file= or socket=");
+            return invalid(
+                "stdio can serve only one device, and two ask for it",
+                "give one of them another place: pty, file=PATH, socket=PATH or off",
+            );
         }
         Ok(())
     }

@@ -216,19 +216,17 @@ impl FromStr for Range {
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         let wrong = |what: &str| ParseError::new(format!("msr-deny={text}: {what}"));
         let (Some(first), Some(last)) = (one(first), one(last)) else {
-            return Err(wrong(
-                "no MSR is called so; tell it by its number (0x10a), several by a range (0x480-0x491)",
-            ));
+            return Err(wrong("unknown MSR name; give its number (0x10a) or a range (0x480-0x491)"));
         };
         if last < first {
             return Err(wrong("the range ends before it begins"));
         }
         if last - first >= Self::MOST {
-            return Err(wrong("KVM filters at most 0x3000 registers in a range"));
+            return Err(wrong("too many registers: a range has at most 0x3000"));
         }
         if first <= Self::X2APIC.last && last >= Self::X2APIC.first {
             return Err(wrong(
-                "KVM does not filter the x2APIC's registers, 0x800 to 0x8ff: -x2apic hides them",
+                "KVM cannot filter the x2APIC's registers, 0x800 to 0x8ff; -x2apic hides them",
             ));
         }
         Ok(Self { first, last })

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
+use crate::config::host_path::quoted;
 use crate::memory::Buffers;
 
 pub use raw::Raw;
@@ -16,7 +17,7 @@ pub use raw::Raw;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The host refused it.
-    #[error("open disk image {path}", path = path.display())]
+    #[error("cannot open disk image {path}", path = path.display())]
     Open {
         /// The image.
         path: PathBuf,
@@ -37,7 +38,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// Its size is not that of a disk.
-    #[error("disk image {path} has {size} bytes, which is no number of {block_size}-byte blocks", path = path.display())]
+    #[error("disk image {path} has {size} bytes, not a whole number of {block_size}-byte blocks", path = path.display())]
     Size {
         /// The image.
         path: PathBuf,
@@ -47,7 +48,7 @@ pub enum Error {
         block_size: u32,
     },
     /// The block device cannot be written in blocks of this size.
-    #[error("disk {path} has blocks of {native} bytes, not {block_size}", path = path.display())]
+    #[error("disk {path} has blocks of {native} bytes and cannot be used with {block_size}", path = path.display())]
     BlockSize {
         /// The block device.
         path: PathBuf,
@@ -63,18 +64,26 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Open { path, source } => match source.kind() {
-                io::ErrorKind::NotFound => format!("create one: truncate -s 4G {}", path.display()),
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                    "if reading is enough, add ,readonly".to_owned()
+                io::ErrorKind::NotFound => {
+                    format!("check the path; to make an empty disk: truncate -s 4G {}", quoted(path))
                 }
-                io::ErrorKind::IsADirectory => "give a raw disk image or a block device".to_owned(),
+                io::ErrorKind::PermissionDenied => {
+                    format!("see who may use it: ls -l {}; to read only, add ,readonly", quoted(path))
+                }
+                io::ErrorKind::ReadOnlyFilesystem => "its file system is read-only: add ,readonly".to_owned(),
+                io::ErrorKind::IsADirectory => "use a raw disk image or a block device".to_owned(),
                 _ => return None,
             },
-            Self::Locked { .. } => "stop the other one, or give both ,readonly".to_owned(),
-            Self::NotAnImage { .. } => "give a raw disk image or a block device".to_owned(),
+            Self::Locked { path } => {
+                format!(
+                    "stop that process (fuser -v {} names it), or open it with ,readonly in both",
+                    quoted(path)
+                )
+            }
+            Self::NotAnImage { .. } => "use a raw disk image or a block device".to_owned(),
             Self::Size { path, size, block_size } => {
                 let round = size.next_multiple_of(u64::from(*block_size)).max(1 << 20);
-                format!("if it is a raw image, grow it: truncate -s {round} {}", path.display())
+                format!("if it is a raw image, grow it: truncate -s {round} {}", quoted(path))
             }
             Self::BlockSize { native, .. } => format!("use block-size={native} or a larger power of two"),
         })

@@ -29,7 +29,7 @@ pub use vm::Vm;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The device node could not be opened.
-    #[error("open {}", path.display())]
+    #[error("cannot open {}", path.display())]
     Open {
         /// The device node.
         path: PathBuf,
@@ -38,7 +38,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The device node is not KVM's, or speaks another version.
-    #[error("{}: KVM API version {version}, 12 expected", path.display())]
+    #[error("{} speaks KVM API version {version}, expected 12", path.display())]
     Version {
         /// The device node.
         path: PathBuf,
@@ -49,7 +49,7 @@ pub enum Error {
     #[error("the host's KVM lacks {0}")]
     Missing(&'static str),
     /// The configuration asks for a feature that KVM does not have to give.
-    #[error("--cpu {cpu} asks for {name}, which this host's processor or its KVM lacks")]
+    #[error("`cpu={cpu}`: this host's processor or its KVM lacks {name}")]
     CpuFeature {
         /// The feature's name.
         name: String,
@@ -57,7 +57,7 @@ pub enum Error {
         cpu: String,
     },
     /// An ioctl failed.
-    #[error("{ioctl}")]
+    #[error("{ioctl} failed")]
     Ioctl {
         /// Which.
         ioctl: &'static str,
@@ -73,21 +73,24 @@ impl Error {
         match self {
             Self::Open { source, .. } => match source.kind() {
                 io::ErrorKind::NotFound => Some(
-                    "enable virtualization in the firmware and load the module: modprobe kvm_intel or kvm_amd; \
-                     in a VM, its host must allow nested virtualization",
+                    "load KVM: sudo modprobe -a kvm_intel kvm_amd; virtualization must be enabled in the BIOS setup, or, in a VM, \
+                     nested virtualization on its host",
                 ),
                 io::ErrorKind::PermissionDenied => {
-                    Some("join the group that owns it (sudo usermod -aG kvm $USER, then log in again)")
+                    Some("join the group that owns it: sudo usermod -aG kvm $USER, then log in again")
                 }
                 _ => None,
             },
-            Self::Version { .. } => Some("it must be the KVM device, /dev/kvm"),
-            Self::Missing(_) => Some("a host kernel of version 5.10 or later has all that is needed"),
+            Self::Version { .. } => Some("VMM_KVM, if set, must name the KVM device: unset VMM_KVM"),
+            Self::Missing(_) => Some("run a host kernel of version 5.10 or later (uname -r shows it)"),
             Self::CpuFeature { .. } => {
-                Some("leave it away, or take a lower model: --cpu host gives all that there is")
+                Some("drop the feature or take a lower model; `cpu=host` gives all that the host has")
             }
-            Self::Ioctl { source, .. } if source.raw_os_error() == Some(libc::EBUSY) => {
-                Some("another hypervisor may be using the processor's virtualization")
+            Self::Ioctl { source, .. } if source.raw_os_error() == Some(libc::EBUSY) => Some(
+                "another hypervisor may hold the processor's virtualization: lsmod | grep -E 'vbox|vmmon'",
+            ),
+            Self::Ioctl { ioctl: "KVM_SET_USER_MEMORY_REGION", .. } => {
+                Some("the host's KVM does not take that much guest memory: try less, `mem=1G`")
             }
             Self::Ioctl { .. } => None,
         }

@@ -99,7 +99,7 @@ impl Vm {
         }
         if !self.fd.check_extension(Cap::X86MsrFilter) {
             return Err(Error::Missing(
-                "KVM_CAP_X86_MSR_FILTER, which a baseline or msr-deny of --cpu needs",
+                "KVM_CAP_X86_MSR_FILTER, which baseline CPU models and msr-deny need",
             ));
         }
         let args = [KVM_MSR_EXIT_REASON_FILTER.into(), 0, 0, 0];

@@ -52,7 +52,7 @@ impl Device for BootMarks {
         let at = self.start.elapsed();
         if self.marks.len() == MAX_MARKS {
             if self.dropped == 0 {
-                log::warn!("boot marks: {MAX_MARKS} are enough, the rest is only counted");
+                log::warn!("boot marks: more than {MAX_MARKS}; the rest are only counted");
             }
             self.dropped = self.dropped.saturating_add(1);
             return Effect::None;

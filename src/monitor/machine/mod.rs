@@ -67,7 +67,7 @@ pub enum Error {
     #[error(transparent)]
     Layout(#[from] Overlap),
     /// More devices than there are interrupts for.
-    #[error("{wanted} virtio devices, but there are interrupts for {possible}")]
+    #[error("too many virtio devices: {wanted}, with interrupts for {possible}")]
     TooManyDevices {
         /// How many the configuration asks for.
         wanted: usize,
@@ -75,7 +75,7 @@ pub enum Error {
         possible: usize,
     },
     /// More vCPUs than this host's KVM allows.
-    #[error("--cpus {wanted}: this host's KVM allows {possible}")]
+    #[error("`cpus={wanted}`: this host's KVM allows {possible}")]
     TooManyCpus {
         /// How many the configuration asks for.
         wanted: u32,
@@ -83,7 +83,7 @@ pub enum Error {
         possible: usize,
     },
     /// The host is out of something that a device or thread needs.
-    #[error("set up {what}")]
+    #[error("cannot set up {what}")]
     Host {
         /// For what.
         what: String,
@@ -97,13 +97,18 @@ impl Error {
     /// What to try.
     pub fn hint(&self) -> Option<Cow<'_, str>> {
         match self {
-            Self::Config(e) => Some(e.hint.into()),
+            Self::Config(e) => Some(e.hint.as_str().into()),
             Self::Kvm(e) => e.hint().map(Cow::from),
             Self::Boot(e) => Some(e.hint()),
             Self::Device(e) => e.hint().map(Cow::from),
-            Self::TooManyDevices { .. } => Some("leave out disks".into()),
-            Self::Memory(_) => Some("ask for less with --mem, or free memory on the host".into()),
-            Self::TooManyCpus { .. } | Self::Layout(_) | Self::Host { .. } => None,
+            Self::TooManyDevices { possible, .. } => {
+                Some(format!("drop some disks: there is room for {possible} devices").into())
+            }
+            Self::Memory(e) => e.hint().map(Cow::from),
+            Self::TooManyCpus { possible, .. } => Some(format!("use at most `cpus={possible}`").into()),
+            // Of all devices this is the one whose place the user chooses.
+            Self::Layout(_) => Some("move the debug-exit port: `debug_exit=0xf4` is free".into()),
+            Self::Host { .. } => None,
             Self::Transport(_) | Self::Ended(_) => None,
             Self::Chardev(e) => e.hint().map(Cow::from),
         }
@@ -113,9 +118,10 @@ impl Error {
     pub fn is_bad_argument(&self) -> bool {
         match self {
             Self::Config(_) | Self::Boot(_) => true,
-            Self::TooManyDevices { .. } | Self::TooManyCpus { .. } => true,
-            Self::Device(_) | Self::Chardev(_) => true,
-            Self::Kvm(_) | Self::Memory(_) | Self::Transport(_) | Self::Layout(_) => false,
+            Self::TooManyDevices { .. } | Self::TooManyCpus { .. } | Self::Layout(_) => true,
+            Self::Device(e) => e.is_bad_argument(),
+            Self::Chardev(e) => e.is_bad_argument(),
+            Self::Kvm(_) | Self::Memory(_) | Self::Transport(_) => false,
             Self::Host { .. } | Self::Ended(_) => false,
         }
     }

@@ -117,9 +117,9 @@ pub const DEBUG_EXIT: u64 = 0xf4;
 /// The interrupts that virtio-mmio devices get, in order: those above the legacy range first.
 pub const VIRTIO_GSIS: [u32; 18] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15];
 
-/// The most guest RAM that the layout places (the physical addresses that KVM guests can have end it sooner
-/// on most hosts).
-pub const MAX_RAM: u64 = 16 << 40;
+/// The most guest RAM: KVM takes fewer than 2^31 pages in a memory slot (KVM_MEM_MAX_NR_PAGES), and what is above the hole is one
+/// slot. The physical addresses of the host's processor end it sooner on most.
+pub const MAX_RAM: u64 = 8 << 40;
 
 /// Where `size` bytes of RAM lie: below the hole, and above 4 GiB if they do not fit there.
 pub fn ram(size: u64) -> Vec<Range<u64>> {

@@ -20,7 +20,7 @@ use vm_memory::{
     MemoryRegionAddress,
 };
 
-use crate::config;
+use crate::config::{self, Size};
 
 pub use buffers::{Buffers, NotRam};
 
@@ -32,30 +32,56 @@ pub type GuestRam = GuestMemoryMmap<()>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel gave no memory object of this size.
-    #[error("get {size} bytes of guest memory ({backing})")]
+    #[error("cannot allocate {size} of guest memory ({})", config.backing_name())]
     Allocate {
+        /// How much.
+        size: Size,
         /// What was asked for.
-        size: u64,
-        /// The kind of backing.
-        backing: String,
+        config: config::Memory,
         /// What the kernel said.
         #[source]
         source: io::Error,
     },
     /// A ROM that does not fit below 4 GiB, or that no reset vector is in.
-    #[error("a ROM of {size} bytes: it takes 16 to {} of them", layout::ROM_MAX)]
+    #[error("a ROM has 16 to {} bytes, and this one {size}", layout::ROM_MAX)]
     Rom {
         /// Bytes of the ROM.
         size: usize,
     },
     /// The memory object could not be mapped.
-    #[error("map {size} bytes of guest memory: {reason}")]
+    #[error("cannot map {size} of guest memory ({}): {reason}", config.backing_name())]
     Map {
-        /// Bytes of the region.
-        size: u64,
+        /// Of the region.
+        size: Size,
+        /// What was asked for.
+        config: config::Memory,
         /// What went wrong.
         reason: String,
     },
+}
+
+impl Error {
+    /// What to try.
+    pub fn hint(&self) -> Option<String> {
+        let config = match self {
+            Self::Allocate { config, .. } | Self::Map { config, .. } => config,
+            Self::Rom { .. } => return None,
+        };
+        let (name, bytes) = match config.hugepages {
+            None => {
+                return Some(
+                    "ask for less, `mem=512M`, or free memory on the host; free -h shows how much there is"
+                        .to_owned(),
+                );
+            }
+            Some(config::HugePages::TwoMiB) => ("2048kB", 2u64 << 20),
+            Some(config::HugePages::OneGiB) => ("1048576kB", 1 << 30),
+        };
+        let pages = config.size.bytes().div_ceil(bytes);
+        Some(format!(
+            "{pages} huge pages must be free: echo {pages} | sudo tee /sys/kernel/mm/hugepages/hugepages-{name}/nr_hugepages"
+        ))
+    }
 }
 
 /// A virtual machine's RAM, and its ROM if it has one.
@@ -74,8 +100,8 @@ impl Memory {
     pub fn new(config: &config::Memory) -> Result<Self, Error> {
         let size = config.size.bytes();
         let file = backing_file(config).map_err(|source| Error::Allocate {
-            size,
-            backing: config.backing_name(),
+            size: config.size,
+            config: config.clone(),
             source,
         })?;
         let mut regions = Vec::new();
@@ -85,8 +111,11 @@ impl Memory {
             regions.push(map(config, file.clone(), offset, range.start, len)?);
             offset += len;
         }
-        let ram =
-            GuestMemoryMmap::from_regions(regions).map_err(|e| Error::Map { size, reason: e.to_string() })?;
+        let ram = GuestMemoryMmap::from_regions(regions).map_err(|e| Error::Map {
+            size: config.size,
+            config: config.clone(),
+            reason: e.to_string(),
+        })?;
         Ok(Self { ram: Arc::new(ram), size, rom: None })
     }
 
@@ -104,7 +133,8 @@ impl Memory {
         let base = layout::ROM_END - size;
         let region = map(&anonymous, None, 0, base, size)?;
         let padded = [vec![0xff; size as usize - bytes.len()], bytes.to_vec()].concat();
-        let failed = |reason: String| Error::Map { size, reason };
+        let failed =
+            |reason: String| Error::Map { size: Size::from_bytes(size), config: anonymous.clone(), reason };
         region.write_slice(&padded, MemoryRegionAddress(0)).map_err(|e| failed(e.to_string()))?;
         self.rom = Some(Arc::new(region));
         Ok(())
@@ -155,7 +185,7 @@ fn map(
     base: u64,
     size: u64,
 ) -> Result<GuestRegionMmap, Error> {
-    let failed = |reason: String| Error::Map { size, reason };
+    let failed = |reason: String| Error::Map { size: Size::from_bytes(size), config: config.clone(), reason };
     // Huge pages are reserved here and now: found missing later, they would be a SIGBUS.
     let mut flags = if config.hugepages.is_some() { 0 } else { libc::MAP_NORESERVE };
     if config.prefault {
@@ -282,5 +312,18 @@ mod tests {
     fn huge_pages_that_the_host_has_not_got_are_an_error() {
         let error = Memory::new(&config("512T,hugepages=1G,prefault")).unwrap_err();
         assert!(error.to_string().contains("guest memory"), "{error}");
+        for (text, command) in [
+            (
+                "512T,hugepages=1G",
+                "echo 524288 | sudo tee /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages",
+            ),
+            (
+                "1T,hugepages=2M",
+                "echo 524288 | sudo tee /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+            ),
+        ] {
+            let hint = Memory::new(&config(text)).unwrap_err().hint().unwrap();
+            assert!(hint.ends_with(command), "{hint}");
+        }
     }
 }

@@ -120,12 +120,12 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
             }
         },
         Exit::MsrRead { number, ref mut refused } => {
-            guest_warn!("reads MSR {}, which --cpu denies: #GP", msr::name(number));
+            guest_warn!("reads MSR {}, which its CPU model denies: #GP", msr::name(number));
             **refused = 1;
             Next::Again
         }
         Exit::MsrWrite { number, value, ref mut refused } => {
-            guest_warn!("writes {value:#x} to MSR {}, which --cpu denies: #GP", msr::name(number));
+            guest_warn!("writes {value:#x} to MSR {}, which its CPU model denies: #GP", msr::name(number));
             **refused = 1;
             Next::Again
         }

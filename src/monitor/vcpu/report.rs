@@ -21,19 +21,19 @@ pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<S
         Ok(End::Shutdown | End::Reset | End::Exit(_)) => return None,
         Ok(End::TripleFault) => format!(
             "vcpu{id}: triple fault: an exception while delivering a double fault, most often because the guest has no \
-             valid IDT or stack yet; watch early output with --serial stdio and earlyprintk=serial on its command line"
+             valid IDT or stack yet; to see its early output: `serial=stdio` `cmdline='console=ttyS0 earlyprintk=serial'`"
         ),
         Ok(End::GuestCrash) => format!("vcpu{id}: the guest reported its own crash: see its console"),
         Ok(End::Stuck(Stuck::FailEntry { reason, cpu })) => format!(
             "vcpu{id}: the processor refused to enter the guest (hardware reason {reason:#x}, host CPU {cpu}): \
-             its register state is invalid, or the host's kernel log tells more (dmesg)"
+             its register state is invalid; the host's kernel log may say more (dmesg)"
         ),
         Ok(End::Stuck(Stuck::InternalError { suberror, instruction })) => {
             bytes = *instruction;
             internal_error(id, *suberror)
         }
         Ok(End::Stuck(Stuck::Unexpected(number))) => {
-            format!("vcpu{id}: KVM left the guest for a reason that nothing asked for (exit reason {number})")
+            format!("vcpu{id}: unexpected KVM exit reason {number}")
         }
         Err(error) => format!("vcpu{id}: {}", crate::error_chain(error)),
     };
@@ -57,10 +57,10 @@ fn internal_error(id: u32, suberror: u32) -> String {
              run on a host with VT-x or AMD-V, or with nested virtualization enabled"
         ),
         kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => format!(
-            "vcpu{id}: KVM could not emulate the instruction below: as a rule the guest executes or touches an address \
-             where there is neither RAM nor a device"
+            "vcpu{id}: KVM could not emulate the instruction below; most often the guest ran into, or accessed, an address that \
+             has neither RAM nor a device"
         ),
-        other => format!("vcpu{id}: KVM internal error, suberror {other}: see the host's kernel log (dmesg)"),
+        other => format!("vcpu{id}: KVM internal error, suberror {other}; see the host's kernel log (dmesg)"),
     }
 }
 

@@ -63,7 +63,7 @@ const INTERRUPT_CONFIG: u32 = 2;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The hypervisor gave no interrupt.
-    #[error("get interrupt {gsi} for {name}")]
+    #[error("cannot get interrupt {gsi} for {name}")]
     Interrupt {
         /// The device.
         name: String,
@@ -74,7 +74,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The hypervisor registered no doorbell.
-    #[error("register the doorbell of {name}'s queue {queue}")]
+    #[error("cannot register the doorbell of {name}'s queue {queue}")]
     Doorbell {
         /// The device.
         name: String,
@@ -85,7 +85,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The host is out of descriptors.
-    #[error("create the queue events of {name}")]
+    #[error("cannot create the queue events of {name}")]
     Events {
         /// The device.
         name: String,

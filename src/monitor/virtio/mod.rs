@@ -38,7 +38,7 @@ pub enum Error {
     #[error(transparent)]
     Chardev(#[from] chardev::Error),
     /// The console's timer.
-    #[error("make a timer for the console")]
+    #[error("cannot make a timer for the console")]
     Console(#[source] std::io::Error),
 }
 
@@ -49,6 +49,15 @@ impl Error {
             Self::Disk(error) => error.hint(),
             Self::Chardev(error) => error.hint().map(str::to_owned),
             Self::Console(_) => None,
+        }
+    }
+
+    /// Whether the caller's request was wrong (and not the host lacking something).
+    pub fn is_bad_argument(&self) -> bool {
+        match self {
+            Self::Disk(_) => true,
+            Self::Chardev(error) => error.is_bad_argument(),
+            Self::Console(_) => false,
         }
     }
 }

@@ -190,7 +190,7 @@ impl Walk {
                 Ok(Event::Stopped(stop)) => return Ok(stop),
                 Ok(Event::Ended) | Err(RecvTimeoutError::Disconnected) => return Err(Seen::Ended),
                 Err(RecvTimeoutError::Timeout) => log::warn!(
-                    "the guest has not come to the next instruction of the trace yet: it waits for an interrupt, or runs \
+                    "the guest has not reached the next instruction of the trace yet: it waits for an interrupt, or runs \
                      elsewhere"
                 ),
             }

@@ -4,16 +4,16 @@ use super::facts::{Facts, Reasons};
 use crate::devices;
 use vmm_monitor::recorder::Kind;
 
-const HLT: Reasons = (&[12], &[0x78]);
-const CPUID: Reasons = (&[10], &[0x72]);
-const MSR: Reasons = (&[31, 32], &[0x7c]);
-const CALL: Reasons = (&[18], &[0x81]);
-/// A control register is written. AMD-V has more codes; these are those that KVM asks for.
-const CONTROL: Reasons = (&[28], &[0x10, 0x13, 0x14, 0x65]);
+const HLT: Reasons = &[12];
+const CPUID: Reasons = &[10];
+const MSR: Reasons = &[31, 32];
+const CALL: Reasons = &[18];
+/// A control register is read or written.
+const CONTROL: Reasons = &[28];
 /// The second page table has no entry, or not for this access.
-const FAULT: Reasons = (&[48, 49], &[0x400]);
+const FAULT: Reasons = &[48, 49];
 /// The local APIC, where hardware plays a part in it.
-const APIC: Reasons = (&[44, 45, 48, 49, 56], &[0x400, 0x401, 0x402]);
+const APIC: Reasons = &[44, 45, 48, 49, 56];
 
 pub fn pio(facts: &Facts<'_>) -> Vec<String> {
     let all = facts.exits(|kind, _| matches!(kind, Kind::PioIn | Kind::PioOut)).len();

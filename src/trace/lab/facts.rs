@@ -1,8 +1,11 @@
 //! [`Facts`]: what a lab's record says, for the sentences at its end.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::run::Ran;
+use crate::devices;
+use crate::reasons::Both;
 use crate::report::{Report, duration};
-use crate::{devices, reasons};
 use vmm_monitor::recorder::{Event, Kind};
 
 /// The port that nobody answers, which the labs' guests take notes on (`guest/labs/lab.inc`).
@@ -16,8 +19,8 @@ pub struct Facts<'a> {
     pub report: &'a Report<'a>,
 }
 
-/// Exit reasons of hardware: VT-x's numbers, AMD-V's codes.
-pub type Reasons = (&'static [u16], &'static [u16]);
+/// Exit reasons of hardware, by VT-x's numbers. AMD-V's codes follow from [`PAIRS`](crate::reasons::PAIRS).
+pub type Reasons = &'static [u16];
 
 impl Facts<'_> {
     /// Whether the exits inside KVM are in the record.
@@ -44,40 +47,36 @@ impl Facts<'_> {
 
     /// The exits inside KVM for one of `reasons`.
     pub fn inside(&self, reasons: Reasons) -> Vec<&Event> {
-        let wanted = if self.report.is_amd() { reasons.1 } else { reasons.0 };
         let events = self.ran.trace.events.iter().map(|(_, event)| event);
         let inside = events.filter(|event| event.kind() == Some(Kind::InKernel));
-        inside.filter(|e| self.report.number_in_kvm(e).is_some_and(|n| wanted.contains(&n))).collect()
+        inside.filter(|e| self.report.reason_in_kvm(e).is_some_and(|own| own.is_one_of(reasons))).collect()
     }
 
     /// Who answered `what`, which hardware would leave the guest for by `reasons`, and which never reaches the monitor.
     pub fn in_kvm(&self, what: &str, reasons: Reasons) -> String {
         if !self.traced() {
-            return format!(
-                "{what}: nothing of it reached the monitor. What KVM did about it was not recorded here."
-            );
+            return format!("{what}: nothing reached the monitor, and what KVM did was not recorded here.");
         }
         let inside = self.inside(reasons);
-        let mut numbers: Vec<_> =
-            inside.iter().filter_map(|event| self.report.number_in_kvm(event)).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        let name = |number: &u16| match self.report.is_amd() {
-            true => format!("AMD-V {number:#x} {}", reasons::svm_name(*number)),
-            false => format!("VT-x {number} {}", reasons::vtx_name(*number)),
-        };
-        let names = numbers.iter().map(name).collect::<Vec<_>>().join(", ");
+        let both = |event: &&Event| self.report.hardware(Kind::InKernel, event);
+        // By the host's reason: all that the other vendor has for it here.
+        let mut all: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+        for both in inside.iter().filter_map(both) {
+            all.entry(both.own).or_default().extend(both.other);
+        }
+        let all = all.into_iter().map(|(own, other)| Both { own, other: other.into_iter().collect() });
+        let names = all.map(|both| both.text(self.report.shown)).collect::<Vec<_>>().join("; ");
         let times = match inside.len() {
             0 => {
                 return format!(
-                    "{what}: the kernel's trace has no exit for it: the processor did it in the guest."
+                    "{what}: no exit in the kernel's trace; the processor handled it in the guest."
                 );
             }
             1 => "one exit".to_owned(),
             count => format!("{count} exits"),
         };
         format!(
-            "{what}: {times} ({names}) that KVM answered by itself; the monitor's vCPU thread saw nothing of it."
+            "{what}: {times} ({names}), answered inside KVM; the monitor's vCPU thread saw nothing of it."
         )
     }
 

@@ -29,7 +29,7 @@ pub enum Error {
     #[error(transparent)]
     Trace(#[from] crate::file::Error),
     /// The host is out of something, or the result could not be written.
-    #[error("{what}")]
+    #[error("cannot {what}")]
     Host {
         /// What was tried.
         what: &'static str,

@@ -1,4 +1,4 @@
-//! [`narrate`]: a lab's text, every exit of its run beside the line of source that it came from, and what came of it.
+//! [`narrate`]: a lab's text, every exit of its run beside the line of source that it came from, and the result.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -7,8 +7,10 @@ use super::facts::Facts;
 use super::run::Ran;
 use super::source::Lines;
 use super::{Error, Lab};
+use crate::reasons::{self, Reason, Shown};
 use crate::report::Report;
 use crate::symbols::Symbols;
+use vmm_monitor::config::cpu::Vendor;
 use vmm_monitor::kvm;
 use vmm_monitor::machine::Outcome;
 use vmm_monitor::recorder::{Event, Kind};
@@ -16,18 +18,20 @@ use vmm_monitor::recorder::{Event, Kind};
 /// Columns of a paragraph.
 const WIDTH: usize = 126;
 
-/// Tells `ran`, a run of `lab`, to `out`; with colours, for a terminal, if `colour`.
+/// Tells `ran`, a run of `lab`, to `out`, with the hardware reasons of the vendors that are `shown`; with colours, for a
+/// terminal, if `colour`.
 ///
 /// # Errors
 /// `out` does not take it.
-pub fn narrate(lab: &Lab, ran: &Ran, colour: bool, out: &mut dyn Write) -> Result<(), Error> {
-    tell(lab, ran, colour, out).map_err(|source| Error::Host { what: "write the lab's text", source })
+pub fn narrate(lab: &Lab, ran: &Ran, shown: Shown, colour: bool, out: &mut dyn Write) -> Result<(), Error> {
+    tell(lab, ran, shown, colour, out).map_err(|source| Error::Host { what: "write the lab's text", source })
 }
 
-fn tell(lab: &Lab, ran: &Ran, colour: bool, out: &mut dyn Write) -> io::Result<()> {
+fn tell(lab: &Lab, ran: &Ran, shown: Shown, colour: bool, out: &mut dyn Write) -> io::Result<()> {
     let symbols = ran.trace.header.kernel.as_deref().and_then(Symbols::beside).unwrap_or_default();
     let mut report = Report::new(&ran.trace, symbols);
     report.colour = colour;
+    report.shown = shown;
     let facts = Facts { ran, report: &report };
     let [bold, plain] = if colour { ["\x1b[1m", "\x1b[0m"] } else { [""; 2] };
     writeln!(out, "{bold}{}: {}{plain}\n", lab.name, lab.idea())?;
@@ -36,7 +40,7 @@ fn tell(lab: &Lab, ran: &Ran, colour: bool, out: &mut dyn Write) -> io::Result<(
     host(&facts).iter().try_for_each(|text| paragraph(text, out))?;
     writeln!(out)?;
     exits(lab, &facts, out)?;
-    writeln!(out, "\n{bold}What came of it{plain}\n")?;
+    writeln!(out, "\n{bold}Result{plain}\n")?;
     let mut closing = Vec::new();
     if let Some(text) = ending(lab, &ran.outcome) {
         closing.push(text);
@@ -47,22 +51,31 @@ fn tell(lab: &Lab, ran: &Ran, colour: bool, out: &mut dyn Write) -> io::Result<(
 
 /// What must be known of this host.
 fn host(facts: &Facts<'_>) -> Vec<String> {
-    let vendor = if facts.report.is_amd() { "AMD-V" } else { "VT-x" };
+    let own = reasons::extension(facts.report.vendor());
     let mut text = vec![if kvm::host_has_hardware_virtualization() {
-        format!("Host: {vendor}.")
+        format!("Host: {own}.")
     } else {
-        format!(
-            "Host: no hardware virtualization (no vmx or svm flag). Its KVM emulates the guest's instructions; the reasons \
-             below are those for which {vendor} would leave the guest."
-        )
+        "Host: no hardware virtualization (no vmx or svm flag). Its KVM emulates the guest's instructions; the reasons below are \
+         those for which hardware would leave the guest."
+            .to_owned()
     }];
+    text.push(match facts.report.shown {
+        Shown::Both => format!(
+            "Exit reasons: number and name in both vendors' terms, this host's ({own}) first. The manuals list them: {}.",
+            reasons::SOURCES
+        ),
+        Shown::Only(vendor) => {
+            let name = reasons::extension(vendor);
+            format!("Exit reasons: {name}'s number and name. The manuals list them: {}.", reasons::SOURCES)
+        }
+    });
     text.push(match facts.traced() {
         true => {
-            "Exits that KVM answered by itself are from the kernel's trace. Those for the host's own interrupts, which the guest \
-             has no part in, are left out."
+            "Exits answered inside KVM are from the kernel's trace. Those for the host's own interrupts, in which the guest has \
+             no part, are left out."
                 .to_owned()
         }
-        false => format!("Exits that KVM answers by itself: {}.", facts.ran.trace.header.in_kernel),
+        false => format!("Exits answered inside KVM: {}.", facts.ran.trace.header.in_kernel),
     });
     text
 }
@@ -119,8 +132,9 @@ fn is_left_out(report: &Report<'_>, kind: Kind, event: &Event, line: Option<usiz
 
 /// Whether an exit inside KVM is for an interrupt of the host.
 fn is_the_hosts(report: &Report<'_>, event: &Event) -> bool {
-    let of_host = if report.is_amd() { &[0x60, 0x61, 0x62][..] } else { &[1, 6] };
-    report.number_in_kvm(event).is_some_and(|number| of_host.contains(&number))
+    // VT-x: external interrupt, SMIs. AMD-V tells an NMI from exceptions, too.
+    const NMI: Reason = Reason { vendor: Vendor::Amd, number: 0x61 };
+    report.reason_in_kvm(event).is_some_and(|own| own.is_one_of(&[1, 5, 6]) || own == NMI)
 }
 
 /// How it ended, if not as labs end as a rule.
@@ -134,7 +148,7 @@ fn ending(lab: &Lab, outcome: &Outcome) -> Option<String> {
             let first = report.lines().next().unwrap_or_default();
             Some(format!("The run ended with: {first}"))
         }
-        other => Some(format!("The run ended otherwise than labs do: {other:?}.")),
+        other => Some(format!("The run ended in a way that labs do not: {other:?}.")),
     }
 }
 

@@ -15,6 +15,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use vmm_monitor::config::host_path;
+
 /// How often something came, and the ticks that it took in the monitor.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Work {
@@ -70,6 +72,7 @@ pub struct Sample {
     /// The same moment in ticks of the recorder's clock.
     pub ticks: u64,
     /// The guest's kernel, for its symbols.
+    #[serde(default, with = "host_path::optional")]
     pub kernel: Option<PathBuf>,
     /// The host's processor: "AuthenticAMD", "GenuineIntel".
     pub vendor: String,

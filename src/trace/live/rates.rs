@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::{Device, Sample, Vcpu, Work};
-use crate::reasons;
+use crate::reasons::{self, Both, Shown};
 use crate::report::plain_name;
 use crate::symbols::Symbols;
 use vmm_monitor::recorder::Kind;
@@ -57,14 +57,19 @@ pub struct VcpuRates {
 pub struct Row {
     /// What.
     pub name: String,
-    /// The hardware's reason, in the host's terms.
-    pub hardware: Option<String>,
+    /// Of a reason: hardware's, in both vendors' terms.
+    #[serde(serialize_with = "as_text")]
+    pub hardware: Option<Both>,
     /// How many in the interval.
     pub count: u64,
     /// How many a second.
     pub rate: f64,
     /// Time in the monitor, as a share of the interval: 1 is one processor's.
     pub monitor: f64,
+}
+
+fn as_text<S: Serializer>(hardware: &Option<Both>, serializer: S) -> Result<S::Ok, S::Error> {
+    hardware.as_ref().map(|both| both.text(Shown::Both)).serialize(serializer)
 }
 
 /// One device.
@@ -121,7 +126,7 @@ impl Interval {
         self.share(ticks as f64 * self.ns_per_tick)
     }
 
-    fn row(&self, name: String, hardware: Option<String>, work: Work) -> Row {
+    fn row(&self, name: String, hardware: Option<Both>, work: Work) -> Row {
         let (rate, monitor) = (self.rate(work.count), self.ticks_share(work.ticks));
         Row { name, hardware, count: work.count, rate, monitor }
     }
@@ -249,14 +254,10 @@ impl DeviceRates {
     }
 }
 
-/// The hardware's reason behind a kind of exit, in a few words.
-fn hardware(name: &str, vendor: &str) -> Option<String> {
+/// The hardware's reason behind a kind of exit, on a host whose CPUID says `maker`.
+fn hardware(name: &str, maker: &str) -> Option<Both> {
     let kind = Kind::ALL.into_iter().find(|kind| plain_name(*kind) == name)?;
-    let reason = reasons::of(kind)?;
-    Some(match vendor {
-        "AuthenticAMD" => format!("AMD-V {:#x} {}", reason.svm, reasons::svm_name(reason.svm)),
-        _ => format!("VT-x {} {}", reason.vtx, reasons::vtx_name(reason.vtx)),
-    })
+    Some(Both::of_pair(reasons::of(kind)?, reasons::vendor(maker)))
 }
 
 #[cfg(test)]
@@ -297,7 +298,8 @@ mod tests {
         assert_eq!((rates.seconds, rates.exits, rates.lost), (2.0, 101.0, 0));
         let [out, read] = &rates.reasons[..] else { panic!("{rates:?}") };
         assert_eq!((out.name.as_str(), out.count, out.rate, out.monitor), ("out", 200, 100.0, 0.25));
-        assert_eq!(out.hardware.as_deref(), Some("AMD-V 0x7b IOIO"));
+        let json = serde_json::to_value(out).unwrap();
+        assert_eq!(json["hardware"], "AMD-V 0x7b IOIO = VT-x 30 I/O instruction");
         assert_eq!(read.count, 2);
         let names: Vec<_> = rates.vcpus.iter().map(|vcpu| vcpu.name.as_str()).collect();
         assert_eq!(names, ["vcpu0", "vcpu2", "vcpu10"]);

@@ -30,7 +30,7 @@ pub enum Error {
     #[error("{MAX_VIEWERS} viewers are attached already")]
     TooMany,
     /// The host is out of threads.
-    #[error("start the thread that adds events up")]
+    #[error("cannot start the thread that adds events up")]
     Thread(#[source] io::Error),
 }
 

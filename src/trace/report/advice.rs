@@ -94,7 +94,7 @@ impl Report<'_> {
             advice.iter().flat_map(|advice| advice.words).copied().filter(|word| !has(word)).collect();
         if !new.is_empty() {
             let all: Vec<&str> = old.split_whitespace().chain(new).collect();
-            writeln!(out, "\n--cmdline '{}'", all.join(" "))?;
+            writeln!(out, "\n`cmdline='{}'`", all.join(" "))?;
         }
         Ok(())
     }
@@ -124,7 +124,7 @@ impl Report<'_> {
             what: format!("the guest writes {bytes} characters to a serial port, one at a time"),
             exits: all.exits,
             cost: all.cost,
-            change: "let it say less (quiet), or write to hvc0, which takes whole lines (console=hvc0, no --serial)".to_owned(),
+            change: "let it say less (quiet), or write to hvc0, which takes whole lines (console=hvc0, without `serial=`)".to_owned(),
             words: &["quiet"],
         })
     }
@@ -205,7 +205,7 @@ impl Report<'_> {
                 what: format!("{name} makes {} of 100 exits to the monitor", all.exits * 100 / count.max(1)),
                 exits: all.exits,
                 cost: all.cost,
-                change: format!("see who calls it: vmm trace report FILE --symbol {name}"),
+                change: format!("see who calls it: vmm trace report FILE `symbol={name}`"),
                 words: &[],
             }
         })
@@ -222,7 +222,7 @@ impl Report<'_> {
             what: "memory is given to the guest page by page as it is first touched".to_owned(),
             exits: all.exits,
             cost: all.cost,
-            change: "if the host has memory to spare: --mem SIZE,thp or --mem SIZE,hugepages=2M".to_owned(),
+            change: "if the host has memory to spare: `mem=SIZE,thp` or `mem=SIZE,hugepages=2M`".to_owned(),
             words: &[],
         })
     }
@@ -275,12 +275,12 @@ mod tests {
             .map(|n| event(if n % 2 == 0 { Kind::PioOut } else { Kind::PioIn }, 0x3f8 + n % 2 * 5, n));
         let (what, text) = told(&trace(chatter));
         assert_eq!(what, ["the guest writes 100 characters to a serial port, one at a time"]);
-        assert!(!text.contains("--cmdline"), "it is quiet already: {text}");
+        assert!(!text.contains("`cmdline="), "it is quiet already: {text}");
 
         let (what, text) = told(&trace((0..6).map(|n| event(Kind::PioIn, 0x64, n))));
         assert_eq!(what, ["the guest probes an 8042 keyboard controller"]);
         assert!(
-            text.contains("--cmdline 'console=ttyS0 quiet i8042.noaux i8042.nokbd i8042.nopnp'"),
+            text.contains("`cmdline='console=ttyS0 quiet i8042.noaux i8042.nokbd i8042.nopnp'`"),
             "{text}"
         );
 

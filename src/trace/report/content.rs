@@ -11,7 +11,9 @@ use super::meaning::{self, Class};
 use super::stages::{Phase, Stages, Use};
 use super::stats::COUNTERS;
 use super::{Filter, Report};
+use crate::reasons::{Both, Shown};
 use crate::{devices, reasons};
+use vmm_monitor::config::cpu::Vendor;
 use vmm_monitor::recorder::registers::{self, Collector};
 use vmm_monitor::recorder::{Event, Kind, Registers};
 
@@ -111,9 +113,9 @@ struct Reason {
     what: &'static str,
     kvm: &'static str,
     exit: &'static str,
-    /// Of an exit in KVM: hardware's number, of the processor that the trace was made on.
+    /// Of an exit in KVM: what the processor says that the trace was made on.
     #[serde(skip)]
-    number: u16,
+    own: Option<reasons::Reason>,
 }
 
 /// Where in the guest an event came from: numbers of strings.
@@ -262,10 +264,14 @@ impl Report<'_> {
             columns.place.push(at.name);
             columns.rip.push(at.rip);
             columns.code.push(at.code);
-            columns.detail.push(strings.add(match place {
-                1 => meaning::detail(data.run.amd, data.reasons[reason].number, event.address, event.value),
-                _ => reasons::qualification(event).unwrap_or_default(),
-            }));
+            columns.detail.push(
+                strings.add(match place {
+                    1 => data.reasons[reason]
+                        .own
+                        .map_or_else(String::new, |own| meaning::detail(own, event.address, event.value)),
+                    _ => reasons::qualification(event).unwrap_or_default(),
+                }),
+            );
             columns.answer.push(strings.add(match place {
                 0 => devices::tell(header, event).unwrap_or_else(|| monitor(kind).to_owned()),
                 1 => String::new(),
@@ -291,7 +297,7 @@ impl Report<'_> {
             kernel: header.kernel.as_ref().map(|path| path.display().to_string()),
             cmdline: header.cmdline.clone(),
             vendor: header.vendor.clone(),
-            amd: self.is_amd(),
+            amd: self.vendor() == Vendor::Amd,
             in_kernel: header.in_kernel.clone(),
             has_kernel: self.trace.events.iter().any(|(_, event)| event.kind() == Some(Kind::InKernel)),
             symbols: self.symbols.source.clone(),
@@ -321,20 +327,19 @@ impl Report<'_> {
             what: meaning::of_kind(kind),
             kvm: "",
             exit,
-            number: u16::MAX,
+            own: None,
         };
         if kind == Kind::InKernel {
             let name = self.trace.reasons.get(&event.count.into()).map_or("?", String::as_str);
-            let amd = self.is_amd();
-            let known = reasons::by_kvm_name(name, !amd);
-            let Some((number, ours)) = known else { return text(Class::Kvm, 1, name, "") };
-            let own = if amd { format!("{number:#x} {ours}") } else { format!("{number} {ours}") };
-            let found = meaning::of(number, amd);
-            let other = found.map(|found| if amd { found.vtx() } else { found.svm() }).unwrap_or_default();
-            let (vtx, svm) = if amd { (other, own) } else { (own, other) };
+            let Some(own) = self.reason_in_kvm(event) else { return text(Class::Kvm, 1, name, "") };
             let (class, what, kvm) =
-                found.map_or((Class::Kvm, "", ""), |found| (found.class, found.what, found.kvm));
-            return Reason { vtx, svm, what, kvm, number, ..text(class, 1, &ours, "") };
+                meaning::of(own).map_or((Class::Kvm, "", ""), |found| (found.class, found.what, found.kvm));
+            let name = match own.vendor {
+                Vendor::Intel => reasons::vtx_name(own.number).to_owned(),
+                Vendor::Amd => reasons::svm_name(own.number),
+            };
+            let [vtx, svm] = self.names(&Both::of(own));
+            return Reason { vtx, svm, what, kvm, own: Some(own), ..text(class, 1, &name, "") };
         }
         let (class, exit) = match kind {
             Kind::PioIn | Kind::PioOut => (Class::Port, "KVM_EXIT_IO"),
@@ -355,14 +360,21 @@ impl Report<'_> {
             _ => (Class::Monitor, "another reason"),
         };
         let mut reason = text(class, place_of(kind), plain_name(kind), exit);
-        if let Some(hardware) = reasons::of(kind) {
-            reason.vtx = format!("{} {}", hardware.vtx, reasons::vtx_name(hardware.vtx));
-            reason.svm = format!("{:#x} {}", hardware.svm, reasons::svm_name(hardware.svm));
-            if class == Class::Mmio {
+        if let Some(pair) = reasons::of(kind) {
+            [reason.vtx, reason.svm] = self.names(&Both::of_pair(pair, self.vendor()));
+            if class == Class::Mmio && !reason.vtx.is_empty() {
                 reason.vtx += &format!(" (the first time: 48 {})", reasons::vtx_name(48));
             }
         }
         reason
+    }
+
+    /// VT-x's and AMD-V's names for a reason; empty where they are not to be shown.
+    fn names(&self, both: &Both) -> [String; 2] {
+        [Vendor::Intel, Vendor::Amd].map(|vendor| match self.shown {
+            Shown::Only(only) if only != vendor => String::new(),
+            _ => both.name(vendor),
+        })
     }
 
     fn place(&self, place: u8, event: &Event, strings: &mut Strings) -> Place<'_> {

@@ -6,7 +6,9 @@ use std::io::{self, Write};
 use serde_json::{Value, json};
 
 use super::{Report, duration};
+use crate::reasons::Shown;
 use crate::{devices, reasons};
+use vmm_monitor::config::cpu::Vendor;
 use vmm_monitor::recorder::{Event, Kind, Registers, registers};
 
 const DIM: &str = "\x1b[2m";
@@ -14,20 +16,21 @@ const BOLD: &str = "\x1b[1m";
 const PLAIN: &str = "\x1b[0m";
 
 impl Report<'_> {
-    /// `vcpu0 +12.345ms  serial8250_console_putchar+0x15  out dx,al | VT-x 30 I/O instruction (out 1B 0x3f8) | serial THR <- 'H' |
-    /// 1.80us`
+    /// `vcpu0 +12.345ms  serial8250_console_putchar+0x15  out dx,al | VT-x 30 I/O instruction = AMD-V 0x7b IOIO (out 1B 0x3f8) |
+    /// serial THR <- 'H' | 1.80us`
     pub(super) fn line(&self, track: u32, event: &Event, out: &mut dyn Write) -> io::Result<()> {
         let Some(kind) = event.kind() else { return Ok(()) };
         let [dim, bold, plain] = if self.colour { [DIM, BOLD, PLAIN] } else { [""; 3] };
         let time = format!("+{:.3}ms", self.trace.since_start(event.time) / 1e6);
         let took = duration(self.trace.ns(event.handled.into()));
+        let width = self.reason_width();
         write!(out, "{dim}{:<16} {time:>12}{plain}  ", self.track(track))?;
         if kind == Kind::InKernel {
             let place = self.symbols.name(event.rip);
             let reason = self.reason(kind, event);
             return writeln!(
                 out,
-                "{place:<40} {:<28} {dim}|{plain} {reason:<52} {dim}| in KVM | {took}{plain}",
+                "{place:<40} {:<28} {dim}|{plain} {reason:<width$} {dim}| in KVM | {took}{plain}",
                 ""
             );
         }
@@ -44,43 +47,35 @@ impl Report<'_> {
         let answer = devices::tell(&self.trace.header, event).unwrap_or_else(|| monitor(kind).to_owned());
         writeln!(
             out,
-            "{place:<40} {instruction:<28} {dim}|{plain} {hardware:<52} {dim}|{plain} {bold}{answer}{plain} {dim}| {took}{plain}"
+            "{place:<40} {instruction:<28} {dim}|{plain} {hardware:<width$} {dim}|{plain} {bold}{answer}{plain} {dim}| {took}{plain}"
         )
     }
 
-    /// The hardware's reason, in the terms of the processor that the trace was made on.
+    /// The hardware's reason, in the terms of the vendors that are shown, and what it said beside it.
     pub(super) fn reason(&self, kind: Kind, event: &Event) -> String {
-        if kind == Kind::InKernel {
-            return self.kernel_reason(event);
-        }
-        let amd = self.is_amd();
-        let told = event.reason.checked_sub(1).and_then(|number| self.kernel_reasons.get(&number.into()));
-        let name = match reasons::of(kind) {
-            // Hardware's own word, where the kernel's trace passed it on.
-            _ if told.is_some() => told.map_or("", |(_, shown)| shown).to_owned(),
-            Some(reason) if amd => format!("AMD-V {:#x} {}", reason.svm, reasons::svm_name(reason.svm)),
-            Some(reason) => format!("VT-x {} {}", reason.vtx, reasons::vtx_name(reason.vtx)),
+        let name = match self.hardware(kind, event) {
+            Some(both) => both.text(self.shown),
+            None if kind == Kind::InKernel => {
+                let known = self.kernel_reasons.get(&event.count.into());
+                known.map_or("?", |(given, _)| given.as_str()).to_owned()
+            }
             None => plain_name(kind).to_owned(),
         };
-        match reasons::qualification(event) {
-            Some(qualification) => format!("{name} ({qualification})"),
+        let beside = match self.reason_in_kvm(event).map(|own| (own.vendor, own.number)) {
+            _ if kind != Kind::InKernel => reasons::qualification(event),
+            Some((Vendor::Amd, 0x400)) => Some(format!("guest address {:#x}", event.value)),
+            Some((Vendor::Intel, 48)) => Some(format!("qualification {:#x}", event.address)),
+            _ => None,
+        };
+        match beside {
+            Some(beside) => format!("{name} ({beside})"),
             None => name,
         }
     }
 
-    /// Whether AMD-V's names are the hardware's.
-    pub fn is_amd(&self) -> bool {
-        self.trace.header.vendor == "AuthenticAMD"
-    }
-
-    fn kernel_reason(&self, event: &Event) -> String {
-        let known = self.kernel_reasons.get(&event.count.into());
-        let (given, shown) = known.map_or(("?", "?"), |(given, shown)| (given.as_str(), shown.as_str()));
-        match given {
-            "npf" => format!("{shown} (guest address {:#x})", event.value),
-            "EPT_VIOLATION" => format!("{shown} (qualification {:#x})", event.address),
-            _ => shown.to_owned(),
-        }
+    /// Columns for [`Report::reason`], so that what follows it stands in a column in most lines.
+    fn reason_width(&self) -> usize {
+        if self.shown == Shown::Both { 74 } else { 52 }
     }
 
     /// All that is known, for programs. Reasons in both architectures' terms.
@@ -94,7 +89,9 @@ impl Report<'_> {
                 .collect::<BTreeMap<_, _>>()
         });
         let kind = event.kind();
-        let reason = kind.and_then(reasons::of);
+        let both = kind.and_then(|kind| self.hardware(kind, event));
+        let vtx = both.as_ref().and_then(|both| both.single(Vendor::Intel));
+        let svm = both.as_ref().and_then(|both| both.single(Vendor::Amd));
         let (rip, instruction) = self.code.instruction(event);
         json!({
             "track": self.track(track),
@@ -103,8 +100,8 @@ impl Report<'_> {
             "rip": format!("{rip:#x}"),
             "symbol": self.symbols.find(rip).map(|(name, offset)| format!("{name}+{offset:#x}")),
             "instruction": instruction,
-            "vtx": reason.map(|reason| json!({"number": reason.vtx, "name": reasons::vtx_name(reason.vtx)})),
-            "svm": reason.map(|reason| json!({"code": reason.svm, "name": reasons::svm_name(reason.svm)})),
+            "vtx": vtx.map(|vtx| json!({"number": vtx.number, "name": reasons::vtx_name(vtx.number)})),
+            "svm": svm.map(|svm| json!({"code": svm.number, "name": reasons::svm_name(svm.number)})),
             "address": event.address,
             "size": event.size,
             "count": event.count,
@@ -112,7 +109,7 @@ impl Report<'_> {
             "device": devices::name(&self.trace.header, event),
             "answer": devices::tell(&self.trace.header, event),
             "hardware": kind.filter(|kind| kind.is_exit() || *kind == Kind::InKernel).map(|kind| self.reason(kind, event)),
-            "in_kernel": (kind == Some(Kind::InKernel)).then(|| self.kernel_reason(event)),
+            "in_kernel": (kind == Some(Kind::InKernel)).then(|| self.reason(Kind::InKernel, event)),
             "registers": registers,
             "guest_ns": self.trace.ns(event.guest),
             "handled_ns": self.trace.ns(event.handled.into()),
@@ -123,8 +120,8 @@ impl Report<'_> {
 /// What a device's worker did.
 pub(super) fn worker(kind: Kind, event: &Event) -> String {
     match kind {
-        Kind::Queue => format!("takes queue {} up: {} completed", event.address, event.value),
-        Kind::Source => format!("looks at its host end {}: {} completed", event.address, event.value),
+        Kind::Queue => format!("serves queue {}: {} completed", event.address, event.value),
+        Kind::Source => format!("polls host end {}: {} completed", event.address, event.value),
         Kind::Interrupt if event.address == u64::MAX => {
             "interrupts the guest: configuration changed".to_owned()
         }
@@ -138,7 +135,7 @@ pub(super) fn monitor(kind: Kind) -> &'static str {
     match kind {
         Kind::Kicked => "back to the monitor",
         Kind::Shutdown | Kind::SystemEvent | Kind::FailEntry | Kind::InternalError => "the run ends",
-        _ => "goes on",
+        _ => "continues",
     }
 }
 

@@ -3,7 +3,8 @@
 //! VT-x: SDM vol. 3, chapter 28 (qualifications: 28.2.1) and appendix C. AMD-V: APM vol. 2, 15.7 to 15.12 (EXITINFO1, EXITINFO2)
 //! and appendix C. What KVM does with them: arch/x86/kvm in Linux.
 
-use crate::reasons;
+use crate::reasons::Reason;
+use vmm_monitor::config::cpu::Vendor;
 use vmm_monitor::recorder::Kind;
 
 /// What an event is coloured by. The page has a colour for each, by its place here.
@@ -43,10 +44,8 @@ impl Class {
 /// What a reason means.
 #[derive(Debug)]
 pub struct Meaning {
-    /// VT-x basic exit reasons.
+    /// VT-x basic exit reasons. AMD-V's codes follow from [`PAIRS`](crate::reasons::PAIRS).
     vtx: &'static [u16],
-    /// AMD-V exit codes, from and to.
-    svm: &'static [(u16, u16)],
     /// Its colour, where KVM answers it.
     pub class: Class,
     /// Why hardware leaves the guest.
@@ -55,166 +54,126 @@ pub struct Meaning {
     pub kvm: &'static str,
 }
 
-const MEANINGS: [Meaning; 19] = [
+static MEANINGS: [Meaning; 19] = [
     Meaning {
         vtx: &[48, 49],
-        svm: &[(0x400, 0x400)],
         class: Class::Fault,
         what: "The guest touched a physical address that the second page table (EPT on VT-x, nested paging on AMD-V) does not map, or not for this access.",
         kvm: "KVM looked for memory of the monitor behind that address, entered the page into the second page table, and the guest repeated the instruction.",
     },
     Meaning {
-        vtx: &[1],
-        svm: &[(0x60, 0x62)],
+        vtx: &[1, 5, 6],
         class: Class::Interrupt,
         what: "An interrupt of the host arrived while the guest ran; the guest did nothing to cause it.",
         kvm: "The host's kernel served its interrupt. It may have let other threads run before the guest went on, and their time is counted here.",
     },
     Meaning {
         vtx: &[7, 8],
-        svm: &[(0x64, 0x64), (0x74, 0x74)],
         class: Class::Interrupt,
         what: "KVM had an interrupt for the guest and had asked to be told when the guest could take one: now it can.",
         kvm: "KVM injected the interrupt that was waiting, and entered the guest in its handler.",
     },
     Meaning {
         vtx: &[43, 44, 45, 56],
-        svm: &[(0x401, 0x402)],
         class: Class::Interrupt,
         what: "The guest used its local APIC in a way that hardware does not carry out alone.",
         kvm: "KVM's own local APIC did it: a register was read or written, an interrupt ended or sent.",
     },
     Meaning {
         vtx: &[31, 32],
-        svm: &[(0x7c, 0x7c)],
         class: Class::Msr,
         what: "RDMSR or WRMSR of a model-specific register that the guest may not reach directly.",
         kvm: "KVM keeps a copy of the register for each vCPU, or acts on it: the APIC and its timer, the clock, the mode of the processor.",
     },
     Meaning {
         vtx: &[10],
-        svm: &[(0x72, 0x72)],
         class: Class::Cpuid,
         what: "CPUID always leaves the guest on VT-x, and on AMD-V when asked: so a hypervisor decides which processor the guest sees.",
         kvm: "KVM answered from the table that the monitor had given it for this vCPU (KVM_SET_CPUID2).",
     },
     Meaning {
         vtx: &[28],
-        svm: &[(0x00, 0x1f), (0x65, 0x65), (0x90, 0x9f)],
         class: Class::Control,
         what: "The guest read or wrote a control register with bits that the hypervisor watches: paging, caching, the processor's mode.",
         kvm: "KVM checked the new value, kept its own copy beside hardware's, and switched page tables or modes where it must.",
     },
     Meaning {
         vtx: &[29],
-        svm: &[(0x20, 0x3f)],
         class: Class::Control,
         what: "The guest used a debug register; hardware's may still hold the host's values.",
         kvm: "KVM loaded the guest's debug registers into hardware, and stopped watching until the vCPU is next switched out.",
     },
     Meaning {
         vtx: &[12],
-        svm: &[(0x78, 0x78)],
         class: Class::Halt,
         what: "HLT: the guest has nothing to do and waits for an interrupt.",
         kvm: "KVM put the vCPU's thread to sleep until an interrupt came for it. The time is the guest's idleness, not work.",
     },
     Meaning {
         vtx: &[36, 39, 40, 67, 68],
-        svm: &[(0x77, 0x77), (0x8a, 0x8c)],
         class: Class::Halt,
         what: "The guest waits: MONITOR and MWAIT, or PAUSE many times in a loop (a spinlock that another vCPU may hold).",
         kvm: "KVM let another thread run, or another vCPU of this guest, before it went on.",
     },
     Meaning {
         vtx: &[18],
-        svm: &[(0x81, 0x81)],
         class: Class::Kvm,
         what: "VMCALL or VMMCALL: the guest knows that it has a hypervisor, and calls it.",
         kvm: "KVM carried the call out: to wake a vCPU, to send interrupts to many, to tell the clock.",
     },
     Meaning {
         vtx: &[0],
-        svm: &[(0x40, 0x5f)],
         class: Class::Kvm,
         what: "An exception in the guest, or a non-maskable interrupt, that the hypervisor asked to see first.",
         kvm: "KVM looked whether it was its own doing (an instruction to emulate, a breakpoint), else gave it back to the guest.",
     },
     Meaning {
         vtx: &[30],
-        svm: &[(0x7b, 0x7b)],
         class: Class::Kvm,
         what: "IN or OUT to a port: every port of the guest is guarded, because behind them are devices that only the hypervisor plays.",
         kvm: "The port belongs to a device inside KVM, or to a doorbell (ioeventfd) that wakes a worker: the monitor's vCPU thread was not needed.",
     },
     Meaning {
         vtx: &[52],
-        svm: &[],
         class: Class::Interrupt,
         what: "The VMX-preemption timer ran out: KVM uses it as the guest's APIC timer.",
         kvm: "KVM injected the timer's interrupt.",
     },
     Meaning {
         vtx: &[13, 54],
-        svm: &[(0x76, 0x76), (0x89, 0x89)],
         class: Class::Kvm,
         what: "INVD or WBINVD: the guest wants its caches written back or emptied.",
         kvm: "KVM did nothing, or flushed the caches where a device of the host needs it.",
     },
     Meaning {
         vtx: &[55],
-        svm: &[(0x8d, 0x8d)],
         class: Class::Control,
         what: "XSETBV: the guest chose which of the processor's extended registers it uses.",
         kvm: "KVM checked the choice against what it offers, and loaded it.",
     },
     Meaning {
         vtx: &[16, 51, 15],
-        svm: &[(0x6e, 0x6f), (0x87, 0x87)],
         class: Class::Kvm,
         what: "The guest read a counter of the processor.",
         kvm: "KVM gave the value with the guest's offset.",
     },
     Meaning {
         vtx: &[2],
-        svm: &[(0x7f, 0x7f)],
         class: Class::Kvm,
         what: "Triple fault: an exception in the handler of an exception in a handler. A processor without hypervisor would reset.",
         kvm: "KVM told the monitor.",
     },
     Meaning {
         vtx: &[33, 34, 41],
-        svm: &[(0xffff, 0xffff)],
         class: Class::Kvm,
         what: "The processor refused to enter the guest: the state that it was given breaks its rules.",
         kvm: "KVM told the monitor.",
     },
 ];
 
-/// Of a number of VT-x's if `amd` is not, else of AMD-V's.
-pub fn of(number: u16, amd: bool) -> Option<&'static Meaning> {
-    MEANINGS.iter().find(|meaning| match amd {
-        true => meaning.svm.iter().any(|(from, to)| (*from..=*to).contains(&number)),
-        false => meaning.vtx.contains(&number),
-    })
-}
-
-impl Meaning {
-    /// VT-x's reasons for it: "31 RDMSR, 32 WRMSR"; empty if it has none.
-    pub fn vtx(&self) -> String {
-        let named = self.vtx.iter().map(|number| format!("{number} {}", reasons::vtx_name(*number)));
-        named.collect::<Vec<_>>().join(", ")
-    }
-
-    /// AMD-V's codes for it.
-    pub fn svm(&self) -> String {
-        let name = |code: u16| format!("{code:#x} {}", reasons::svm_name(code));
-        let named = self.svm.iter().map(|(from, to)| match from == to {
-            true => name(*from),
-            false => format!("{} to {}", name(*from), name(*to)),
-        });
-        named.collect::<Vec<_>>().join(", ")
-    }
+/// Of a reason.
+pub fn of(reason: Reason) -> Option<&'static Meaning> {
+    MEANINGS.iter().find(|meaning| reason.is_one_of(meaning.vtx))
 }
 
 /// Why an exit reaches the monitor, where hardware's own reason does not say it.
@@ -239,7 +198,7 @@ pub fn of_kind(kind: Kind) -> &'static str {
             "A signal to the vCPU's thread, so that it looks who wants it: to pause, to stop, to be looked at. The guest did nothing."
         }
         Kind::MsrRead | Kind::MsrWrite => {
-            "RDMSR or WRMSR of a model-specific register that KVM was told to ask the monitor about: one that --cpu denies, or one of Hyper-V's interrupt controller."
+            "RDMSR or WRMSR of a model-specific register that KVM was told to ask the monitor about: one that the machine's configuration denies, or one of Hyper-V's interrupt controller."
         }
         Kind::Hypercall => {
             "The guest called its hypervisor by Microsoft's interface, for something that KVM does not do itself."
@@ -258,13 +217,13 @@ pub fn of_kind(kind: Kind) -> &'static str {
 }
 
 /// What hardware says beside its reason in KVM's trace event: `info1` and `info2`.
-pub fn detail(amd: bool, number: u16, info1: u64, info2: u64) -> String {
+pub fn detail(reason: Reason, info1: u64, info2: u64) -> String {
     let bit = |bit: u32| info1 >> bit & 1 == 1;
     let pick = |bits: &[(u32, &str)]| {
         let set: Vec<_> = bits.iter().filter(|(at, _)| bit(*at)).map(|(_, name)| *name).collect();
         set.join(", ")
     };
-    match (amd, number) {
+    match (reason.vendor == Vendor::Amd, reason.number) {
         (true, 0x400) => {
             let access = if bit(4) {
                 "fetch"
@@ -303,58 +262,48 @@ pub fn detail(amd: bool, number: u16, info1: u64, info2: u64) -> String {
 mod tests {
     use super::*;
 
+    fn vtx(number: u16) -> Reason {
+        Reason { vendor: Vendor::Intel, number }
+    }
+
+    fn svm(number: u16) -> Reason {
+        Reason { vendor: Vendor::Amd, number }
+    }
+
     #[test]
     fn reasons_mean_the_same_on_both_architectures() {
-        for (vtx, svm) in
+        for (one, other) in
             [(48, 0x400), (10, 0x72), (31, 0x7c), (28, 0x14), (30, 0x7b), (1, 0x60), (0, 0x46), (12, 0x78)]
         {
-            let (one, other) = (of(vtx, false).unwrap(), of(svm, true).unwrap());
-            assert!(std::ptr::eq(one, other), "{vtx} {svm:#x}");
+            assert!(std::ptr::eq(of(vtx(one)).unwrap(), of(svm(other)).unwrap()), "{one} {other:#x}");
         }
-        assert_eq!(of(31, false).unwrap().vtx(), "31 RDMSR, 32 WRMSR");
-        assert_eq!(of(10, false).unwrap().svm(), "0x72 CPUID");
-        assert!(of(70, false).is_none() && of(0x86, true).is_none());
-        for kind in Kind::ALL.into_iter().filter(|kind| kind.is_exit()) {
-            let Some(reason) = reasons::of(kind) else { continue };
-            let told = of(reason.vtx, false).map(std::ptr::from_ref);
-            assert!(
-                told == of(reason.svm, true).map(std::ptr::from_ref)
-                    || kind == Kind::SystemEvent
-                    || kind == Kind::Debug,
-                "{kind:?}"
-            );
-        }
+        assert!(of(vtx(70)).is_none() && of(svm(0x86)).is_none());
         for meaning in &MEANINGS {
-            assert!(meaning.vtx.iter().all(|number| reasons::vtx_name(*number) != "reserved"));
-            assert!(
-                meaning
-                    .svm
-                    .iter()
-                    .all(|(from, to)| [from, to].iter().all(|code| reasons::svm_name(**code) != "reserved"))
-            );
+            // None is hidden by one before it.
+            assert!(meaning.vtx.iter().all(|number| std::ptr::eq(of(vtx(*number)).unwrap(), meaning)));
         }
-        assert!(std::ptr::eq(of_kind(Kind::PioIn), of(30, false).unwrap().what));
-        assert!(std::ptr::eq(of_kind(Kind::Halt), of(12, false).unwrap().what));
-        assert!(std::ptr::eq(of_kind(Kind::Shutdown), of(2, false).unwrap().what));
-        assert!(std::ptr::eq(of_kind(Kind::FailEntry), of(33, false).unwrap().what));
+        assert!(std::ptr::eq(of_kind(Kind::PioIn), of(vtx(30)).unwrap().what));
+        assert!(std::ptr::eq(of_kind(Kind::Halt), of(vtx(12)).unwrap().what));
+        assert!(std::ptr::eq(of_kind(Kind::Shutdown), of(vtx(2)).unwrap().what));
+        assert!(std::ptr::eq(of_kind(Kind::FailEntry), of(vtx(33)).unwrap().what));
     }
 
     #[test]
     fn what_hardware_says_beside_it_is_decoded() {
         assert_eq!(
-            detail(true, 0x400, 0x1_0000_0014, 0x1000),
+            detail(svm(0x400), 0x1_0000_0014, 0x1000),
             "fetch of guest address 0x1000, page not present"
         );
         assert_eq!(
-            detail(true, 0x400, 0x2_0000_0006, 0x2000),
+            detail(svm(0x400), 0x2_0000_0006, 0x2000),
             "write of guest address 0x2000, page not present, while walking the guest's own page tables"
         );
-        assert_eq!(detail(true, 0x7b, 0x3f8_0010, 0), "out 1B 0x3f8");
-        assert_eq!(detail(false, 30, 0x3f8_0008, 0), "in 1B 0x3f8");
+        assert_eq!(detail(svm(0x7b), 0x3f8_0010, 0), "out 1B 0x3f8");
+        assert_eq!(detail(vtx(30), 0x3f8_0008, 0), "in 1B 0x3f8");
         assert_eq!(
-            (detail(true, 0x7c, 1, 0), detail(false, 28, 0x14, 0)),
+            (detail(svm(0x7c), 1, 0), detail(vtx(28), 0x14, 0)),
             ("WRMSR".to_owned(), "mov from CR4".to_owned())
         );
-        assert_eq!(detail(false, 10, 0, 0), "");
+        assert_eq!(detail(vtx(10), 0, 0), "");
     }
 }

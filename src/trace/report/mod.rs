@@ -21,8 +21,9 @@ use std::io::{self, Write};
 
 use super::code::Code;
 use super::file::Trace;
-use super::reasons;
+use super::reasons::{self, Both, Reason, Shown};
 use super::symbols::{self, Symbols};
+use vmm_monitor::config::cpu::Vendor;
 use vmm_monitor::recorder::registers::Collector;
 use vmm_monitor::recorder::{Event, Kind};
 
@@ -34,8 +35,10 @@ pub struct Report<'a> {
     /// The guest's names; empty if there are none.
     pub symbols: Symbols,
     code: Code,
-    /// Reasons of exits inside KVM by number: as KVM calls them, and as they are shown.
-    kernel_reasons: BTreeMap<u32, (String, String)>,
+    /// Reasons of exits inside KVM by KVM's number: what KVM calls them, and which they are.
+    kernel_reasons: BTreeMap<u32, (String, Option<Reason>)>,
+    /// Whose hardware reasons are told.
+    pub shown: Shown,
     /// Colours, for a terminal.
     pub colour: bool,
 }
@@ -43,14 +46,11 @@ pub struct Report<'a> {
 impl<'a> Report<'a> {
     /// Of `trace`.
     pub fn new(trace: &'a Trace, symbols: Symbols) -> Self {
-        let amd = trace.header.vendor == "AuthenticAMD";
-        let shown = |name: &str| match reasons::by_kvm_name(name, !amd) {
-            Some((code, name)) if amd => format!("AMD-V {code:#x} {name}"),
-            Some((number, name)) => format!("VT-x {number} {name}"),
-            None => name.to_owned(),
-        };
-        let names = trace.reasons.iter().map(|(number, name)| (*number, (name.clone(), shown(name))));
-        Self { trace, symbols, code: Code::of(trace), kernel_reasons: names.collect(), colour: false }
+        let vendor = reasons::vendor(&trace.header.vendor);
+        let known =
+            |(number, name): (&u32, &String)| (*number, (name.clone(), reasons::by_kvm_name(name, vendor)));
+        let kernel_reasons = trace.reasons.iter().map(known).collect();
+        Self { trace, symbols, code: Code::of(trace), kernel_reasons, shown: Shown::Both, colour: false }
     }
 
     /// Finds out how far the guest's kernel runs from where it was linked (KASLR), as far as the record and the symbols' file
@@ -97,10 +97,33 @@ impl<'a> Report<'a> {
         self.code.size(self.origin(event))
     }
 
-    /// The number of the hardware's reason of an exit inside KVM: AMD-V's or VT-x's, as the host is.
-    pub fn number_in_kvm(&self, event: &Event) -> Option<u16> {
-        let (given, _) = self.kernel_reasons.get(&event.count.into())?;
-        reasons::by_kvm_name(given, !self.is_amd()).map(|(number, _)| number)
+    /// Whose hardware reasons the trace has.
+    pub fn vendor(&self) -> Vendor {
+        reasons::vendor(&self.trace.header.vendor)
+    }
+
+    /// Hardware's reason of an exit inside KVM.
+    pub fn reason_in_kvm(&self, event: &Event) -> Option<Reason> {
+        self.kernel_reasons.get(&event.count.into())?.1
+    }
+
+    /// Hardware's reason of an exit, in both vendors' terms. None where it had no part in it, or KVM has a name that is not
+    /// known here.
+    pub fn hardware(&self, kind: Kind, event: &Event) -> Option<Both> {
+        if kind == Kind::InKernel {
+            return Some(Both::of(self.reason_in_kvm(event)?).narrowed(event.address));
+        }
+        let by_kind = reasons::of(kind).map(|pair| Both::of_pair(pair, self.vendor()));
+        // Hardware's own word, where the kernel's trace passed it on.
+        let told = event.reason.checked_sub(1).and_then(|number| self.kernel_reasons.get(&number.into()));
+        let Some(own) = told.and_then(|(_, reason)| *reason) else { return by_kind };
+        let mut both = Both::of(own);
+        if let Some(kind) = by_kind
+            && kind.other.iter().all(|other| both.other.contains(other))
+        {
+            both.other = kind.other;
+        }
+        Some(both)
     }
 
     /// The same as a JSON object per line.

@@ -7,7 +7,8 @@ use serde::Serialize;
 
 use super::line::plain_name;
 use super::{Filter, Report, duration};
-use crate::devices;
+use crate::reasons::Both;
+use crate::{devices, reasons};
 use vmm_monitor::recorder::Kind;
 
 /// Counts and costs of the exits that pass a filter.
@@ -43,6 +44,9 @@ pub struct Share {
 pub struct Row {
     /// What.
     pub name: String,
+    /// Of a reason: hardware's, by the vendors that are shown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hardware: Option<String>,
     /// How many.
     pub count: usize,
     /// Share of all handling time, 0 to 1.
@@ -85,6 +89,7 @@ impl Report<'_> {
         let mut by_kernel: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         let mut by_device: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         let mut by_symbol: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        let (mut hardware, mut kernel_hardware) = (BTreeMap::new(), BTreeMap::new());
         let mut vcpus: BTreeMap<u32, (f64, f64)> = BTreeMap::new();
         let (mut first, mut last) = (None, 0.0);
         for (track, event) in &self.trace.events {
@@ -93,6 +98,9 @@ impl Report<'_> {
             if kind == Kind::InKernel {
                 let reason = self.trace.reasons.get(&event.count.into()).map_or("?", String::as_str);
                 by_kernel.entry(reason.to_owned()).or_default().push(took);
+                if let Some(own) = self.reason_in_kvm(event) {
+                    kernel_hardware.entry(reason.to_owned()).or_insert_with(|| Both::of(own));
+                }
             }
             if !kind.is_exit() {
                 continue;
@@ -103,6 +111,10 @@ impl Report<'_> {
             vcpu.0 += self.trace.ns(event.guest);
             vcpu.1 += took;
             by_reason.entry(plain_name(kind).to_owned()).or_default().push(took);
+            if let Some(pair) = reasons::of(kind) {
+                let both = || Both::of_pair(pair, self.vendor());
+                hardware.entry(plain_name(kind).to_owned()).or_insert_with(both);
+            }
             if let Some(name) = devices::name(&self.trace.header, event) {
                 by_device.entry(name.to_owned()).or_default().push(took);
             }
@@ -117,14 +129,22 @@ impl Report<'_> {
                 .into_iter()
                 .map(|(track, (guest, monitor))| Share { name: self.track(track).to_owned(), guest, monitor })
                 .collect(),
-            reasons: rows(by_reason, all),
+            reasons: self.with_hardware(rows(by_reason, all), &hardware),
             in_kernel: {
                 let all = by_kernel.values().flatten().sum();
-                rows(by_kernel, all)
+                self.with_hardware(rows(by_kernel, all), &kernel_hardware)
             },
             devices: rows(by_device, all),
             symbols: rows(by_symbol, all),
         }
+    }
+
+    /// `rows` with hardware's reasons, as they are shown.
+    fn with_hardware(&self, mut rows: Vec<Row>, hardware: &BTreeMap<String, Both>) -> Vec<Row> {
+        for row in &mut rows {
+            row.hardware = hardware.get(&row.name).map(|both| both.text(self.shown));
+        }
+        rows
     }
 
     /// [`Report::stats`] as tables.
@@ -160,16 +180,22 @@ impl Report<'_> {
             if rows.is_empty() {
                 continue;
             }
+            let name = |row: &Row| match &row.hardware {
+                Some(hardware) => format!("{} ({hardware})", row.name),
+                None => row.name.clone(),
+            };
+            let longest = rows.iter().take(TOP).map(|row| name(row).chars().count()).max().unwrap_or(0);
+            let width = longest.max(40);
             writeln!(
                 out,
-                "\n{title:<40} {:>8} {:>6} {:>8} {:>8}  histogram: <1us, <2us, <4us ...",
+                "\n{title:<width$} {:>8} {:>6} {:>8} {:>8}  histogram: <1us, <2us, <4us ...",
                 "count", "share", "p50", "p99"
             )?;
             for row in rows.iter().take(TOP) {
                 writeln!(
                     out,
-                    "{:<40} {:>8} {:>5.1}% {:>8} {:>8}  {}",
-                    row.name,
+                    "{:<width$} {:>8} {:>5.1}% {:>8} {:>8}  {}",
+                    name(row),
                     row.count,
                     100.0 * row.share,
                     duration(row.p50),
@@ -198,7 +224,7 @@ fn rows(groups: BTreeMap<String, Vec<f64>>, all: f64) -> Vec<Row> {
                 histogram[step.min(STEPS - 1)] += 1;
             }
             let share = if all > 0.0 { took.iter().sum::<f64>() / all } else { 0.0 };
-            Row { name, count: took.len(), share, p50: at(0.5), p99: at(0.99), histogram }
+            Row { name, hardware: None, count: took.len(), share, p50: at(0.5), p99: at(0.99), histogram }
         })
         .collect();
     rows.sort_by(|a, b| b.share.total_cmp(&a.share).then(b.count.cmp(&a.count)));

@@ -73,6 +73,23 @@ fn child() {
                 say(&format!("[{escape:?}]"));
             }
         },
+        "background" => {
+            for tick in 0.. {
+                endpoint.want(Interest { input: true, output: false });
+                poll(
+                    &mut [PollFd::new(&endpoint, PollFlags::IN)],
+                    Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 }),
+                )
+                .unwrap();
+                endpoint.service();
+                let mut keys = [0; 64];
+                match endpoint.read(&mut keys) {
+                    0 => say(&format!("[tick {tick}]")),
+                    len if keys[..len].contains(&b'q') => break,
+                    len => say(&format!("{:?}", &keys[..len])),
+                }
+            }
+        }
         other => panic!("no scenario {other}"),
     }
 }
@@ -88,6 +105,11 @@ pub(crate) struct OnTerminal {
 impl OnTerminal {
     /// Runs the ignored test `test` of this binary, which says when it is ready.
     pub(crate) fn start(test: &str, scenario: &str) -> Self {
+        Self::start_by(&[], test, scenario)
+    }
+
+    /// The same by a command that gets the child's as its last arguments: a shell.
+    fn start_by(command: &[&str], test: &str, scenario: &str) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         unlockpt(&master).unwrap();
         let path = ptsname(&master, Vec::new()).unwrap();
@@ -97,6 +119,7 @@ impl OnTerminal {
         // A session of its own, with the terminal as its controlling one: signals come as in a shell.
         let child = Command::new("setsid")
             .arg("--ctty")
+            .args(command)
             .arg(env::current_exe().unwrap())
             .args(["--exact", test, "--ignored", "--nocapture"])
             .env(SCENARIO, scenario)
@@ -216,6 +239,27 @@ fn escapes_work_while_nobody_takes_the_keys() {
     child.master.write_all(b"\x01h\x01p").unwrap();
     child.expect("power button");
     child.expect("[PowerButton]");
+}
+
+#[test]
+fn a_job_in_the_background_leaves_the_keys_alone_until_it_comes_to_the_foreground() {
+    const SHELL: &str = r#"set -m; "$@" & read line; echo "[shell $line]"; read line; fg"#;
+    let mut child = OnTerminal::start_by(&["bash", "-c", SHELL, "bash"], CHILD, "background");
+    child.master.write_all(b"hello\n").unwrap();
+    child.expect("[shell hello]");
+    // It would have been stopped by now, had it read.
+    child.expect("[tick ");
+    let tick: u64 = child.expect("]").parse().unwrap();
+    child.expect(&format!("[tick {}]", tick + 50));
+    child.expect_raw(false);
+    // Running, it gets no signal.
+    child.master.write_all(b"go\n").unwrap();
+    child.expect_raw(true);
+    child.master.write_all(b"x").unwrap();
+    child.expect("[120]");
+    child.master.write_all(b"q").unwrap();
+    assert!(child.child.wait().unwrap().success());
+    child.expect_raw(false);
 }
 
 #[test]

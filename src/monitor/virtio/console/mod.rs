@@ -172,7 +172,7 @@ impl Console {
             let whole = chain.readable.read_exact(&mut header).is_ok();
             queues[CONTROL_TRANSMIT].complete(chain.head, 0);
             if !whole || !control::heard(&mut self.ports, header) {
-                guest_warn!("console: a control message without sense: {header:02x?}");
+                guest_warn!("console: invalid control message: {header:02x?}");
             }
         }
         // A port that was opened takes input from now on.

@@ -162,7 +162,7 @@ impl Port {
             let Some(mut chain) = queue.pop() else { return false };
             let len = chain.writable.write(&self.input).unwrap_or(0);
             if len == 0 {
-                guest_warn!("console port {}: a receive buffer without room", self.name);
+                guest_warn!("console port {}: a receive buffer that can hold nothing", self.name);
             }
             self.input.drain(..len);
             queue.complete(chain.head, len as u32);

@@ -1,12 +1,13 @@
 //! Where gdb connects: a unix socket that only its owner may open, or a TCP port.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use gdbstub::conn::Connection;
@@ -32,13 +33,15 @@ pub enum Place {
     },
 }
 
-impl FromStr for Place {
-    type Err = &'static str;
+impl TryFrom<&OsStr> for Place {
+    type Error = &'static str;
 
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const FORM: &str = "it is unix:PATH or tcp:[HOST:]PORT[,public]";
-        match text.split_once(':') {
-            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+    fn try_from(text: &OsStr) -> Result<Self, Self::Error> {
+        const FORM: &str = "expected unix:PATH or tcp:[HOST:]PORT[,public]";
+        if let Some(path) = text.as_bytes().strip_prefix(b"unix:").filter(|path| !path.is_empty()) {
+            return Ok(Self::Unix(OsStr::from_bytes(path).into()));
+        }
+        match text.to_str().ok_or(FORM)?.split_once(':') {
             Some(("tcp", address)) => {
                 let (address, public) = match address.strip_suffix(",public") {
                     Some(address) => (address, true),
@@ -62,7 +65,7 @@ pub enum Error {
     #[error(transparent)]
     Unix(#[from] chardev::Error),
     /// The TCP port.
-    #[error("listen on {address}")]
+    #[error("cannot listen on {address}")]
     Tcp {
         /// Where.
         address: String,
@@ -72,7 +75,7 @@ pub enum Error {
     },
     /// Other machines would reach the TCP port, and nobody said that they may.
     #[error(
-        "--gdb tcp:{address}: {reached} is not this machine's own, so whoever reaches it could debug the guest"
+        "`gdb=tcp:{address}`: {reached} is not this machine's own, so whoever reaches it could debug the guest"
     )]
     Exposed {
         /// Where.
@@ -81,7 +84,7 @@ pub enum Error {
         reached: IpAddr,
     },
     /// The host is out of threads or descriptors.
-    #[error("start the thread that talks to gdb")]
+    #[error("cannot start the thread that talks to gdb")]
     Thread(#[source] io::Error),
 }
 
@@ -90,9 +93,9 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Unix(error) => error.hint(),
-            Self::Tcp { .. } => Some("give another port, or a unix socket: --gdb unix:PATH"),
+            Self::Tcp { .. } => Some("choose a free port, or a unix socket: `gdb=unix:PATH`"),
             Self::Exposed { .. } => {
-                Some("use --gdb unix:PATH and ssh, or add ,public if everybody there may have the guest")
+                Some("use `gdb=unix:PATH` and ssh, or add ,public if everybody there may have the guest")
             }
             Self::Thread(_) => None,
         }
@@ -243,8 +246,10 @@ mod tests {
 
     #[test]
     fn places_are_read() {
-        let place = |text: &str| text.parse::<Place>();
+        let place = |text: &str| Place::try_from(OsStr::new(text));
         assert_eq!(place("unix:/a:b"), Ok(Place::Unix("/a:b".into())));
+        let bytes = OsStr::from_bytes(b"/\xff");
+        assert_eq!(Place::try_from(OsStr::from_bytes(b"unix:/\xff")), Ok(Place::Unix(bytes.into())));
         let tcp = |address: &str, public| Ok(Place::Tcp { address: address.to_owned(), public });
         assert_eq!(place("tcp:1234"), tcp("127.0.0.1:1234", false));
         assert_eq!(place("tcp:[::1]:1"), tcp("[::1]:1", false));
@@ -256,7 +261,7 @@ mod tests {
 
     #[test]
     fn a_port_that_others_reach_wants_an_explicit_word() {
-        let open = |text: &str| Door::open(&text.parse().unwrap());
+        let open = |text: &str| Door::open(&OsStr::new(text).try_into().unwrap());
         for exposed in ["tcp:0.0.0.0:0", "tcp:[::]:0", "tcp:192.0.2.1:0"] {
             assert!(matches!(open(exposed), Err(Error::Exposed { .. })), "{exposed}");
         }

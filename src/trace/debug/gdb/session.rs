@@ -271,7 +271,7 @@ impl Session {
         // Not while the first may just be leaving.
         let another = line.is_some() && !readable && self.machine.is_some() && ready.get(1) == Some(&true);
         if another && self.door.accept().is_some() {
-            log::warn!("gdb: turned a second one away");
+            log::warn!("gdb: refused a second connection");
         }
         readable
     }

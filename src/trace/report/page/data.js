@@ -24,6 +24,11 @@ for (let i = 0, t = 0; i < N; i++) {
   placeOf[i] = reason.place;
 }
 const START = Math.min(0, N ? began[0] : 0), END = Math.max(D.end, START + 1e3);
+/** Hardware's reason in the terms that are shown, this host's first. */
+function hardwareWords({ vtx, svm }) {
+  const names = [vtx && `VT-x ${vtx}`, svm && `AMD-V ${svm}`];
+  return (D.run.amd ? names.reverse() : names).filter(Boolean).join(" = ");
+}
 const text = (column, i) => D.strings[E[column][i]];
 
 // A lane for each vCPU, then for each worker: its events, by number.

@@ -7,7 +7,7 @@
   fill(byId("title"), name);
   const facts = [
     ["kernel", run.kernel], ["command line", run.cmdline], ["recorded by", run.vmm && `vmm ${run.vmm}`],
-    ["host", run.vendor && `${run.vendor}: exit reasons are ${run.amd ? "AMD-V's" : "VT-x's"}`],
+    ["host", run.vendor && `${run.vendor}: its exit reasons are ${run.amd ? "AMD-V's (AMD APM vol. 2, appendix C)" : "VT-x's (Intel SDM vol. 3, appendix C)"}`],
     ["exits inside KVM", run.in_kernel], ["symbols", run.symbols || "none found (give --symbols FILE)"], ["length", duration(END)],
   ];
   fill(byId("facts"), ...facts.filter(([, value]) => value).map(([key, value]) =>

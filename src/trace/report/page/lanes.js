@@ -191,7 +191,7 @@
     if (i < 0) return;
     const reason = D.reasons[E.reason[i]], place = [text("place", i), text("code", i)].filter(Boolean).join("  ");
     fill(tip, el("b", {}, `${LANES.find((lane) => lane.number === E.track[i]).name}: ${wordsFor(i)}`), place && el("span", { class: "mono" }, place),
-      el("i", {}, ` ${moment(began[i])}, took ${duration(E.took[i])}${placeOf[i] === KVM ? " in KVM" : ""}; ${text("detail", i) || (D.run.amd ? reason.svm : reason.vtx) || reason.name}`));
+      el("i", {}, ` ${moment(began[i])}, took ${duration(E.took[i])}${placeOf[i] === KVM ? " in KVM" : ""}; ${text("detail", i) || hardwareWords(reason) || reason.name}`));
     const box = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - box.width - 8))}px`;
     tip.style.top = `${event.clientY + 18 + box.height > innerHeight ? event.clientY - box.height - 12 : event.clientY + 18}px`;

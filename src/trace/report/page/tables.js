@@ -46,6 +46,7 @@ const scale = () => el("span", { class: "scale" }, ...[1e3, 1e5, 1e7, 1e9].map((
     { head: "Share", key: (row) => took(row) / (all[D.reasons[row.reason].place] || Infinity), kind: "num", cell: (row) => D.reasons[row.reason].place === WORKER ? "" : percent(took(row), all[D.reasons[row.reason].place]) },
     { head: "Median", key: (row) => row.p50, kind: "num", cell: (row) => duration(row.p50) },
     { head: "99%", key: (row) => row.p99, kind: "num", cell: (row) => duration(row.p99) },
+    { head: "Hardware", key: (row) => hardwareWords(D.reasons[row.reason]), cell: (row) => hardwareWords(D.reasons[row.reason]) },
     { head: "", cell: (row) => histogram(row, `c${D.reasons[row.reason].class}`), under: scale },
   ], D.by_reason, 3);
 
