@@ -1,4 +1,5 @@
-//! Work in flight that does not end: resets, queues taken away, pauses, saves and ends of the device meanwhile.
+//! Work in flight that does not end: resets, queues taken away, pauses, saves and ends of the device
+//! meanwhile.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
