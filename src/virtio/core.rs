@@ -153,7 +153,7 @@ impl Parts {
     fn go_on(&mut self) {
         if self.signals.posted.load(Ordering::SeqCst) {
             self.doorbells.iter().take(1).for_each(Event::signal);
-        } else if self.started {
+        } else {
             self.allow();
             self.device.resume(&mut self.queues);
             self.tell_driver();
@@ -504,7 +504,9 @@ impl Core {
     /// Has the device do what needs it at rest: at once, if it is, or else by the worker. True if at once.
     fn post(&mut self, what: impl FnOnce(&mut Posted)) -> bool {
         if !self.is_posted() {
+            // What was posted before is done.
             self.stopping.clear();
+            self.leaving = None;
         }
         let mut parts = lock(&self.parts);
         what(&mut parts.posted);
@@ -600,11 +602,14 @@ impl Core {
     pub fn resume(&mut self) {
         self.asked = false;
         let started = self.status.contains(Status::DRIVER_OK) && !self.failed();
-        if self.worker.is_some() || !(started || self.is_posted()) {
+        if self.worker.is_some() {
             return;
         }
         self.running = started;
         lock(&self.parts).go_on();
+        if !started && !self.is_posted() {
+            return;
+        }
         match self.spawn() {
             Ok(worker) => self.worker = Some(worker),
             Err(error) => {
@@ -632,7 +637,6 @@ impl Core {
     /// Back to as built (2.4): at once, or [posted](Core::is_resetting) while work is in flight.
     fn reset(&mut self) {
         self.running = false;
-        self.leaving = None;
         if !self.post(|posted| posted.reset = true) {
             self.leaving = Some(self.status);
             let mut parts = lock(&self.parts);
