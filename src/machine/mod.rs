@@ -226,8 +226,8 @@ pub struct Machine {
     vm: Arc<kvm::Vm>,
 }
 
-/// A pause that takes longer fails, and the machine goes on.
-const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+/// A pause that takes longer fails, and the machine goes on: before who asked by the control socket gives up.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 /// What devices owe the host after the run's end is waited for this long.
 const LAST_LIMIT: Duration = Duration::from_secs(10);
 
@@ -367,7 +367,7 @@ impl Handle {
         *lock(&self.0.phase)
     }
 
-    /// Parks the vCPUs, then brings the devices to rest. Returns when all stand still, or after 10 seconds.
+    /// Parks the vCPUs, then brings the devices to rest. Returns when all stand still, or after 5 seconds.
     ///
     /// # Errors
     /// [`PauseError`]; the machine is as it was.
