@@ -151,7 +151,8 @@ fn the_monitors_modules_use_only_their_layer_and_those_below() {
 /// What `virtio` is made of beside devices.
 const VIRTIO_CORE: [&str; 5] = ["core", "device", "mmio", "queue", "testing"];
 
-/// To add one is its own file and `virtio/mod.rs` (and a subject of the tests), because nothing else knows it.
+/// To add one is its own file and `virtio/mod.rs` (and a subject of the tests), because nothing else knows
+/// it.
 #[test]
 fn a_virtio_device_is_known_to_its_own_file_and_the_list_alone() {
     let all = sources();

@@ -17,8 +17,8 @@ pub enum Effect {
     /// Nothing: the vCPU goes on.
     #[default]
     None,
-    /// The device wants a thread of its own, which a vCPU must not make: the vCPU goes on, and the machine calls
-    /// [`Device::resume`] from another thread soon.
+    /// The device wants a thread of its own, which a vCPU must not make: the vCPU goes on, and the machine
+    /// calls [`Device::resume`] from another thread soon.
     Serve,
     /// The guest asked for a reset.
     Reset,
@@ -44,16 +44,17 @@ pub trait Device: Saved + Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// The guest writes `data` at `offset`.
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect;
-    /// Comes to rest: once it returns `Ok`, no thread or kernel work of this device touches guest memory or host
-    /// files until [`Device::resume`]. The vCPUs are parked. Idempotent.
+    /// Comes to rest: once it returns `Ok`, no thread or kernel work of this device touches guest memory or
+    /// host files until [`Device::resume`]. The vCPUs are parked. Idempotent.
     ///
     /// # Errors
-    /// [`Busy`] at `deadline`: work of the device still goes on. Another pause goes on waiting; a resume takes it back.
+    /// [`Busy`] at `deadline`: work of the device still goes on. Another pause goes on waiting; a
+    /// resume takes it back.
     fn pause(&mut self, _deadline: Instant) -> Result<(), Busy> {
         Ok(())
     }
-    /// Undoes [`Device::pause`], also one that failed; starts a device after `restore_bytes`, and one that asked for it by
-    /// [`Effect::Serve`]. Never called by a vCPU. Idempotent.
+    /// Undoes [`Device::pause`], also one that failed; starts a device after `restore_bytes`, and one that
+    /// asked for it by [`Effect::Serve`]. Never called by a vCPU. Idempotent.
     fn resume(&mut self) {}
 }
 

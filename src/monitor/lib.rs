@@ -46,8 +46,9 @@
 //!    run's end. A virtqueue kick does not come this way.
 //! 3. **Block**: ioeventfd → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
 //!    `on_event` → status byte → used ring → irqfd.
-//! 4. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and drains → nothing moves.
-//!    Every part can then give its state ([`state::Saved`]).
+//! 4. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and comes to
+//!    rest → nothing moves. Every part can then give its state ([`state::Saved`]). If a device is not at rest
+//!    in time (its disk hangs), the pause fails and the machine runs on.
 //!
 //! Where no kernel is named and there is a disk, the kernel is a program of ours that finds one there ([`config::Kernel`],
 //! `firmware/disk`). With `--firmware` the first flow is shorter: the ROM is a memory slot, `Entry` is the reset vector, and firmware asks

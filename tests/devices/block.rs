@@ -256,7 +256,8 @@ fn the_configuration_says_what_holds() {
 #[test]
 fn the_cache_mode_is_the_drivers_choice() {
     let (_keep, disk) = image(SIZE);
-    // Features that are not accepted, what `writeback` is then (5.2.5.2), and whether the driver may change it (5.2.5).
+    // Features that are not accepted, what `writeback` is then (5.2.5.2), and whether the driver may change
+    // it (5.2.5).
     for (without, writeback, writable) in
         [(0, 1, true), (WCE, 1, false), (F_FLUSH, 0, true), (WCE | F_FLUSH, 0, false)]
     {

@@ -1,4 +1,5 @@
-//! Work in flight that does not end: resets, queues taken away, pauses, saves and ends of the device meanwhile.
+//! Work in flight that does not end: resets, queues taken away, pauses, saves and ends of the device
+//! meanwhile.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -295,8 +296,8 @@ fn a_device_that_hangs_can_be_taken_away() {
 
 #[test]
 fn a_queue_with_work_in_flight_reads_as_ready_until_the_device_has_let_go_of_it() {
-    for then_reset in [false, true] {
-        let (disk, mut guest, _) = stuck(Stuck::Begun);
+    let (disk, mut guest, _) = stuck(Stuck::Begun);
+    for then_reset in [false, true, false] {
         guest.write(0x30, 0);
         at_once(|| guest.write(READY, 0));
         assert_eq!((guest.read(READY), guest.read(STATUS)), (1, 15));
@@ -314,10 +315,21 @@ fn a_queue_with_work_in_flight_reads_as_ready_until_the_device_has_let_go_of_it(
         disk.release();
         guest.wait_for("the queue is let go", |guest| guest.read(READY) == 0);
         guest.wait_for("a reset is over", |guest| guest.read(STATUS) == if then_reset { 0 } else { 15 });
-        guest.start(0);
+        // One reset is enough.
+        if !then_reset {
+            guest.reset();
+        }
+        guest.agree(0);
+        guest.set_up_and_run();
         let heads = offer(&mut guest);
         collect(&mut guest, &heads);
+
+        disk.work().stuck = Stuck::Begun;
+        offer(&mut guest);
+        let here = disk.clone();
+        guest.wait_for("the disk has all three", |_| here.work().begun.len() == 3);
     }
+    disk.release();
 }
 
 #[test]

@@ -87,6 +87,25 @@ fn what_is_kicked_while_paused_is_done_after_resume() {
 }
 
 #[test]
+fn a_machine_can_pause_between_any_two_steps_of_a_driver() {
+    for_each(|subject| {
+        let mut guest = Guest::new((subject.build)());
+        guest.settle();
+        guest.agree(0);
+        guest.settle();
+        guest.set_up();
+        guest.settle();
+        guest.write(STATUS, 15);
+        guest.settle();
+        (subject.traffic)(&mut guest);
+        guest.reset();
+        guest.settle();
+        guest.start(0);
+        (subject.traffic)(&mut guest);
+    });
+}
+
+#[test]
 fn drivers_get_no_thread_from_their_vcpu_but_by_asking_the_machine_once() {
     for_each(|subject| {
         let mut guest = Guest::new((subject.build)());

@@ -204,6 +204,11 @@ impl Guest {
     /// [`Guest::start`] up to FEATURES_OK.
     pub fn negotiate(&mut self, without: u64) {
         self.reset();
+        self.agree(without);
+    }
+
+    /// [`Guest::negotiate`] with a device that is as built.
+    pub fn agree(&mut self, without: u64) {
         self.write(STATUS, 1);
         self.write(STATUS, 3);
         self.features = self.offered() & !without;

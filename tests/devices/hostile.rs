@@ -1,7 +1,6 @@
 //! Hostile drivers against every device: arbitrary register writes, arbitrary rings, descriptors that change while the
 //! device reads them. Nothing may panic, hang, grow, or touch what is not guest RAM, and a reset must mend it all.
 
-use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Once, mpsc};
 use std::thread;
@@ -279,23 +278,23 @@ fn property(mutate: bool, time: Duration) {
         within(120, all()[index].name, move || {
             let subject = &all()[index];
             let end = Instant::now() + time;
-            let mut config = Config { cases: 400, max_shrink_time: 20_000, ..Config::default() };
+            let mut config = Config { max_shrink_time: 20_000, ..Config::default() };
             config.failure_persistence = None;
             let mut runner = TestRunner::new(config);
             let strategy = (prop::bool::weighted(0.8), prop::collection::vec(step(), 1..60));
-            let cases = Cell::new(0);
-            let result = runner.run(&strategy, |(started, steps)| {
-                if Instant::now() < end {
-                    cases.set(cases.get() + 1);
+            let mut cases = 0;
+            while Instant::now() < end && cases < 400 {
+                cases += 1;
+                let case = strategy.new_tree(&mut runner).expect("a case");
+                let result = runner.run_one(case, |(started, steps)| {
                     run(subject, started, &steps, mutate);
+                    Ok(())
+                });
+                if let Err(error) = result {
+                    panic!("{}: case {cases}: {error}", subject.name);
                 }
-                Ok(())
-            });
-            let cases = cases.get();
-            eprintln!("{}: {cases} cases", subject.name);
-            if let Err(error) = result {
-                panic!("{}: {error}", subject.name);
             }
+            eprintln!("{}: {cases} cases", subject.name);
             assert!(cases > 0, "{}: not one case in {time:?}", subject.name);
         });
     }

@@ -1,7 +1,7 @@
 //! Device tests without KVM: real rings in guest memory, a driver at the registers, a hypervisor that takes notes.
 //!
-//! `subjects` lists every virtio device once; `conformance`, `faults` and `hostile` run over that list, so a new device is
-//! tested by adding it there. What is not virtio has a file of its own.
+//! `subjects` lists every virtio device once; `conformance`, `faults` and `hostile` run over that list, so a
+//! new device is tested by adding it there. What is not virtio has a file of its own.
 
 mod block;
 mod busy;

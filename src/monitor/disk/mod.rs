@@ -97,7 +97,8 @@ pub struct Info {
     pub size: u64,
     /// Writes fail with `ErrorKind::ReadOnlyFilesystem`.
     pub readonly: bool,
-    /// Logical block size: what a guest does best to keep to. Offsets and lengths are multiples of 512, whatever it is.
+    /// Logical block size: what a guest does best to keep to. Offsets and lengths are multiples of 512,
+    /// whatever it is.
     pub block_size: u32,
     /// Preferred (physical) block size, a power of two times `block_size`.
     pub physical_block_size: u32,
@@ -148,9 +149,10 @@ pub enum Io {
 /// request again only from `done`. Tags are the front end's, unique among those in flight. Requests may complete in
 /// any order; `ready` becomes readable when there is something to collect.
 ///
-/// A disk comes to rest by [`Disk::hold`]: what is begun goes on to its end, or, if it is long, to the next place where it
-/// can wait; the rest stays with the disk until [`Disk::go_on`] or [`Disk::forget`]. Each request can be begun anew: the
-/// front end may submit what was held to another disk on the same image. Dropping a disk waits a moment for what it has.
+/// A disk comes to rest by [`Disk::hold`]: what is begun goes on to its end, or, if it is long, to the next
+/// place where it can wait; the rest stays with the disk until [`Disk::go_on`] or [`Disk::forget`]. Each
+/// request can be begun anew: the front end may submit what was held to another disk on the same image.
+/// Dropping a disk waits a moment for what it has.
 pub trait Disk: Send {
     /// What the disk is.
     fn info(&self) -> Info;

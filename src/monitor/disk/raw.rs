@@ -25,11 +25,12 @@ use crate::threads::{self, Role};
 const SECTOR: u64 = 512;
 /// I/O threads of one disk: with two, a slow flush does not hold up a read.
 const THREADS: usize = 2;
-/// A disk that is dropped waits for its threads this long. One that hangs keeps its thread, and what that has, to itself.
+/// A disk that is dropped waits for its threads this long. One that hangs keeps its thread, and what that
+/// has, to itself.
 const LAST_WAIT: Duration = Duration::from_millis(500);
 
-/// Bytes of a discard or write-zeroes that are done at once: first, at least, and at most. On a fragmented image a MiB can
-/// take more than 100 ms.
+/// Bytes of a discard or write-zeroes that are done at once: first, at least, and at most. On a fragmented
+/// image a MiB can take more than 100 ms.
 const PIECE: u64 = 4 << 20;
 const PIECE_MIN: u64 = 1 << 20;
 const PIECE_MAX: u64 = 64 << 20;
@@ -273,8 +274,8 @@ enum Step {
     Left(Io),
 }
 
-/// Does `part` of `range` (offset, length) piece by piece, and returns how many bytes are done: all, unless `stop` said so
-/// between two.
+/// Does `part` of `range` (offset, length) piece by piece, and returns how many bytes are done: all, unless
+/// `stop` said so between two.
 fn in_pieces(
     range: (u64, u64),
     stop: &dyn Fn() -> bool,

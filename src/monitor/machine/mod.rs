@@ -193,8 +193,8 @@ impl Shared {
         lock(&self.threads).iter().for_each(vcpu::Thread::kick);
     }
 
-    /// Starts the devices that are not served yet, unless the machine was paused meanwhile: then they start when it
-    /// resumes. False if that cannot be said, because a pause or resume is under way.
+    /// Starts the devices that are not served yet, unless the machine was paused meanwhile: then they start
+    /// when it resumes. False if that cannot be said, because a pause or resume is under way.
     fn start_devices(&self) -> bool {
         let phase = match self.phase.try_lock() {
             Ok(phase) => phase,

@@ -187,7 +187,8 @@ mod tests {
     use crate::bus::Device;
     use crate::state::Stateless;
 
-    /// Remembers what was written, element by element; reads count up; writing 0xee powers off, 0x5e asks for a thread.
+    /// Remembers what was written, element by element; reads count up; writing 0xee powers off, 0x5e asks for
+    /// a thread.
     #[derive(Default)]
     struct Tape(Vec<(u64, Vec<u8>)>, u8);
     impl Stateless for Tape {}

@@ -266,8 +266,8 @@ impl Block {
         Ok((segment, offset, len))
     }
 
-    /// The byte range of `len` bytes from `sector`, if that is whole sectors of the disk, and at most `most` bytes. The
-    /// block size is a hint, and changes no unit (5.2.4).
+    /// The byte range of `len` bytes from `sector`, if that is whole sectors of the disk, and at most `most`
+    /// bytes. The block size is a hint, and changes no unit (5.2.4).
     fn range(&self, sector: u64, len: u64, most: u64) -> Result<(u64, u64), Refusal> {
         let offset = sector.checked_mul(SECTOR).ok_or(Refusal::Error)?;
         let end = offset.checked_add(len).ok_or(Refusal::Error)?;
@@ -344,8 +344,8 @@ impl Answer {
         };
         // The place was in RAM when it was popped, and RAM stays.
         let _ = self.status.write(&[byte as u8]);
-        // 2.7.8.2: bytes that were written, from the front on. The status byte is among them only if nothing in front of it
-        // was left out; a failed read leaves that undefined.
+        // 2.7.8.2: bytes that were written, from the front on. The status byte is among them only if nothing
+        // in front of it was left out; a failed read leaves that undefined.
         let front = if result.is_ok() { self.written } else { 0 };
         let used = if front == self.room { front + 1 } else { front };
         queue.complete(head, used as u32);
@@ -371,8 +371,8 @@ impl VirtioDevice for Block {
 
     fn accept(&mut self, features: u64) {
         self.features = features & self.offered;
-        // 5.2.5.2, 5.2.6.2: the cache is writeback for a driver that knows how to flush it; one that does not must find its
-        // writes on stable storage when they complete.
+        // 5.2.5.2, 5.2.6.2: the cache is writeback for a driver that knows how to flush it; one that does not
+        // must find its writes on stable storage when they complete.
         self.config.writeback = (features & 1 << VIRTIO_BLK_F_FLUSH != 0).into();
     }
 

@@ -6,8 +6,9 @@
 //! Two locks: the transport's mutex covers the registers here, and device and queues behind one of their own are
 //! what the worker needs, so that a vCPU at a register and the worker at a queue meet only where they must.
 //!
-//! No vCPU waits for I/O, nor makes a thread: a reset, or the end of a queue, that comes with work in flight is posted, and
-//! done by the worker, or a pause, when the device is at rest. Until then the driver reads that it is not over.
+//! No vCPU waits for I/O, nor makes a thread: a reset, or the end of a queue, that comes with work in flight
+//! is posted, and done by the worker, or a pause, when the device is at rest. Until then the driver reads
+//! that it is not over.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -109,7 +110,8 @@ impl Parts {
             }
             return;
         }
-        // Nothing is taken before DRIVER_OK (3.1.1). A source is heard all the same: else it would stay ready.
+        // Nothing is taken before DRIVER_OK (3.1.1). A source is heard all the same: else it would stay
+        // ready.
         if !self.started && matches!(cause, Cause::Queue(_)) {
             return;
         }
@@ -152,7 +154,7 @@ impl Parts {
     fn go_on(&mut self) {
         if self.signals.posted.load(Ordering::SeqCst) {
             self.doorbells.iter().take(1).for_each(Event::signal);
-        } else if self.started {
+        } else {
             self.allow();
             self.device.resume(&mut self.queues);
             self.tell_driver();
@@ -172,8 +174,8 @@ impl Parts {
         }
     }
 
-    /// Interrupts the driver for what a callback did: the queue (all ones: the configuration) that it was last
-    /// interrupted for.
+    /// Interrupts the driver for what a callback did: the queue (all ones: the configuration) that it was
+    /// last interrupted for.
     fn tell_driver(&mut self) -> Option<u64> {
         let mut changed = self.config_moved();
         let mut interrupted = None;
@@ -406,14 +408,14 @@ impl Core {
         self.signals.posted.load(Ordering::SeqCst)
     }
 
-    /// A reset was asked for, and is not over: the status reads as before it, and the driver has to wait for 0 (2.4.2). What
-    /// it writes meanwhile is to be ignored.
+    /// A reset was asked for, and is not over: the status reads as before it, and the driver has to wait for
+    /// 0 (2.4.2). What it writes meanwhile is to be ignored.
     pub fn is_resetting(&self) -> bool {
         self.leaving.is_some() && self.is_posted()
     }
 
-    /// The driver writes the device status; bits that mean nothing are ignored. True if that was a reset, and the transport's
-    /// registers have to follow.
+    /// The driver writes the device status; bits that mean nothing are ignored. True if that was a reset, and
+    /// the transport's registers have to follow.
     pub fn write_status(&mut self, value: u32) -> bool {
         let new = Status::from_bits_truncate(value as u8) - Status::NEEDS_RESET;
         if value == 0 {
@@ -505,7 +507,9 @@ impl Core {
     /// Has the device do what needs it at rest: at once, if it is, or else by the worker. True if at once.
     fn post(&mut self, what: impl FnOnce(&mut Posted)) -> bool {
         if !self.is_posted() {
+            // What was posted before is done.
             self.stopping.clear();
+            self.leaving = None;
         }
         let mut parts = lock(&self.parts);
         what(&mut parts.posted);
@@ -571,7 +575,8 @@ impl Core {
         self.running = true;
     }
 
-    /// Whether the device waits for the machine to call [`Core::resume`], because it has no worker. Says so once.
+    /// Whether the device waits for the machine to call [`Core::resume`], because it has no worker. Says so
+    /// once.
     pub fn wants_worker(&mut self) -> bool {
         let wanted = self.running && self.worker.is_none() && !self.failed();
         wanted && !std::mem::replace(&mut self.asked, true)
@@ -584,7 +589,8 @@ impl Core {
         }
     }
 
-    /// Comes to rest: the worker is gone, nothing is in flight, and what the driver had asked for is done. Idempotent.
+    /// Comes to rest: the worker is gone, nothing is in flight, and what the driver had asked for is done.
+    /// Idempotent.
     ///
     /// # Errors
     /// [`Busy`] at `deadline`; the worker is gone all the same.
@@ -594,15 +600,19 @@ impl Core {
         lock(&self.parts).come_to_rest(deadline)
     }
 
-    /// Gives the device its worker, if the driver had started it. Undoes [`Core::pause`]. Not for vCPUs. Idempotent.
+    /// Gives the device its worker, if the driver had started it. Undoes [`Core::pause`]. Not for vCPUs.
+    /// Idempotent.
     pub fn resume(&mut self) {
         self.asked = false;
         let started = self.status.contains(Status::DRIVER_OK) && !self.failed();
-        if self.worker.is_some() || !(started || self.is_posted()) {
+        if self.worker.is_some() {
             return;
         }
         self.running = started;
         lock(&self.parts).go_on();
+        if !started && !self.is_posted() {
+            return;
+        }
         match self.spawn() {
             Ok(worker) => self.worker = Some(worker),
             Err(error) => {
@@ -633,7 +643,6 @@ impl Core {
     /// Back to as built (2.4): at once, or [posted](Core::is_resetting) while work is in flight.
     fn reset(&mut self) {
         self.running = false;
-        self.leaving = None;
         if !self.post(|posted| posted.reset = true) {
             self.leaving = Some(self.status);
             let mut parts = lock(&self.parts);

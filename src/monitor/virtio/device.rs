@@ -22,15 +22,15 @@ pub struct Traits {
 
 /// A device behind virtqueues.
 ///
-/// Life: built, `accept` at FEATURES_OK, `start` at DRIVER_OK, then any number of `on_queue` and `on_event`, then `drain`
-/// (until it says that the device is at rest), then `resume`, or `reset` (back to as built). `restore_bytes` comes in place
-/// of `accept` and `start`, and `resume` after it: state must therefore hold the accepted features that the device cares
-/// for.
+/// Life: built, `accept` at FEATURES_OK, `start` at DRIVER_OK, then any number of `on_queue` and `on_event`,
+/// then `drain` (until it says that the device is at rest), then `resume`, or `reset` (back to as built).
+/// `restore_bytes` comes in place of `accept` and `start`, and `resume` after it: state must therefore hold
+/// the accepted features that the device cares for.
 ///
-/// Every call is made with the device's one mutex held, by its worker thread, by a vCPU (registers, configuration space,
-/// queues that are [`served_by_vcpu`](VirtioDevice::served_by_vcpu)) or by who pauses the machine. None may block for
-/// long, panic, or grow without bound, whatever the rings hold; `drain` may until its deadline, which is over already when a
-/// vCPU or the worker asks.
+/// Every call is made with the device's one mutex held, by its worker thread, by a vCPU (registers,
+/// configuration space, queues that are [`served_by_vcpu`](VirtioDevice::served_by_vcpu)) or by who pauses
+/// the machine. None may block for long, panic, or grow without bound, whatever the rings hold; `drain` may
+/// until its deadline, which is over already when a vCPU or the worker asks.
 pub trait VirtioDevice: Saved + Send {
     /// What the device is. Constant for its life.
     fn traits(&self) -> Traits;
@@ -57,18 +57,20 @@ pub trait VirtioDevice: Saved + Send {
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }
-    /// Source `source` of [`VirtioDevice::event_sources`] is ready. It may be so before `start` and after `reset`, too.
+    /// Source `source` of [`VirtioDevice::event_sources`] is ready. It may be so before `start` and after
+    /// `reset`, too.
     fn on_event(&mut self, _source: usize, _queues: &mut [Virtqueue]) {}
-    /// Comes to rest: begins nothing more, and waits until `deadline` at most for what is begun. After `Ok` no thread and
-    /// no kernel request touches guest memory or the host on the device's behalf; what it has popped is completed, put
-    /// back, or kept in its state to go on after `resume`.
+    /// Comes to rest: begins nothing more, and waits until `deadline` at most for what is begun. After `Ok`
+    /// no thread and no kernel request touches guest memory or the host on the device's behalf; what it has
+    /// popped is completed, put back, or kept in its state to go on after `resume`.
     ///
     /// # Errors
     /// [`Busy`]: not yet. The device has a source that becomes ready when it is worth asking again.
     fn drain(&mut self, _queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {
         Ok(())
     }
-    /// Undoes `drain`, also one that is not over, and takes up what restored state holds. The queues are looked at anyway.
+    /// Undoes `drain`, also one that is not over, and takes up what restored state holds. The queues are
+    /// looked at anyway.
     fn resume(&mut self, _queues: &mut [Virtqueue]) {}
     /// Forgets what it has popped from queue `index`, which is about to be disabled. At rest.
     fn forget(&mut self, _index: usize) {}

@@ -1,7 +1,7 @@
 //! virtio: devices, their queues, the core that drives them, and transports.
 //!
-//! [`Device`] lists what there is. To add a device: its file, and an arm of that list, which names what of the
-//! configuration it is for. Nothing else knows one device from another.
+//! [`Device`] lists what there is. To add a device: its file, and an arm of that list, which names what of
+//! the configuration it is for. Nothing else knows one device from another.
 
 pub mod block;
 pub mod console;

@@ -268,8 +268,8 @@ impl Virtqueue {
         if more { Err(Broken::Chain { head }) } else { Ok(Chain { head, readable, writable }) }
     }
 
-    /// Takes chain `head` once more, read anew: one that was popped before the device was saved, and not completed. Breaks
-    /// the queue if there is no such chain.
+    /// Takes chain `head` once more, read anew: one that was popped before the device was saved, and not
+    /// completed. Breaks the queue if there is no such chain.
     pub fn retake(&mut self, head: u16) -> Option<Chain> {
         if !self.is_usable() {
             return None;
@@ -371,7 +371,8 @@ impl Virtqueue {
     }
 }
 
-/// A chain's descriptors, each read once. Ends early where the chain leaves the rules: the last one then promises more.
+/// A chain's descriptors, each read once. Ends early where the chain leaves the rules: the last one then
+/// promises more.
 struct Descriptors<'a> {
     ram: &'a GuestRam,
     table: GuestAddress,

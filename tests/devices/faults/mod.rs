@@ -1,7 +1,8 @@
-//! What hostile and sloppy drivers do, line by line: each line is tried on every device, is answered as the specification
-//! says, and is mended by a reset.
+//! What hostile and sloppy drivers do, line by line: each line is tried on every device, is answered as the
+//! specification says, and is mended by a reset.
 //!
-//! The tables follow the sections of virtio 1.3. What needs data of one device's own stands in the table of that device.
+//! The tables follow the sections of virtio 1.3. What needs data of one device's own stands in the table of
+//! that device.
 
 mod block;
 mod console;

@@ -261,7 +261,8 @@ fn breaks(guest: &mut Guest, subject: &Subject) {
     guest.wait_for("NEEDS_RESET", |guest| guest.read(STATUS) & NEEDS_RESET != 0);
 }
 
-/// The interrupts that `requests` ordinary requests, one by one, make. No callback is under way before and after.
+/// The interrupts that `requests` ordinary requests, one by one, make. No callback is under way before and
+/// after.
 fn interrupts(guest: &mut Guest, subject: &Subject, requests: usize) -> usize {
     let before = guest.interrupts();
     for _ in 0..requests {

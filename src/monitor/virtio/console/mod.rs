@@ -66,6 +66,7 @@ pub struct Console {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     multiport: bool,
+    running: bool,
     columns: u16,
     rows: u16,
     emergency: Vec<u8>,
@@ -295,10 +296,6 @@ impl VirtioDevice for Console {
         Ok(())
     }
 
-    fn resume(&mut self, _queues: &mut [Virtqueue]) {
-        self.running = true;
-    }
-
     fn reset(&mut self) {
         self.ports.iter_mut().for_each(Port::reset);
         self.settle.stop();
@@ -315,11 +312,12 @@ impl Stateful for Console {
     fn save(&self) -> State {
         let (columns, rows) = self.size.map_or((0, 0), |size| (size.columns, size.rows));
         let ports = self.ports.iter().map(Port::save).collect();
-        State { multiport: self.multiport, columns, rows, emergency: self.emergency.clone(), ports }
+        let (multiport, running) = (self.multiport, self.running);
+        State { multiport, running, columns, rows, emergency: self.emergency.clone(), ports }
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
-        let State { multiport, columns, rows, emergency, ports } = state;
+        let State { multiport, running, columns, rows, emergency, ports } = state;
         let invalid = |what: String| Err(StateError::Invalid(format!("console: {what}")));
         if ports.len() != self.ports.len() {
             return invalid(format!("{} ports, but there are {}", ports.len(), self.ports.len()));
@@ -330,7 +328,7 @@ impl Stateful for Console {
         for (port, state) in self.ports.iter_mut().zip(ports) {
             port.restore(state)?;
         }
-        (self.multiport, self.emergency) = (multiport, emergency);
+        (self.multiport, self.running, self.emergency) = (multiport, running, emergency);
         // The guest knows the old size. The terminal here may have another.
         self.set_size((columns > 0 && rows > 0).then_some(WindowSize { columns, rows }));
         self.measure_due = true;
