@@ -20,6 +20,8 @@ pub enum Effect {
     Reset,
     /// The guest powered itself off.
     Shutdown,
+    /// The guest's kernel panicked, and says so.
+    Panic,
     /// The guest ended the run with a status of its own (an isa-debug-exit style port).
     Exit(u8),
 }

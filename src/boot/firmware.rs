@@ -13,7 +13,7 @@ use super::error::{Error, Role};
 use super::image::Image;
 use super::initrd::{self, Limits};
 use super::sniff::{self, Format};
-use super::tables::{Platform, loader};
+use super::tables::{Platform, loader, mp, reset};
 use super::{Payload, cmdline, elf, linux};
 use crate::config::{BootProtocol, Firmware};
 use crate::legacy::fw_cfg::{Content, Items, Source};
@@ -70,9 +70,8 @@ pub struct Start<'a> {
 /// [`Error`], which names the file and has a hint.
 pub fn load(memory: &mut Memory, start: &Start, platform: &Platform) -> Result<Items, Error> {
     match start.firmware {
-        Firmware::BuiltIn => {
-            place(memory, BUILT_IN).map_err(|what| (PathBuf::from(Firmware::BUILT_IN), what))
-        }
+        Firmware::BuiltIn => place(memory, BUILT_IN, Some(platform.cpus))
+            .map_err(|what| (PathBuf::from(Firmware::BUILT_IN), what)),
         Firmware::File(path) => {
             let image = Image::open(path, Role::Firmware)?;
             let len = usize::try_from(image.len()).unwrap_or(usize::MAX);
@@ -82,7 +81,7 @@ pub fn load(memory: &mut Memory, start: &Start, platform: &Platform) -> Result<I
             }
             let mut bytes = vec![0; len];
             image.bytes(0, &mut bytes, "the ROM")?;
-            place(memory, &bytes).map_err(|what| (path.clone(), what))
+            place(memory, &bytes, None).map_err(|what| (path.clone(), what))
         }
     }
     .map_err(|(path, what)| Error::Firmware { path, what })?;
@@ -128,14 +127,18 @@ pub fn load(memory: &mut Memory, start: &Start, platform: &Platform) -> Result<I
     Ok(items)
 }
 
-/// The ROM below 4 GiB, and the copy of its end below 1 MiB, where a PC's chipset shows it, too.
-fn place(memory: &mut Memory, rom: &[u8]) -> Result<(), String> {
+/// The ROM below 4 GiB, and the copy of its end below 1 MiB, where a PC's chipset shows it, too. In the copy the reset vector is
+/// ours: a processor starts in the ROM, so whoever comes to the copy's wants a reset. Below the copy go MP tables for `mp_cpus`
+/// processors: another's firmware makes its own.
+fn place(memory: &mut Memory, rom: &[u8], mp_cpus: Option<u32>) -> Result<(), String> {
     memory.set_rom(rom).map_err(|error| crate::error_chain(&error))?;
     let shadow = &rom[rom.len().saturating_sub(layout::ROM_SHADOW_MAX as usize)..];
     let at = layout::HIGH_RAM - shadow.len() as u64;
     memory
         .ram()
         .write_slice(shadow, GuestAddress(at))
+        .and_then(|()| reset::write(memory.ram()))
+        .and_then(|()| mp_cpus.map_or(Ok(()), |cpus| mp::write(memory.ram(), cpus, at)))
         .map_err(|error| format!("its copy below 1 MiB: {error}"))
 }
 

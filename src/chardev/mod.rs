@@ -12,6 +12,7 @@ mod pty;
 mod socket;
 mod stdio;
 mod stream;
+mod tail;
 pub mod terminal;
 
 use std::fmt;
@@ -29,8 +30,9 @@ use crate::bus::lock;
 use crate::config::Where;
 use poll::Poll;
 use stream::{Descriptor, Stream};
+use tail::Tail;
 
-pub use ends::Ends;
+pub use ends::{Ends, LastWords};
 pub use escape::Escape;
 pub use listener::Listener;
 
@@ -144,6 +146,7 @@ trait Host: Send {
 struct Shared {
     host: Box<dyn Host>,
     poll: Poll,
+    tail: Tail,
 }
 
 /// A host end: a byte stream each way. Clones are the same end; it lasts as long as one of them.
@@ -204,7 +207,11 @@ impl Endpoint {
     fn new(host: Box<dyn Host>, text: &str) -> io::Result<Self> {
         let poll = Poll::new()?;
         let fd = Arc::new(poll.try_clone_fd()?);
-        let endpoint = Self { shared: Arc::new(Mutex::new(Shared { host, poll })), fd, text: text.into() };
+        let endpoint = Self {
+            shared: Arc::new(Mutex::new(Shared { host, poll, tail: Tail::default() })),
+            fd,
+            text: text.into(),
+        };
         endpoint.want(Interest::default());
         Ok(endpoint)
     }
@@ -223,7 +230,20 @@ impl Endpoint {
     /// Takes output, or as much of it as there is room for: 0 means that the other end is stalled. What
     /// nobody will ever read (a closed pipe, `off`) is taken and vanishes.
     pub fn write(&self, data: &[u8]) -> usize {
-        lock(&self.shared).host.write(data)
+        let shared = &mut *lock(&self.shared);
+        let taken = shared.host.write(data);
+        shared.tail.push(&data[..taken.min(data.len())]);
+        taken
+    }
+
+    /// The last few KiB of output that were taken.
+    pub fn tail(&self) -> Vec<u8> {
+        lock(&self.shared).tail.bytes()
+    }
+
+    /// Forgets the output so far: what [`Endpoint::tail`] gives comes after this.
+    pub fn forget(&self) {
+        lock(&self.shared).tail = Tail::default();
     }
 
     /// Says what to wait for. Due after every use, because use changes what there is to wait for.

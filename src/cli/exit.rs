@@ -26,13 +26,15 @@ pub enum Code {
     Killed,
     /// `bench --compare` found something worse than the baseline.
     Worse,
+    /// The guest's kernel panicked.
+    GuestPanic,
     /// What the guest wrote to the debug-exit port, as the device makes it: odd.
     Guest(u8),
 }
 
 impl Code {
     /// The code as `--help` explains it.
-    const TABLE: [(Self, &str); 7] = [
+    const TABLE: [(Self, &str); 8] = [
         (Self::Success, "the guest powered off or rebooted; or the command did what was asked"),
         (Self::BadArgument, "an argument, or a file that it names, cannot be used"),
         (Self::Host, "the host lacks or refused something: KVM, memory, a running VM of that name"),
@@ -40,6 +42,7 @@ impl Code {
         (Self::Internal, "KVM could not run the guest (internal error, failed entry)"),
         (Self::Killed, "the VM was stopped hard: kill, a second signal, a stop's timeout, Ctrl-A x"),
         (Self::Worse, "vmm bench --compare: more than 5% worse than the baseline"),
+        (Self::GuestPanic, "the guest's kernel panicked"),
     ];
 
     /// The number.
@@ -52,6 +55,7 @@ impl Code {
             Self::Internal => 8,
             Self::Killed => 10,
             Self::Worse => 12,
+            Self::GuestPanic => 14,
             Self::Guest(code) => code,
         }
     }

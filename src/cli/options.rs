@@ -12,7 +12,7 @@ use serde::de::value::Error as ValueError;
 
 use super::exit::{Code, Failure};
 use crate::config::{
-    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, Port, VmConfig, Where,
+    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnPanic, OnReboot, Port, VmConfig, Where,
 };
 use crate::debug::gdb::Place;
 
@@ -75,10 +75,13 @@ pub struct Options {
     /// What a reboot of the guest does: exit, reset [default: exit]
     #[arg(long, value_name = "WHAT", value_parser = keyword::<OnReboot>)]
     on_reboot: Option<OnReboot>,
+    /// What a panic of the guest's kernel does: exit, reset, pause [default: as --on-reboot]
+    #[arg(long, value_name = "WHAT", value_parser = keyword::<OnPanic>)]
+    on_panic: Option<OnPanic>,
     /// Give the guest a port that ends the run with an exit code: writing V makes it 2V+1
     #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true, default_missing_value = "0xf4", value_parser = port_number)]
     debug_exit: Option<u16>,
-    /// Give the guest an 8254 timer (PIT); what is younger than 2010 does without
+    /// Give the guest an 8254 timer (PIT); what is younger than 2010 does without, and Linux gets one with acpi=off, noapic, nolapic or no-kvmclock
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     pit: Option<bool>,
     /// Give the guest a clock (RTC) at ports 0x70 and 0x71, as it has with --firmware
@@ -162,6 +165,7 @@ impl Options {
         set(&mut config.test_device, self.test_device);
         set(&mut config.boot_marks, self.boot_marks);
         set(&mut config.on_reboot, self.on_reboot);
+        config.on_panic = self.on_panic.or(config.on_panic);
     }
 }
 

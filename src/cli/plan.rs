@@ -53,7 +53,7 @@ fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
     let ram = layout::ram(config.mem.size.bytes());
     let mut map = vec![
         row(0..layout::LOW_END.min(ram[0].end), "RAM: boot parameters, page tables, command line"),
-        row(layout::ACPI..layout::MP_TABLES + layout::MP_TABLES_SIZE, "ACPI and MP tables"),
+        row(layout::ACPI..layout::HIGH_RAM, "ACPI and MP tables, reset vector"),
         row(layout::HIGH_RAM..ram[0].end, "RAM: kernel, then free memory, then initrd"),
     ];
     for (device, at) in virtio::Device::list(config).iter().zip(&platform.virtio_mmio) {
@@ -79,7 +79,7 @@ fn memory_map(config: &VmConfig, platform: &Platform) -> Vec<Row> {
 /// What the guest finds at its I/O ports, ascending.
 fn ports(config: &VmConfig) -> Vec<Row> {
     let mut ports = vec![(layout::I8042, layout::I8042_SIZE, "i8042: reset only")];
-    if config.pit {
+    if config.has_pit() {
         ports.push((layout::PIT, layout::PIT_SIZE, "8254 timer, interrupt 0 (in the kernel)"));
     }
     if config.test_device {
@@ -105,6 +105,8 @@ fn ports(config: &VmConfig) -> Vec<Row> {
     if config.serial != Where::Off {
         ports.push((layout::COM1, 8, "serial port COM1, interrupt 4"));
     }
+    ports.push((layout::PVPANIC, 1, "pvpanic: the guest's kernel panicked"));
+    ports.push((layout::RESET_CONTROL, 1, "reset control"));
     ports.push((layout::ACPI_PM, layout::ACPI_PM_SIZE, "ACPI sleep, reset and event registers"));
     ports.sort_unstable();
     ports.into_iter().map(|(start, size, what)| sized(start, size, what)).collect()

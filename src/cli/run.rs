@@ -15,7 +15,7 @@ use crate::api::running::Running;
 use crate::api::server::Server;
 use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty};
-use crate::config::{OnReboot, VmConfig};
+use crate::config::{OnPanic, OnReboot, VmConfig};
 use crate::debug::Debugger;
 use crate::debug::gdb;
 use crate::machine::{self, Ends, Outcome};
@@ -143,8 +143,12 @@ impl Watched<'_, '_> {
             running.built(machine.handle(), ptys);
             let outcome = machine.run(&mut *serve);
             let stopped = running.ended();
-            let again =
-                matches!(outcome, Ok(Outcome::Reset)) && self.config.on_reboot == OnReboot::Reset && !stopped;
+            let again = !stopped
+                && match outcome {
+                    Ok(Outcome::Reset) => self.config.on_reboot == OnReboot::Reset,
+                    Ok(Outcome::Panic(_)) => self.config.on_panic() == OnPanic::Reset,
+                    _ => false,
+                };
             let end = outcome.map_err(Failure::from).and_then(code);
             if let Some(debugger) = &mut self.debugger {
                 let code = end.as_ref().map_or_else(|failure| failure.code, |code| *code);
@@ -172,6 +176,7 @@ fn code(outcome: Outcome) -> Result<Code, Failure> {
         Outcome::Exit(code) => Ok(Code::Guest(code)),
         Outcome::Killed => Ok(Code::Killed),
         Outcome::Crash(report) => Err(Failure::new(Code::GuestCrash, anyhow!(report))),
+        Outcome::Panic(report) => Err(Failure::new(Code::GuestPanic, anyhow!(report))),
         Outcome::InternalError(report) => Err(Failure::new(Code::Internal, anyhow!(report))),
     }
 }

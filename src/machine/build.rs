@@ -15,7 +15,7 @@ use crate::boot::tables::{Platform, VirtioMmio};
 use crate::boot::{self, Payload, firmware};
 use crate::bus::{Bus, Device, Hypercalls, SharedDevice};
 use crate::chardev::{Ends, Escape};
-use crate::config::{Kernel, VmConfig, Where};
+use crate::config::{Firmware, Kernel, OnPanic, VmConfig, Where};
 use crate::kvm::regs::Entry;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
@@ -26,6 +26,8 @@ use crate::legacy::debug_port::DebugPort;
 use crate::legacy::fw_cfg::{self, FwCfg};
 use crate::legacy::hyperv_testdev::{self, HypervTestDevice};
 use crate::legacy::i8042::I8042;
+use crate::legacy::pvpanic::PvPanic;
+use crate::legacy::reset_control::ResetControl;
 use crate::legacy::rom::Rom;
 use crate::legacy::rtc_cmos::{self, RtcCmos};
 use crate::legacy::serial::SerialPort;
@@ -85,10 +87,12 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     let power = Arc::new(Mutex::new(AcpiPm::new(board.interrupt("power button", layout::ACPI_GSI)?)));
     board.port("acpi-pm", layout::ACPI_PM, layout::ACPI_PM_SIZE, power.clone())?;
     board.port("i8042", layout::I8042, layout::I8042_SIZE, shared(I8042))?;
+    board.port("reset-control", layout::RESET_CONTROL, 1, shared(ResetControl::default()))?;
+    board.port("pvpanic", layout::PVPANIC, 1, shared(PvPanic))?;
     if let Some(port) = config.debug_exit {
         board.port("debug-exit", u64::from(port), debug_exit::SIZE, shared(DebugExit))?;
     }
-    if config.pit {
+    if config.has_pit() {
         vm.create_pit()?;
     }
     if config.rtc || config.firmware.is_some() {
@@ -143,6 +147,8 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
             ram: memory.all(),
             recorder: recorder.clone(),
             observed: vcpu::Observed::default(),
+            reset_flag: !matches!(config.firmware, Some(Firmware::File(_))),
+            holds_on_panic: config.on_panic() == OnPanic::Pause,
             debugger: OnceLock::new(),
         }),
         threads: Mutex::default(),
@@ -161,7 +167,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
             Escape::PowerButton => handle.power_button(),
         }
     });
-    Ok(Machine { shared, vcpus, events: ended, built: start, vm })
+    Ok(Machine { shared, vcpus, events: ended, built: start, last_words: ends.last_words(), vm })
 }
 
 /// Whether the files are so small that reading them takes less than starting a thread for it: test guests, unikernels.

@@ -4,6 +4,7 @@
 
 mod build;
 mod debug;
+mod panic;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use crate::vcpu::{self, Ended};
 use crate::{boot, chardev, kvm, memory, virtio};
 
 pub use crate::chardev::Ends;
+use crate::chardev::LastWords;
 pub use build::{build, platform};
 pub use debug::Debug;
 
@@ -122,6 +124,8 @@ pub enum Outcome {
     Exit(u8),
     /// The guest crashed; a report for a person.
     Crash(String),
+    /// The guest's kernel panicked; a report for a person.
+    Panic(String),
     /// KVM could not go on; a report for a person.
     InternalError(String),
     /// [`Handle::kill`].
@@ -197,6 +201,7 @@ pub struct Machine {
     vcpus: Vec<kvm::Vcpu>,
     events: Receiver<Event>,
     built: Instant,
+    last_words: LastWords,
     /// Dropped last: closing the VM's descriptor is what frees the guest.
     vm: Arc<kvm::Vm>,
 }
@@ -239,14 +244,32 @@ impl Machine {
             meanwhile();
             self.shared.start_devices();
         }
-        // `shared` holds a sender, so there is an event in the end.
-        let event = if started.is_ok() { self.events.recv().unwrap_or(Event::Kill) } else { Event::Kill };
+        let event = if started.is_ok() { self.next_event() } else { Event::Kill };
         self.shared.vcpus.gate.shut(|| self.shared.kick_all());
         lock(&self.shared.threads).drain(..).for_each(vcpu::Thread::join);
         *lock(&self.shared.phase) = Phase::Ended;
         self.shared.pause_devices();
         started?;
-        outcome(event)
+        outcome(event, &self.last_words)
+    }
+
+    /// Waits for what ends the run. A panic that the guest is held for does not: the machine is paused.
+    fn next_event(&self) -> Event {
+        loop {
+            // `shared` holds a sender, so there is an event in the end.
+            let event = self.events.recv().unwrap_or(Event::Kill);
+            match event {
+                Event::Ended(Ended { end: Ok(End::Panic), vcpu, .. }) if self.shared.vcpus.holds_on_panic => {
+                    let _ = self.handle().pause();
+                    self.shared.vcpus.gate.release(vcpu as usize);
+                    log::warn!(
+                        "{}\nit is paused: vmm resume lets it go on, vmm kill ends it",
+                        panic::report(&self.last_words)
+                    );
+                }
+                event => return event,
+            }
+        }
     }
 
     /// Gives everything back after the run, without waiting for KVM to take the VM apart: for a process that is about to end.
@@ -259,12 +282,14 @@ impl Machine {
     }
 }
 
-fn outcome(event: Event) -> Result<Outcome, Error> {
-    let Event::Ended(Ended { end, report }) = event else { return Ok(Outcome::Killed) };
+fn outcome(event: Event, words: &LastWords) -> Result<Outcome, Error> {
+    let Event::Ended(Ended { end, report, .. }) = event else { return Ok(Outcome::Killed) };
     let report = report.unwrap_or_default();
     Ok(match end? {
         End::Shutdown => Outcome::Shutdown,
+        End::Reset if panic::is_told(words) => Outcome::Panic(panic::report(words)),
         End::Reset => Outcome::Reset,
+        End::Panic => Outcome::Panic(panic::report(words)),
         End::Exit(status) => Outcome::Exit(status),
         End::TripleFault | End::GuestCrash => Outcome::Crash(report),
         End::Stuck(_) => Outcome::InternalError(report),

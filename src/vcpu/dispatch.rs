@@ -73,6 +73,8 @@ pub enum End {
     Reset,
     /// The guest ended with a status.
     Exit(u8),
+    /// The guest's kernel panicked, and said so.
+    Panic,
     /// The guest's processor went into shutdown: a triple fault.
     TripleFault,
     /// The guest reported its own crash through a paravirtual call.
@@ -96,7 +98,11 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
             for element in data.chunks(size) {
                 match buses.pio.write(u64::from(port), element) {
                     Some(Effect::None) => {}
-                    Some(effect) => return after(effect),
+                    Some(effect) => {
+                        let device = buses.pio.name_at(u64::from(port)).unwrap_or_default();
+                        log::info!("{effect:?} by {device}, port {port:#x}");
+                        return after(effect);
+                    }
                     None => buses.log_unclaimed(format_args!("out {size} at port {port:#x}")),
                 }
             }
@@ -166,6 +172,7 @@ fn after(effect: Effect) -> Next {
         Effect::Reset => Next::End(End::Reset),
         Effect::Shutdown => Next::End(End::Shutdown),
         Effect::Exit(code) => Next::End(End::Exit(code)),
+        Effect::Panic => Next::End(End::Panic),
     }
 }
 
