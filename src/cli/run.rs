@@ -149,13 +149,18 @@ impl Watched<'_, '_> {
                     Ok(Outcome::Panic(_)) => self.config.on_panic() == OnPanic::Reset,
                     _ => false,
                 };
+            let why = if matches!(outcome, Ok(Outcome::Panic(_))) {
+                "the guest's kernel panicked"
+            } else {
+                "the guest rebooted"
+            };
             let end = outcome.map_err(Failure::from).and_then(code);
             if let Some(debugger) = &mut self.debugger {
                 let code = end.as_ref().map_or_else(|failure| failure.code, |code| *code);
                 debugger.ended((!again).then(|| code.number()));
             }
             if again {
-                log::info!("the guest rebooted: starting it again");
+                log::info!("{why}: starting it again");
                 if let Some(recording) = &mut recording {
                     recording.pause();
                 }

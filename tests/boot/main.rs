@@ -12,4 +12,5 @@ mod kernels;
 mod labs;
 mod life;
 mod others;
+mod reboot;
 mod trace;
