@@ -80,6 +80,11 @@ impl Vm {
         set_up_pics(&self.fd, [!(1 << 2), !open])
     }
 
+    /// Whether the processor is Intel's.
+    pub fn is_intels(&self) -> bool {
+        cpuid::is_intels(self.supported.as_slice())
+    }
+
     /// Has the guest's uses of the MSRs that `denied` has come out as exits ([`Exit::MsrRead`](super::exit::Exit::MsrRead)),
     /// which end in #GP.
     ///

@@ -134,6 +134,14 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
     if let [_, .., last] = vcpus.as_slice() {
         last.join_apic_map()?;
     }
+    let clock = |payload: &Payload| {
+        boot::cmdline::missing_clock(&payload.cmdline, vm.is_intels(), vcpus[0].tsc_khz())
+    };
+    if let Some(word) = payload.as_ref().and_then(clock) {
+        log::warn!(
+            "a Linux with no-kvmclock may find no clock on this processor: add {word} to its command line"
+        );
+    }
     vcpus[0].enter_at(entry)?;
     steps.done(Step::Vcpus);
 

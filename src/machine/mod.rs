@@ -291,7 +291,7 @@ fn outcome(event: Event, words: &LastWords) -> Result<Outcome, Error> {
         End::Reset => Outcome::Reset,
         End::Panic => Outcome::Panic(panic::report(words)),
         End::Exit(status) => Outcome::Exit(status),
-        End::TripleFault | End::GuestCrash => Outcome::Crash(report),
+        End::TripleFault => Outcome::Crash(report),
         End::Stuck(_) => Outcome::InternalError(report),
     })
 }

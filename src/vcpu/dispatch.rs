@@ -73,12 +73,10 @@ pub enum End {
     Reset,
     /// The guest ended with a status.
     Exit(u8),
-    /// The guest's kernel panicked, and said so.
+    /// The guest's kernel panicked, and said so: by pvpanic, or as Hyper-V's guests do.
     Panic,
     /// The guest's processor went into shutdown: a triple fault.
     TripleFault,
-    /// The guest reported its own crash through a paravirtual call.
-    GuestCrash,
     /// KVM cannot go on.
     Stuck(Stuck),
 }
@@ -151,7 +149,7 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
         Exit::Shutdown => Next::End(End::TripleFault),
         Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_SHUTDOWN) => Next::End(End::Shutdown),
         Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_RESET) => Next::End(End::Reset),
-        Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH) => Next::End(End::GuestCrash),
+        Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH) => Next::End(End::Panic),
         Exit::SystemEvent(_) => Next::End(End::Stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
         Exit::Debug(trap) => Next::Trap(trap),
         Exit::Stuck(why) => Next::End(End::Stuck(why)),
@@ -279,7 +277,7 @@ mod tests {
             (Exit::Shutdown, Next::End(End::TripleFault)),
             (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_SHUTDOWN), Next::End(End::Shutdown)),
             (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_RESET), Next::End(End::Reset)),
-            (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH), Next::End(End::GuestCrash)),
+            (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH), Next::End(End::Panic)),
             (Exit::SystemEvent(99), stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
             (
                 Exit::Stuck(Stuck::FailEntry { reason: 7, cpu: 1 }),

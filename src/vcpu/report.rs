@@ -23,7 +23,6 @@ pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<S
             "vcpu{id}: triple fault: an exception while delivering a double fault, most often because the guest has no \
              valid IDT or stack yet; watch early output with --serial stdio and earlyprintk=serial on its command line"
         ),
-        Ok(End::GuestCrash) => format!("vcpu{id}: the guest reported its own crash: see its console"),
         Ok(End::Stuck(Stuck::FailEntry { reason, cpu })) => format!(
             "vcpu{id}: the processor refused to enter the guest (hardware reason {reason:#x}, host CPU {cpu}): \
              its register state is invalid, or the host's kernel log tells more (dmesg)"

@@ -14,3 +14,4 @@ mod life;
 mod others;
 mod reboot;
 mod trace;
+mod without;
