@@ -108,15 +108,15 @@ vtx: build
 
 # Every way in which Linux resets a machine, on our kernel and on four of Debian's, directly and by firmware: some five minutes for each
 # kernel. What a way came to is a line of a table (docs/reboot.md). Some of it is in `make test`.
+REBOOTS := $(addprefix reboot::whole_,tuned stock cloud_6_12 generic_6_1 generic_6_12) without::debians_generic_kernel_ticks_without_acpi_and_apics
 reboots:
 	@cargo guest bundle --out $(GUESTS) --only tuned --only stock --only cloud-6.12 --only generic-6.1 --only generic-6.12
 	@cargo build --quiet --package rig
 	@boot=$$(cargo test --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p'); failed=0; \
-	for kernel in tuned stock cloud_6_12 generic_6_1 generic_6_12; do \
+	for test in $(REBOOTS); do \
 		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 1800 -- \
-			"$$boot" --exact reboot::whole_$$kernel --ignored --nocapture >$(GUESTS)/reboots-$$kernel.log 2>&1 || \
-			{ failed=1; tail -40 $(GUESTS)/reboots-$$kernel.log; }; \
-		grep -a '^| ' $(GUESTS)/reboots-$$kernel.log; \
+			"$$boot" --exact $$test --ignored --nocapture >target/reboots.log 2>&1 || { failed=1; tail -40 target/reboots.log; }; \
+		grep -a '^| \|^test result' target/reboots.log; \
 	done; exit $$failed
 
 clean-guests:

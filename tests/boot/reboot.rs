@@ -168,6 +168,33 @@ fn debians_kernel_resets_by_default_in_an_emergency_and_after_a_panic() {
     }
 }
 
+/// No initrd and no disk, as by an oversight; nothing else is said, so that the console is the virtio one and the panic restarts.
+#[test]
+fn a_kernel_without_a_root_panics_and_the_message_says_why() {
+    if !available("a panic") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    command
+        .arg("--kernel")
+        .arg(bundle("tuned-vmlinux"))
+        .stdin(Stdio::null())
+        .stderr(fs::File::create(&log).unwrap());
+    let ended = Guest::start(command).finish();
+    let said = fs::read_to_string(&log).unwrap();
+    let words = [
+        "vmm: error: the guest's kernel panicked; its console says\n",
+        "Kernel panic - not syncing: VFS: Unable to mount root fs",
+    ];
+    assert!(
+        ended.code == Some(14) && words.iter().all(|word| said.contains(word)),
+        "{:?} {said}",
+        ended.code
+    );
+}
+
 #[test]
 #[ignore = "minutes: make reboots"]
 fn whole_tuned() {
