@@ -11,7 +11,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test bench tuned bench-compare tools build compilers vtx clean-guests
+.PHONY: run test bench tuned bench-compare tools build compilers vtx reboots clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -106,6 +106,19 @@ bench-compare: build
 # Every lab on VT-x, which Bochs emulates: hardware's exit reasons against ours, into docs/vtx.md. Some minutes; no part of `make test`.
 vtx: build
 	@tests/vtx/run $(VMM)
+
+# Every way in which Linux resets a machine, on our kernel and on four of Debian's, directly and by firmware: some five minutes for each
+# kernel. What a way came to is a line of a table (docs/reboot.md). Some of it is in `make test`.
+REBOOTS := $(addprefix reboot::whole_,tuned stock cloud_6_12 generic_6_1 generic_6_12) without::debians_generic_kernel_ticks_without_acpi_and_apics
+reboots:
+	@cargo guest bundle --out $(GUESTS) --only tuned --only stock --only cloud-6.12 --only generic-6.1 --only generic-6.12
+	@cargo build --quiet --package rig
+	@boot=$$(cargo test --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p'); failed=0; \
+	for test in $(REBOOTS); do \
+		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 1800 -- \
+			"$$boot" --exact $$test --ignored --nocapture >target/reboots.log 2>&1 || { failed=1; tail -40 target/reboots.log; }; \
+		grep -a '^| \|^test result' target/reboots.log; \
+	done; exit $$failed
 
 clean-guests:
 	rm -rf $(GUESTS)

@@ -1,10 +1,12 @@
 //! The vmm binary with guests of a few instructions on this host's /dev/kvm: how a Multiboot kernel is entered, the test
 //! device, CPUID and model-specific registers as a guest sees them. The guests write to COM1 and end by the debug-exit port.
 
+use std::path::Path;
 use std::process::Command;
 
 use iced_x86::code_asm::{
     CodeAssembler, CodeLabel, al, byte_ptr, dword_ptr, dx, eax, ebx, ecx, edi, edx, esi, esp, fword_ptr,
+    word_ptr,
 };
 
 /// Where the guests lie.
@@ -346,4 +348,197 @@ fn cpu_wishes_that_cannot_be_are_told() {
     // No processor has both makers' virtualization, nor this feature of one that was never sold.
     let (code, text) = said("host,+avx512pf,+fma4");
     assert!(code == Some(4) && text.contains("lacks"), "{text}");
+}
+
+/// How the run of a PVH kernel made of `code` ends: its exit code, and what the monitor says with `-v`.
+fn ending(code: impl FnOnce(&mut CodeAssembler), arguments: &[&str]) -> (Option<i32>, String) {
+    let mut assembler = CodeAssembler::new(32).unwrap();
+    code(&mut assembler);
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("micro");
+    std::fs::write(&kernel, vmm_bench::elf::pvh_kernel(&assembler.assemble(PVH_BASE).unwrap())).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    command
+        .env("XDG_RUNTIME_DIR", folder.path())
+        .env_remove("RUST_LOG")
+        .args(["run", "-v", "--kernel"])
+        .arg(&kernel);
+    let out = command.args(["--serial", "stdio", "--mem", "64M"]).args(arguments).output().unwrap();
+    (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+/// Where PVH kernels lie.
+const PVH_BASE: u64 = 0x20_0000;
+
+/// Of Debian's qemu-system-data and seabios.
+const QBOOT: &str = "/usr/share/qemu/qboot.rom";
+const SEABIOS: &str = "/usr/share/seabios/bios-microvm.bin";
+
+fn write_port(a: &mut CodeAssembler, port: u32, value: u32) {
+    a.mov(dx, port).unwrap();
+    a.mov(al, value).unwrap();
+    a.out(dx, al).unwrap();
+}
+
+/// Without an IDT any exception is a triple fault.
+fn triple_fault(a: &mut CodeAssembler) {
+    a.mov(dword_ptr(0x9_0000), 0).unwrap();
+    a.mov(dword_ptr(0x9_0004), 0).unwrap();
+    a.lidt(fword_ptr(0x9_0000)).unwrap();
+    a.ud2().unwrap();
+}
+
+/// Back to real mode, and to where a PC's firmware starts: as Linux does it for `reboot=bios`.
+fn jump_to_the_reset_vector(a: &mut CodeAssembler) {
+    // At 0x8000: mov eax, cr0; and eax, ~1; mov cr0, eax; jmp 0xf000:0xfff0.
+    for (at, word) in
+        [(0x8000, 0x66c0_200fu32), (0x8004, 0x0ffe_e083), (0x8008, 0xf0ea_c022), (0x800c, 0x00f0_00ff)]
+    {
+        a.mov(dword_ptr(at), word as i32).unwrap();
+    }
+    // A GDT with 16-bit code at 8, and where it is.
+    for (at, word) in [
+        (0x9000u32, 0u32),
+        (0x9004, 0),
+        (0x9008, 0xffff),
+        (0x900c, 0x9b00),
+        (0x9010, 0x9000_000f),
+        (0x9014, 0),
+    ] {
+        a.mov(dword_ptr(at), word as i32).unwrap();
+    }
+    a.lgdt(fword_ptr(0x9010)).unwrap();
+    // jmp 8:0x8000
+    a.db(&[0xea, 0x00, 0x80, 0x00, 0x00, 0x08, 0x00]).unwrap();
+}
+
+#[test]
+fn every_way_to_reset_a_pc_resets_this_one() {
+    const FLAG: u64 = 0x472;
+    type Code = fn(&mut CodeAssembler);
+    let ways: [(&str, Code, i32, &str); 8] = [
+        ("ACPI", |a| write_port(a, 0x602, 1), 0, "Reset by acpi-pm"),
+        ("keyboard", |a| write_port(a, 0x64, 0xfe), 0, "Reset by i8042"),
+        (
+            "chipset",
+            |a| {
+                write_port(a, 0xcf9, 0x02);
+                write_port(a, 0xcf9, 0x0e);
+            },
+            0,
+            "Reset by reset-control",
+        ),
+        ("reset vector", jump_to_the_reset_vector, 0, "Reset by i8042"),
+        (
+            "triple fault, cold",
+            |a| {
+                a.mov(word_ptr(FLAG), 0).unwrap();
+                triple_fault(a);
+            },
+            0,
+            "Reset by a triple fault",
+        ),
+        (
+            "triple fault, warm",
+            |a| {
+                a.mov(word_ptr(FLAG), 0x1234).unwrap();
+                triple_fault(a);
+            },
+            0,
+            "Reset by a triple fault",
+        ),
+        // With the IDT that firmware or nobody has left: a crash.
+        ("crash", |a| a.ud2().unwrap(), 6, "triple fault: an exception"),
+        (
+            "crash in cleared memory",
+            |a| {
+                a.mov(dword_ptr(FLAG), 0).unwrap();
+                a.ud2().unwrap();
+            },
+            6,
+            "triple fault: an exception",
+        ),
+    ];
+    for firmware in [&[][..], &["--firmware"]] {
+        for (way, code, expected, words) in ways {
+            let (code, said) = ending(code, firmware);
+            assert!(code == Some(expected) && said.contains(words), "{way} {firmware:?}: {code:?} {said}");
+        }
+    }
+    // Whoever starts the machine again starts it, also by firmware that would start its kernel again itself.
+    let marks = |a: &mut CodeAssembler| {
+        write_port(a, 0x80, 0x77);
+        jump_to_the_reset_vector(a);
+    };
+    let seabios = &["--firmware", SEABIOS, "--option-rom", "/usr/share/qemu/pvh.bin"];
+    for firmware in [&[][..], &["--firmware"], &["--firmware", QBOOT], seabios] {
+        if let Some(missing) = firmware.iter().find(|word| word.starts_with('/') && !Path::new(word).exists())
+        {
+            eprintln!("SKIP: every_way_to_reset_a_pc_resets_this_one, its last part: no {missing}");
+            continue;
+        }
+        let firmware = &[&["--boot-marks"], firmware].concat();
+        let (code, said) = ending(marks, firmware);
+        assert!(
+            code == Some(0) && said.matches("boot mark 0x77").count() == 1,
+            "{firmware:?}: {code:?} {said}"
+        );
+    }
+}
+
+#[test]
+fn a_panic_is_told_as_one() {
+    fn say(a: &mut CodeAssembler, text: &str) {
+        text.bytes().for_each(|byte| write_port(a, 0x3f8, byte.into()));
+    }
+    const PANIC: &str = "\n[ 1.0] Kernel panic - not syncing: \x1b[2Jno more\n[ 1.1] CPU: 0\n";
+    let by_driver = |a: &mut CodeAssembler| {
+        say(a, PANIC);
+        write_port(a, 0x505, 1);
+    };
+    let (code, said) = ending(by_driver, &[]);
+    assert_eq!(code, Some(14), "{said}");
+    let told = "vmm: error: the guest's kernel panicked; its console says\n  [ 1.0] Kernel panic - not syncing: [2Jno more\n  [ 1.1] CPU: 0\n";
+    assert!(said.contains(told), "{said}");
+    let (code, said) = ending(|a| write_port(a, 0x505, 1), &[]);
+    assert!(code == Some(14) && said.contains("wrote nothing to its console"), "{said}");
+    // Without a driver: by what it writes before it reboots, unless it goes on to shut down in order.
+    for (last, expected) in [("", 14), ("[ 9.9] reboot: Restarting system\n", 0)] {
+        let (code, said) = ending(
+            |a| {
+                say(a, PANIC);
+                say(a, last);
+                write_port(a, 0x602, 1);
+            },
+            &[],
+        );
+        assert_eq!(code, Some(expected), "{last:?}: {said}");
+    }
+    // A crash kernel takes over: the guest's affair.
+    let (code, said) = ending(
+        |a| {
+            write_port(a, 0x505, 2);
+            write_port(a, 0x602, 1);
+        },
+        &[],
+    );
+    assert_eq!(code, Some(0), "{said}");
+}
+
+/// ACPI says that there are none: a guest that takes interrupts must not get theirs.
+#[test]
+fn the_8259s_are_masked_until_somebody_programs_them() {
+    let image = image(|a| {
+        a.in_(al, 0x21).unwrap();
+        a.mov(ebx, eax).unwrap();
+        a.in_(al, 0xa1).unwrap();
+        a.and(eax, ebx).unwrap();
+        a.and(eax, 0xff).unwrap();
+        // The port shows seven bits.
+        a.shr(eax, 1).unwrap();
+        a.out(0xf4, al).unwrap();
+    });
+    for arguments in [&[][..], &["--pit"]] {
+        assert_eq!(run(&image, arguments), (vec![], 0x7f), "{arguments:?}");
+    }
 }

@@ -24,10 +24,7 @@ pub fn write(out: &Path, kinds: &[Kind], root: bool) -> Result<()> {
     fs::create_dir_all(out).with_context(|| format!("make folder {}", out.display()))?;
     for &kind in kinds {
         let kernel = Kernel::get(kind, false)?;
-        let name = match kind {
-            Kind::Stock => "stock",
-            Kind::Tuned => "tuned",
-        };
+        let name = kind.name();
         link(&kernel.bzimage, &out.join(format!("{name}-bzImage")))?;
         link(&kernel.vmlinux, &out.join(format!("{name}-vmlinux")))?;
         recipe(Some(kind)).write(&out.join(format!("{name}.cpio")), Compression::default())?;

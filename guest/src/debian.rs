@@ -77,6 +77,13 @@ pub fn dependency(package: &str, prefix: &str, suffix: &str) -> Result<String> {
     })
 }
 
+/// The package with the highest number between `prefix` and `suffix` in its name.
+pub fn newest(prefix: &str, suffix: &str) -> Result<String> {
+    let names = Tool::new("apt-cache").args(["pkgnames", prefix]).output().context("look for packages")?;
+    highest(&names, prefix, suffix)
+        .with_context(|| format!("no package {prefix}*{suffix}; this is made for Debian 12 (bookworm)"))
+}
+
 /// Fetches a package into `folder` without installing it.
 pub fn download(package: &str, folder: &Path) -> Result<PathBuf> {
     say(format_args!("fetching package {package}"));
@@ -131,6 +138,12 @@ fn first_dependency(text: &str, prefix: &str, suffix: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
+fn highest(names: &str, prefix: &str, suffix: &str) -> Option<String> {
+    let number = |name: &str| name.strip_prefix(prefix)?.strip_suffix(suffix)?.parse::<u32>().ok();
+    let numbered = names.lines().filter_map(|name| Some((number(name)?, name)));
+    numbered.max().map(|(_, name)| name.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -148,6 +161,9 @@ mod tests {
             Some("linux-image-6.1.0-56-cloud-amd64")
         );
         assert_eq!(first_dependency(depends, "linux-image-6.12", ""), None);
+        let names = "i-6.12.9+deb12-amd64\ni-6.12.117+deb12-amd64\ni-6.12.120+deb12-cloud-amd64\ni-6.12.118+deb12-amd64-dbg\n";
+        assert_eq!(highest(names, "i-6.12.", "+deb12-amd64").as_deref(), Some("i-6.12.117+deb12-amd64"));
+        assert_eq!(highest(names, "i-6.13.", "+deb12-amd64"), None);
     }
 
     #[test]

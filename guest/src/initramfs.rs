@@ -13,8 +13,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// What a stock kernel cannot do without a module: both virtio transports, and then the devices that a first boot wants.
-/// button and evdev carry the power button to init.
-pub const STOCK_MODULES: [&str; 9] = [
+/// button and evdev carry the power button to init; pvpanic_mmio tells the monitor of a panic.
+pub const STOCK_MODULES: [&str; 10] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_console",
@@ -24,6 +24,7 @@ pub const STOCK_MODULES: [&str; 9] = [
     "button",
     "evdev",
     "virtio_balloon",
+    "pvpanic_mmio",
 ];
 
 /// How the archive is packed.
@@ -74,10 +75,12 @@ impl Recipe {
         if self.busybox {
             add_busybox(&mut archive)?;
         }
-        if self.kernel == Some(Kind::Stock) {
-            self.add_modules(&mut archive, &Kernel::get(Kind::Stock, false)?)?;
+        if let Some(kind) = self.kernel.filter(|kind| kind.is_debians()) {
+            self.add_modules(&mut archive, &Kernel::get(kind, false)?)?;
+            // The tuned kernel does not start others.
+            add_program(&mut archive, "sbin/guest-kexec", &programs::init(Init::Kexec)?)?;
         } else if !self.modules.is_empty() {
-            bail!("only the stock kernel has modules");
+            bail!("only Debian's kernels have modules");
         }
         for (host, guest) in &self.add {
             add_tree(&mut archive, host, guest)?;

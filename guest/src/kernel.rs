@@ -5,13 +5,40 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Which of the two kernels.
+/// Which kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Kind {
-    /// Debian's cloud kernel, as packaged.
+    /// Debian's cloud kernel, as packaged: 6.1.
     Stock,
+    /// Debian's newer cloud kernel for the same release.
+    #[value(name = "cloud-6.12")]
+    Cloud612,
+    /// Debian's kernel for PCs.
+    #[value(name = "generic-6.1")]
+    Generic61,
+    /// The newer one.
+    #[value(name = "generic-6.12")]
+    Generic612,
     /// Ours: guest/kernel/tuned.config over Debian's source.
     Tuned,
+}
+
+impl Kind {
+    /// Its name on the command line, in the cache and in a bundle.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stock => "stock",
+            Self::Cloud612 => "cloud-6.12",
+            Self::Generic61 => "generic-6.1",
+            Self::Generic612 => "generic-6.12",
+            Self::Tuned => "tuned",
+        }
+    }
+
+    /// Debian's, which has its drivers in modules.
+    pub fn is_debians(self) -> bool {
+        self != Self::Tuned
+    }
 }
 
 /// The files of one kernel.
@@ -35,8 +62,8 @@ impl Kernel {
     /// Fetches or builds, or takes what the cache has. `refresh` looks for a newer one.
     pub fn get(kind: Kind, refresh: bool) -> Result<Self> {
         match kind {
-            Kind::Stock => crate::stock::get(refresh),
             Kind::Tuned => crate::tuned::get(refresh),
+            debians => crate::stock::get(debians, refresh),
         }
     }
 

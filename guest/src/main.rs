@@ -41,9 +41,9 @@ struct BundleArgs {
     /// The folder
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Only this kernel and its initramfs
+    /// Only this kernel and its initramfs (may be repeated)
     #[arg(long, value_name = "KIND")]
-    only: Option<Kind>,
+    only: Vec<Kind>,
 }
 
 #[derive(Debug, Args)]
@@ -57,10 +57,10 @@ struct InitramfsArgs {
     /// Our smallest /init: says "guest: init" and powers off
     #[arg(long, conflicts_with_all = ["init", "busybox", "kernel"])]
     tiny: bool,
-    /// The kernel that it is for: the stock kernel needs modules
+    /// The kernel that it is for: Debian's need modules
     #[arg(long, value_name = "KIND")]
     kernel: Option<Kind>,
-    /// One more module to load, with what it needs (stock kernel; may be repeated)
+    /// One more module to load, with what it needs (Debian's kernels; may be repeated)
     #[arg(long, value_name = "NAME", requires = "kernel")]
     module: Vec<String>,
     /// Put busybox in, which gives a shell
@@ -137,9 +137,9 @@ fn run(cli: Cli) -> Result<()> {
             recipe.write(&args.out, args.compress)?;
             println!("initramfs {}", args.out.display());
         }
-        Command::Bundle(args) => match args.only {
-            Some(kind) => bundle::write(&args.out, &[kind], false)?,
-            None => bundle::write(&args.out, &[Kind::Stock, Kind::Tuned], true)?,
+        Command::Bundle(args) => match args.only.as_slice() {
+            [] => bundle::write(&args.out, &[Kind::Stock, Kind::Tuned], true)?,
+            only => bundle::write(&args.out, only, false)?,
         },
         Command::Disk(args) => {
             disk::write(&args.out, args.size, &args.include)?;

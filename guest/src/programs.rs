@@ -16,6 +16,8 @@ pub enum Init {
     Full,
     /// Marker and power-off only.
     Tiny,
+    /// No PID 1: starts another kernel from the running one.
+    Kexec,
 }
 
 /// Builds PID 1: static, without libc, its own entry point. The path of the program.
@@ -23,6 +25,7 @@ pub fn init(which: Init) -> Result<PathBuf> {
     let name = match which {
         Init::Full => "guest-init",
         Init::Tiny => "guest-tiny",
+        Init::Kexec => "guest-kexec",
     };
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace's folder")?;
     // A target folder of its own: other flags, and no waiting for whoever builds the monitor meanwhile.

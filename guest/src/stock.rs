@@ -1,24 +1,34 @@
-//! Debian's stock cloud kernel, fetched as a package and unpacked without installing it. Called by `Kernel::get`.
+//! Debian's stock kernels, fetched as a package and unpacked without installing it. Called by `Kernel::get`.
 
 use crate::cache::Cache;
 use crate::debian;
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Kind};
 use crate::run::{Tool, say};
 use anyhow::{Context, Result};
 use std::fs;
 
-/// The package that always depends on the newest image.
-const META_PACKAGE: &str = "linux-image-cloud-amd64";
+/// The package with the newest image. A package without a version always depends on that of 6.1; Debian has none for those that it
+/// brings to an older release.
+fn newest(kind: Kind) -> Result<String> {
+    match kind {
+        Kind::Generic61 => debian::dependency("linux-image-amd64", "linux-image-6.1.", "-amd64"),
+        Kind::Cloud612 => debian::newest("linux-image-6.12.", "+deb12-cloud-amd64"),
+        Kind::Generic612 => debian::newest("linux-image-6.12.", "+deb12-amd64"),
+        Kind::Stock | Kind::Tuned => {
+            debian::dependency("linux-image-cloud-amd64", "linux-image-6.1.", "-cloud-amd64")
+        }
+    }
+}
 
 /// The cached one, or else the newest. With `refresh` the newest.
-pub fn get(refresh: bool) -> Result<Kernel> {
-    let cache = Cache::open("stock")?;
+pub fn get(kind: Kind, refresh: bool) -> Result<Kernel> {
+    let cache = Cache::open(kind.name())?;
     if let Some(folder) = cache.current().filter(|_| !refresh) {
         return Kernel::open(&folder);
     }
     debian::check_host()?;
     debian::refresh_lists(refresh)?;
-    let package = debian::dependency(META_PACKAGE, "linux-image-6.1.", "-cloud-amd64")?;
+    let package = newest(kind)?;
     let version = debian::available(&package).with_context(|| format!("no package {package}"))?;
     let release = package.trim_start_matches("linux-image-").to_owned();
     let name = format!("{release}_{version}");

@@ -14,8 +14,8 @@ use serde::de::value::Error as ValueError;
 
 use vmm_command::{Code, Failure};
 use vmm_monitor::config::{
-    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, OutputFile, Port, VmConfig, Where,
-    port_number,
+    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnPanic, OnReboot, OutputFile, Port, VmConfig,
+    Where, port_number,
 };
 use vmm_trace::debug::gdb::Place;
 
@@ -79,10 +79,13 @@ pub struct Options {
     /// What to do when the guest reboots: exit or reset [default: exit]
     #[arg(long, value_name = "WHAT", value_parser = keyword::<OnReboot>)]
     on_reboot: Option<OnReboot>,
+    /// What a panic of the guest's kernel does: exit, reset or pause [default: as --on-reboot]
+    #[arg(long, value_name = "WHAT", value_parser = keyword::<OnPanic>)]
+    on_panic: Option<OnPanic>,
     /// Add an I/O port that ends the run: writing V to it makes the exit code 2V+1 [without PORT: 0xf4]
     #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true, default_missing_value = "0xf4", value_parser = port_number)]
     debug_exit: Option<u16>,
-    /// Add an 8254 timer (PIT), for kernels older than about 2010
+    /// Add an 8254 timer (PIT), for kernels older than about 2010; Linux gets one with acpi=off, noapic, nolapic or no-kvmclock
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     pit: Option<bool>,
     /// Add a clock (RTC) at ports 0x70 and 0x71; --firmware implies it
@@ -170,6 +173,7 @@ impl Options {
         set(&mut config.test_device, self.test_device);
         set(&mut config.boot_marks, self.boot_marks);
         set(&mut config.on_reboot, self.on_reboot);
+        config.on_panic = self.on_panic.or(config.on_panic);
     }
 }
 

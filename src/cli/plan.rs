@@ -73,10 +73,9 @@ fn told(slot: &Slot, config: &VmConfig) -> String {
 fn ram(config: &VmConfig) -> Vec<(u64, u64, String)> {
     let ram = layout::ram(config.mem.size.bytes());
     let low = ram[0].end;
-    let tables = layout::MP_TABLES + layout::MP_TABLES_SIZE;
     let parts = [
         (0..layout::LOW_END.min(low), "RAM: boot parameters, page tables, command line"),
-        (layout::ACPI..tables, "RAM: ACPI and MP tables"),
+        (layout::ACPI..layout::HIGH_RAM, "RAM: ACPI and MP tables, reset vector"),
         (layout::HIGH_RAM..low, "RAM: kernel, then free memory, then initrd"),
     ];
     let above = ram.into_iter().skip(1).map(|range| (range, "RAM: above the hole"));

@@ -117,6 +117,7 @@ impl Observer for Announcer {
 fn code(outcome: Outcome) -> Result<Code, Failure> {
     match outcome {
         Outcome::Crash(report) => Err(Failure::new(Code::GuestCrash, anyhow!(report))),
+        Outcome::Panic(report) => Err(Failure::new(Code::GuestPanic, anyhow!(report))),
         Outcome::InternalError(report) => Err(Failure::new(Code::Internal, anyhow!(report))),
         other => Ok(Code::of(&Ok(other))),
     }

@@ -29,13 +29,15 @@ pub enum Code {
     Killed,
     /// `bench --compare` found something worse than the baseline.
     Worse,
+    /// The guest's kernel panicked.
+    GuestPanic,
     /// What the guest wrote to the debug-exit port, as the device makes it: odd.
     Guest(u8),
 }
 
 impl Code {
     /// The code as `--help` explains it.
-    const TABLE: [(Self, &str); 7] = [
+    const TABLE: [(Self, &str); 8] = [
         (Self::Success, "the guest powered off or rebooted, or the command succeeded"),
         (Self::BadArgument, "bad argument, or a file that it names cannot be used"),
         (Self::Host, "the host lacks or refused something: KVM, memory, open files, a VM of that name"),
@@ -43,6 +45,7 @@ impl Code {
         (Self::Internal, "KVM could not run the guest (internal error or failed entry)"),
         (Self::Killed, "the VM was killed: vmm kill, a second signal, the timeout of a stop, Ctrl-A x"),
         (Self::Worse, "vmm bench --compare: more than 5% worse than the baseline"),
+        (Self::GuestPanic, "the guest's kernel panicked"),
     ];
 
     /// What a run that ended so is to the shell.
@@ -52,6 +55,7 @@ impl Code {
             Ok(Outcome::Exit(code)) => Self::Guest(*code),
             Ok(Outcome::Killed) => Self::Killed,
             Ok(Outcome::Crash(_)) => Self::GuestCrash,
+            Ok(Outcome::Panic(_)) => Self::GuestPanic,
             Ok(Outcome::InternalError(_)) => Self::Internal,
             Err(error) if error.is_bad_argument() => Self::BadArgument,
             Err(_) => Self::Host,
@@ -68,6 +72,7 @@ impl Code {
             Self::Internal => 8,
             Self::Killed => 10,
             Self::Worse => 12,
+            Self::GuestPanic => 14,
             Self::Guest(code) => code,
         }
     }

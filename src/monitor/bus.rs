@@ -24,8 +24,17 @@ pub enum Effect {
     Reset,
     /// The guest powered itself off.
     Shutdown,
+    /// The guest's kernel panicked, and says so.
+    Panic,
     /// The guest ended the run with a status of its own (an isa-debug-exit style port).
     Exit(u8),
+}
+
+impl Effect {
+    /// Whether the run ends by it.
+    pub fn ends(self) -> bool {
+        !matches!(self, Self::None | Self::Serve)
+    }
 }
 
 /// A device is not at rest yet: the text says what it waits for.
@@ -84,6 +93,8 @@ pub trait Hypercalls: Send {
 pub enum Kind {
     AcpiPm,
     I8042,
+    ResetControl,
+    PvPanic,
     Serial,
     DebugExit,
     RtcCmos,

@@ -27,7 +27,7 @@ pub fn tell(header: &Header, event: &Event) -> Option<String> {
         "i8042" => i8042(offset, read, event),
         "acpi-pm" => access(acpi_pm(offset), read, event),
         "fw-cfg" => access(fw_cfg(offset), read, event),
-        "debug-exit" | "boot-marks" => access("", read, event),
+        "debug-exit" | "boot-marks" | "reset-control" | "pvpanic" => access("", read, event),
         _ if name.starts_with("virtio-") => virtio_mmio(offset, read, event),
         _ => access(&format!("+{offset:#x}"), read, event),
     };

@@ -12,4 +12,6 @@ mod kernels;
 mod labs;
 mod life;
 mod others;
+mod reboot;
 mod trace;
+mod without;

@@ -101,6 +101,50 @@ fn the_exit_code_tells_how_the_guest_ended() {
 }
 
 #[test]
+fn a_panicked_guest_ends_starts_again_or_waits_as_it_is() {
+    if !has_kvm("a_panicked_guest_ends_starts_again_or_waits_as_it_is") {
+        return;
+    }
+    let place = Place::new();
+    // Says so, and then resets the machine, as a kernel does after a panic.
+    place.file("panic", kernel(&[out(0x505, 1)[..7].to_vec(), out(0x602, 1)].concat()));
+    for (how, code) in [("", GUEST_PANIC), ("--on-panic exit --on-reboot reset", GUEST_PANIC)] {
+        let output = place.vmm(&format!("--kernel panic --mem 64M {how}"));
+        assert_eq!(output.status.code(), Some(code), "{how}: {}", text(&output.stderr));
+        assert_eq!(
+            text(&output.stderr),
+            "vmm: error: the guest's kernel panicked, and wrote nothing to its console\n"
+        );
+    }
+    for how in ["--on-panic reset", "--on-reboot reset"] {
+        let log = place.path("log");
+        let mut command =
+            place.command(&format!("-v --kernel panic --mem 64M --console off --name again {how}"));
+        command.stderr(fs::File::create(&log).unwrap());
+        let guest = Running(Some(command.spawn().unwrap()));
+        let deadline = Instant::now() + PATIENCE;
+        while fs::read_to_string(&log).unwrap().matches("starting it again").count() < 3 {
+            assert!(Instant::now() < deadline, "{how}: {}", fs::read_to_string(&log).unwrap());
+            thread::sleep(Duration::from_millis(5));
+        }
+        place.done("kill again");
+        assert_eq!(guest.finish().status.code(), Some(KILLED), "{how}");
+    }
+    let command = "--kernel panic --mem 64M --console off --cpus 2 --name waits --on-panic pause";
+    let guest = Running(Some(place.command(command).spawn().unwrap()));
+    let deadline = Instant::now() + PATIENCE;
+    while place.status("waits")["state"] != "paused" {
+        assert!(Instant::now() < deadline, "it is not paused");
+        thread::sleep(Duration::from_millis(5));
+    }
+    // Let on, it goes on where it was: to the reset.
+    place.done("resume waits");
+    let output = guest.finish();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("panicked") && text(&output.stderr).contains("it is paused"));
+}
+
+#[test]
 fn what_closes_a_short_lived_vm_later_holds_nothing_else() {
     if !has_kvm("what_closes_a_short_lived_vm_later_holds_nothing_else") {
         return;

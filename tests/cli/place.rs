@@ -13,6 +13,7 @@ pub const BAD_ARGUMENT: i32 = 2;
 pub const HOST: i32 = 4;
 pub const GUEST_CRASH: i32 = 6;
 pub const KILLED: i32 = 10;
+pub const GUEST_PANIC: i32 = 14;
 
 /// No command takes longer than this, unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -132,7 +133,7 @@ pub fn refused_command(place: &Place, mut command: Command, code: i32, words: &[
     for word in words {
         assert!(error.contains(word), "no {word:?} in: {case}");
     }
-    assert!(!stderr.contains("panic") && !stderr.contains("src/"), "{case}");
+    assert!(!stderr.contains("panicked at") && !stderr.contains("src/"), "{case}");
     let after = place.contents();
     assert!(before == after, "something was created or changed by {case}\n{before:#?}\n{after:#?}");
 }

@@ -13,7 +13,7 @@ use super::error::{Error, Role};
 use super::image::Image;
 use super::initrd::{self, Limits};
 use super::sniff::{self, Format};
-use super::tables::{Platform, loader};
+use super::tables::{Platform, loader, mp, reset};
 use super::{Payload, cmdline, elf, linux};
 use crate::config::{BootProtocol, Firmware};
 use crate::legacy::fw_cfg::{Content, Items, Source};
@@ -97,7 +97,9 @@ pub fn rom_size(firmware: &Firmware) -> io::Result<u64> {
 /// # Errors
 /// [`Error`], which names the file and has a hint.
 pub fn load(memory: &Memory, start: &Start, platform: &Platform) -> Result<Items, Error> {
-    shadow(memory).map_err(|what| Error::Firmware { path: start.firmware.to_string().into(), what })?;
+    let mp_cpus = (*start.firmware == Firmware::BuiltIn).then_some(platform.cpus);
+    shadow(memory, mp_cpus)
+        .map_err(|what| Error::Firmware { path: start.firmware.to_string().into(), what })?;
 
     let mut items = Items::default();
     items.add_bytes(item::RAM_SIZE, memory.size().to_le_bytes());
@@ -140,14 +142,21 @@ pub fn load(memory: &Memory, start: &Start, platform: &Platform) -> Result<Items
     Ok(items)
 }
 
-/// Copies the ROM's end to below 1 MiB, where a PC's chipset shows it, too.
-fn shadow(memory: &Memory) -> Result<(), String> {
+/// Copies the ROM's end to below 1 MiB, where a PC's chipset shows it, too. In the copy the reset vector is ours: a processor
+/// starts in the ROM, so whoever comes to the copy's wants a reset. Below the copy go MP tables for `mp_cpus` processors:
+/// another's firmware makes its own.
+fn shadow(memory: &Memory, mp_cpus: Option<u32>) -> Result<(), String> {
     let Some((base, _, size)) = memory.rom_slot() else { return Ok(()) };
     let mut end = vec![0; size.min(layout::ROM_SHADOW_MAX) as usize];
     let len = end.len() as u64;
-    let failed = |error| format!("its copy below 1 MiB: {error}");
-    memory.all().read_slice(&mut end, GuestAddress(base + size - len)).map_err(failed)?;
-    memory.ram().write_slice(&end, GuestAddress(layout::HIGH_RAM - len)).map_err(failed)
+    let (at, ram) = (layout::HIGH_RAM - len, memory.ram());
+    memory
+        .all()
+        .read_slice(&mut end, GuestAddress(base + size - len))
+        .and_then(|()| ram.write_slice(&end, GuestAddress(at)))
+        .and_then(|()| reset::write(ram))
+        .and_then(|()| mp_cpus.map_or(Ok(()), |cpus| mp::write(ram, cpus, at)))
+        .map_err(|error| format!("its copy below 1 MiB: {error}"))
 }
 
 fn add_payload(

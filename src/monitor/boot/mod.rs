@@ -57,14 +57,7 @@ pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> 
     let rsdp = tables::write(memory.ram(), platform)
         .map_err(|source| Error::Tables { path: kernel.path().to_owned(), source })?;
     expect_linux(memory);
-    let boot = Boot {
-        memory,
-        kernel: &kernel,
-        initrd: initrd.as_ref(),
-        cmdline: &payload.cmdline,
-        cpus: platform.cpus,
-        rsdp,
-    };
+    let boot = Boot { memory, kernel: &kernel, initrd: initrd.as_ref(), cmdline: &payload.cmdline, rsdp };
     match (format, payload.protocol) {
         (_, BootProtocol::Multiboot) => multiboot::load(&boot, multiboot.as_ref()),
         (Format::Elf32 | Format::Flat, BootProtocol::Auto) if multiboot.is_some() => {
@@ -121,8 +114,6 @@ struct Boot<'a> {
     kernel: &'a Image,
     initrd: Option<&'a Image>,
     cmdline: &'a str,
-    /// Processors.
-    cpus: u32,
     /// Guest physical address of the ACPI root pointer.
     rsdp: u64,
 }

@@ -3,7 +3,7 @@
 //! Called by [`load`](super::load). The header says whether the image is ELF32, or a flat file with its addresses in the
 //! header (the "a.out kludge", which any file may use, ELF64 too). The kernel is entered in 32-bit protected mode without
 //! paging; the information block tells it about memory, command line, the initrd (its first and only module) and us. What it has
-//! no word for, a kernel of its time looks for itself: the processors, by the MP tables.
+//! no word for, a kernel of its time looks for itself: the processors, by the MP tables, which every guest has.
 //!
 //! An ELF64 image without addresses in its header is refused, as QEMU and the specification's own loader for 32-bit
 //! machines do: its entry point is 64-bit code as a rule, and Multiboot enters 32-bit code. A kernel that also has a
@@ -15,7 +15,7 @@ use super::elf::{Elf, Segment};
 use super::error::Error;
 use super::image::Image;
 use super::initrd::{self, Limits};
-use super::tables::{e820, mp};
+use super::tables::e820;
 use super::{Boot, cmdline, long_mode};
 use crate::kvm::regs::Entry;
 use crate::memory::layout;
@@ -145,8 +145,6 @@ pub(super) fn load(boot: &Boot, header: Option<&Header>) -> Result<Entry, Error>
     write(MEMORY_MAP, &map, "the Multiboot memory map")?;
     kernel.write_bytes(ram, LOADER_NAME, b"vmm\0", "the Multiboot loader's name")?;
 
-    let tables = mp::tables(boot.cpus, layout::MP_TABLES as u32);
-    kernel.write_bytes(ram, layout::MP_TABLES, &tables, "the MP tables")?;
     let kib = (layout::LOW_END >> 10) as u16;
     kernel.write(ram, layout::BASE_MEMORY, &kib, "the BIOS data area")?;
 

@@ -45,9 +45,26 @@ impl Ends {
         self.open.iter().for_each(|(_, end)| end.on_escape(act.clone()));
     }
 
+    /// What the guest writes to console and serial port from now on.
+    pub fn last_words(&self) -> LastWords {
+        let told = self.open.iter().filter(|(role, _)| role == "console" || role == "serial");
+        LastWords(told.map(|(_, end)| end.clone()).inspect(Endpoint::forget).collect())
+    }
+
     /// What is open, by role, as the configuration writes it, pseudo-terminals with their path.
     pub fn list(&self) -> impl Iterator<Item = (&str, String)> {
         self.open.iter().map(|(role, end)| (role.as_str(), end.to_string()))
+    }
+}
+
+/// What a guest wrote last to its console and its serial port, for who wants to know how it ended.
+#[derive(Debug)]
+pub struct LastWords(Vec<Endpoint>);
+
+impl LastWords {
+    /// The last few KiB of each, as text.
+    pub fn texts(&self) -> impl Iterator<Item = String> {
+        self.0.iter().map(|end| String::from_utf8_lossy(&end.tail()).into_owned())
     }
 }
 

@@ -14,6 +14,7 @@ mod pump;
 mod socket;
 mod stdio;
 mod stream;
+mod tail;
 pub mod terminal;
 
 use std::fmt;
@@ -28,11 +29,12 @@ use crate::config::Where;
 use crate::event_loop::EventLoop;
 use poll::Poll;
 use stream::{Descriptor, Stream};
+use tail::Tail;
 
 /// What a device waits for: input that it has room for; room for output that was refused, or simply another turn soon, where there
 /// is always room.
 pub use crate::event_loop::Interest;
-pub use ends::Ends;
+pub use ends::{Ends, LastWords};
 pub use escape::Escape;
 pub use listener::Listener;
 
@@ -155,6 +157,7 @@ trait Host: Send {
 struct Shared {
     host: Box<dyn Host>,
     poll: Poll,
+    tail: Tail,
 }
 
 /// A host end: a byte stream each way. Clones are the same end; it lasts as long as one of them.
@@ -215,7 +218,11 @@ impl Endpoint {
     fn new(host: Box<dyn Host>, text: &str) -> io::Result<Self> {
         let poll = Poll::new()?;
         let fd = Arc::new(poll.try_clone_fd()?);
-        let endpoint = Self { shared: Arc::new(Mutex::new(Shared { host, poll })), fd, text: text.into() };
+        let endpoint = Self {
+            shared: Arc::new(Mutex::new(Shared { host, poll, tail: Tail::default() })),
+            fd,
+            text: text.into(),
+        };
         endpoint.want(Interest::default());
         Ok(endpoint)
     }
@@ -234,7 +241,20 @@ impl Endpoint {
     /// Takes output, or as much of it as there is room for: 0 means that the other end is stalled. What
     /// nobody will ever read (a closed pipe, `off`) is taken and vanishes.
     pub fn write(&self, data: &[u8]) -> usize {
-        lock(&self.shared).host.write(data)
+        let shared = &mut *lock(&self.shared);
+        let taken = shared.host.write(data);
+        shared.tail.push(&data[..taken.min(data.len())]);
+        taken
+    }
+
+    /// The last few KiB of output that were taken.
+    pub fn tail(&self) -> Vec<u8> {
+        lock(&self.shared).tail.bytes()
+    }
+
+    /// Forgets the output so far: what [`Endpoint::tail`] gives comes after this.
+    pub fn forget(&self) {
+        lock(&self.shared).tail = Tail::default();
     }
 
     /// Says what to wait for. Due after every use, because use changes what there is to wait for.

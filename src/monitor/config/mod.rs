@@ -65,7 +65,7 @@ pub struct VmConfig {
     /// I/O port of an isa-debug-exit style device: a write of V ends the run with exit code (V << 1) | 1.
     #[serde(deserialize_with = "text::optional_port")]
     pub debug_exit: Option<u16>,
-    /// An 8254 timer in the kernel, for guests that cannot do without.
+    /// An 8254 timer in the kernel, for guests that cannot do without (see [`VmConfig::has_pit`]).
     #[serde(deserialize_with = "text::flag")]
     pub pit: bool,
     /// A clock with memory (MC146818), for guests that wait for one. With firmware it is there anyway.
@@ -82,6 +82,8 @@ pub struct VmConfig {
     pub boot_marks: bool,
     /// What a guest's reboot does.
     pub on_reboot: OnReboot,
+    /// What a panic of the guest's kernel does. Absent: as `on_reboot`.
+    pub on_panic: Option<OnPanic>,
 }
 
 /// The way into the kernel.
@@ -108,6 +110,18 @@ pub enum OnReboot {
     Exit,
     /// The VM starts again from its kernel.
     Reset,
+}
+
+/// What a panic of the guest's kernel does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnPanic {
+    /// The monitor ends, and says so.
+    Exit,
+    /// The VM starts again from its kernel.
+    Reset,
+    /// The VM is paused, as the panic left it.
+    Pause,
 }
 
 /// Guest RAM: `SIZE[,backing=anonymous|memfd][,hugepages=2M|1G][,prefault][,thp]`.
@@ -271,6 +285,23 @@ impl VmConfig {
             (None, Where::Stdio) => Where::Off,
             (None, _) => Where::Stdio,
         }
+    }
+
+    /// What a panic of the guest's kernel does.
+    pub fn on_panic(&self) -> OnPanic {
+        self.on_panic.unwrap_or(match self.on_reboot {
+            OnReboot::Exit => OnPanic::Exit,
+            OnReboot::Reset => OnPanic::Reset,
+        })
+    }
+
+    /// Whether there is an 8254 timer: asked for, or needed by a Linux with this command line. Told to do without ACPI or the APICs it
+    /// takes its ticks from nothing else; without kvmclock it measures the processor's clock by it, where CPUID's word for that is not
+    /// believed (on AMD's processors).
+    pub fn has_pit(&self) -> bool {
+        const NEEDED: [&str; 5] = ["acpi=off", "noapic", "nolapic", "nolapic_timer", "no-kvmclock"];
+        let cmdline = self.cmdline.as_deref().unwrap_or_default();
+        self.pit || cmdline.split_ascii_whitespace().any(|word| NEEDED.contains(&word))
     }
 
     /// Checks what can be checked without opening anything.

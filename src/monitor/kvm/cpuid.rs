@@ -35,6 +35,11 @@ const APIC_HZ: u32 = 1_000_000_000;
 const HYPERVISOR: u32 = 0x4000_0000;
 const HYPERVISOR_FREQUENCIES: u32 = 0x4000_0010;
 
+/// Whether the processor is Intel's: EBX of leaf 0 begins the vendor's name.
+pub fn is_intels(table: &[Leaf]) -> bool {
+    table.iter().any(|l| l.function == 0 && l.ebx == u32::from_le_bytes(*b"Genu"))
+}
+
 /// The whole table for one vCPU. `tsc_deadline`: the in-kernel local APIC has TSC-deadline mode, which
 /// KVM_GET_SUPPORTED_CPUID leaves to us to say.
 pub fn table(
@@ -44,8 +49,7 @@ pub fn table(
     tsc_deadline: bool,
     nested: bool,
 ) -> Vec<Leaf> {
-    // EBX of leaf 0 begins the vendor's name: "Genu" or not.
-    let intel = supported.iter().any(|l| l.function == 0 && l.ebx == u32::from_le_bytes(*b"Genu"));
+    let intel = is_intels(supported);
     let mut table: Vec<Leaf> =
         supported.iter().filter(|l| ![0xb, 0x1f, 0x15, 0x8000_0026].contains(&l.function)).copied().collect();
     let mut highest = table.iter().filter(|l| l.function < HYPERVISOR).map(|l| l.function).max().unwrap_or(0);

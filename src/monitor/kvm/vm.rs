@@ -52,6 +52,7 @@ impl Vm {
         ioctl("KVM_SET_IDENTITY_MAP_ADDR", fd.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
         ioctl("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::KVM_TSS as usize))?;
         ioctl("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
+        set_up_pics(&fd, [0xff; 2])?;
         let max = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
         let supported = ioctl("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(max))?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
@@ -71,21 +72,17 @@ impl Vm {
         ioctl("KVM_CREATE_PIT2", self.fd.create_pit2(config))
     }
 
-    /// Sets the pair of 8259s up as a PC's firmware leaves them: vectors 0x08 and 0x70, all masked but the cascade and the
-    /// `open` pins of the second.
+    /// Opens the `open` pins of the second 8259, and the cascade that leads to it.
     ///
     /// # Errors
     /// The ioctl failed.
     pub fn set_up_pic(&self, open: u8) -> Result<(), Error> {
-        // The pins that can be level-triggered are part of the state (elcr_mask), and not the guest's to change.
-        for (chip_id, irq_base, imr, elcr_mask) in
-            [(KVM_IRQCHIP_PIC_MASTER, 0x08, !(1 << 2), 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0x70, !open, 0xde)]
-        {
-            let pic = kvm_pic_state { irq_base, imr, elcr_mask, init4: 1, ..Default::default() };
-            let chip = kvm_irqchip { chip_id, pad: 0, chip: kvm_irqchip__bindgen_ty_1 { pic } };
-            ioctl("KVM_SET_IRQCHIP", self.fd.set_irqchip(&chip))?;
-        }
-        Ok(())
+        set_up_pics(&self.fd, [!(1 << 2), !open])
+    }
+
+    /// Whether the processor is Intel's.
+    pub fn is_intels(&self) -> bool {
+        cpuid::is_intels(self.supported.as_slice())
     }
 
     /// Has the guest's uses of the MSRs that `denied` has come out as exits ([`Exit::MsrRead`](super::exit::Exit::MsrRead)),
@@ -160,6 +157,19 @@ impl Vm {
         }
         Ok(dirty)
     }
+}
+
+/// Sets the pair of 8259s up as a PC's firmware leaves them, vectors 0x08 and 0x70, with these pins masked. As KVM makes them all are
+/// open: a guest that believes ACPI, which says that there are none, gets interrupts of theirs as soon as it takes any.
+fn set_up_pics(fd: &VmFd, masks: [u8; 2]) -> Result<(), Error> {
+    // The pins that can be level-triggered are part of the state (elcr_mask), and not the guest's to change.
+    let chips = [(KVM_IRQCHIP_PIC_MASTER, 0x08, 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0x70, 0xde)];
+    for ((chip_id, irq_base, elcr_mask), imr) in chips.into_iter().zip(masks) {
+        let pic = kvm_pic_state { irq_base, imr, elcr_mask, init4: 1, ..Default::default() };
+        let chip = kvm_irqchip { chip_id, pad: 0, chip: kvm_irqchip__bindgen_ty_1 { pic } };
+        ioctl("KVM_SET_IRQCHIP", fd.set_irqchip(&chip))?;
+    }
+    Ok(())
 }
 
 /// Gives KVM the slots of `ram`, or changes their flags. It must live longer than `fd`.

@@ -11,6 +11,8 @@ pub mod debug_port;
 pub mod fw_cfg;
 pub mod hyperv_testdev;
 pub mod i8042;
+pub mod pvpanic;
+pub mod reset_control;
 pub mod rom;
 pub mod rtc_cmos;
 pub mod serial;

@@ -14,9 +14,10 @@ use super::inventory::{inventory, platform};
 use super::origin::{Contents, Origin};
 use super::{Error, Event, Handle, Machine, Phase, Shared, kvm_path};
 use crate::boot::tables::Platform;
+use crate::boot::{self, Payload};
 use crate::bus::{Bus, Device, Hypercalls, Kind, Place, SharedDevice, Slot, lock};
 use crate::chardev::{Ends, Escape};
-use crate::config::VmConfig;
+use crate::config::{Firmware, OnPanic, VmConfig};
 use crate::kvm::regs::Entry;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
@@ -27,6 +28,8 @@ use crate::legacy::debug_port::DebugPort;
 use crate::legacy::fw_cfg::{FwCfg, Items};
 use crate::legacy::hyperv_testdev::HypervTestDevice;
 use crate::legacy::i8042::I8042;
+use crate::legacy::pvpanic::PvPanic;
+use crate::legacy::reset_control::ResetControl;
 use crate::legacy::rom::Rom;
 use crate::legacy::rtc_cmos::RtcCmos;
 use crate::legacy::serial::SerialPort;
@@ -74,6 +77,9 @@ pub fn load(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Res
     // Until the loader is done, which has told of that itself.
     steps.skip();
     let mut machine = build(config, list, &memory, vm, ends, recorder, &mut steps, start)?;
+    if let Some(payload) = origin.payload() {
+        machine.warn_of_missing_clock(payload);
+    }
     machine.begin_with(contents)?;
     steps.done(Step::Vcpus);
     Ok(machine)
@@ -123,7 +129,7 @@ fn build(
     start: Instant,
 ) -> Result<Machine, Error> {
     let vm = Arc::new(vm);
-    if config.pit {
+    if config.has_pit() {
         vm.create_pit()?;
     }
     if config.test_device {
@@ -138,6 +144,8 @@ fn build(
         let device: SharedDevice = match slot.kind {
             Kind::AcpiPm => power.clone(),
             Kind::I8042 => shared(I8042),
+            Kind::ResetControl => shared(ResetControl::default()),
+            Kind::PvPanic => shared(PvPanic),
             Kind::Serial => {
                 let interrupt = interrupt(&vm, "serial port", layout::COM1_GSI)?;
                 let end = ends.get("serial", &config.serial)?;
@@ -190,6 +198,8 @@ fn build(
             ram: memory.all(),
             recorder: recorder.clone(),
             observed: vcpu::Observed::default(),
+            reset_flag: !matches!(config.firmware, Some(Firmware::File(_))),
+            holds_on_panic: config.on_panic() == OnPanic::Pause,
             debugger: OnceLock::new(),
         }),
         threads: Mutex::default(),
@@ -210,10 +220,19 @@ fn build(
             Escape::PowerButton => handle.power_button(),
         }
     });
-    Ok(Machine { shared, fw_cfg, vcpus, events: ended, built: start, vm })
+    Ok(Machine { shared, fw_cfg, vcpus, events: ended, built: start, last_words: ends.last_words(), vm })
 }
 
 impl Machine {
+    fn warn_of_missing_clock(&self, payload: &Payload) {
+        let khz = self.vcpus[0].tsc_khz();
+        if let Some(word) = boot::cmdline::missing_clock(&payload.cmdline, self.vm.is_intels(), khz) {
+            log::warn!(
+                "a Linux with no-kvmclock may find no clock on this processor: add {word} to its command line"
+            );
+        }
+    }
+
     /// Gives the machine what it starts with.
     fn begin_with(&mut self, contents: Contents) -> Result<(), Error> {
         lock(&self.fw_cfg).set_items(contents.items);

@@ -20,10 +20,12 @@ pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error
     let mut list = List::default();
     list.port("acpi-pm", Kind::AcpiPm, layout::ACPI_PM, layout::ACPI_PM_SIZE).gsi = Some(layout::ACPI_GSI);
     list.port("i8042", Kind::I8042, layout::I8042, layout::I8042_SIZE);
+    list.port("reset-control", Kind::ResetControl, layout::RESET_CONTROL, 1);
+    list.port("pvpanic", Kind::PvPanic, layout::PVPANIC, 1);
     if let Some(port) = config.debug_exit {
         list.port("debug-exit", Kind::DebugExit, port.into(), debug_exit::SIZE);
     }
-    if config.pit {
+    if config.has_pit() {
         list.port("pit", Kind::InKernel, layout::PIT, layout::PIT_SIZE).gsi = Some(0);
     }
     if config.rtc || config.firmware.is_some() {

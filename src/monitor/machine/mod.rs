@@ -6,6 +6,7 @@ mod build;
 mod debug;
 mod inventory;
 mod origin;
+mod panic;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +32,7 @@ use crate::vcpu::{self, Ended};
 use crate::{boot, chardev, kvm, memory, virtio};
 
 pub use crate::chardev::Ends;
+use crate::chardev::LastWords;
 pub use build::load;
 pub use debug::Debug;
 pub use inventory::{inventory, platform};
@@ -138,6 +140,8 @@ pub enum Outcome {
     Exit(u8),
     /// The guest crashed; a report for a person.
     Crash(String),
+    /// The guest's kernel panicked; a report for a person.
+    Panic(String),
     /// KVM could not go on; a report for a person.
     InternalError(String),
     /// [`Handle::kill`].
@@ -237,6 +241,7 @@ pub struct Machine {
     vcpus: Vec<kvm::Vcpu>,
     events: Receiver<Event>,
     built: Instant,
+    last_words: LastWords,
     /// Dropped last: closing the VM's descriptor is what frees the guest.
     vm: Arc<kvm::Vm>,
 }
@@ -298,7 +303,7 @@ impl Machine {
             log::warn!("{busy}: what the guest was not told of as done may be lost");
         }
         started?;
-        outcome(event)
+        outcome(event, &self.last_words)
     }
 
     fn serve_devices(&self) {
@@ -320,6 +325,14 @@ impl Machine {
             };
             match event {
                 Ok(Event::Serve) => self.serve_devices(),
+                // The guest is held for somebody to look at it: the machine is paused.
+                Ok(Event::Ended(Ended { end: Ok(End::Panic), vcpu, .. }))
+                    if self.shared.vcpus.holds_on_panic =>
+                {
+                    meanwhile();
+                    is_long = true;
+                    self.hold_after_panic(vcpu);
+                }
                 Ok(end) => return end,
                 Err(RecvTimeoutError::Timeout) => {
                     is_long = true;
@@ -328,6 +341,17 @@ impl Machine {
                 // `shared` holds a sender, so this does not come.
                 Err(RecvTimeoutError::Disconnected) => return Event::Kill,
             }
+        }
+    }
+
+    /// The guest's kernel panicked on `vcpu`, and is to be looked at.
+    fn hold_after_panic(&self, vcpu: u32) {
+        let paused = self.handle().pause().map(drop);
+        self.shared.vcpus.gate.release(vcpu as usize);
+        let report = panic::report(&self.last_words);
+        match paused {
+            Ok(()) => log::warn!("{report}\nit is paused: vmm resume lets it go on, vmm kill ends it"),
+            Err(error) => log::warn!("{report}\nit runs on: {error}"),
         }
     }
 
@@ -341,14 +365,16 @@ impl Machine {
     }
 }
 
-fn outcome(event: Event) -> Result<Outcome, Error> {
-    let Event::Ended(Ended { end, report }) = event else { return Ok(Outcome::Killed) };
+fn outcome(event: Event, words: &LastWords) -> Result<Outcome, Error> {
+    let Event::Ended(Ended { end, report, .. }) = event else { return Ok(Outcome::Killed) };
     let report = report.unwrap_or_default();
     Ok(match end? {
         End::Shutdown => Outcome::Shutdown,
+        End::Reset if panic::is_told(words) => Outcome::Panic(panic::report(words)),
         End::Reset => Outcome::Reset,
+        End::Panic => Outcome::Panic(panic::report(words)),
         End::Exit(status) => Outcome::Exit(status),
-        End::TripleFault | End::GuestCrash => Outcome::Crash(report),
+        End::TripleFault => Outcome::Crash(report),
         End::Stuck(_) => Outcome::InternalError(report),
     })
 }

@@ -58,6 +58,14 @@ impl Origin {
         })
     }
 
+    /// The kernel that is started, at once or by firmware.
+    pub(super) fn payload(&self) -> Option<&Payload> {
+        match self {
+            Self::Kernel(payload) => Some(payload),
+            Self::Firmware { payload, .. } => payload.as_ref(),
+        }
+    }
+
     /// The ROM that has to be a memory slot before there is a VM.
     pub(super) fn rom(&self) -> Result<Option<Vec<u8>>, Error> {
         match self {

@@ -50,6 +50,8 @@ fn machine() -> (Handle, Arc<Mutex<Hanging>>, Receiver<Event>) {
             ram: Arc::new(ram),
             recorder: Arc::default(),
             observed: vcpu::Observed::default(),
+            reset_flag: true,
+            holds_on_panic: false,
             debugger: std::sync::OnceLock::new(),
         }),
         threads: Mutex::default(),

@@ -3,7 +3,8 @@
 //! ```text
 //! 0x0000_0000  RAM  boot_params, page tables, GDT, command line (below 640 KiB)
 //! 0x000a_0000  ---  legacy video and option ROM hole (nothing there)
-//! 0x000e_0000  RAM  ACPI tables, at the end MP tables (reserved in the memory map; where the specs let a guest search)
+//! 0x000e_0000  RAM  ACPI tables, then MP tables (reserved in the memory map; where the specs let a guest search), and in the
+//!                   last 16 bytes the reset vector as 16-bit code jumps to it
 //! 0x0010_0000  RAM  kernel, then free memory, initrd as high as it may be
 //! 0xc000_0000  ---  the hole below 4 GiB: devices, no RAM
 //!   0xfe00_0000  virtio-mmio slots          4 KiB each
@@ -14,7 +15,7 @@
 //! 0x1_0000_0000 RAM the rest of it
 //! ```
 //!
-//! Ports: 0x3f8 COM1, 0x60/0x64 i8042, 0x600 ACPI sleep, reset and event registers; optional 0x80 and 0xf4, and
+//! Ports: 0x3f8 COM1, 0x60/0x64 i8042, 0x505 pvpanic, 0x600 ACPI sleep, reset and event registers, 0xcf9 reset control; optional 0x80 and 0xf4, and
 //! 0x40 PIT, 0x3d4 text screen, 0xe0, 0x2000 and 0x3000 for the test device; with firmware 0x510 fw_cfg, 0x402 its messages;
 //! with firmware or if asked for 0x70 RTC and CMOS.
 
@@ -40,10 +41,16 @@ pub const CMDLINE_SIZE: u64 = 0x1_0000;
 pub const ACPI: u64 = 0xe_0000;
 /// Room for the ACPI tables.
 pub const ACPI_SIZE: u64 = 0x1_e000;
-/// The MultiProcessor Specification's tables, in the last range that it (1.4, 4) lets a guest search.
-pub const MP_TABLES: u64 = ACPI + ACPI_SIZE;
+/// The MultiProcessor Specification's tables end here at the latest: in the last range that it (1.4, 4) lets a guest search.
+pub const MP_TABLES_END: u64 = RESET_VECTOR;
 /// Room for them.
-pub const MP_TABLES_SIZE: u64 = 0x2000;
+pub const MP_TABLES_SIZE: u64 = MP_TABLES_END - (ACPI + ACPI_SIZE);
+/// F000:FFF0. A PC's firmware is here, too, and software jumps to it for a reset.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+/// The BIOS data area's word in which software leaves word for the firmware before a reset: 0x1234 for a warm one.
+pub const RESET_FLAG: u64 = 0x472;
+/// What is there, and in the word behind it, until software writes to it: neither of the values that mean something.
+pub const RESET_FLAG_UNTOUCHED: u16 = 0xffff;
 /// Where a kernel's protected-mode part goes, and the start of ordinary memory.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
@@ -73,6 +80,10 @@ pub const ROM_MAX: u64 = 16 << 20;
 /// As much of the firmware's end lies below 1 MiB, too, where 16-bit code reaches it: a copy in RAM.
 pub const ROM_SHADOW_MAX: u64 = 128 << 10;
 
+/// The chipset's reset control register.
+pub const RESET_CONTROL: u64 = 0xcf9;
+/// Where a guest says that its kernel panicked.
+pub const PVPANIC: u64 = 0x505;
 /// COM1's first port.
 pub const COM1: u64 = 0x3f8;
 /// Ports at [`COM1`].
@@ -156,7 +167,8 @@ mod tests {
             CMDLINE..CMDLINE + CMDLINE_SIZE,
             LOW_END..ACPI,
             ACPI..ACPI + ACPI_SIZE,
-            MP_TABLES..MP_TABLES + MP_TABLES_SIZE,
+            MP_TABLES_END - MP_TABLES_SIZE..MP_TABLES_END,
+            RESET_VECTOR..HIGH_RAM,
             HIGH_RAM..HOLE.start,
             VIRTIO_MMIO..VIRTIO_MMIO + VIRTIO_MMIO_SIZE * VIRTIO_GSIS.len() as u64,
             IO_APIC..IO_APIC + 0x1000,

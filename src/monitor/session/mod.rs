@@ -14,7 +14,7 @@ use crate::api::server::Server;
 use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty, Viewers};
 use crate::chardev::{Endpoint, Ends};
-use crate::config::{OnReboot, VmConfig};
+use crate::config::{OnPanic, OnReboot, VmConfig};
 use crate::event_loop::EventLoop;
 use crate::machine::{self, Machine, Outcome};
 use crate::recorder::Recorder;
@@ -168,10 +168,12 @@ impl<'a> Session<'a> {
             let mut served = Ok(());
             let outcome = machine.run(&mut || served = self.serve());
             let stopped = running.is_some_and(|running| running.ended());
-            let reboots = matches!(outcome, Ok(Outcome::Reset))
-                && self.config.on_reboot == OnReboot::Reset
-                && !stopped
-                && served.is_ok();
+            let again = match outcome {
+                Ok(Outcome::Reset) => self.config.on_reboot == OnReboot::Reset,
+                Ok(Outcome::Panic(_)) => self.config.on_panic() == OnPanic::Reset,
+                _ => false,
+            };
+            let reboots = again && !stopped && served.is_ok();
             self.orders = self.orders();
             let end = End { outcome: &outcome, reboots, interrupted: &|| self.interrupted() };
             for observer in &mut *observers {
@@ -183,7 +185,10 @@ impl<'a> Session<'a> {
                 machine.leave();
                 return Ok(outcome?);
             }
-            log::info!("the guest rebooted: starting it again");
+            // Each of its lives may be too short for it.
+            self.serve()?;
+            let panicked = matches!(outcome, Ok(Outcome::Panic(_)));
+            log::info!("the guest {}: starting it again", if panicked { "panicked" } else { "rebooted" });
         }
     }
 

@@ -75,10 +75,10 @@ pub enum End {
     Reset,
     /// The guest ended with a status.
     Exit(u8),
+    /// The guest's kernel panicked, and said so: by pvpanic, or as Hyper-V's guests do.
+    Panic,
     /// The guest's processor went into shutdown: a triple fault.
     TripleFault,
-    /// The guest reported its own crash through a paravirtual call.
-    GuestCrash,
     /// KVM cannot go on.
     Stuck(Stuck),
 }
@@ -97,10 +97,16 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
         Exit::PioOut { port, size, data } => {
             for element in data.chunks(size) {
                 match buses.pio.write(u64::from(port), element) {
-                    Some(effect) => match after(effect, buses) {
-                        Next::Again => {}
-                        next => return next,
-                    },
+                    Some(effect) => {
+                        if effect.ends() {
+                            let device = buses.pio.name_at(u64::from(port)).unwrap_or_default();
+                            log::info!("{effect:?} by {device}, port {port:#x}");
+                        }
+                        match after(effect, buses) {
+                            Next::Again => {}
+                            next => return next,
+                        }
+                    }
                     None => buses.log_unclaimed(format_args!("out {size} at port {port:#x}")),
                 }
             }
@@ -149,7 +155,7 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
         Exit::Shutdown => Next::End(End::TripleFault),
         Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_SHUTDOWN) => Next::End(End::Shutdown),
         Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_RESET) => Next::End(End::Reset),
-        Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH) => Next::End(End::GuestCrash),
+        Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH) => Next::End(End::Panic),
         Exit::SystemEvent(_) => Next::End(End::Stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
         Exit::Debug(trap) => Next::Trap(trap),
         Exit::Stuck(why) => Next::End(End::Stuck(why)),
@@ -176,6 +182,7 @@ fn after(effect: Effect, buses: &Buses) -> Next {
         Effect::Reset => Next::End(End::Reset),
         Effect::Shutdown => Next::End(End::Shutdown),
         Effect::Exit(code) => Next::End(End::Exit(code)),
+        Effect::Panic => Next::End(End::Panic),
     }
 }
 
@@ -301,7 +308,7 @@ mod tests {
             (Exit::Shutdown, Next::End(End::TripleFault)),
             (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_SHUTDOWN), Next::End(End::Shutdown)),
             (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_RESET), Next::End(End::Reset)),
-            (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH), Next::End(End::GuestCrash)),
+            (Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_CRASH), Next::End(End::Panic)),
             (Exit::SystemEvent(99), stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
             (
                 Exit::Stuck(Stuck::FailEntry { reason: 7, cpu: 1 }),

@@ -8,6 +8,7 @@ pub mod gate;
 pub mod linear;
 mod observe;
 pub mod report;
+mod restart;
 
 use std::fmt;
 use std::io;
@@ -38,6 +39,10 @@ pub struct Shared {
     pub recorder: Arc<Recorder>,
     /// The vCPUs that have been recorded.
     pub observed: Observed,
+    /// No BIOS writes to [`layout::RESET_FLAG`](crate::memory::layout::RESET_FLAG): that it changed tells something.
+    pub reset_flag: bool,
+    /// A vCPU whose guest panicked waits at the gate, and goes on when the machine lets it.
+    pub holds_on_panic: bool,
     /// Who is told of breakpoints and steps, once somebody debugs the machine.
     pub debugger: OnceLock<Listener>,
 }
@@ -63,6 +68,8 @@ impl fmt::Debug for Listener {
 /// How a run ended, and what a person should know about it.
 #[derive(Debug)]
 pub struct Ended {
+    /// The vCPU that ended it.
+    pub vcpu: u32,
     /// How.
     pub end: Result<End, Error>,
     /// For the ends that are failures: what failed, where, with registers and code.
@@ -75,7 +82,7 @@ pub struct Thread(JoinHandle<()>);
 
 impl Thread {
     /// Starts `vcpu` on a thread of its own, named `vcpu0` and so on. The first end is sent to `ended`; then the
-    /// thread waits at the gate for the machine to close.
+    /// thread waits at the gate for the machine to close, or, after a panic that it is held for, to go on.
     ///
     /// # Errors
     /// The host is out of threads.
@@ -86,10 +93,17 @@ impl Thread {
     ) -> io::Result<Self> {
         let thread = threads::spawn(Role::Vcpu(vcpu.id()), move || {
             vcpu.bind();
-            let end = run(&mut vcpu, &shared);
-            if let Some(end) = end {
+            while let Some(end) = run(&mut vcpu, &shared) {
+                let held = shared.holds_on_panic && matches!(end, Ok(End::Panic));
+                if held {
+                    // Before anybody can want to release it.
+                    shared.gate.hold(vcpu.id() as usize);
+                }
                 let report = report::report(&vcpu, &shared.ram, &end);
-                let _ = ended.send(Ended { end, report }.into());
+                let _ = ended.send(Ended { vcpu: vcpu.id(), end, report }.into());
+                if !held {
+                    break;
+                }
             }
             shared.gate.left(vcpu.id() as usize);
         })?;
@@ -133,6 +147,10 @@ fn run(vcpu: &mut Vcpu, shared: &Shared) -> Option<Result<End, Error>> {
                     Err(end) => return Some(end),
                 }
                 next = Next::Again;
+            }
+            Next::End(End::TripleFault) if restart::is_meant(vcpu, &shared.ram, shared.reset_flag) => {
+                log::info!("Reset by a triple fault");
+                return Some(Ok(End::Reset));
             }
             Next::End(end) => match breakpoint(vcpu, shared, end) {
                 Some(trap) => next = Next::Trap(trap),

@@ -282,6 +282,8 @@ mod tests {
             ram: memory.ram().clone(),
             recorder: Arc::<Recorder>::default(),
             observed: Observed::default(),
+            reset_flag: false,
+            holds_on_panic: false,
             debugger: std::sync::OnceLock::new(),
         };
         let mut observer = Observer::default();

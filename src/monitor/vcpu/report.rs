@@ -18,12 +18,11 @@ pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<S
     let mut bytes = None;
     let id = vcpu.id();
     let line = match end {
-        Ok(End::Shutdown | End::Reset | End::Exit(_)) => return None,
+        Ok(End::Shutdown | End::Reset | End::Exit(_) | End::Panic) => return None,
         Ok(End::TripleFault) => format!(
             "vcpu{id}: triple fault: an exception while delivering a double fault, most often because the guest has no \
              valid IDT or stack yet; to see its early output: `serial=stdio` `cmdline='console=ttyS0 earlyprintk=serial'`"
         ),
-        Ok(End::GuestCrash) => format!("vcpu{id}: the guest reported its own crash: see its console"),
         Ok(End::Stuck(Stuck::FailEntry { reason, cpu })) => format!(
             "vcpu{id}: the processor refused to enter the guest (hardware reason {reason:#x}, host CPU {cpu}): \
              its register state is invalid; the host's kernel log may say more (dmesg)"

@@ -139,6 +139,7 @@ fn dsdt(platform: &Platform) -> Sdt {
         com1(&mut devices);
     }
     power_button(&mut devices);
+    pvpanic(&mut devices);
 
     let mut body = Vec::new();
     Scope::new("\\_SB_".into(), vec![&Raw(devices)]).to_aml_bytes(&mut body);
@@ -227,6 +228,21 @@ fn power_button(sink: &mut Vec<u8>) {
                     ],
                 )],
             ),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// QEMU's pvpanic device, which Linux's pvpanic_mmio binds to: a port (`legacy::pvpanic`).
+fn pvpanic(sink: &mut Vec<u8>) {
+    const PRESENT: u8 = 0xf;
+    let port = layout::PVPANIC as u16;
+    Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_STA".into(), &PRESENT),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(port, port, 1, 1)])),
         ],
     )
     .to_aml_bytes(sink);
@@ -360,7 +376,7 @@ mod tests {
         assert!(text.contains("0 Errors, 0 Warnings, 0 Remarks"), "{text}");
         let source = std::fs::read_to_string(folder.path().join("DSDT.dsl")).unwrap();
         assert_eq!(source.matches("LNRO0005").count(), layout::VIRTIO_GSIS.len());
-        for device in ["PNP0501", "PNP0C0C", "ACPI0013"] {
+        for device in ["PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001"] {
             assert!(source.contains(device), "{device}");
         }
     }

@@ -35,7 +35,7 @@ impl fmt::Display for Entry {
 
 /// The map of a guest with `size` bytes of RAM, lowest address first.
 pub fn map(size: u64) -> Vec<Entry> {
-    let tables = layout::ACPI..layout::MP_TABLES + layout::MP_TABLES_SIZE;
+    let tables = layout::ACPI..layout::HIGH_RAM;
     let mut map = vec![
         Entry { range: 0..layout::LOW_END, kind: Kind::Ram },
         Entry { range: tables, kind: Kind::Reserved },

@@ -1,4 +1,4 @@
-//! What firmware would tell the guest about the platform: memory map and ACPI tables.
+//! What firmware would tell the guest about the platform: memory map, ACPI and MP tables; and what it has for a reset.
 //!
 //! The machine fills in [`Platform`] from the devices it built; [`boot::load`](super::load) writes the tables.
 
@@ -6,12 +6,13 @@ pub mod acpi;
 pub mod e820;
 pub mod loader;
 pub mod mp;
+pub mod reset;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{GuestRam, layout};
 
-/// The platform as the tables describe it. Sleep, reset and event registers (`legacy::acpi_pm`), power button, local
+/// The platform as the tables describe it. Sleep, reset and event registers (`legacy::acpi_pm`), power button, pvpanic, local
 /// APICs and the I/O APIC are always there; there is no PIC, PIT, RTC, VGA or keyboard controller to speak of.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Platform {
@@ -42,11 +43,11 @@ pub enum Error {
         size: usize,
     },
     /// Guest memory does not reach to their place.
-    #[error("write to guest memory at {:#x}", layout::ACPI)]
+    #[error("write to guest memory below 1 MiB")]
     Write(#[source] vm_memory::GuestMemoryError),
 }
 
-/// Writes the ACPI tables and gives the guest physical address of the RSDP.
+/// Writes the ACPI tables, the MP tables and what is for resets, and gives the guest physical address of the RSDP.
 ///
 /// # Errors
 /// [`Error`].
@@ -56,5 +57,7 @@ pub fn write(ram: &GuestRam, platform: &Platform) -> Result<u64, Error> {
         return Err(Error::TooBig { size: bytes.len() });
     }
     ram.write_slice(&bytes, GuestAddress(layout::ACPI)).map_err(Error::Write)?;
+    mp::write(ram, platform.cpus, layout::MP_TABLES_END).map_err(Error::Write)?;
+    reset::write(ram).map_err(Error::Write)?;
     Ok(layout::ACPI)
 }

@@ -1,9 +1,12 @@
 //! The MultiProcessor Specification's tables (Intel, version 1.4): processors, I/O APIC and interrupt lines as kernels from before
 //! ACPI look for them.
 //!
-//! The Multiboot loader writes them to [`layout::MP_TABLES`], since Multiboot has no word for ACPI. Who is told of the ACPI tables needs no others.
+//! Every guest gets them: a kernel that is told of the ACPI tables takes no notice, but for one that has no ACPI, or none by its
+//! command line (`acpi=off`). [`write()`](super::write) puts them below [`layout::MP_TABLES_END`], the built-in firmware's loader below its ROM.
 
-use crate::memory::layout;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::memory::{GuestRam, layout};
 
 /// Revision 1.4, in both structures.
 const REVISION: u8 = 4;
@@ -28,8 +31,18 @@ const NMI: u8 = 1;
 /// Every local APIC.
 const ALL: u8 = 0xff;
 
+/// Writes both structures so that they end at `end`, or a few bytes before it.
+///
+/// # Errors
+/// There is no RAM.
+pub fn write(ram: &GuestRam, cpus: u32, end: u64) -> Result<(), GuestMemoryError> {
+    // The floating pointer is looked for on multiples of 16.
+    let base = (end - tables(cpus, 0).len() as u64) & !0xf;
+    ram.write_slice(&tables(cpus, base as u32), GuestAddress(base))
+}
+
 /// Both structures as they lie in guest memory from `base`, for so many processors.
-pub fn tables(cpus: u32, base: u32) -> Vec<u8> {
+fn tables(cpus: u32, base: u32) -> Vec<u8> {
     let (mut entries, mut count) = (Vec::new(), 0u16);
     let mut entry = |bytes: &[u8]| {
         entries.extend_from_slice(bytes);
