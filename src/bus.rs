@@ -22,6 +22,8 @@ pub enum Effect {
     Shutdown,
     /// The guest ended the run with a status of its own (an isa-debug-exit style port).
     Exit(u8),
+    /// The program that boots a disk (`firmware/disk`) found nothing to boot.
+    NothingToBoot,
 }
 
 /// A device on a [`Bus`]. One trait for port and memory-mapped I/O.

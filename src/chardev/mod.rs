@@ -144,6 +144,7 @@ trait Host: Send {
 struct Shared {
     host: Box<dyn Host>,
     poll: Poll,
+    spoken: bool,
 }
 
 /// A host end: a byte stream each way. Clones are the same end; it lasts as long as one of them.
@@ -204,7 +205,11 @@ impl Endpoint {
     fn new(host: Box<dyn Host>, text: &str) -> io::Result<Self> {
         let poll = Poll::new()?;
         let fd = Arc::new(poll.try_clone_fd()?);
-        let endpoint = Self { shared: Arc::new(Mutex::new(Shared { host, poll })), fd, text: text.into() };
+        let endpoint = Self {
+            shared: Arc::new(Mutex::new(Shared { host, poll, spoken: false })),
+            fd,
+            text: text.into(),
+        };
         endpoint.want(Interest::default());
         Ok(endpoint)
     }
@@ -223,7 +228,14 @@ impl Endpoint {
     /// Takes output, or as much of it as there is room for: 0 means that the other end is stalled. What
     /// nobody will ever read (a closed pipe, `off`) is taken and vanishes.
     pub fn write(&self, data: &[u8]) -> usize {
-        lock(&self.shared).host.write(data)
+        let mut shared = lock(&self.shared);
+        shared.spoken |= !data.is_empty();
+        shared.host.write(data)
+    }
+
+    /// Whether there ever was output.
+    pub fn has_spoken(&self) -> bool {
+        lock(&self.shared).spoken
     }
 
     /// Says what to wait for. Due after every use, because use changes what there is to wait for.

@@ -14,6 +14,7 @@ mod options;
 mod plan;
 mod run;
 mod scratch;
+mod silence;
 mod step;
 mod top;
 mod trace;

@@ -11,10 +11,12 @@ use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
 use super::exit::{Code, Failure};
+use crate::boot;
 use crate::config::{
     BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnReboot, Port, VmConfig, Where,
 };
 use crate::debug::gdb::Place;
+use crate::machine::outputs;
 
 /// The largest configuration file that is read.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -41,17 +43,18 @@ pub struct Options {
     /// Windows), ,nested=on (VT-x or AMD-V), ,msr-deny=MSR[-MSR] (#GP), ,vendor=intel|amd [default: host]
     #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
     cpu: Option<Cpu>,
-    /// A disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ... Without --kernel,
-    /// what is installed there is booted
+    /// A disk: path=FILE[,readonly][,format=raw][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ... Without
+    /// --kernel, what is installed there is booted
     #[arg(long, value_name = "path=FILE")]
     disk: Vec<Disk>,
-    /// Where the console hvc0 goes: stdio, pty, file=PATH, socket=PATH, off [default: stdio]
+    /// Where the console hvc0 goes: stdio, pty, file=PATH, socket=PATH, off [default: stdio, unless --serial has it]
     #[arg(long, value_name = "WHERE")]
     console: Option<Console>,
     /// A named port, /dev/virtio-ports/NAME in the guest; may be repeated
     #[arg(long, value_name = "NAME=WHERE")]
     port: Vec<Port>,
-    /// Where the serial port ttyS0 goes; stdio takes it from the console [default: off]
+    /// Where the serial port ttyS0 goes; stdio takes it from the console [default: stdio for a bzImage and for what a disk
+    /// boots, or as the command line's console= says; off for a vmlinux]
     #[arg(long, value_name = "WHERE")]
     serial: Option<Where>,
     /// Give the guest an entropy device
@@ -102,6 +105,9 @@ pub struct Options {
     /// Wait for gdb before the first instruction, at unix:PATH or tcp:[HOST:]PORT
     #[arg(long, value_name = "WHERE")]
     pub gdb: Option<Place>,
+    /// Further files that will be written.
+    #[arg(skip)]
+    pub outputs: Vec<PathBuf>,
     /// Seconds from a stop (SIGTERM, SIGINT, vmm stop) until the guest is stopped hard
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,
@@ -118,18 +124,30 @@ impl Options {
     ///
     /// # Errors
     /// The configuration file cannot be read, or no machine can be as described.
-    pub fn resolve(self) -> Result<VmConfig, Failure> {
-        let mut config = match &self.config {
+    pub fn resolve(mut self) -> Result<VmConfig, Failure> {
+        let (mut config, serial) = match &self.config {
             Some(path) => read(path).map_err(|error| {
                 let hint =
                     "the file has the options' names as keys: {\"kernel\": \"vmlinux\", \"mem\": \"512M\"}";
                 Failure::new(Code::BadArgument, error).hint(Some(hint))
             })?,
-            None => VmConfig::default(),
+            None => (VmConfig::default(), false),
         };
+        let decided = serial || self.serial.is_some();
+        let (file, trace) = (self.config.take(), self.trace.take());
+        let reports = std::mem::take(&mut self.outputs);
         self.apply(&mut config);
         config.validate()?;
         config.to_boot()?;
+        if !decided {
+            boot::console::settle(&mut config);
+        }
+        let inputs: Vec<_> = file.iter().map(|path| ("configuration", path.as_path())).collect();
+        let outputs = trace.iter().map(|path| ("the trace", path.as_path()));
+        let outputs: Vec<_> =
+            outputs.chain(reports.iter().map(|path| ("the report", path.as_path()))).collect();
+        outputs::check(&config, &inputs, &outputs)
+            .map_err(|clash| Failure::new(Code::BadArgument, clash).hint(Some(outputs::Clash::HINT)))?;
         Ok(config)
     }
 
@@ -165,7 +183,8 @@ impl Options {
     }
 }
 
-fn read(path: &Path) -> anyhow::Result<VmConfig> {
+/// The configuration, and whether it says anything of the serial port.
+fn read(path: &Path) -> anyhow::Result<(VmConfig, bool)> {
     let context = || format!("read configuration file {}", path.display());
     let mut text = Vec::new();
     File::open(path)
@@ -174,7 +193,9 @@ fn read(path: &Path) -> anyhow::Result<VmConfig> {
     if text.len() as u64 > MAX_CONFIG {
         return Err(anyhow!("it is larger than {MAX_CONFIG} bytes")).with_context(context);
     }
-    serde_json::from_slice(&text).with_context(context)
+    let config = serde_json::from_slice(&text).with_context(context)?;
+    let keys: serde_json::Value = serde_json::from_slice(&text).with_context(context)?;
+    Ok((config, keys.get("serial").is_some()))
 }
 
 /// A word as the configuration's serde form knows it.

@@ -10,6 +10,7 @@ use anyhow::anyhow;
 use super::exit::{Code, Failure, print};
 use super::options::Options;
 use super::plan::plan;
+use super::silence::Silence;
 use crate::api::registry::Registry;
 use crate::api::running::Running;
 use crate::api::server::Server;
@@ -141,10 +142,15 @@ impl Watched<'_, '_> {
                 debugger.attach(&machine)?;
             }
             running.built(machine.handle(), ptys);
+            let silence = Silence::of(self.config, ends).filter(|_| self.debugger.is_none());
+            silence.iter().for_each(|silence| silence.watch(&mut machine));
             let outcome = machine.run(&mut *serve);
             let stopped = running.ended();
             let again =
                 matches!(outcome, Ok(Outcome::Reset)) && self.config.on_reboot == OnReboot::Reset && !stopped;
+            if let (Some(silence), Ok(outcome), false) = (&silence, &outcome, again) {
+                silence.ended(outcome);
+            }
             let end = outcome.map_err(Failure::from).and_then(code);
             if let Some(debugger) = &mut self.debugger {
                 let code = end.as_ref().map_or_else(|failure| failure.code, |code| *code);
@@ -170,6 +176,11 @@ fn code(outcome: Outcome) -> Result<Code, Failure> {
     match outcome {
         Outcome::Shutdown | Outcome::Reset => Ok(Code::Success),
         Outcome::Exit(code) => Ok(Code::Guest(code)),
+        Outcome::NothingToBoot => {
+            let error = anyhow!("no disk has anything that can be booted; its console says what was found");
+            let hint = "give a kernel from outside: --kernel FILE --initrd FILE";
+            Err(Failure::new(Code::BadArgument, error).hint(Some(hint)))
+        }
         Outcome::Killed => Ok(Code::Killed),
         Outcome::Crash(report) => Err(Failure::new(Code::GuestCrash, anyhow!(report))),
         Outcome::InternalError(report) => Err(Failure::new(Code::Internal, anyhow!(report))),

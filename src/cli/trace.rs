@@ -137,6 +137,7 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     let scratch = Scratch::new("vmm-trace").map_err(|error| Failure::new(Code::Host, error))?;
     let file = options.keep.unwrap_or_else(|| scratch.path().join("record"));
     record.trace = Some(file.clone());
+    record.outputs = options.view.html.iter().chain(&options.view.perfetto).cloned().collect();
     let ended = run::run(record);
     let told = if file.exists() { tell(&file, &options.view) } else { Ok(()) };
     // How the run ended matters more than that nobody read the report to its end.

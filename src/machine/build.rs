@@ -161,7 +161,7 @@ pub fn build(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Re
             Escape::PowerButton => handle.power_button(),
         }
     });
-    Ok(Machine { shared, vcpus, events: ended, built: start, vm })
+    Ok(Machine { shared, vcpus, events: ended, built: start, later: None, vm })
 }
 
 /// Whether the files are so small that reading them takes less than starting a thread for it: test guests, unikernels.

@@ -4,13 +4,14 @@
 
 mod build;
 mod debug;
+pub mod outputs;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -120,6 +121,8 @@ pub enum Outcome {
     Reset,
     /// The guest ended the run with this status.
     Exit(u8),
+    /// No disk has anything that can be booted. The guest's console has said what there is.
+    NothingToBoot,
     /// The guest crashed; a report for a person.
     Crash(String),
     /// KVM could not go on; a report for a person.
@@ -197,6 +200,8 @@ pub struct Machine {
     vcpus: Vec<kvm::Vcpu>,
     events: Receiver<Event>,
     built: Instant,
+    /// See [`Machine::later`].
+    later: Option<(Duration, Box<dyn FnOnce() + Send>)>,
     /// Dropped last: closing the VM's descriptor is what frees the guest.
     vm: Arc<kvm::Vm>,
 }
@@ -239,14 +244,29 @@ impl Machine {
             meanwhile();
             self.shared.start_devices();
         }
-        // `shared` holds a sender, so there is an event in the end.
-        let event = if started.is_ok() { self.events.recv().unwrap_or(Event::Kill) } else { Event::Kill };
+        let event = if started.is_ok() { self.wait() } else { Event::Kill };
         self.shared.vcpus.gate.shut(|| self.shared.kick_all());
         lock(&self.shared.threads).drain(..).for_each(vcpu::Thread::join);
         *lock(&self.shared.phase) = Phase::Ended;
         self.shared.pause_devices();
         started?;
         outcome(event)
+    }
+
+    /// Has [`Machine::run`] call `act` if the run lasts longer than `after`: on its own thread, which waits for the end.
+    pub fn later(&mut self, after: Duration, act: impl FnOnce() + Send + 'static) {
+        self.later = Some((after, Box::new(act)));
+    }
+
+    /// `shared` holds a sender, so there is an event in the end.
+    fn wait(&mut self) -> Event {
+        if let Some((after, act)) = self.later.take() {
+            match self.events.recv_timeout(after) {
+                Err(RecvTimeoutError::Timeout) => act(),
+                event => return event.unwrap_or(Event::Kill),
+            }
+        }
+        self.events.recv().unwrap_or(Event::Kill)
     }
 
     /// Gives everything back after the run, without waiting for KVM to take the VM apart: for a process that is about to end.
@@ -266,6 +286,7 @@ fn outcome(event: Event) -> Result<Outcome, Error> {
         End::Shutdown => Outcome::Shutdown,
         End::Reset => Outcome::Reset,
         End::Exit(status) => Outcome::Exit(status),
+        End::NothingToBoot => Outcome::NothingToBoot,
         End::TripleFault | End::GuestCrash => Outcome::Crash(report),
         End::Stuck(_) => Outcome::InternalError(report),
     })

@@ -73,6 +73,8 @@ pub enum End {
     Reset,
     /// The guest ended with a status.
     Exit(u8),
+    /// The program that boots a disk found nothing to boot.
+    NothingToBoot,
     /// The guest's processor went into shutdown: a triple fault.
     TripleFault,
     /// The guest reported its own crash through a paravirtual call.
@@ -166,6 +168,7 @@ fn after(effect: Effect) -> Next {
         Effect::Reset => Next::End(End::Reset),
         Effect::Shutdown => Next::End(End::Shutdown),
         Effect::Exit(code) => Next::End(End::Exit(code)),
+        Effect::NothingToBoot => Next::End(End::NothingToBoot),
     }
 }
 

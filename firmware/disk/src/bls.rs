@@ -55,7 +55,8 @@ pub fn read(volumes: &[Option<Volume>], at: usize, scratch: &mut [u8], entries: 
         found = true;
         break;
     }
-    let said = variables.iter().flat_map(|variables| [variables.get(b"default"), variables.get(b"saved_entry")]);
+    let said =
+        variables.iter().flat_map(|variables| [variables.get(b"default"), variables.get(b"saved_entry")]);
     if let Some(wanted) = [default.bytes()].into_iter().chain(said).find(|wanted| !wanted.is_empty()) {
         let is = |(index, entry): (usize, &Entry)| {
             matches(wanted, entry.id.bytes())
@@ -140,7 +141,10 @@ mod tests {
         assert!(entry.exhausted);
         assert_eq!(entry.options.bytes(), b"root=UUID=x  ro quiet");
         assert_eq!(entry.initrds().iter().map(Text::bytes).collect::<Vec<_>>(), [b"/m/6.1/a", b"/m/6.1/b"]);
-        assert_eq!(parse(b"x", b"title only", None).unwrap_err(), Error::Unsupported("an entry without linux"));
+        assert_eq!(
+            parse(b"x", b"title only", None).unwrap_err(),
+            Error::Unsupported("an entry without linux")
+        );
         assert!(parse(b"x", b"linux /a\narchitecture aa64", None).is_err());
         assert_eq!(counting(b"a+b"), (&b"a+b"[..], None));
     }

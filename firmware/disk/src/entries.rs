@@ -1,8 +1,8 @@
 //! What can be booted: the entries of the menu, their order, and which is the default.
 
 use crate::text::{Shown, Text};
-use crate::volume::{Kind, Node, Volume};
 use crate::unified::Unified;
+use crate::volume::{Kind, Node, Volume};
 use crate::{Error, Result, bls, grub, plain, syslinux, version};
 use core::cmp::Ordering;
 use core::fmt;

@@ -94,7 +94,8 @@ impl Reader<'_> {
         }
         // Modules of Syslinux itself (menu.c32, memdisk) are no kernels.
         let module = entry.linux.bytes().rsplit(|byte| *byte == b'.').next().unwrap_or_default();
-        let module = [&b"c32"[..], b"com", b"bin", b"bss", b"img"].iter().any(|end| module.eq_ignore_ascii_case(end));
+        let module =
+            [&b"c32"[..], b"com", b"bin", b"bss", b"img"].iter().any(|end| module.eq_ignore_ascii_case(end));
         let good = !wrong && !module && !entry.linux.is_empty() && finish(&mut entry, self.folder).is_ok();
         if good && self.entries.push(entry) && default {
             self.chosen = Some(self.entries.all().len() - 1);
@@ -145,7 +146,8 @@ impl Reader<'_> {
 fn finish(entry: &mut Entry, folder: &[u8]) -> Result<()> {
     let options = entry.options;
     if entry.initrds == 0 {
-        let mut given = options.bytes().split(|byte| *byte == b' ').filter_map(|word| word.strip_prefix(b"initrd="));
+        let mut given =
+            options.bytes().split(|byte| *byte == b' ').filter_map(|word| word.strip_prefix(b"initrd="));
         if let Some(list) = given.next_back() {
             initrds(entry, folder, list)?;
         }

@@ -82,7 +82,9 @@ impl fmt::Display for Inhabitant {
 fn name(window: &Window) -> Option<&'static str> {
     let is = |(offset, mark, _): &&(u64, &[u8], &str)| {
         let mut bytes = [0; 16];
-        bytes.get_mut(..mark.len()).is_some_and(|bytes| window.read(*offset, bytes).is_ok() && *bytes == **mark)
+        bytes
+            .get_mut(..mark.len())
+            .is_some_and(|bytes| window.read(*offset, bytes).is_ok() && *bytes == **mark)
     };
     MARKS.iter().find(is).map(|(_, _, name)| *name)
 }

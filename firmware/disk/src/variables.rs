@@ -119,7 +119,8 @@ mod tests {
     #[test]
     fn variables_are_set_replaced_and_put_in() {
         let mut variables = Variables::NONE;
-        variables.load(b"# GRUB Environment Block\nkernelopts=root=/dev/x ro a\\\\b\nnext_entry=1\nempty=\n####");
+        variables
+            .load(b"# GRUB Environment Block\nkernelopts=root=/dev/x ro a\\\\b\nnext_entry=1\nempty=\n####");
         variables.assign(b"default=1>2");
         variables.assign(b"default=0");
         variables.assign(b"root=UUID=x-y=z");

@@ -25,9 +25,7 @@ fn tool(name: &str, args: &[&str], input: &str) {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap_or_else(|error| {
-            panic!("{name}: {error} (apt-get install {PACKAGES})")
-        });
+        .unwrap_or_else(|error| panic!("{name}: {error} (apt-get install {PACKAGES})"));
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{name} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -367,13 +365,21 @@ fn entries_in_terms_of_grubs_variables_are_understood() {
     tool("grub-editenv", &[environment, "set", "saved_entry=f-1", "next_entry=f-2", &long], "");
     let (found, _) = menu(&[&ext4(&boot, &[])]);
     assert_eq!((found.default, found.all()[1].id.bytes()), (1, &b"f-1"[..]));
-    assert!(told(&found)[1].ends_with(&format!("{}", long.strip_prefix("kernelopts=").unwrap())), "{:?}", told(&found));
+    assert!(
+        told(&found)[1].ends_with(&format!("{}", long.strip_prefix("kernelopts=").unwrap())),
+        "{:?}",
+        told(&found)
+    );
 
     // By UEFI all of GRUB's files are on the ESP.
     fs::rename(boot.join("grub2"), dir.path().join("redhat")).unwrap();
     fs::create_dir_all(esp.join("EFI")).unwrap();
     fs::rename(dir.path().join("redhat"), esp.join("EFI/redhat")).unwrap();
-    put(&esp, "EFI/redhat/grub.cfg", config.replace("set tuned_initrd=\"\"", "set tuned_initrd=\"/tuned.img\""));
+    put(
+        &esp,
+        "EFI/redhat/grub.cfg",
+        config.replace("set tuned_initrd=\"\"", "set tuned_initrd=\"/tuned.img\""),
+    );
     let (found, _) = menu(&[&fat(&esp, "32", 40), &ext4(&boot, &[])]);
     assert_eq!((found.default, found.all()[0].volume), (1, 1));
     assert_eq!(found.all()[0].initrds()[1].bytes(), b"/tuned.img");
@@ -467,10 +473,16 @@ fn unified_kernel_images_are_entries_too() {
     let image = fat(&esp, "32", 40);
     let (found, notes) = menu(&[&image]);
     assert_eq!((notes, found.default), (vec![], 1));
-    assert_eq!(kernels(&found), ["/EFI/Linux/arch-6.10+3.efi", "/EFI/Linux/arch-6.6.efi", "/loader/loader.conf"]);
+    assert_eq!(
+        kernels(&found),
+        ["/EFI/Linux/arch-6.10+3.efi", "/EFI/Linux/arch-6.6.efi", "/loader/loader.conf"]
+    );
     let newest = &found.all()[0];
     assert_eq!((newest.id.bytes(), newest.title.bytes()), (&b"arch-6.10"[..], &b"Arch Linux"[..]));
-    assert_eq!((newest.version.bytes(), newest.options.bytes()), (&b"6.10.1"[..], &b"root=PARTUUID=z rw quiet"[..]));
+    assert_eq!(
+        (newest.version.bytes(), newest.options.bytes()),
+        (&b"6.10.1"[..], &b"root=PARTUUID=z rw quiet"[..])
+    );
     let disk = &image[..];
     let volume = Volume::open(&disk, whole(disk)).unwrap();
     let file = entries::open(&volume, newest.linux.bytes()).unwrap();
@@ -520,7 +532,9 @@ fn what_cannot_be_read_is_named() {
     ] {
         assert_eq!(named(&disk), expected);
     }
-    for (at, mark, expected) in [(0, &b"LUKS\xba\xbe"[..], "LUKS"), (512, b"LABELONE", "LVM"), (3, b"NTFS    ", "NTFS")] {
+    for (at, mark, expected) in
+        [(0, &b"LUKS\xba\xbe"[..], "LUKS"), (512, b"LABELONE", "LVM"), (3, b"NTFS    ", "NTFS")]
+    {
         let mut disk = vec![0; 1 << 20];
         disk[at..at + mark.len()].copy_from_slice(mark);
         assert!(named(&disk).contains(expected), "{}", named(&disk));
