@@ -14,11 +14,9 @@ use std::path::Path;
 
 /// What makes a Debian bootable.
 const PACKAGES: [&str; 2] = ["linux-image-cloud-amd64", "initramfs-tools"];
-/// What the initrd has to load, whatever udev finds: the disk, and the console, so that the kernel is heard.
-const MODULES: &str = "virtio_mmio\nvirtio_blk\nvirtio_console\next4\n";
-/// The stock kernel has its virtio console in a module, and until that is loaded an initrd without any console would have no
-/// standard streams: tty0 is one that is always there.
-const CMDLINE: &str = "root=LABEL=root ro console=tty0\n";
+/// What the initrd has to load, whatever udev finds: the disk.
+const MODULES: &str = "virtio_mmio\nvirtio_blk\next4\n";
+const CMDLINE: &str = "root=LABEL=root ro\n";
 /// What makes a Debian that boots to a login prompt: the kernel brings its initrd's maker, and that udev.
 const STOCK: [&str; 2] = ["linux-image-cloud-amd64", "systemd-sysv"];
 /// Enough for Debian, its kernel, and one more after an update.

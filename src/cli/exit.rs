@@ -34,7 +34,10 @@ impl Code {
     /// The code as `--help` explains it.
     const TABLE: [(Self, &str); 7] = [
         (Self::Success, "the guest powered off or rebooted; or the command did what was asked"),
-        (Self::BadArgument, "an argument, or a file that it names, cannot be used"),
+        (
+            Self::BadArgument,
+            "an argument, or a file that it names, cannot be used; nothing on the disks can be booted",
+        ),
         (Self::Host, "the host lacks or refused something: KVM, memory, a running VM of that name"),
         (Self::GuestCrash, "the guest crashed (triple fault)"),
         (Self::Internal, "KVM could not run the guest (internal error, failed entry)"),

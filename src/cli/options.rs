@@ -120,7 +120,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// The virtual machine that is asked for, checked as far as that goes without opening what it names.
+    /// The virtual machine that is asked for, checked as far as that goes without opening what it names, but for a look at
+    /// what kind of kernel it is.
     ///
     /// # Errors
     /// The configuration file cannot be read, or no machine can be as described.

@@ -12,6 +12,8 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use super::exit::{Code, Failure};
 use super::scratch::Scratch;
 use super::{options, run, step, top};
+use crate::config::VmConfig;
+use crate::machine::outputs::{self, Clash};
 use crate::recorder::Kind;
 use crate::trace::file::{self, Trace};
 use crate::trace::report::{Filter, Report};
@@ -124,6 +126,10 @@ fn ports(text: &str) -> Result<RangeInclusive<u64>, String> {
 /// `vmm trace`.
 pub fn trace(options: Options) -> Result<Code, Failure> {
     if let Some(Command::Report { file, view }) = options.command {
+        let written = view.html.iter().chain(&view.perfetto).map(|path| ("the report", path.as_path()));
+        let written: Vec<_> = written.collect();
+        outputs::check(&VmConfig::default(), &[("record", &file)], &written)
+            .map_err(|clash| Failure::new(Code::BadArgument, clash).hint(Some(Clash::HINT)))?;
         tell(&file, &view)?;
         return Ok(Code::Success);
     }

@@ -23,7 +23,7 @@ enum How {
 }
 
 /// Offset of a mark (counted from the end if negative), the mark, and what has it.
-const MARKS: [(i64, &[u8], Foreign); 16] = [
+const MARKS: [(i64, &[u8], Foreign); 20] = [
     (0, b"QFI\xfb", convert("qcow2")),
     (0, b"QED\0", convert("qed")),
     (0, b"KDMV", convert("vmdk")),
@@ -39,7 +39,11 @@ const MARKS: [(i64, &[u8], Foreign); 16] = [
     (0, b"\x1f\x8b\x08", unpack("gzip", "gzip -dk")),
     (0, b"\xfd7zXZ\0", unpack("xz", "xz -dk")),
     (0, b"\x28\xb5\x2f\xfd", unpack("zstd", "zstd -d")),
-    (0, b"BZh", unpack("bzip2", "bzip2 -dk")),
+    (4, b"1AY&SY", unpack("bzip2", "bzip2 -dk")),
+    (0, b"\x04\x22\x4d\x18", unpack("lz4", "lz4 -dk")),
+    (0, b"7z\xbc\xaf\x27\x1c", unpack("a 7z archive", "7z x")),
+    (0, b"PK\x03\x04", unpack("a zip archive", "unzip")),
+    (257, b"ustar", unpack("a tar archive", "tar -xvf")),
 ];
 
 const fn convert(name: &'static str) -> Foreign {

@@ -56,7 +56,12 @@ pub fn check(config: &VmConfig, inputs: &[Named], outputs: &[Named]) -> Result<(
         Where::File(path) => Some((what, path.as_path())),
         _ => None,
     });
-    for (what, path) in files.chain(outputs.iter().map(|(what, path)| ((*what).to_owned(), *path))) {
+    // Standard output may be a file as well.
+    let stdio = console == Where::Stdio || config.serial == Where::Stdio;
+    let stdio = stdio.then(|| ("standard output".to_owned(), Path::new("/proc/self/fd/1")));
+    for (what, path) in
+        files.chain(stdio).chain(outputs.iter().map(|(what, path)| ((*what).to_owned(), *path)))
+    {
         let Some(identity) = identity(path) else { continue };
         if let Some((_, other)) = taken.iter().find(|(known, _)| *known == identity) {
             return Err(Clash { output: what, other: other.clone(), path: path.to_owned() });

@@ -220,6 +220,11 @@ fn an_output_that_is_a_file_of_the_same_run_is_refused() {
     }
     let trace = "trace --html kernel -- --kernel kernel --console off";
     refused(&place, trace, BAD_ARGUMENT, &["report", "kernel"]);
+    let report = "trace report log --html folder/../log";
+    refused(&place, report, BAD_ARGUMENT, &["report", "record"]);
+    let mut appending = place.command("--kernel kernel --disk disk --serial stdio");
+    appending.stdout(File::options().append(true).open(place.path("disk")).unwrap());
+    refused_command(&place, appending, BAD_ARGUMENT, &["standard output", "disk"]);
     // What any number of writers can share is nobody's.
     let shared = format!("{run} --serial file=/dev/null --port a=file=/dev/null --trace /dev/null --dry-run");
     assert_eq!(place.vmm(&shared).status.code(), Some(0));

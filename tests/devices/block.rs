@@ -334,7 +334,7 @@ fn images_that_cannot_be_are_refused_with_a_hint() {
 #[test]
 fn images_that_are_not_raw_are_refused_by_name_unless_they_are_said_to_be_raw() {
     let (keep, disk) = image(8192);
-    let marks: [(&str, &str, usize, &[u8]); 9] = [
+    let marks: [(&str, &str, usize, &[u8]); 11] = [
         ("qcow2", "qemu-img convert", 0, b"QFI\xfb\0\0\0\x03"),
         ("vmdk", "qemu-img convert", 0, b"KDMV"),
         ("vmdk", "qemu-img convert", 0, b"# Disk DescriptorFile"),
@@ -343,6 +343,8 @@ fn images_that_are_not_raw_are_refused_by_name_unless_they_are_said_to_be_raw() 
         ("vhd", "qemu-img convert", 8192 - 512, b"conectix"),
         ("qed", "qemu-img convert", 0, b"QED\0"),
         ("bzip2", "bzip2 -dk", 0, b"BZh91AY&SY"),
+        ("a tar archive", "tar -xvf", 257, b"ustar  "),
+        ("a zip archive", "unzip", 0, b"PK\x03\x04"),
         ("zstd", "zstd -d", 0, b"\x28\xb5\x2f\xfd"),
     ];
     let refused = |disk: &config::Disk, name: &str, command: &str| {

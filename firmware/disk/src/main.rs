@@ -75,7 +75,8 @@ fn boot(info: &StartInfo, console: &mut Console, large: &mut Large) {
                     if volume.needs_recovery() {
                         say!(
                             console,
-                            "ext4 {} was not unmounted: its last changes may not be seen",
+                            "{} {} was not unmounted: its last changes may not be seen",
+                            volume.kind(),
                             volume.uuid()
                         );
                     }
@@ -98,7 +99,8 @@ fn boot(info: &StartInfo, console: &mut Console, large: &mut Large) {
     let count = large.entries.all().len();
     if count == 0 {
         say!(console, "nothing to boot on these disks:");
-        for (disk, letter) in disks.iter().flatten().zip('a'..) {
+        for (disk, letter) in disks.iter().zip('a'..) {
+            let Some(disk) = disk else { continue };
             for partition in partition::find(disk).unwrap_or_default().all() {
                 say!(console, "  vd{letter}{}", Inhabitant::of(disk, *partition));
             }

@@ -49,7 +49,10 @@ pub fn parse(text: &[u8], folder: &[u8], entries: &mut Entries) {
             b"DEFAULT" => default = Text::clipped(value),
             b"LABEL" => reader.begin(value),
             b"MENU" => reader.menu(value),
-            b"LINUX" | b"KERNEL" => reader.with(|entry, folder| Ok(entry.linux = path(folder, value)?)),
+            b"LINUX" | b"KERNEL" => reader.with(|entry, folder| {
+                entry.linux = path(folder, value)?;
+                Ok(())
+            }),
             b"INITRD" => reader.with(|entry, folder| initrds(entry, folder, value)),
             b"APPEND" => reader.append(value),
             _ => {}

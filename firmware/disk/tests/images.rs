@@ -365,11 +365,7 @@ fn entries_in_terms_of_grubs_variables_are_understood() {
     tool("grub-editenv", &[environment, "set", "saved_entry=f-1", "next_entry=f-2", &long], "");
     let (found, _) = menu(&[&ext4(&boot, &[])]);
     assert_eq!((found.default, found.all()[1].id.bytes()), (1, &b"f-1"[..]));
-    assert!(
-        told(&found)[1].ends_with(&format!("{}", long.strip_prefix("kernelopts=").unwrap())),
-        "{:?}",
-        told(&found)
-    );
+    assert!(told(&found)[1].ends_with(long.strip_prefix("kernelopts=").unwrap()), "{:?}", told(&found));
 
     // By UEFI all of GRUB's files are on the ESP.
     fs::rename(boot.join("grub2"), dir.path().join("redhat")).unwrap();
@@ -401,9 +397,9 @@ fn a_configuration_of_syslinux_is_understood() {
     for (name, prefix) in [("root", "/boot/"), ("boot", "//")] {
         let root = dir.path().join(name);
         let at = prefix.trim_matches('/');
-        put(&root, &format!("{at}/extlinux.conf").trim_start_matches('/'), alpine);
+        put(&root, format!("{at}/extlinux.conf").trim_start_matches('/'), alpine);
         for file in ["vmlinuz-lts", "vmlinuz-virt", "initramfs-lts", "initramfs-virt"] {
-            put(&root, &format!("{at}/{file}").trim_start_matches('/'), "x");
+            put(&root, format!("{at}/{file}").trim_start_matches('/'), "x");
         }
         let (found, notes) = menu(&[&ext("ext4", &root, &[])]);
         let virt = format!(
