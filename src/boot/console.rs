@@ -12,26 +12,36 @@ use super::image::Image;
 use crate::config::{Kernel, VmConfig, Where};
 
 /// Gives the terminal to the serial port (ttyS0) in place of the virtio console (hvc0), where the configuration says nothing
-/// of either, and
+/// of either and
 ///
-/// - the command line's last `console=` is a serial port; or it names neither, and
-/// - the kernel is a disk's own, or a bzImage: most likely a distribution's. Who has an ELF vmlinux has built it, and hvc0,
-///   which costs an exit per line and not several per byte, is what a kernel for this monitor has.
+/// - the last `console=` of the command line that is one of the two is a serial port, or
+/// - it names neither, and the kernel is a disk's own, or a bzImage: most likely a distribution's. Who has an ELF vmlinux has
+///   built it, for a monitor like this one: it has hvc0, which costs an exit per line and not several per byte.
+///
+/// What a disk says of consoles is for the machine that it was made for. So the serial port is named there, too, if a command
+/// line is given that has no `console=`.
 pub fn settle(config: &mut VmConfig) {
     if config.console.0.is_some() || config.serial != Where::Off {
         return;
     }
-    let said = config.cmdline.as_deref().unwrap_or_default().split_ascii_whitespace();
-    let mut consoles = said.filter_map(|word| word.strip_prefix("console=")).rev();
-    let said = consoles.find(|console| console.starts_with("ttyS") || console.starts_with("hvc"));
-    let serial = match (said, config.to_boot()) {
+    // What is behind the hyphens is init's.
+    let cmdline = config.cmdline.as_deref().unwrap_or_default().split(" -- ").next().unwrap_or_default();
+    let consoles = cmdline.split_ascii_whitespace().filter_map(|word| word.strip_prefix("console="));
+    let last = consoles.clone().rfind(|console| console.starts_with("ttyS") || console.starts_with("hvc"));
+    let unnamed = consoles.count() == 0;
+    let kernel = config.to_boot();
+    let serial = match (last, &kernel) {
         (Some(console), _) => console.starts_with("ttyS"),
         (None, Ok(Some(Kernel::BootDisk))) => true,
-        (None, Ok(Some(Kernel::File(path)))) => is_bzimage(&path),
+        (None, Ok(Some(Kernel::File(path)))) => is_bzimage(path),
         _ => false,
     };
-    if serial {
-        config.serial = Where::Stdio;
+    if !serial {
+        return;
+    }
+    config.serial = Where::Stdio;
+    if let (Some(cmdline), true, Ok(Some(Kernel::BootDisk))) = (&mut config.cmdline, unnamed, kernel) {
+        *cmdline = format!("console=ttyS0 {cmdline}").trim_end().to_owned();
     }
 }
 
@@ -79,6 +89,17 @@ mod tests {
             settle(&mut config);
             assert_eq!((config.serial.clone(), config.console()), expected, "{json}");
             config.validate().unwrap();
+        }
+        for (cmdline, expected) in [
+            ("single", "console=ttyS0 single"),
+            ("a -- console=hvc0", "console=ttyS0 a -- console=hvc0"),
+            ("console=tty0 single", "console=tty0 single"),
+            ("", "console=ttyS0"),
+        ] {
+            let mut config = VmConfig { cmdline: Some(cmdline.to_owned()), ..VmConfig::default() };
+            config.disk = vec!["d".parse().unwrap()];
+            settle(&mut config);
+            assert_eq!((config.cmdline.as_deref(), config.serial), (Some(expected), Where::Stdio));
         }
     }
 }
