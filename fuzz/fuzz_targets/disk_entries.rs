@@ -1,5 +1,5 @@
-//! Boot Loader Specification entries, grub.cfg with grubenv, extlinux.conf, unified images, versions, command lines and setup
-//! headers of any content.
+//! Boot Loader Specification entries, grub.cfg with grubenv, extlinux.conf, unified images, versions, command
+//! lines and setup headers of any content.
 #![no_main]
 
 use bootdisk::entries::{Entries, order};

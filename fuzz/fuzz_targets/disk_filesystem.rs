@@ -1,5 +1,6 @@
-//! FAT, ext2 and ext4 of any content: everything that a disk's boot does with them. The data patches an empty image of 1 MiB:
-//! pieces of offset (3 bytes), length (1 byte), bytes; the first byte chooses a superblock to begin with.
+//! FAT, ext2 and ext4 of any content: everything that a disk's boot does with them. The data patches an empty
+//! image of 1 MiB: pieces of offset (3 bytes), length (1 byte), bytes; the first byte chooses a superblock to
+//! begin with.
 #![no_main]
 
 use bootdisk::entries::{self, Entries};

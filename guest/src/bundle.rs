@@ -14,9 +14,9 @@ use crate::rootfs;
 /// What the Debian root has beyond the minimum: a disk test that verifies what it wrote, and tools to look around.
 const ROOT_PACKAGES: [&str; 3] = ["fio", "procps", "util-linux"];
 
-/// Fills `out` with `NAME-bzImage`, `NAME-vmlinux` and `NAME.cpio` (busybox) for each of `kinds`, `tiny.cpio`, and, if
-/// `root`, two of Debian: `debian.ext4`, a root file system, and `debian-stock.img`, a disk as debootstrap makes it. Those are
-/// made once; remove them to have them made anew.
+/// Fills `out` with `NAME-bzImage`, `NAME-vmlinux` and `NAME.cpio` (busybox) for each of `kinds`,
+/// `tiny.cpio`, and, if `root`, two of Debian: `debian.ext4`, a root file system, and `debian-stock.img`, a
+/// disk as debootstrap makes it. Those are made once; remove them to have them made anew.
 ///
 /// # Errors
 /// A package could not be fetched, or a tool failed.

@@ -54,7 +54,8 @@ pub fn write(out: &Path, mib: u64, include: &[String]) -> Result<()> {
     partitioned(&root, out, mib)
 }
 
-/// Writes a disk with what debootstrap installs by itself, nothing added or changed: Debian's kernel, initrd and systemd.
+/// Writes a disk with what debootstrap installs by itself, nothing added or changed: Debian's kernel, initrd
+/// and systemd.
 ///
 /// # Errors
 /// As [`write`].

@@ -1,9 +1,10 @@
 //! Which console a guest gets if nobody says: one that the kernel at hand is sure to have.
 //!
-//! A distribution's kernel has its virtio console in a module, which its initrd need not have; the driver of the serial port is
-//! built into each of them. Both at once, and one terminal for the two, would be no way out: every message of the kernel comes
-//! twice, each of the two gets a login prompt of its own, and /dev/console moves from one to the other in the middle of a
-//! boot, away from whoever reads there. So it is one, from the first message to the last.
+//! A distribution's kernel has its virtio console in a module, which its initrd need not have; the driver of
+//! the serial port is built into each of them. Both at once, and one terminal for the two, would be no way
+//! out: every message of the kernel comes twice, each of the two gets a login prompt of its own, and
+//! /dev/console moves from one to the other in the middle of a boot, away from whoever reads there. So it is
+//! one, from the first message to the last.
 
 use std::path::Path;
 
@@ -11,15 +12,16 @@ use super::error::Role;
 use super::image::Image;
 use crate::config::{Kernel, VmConfig, Where};
 
-/// Gives the terminal to the serial port (ttyS0) in place of the virtio console (hvc0), where the configuration says nothing
-/// of either and
+/// Gives the terminal to the serial port (ttyS0) in place of the virtio console (hvc0), where the
+/// configuration says nothing of either and
 ///
 /// - the last `console=` of the command line that is one of the two is a serial port, or
-/// - it names neither, and the kernel is a disk's own, or a bzImage: most likely a distribution's. Who has an ELF vmlinux has
-///   built it, for a monitor like this one: it has hvc0, which costs an exit per line and not several per byte.
+/// - it names neither, and the kernel is a disk's own, or a bzImage: most likely a distribution's. Who has an
+///   ELF vmlinux has built it, for a monitor like this one: it has hvc0, which costs an exit per line and not
+///   several per byte.
 ///
-/// What a disk says of consoles is for the machine that it was made for. So the serial port is named there, too, if a command
-/// line is given that has no `console=`.
+/// What a disk says of consoles is for the machine that it was made for. So the serial port is named there,
+/// too, if a command line is given that has no `console=`.
 pub fn settle(config: &mut VmConfig) {
     if config.console.0.is_some() || config.serial != Where::Off {
         return;

@@ -144,7 +144,9 @@ trait Host: Send {
 struct Shared {
     host: Box<dyn Host>,
     poll: Poll,
-    spoken: bool,
+    /// How many have written to it, one after the other, and whether the next output is another's.
+    speakers: u32,
+    next_is_new: bool,
 }
 
 /// A host end: a byte stream each way. Clones are the same end; it lasts as long as one of them.
@@ -206,7 +208,7 @@ impl Endpoint {
         let poll = Poll::new()?;
         let fd = Arc::new(poll.try_clone_fd()?);
         let endpoint = Self {
-            shared: Arc::new(Mutex::new(Shared { host, poll, spoken: false })),
+            shared: Arc::new(Mutex::new(Shared { host, poll, speakers: 0, next_is_new: true })),
             fd,
             text: text.into(),
         };
@@ -229,13 +231,22 @@ impl Endpoint {
     /// nobody will ever read (a closed pipe, `off`) is taken and vanishes.
     pub fn write(&self, data: &[u8]) -> usize {
         let mut shared = lock(&self.shared);
-        shared.spoken |= !data.is_empty();
+        if shared.next_is_new && !data.is_empty() {
+            shared.speakers = shared.speakers.saturating_add(1);
+            shared.next_is_new = false;
+        }
         shared.host.write(data)
     }
 
-    /// Whether there ever was output.
-    pub fn has_spoken(&self) -> bool {
-        lock(&self.shared).spoken
+    /// Tells that the device has been taken over: a kernel's driver sets it up, after a boot program's perhaps.
+    pub fn set_up_anew(&self) {
+        lock(&self.shared).next_is_new = true;
+    }
+
+    /// How many different ones have written something: a boot program, then a kernel. None counts that has set the
+    /// device up and never said anything.
+    pub fn speakers(&self) -> u32 {
+        lock(&self.shared).speakers
     }
 
     /// Says what to wait for. Due after every use, because use changes what there is to wait for.

@@ -43,18 +43,19 @@ pub struct Options {
     /// Windows), ,nested=on (VT-x or AMD-V), ,msr-deny=MSR[-MSR] (#GP), ,vendor=intel|amd [default: host]
     #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
     cpu: Option<Cpu>,
-    /// A disk: path=FILE[,readonly][,format=raw][,serial=TEXT][,block-size=512|4096]; may be repeated: /dev/vda, vdb ... Without
-    /// --kernel, what is installed there is booted
+    /// A disk: path=FILE[,readonly][,format=raw][,serial=TEXT][,block-size=512|4096]; may be repeated:
+    /// /dev/vda, vdb ... Without --kernel, what is installed there is booted
     #[arg(long, value_name = "path=FILE")]
     disk: Vec<Disk>,
-    /// Where the console hvc0 goes: stdio, pty, file=PATH, socket=PATH, off [default: stdio, unless --serial has it]
+    /// Where the console hvc0 goes: stdio, pty, file=PATH, socket=PATH, off [default: stdio, unless --serial
+    /// has it]
     #[arg(long, value_name = "WHERE")]
     console: Option<Console>,
     /// A named port, /dev/virtio-ports/NAME in the guest; may be repeated
     #[arg(long, value_name = "NAME=WHERE")]
     port: Vec<Port>,
-    /// Where the serial port ttyS0 goes; stdio takes it from the console [default: stdio for a bzImage and for what a disk
-    /// boots, or as the command line's console= says; off for a vmlinux]
+    /// Where the serial port ttyS0 goes; stdio takes it from the console [default: stdio for a bzImage and
+    /// for what a disk boots, or as the command line's console= says; off for a vmlinux]
     #[arg(long, value_name = "WHERE")]
     serial: Option<Where>,
     /// Give the guest an entropy device
@@ -120,8 +121,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// The virtual machine that is asked for, checked as far as that goes without opening what it names, but for a look at
-    /// what kind of kernel it is.
+    /// The virtual machine that is asked for, checked as far as that goes without opening what it names, but
+    /// for a look at what kind of kernel it is.
     ///
     /// # Errors
     /// The configuration file cannot be read, or no machine can be as described.

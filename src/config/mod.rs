@@ -198,7 +198,8 @@ pub struct Disk {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ImageFormat {
-    /// Byte for byte what the guest sees, also where that begins like another format: a guest can write what it likes.
+    /// Byte for byte what the guest sees, also where that begins like another format: a guest can write what
+    /// it likes.
     Raw,
 }
 

@@ -1,5 +1,5 @@
-//! Image formats that are not raw, by their marks: to be refused, and never to be interpreted. A guest can write any of these
-//! into the first sector of a raw disk; whoever says that a disk is raw is believed.
+//! Image formats that are not raw, by their marks: to be refused, and never to be interpreted. A guest can
+//! write any of these into the first sector of a raw disk; whoever says that a disk is raw is believed.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -55,7 +55,8 @@ const fn unpack(name: &'static str, command: &'static str) -> Foreign {
 }
 
 impl Foreign {
-    /// Looks for a mark in an image of `size` bytes. None: it may be raw, or cannot be read, which its user will hear.
+    /// Looks for a mark in an image of `size` bytes. None: it may be raw, or cannot be read, which its user
+    /// will hear.
     pub fn find(image: &File, size: u64) -> Option<Self> {
         let is = |(offset, mark, _): &&(i64, &[u8], Self)| {
             let mut bytes = [0; 24];

@@ -28,7 +28,8 @@ pub const RESET_VALUE: u8 = 1;
 pub const EVENT: u64 = 4;
 /// Event: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1;
-/// Offset of a register that ACPI knows nothing of: what boots a disk writes [`GAVE_UP`] to it when it finds nothing to boot.
+/// Offset of a register that ACPI knows nothing of: what boots a disk writes [`GAVE_UP`] to it when it finds
+/// nothing to boot.
 pub const BOOT: u64 = 5;
 /// See [`BOOT`].
 pub const GAVE_UP: u8 = 1;

@@ -23,6 +23,7 @@ use crate::state::{StateError, Stateful};
 use crate::vm::Interrupt;
 
 const IER: u8 = 1;
+const LCR: u8 = 3;
 const MCR: u8 = 4;
 const LSR: u8 = 5;
 /// Line status: room for output; all output gone.
@@ -213,6 +214,10 @@ impl Device for SerialPort {
             // The only errors there are come from the output, which makes none, and from the interrupt's infallible
             // trigger.
             let _ = inner.uart.write(offset, *byte);
+            // Which a driver writes before anything else, and a program that only prints never.
+            if offset == LCR {
+                inner.output().endpoint.set_up_anew();
+            }
             if offset == MCR || idle != inner.output().kept.is_empty() {
                 inner.wait();
             }
@@ -362,6 +367,21 @@ mod tests {
         let mut wide = [0xff; 2];
         port.read(5, &mut wide);
         assert_eq!((wide, read(&mut port, 8)), ([0xff; 2], 0xff));
+    }
+
+    #[test]
+    fn who_sets_the_port_up_and_then_speaks_is_another_speaker() {
+        let (mut port, _theirs, _) = port();
+        let speakers = |port: &SerialPort| port.endpoint.speakers();
+        port.write(LCR.into(), &[3]);
+        assert_eq!(speakers(&port), 0);
+        port.write(0, b"a");
+        port.write(0, b"b");
+        assert_eq!(speakers(&port), 1);
+        port.write(LCR.into(), &[3]);
+        assert_eq!(speakers(&port), 1, "a driver that has nothing to say");
+        port.write(0, b"c");
+        assert_eq!(speakers(&port), 2);
     }
 
     #[test]

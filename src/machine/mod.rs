@@ -253,7 +253,8 @@ impl Machine {
         outcome(event)
     }
 
-    /// Has [`Machine::run`] call `act` if the run lasts longer than `after`: on its own thread, which waits for the end.
+    /// Has [`Machine::run`] call `act` if the run lasts longer than `after`: on its own thread, which waits
+    /// for the end.
     pub fn later(&mut self, after: Duration, act: impl FnOnce() + Send + 'static) {
         self.later = Some((after, Box::new(act)));
     }

@@ -1,6 +1,6 @@
-//! Outputs that are a file of the same run already: the guest's disk as its console's log, say. They are told by device and
-//! inode, so by any path, through symlinks and hard links. Called before anything is opened, since opening an output
-//! empties it.
+//! Outputs that are a file of the same run already: the guest's disk as its console's log, say. They are told
+//! by device and inode, so by any path, through symlinks and hard links. Called before anything is opened,
+//! since opening an output empties it.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -31,8 +31,8 @@ impl Clash {
 /// A file of the run, by what it is for.
 pub type Named<'a> = (&'a str, &'a Path);
 
-/// Checks `config`'s outputs and those of `outputs` against each other and against every file that the run reads: `config`'s,
-/// and `inputs`.
+/// Checks `config`'s outputs and those of `outputs` against each other and against every file that the run
+/// reads: `config`'s, and `inputs`.
 ///
 /// # Errors
 /// The first [`Clash`].
@@ -81,7 +81,8 @@ enum Identity {
     New(u64, u64, PathBuf),
 }
 
-/// None of what any number of writers can share: terminals, /dev/null, pipes. And of what cannot be opened anyway.
+/// None of what any number of writers can share: terminals, /dev/null, pipes. And of what cannot be opened
+/// anyway.
 fn identity(path: &Path) -> Option<Identity> {
     let mut path = path.to_owned();
     for _ in 0..MAX_LINKS {

@@ -1,5 +1,6 @@
-//! A disk that boots by itself, `vmm --disk FILE` and nothing else: its newest entry, also when the guest put that there; another
-//! by a key; by firmware of ours and of others; as distributions write it; and a Debian with its own kernel, to its login.
+//! A disk that boots by itself, `vmm --disk FILE` and nothing else: its newest entry, also when the guest put
+//! that there; another by a key; by firmware of ours and of others; as distributions write it; and a Debian
+//! with its own kernel, to its login.
 
 use std::fs;
 use std::io::Write;
@@ -109,7 +110,8 @@ fn a_key_chooses_and_firmware_hands_over() {
     }
 }
 
-/// Alpine's way on an ext2, and a unified image on a FAT. And disks with nothing that can be booted, which is a failure.
+/// Alpine's way on an ext2, and a unified image on a FAT. And disks with nothing that can be booted, which is
+/// a failure.
 #[test]
 fn what_distributions_write_boots_and_what_cannot_be_read_is_named() {
     if !available("disk boot: extlinux.conf, unified image, nothing") {
@@ -172,8 +174,8 @@ fn what_distributions_write_boots_and_what_cannot_be_read_is_named() {
     }
 }
 
-/// Debian as debootstrap alone installs it, with its own kernel, initrd and systemd, and no option that is for it: nothing is
-/// said twice, there is one login, and what is typed gets there.
+/// Debian as debootstrap alone installs it, with its own kernel, initrd and systemd, and no option that is
+/// for it: nothing is said twice, there is one login, and what is typed gets there.
 #[test]
 fn a_stock_debian_comes_up_to_its_login() {
     if !available("Debian's disk") {

@@ -241,7 +241,8 @@ fn a_guest_that_heeds_its_power_button_ends_well() {
     assert_eq!(guest.finish().status.code(), Some(0));
 }
 
-/// A console in front of a person from which nothing comes is told, with what to do, while the run lasts and at its end.
+/// A console in front of a person from which nothing comes is told, with what to do, while the run lasts and
+/// at its end.
 #[test]
 fn a_guest_that_never_speaks_is_told() {
     if !has_kvm("a_guest_that_never_speaks_is_told") {

@@ -1,8 +1,8 @@
-//! Boot Loader Specification: a file per entry in /loader/entries, on the ESP or in /boot (type 1), and unified kernel
-//! images beside them (type 2).
+//! Boot Loader Specification: a file per entry in /loader/entries, on the ESP or in /boot (type 1), and
+//! unified kernel images beside them (type 2).
 //!
-//! GRUB of the Fedora family reads type 1, too: there an entry may be written in terms of GRUB's variables, and grubenv
-//! says the default.
+//! GRUB of the Fedora family reads type 1, too: there an entry may be written in terms of GRUB's variables,
+//! and grubenv says the default.
 
 use crate::bytes::{lines, word};
 use crate::entries::{Entries, Entry, order};
@@ -68,8 +68,8 @@ pub fn read(volumes: &[Option<Volume>], at: usize, scratch: &mut [u8], entries: 
     if found { Ok(()) } else { Err(Error::Missing) }
 }
 
-/// Parses one entry, whose file is `stem`.conf. GRUB's `variables` are put in, where there is a GRUB: then an `initrd` line
-/// may hold any number of files, too.
+/// Parses one entry, whose file is `stem`.conf. GRUB's `variables` are put in, where there is a GRUB: then an
+/// `initrd` line may hold any number of files, too.
 ///
 /// # Errors
 /// It names no Linux kernel, is for another architecture, or does not fit.

@@ -6,8 +6,8 @@ use crate::{Error, Result};
 /// The longest one, with room for its NUL in a page.
 pub const MAX: usize = 4095;
 
-/// An entry's options, then what was `given`, but for the root, which is the entry's to say if it does. What follows `--` is
-/// for init, and stays behind all that is for the kernel.
+/// An entry's options, then what was `given`, but for the root, which is the entry's to say if it does. What
+/// follows `--` is for init, and stays behind all that is for the kernel.
 ///
 /// # Errors
 /// It is longer than `max`, or than [`MAX`].

@@ -174,9 +174,9 @@ pub fn order(a: &Entry, b: &Entry) -> Ordering {
     a.exhausted.cmp(&b.exhausted).then_with(by_key).then_with(|| version::compare(b.id.bytes(), a.id.bytes()))
 }
 
-/// Looks for entries on `volumes` in four ways, and stays with the first that finds any whose kernel is there: Boot Loader
-/// Specification, grub.cfg, Syslinux's configuration, kernels that lie where Debian puts them. `scratch` holds one configuration file at a time;
-/// `note` is told what was found wrong.
+/// Looks for entries on `volumes` in four ways, and stays with the first that finds any whose kernel is
+/// there: Boot Loader Specification, grub.cfg, Syslinux's configuration, kernels that lie where Debian puts
+/// them. `scratch` holds one configuration file at a time; `note` is told what was found wrong.
 pub fn find(
     volumes: &[Option<Volume>],
     scratch: &mut [u8],

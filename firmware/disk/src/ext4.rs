@@ -1,5 +1,5 @@
-//! ext2, ext3 and ext4, read only (the kernel's Documentation/filesystems/ext4): block maps and extents, 64-bit, folders read
-//! from end to end.
+//! ext2, ext3 and ext4, read only (the kernel's Documentation/filesystems/ext4): block maps and extents,
+//! 64-bit, folders read from end to end.
 //!
 //! The journal is not replayed: what a file system that was not unmounted shows is what had reached its place.
 

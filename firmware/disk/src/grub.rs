@@ -26,8 +26,9 @@ pub fn read(volumes: &[Option<Volume>], at: usize, scratch: &mut [u8], entries: 
     on(volume, scratch, Some(entries)).map(drop)
 }
 
-/// What variables are after the grub.cfg that goes with volume `at`: its own, else the first of another. Boot Loader
-/// Specification entries of the Fedora family are written in terms of them. None if no volume has a GRUB.
+/// What variables are after the grub.cfg that goes with volume `at`: its own, else the first of another. Boot
+/// Loader Specification entries of the Fedora family are written in terms of them. None if no volume has a
+/// GRUB.
 pub fn variables(volumes: &[Option<Volume>], at: usize, scratch: &mut [u8]) -> Option<Variables> {
     let own = volumes.get(at).into_iter();
     own.chain(volumes).flatten().find_map(|volume| on(volume, scratch, None).ok())
@@ -41,7 +42,8 @@ fn on(volume: &Volume, scratch: &mut [u8], mut entries: Option<&mut Entries>) ->
             other => return other,
         }
     }
-    // On an ESP, below the distribution's name. What lies there has no menu, but for some that have all of it.
+    // On an ESP, below the distribution's name. What lies there has no menu, but for some that have all of
+    // it.
     let mut vendors = [Text::<64>::EMPTY; MAX_VENDORS];
     let mut count = 0;
     volume.list(&volume.find(b"/EFI")?, &mut |name, handle| {
@@ -425,8 +427,8 @@ impl Reader<'_> {
     }
 }
 
-/// Appends a word to a kernel's command line as GRUB does (`grub_create_loader_cmdline`): in quotes if it has a space, with a
-/// backslash before quotes and backslashes, `\xHH` as that byte.
+/// Appends a word to a kernel's command line as GRUB does (`grub_create_loader_cmdline`): in quotes if it has
+/// a space, with a backslash before quotes and backslashes, `\xHH` as that byte.
 fn push_argument<const N: usize>(options: &mut Text<N>, word: &[u8]) -> Result<()> {
     let quote: &[u8] = if word.contains(&b' ') { b"\"" } else { b"" };
     if !options.is_empty() {

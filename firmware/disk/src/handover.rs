@@ -74,7 +74,8 @@ pub fn load(entry: &Entry, volume: &Volume, info: &StartInfo) -> Result<Ready> {
     }
     let mut total = 0u64;
     for (_, part) in initrds.iter().flatten() {
-        total = total.saturating_add(part.size).checked_next_multiple_of(4).ok_or(Error::TooLarge("the initrd"))?;
+        let end = total.saturating_add(part.size).checked_next_multiple_of(4);
+        total = end.ok_or(Error::TooLarge("the initrd"))?;
     }
     let mut at = 0;
     if total > 0 {

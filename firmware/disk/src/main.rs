@@ -105,7 +105,8 @@ fn boot(info: &StartInfo, console: &mut Console, large: &mut Large) {
                 say!(console, "  vd{letter}{}", Inhabitant::of(disk, *partition));
             }
         }
-        say!(console, "if there is a Linux, give its kernel from outside: --kernel FILE --initrd FILE --cmdline 'root=...'");
+        let hint = "--kernel FILE --initrd FILE --cmdline 'root=...'";
+        say!(console, "if there is a Linux, give its kernel from outside: {hint}");
         return;
     }
     // What does not load is left out, and the next one tried, once each.

@@ -20,8 +20,8 @@ const ROOT: [&[u8]; 3] = [b"/etc/os-release", b"/usr/lib/os-release", b"/etc/fst
 /// There is none.
 pub fn read(volumes: &[Option<Volume>], at: usize, scratch: &mut [u8], entries: &mut Entries) -> Result<()> {
     let Some(Some(volume)) = volumes.get(at) else { return Err(Error::Missing) };
-    // Where /boot is a file system of its own, the root is another. It may be one that cannot be read here: then the initrd
-    // has to find it.
+    // Where /boot is a file system of its own, the root is another. It may be one that cannot be read here:
+    // then the initrd has to find it.
     let is_root = |volume: &&Volume| ROOT.iter().any(|path| volume.find(path).is_ok());
     let own = volume.find(b"/boot").is_ok_and(|node| node.kind == Kind::Folder);
     let root = if own { Some(volume) } else { volumes.iter().flatten().find(is_root) };

@@ -1,4 +1,5 @@
-//! extlinux.conf and syslinux.cfg (the Syslinux project's doc/syslinux.txt): Alpine, Arch, and what U-Boot reads.
+//! extlinux.conf and syslinux.cfg (the Syslinux project's doc/syslinux.txt): Alpine, Arch, and what U-Boot
+//! reads.
 
 use crate::bytes::{lines, word};
 use crate::entries::{Entries, Entry, Path};
@@ -61,7 +62,8 @@ pub fn parse(text: &[u8], folder: &[u8], entries: &mut Entries) {
     reader.end();
     let chosen = reader.chosen;
     let named = entries.since(before).iter().position(|entry| entry.id.bytes() == default.bytes());
-    // MENU DEFAULT has the menu begin there. Without it DEFAULT says what is booted, unless it names the menu itself.
+    // MENU DEFAULT has the menu begin there. Without it DEFAULT says what is booted, unless it names the menu
+    // itself.
     entries.default = chosen.or(named.map(|at| before + at)).unwrap_or(entries.default);
 }
 

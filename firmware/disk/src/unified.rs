@@ -1,5 +1,6 @@
-//! Unified kernel images (UAPI specification; Boot Loader Specification, type 2): a PE file in /EFI/Linux of the ESP whose
-//! sections hold kernel, initrd and command line. UEFI would start its stub; here they are taken out of it.
+//! Unified kernel images (UAPI specification; Boot Loader Specification, type 2): a PE file in /EFI/Linux of
+//! the ESP whose sections hold kernel, initrd and command line. UEFI would start its stub; here they are
+//! taken out of it.
 
 use crate::bls::counting;
 use crate::bytes::{lines, u16_at, u32_at};

@@ -1,5 +1,5 @@
-//! What lies on a partition, for a person who is told that there is nothing to boot: what can be read, and the names of
-//! formats that cannot, by their marks.
+//! What lies on a partition, for a person who is told that there is nothing to boot: what can be read, and
+//! the names of formats that cannot, by their marks.
 
 use crate::partition::Partition;
 use crate::text::Text;
@@ -70,7 +70,8 @@ impl fmt::Display for Inhabitant {
         match &self.what {
             What::Readable(kind, uuid) => write!(
                 f,
-                ": {kind} {uuid}: neither loader/entries, EFI/Linux, grub.cfg, extlinux.conf nor vmlinuz, or their kernel is not there"
+                ": {kind} {uuid}: neither loader/entries, EFI/Linux, grub.cfg, extlinux.conf nor vmlinuz, or \
+                 their kernel is not there"
             ),
             What::Named(name) => write!(f, ": {name}: cannot be read here"),
             What::Wrong(error) => write!(f, ": {error}"),

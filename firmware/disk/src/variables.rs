@@ -53,9 +53,11 @@ impl Variables {
         }
     }
 
-    /// Takes grubenv's content over: lines NAME=VALUE, a backslash before each backslash, `#` to the end of the block.
+    /// Takes grubenv's content over: lines NAME=VALUE, a backslash before each backslash, `#` to the end of
+    /// the block.
     ///
-    /// `next_entry`, what GRUB would boot only once, cannot be crossed out on a disk that is only read: so, never.
+    /// `next_entry`, what GRUB would boot only once, cannot be crossed out on a disk that is only read: so,
+    /// never.
     pub fn load(&mut self, environment: &[u8]) {
         let lines = environment.split(|byte| *byte == b'\n').filter(|line| !line.starts_with(b"#"));
         for (name, value) in lines.filter_map(split).take(MAX_LOADED) {

@@ -1,5 +1,5 @@
-//! Disks made by other people's tools: mke2fs, mkfs.vfat with mtools, sfdisk, mkfs.xfs, mkfs.btrfs, grub-editenv, objcopy. Each
-//! test needs the ones that it names.
+//! Disks made by other people's tools: mke2fs, mkfs.vfat with mtools, sfdisk, mkfs.xfs, mkfs.btrfs,
+//! grub-editenv, objcopy. Each test needs the ones that it names.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -332,7 +332,8 @@ fn told(found: &Entries) -> Vec<String> {
     found.all().iter().map(entry).collect()
 }
 
-/// RHEL and its kin: GRUB reads type 1 entries, which are written in terms of its variables; /boot is of its own.
+/// RHEL and its kin: GRUB reads type 1 entries, which are written in terms of its variables; /boot is of its
+/// own.
 #[test]
 fn entries_in_terms_of_grubs_variables_are_understood() {
     let dir = tempfile::tempdir().unwrap();
@@ -490,7 +491,8 @@ fn unified_kernel_images_are_entries_too() {
     }
 }
 
-/// Debian without a boot loader, /boot on a partition of its own: the root is the other one, and which says that.
+/// Debian without a boot loader, /boot on a partition of its own: the root is the other one, and which says
+/// that.
 #[test]
 fn the_root_is_not_the_file_system_of_a_boot_partition() {
     let dir = tempfile::tempdir().unwrap();

@@ -286,6 +286,7 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         self.ports.iter_mut().for_each(Port::reset);
+        self.ports[0].endpoint.set_up_anew();
         self.settle.stop();
         self.multiport = false;
         self.set_size(None);
