@@ -1,7 +1,7 @@
 //! A disk as a machine of its own has it: GPT, a small Debian in an ext4 partition, and in that an installed stock kernel with
 //! its initrd, which Debian's symlinks /vmlinuz and /initrd.img name. There is no boot loader: the firmware reads these.
 //!
-//! [`write`] makes one with our init and a shell; [`write_stock`] one that debootstrap alone has made.
+//! [`write()`] makes one with our init and a shell; [`write_stock`] one that debootstrap alone has made.
 
 use crate::cache::Cache;
 use crate::debian;
@@ -58,7 +58,7 @@ pub fn write(out: &Path, mib: u64, include: &[String]) -> Result<()> {
 /// and systemd.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_stock(out: &Path) -> Result<()> {
     debian::ensure_installed(&["e2fsprogs", "fdisk"])?;
     let archive = rootfs::debian_archive(&STOCK.map(str::to_owned))?;
