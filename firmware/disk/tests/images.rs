@@ -489,6 +489,16 @@ fn unified_kernel_images_are_entries_too() {
         assert_eq!(volume.read(&file, part.offset, &mut read), Ok(content.len()));
         assert!(read == content);
     }
+    // The one that UEFI starts if nothing else is said may be such an image; its end is cut off here.
+    let fallback = dir.path().join("fallback");
+    let whole_image = fs::read(esp.join("EFI/Linux/arch-6.6.efi")).unwrap();
+    put(&fallback, "EFI/BOOT/BOOTX64.EFI", &whole_image);
+    assert_eq!(
+        told(&menu(&[&fat(&fallback, "32", 40)]).0),
+        ["/EFI/BOOT/BOOTX64.EFI [] root=PARTUUID=z rw quiet"]
+    );
+    put(&fallback, "EFI/BOOT/BOOTX64.EFI", &whole_image[..whole_image.len() - 8192]);
+    assert_eq!(told(&menu(&[&fat(&fallback, "32", 40)]).0), [""; 0]);
 }
 
 /// Debian without a boot loader, /boot on a partition of its own: the root is the other one, and which says
