@@ -144,9 +144,17 @@ trait Host: Send {
 struct Shared {
     host: Box<dyn Host>,
     poll: Poll,
-    /// How many have written to it, one after the other, and whether the next output is another's.
-    speakers: u32,
+    /// See [`Endpoint::openers`].
+    openers: u32,
     next_is_new: bool,
+}
+
+impl Shared {
+    fn opened(&mut self) {
+        if std::mem::take(&mut self.next_is_new) {
+            self.openers = self.openers.saturating_add(1);
+        }
+    }
 }
 
 /// A host end: a byte stream each way. Clones are the same end; it lasts as long as one of them.
@@ -208,7 +216,7 @@ impl Endpoint {
         let poll = Poll::new()?;
         let fd = Arc::new(poll.try_clone_fd()?);
         let endpoint = Self {
-            shared: Arc::new(Mutex::new(Shared { host, poll, speakers: 0, next_is_new: true })),
+            shared: Arc::new(Mutex::new(Shared { host, poll, openers: 0, next_is_new: true })),
             fd,
             text: text.into(),
         };
@@ -231,22 +239,25 @@ impl Endpoint {
     /// nobody will ever read (a closed pipe, `off`) is taken and vanishes.
     pub fn write(&self, data: &[u8]) -> usize {
         let mut shared = lock(&self.shared);
-        if shared.next_is_new && !data.is_empty() {
-            shared.speakers = shared.speakers.saturating_add(1);
-            shared.next_is_new = false;
+        if !data.is_empty() {
+            shared.opened();
         }
         shared.host.write(data)
     }
 
-    /// Tells that the device has been taken over: a kernel's driver sets it up, after a boot program's perhaps.
+    /// Tells that the device has been reset or set up: who opens it next is another one.
     pub fn set_up_anew(&self) {
         lock(&self.shared).next_is_new = true;
     }
 
-    /// How many different ones have written something: a boot program, then a kernel. None counts that has set the
-    /// device up and never said anything.
-    pub fn speakers(&self) -> u32 {
-        lock(&self.shared).speakers
+    /// Tells that a driver uses the device. So does whoever writes to it.
+    pub fn opened(&self) {
+        lock(&self.shared).opened();
+    }
+
+    /// How many have used the device, one after the other: a boot program, then a kernel.
+    pub fn openers(&self) -> u32 {
+        lock(&self.shared).openers
     }
 
     /// Says what to wait for. Due after every use, because use changes what there is to wait for.

@@ -1,5 +1,4 @@
-//! A guest that says nothing on the console in front of a person: that this is so, why it may be, and what to
-//! do.
+//! A console in front of a person that nobody in the guest opens: that this is so, and what to do.
 
 use std::time::Duration;
 
@@ -7,7 +6,7 @@ use crate::chardev::{Endpoint, Ends};
 use crate::config::{Kernel, VmConfig, Where};
 use crate::machine::{Machine, Outcome, Phase};
 
-/// A kernel that speaks at all has done so by then, unless it is told to be quiet.
+/// A kernel has found its console by then.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The console that is standard input and output.
@@ -16,9 +15,9 @@ pub struct Silence {
     end: Endpoint,
     what: &'static str,
     hint: &'static str,
-    /// How many speak on it, if all goes well: the program that boots a disk, and its kernel.
-    speakers: u32,
-    /// Whoever has an initrd or a disk is a system, which has something to say before it ends.
+    /// How many open it, if all goes well: the program that boots a disk, and its kernel.
+    openers: u32,
+    /// Whoever has an initrd or a disk is a system, which has a console.
     expected: bool,
 }
 
@@ -30,19 +29,19 @@ impl Silence {
                         have hvc0: --console stdio";
             ("serial", "serial port (ttyS0)", hint)
         } else {
-            let hint = "its command line needs console=hvc0, and its kernel virtio_console, built in or in the \
-                        initrd; every distribution's kernel has a serial port: --serial stdio";
+            let hint = "its kernel needs virtio_console, built in or in the initrd, and console=hvc0; every \
+                        distribution's kernel has a driver for the serial port: --serial stdio";
             ("console", "console (hvc0)", hint)
         };
         let open =
             ends.get_open(role).filter(|_| config.console() == Where::Stdio || config.serial == Where::Stdio);
-        let speakers = 1 + u32::from(matches!(config.to_boot(), Ok(Some(Kernel::BootDisk))));
+        let openers = 1 + u32::from(matches!(config.to_boot(), Ok(Some(Kernel::BootDisk))));
         let expected = config.initrd.is_some() || !config.disk.is_empty();
-        Some(Self { end: open?, what, hint, speakers, expected })
+        Some(Self { end: open?, what, hint, openers, expected })
     }
 
     fn lasts(&self) -> bool {
-        self.end.speakers() < self.speakers
+        self.end.openers() < self.openers
     }
 
     /// Says so once, if it lasts.
@@ -51,17 +50,16 @@ impl Silence {
         machine.later(PATIENCE, move || {
             if silence.lasts() && handle.phase() == Phase::Running {
                 let (what, hint, seconds) = (silence.what, silence.hint, PATIENCE.as_secs());
-                let hint = format_args!("hint: if it stays silent: {hint}");
-                log::warn!("nothing has come from the guest's {what} in {seconds} s\n{hint}");
+                log::warn!("nobody in the guest has opened its {what} in {seconds} s\nhint: {hint}");
             }
         });
     }
 
-    /// Says so where the whole run was silent. Other ends than these are told with a reason of their own.
+    /// Says so where that lasted to the end. Other ends than these are told with a reason of their own.
     pub fn ended(&self, outcome: &Outcome) {
         if self.expected && self.lasts() && matches!(outcome, Outcome::Reset | Outcome::Shutdown) {
             let (what, hint) = (self.what, self.hint);
-            log::warn!("the guest has ended, and nothing ever came from its {what}\nhint: {hint}");
+            log::warn!("the guest has ended, and nobody there ever opened its {what}\nhint: {hint}");
         }
     }
 }

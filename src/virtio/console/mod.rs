@@ -233,6 +233,7 @@ impl VirtioDevice for Console {
     fn start(&mut self, features: u64) {
         self.multiport = features & F_MULTIPORT != 0;
         self.measure_due = true;
+        self.ports[0].endpoint.opened();
     }
 
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
