@@ -119,7 +119,7 @@ fn what_distributions_write_boots_and_what_cannot_be_read_is_named() {
     }
     let dir = tempfile::tempdir().unwrap();
     // What is behind the hyphens is init's: ours runs it.
-    let run = |mark: &str| format!("quiet mark={mark} -- echo BEGIN; cat /proc/cmdline; echo END");
+    let run = |mark: &str| format!("quiet mark={mark} -- echo BEGIN; cat /proc/cmdline; seq 2000; echo END");
     let [(linux, kernel), (initrd, initramfs)] = tuned();
     let config = format!(
         "DEFAULT menu.c32\nLABEL other\n  LINUX missing\nLABEL virt\n  MENU DEFAULT\n  LINUX {linux}\n  INITRD {initrd}\n  APPEND {}\n",
@@ -157,9 +157,11 @@ fn what_distributions_write_boots_and_what_cannot_be_read_is_named() {
     tool(Command::new("mcopy").arg("-i").arg(&esp).arg(path("one.efi")).arg("::EFI/Linux/"));
     for (disk, mark) in [(&ext2, "alpine"), (&esp, "unified")] {
         let ended = boot(disk, &[], "");
-        let [told] = ended.body()[..] else { panic!("{}", ended.text) };
+        let [told, .., last] = ended.body()[..] else { panic!("{}", ended.text) };
         let run = run(mark).replace(" -- ", " console=ttyS0 panic=-1 -- ");
         assert!(told.ends_with(&run), "{told}");
+        // The serial port takes its time, and the shell has ended long before.
+        assert!(last == "2000" && ended.text.contains("\nEND"), "{}", ended.text);
     }
 
     let (xfs, btrfs) = (path("xfs"), path("btrfs"));
