@@ -1,9 +1,11 @@
-//! FAT and ext4 of any content: everything that a disk's boot does with them. The data patches an empty image of 1 MiB: pieces
-//! of offset (3 bytes), length (1 byte), bytes; the first byte chooses a superblock to begin with.
+//! FAT, ext2 and ext4 of any content: everything that a disk's boot does with them. The data patches an empty
+//! image of 1 MiB: pieces of offset (3 bytes), length (1 byte), bytes; the first byte chooses a superblock to
+//! begin with.
 #![no_main]
 
 use bootdisk::entries::{self, Entries};
 use bootdisk::partition;
+use bootdisk::unknown::Inhabitant;
 use bootdisk::volume::Volume;
 use libfuzzer_sys::fuzz_target;
 
@@ -24,12 +26,21 @@ fn start(kind: u8) -> Vec<u8> {
         put(1024 + 0x38, &[0x53, 0xef]);
         put(1024 + 0x4c, &[1]);
         put(1024 + 0x58, &[128]);
-        put(1024 + 0x60, &[0x42]);
+        let maps = kind & 2 != 0;
+        put(1024 + 0x60, &[if maps { 2 } else { 0x42 }]);
         put(2048 + 8, &[4]);
         for inode in 1..8 {
             let at = 4096 + inode * 128;
             put(at, &if inode & 1 != 0 { 0x4000u16 } else { 0x8000 }.to_le_bytes());
             put(at + 4, &1024u32.to_le_bytes());
+            if maps {
+                // ext2: two blocks, and trees that begin in the block of the folders' first.
+                put(at + 4, &(1u32 << 20).to_le_bytes());
+                for slot in [0, 1, 12, 13, 14] {
+                    put(at + 0x28 + slot * 4, &[7 + inode as u8]);
+                }
+                continue;
+            }
             put(at + 0x22, &[8]);
             put(at + 0x28, &[0x0a, 0xf3, 1, 0, 4, 0]);
             put(at + 0x28 + 16, &[1, 0, 0, 0, 7 + inode as u8]);
@@ -50,6 +61,9 @@ fuzz_target!(|data: &[u8]| {
     let disk = disk.as_slice();
     let partitions = partition::find(&disk).unwrap();
     let volumes: Vec<_> = partitions.all().iter().map(|part| Volume::open(&disk, *part).ok()).collect();
+    for partition in partitions.all() {
+        let _ = Inhabitant::of(&disk, *partition).to_string();
+    }
     let mut bytes = vec![0; 16 << 10];
     for volume in volumes.iter().flatten() {
         for path in ["/a", "/a/b", "/boot", "/vmlinuz"] {

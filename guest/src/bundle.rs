@@ -14,9 +14,9 @@ use crate::rootfs;
 /// What the Debian root has beyond the minimum: a disk test that verifies what it wrote, and tools to look around.
 const ROOT_PACKAGES: [&str; 3] = ["fio", "procps", "util-linux"];
 
-/// Fills `out` with `NAME-bzImage`, `NAME-vmlinux` and `NAME.cpio` (busybox) for each of `kinds`, `tiny.cpio`, and, if
-/// `root`, two of Debian: `debian.ext4`, a root file system, and `debian.img`, a disk that boots by itself. Those are made once;
-/// remove them to have them made anew.
+/// Fills `out` with `NAME-bzImage`, `NAME-vmlinux` and `NAME.cpio` (busybox) for each of `kinds`,
+/// `tiny.cpio`, and, if `root`, two of Debian: `debian.ext4`, a root file system, and `debian-stock.img`, a
+/// disk as debootstrap makes it. Those are made once; remove them to have them made anew.
 ///
 /// # Errors
 /// A package could not be fetched, or a tool failed.
@@ -36,9 +36,9 @@ pub fn write(out: &Path, kinds: &[Kind], root: bool) -> Result<()> {
         let source = rootfs::Source::Debian { include: ROOT_PACKAGES.map(str::to_owned).to_vec() };
         rootfs::Recipe { source, size: "1G".to_owned(), label: "root".to_owned() }.write(&disk)?;
     }
-    let disk = out.join("debian.img");
+    let disk = out.join("debian-stock.img");
     if root && !disk.exists() {
-        disk::write(&disk, disk::MIB, &[])?;
+        disk::write_stock(&disk)?;
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! A disk as a machine of its own has it: GPT, a small Debian in an ext4 partition, and in that an installed stock kernel with
 //! its initrd, which Debian's symlinks /vmlinuz and /initrd.img name. There is no boot loader: the firmware reads these.
+//!
+//! [`write()`] makes one with our init and a shell; [`write_stock`] one that debootstrap alone has made.
 
 use crate::cache::Cache;
 use crate::debian;
@@ -12,11 +14,11 @@ use std::path::Path;
 
 /// What makes a Debian bootable.
 const PACKAGES: [&str; 2] = ["linux-image-cloud-amd64", "initramfs-tools"];
-/// What the initrd has to load, whatever udev finds: the disk, and the console, so that the kernel is heard.
-const MODULES: &str = "virtio_mmio\nvirtio_blk\nvirtio_console\next4\n";
-/// The stock kernel has its virtio console in a module, and until that is loaded an initrd without any console would have no
-/// standard streams: tty0 is one that is always there.
-const CMDLINE: &str = "root=LABEL=root ro console=tty0\n";
+/// What the initrd has to load, whatever udev finds: the disk.
+const MODULES: &str = "virtio_mmio\nvirtio_blk\next4\n";
+const CMDLINE: &str = "root=LABEL=root ro\n";
+/// What makes a Debian that boots to a login prompt: the kernel brings its initrd's maker, and that udev.
+const STOCK: [&str; 2] = ["linux-image-cloud-amd64", "systemd-sysv"];
 /// Enough for Debian, its kernel, and one more after an update.
 pub const MIB: u64 = 1536;
 /// Where the partition begins, in MiB.
@@ -49,7 +51,27 @@ pub fn write(out: &Path, mib: u64, include: &[String]) -> Result<()> {
         .args(["update-initramfs", "-u", "-k", "all"])
         .quiet()
         .context("make the initrd")?;
+    partitioned(&root, out, mib)
+}
 
+/// Writes a disk with what debootstrap installs by itself, nothing added or changed: Debian's kernel, initrd
+/// and systemd.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_stock(out: &Path) -> Result<()> {
+    debian::ensure_installed(&["e2fsprogs", "fdisk"])?;
+    let archive = rootfs::debian_archive(&STOCK.map(str::to_owned))?;
+    let cache = Cache::open("unpacked")?;
+    let work = cache.workplace()?;
+    let root = work.path().join("root");
+    fs::create_dir(&root)?;
+    rootfs::unarchive(&archive, &root)?;
+    partitioned(&root, out, MIB)
+}
+
+/// Writes a disk of `mib` MiB whose only partition is an ext4 with what is in `root`.
+fn partitioned(root: &Path, out: &Path, mib: u64) -> Result<()> {
     let beside = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let image = tempfile::Builder::new().suffix(".disk").tempfile_in(beside)?;
     image.as_file().set_len(mib << 20)?;
@@ -61,7 +83,7 @@ pub fn write(out: &Path, mib: u64, include: &[String]) -> Result<()> {
         .context("make the partition table")?;
     Tool::new("mke2fs")
         .args(["-q", "-F", "-t", "ext4", "-m", "0", "-L", "root", "-d"])
-        .arg(&root)
+        .arg(root)
         .args([
             "-E",
             &format!("offset={},root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0", START << 20),

@@ -11,6 +11,7 @@ mod list;
 mod options;
 mod plan;
 mod run;
+mod silence;
 mod step;
 mod top;
 mod trace;

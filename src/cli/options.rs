@@ -13,10 +13,12 @@ use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
 use vmm_command::{Code, Failure};
+use vmm_monitor::boot;
 use vmm_monitor::config::{
     BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnPanic, OnReboot, OutputFile, Port, VmConfig,
     Where, port_number,
 };
+use vmm_monitor::machine::outputs;
 use vmm_trace::debug::gdb::Place;
 
 /// The largest configuration file that is read.
@@ -44,18 +46,19 @@ pub struct Options {
     /// Windows), ,nested=on (VT-x or AMD-V), ,msr-deny=MSR[-MSR] (raises #GP), ,vendor=intel|amd [default: host]
     #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
     cpu: Option<Cpu>,
-    /// Disk: path=FILE[,readonly][,serial=TEXT][,block-size=512|4096], where a comma in FILE is written twice; repeat it for
-    /// /dev/vdb and so on. Without --kernel, boots the system installed on it
+    /// Disk: path=FILE[,readonly][,format=raw][,serial=TEXT][,block-size=512|4096], where a comma in FILE is written twice;
+    /// repeat it for /dev/vdb and so on. Without --kernel, boots the system installed on it
     #[arg(long, value_name = "path=FILE", value_parser = os_text::<Disk, _>())]
     disk: Vec<Disk>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
-    /// [default: stdio]
+    /// [default: stdio, unless --serial has it]
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
     console: Option<Console>,
     /// Named console port, /dev/virtio-ports/NAME in the guest; WHERE is as for --console; repeatable
     #[arg(long, value_name = "NAME=WHERE", value_parser = os_text::<Port, _>())]
     port: Vec<Port>,
-    /// Where the serial port ttyS0 goes, as for --console; stdio is then taken from the console [default: off]
+    /// Where the serial port ttyS0 goes, as for --console; stdio is then taken from the console [default: stdio for a bzImage
+    /// and for what a disk boots, or as the command line's console= says; off for a vmlinux]
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Where, _>())]
     serial: Option<Where>,
     /// Add an entropy device
@@ -110,6 +113,9 @@ pub struct Options {
     /// machine; with ,public for other machines, too)
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Place, _>())]
     pub gdb: Option<Place>,
+    /// Further files that will be written.
+    #[arg(skip)]
+    pub outputs: Vec<PathBuf>,
     /// Seconds that the guest has to power off after SIGTERM, SIGINT or vmm stop, before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,
@@ -125,22 +131,35 @@ pub struct Options {
 }
 
 impl Options {
-    /// The virtual machine that is asked for, checked as far as that goes without opening what it names.
+    /// The virtual machine that is asked for, checked as far as that goes without opening what it names, but
+    /// for a look at what kind of kernel it is.
     ///
     /// # Errors
     /// The configuration file cannot be read, or no machine can be as described.
-    pub fn resolve(self) -> Result<VmConfig, Failure> {
-        let mut config = match &self.config {
+    pub fn resolve(mut self) -> Result<VmConfig, Failure> {
+        let (mut config, serial) = match &self.config {
             Some(path) => read(path).map_err(|error| {
                 let hint =
                     "its keys are the names of the options: {\"kernel\": \"vmlinux\", \"mem\": \"512M\"}";
                 Failure::new(Code::BadArgument, error).hint(Some(hint))
             })?,
-            None => VmConfig::default(),
+            None => (VmConfig::default(), false),
         };
+        let decided = serial || self.serial.is_some();
+        let (file, trace) = (self.config.take(), self.trace.take());
+        let reports = std::mem::take(&mut self.outputs);
         self.apply(&mut config);
         config.validate()?;
         config.to_boot()?;
+        if !decided {
+            boot::console::settle(&mut config);
+        }
+        let inputs: Vec<_> = file.iter().map(|path| ("configuration", path.as_path())).collect();
+        let outputs = trace.iter().map(|file| ("the trace", file.path.as_path()));
+        let outputs: Vec<_> =
+            outputs.chain(reports.iter().map(|path| ("the report", path.as_path()))).collect();
+        outputs::check(&config, &inputs, &outputs)
+            .map_err(|clash| Failure::new(Code::BadArgument, clash).hint(Some(outputs::Clash::HINT)))?;
         Ok(config)
     }
 
@@ -177,7 +196,8 @@ impl Options {
     }
 }
 
-fn read(path: &Path) -> anyhow::Result<VmConfig> {
+/// The configuration, and whether it says anything of the serial port.
+fn read(path: &Path) -> anyhow::Result<(VmConfig, bool)> {
     let context = || format!("cannot read configuration file {}", path.display());
     let mut text = Vec::new();
     File::open(path)
@@ -186,7 +206,9 @@ fn read(path: &Path) -> anyhow::Result<VmConfig> {
     if text.len() as u64 > MAX_CONFIG {
         return Err(anyhow!("larger than {MAX_CONFIG} bytes")).with_context(context);
     }
-    serde_json::from_slice(&text).with_context(context)
+    let config = serde_json::from_slice(&text).with_context(context)?;
+    let keys: serde_json::Value = serde_json::from_slice(&text).with_context(context)?;
+    Ok((config, keys.get("serial").is_some()))
 }
 
 /// A keyword, parsed by its serde implementation.

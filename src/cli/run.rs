@@ -7,17 +7,18 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use vmm_command::{Code, Failure, log_output, print};
-use vmm_monitor::api::{self, Pty};
+use vmm_monitor::api;
 use vmm_monitor::config::{OutputFile, VmConfig};
-use vmm_monitor::machine::{self, Machine, Outcome};
+use vmm_monitor::machine::{self, Outcome};
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::session::{Controls, End, Observer, Session};
+use vmm_monitor::session::{Built, Controls, End, Observer, Session};
 use vmm_trace::debug::gdb;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
 
 use super::options::Options;
 use super::plan::plan;
+use super::silence::Silence;
 
 /// What the options say beside the machine.
 pub struct Around {
@@ -85,7 +86,10 @@ pub fn live(
     let mut session = Session::controlled(&config, recorder.clone(), controls)?;
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder));
     let mut ptys = Announcer::default();
+    // Under a debugger a guest may be silent for as long as it likes.
+    let mut silence = debugger.is_none().then(|| Silence::of(&config)).flatten();
     let mut observers: Vec<&mut dyn Observer> = vec![&mut ptys];
+    observers.extend(silence.as_mut().map(|silence| silence as &mut dyn Observer));
     observers.extend(recorded.as_mut().map(|recorded| recorded as &mut dyn Observer));
     if let Some(debugger) = debugger {
         observers.push(debugger);
@@ -102,9 +106,9 @@ struct Announcer {
 }
 
 impl Observer for Announcer {
-    fn built(&mut self, _: &Machine, ptys: &[Pty]) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
         if !std::mem::replace(&mut self.done, true) {
-            for pty in ptys {
+            for pty in built.ptys {
                 let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
             }
         }
@@ -119,6 +123,11 @@ fn code(outcome: Outcome) -> Result<Code, Failure> {
         Outcome::Crash(report) => Err(Failure::new(Code::GuestCrash, anyhow!(report))),
         Outcome::Panic(report) => Err(Failure::new(Code::GuestPanic, anyhow!(report))),
         Outcome::InternalError(report) => Err(Failure::new(Code::Internal, anyhow!(report))),
+        Outcome::NothingToBoot => {
+            let error = anyhow!("no disk has anything that can be booted; its console says what was found");
+            let hint = "give a kernel from outside: --kernel FILE --initrd FILE";
+            Err(Failure::new(Code::BadArgument, error).hint(Some(hint)))
+        }
         other => Ok(Code::of(&Ok(other))),
     }
 }

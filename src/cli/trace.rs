@@ -13,6 +13,8 @@ use crate::flags::with_flags;
 use vmm_command::Scratch;
 use vmm_command::{Code, Failure};
 use vmm_monitor::config::OutputFile;
+use vmm_monitor::config::VmConfig;
+use vmm_monitor::machine::outputs::{self, Clash};
 use vmm_monitor::output;
 use vmm_monitor::recorder::Kind;
 use vmm_trace::file::Trace;
@@ -131,6 +133,10 @@ fn ports(text: &str) -> Result<RangeInclusive<u64>, String> {
 /// `vmm trace`.
 pub fn trace(options: Options) -> Result<Code, Failure> {
     if let Some(Command::Report { file, view }) = options.command {
+        let written = view.html.iter().chain(&view.perfetto).map(|path| ("the report", path.as_path()));
+        let written: Vec<_> = written.collect();
+        outputs::check(&VmConfig::default(), &[("record", &file)], &written)
+            .map_err(|clash| Failure::new(Code::BadArgument, clash).hint(Some(Clash::HINT)))?;
         tell(&file, &view, false)?;
         return Ok(Code::Success);
     }
@@ -144,6 +150,7 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     let scratch = Scratch::new("vmm-trace").map_err(|error| Failure::new(Code::Host, error))?;
     let file = options.keep.unwrap_or_else(|| scratch.path().join("record").into());
     record.trace = Some(file.clone());
+    record.outputs = options.view.html.iter().chain(&options.view.perfetto).cloned().collect();
     let ended = run::run(record);
     let told = if file.path.is_file() { tell(&file.path, &options.view, true) } else { Ok(()) };
     // How the run ended matters more than that nobody read the report to its end.

@@ -39,7 +39,10 @@ impl Code {
     /// The code as `--help` explains it.
     const TABLE: [(Self, &str); 8] = [
         (Self::Success, "the guest powered off or rebooted, or the command succeeded"),
-        (Self::BadArgument, "bad argument, or a file that it names cannot be used"),
+        (
+            Self::BadArgument,
+            "bad argument, or a file that it names cannot be used; nothing on the disks can be booted",
+        ),
         (Self::Host, "the host lacks or refused something: KVM, memory, open files, a VM of that name"),
         (Self::GuestCrash, "the guest crashed (triple fault)"),
         (Self::Internal, "KVM could not run the guest (internal error or failed entry)"),
@@ -53,6 +56,7 @@ impl Code {
         match outcome {
             Ok(Outcome::Shutdown | Outcome::Reset) => Self::Success,
             Ok(Outcome::Exit(code)) => Self::Guest(*code),
+            Ok(Outcome::NothingToBoot) => Self::BadArgument,
             Ok(Outcome::Killed) => Self::Killed,
             Ok(Outcome::Crash(_)) => Self::GuestCrash,
             Ok(Outcome::Panic(_)) => Self::GuestPanic,

@@ -28,6 +28,8 @@ pub enum Effect {
     Panic,
     /// The guest ended the run with a status of its own (an isa-debug-exit style port).
     Exit(u8),
+    /// The program that boots a disk (`firmware/disk`) found nothing to boot.
+    NothingToBoot,
 }
 
 impl Effect {

@@ -91,6 +91,7 @@ fn acpi_pm(offset: u64) -> &'static str {
         1 => "sleep status",
         2 => "reset",
         4 => "events",
+        5 => "nothing to boot",
         _ => "reserved",
     }
 }

@@ -3,11 +3,10 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use vmm_monitor::api::Pty;
 use vmm_monitor::config::{OutputFile, VmConfig};
-use vmm_monitor::machine::{Machine, Outcome};
+use vmm_monitor::machine::Outcome;
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::session::{End, Observer};
+use vmm_monitor::session::{Built, End, Observer};
 
 use crate::file::{self, Header};
 use crate::recording::{Ended, Recording, SEARCH, Start};
@@ -44,7 +43,8 @@ impl<'a> Recorded<'a> {
 }
 
 impl Observer for Recorded<'_> {
-    fn built(&mut self, machine: &Machine, _: &[Pty]) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let machine = &*built.machine;
         let handle = machine.handle();
         let ram = handle.ram().clone();
         match &mut self.recording {

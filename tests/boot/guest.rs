@@ -78,6 +78,8 @@ pub struct Guest {
     printed: Arc<Printed>,
     reader: Option<JoinHandle<()>>,
     dir: tempfile::TempDir,
+    /// How long it may take to what is waited for.
+    pub patience: Duration,
 }
 
 /// How a guest ended.
@@ -114,7 +116,7 @@ impl Guest {
         let dir = tempfile::tempdir().unwrap();
         command.env("XDG_RUNTIME_DIR", dir.path()).stdout(Stdio::piped());
         let child = command.spawn().unwrap();
-        Self { child, printed: Arc::default(), reader: None, dir }
+        Self { child, printed: Arc::default(), reader: None, dir, patience: PATIENCE }
     }
 
     pub fn read(&mut self) {
@@ -150,7 +152,7 @@ impl Guest {
 
     /// Waits until the guest has printed `what` for the `times`th time.
     pub fn wait_for(&self, what: &str, times: usize) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         let mut text = self.printed.text.lock().unwrap();
         while String::from_utf8_lossy(&text.0).matches(what).count() < times {
             let now = Instant::now();
@@ -193,7 +195,7 @@ impl Guest {
 
     /// Waits for the end of the process.
     pub fn finish(mut self) -> Ended {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;

@@ -3,7 +3,7 @@
 //! Each row gives one error and one hint, the documented exit code, no panic, and leaves everything as it was.
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -168,8 +168,10 @@ fn disks_and_places_that_cannot_be() {
     place.file("odd", vec![0; 1000]);
     place.file("empty", "");
     place.file("disk", vec![7; 4096 * 4]);
+    place.file("disk.xz", b"\xfd7zXZ\0 and so on");
     fs::create_dir(place.path("directory")).unwrap();
     for (arguments, words) in [
+        ("--disk path=disk.xz", &["disk.xz", "is xz"][..]),
         ("--disk path=missing", &["missing", "No such file"][..]),
         ("--disk path=directory", &["directory"]),
         ("--disk path=odd", &["odd", "1000"]),
@@ -299,6 +301,54 @@ fn too_few_descriptors_have_one_code_and_one_hint() {
     assert!(met > 3, "{met}");
     // A soft limit is no limit.
     assert_eq!(limited("-S", 5).status.code(), Some(43));
+}
+
+#[test]
+fn an_output_that_is_a_file_of_the_same_run_is_refused() {
+    let place = Place::new();
+    for name in ["kernel", "initrd", "disk", "rom", "option", "log"] {
+        place.file(name, [name.as_bytes(), &[0; 1024]].concat());
+    }
+    place.file("vm.json", r#"{"kernel": "kernel"}"#);
+    fs::create_dir(place.path("folder")).unwrap();
+    fs::hard_link(place.path("disk"), place.path("hard")).unwrap();
+    symlink("disk", place.path("soft")).unwrap();
+    symlink("../soft", place.path("folder/chain")).unwrap();
+    symlink("new", place.path("to-new")).unwrap();
+    let run = "--kernel kernel --initrd initrd --disk disk --firmware rom --option-rom option --console off";
+    for (arguments, words) in [
+        ("--serial file=kernel", &["serial port", "kernel"][..]),
+        ("--serial file=initrd", &["initrd"]),
+        ("--serial file=./disk", &["disk"]),
+        ("--serial file=rom", &["firmware"]),
+        ("--serial file=option", &["option ROM"]),
+        ("--serial file=hard", &["disk"]),
+        ("--serial file=soft", &["disk"]),
+        ("--serial file=folder/chain", &["disk"]),
+        ("--console file=disk", &["console", "disk"]),
+        ("--port log=file=kernel", &["port log", "kernel"]),
+        ("--trace disk", &["trace", "disk"]),
+        ("--config vm.json --trace vm.json", &["trace", "configuration"]),
+        ("--console file=log --serial file=folder/../log", &["serial port", "console"]),
+        ("--console file=new --serial file=folder/../new", &["serial port", "console"]),
+        ("--console file=to-new --trace new", &["trace", "console"]),
+        ("--port a=file=new --port b=file=new", &["port b", "port a"]),
+    ] {
+        // An option that is given twice would be an error of its own.
+        let run =
+            if arguments.contains("--console") { run.replace(" --console off", "") } else { run.to_owned() };
+        refused(&place, &format!("{run} {arguments}"), BAD_ARGUMENT, words);
+    }
+    let trace = "trace --html kernel -- --kernel kernel --console off";
+    refused(&place, trace, BAD_ARGUMENT, &["report", "kernel"]);
+    let report = "trace report log --html folder/../log";
+    refused(&place, report, BAD_ARGUMENT, &["report", "record"]);
+    let mut appending = place.command("--kernel kernel --disk disk --serial stdio");
+    appending.stdout(File::options().append(true).open(place.path("disk")).unwrap());
+    refused_command(&place, appending, BAD_ARGUMENT, &["standard output", "disk"]);
+    // What any number of writers can share is nobody's.
+    let shared = format!("{run} --serial file=/dev/null --port a=file=/dev/null --trace /dev/null --dry-run");
+    assert_eq!(place.vmm(&shared).status.code(), Some(0));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! They are a few instructions in an ELF file, so they run wherever there is a KVM at all.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output};
@@ -282,6 +283,45 @@ fn a_guest_that_heeds_its_power_button_ends_well() {
     place.done("pause guest");
     place.done("stop guest");
     assert_eq!(guest.finish().status.code(), Some(0));
+}
+
+/// It is in front of a person, who hears what to do while the run lasts, and at its end.
+#[test]
+fn a_console_that_nobody_opens_is_told() {
+    if !has_kvm("a_console_that_nobody_opens_is_told") {
+        return;
+    }
+    let place = Place::new();
+    place.file("speaks", kernel(&out(0x3f8, b'r')));
+    place.file("silent", kernel(&HALT));
+    place.file("reboots", kernel(&out(0x64, 0xfe)));
+    place.file("disk", vec![0; 4096]);
+    // They begin before the silent one, so their time is over before its is.
+    let quiet = [
+        "--kernel speaks --serial stdio",
+        "--kernel silent --console off",
+        "--kernel silent --console file=out",
+    ];
+    let quiet = quiet.map(|arguments| Running(Some(place.command(arguments).spawn().unwrap())));
+    let silent = ["--kernel silent", "--kernel silent --serial stdio"];
+    let mut silent = silent.map(|arguments| Running(Some(place.command(arguments).spawn().unwrap())));
+    for (guest, word) in silent.iter_mut().zip(["(hvc0)", "(ttyS0)"]) {
+        let stderr = guest.0.as_mut().unwrap().stderr.take().unwrap();
+        let lines: Vec<_> = BufReader::new(stderr).lines().take(2).map(Result::unwrap).collect();
+        assert!(lines[0].contains("nobody in the guest") && lines[0].contains(word), "{lines:?}");
+        assert!(lines[1].starts_with("hint: ") && lines[1].contains("console="), "{lines:?}");
+    }
+    for guest in quiet {
+        guest.signal(rustix::process::Signal::KILL);
+        assert_eq!(text(&guest.finish().stderr), "");
+    }
+    // A machine without disk and initrd may well have nothing to say.
+    for (arguments, told) in [("", false), ("--disk disk", true), ("--disk disk --serial stdio", true)] {
+        let output = place.vmm(&format!("--kernel reboots {arguments}"));
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{stderr}");
+        assert_eq!(stderr.contains("nobody there ever") && stderr.contains("hint: "), told, "{stderr}");
+    }
 }
 
 #[test]

@@ -345,6 +345,53 @@ fn images_that_cannot_be_are_refused_with_a_hint() {
 }
 
 #[test]
+fn images_that_are_not_raw_are_refused_by_name_unless_they_are_said_to_be_raw() {
+    let (keep, disk) = image(8192);
+    let marks: [(&str, &str, usize, &[u8]); 11] = [
+        ("qcow2", "qemu-img convert", 0, b"QFI\xfb\0\0\0\x03"),
+        ("vmdk", "qemu-img convert", 0, b"KDMV"),
+        ("vmdk", "qemu-img convert", 0, b"# Disk DescriptorFile"),
+        ("vhdx", "qemu-img convert", 0, b"vhdxfile"),
+        ("vdi", "qemu-img convert", 0x40, b"\x7f\x10\xda\xbe"),
+        ("vhd", "qemu-img convert", 8192 - 512, b"conectix"),
+        ("qed", "qemu-img convert", 0, b"QED\0"),
+        ("bzip2", "bzip2 -dk", 0, b"BZh91AY&SY"),
+        ("a tar archive", "tar -xvf", 257, b"ustar  "),
+        ("a zip archive", "unzip", 0, b"PK\x03\x04"),
+        ("zstd", "zstd -d", 0, b"\x28\xb5\x2f\xfd"),
+    ];
+    let refused = |disk: &config::Disk, name: &str, command: &str| {
+        let error = Raw::open(disk).expect_err(name);
+        assert!(error.to_string().contains(&format!("is {name}, not")), "{error}");
+        let hint = error.hint().unwrap();
+        assert!(hint.contains(command) && hint.contains(",format=raw"), "{hint}");
+    };
+    for (name, command, at, mark) in marks {
+        let mut bytes = vec![0; 8192];
+        bytes[at..at + mark.len()].copy_from_slice(mark);
+        std::fs::write(&disk.path, &bytes).unwrap();
+        refused(&disk, name, command);
+        let raw = config::Disk { format: Some(config::ImageFormat::Raw), ..disk.clone() };
+        let mut vm = guest(&raw);
+        assert_eq!(ask(&mut vm, IN, 0, &[], &[(BUFFER, 512)]).0, OK);
+        assert_eq!(vm.load(BUFFER, 512), bytes[..512], "byte for byte what is there");
+        drop(vm);
+        assert!(read(&disk.path).unwrap() == bytes);
+    }
+    // As the tools write them, whatever their length; the commands can be pasted.
+    for (tool, name, command) in
+        [("gzip", "gzip", "gzip -dk "), ("xz", "xz", "xz -dk "), ("zstd", "zstd", "zstd -d ")]
+    {
+        let path = keep.path().join("it's compressed");
+        let input = std::fs::File::open("/proc/self/exe").unwrap();
+        let packed = std::process::Command::new(tool).args(["-1", "-c"]).stdin(input).output().unwrap();
+        std::fs::write(&path, packed.stdout).unwrap();
+        let packed = config::Disk { path: path.clone(), ..disk.clone() };
+        refused(&packed, name, &format!("{command}'{}'", path.to_str().unwrap().replace('\'', r"'\''")));
+    }
+}
+
+#[test]
 fn an_image_has_one_writer_or_many_readers() {
     let (_keep, disk) = image(4096);
     let readonly = config::Disk { readonly: true, ..disk.clone() };

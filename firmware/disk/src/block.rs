@@ -119,7 +119,7 @@ fn request(queue: &mut Queue, sector: u64, into: &mut [u8]) -> Result<()> {
     ]);
     if queue.wait().is_none() {
         // The device may still write into this memory, later: nothing can be done with it any more.
-        crate::entry::power_off();
+        crate::entry::give_up();
     }
     // SAFETY: a local, which the device has written.
     if unsafe { status_at.read_volatile() } == 0 { Ok(()) } else { Err(Error::Read) }

@@ -1,8 +1,9 @@
 //! What can be booted: the entries of the menu, their order, and which is the default.
 
 use crate::text::{Shown, Text};
+use crate::unified::Unified;
 use crate::volume::{Kind, Node, Volume};
-use crate::{Error, Result, bls, grub, plain, version};
+use crate::{Error, Result, bls, grub, plain, syslinux, version};
 use core::cmp::Ordering;
 use core::fmt;
 
@@ -30,6 +31,8 @@ pub struct Entry {
     pub exhausted: bool,
     /// The kernel's path.
     pub linux: Path,
+    /// That file is a unified image, and this where kernel and initrd lie in it.
+    pub unified: Option<Unified>,
     /// The initrds' paths.
     pub initrd: [Path; MAX_INITRDS],
     /// How many of these there are.
@@ -98,6 +101,7 @@ impl Entries {
             machine: Text::EMPTY,
             exhausted: false,
             linux: Text::EMPTY,
+            unified: None,
             initrd: [Text::EMPTY; MAX_INITRDS],
             initrds: 0,
             options: Text::EMPTY,
@@ -170,28 +174,28 @@ pub fn order(a: &Entry, b: &Entry) -> Ordering {
     a.exhausted.cmp(&b.exhausted).then_with(by_key).then_with(|| version::compare(b.id.bytes(), a.id.bytes()))
 }
 
-/// Looks for entries on `volumes` in three ways, and stays with the first that finds any whose kernel is there: Boot Loader
-/// Specification, grub.cfg, kernels that lie where Debian puts them. `scratch` holds one configuration file at a time;
-/// `note` is told what was found wrong.
+/// Looks for entries on `volumes` in four ways, and stays with the first that finds any whose kernel is
+/// there: Boot Loader Specification, grub.cfg, Syslinux's configuration, kernels that lie where Debian puts
+/// them. `scratch` holds one configuration file at a time; `note` is told what was found wrong.
 pub fn find(
     volumes: &[Option<Volume>],
     scratch: &mut [u8],
     entries: &mut Entries,
     note: &mut dyn FnMut(fmt::Arguments),
 ) {
-    type Reader = fn(&Volume, &mut [u8], &mut Entries) -> Result<()>;
+    type Reader = fn(&[Option<Volume>], usize, &mut [u8], &mut Entries) -> Result<()>;
     for (what, read) in [
         ("loader/entries", bls::read as Reader),
         ("grub.cfg", grub::read as Reader),
+        ("extlinux.conf", syslinux::read as Reader),
         ("kernels", plain::read as Reader),
     ] {
         for (index, volume) in volumes.iter().enumerate() {
             let Some(volume) = volume else { continue };
             let mut found = |entries: &mut Entries| {
-                let before: usize = entries.count;
-                let result = read(volume, scratch, entries);
+                let result = read(volumes, index, scratch, entries);
                 // Sorting may have mixed them with those of other volumes, which have an index already.
-                entries.since(if what == "grub.cfg" { before } else { 0 }).iter_mut().for_each(|entry| {
+                entries.since(0).iter_mut().for_each(|entry| {
                     if entry.volume == usize::MAX {
                         entry.volume = index;
                     }

@@ -102,9 +102,9 @@ pub fn inb(port: u16) -> u8 {
     value
 }
 
-/// Turns the machine off by the monitor's ACPI sleep control register (type 5 and the enable bit), or stops.
-pub fn power_off() -> ! {
-    outb(0x600, 5 << 2 | 1 << 5);
+/// Tells the monitor that there is nothing to boot (`src/legacy/acpi_pm.rs`), which ends the run; or stops.
+pub fn give_up() -> ! {
+    outb(0x605, 1);
     loop {
         // SAFETY: nothing is left to do.
         unsafe { asm!("cli", "hlt", options(nomem, nostack)) }

@@ -1,4 +1,5 @@
-//! ext4, read only (the kernel's Documentation/filesystems/ext4): extents, 64-bit, folders read from end to end.
+//! ext2, ext3 and ext4, read only (the kernel's Documentation/filesystems/ext4): block maps and extents,
+//! 64-bit, folders read from end to end.
 //!
 //! The journal is not replayed: what a file system that was not unmounted shows is what had reached its place.
 
@@ -39,6 +40,17 @@ const ENCRYPTED: u32 = 0x800;
 const HAS_EXTENTS: u32 = 0x8_0000;
 const HAS_INLINE_DATA: u32 = 0x1000_0000;
 
+/// Features that this program does not know, for the message.
+const STRANGE: [(u32, &str); 4] = [
+    (0x1, "ext2 with compression"),
+    (0x8, "an external journal of ext4"),
+    (0x10, "ext4 with meta_bg"),
+    (0x1000, "ext4 with dirdata"),
+];
+// What makes it an ext4, among what is known here; and an ext3, which has a journal (compatible features).
+const ONLY_EXT4: u32 = KNOWN & !(FILE_TYPE | RECOVER);
+const HAS_JOURNAL: u32 = 0x4;
+
 /// The root folder's inode.
 const ROOT: u32 = 2;
 /// An extent tree's deepest level, and its nodes' magic number.
@@ -46,6 +58,10 @@ const MAX_DEPTH: u16 = 5;
 const EXTENT_MAGIC: u16 = 0xf30a;
 /// Longer extents than this are that much shorter, and not written yet.
 const MAX_EXTENT: u32 = 32768;
+/// Blocks that a block map names in the inode itself; behind these are its three trees, each a level deeper.
+const DIRECT: u64 = 12;
+/// The most pointers of a block map that are read at once.
+const POINTERS: usize = 128;
 /// The most bytes of a folder that are looked through.
 const MAX_FOLDER: u64 = 4 << 20;
 
@@ -60,6 +76,7 @@ pub struct Ext4<'d> {
     groups: u64,
     group_size: u64,
     features: u32,
+    compatible: u32,
     uuid: [u8; 16],
     label: [u8; 16],
 }
@@ -94,7 +111,8 @@ impl<'d> Ext4<'d> {
         };
         let inodes_per_group = u32_at(&superblock, 0x28);
         if features & !KNOWN != 0 {
-            return Err(Error::Unsupported("a feature of this ext4"));
+            let known = STRANGE.iter().find(|(bit, _)| features & bit != 0);
+            return Err(Error::Unsupported(known.map_or("ext4 with a newer feature", |(_, name)| name)));
         }
         if log > 6
             || inodes_per_group == 0
@@ -113,12 +131,22 @@ impl<'d> Ext4<'d> {
             groups: (u64::from(u32_at(&superblock, 0x14)) + 1) * block,
             group_size,
             features,
+            compatible: u32_at(&superblock, 0x5c),
             uuid: [0; 16],
             label: [0; 16],
         };
         ext4.uuid.copy_from_slice(&superblock[0x68..0x78]);
         ext4.label.copy_from_slice(&superblock[0x78..0x88]);
         Ok(ext4)
+    }
+
+    /// Which of the three it is.
+    pub fn kind(&self) -> &'static str {
+        match (self.features & ONLY_EXT4, self.compatible & HAS_JOURNAL) {
+            (0, 0) => "ext2",
+            (0, _) => "ext3",
+            _ => "ext4",
+        }
     }
 
     /// The UUID as text.
@@ -184,7 +212,7 @@ impl<'d> Ext4<'d> {
     /// Reads from a file, a folder or a symlink.
     ///
     /// # Errors
-    /// A damaged extent tree; encrypted and inline files, and those with ext2's block map.
+    /// A damaged map of its blocks; encrypted and inline files.
     pub fn read(&self, node: &Node, offset: u64, into: &mut [u8]) -> Result<usize> {
         let Place::Inode(flags, map) = &node.place else { return Err(Error::Missing) };
         let want = node.size.saturating_sub(offset).min(into.len() as u64) as usize;
@@ -200,15 +228,12 @@ impl<'d> Ext4<'d> {
         if flags & HAS_INLINE_DATA != 0 {
             return Err(Error::Unsupported("a file inside of its inode"));
         }
-        if flags & HAS_EXTENTS == 0 {
-            return Err(Error::Unsupported("a file without extents (ext2 or ext3)"));
-        }
         let mut done = 0;
         while done < want {
             let at = offset.checked_add(done as u64).ok_or(Error::Read)?;
             let block = u32::try_from(at / self.block).map_err(|_| Error::Damaged("a file's length"))?;
             let skip = at % self.block;
-            let run = self.run(map, block)?;
+            let run = if flags & HAS_EXTENTS == 0 { self.mapped(map, block) } else { self.run(map, block) }?;
             let (Run::Data(_, length) | Run::Hole(length)) = run;
             let count = length.saturating_sub(skip).min((want - done) as u64) as usize;
             // Each run has at least one block, so each turn goes on.
@@ -220,6 +245,56 @@ impl<'d> Ext4<'d> {
             done += count;
         }
         Ok(done)
+    }
+
+    /// What is at block `wanted` of the file with the block map `map` (ext2's and ext3's).
+    fn mapped(&self, map: &[u8; 60], wanted: u32) -> Result<Run> {
+        let per_block = self.block / 4;
+        let mut index = u64::from(wanted);
+        if index < DIRECT {
+            return Ok(self.consecutive(map.get(index as usize * 4..DIRECT as usize * 4).unwrap_or_default()));
+        }
+        index -= DIRECT;
+        // How many blocks lie below one pointer of the level at hand.
+        let (mut depth, mut below) = (0, 1);
+        while depth < 3 && index >= below * per_block {
+            index -= below * per_block;
+            (depth, below) = (depth + 1, below * per_block);
+        }
+        let mut pointer = match depth {
+            0..3 => u64::from(u32_at(map, (DIRECT as usize + depth) * 4)),
+            _ => return Err(Error::Damaged("a file's length")),
+        };
+        loop {
+            if pointer == 0 {
+                return Ok(Run::Hole((below * per_block - index) * self.block));
+            }
+            let slot = index / below;
+            // A pointer has 32 bits, and a block at most 16: there is no overflow.
+            let at = pointer * self.block + slot * 4;
+            if below == 1 {
+                let mut pointers = [0; POINTERS * 4];
+                let count = (per_block - slot).min(POINTERS as u64) as usize;
+                let pointers = pointers.get_mut(..count * 4).unwrap_or_default();
+                self.window.read(at, pointers)?;
+                return Ok(self.consecutive(pointers));
+            }
+            let mut next = [0; 4];
+            self.window.read(at, &mut next)?;
+            pointer = u32::from_le_bytes(next).into();
+            index %= below;
+            below /= per_block;
+        }
+    }
+
+    /// As many of the blocks that `pointers` name as lie one behind the other, or are all holes.
+    fn consecutive(&self, pointers: &[u8]) -> Run {
+        let first = u32_at(pointers, 0);
+        let step = u32::from(first != 0);
+        let follows = |(at, pointer): &(u32, &[u8])| first.checked_add(at * step) == Some(u32_at(pointer, 0));
+        let count = (0..).zip(pointers.chunks_exact(4)).take_while(follows).count() as u64;
+        let length = count.max(1) * self.block;
+        if first == 0 { Run::Hole(length) } else { Run::Data(u64::from(first) * self.block, length) }
     }
 
     /// What is at block `wanted` of the file whose extent tree has its root in `root`.

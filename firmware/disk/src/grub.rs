@@ -4,34 +4,82 @@
 
 use crate::entries::{Entries, Entry};
 use crate::text::Text;
-use crate::volume::Volume;
+use crate::variables::{self, Variables};
+use crate::volume::{Kind, Volume};
 use crate::{Error, Result};
 
 /// The deepest nesting of blocks.
 const MAX_DEPTH: usize = 16;
-/// The most words of a command, and of variables.
-const MAX_WORDS: usize = 48;
-const MAX_VARIABLES: usize = 32;
+/// The most words of a command.
+const MAX_WORDS: usize = 128;
+/// The size of an environment block.
+const ENVIRONMENT: usize = 1024;
+/// The most folders of an ESP's /EFI that are looked at.
+const MAX_VENDORS: usize = 16;
 
 /// Adds the entries of a volume's grub.cfg in its order.
 ///
 /// # Errors
 /// There is none, or it could not be read.
-pub fn read(volume: &Volume, scratch: &mut [u8], entries: &mut Entries) -> Result<()> {
+pub fn read(volumes: &[Option<Volume>], at: usize, scratch: &mut [u8], entries: &mut Entries) -> Result<()> {
+    let Some(Some(volume)) = volumes.get(at) else { return Err(Error::Missing) };
+    on(volume, scratch, Some(entries)).map(drop)
+}
+
+/// What variables are after the grub.cfg that goes with volume `at`: its own, else the first of another. Boot
+/// Loader Specification entries of the Fedora family are written in terms of them. None if no volume has a
+/// GRUB.
+pub fn variables(volumes: &[Option<Volume>], at: usize, scratch: &mut [u8]) -> Option<Variables> {
+    let own = volumes.get(at).into_iter();
+    own.chain(volumes).flatten().find_map(|volume| on(volume, scratch, None).ok())
+}
+
+/// Reads a volume's grub.cfg, or grubenv alone.
+fn on(volume: &Volume, scratch: &mut [u8], mut entries: Option<&mut Entries>) -> Result<Variables> {
     for folder in [&b"/boot/grub"[..], b"/grub", b"/boot/grub2", b"/grub2"] {
-        let path = |name: &[u8]| -> Result<Text<64>> {
-            let mut path = Text::whole(folder)?;
-            path.push(name).map(|()| path)
-        };
-        let mut environment = [0; 1024];
-        let environment = volume.read_file(path(b"/grubenv")?.bytes(), &mut environment).unwrap_or_default();
-        match volume.read_file(path(b"/grub.cfg")?.bytes(), scratch) {
+        match folder_of(volume, folder, scratch, entries.as_deref_mut()) {
             Err(Error::Missing) => {}
-            Ok(text) => return parse(text, environment, entries),
-            Err(error) => return Err(error),
+            other => return other,
+        }
+    }
+    // On an ESP, below the distribution's name. What lies there has no menu, but for some that have all of
+    // it.
+    let mut vendors = [Text::<64>::EMPTY; MAX_VENDORS];
+    let mut count = 0;
+    volume.list(&volume.find(b"/EFI")?, &mut |name, handle| {
+        let folder = volume.node(handle).is_ok_and(|node| node.kind == Kind::Folder);
+        let mut path = Text::clipped(b"/EFI/");
+        if let (true, Ok(()), Some(slot)) = (folder, path.push(name), vendors.get_mut(count)) {
+            *slot = path;
+            count += 1;
+        }
+        count >= MAX_VENDORS
+    })?;
+    for folder in vendors.get(..count).unwrap_or_default() {
+        match folder_of(volume, folder.bytes(), scratch, entries.as_deref_mut()) {
+            Err(Error::Missing) => {}
+            other => return other,
         }
     }
     Err(Error::Missing)
+}
+
+fn folder_of(
+    volume: &Volume,
+    folder: &[u8],
+    scratch: &mut [u8],
+    entries: Option<&mut Entries>,
+) -> Result<Variables> {
+    let path = |name: &[u8]| -> Result<Text<80>> {
+        let mut path = Text::whole(folder)?;
+        path.push(name).map(|()| path)
+    };
+    let mut environment = [0; ENVIRONMENT];
+    let environment = volume.read_file(path(b"/grubenv")?.bytes(), &mut environment).unwrap_or_default();
+    match volume.read_file(path(b"/grub.cfg")?.bytes(), scratch) {
+        Err(Error::Missing) if !environment.is_empty() => run(&[], environment, entries),
+        other => run(other?, environment, entries),
+    }
 }
 
 /// Parses a grub.cfg; `environment` is grubenv's content.
@@ -39,8 +87,13 @@ pub fn read(volume: &Volume, scratch: &mut [u8], entries: &mut Entries) -> Resul
 /// # Errors
 /// Blocks nested too deep.
 pub fn parse(text: &[u8], environment: &[u8], entries: &mut Entries) -> Result<()> {
+    run(text, environment, Some(entries)).map(drop)
+}
+
+/// As [`parse`], for what the variables are afterwards. Without a text, they are the environment's.
+fn run(text: &[u8], environment: &[u8], entries: Option<&mut Entries>) -> Result<Variables> {
     let mut reader = Reader {
-        variables: [(Text::EMPTY, Text::EMPTY); MAX_VARIABLES],
+        variables: Variables::NONE,
         environment,
         blocks: [Block::Skipped; MAX_DEPTH],
         depth: 0,
@@ -48,12 +101,15 @@ pub fn parse(text: &[u8], environment: &[u8], entries: &mut Entries) -> Result<(
         entry: None,
         entries,
     };
+    if text.is_empty() {
+        reader.variables.load(environment);
+    }
     let (mut rest, mut words) = (text, Words::default());
     while !rest.is_empty() {
         rest = reader.command(rest, &mut words);
         reader.run(&words)?;
     }
-    Ok(())
+    Ok(reader.variables)
 }
 
 /// A command's words, variables put in.
@@ -61,11 +117,13 @@ struct Words {
     text: Text<3072>,
     ends: [usize; MAX_WORDS],
     count: usize,
+    /// There was no room for all of it.
+    cut: bool,
 }
 
 impl Default for Words {
     fn default() -> Self {
-        Self { text: Text::EMPTY, ends: [0; MAX_WORDS], count: 0 }
+        Self { text: Text::EMPTY, ends: [0; MAX_WORDS], count: 0, cut: false }
     }
 }
 
@@ -76,11 +134,19 @@ impl Words {
         self.text.bytes().get(start..end_of(index)).unwrap_or_default()
     }
 
-    /// Ends a word. Those for which there is no room are lost.
+    /// Adds to the word at the end.
+    fn push(&mut self, bytes: &[u8]) {
+        self.cut |= self.text.push(bytes).is_err();
+    }
+
+    /// Ends a word.
     fn end(&mut self) {
-        if let Some(end) = self.ends.get_mut(self.count) {
-            *end = self.text.bytes().len();
-            self.count += 1;
+        match self.ends.get_mut(self.count) {
+            Some(end) => {
+                *end = self.text.bytes().len();
+                self.count += 1;
+            }
+            None => self.cut = true,
         }
     }
 
@@ -103,7 +169,7 @@ enum Block {
 }
 
 struct Reader<'a> {
-    variables: [(Text<32>, Text<192>); MAX_VARIABLES],
+    variables: Variables,
     environment: &'a [u8],
     blocks: [Block; MAX_DEPTH],
     depth: usize,
@@ -111,7 +177,8 @@ struct Reader<'a> {
     counters: [usize; MAX_DEPTH],
     /// The entry that is being read, and whether it is the default.
     entry: Option<(Entry, bool)>,
-    entries: &'a mut Entries,
+    /// None: only the variables are wanted.
+    entries: Option<&'a mut Entries>,
 }
 
 impl Reader<'_> {
@@ -129,20 +196,6 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn variable(&self, name: &[u8]) -> &[u8] {
-        let known = self.variables.iter().find(|(known, _)| !name.is_empty() && known.bytes() == name);
-        known.map_or(&[], |(_, value)| value.bytes())
-    }
-
-    fn set(&mut self, name: &[u8], value: &[u8]) {
-        let slot = self.variables.iter().position(|(known, _)| known.bytes() == name || known.is_empty());
-        if let (Some(slot), Ok(name)) =
-            (slot.and_then(|slot| self.variables.get_mut(slot)), Text::whole(name))
-        {
-            *slot = (name, Text::clipped(value));
-        }
-    }
-
     /// Reads one command's words, and returns the text behind it.
     fn command<'t>(&self, text: &'t [u8], words: &mut Words) -> &'t [u8] {
         *words = Words::default();
@@ -152,29 +205,39 @@ impl Reader<'_> {
             let byte = byte_at(at);
             at += 1;
             match byte {
-                _ if quote == b'\'' && byte != b'\'' => drop(words.text.push(&[byte])),
+                _ if quote == b'\'' && byte != b'\'' => words.push(&[byte]),
                 b'\'' | b'"' if quote == byte || quote == 0 => {
                     quote = if quote == 0 { byte } else { 0 };
                     inside = true;
                 }
                 b'\\' => {
                     if byte_at(at) != b'\n' {
-                        let _ = words.text.push(&[byte_at(at)]);
+                        words.push(&[byte_at(at)]);
                         inside = true;
                     }
                     at += 1;
                 }
                 b'$' => {
-                    let braced = byte_at(at) == b'{';
-                    let start = at + usize::from(braced);
-                    let part_of_name = |byte: &u8| byte.is_ascii_alphanumeric() || b"_?".contains(byte);
-                    let rest = text.get(start..).unwrap_or_default();
-                    let end = start + rest.iter().position(|byte| !part_of_name(byte)).unwrap_or(rest.len());
-                    let _ = words.text.push(self.variable(text.get(start..end).unwrap_or_default()));
-                    at = end + usize::from(braced && byte_at(end) == b'}');
-                    inside = true;
+                    let (name, length) = variables::name(text.get(at..).unwrap_or_default());
+                    at += length;
+                    let value = self.variables.get(name);
+                    if quote != 0 {
+                        words.push(value);
+                        continue;
+                    }
+                    // Outside of quotes a value is as many words as it has, be that none.
+                    for byte in value {
+                        if byte.is_ascii_whitespace() {
+                            if core::mem::take(&mut inside) {
+                                words.end();
+                            }
+                        } else {
+                            words.push(&[*byte]);
+                            inside = true;
+                        }
+                    }
                 }
-                _ if quote != 0 => drop(words.text.push(&[byte])),
+                _ if quote != 0 => words.push(&[byte]),
                 b' ' | b'\t' | b'\r' | b'\n' | b';' => {
                     if core::mem::take(&mut inside) {
                         words.end();
@@ -192,7 +255,7 @@ impl Reader<'_> {
                     at += rest.iter().position(|byte| *byte == b'\n').unwrap_or(rest.len());
                 }
                 _ => {
-                    let _ = words.text.push(&[byte]);
+                    words.push(&[byte]);
                     inside = true;
                 }
             }
@@ -251,10 +314,11 @@ impl Reader<'_> {
         if block == Block::Entry
             && let Some((entry, default)) = self.entry.take()
             && !entry.linux.is_empty()
-            && self.entries.push(entry)
+            && let Some(entries) = &mut self.entries
+            && entries.push(entry)
             && default
         {
-            self.entries.default = self.entries.all().len() - 1;
+            entries.default = entries.all().len() - 1;
         }
     }
 
@@ -273,7 +337,7 @@ impl Reader<'_> {
         let id = words.get(after.unwrap_or(words.count.saturating_sub(2)));
         let level = self.open().iter().filter(|block| matches!(block, Block::Submenu { .. })).count();
         let inside = self.open().iter().all(|block| *block != Block::Submenu { default: false });
-        let wanted = self.variable(b"default");
+        let wanted = self.variables.get(b"default");
         let counter = self.counters.get(level).copied().unwrap_or(0);
         let default = inside
             && match wanted.split(|byte| *byte == b'>').nth(level) {
@@ -293,7 +357,7 @@ impl Reader<'_> {
         let entry = Entry {
             id: Text::clipped(id),
             title: Text::clipped(title),
-            filesystem: Text::clipped(self.variable(b"root_by_search")),
+            filesystem: Text::clipped(self.variables.get(b"root_by_search")),
             volume: usize::MAX,
             ..Entry::default()
         };
@@ -303,51 +367,36 @@ impl Reader<'_> {
 
     /// A command that is none of the language's own.
     fn plain(&mut self, words: &Words, first: usize) {
-        let assignment = |word: &[u8]| word.iter().position(|byte| *byte == b'=');
         match words.get(first) {
-            b"set" => {
-                let word = words.get(first + 1);
-                if let Some((name, value)) = assignment(word).and_then(|at| word.split_at_checked(at)) {
-                    self.set(name, value.get(1..).unwrap_or_default());
-                }
-            }
-            b"load_env" => {
-                // What grub would boot only once cannot be crossed out on a disk that is only read: so, never.
-                for line in self.environment.split(|byte| *byte == b'\n').take(MAX_VARIABLES) {
-                    if let Some((name, value)) = assignment(line).and_then(|at| line.split_at_checked(at))
-                        && name != b"next_entry"
-                        && !name.starts_with(b"#")
-                    {
-                        self.set(name, value.get(1..).unwrap_or_default());
-                    }
-                }
-            }
+            b"set" => self.variables.assign(words.get(first + 1)),
+            b"unset" => words.from(first + 1).for_each(|name| self.variables.set(name, b"")),
+            b"load_env" => self.variables.load(self.environment),
             b"search" | b"search.fs_uuid" => {
                 let Some(what) = words.from(first + 1).filter(|word| !word.starts_with(b"-")).last() else {
                     return;
                 };
                 match &mut self.entry {
                     Some((entry, _)) => entry.filesystem = Text::clipped(what),
-                    None => self.set(b"root_by_search", what),
+                    None => self.variables.set(b"root_by_search", what),
                 }
             }
             b"linux" | b"linux16" | b"linuxefi" => {
                 let Some((entry, _)) = &mut self.entry else { return };
                 let mut options = Text::EMPTY;
-                let whole = words.from(first + 2).try_for_each(|word| options.push_word(word));
+                let whole = words.from(first + 2).try_for_each(|word| push_argument(&mut options, word));
                 // An entry that does not fit is left out, not cut.
                 let path = whole.and_then(|()| Text::whole(without_device(words.get(first + 1))));
                 entry.options = options;
-                entry.linux = path.unwrap_or_default();
+                entry.linux = path.ok().filter(|_| !words.cut).unwrap_or_default();
             }
             b"initrd" | b"initrd16" | b"initrdefi" => {
                 let Some((entry, _)) = &mut self.entry else { return };
-                if words.from(first + 1).try_for_each(|word| entry.add_initrd(without_device(word))).is_err()
-                {
+                let added = words.from(first + 1).try_for_each(|word| entry.add_initrd(without_device(word)));
+                if added.is_err() || words.cut {
                     entry.linux = Text::EMPTY;
                 }
             }
-            _ => {}
+            word => self.variables.assign(word),
         }
     }
 
@@ -376,6 +425,31 @@ impl Reader<'_> {
         };
         value != not
     }
+}
+
+/// Appends a word to a kernel's command line as GRUB does (`grub_create_loader_cmdline`): in quotes if it has
+/// a space, with a backslash before quotes and backslashes, `\xHH` as that byte.
+fn push_argument<const N: usize>(options: &mut Text<N>, word: &[u8]) -> Result<()> {
+    let quote: &[u8] = if word.contains(&b' ') { b"\"" } else { b"" };
+    if !options.is_empty() {
+        options.push(b" ")?;
+    }
+    options.push(quote)?;
+    let mut rest = word;
+    while let Some((byte, after)) = rest.split_first() {
+        let digit = |at: usize| after.get(at).and_then(|byte| char::from(*byte).to_digit(16));
+        if let (b"\\x", Some(high), Some(low)) = (rest.get(..2).unwrap_or_default(), digit(1), digit(2)) {
+            options.push(&[(high << 4 | low) as u8])?;
+            rest = after.get(3..).unwrap_or_default();
+            continue;
+        }
+        if b"\\'\"".contains(byte) {
+            options.push(b"\\")?;
+        }
+        options.push(&[*byte])?;
+        rest = after;
+    }
+    options.push(quote)
 }
 
 fn is_number(text: &[u8], number: usize) -> bool {

@@ -2,9 +2,10 @@
 
 use crate::entry::own_memory;
 use crate::start_info::{MAX_ENTRIES, StartInfo};
-use bootdisk::entries::{self, Entry, Path};
+use bootdisk::cmdline;
+use bootdisk::entries::{self, Entry, MAX_INITRDS};
 use bootdisk::linux::{HEAD, HEADER, Setup, place_initrd};
-use bootdisk::text::Text;
+use bootdisk::unified::Part;
 use bootdisk::volume::{Node, Volume};
 use bootdisk::{Error, Result};
 use core::arch::asm;
@@ -51,19 +52,30 @@ pub struct Ready {
 pub fn load(entry: &Entry, volume: &Volume, info: &StartInfo) -> Result<Ready> {
     // SAFETY: the one reference to it; an earlier one ended with the earlier call, which failed.
     let handed = unsafe { &mut *HANDED.0.get() };
-    let kernel = entries::open(volume, entry.linux.bytes())?;
+    let file = entries::open(volume, entry.linux.bytes())?;
+    let kernel = entry.unified.map_or(Part { offset: 0, size: file.size }, |unified| unified.linux);
     let mut head = [0; HEAD];
-    volume.read(&kernel, 0, &mut head)?;
+    volume.read(&file, kernel.offset, &mut head)?;
     let setup = Setup::parse(&head, kernel.size)?;
     let ram: [Range<u64>; MAX_ENTRIES] = info.ram();
     let no_room = Error::TooLarge("the kernel, for this machine's memory");
     let start = setup.place(&ram, &[LOW, own_memory()]).ok_or(no_room)?;
-    fill(volume, &kernel, setup.start, start, kernel.size - setup.start)?;
+    let body = Part { offset: kernel.offset + setup.start, size: kernel.size - setup.start };
+    fill(volume, &file, body, start)?;
 
-    let initrd = |path: &Path| entries::open(volume, path.bytes());
+    let mut initrds = [const { None::<(Node, Part)> }; MAX_INITRDS + 1];
+    let mut free = initrds.iter_mut();
+    if let (Some(unified), Some(slot)) = (entry.unified, free.next()) {
+        *slot = Some((file, unified.initrd));
+    }
+    for (path, slot) in entry.initrds().iter().zip(free) {
+        let node = entries::open(volume, path.bytes())?;
+        *slot = Some((node, Part { offset: 0, size: node.size }));
+    }
     let mut total = 0u64;
-    for path in entry.initrds() {
-        total = total.saturating_add(initrd(path)?.size).next_multiple_of(4);
+    for (_, part) in initrds.iter().flatten() {
+        let end = total.saturating_add(part.size).checked_next_multiple_of(4);
+        total = end.ok_or(Error::TooLarge("the initrd"))?;
     }
     let mut at = 0;
     if total > 0 {
@@ -71,17 +83,16 @@ pub fn load(entry: &Entry, volume: &Volume, info: &StartInfo) -> Result<Ready> {
         let no_room = Error::TooLarge("the initrd, for this machine's memory");
         at = place_initrd(total, setup.initrd_max, &ram, &taken).ok_or(no_room)?;
         let mut next = at;
-        for path in entry.initrds() {
-            let node = initrd(path)?;
-            fill(volume, &node, 0, next, node.size)?;
-            let end = next + node.size;
+        for (node, part) in initrds.iter().flatten() {
+            fill(volume, node, *part, next)?;
+            let end = next + part.size;
             next = end.next_multiple_of(4);
             // SAFETY: at most three bytes, of the range that was found free.
             unsafe { (end as *mut u8).write_bytes(0, (next - end) as usize) };
         }
     }
 
-    let options = options(entry, info.cmdline, setup.cmdline_max)?;
+    let options = cmdline::join(entry.options.bytes(), info.cmdline, setup.cmdline_max)?;
     let cmdline =
         handed.cmdline.get_mut(..options.bytes().len() + 1).ok_or(Error::TooLarge("the command line"))?;
     cmdline.fill(0);
@@ -107,27 +118,11 @@ pub fn load(entry: &Entry, volume: &Volume, info: &StartInfo) -> Result<Ready> {
     Ok(Ready { entry: start + ENTRY_64, params: params.as_ptr() as u64 })
 }
 
-/// Reads `size` bytes of a file to `address`, which is free.
-fn fill(volume: &Volume, node: &Node, offset: u64, address: u64, size: u64) -> Result<()> {
+/// Reads a part of a file to `address`, which is free.
+fn fill(volume: &Volume, node: &Node, part: Part, address: u64) -> Result<()> {
     // SAFETY: RAM that is mapped and that nothing else uses: it was placed outside of this program.
-    let into = unsafe { core::slice::from_raw_parts_mut(address as *mut u8, size as usize) };
-    if volume.read(node, offset, into)? == into.len() { Ok(()) } else { Err(Error::Read) }
-}
-
-/// The entry's options, then what the monitor was told, but for the root: that is the entry's to say.
-fn options(entry: &Entry, given: &[u8], max: usize) -> Result<Text<4095>> {
-    let mut options = Text::whole(entry.options.bytes())?;
-    let has_root = entry.options.bytes().split(|byte| *byte == b' ').any(|word| word.starts_with(b"root="));
-    let mut quoted = false;
-    for word in given.split(|byte| {
-        quoted ^= *byte == b'"';
-        *byte == b' ' && !quoted
-    }) {
-        if !(has_root && (word.starts_with(b"root=") || word == b"ro" || word == b"rw")) {
-            options.push_word(word)?;
-        }
-    }
-    if options.bytes().len() > max { Err(Error::TooLarge("the command line")) } else { Ok(options) }
+    let into = unsafe { core::slice::from_raw_parts_mut(address as *mut u8, part.size as usize) };
+    if volume.read(node, part.offset, into)? == into.len() { Ok(()) } else { Err(Error::Read) }
 }
 
 impl Ready {

@@ -3,12 +3,14 @@
 //! Everything here reads what a guest may have written, so it is pure and total: no panic, no loop that the disk
 //! decides the end of, no memory but what the caller gave. The hardware is in `main.rs` and beside it.
 //!
-//! [`entries::find`] is the way through: disk -> [`partition`] -> [`volume`] ([`fat`], [`ext4`]) -> [`bls`], [`grub`]
-//! or [`plain`] -> [`entries::Entries`]; then [`linux`] says where the kernel goes.
+//! [`entries::find`] is the way through: disk -> [`partition`] -> [`volume`] ([`fat`], [`ext4`]) -> [`bls`]
+//! with [`unified`], [`grub`], [`syslinux`] or [`plain`] -> [`entries::Entries`]; then [`linux`] says where
+//! the kernel goes, and [`cmdline`] with what. [`unknown`] names what cannot be read.
 #![cfg_attr(not(test), no_std)]
 
 pub mod bls;
 pub mod bytes;
+pub mod cmdline;
 pub mod entries;
 pub mod ext4;
 pub mod fat;
@@ -16,7 +18,11 @@ pub mod grub;
 pub mod linux;
 pub mod partition;
 pub mod plain;
+pub mod syslinux;
 pub mod text;
+pub mod unified;
+pub mod unknown;
+pub mod variables;
 pub mod version;
 pub mod volume;
 

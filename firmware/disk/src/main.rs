@@ -18,6 +18,7 @@ mod virtio;
 use block::{Block, Cache};
 use bootdisk::entries::{self, Entries};
 use bootdisk::partition;
+use bootdisk::unknown::Inhabitant;
 use bootdisk::volume::Volume;
 use console::{Console, say};
 use core::cell::UnsafeCell;
@@ -55,10 +56,10 @@ extern "C" fn main(start_info: u64) -> ! {
     }
     console.flush();
     virtio::reset_all();
-    entry::power_off()
+    entry::give_up()
 }
 
-/// Boots what it finds. Returns if there is nothing, having said so.
+/// Boots what it finds. Returns if there is nothing that can be booted, having said so.
 fn boot(info: &StartInfo, console: &mut Console, large: &mut Large) {
     let mut disks = [const { None::<Block> }; MAX_DISKS];
     for ((slot, cache), device) in disks.iter_mut().zip(&mut large.caches).zip(virtio::devices(block::KIND)) {
@@ -74,7 +75,8 @@ fn boot(info: &StartInfo, console: &mut Console, large: &mut Large) {
                     if volume.needs_recovery() {
                         say!(
                             console,
-                            "ext4 {} was not unmounted: its last changes may not be seen",
+                            "{} {} was not unmounted: its last changes may not be seen",
+                            volume.kind(),
                             volume.uuid()
                         );
                     }
@@ -96,11 +98,15 @@ fn boot(info: &StartInfo, console: &mut Console, large: &mut Large) {
     });
     let count = large.entries.all().len();
     if count == 0 {
-        let (disks, volumes) = (disks.iter().flatten().count(), volumes.iter().flatten().count());
-        say!(
-            console,
-            "nothing to boot: {disks} disks, {volumes} file systems with neither loader/entries, grub.cfg nor vmlinuz"
-        );
+        say!(console, "nothing to boot on these disks:");
+        for (disk, letter) in disks.iter().zip('a'..) {
+            let Some(disk) = disk else { continue };
+            for partition in partition::find(disk).unwrap_or_default().all() {
+                say!(console, "  vd{letter}{}", Inhabitant::of(disk, *partition));
+            }
+        }
+        let hint = "--kernel FILE --initrd FILE --cmdline 'root=...'";
+        say!(console, "if there is a Linux, give its kernel from outside: {hint}");
         return;
     }
     // What does not load is left out, and the next one tried, once each.
@@ -128,5 +134,5 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     let mut console = Console::open();
     say!(&mut console, "bug: the disk boot program panicked");
     console.flush();
-    entry::power_off()
+    entry::give_up()
 }

@@ -2,7 +2,7 @@
 
 use crate::entries::{Entries, Entry, order};
 use crate::text::Text;
-use crate::volume::Volume;
+use crate::volume::{Kind, Volume};
 use crate::{Error, Result};
 
 /// The kernel's and initrd's names in /boot, around the version.
@@ -11,12 +11,21 @@ const INITRDS: [(&[u8], &[u8]); 3] = [(b"initrd.img-", b""), (b"initramfs-", b".
 /// The most versions that are looked at.
 const MAX_KERNELS: usize = 256;
 
+/// What a root file system has.
+const ROOT: [&[u8]; 3] = [b"/etc/os-release", b"/usr/lib/os-release", b"/etc/fstab"];
+
 /// Adds the kernels of a volume, the newest first; the symlink's is the default.
 ///
 /// # Errors
 /// There is none.
-pub fn read(volume: &Volume, scratch: &mut [u8], entries: &mut Entries) -> Result<()> {
-    let options = options(volume, scratch)?;
+pub fn read(volumes: &[Option<Volume>], at: usize, scratch: &mut [u8], entries: &mut Entries) -> Result<()> {
+    let Some(Some(volume)) = volumes.get(at) else { return Err(Error::Missing) };
+    // Where /boot is a file system of its own, the root is another. It may be one that cannot be read here:
+    // then the initrd has to find it.
+    let is_root = |volume: &&Volume| ROOT.iter().any(|path| volume.find(path).is_ok());
+    let own = volume.find(b"/boot").is_ok_and(|node| node.kind == Kind::Folder);
+    let root = if own { Some(volume) } else { volumes.iter().flatten().find(is_root) };
+    let options = options(root, scratch)?;
     let mut found = false;
     for folder in [&b"/boot"[..], b"/"] {
         let Ok(node) = volume.find(folder) else { continue };
@@ -77,9 +86,10 @@ fn path(folder: &[u8], parts: &[&[u8]]) -> Result<Text<192>> {
     Ok(path)
 }
 
-/// /etc/kernel/cmdline, where kernel-install has it, else that the root is this file system.
-fn options(volume: &Volume, scratch: &mut [u8]) -> Result<Text<1024>> {
+/// The /etc/kernel/cmdline of the root, where kernel-install has it, else that the root is this file system.
+fn options(root: Option<&Volume>, scratch: &mut [u8]) -> Result<Text<1024>> {
     let mut options = Text::EMPTY;
+    let Some(volume) = root else { return Ok(options) };
     if let Ok(text) = volume.read_file(b"/etc/kernel/cmdline", scratch) {
         text.split(u8::is_ascii_whitespace).try_for_each(|word| options.push_word(word))?;
     }

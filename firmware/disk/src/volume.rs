@@ -111,9 +111,9 @@ impl<'d> Volume<'d> {
 
     /// How it is called.
     pub fn kind(&self) -> &'static str {
-        match self.format {
+        match &self.format {
             Format::Fat(_) => "FAT",
-            Format::Ext4(_) => "ext4",
+            Format::Ext4(ext4) => ext4.kind(),
         }
     }
 

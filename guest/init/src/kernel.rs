@@ -56,6 +56,11 @@ pub fn take_signals() -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// Blocks every signal that can be blocked, but SIGHUP.
+pub fn block_all_but_hangup() -> Result<(), Errno> {
+    set_signal_mask(!(1 << (Signal::HUP.as_raw() - 1)))
+}
+
 fn set_signal_mask(mask: u64) -> Result<(), Errno> {
     const SIG_SETMASK: usize = 2;
     // SAFETY: `mask` is a valid set of SIGSET_SIZE bytes, and lives over the call; the old one is not asked for.

@@ -1,10 +1,11 @@
 //! Starts the ordered command, or a shell, in a session of its own with the console as its controlling terminal.
 
-use crate::console::{complain, stdio};
+use crate::console::{complain, drain, stdio};
 use crate::kernel;
 use crate::mounts::Text;
+use crate::watch::exit_code;
 use core::ffi::CStr;
-use rustix::process::Pid;
+use rustix::process::{Pid, WaitOptions, wait};
 
 /// What a shell returns when it cannot find the program.
 const NOT_FOUND: u8 = 127;
@@ -18,15 +19,34 @@ const VARIABLES: usize = 40;
 
 /// Runs `command` by `/bin/sh -c`, or an interactive shell; `None` if no process could be made.
 ///
+/// When the leader of a session ends, the kernel drops what its terminal has not sent yet, and a serial port
+/// takes its time. So the leader, whose process is told, is one that waits for the command, and for the last of
+/// its output. It is deaf to signals that are for the command, but for the one that ends the session.
+///
 /// # Safety
 /// As for [`crate::run`].
 pub unsafe fn start(command: Option<&[u8]>, environment: *const *const u8) -> Option<Pid> {
     let child = || {
         let _ = rustix::process::setsid();
         let _ = rustix::process::ioctl_tiocsctty(stdio(0));
-        // SAFETY: the caller's contract.
-        unsafe { execute(command, environment) };
-        NOT_FOUND
+        let _ = kernel::block_all_but_hangup();
+        let command = || {
+            // SAFETY: the caller's contract.
+            unsafe { execute(command, environment) };
+            NOT_FOUND
+        };
+        // SAFETY: one thread, by contract.
+        let Ok(pid) = (unsafe { kernel::fork(command) }) else { return NOT_FOUND };
+        loop {
+            match wait(WaitOptions::empty()) {
+                Ok(Some((ended, status))) if ended == pid => {
+                    drain();
+                    return exit_code(status) as u8;
+                }
+                Ok(_) => {}
+                Err(_) => return NOT_FOUND,
+            }
+        }
     };
     // SAFETY: one thread, by contract.
     unsafe { kernel::fork(child) }.inspect_err(|&error| complain(b"make", b"a process", error)).ok()

@@ -6,6 +6,7 @@
 //! writes nothing outside guest RAM and allocates no more than a few KiB. Knows nothing of KVM's ioctls or devices.
 
 pub mod cmdline;
+pub mod console;
 mod elf;
 mod error;
 pub mod firmware;

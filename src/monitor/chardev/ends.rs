@@ -35,6 +35,11 @@ impl Ends {
         Ok(end)
     }
 
+    /// The end for `role`, if it is open.
+    pub fn get_open(&self, role: &str) -> Option<Endpoint> {
+        self.open.iter().find(|(name, _)| name == role).map(|(_, end)| end.clone())
+    }
+
     /// Gives `role` an end that is open already, whatever the configuration will say.
     pub fn put(&mut self, role: &str, end: Endpoint) {
         self.open.push((role.to_owned(), end));

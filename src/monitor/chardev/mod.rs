@@ -158,6 +158,17 @@ struct Shared {
     host: Box<dyn Host>,
     poll: Poll,
     tail: Tail,
+    /// See [`Endpoint::openers`].
+    openers: u32,
+    next_is_new: bool,
+}
+
+impl Shared {
+    fn opened(&mut self) {
+        if std::mem::take(&mut self.next_is_new) {
+            self.openers = self.openers.saturating_add(1);
+        }
+    }
 }
 
 /// A host end: a byte stream each way. Clones are the same end; it lasts as long as one of them.
@@ -218,11 +229,8 @@ impl Endpoint {
     fn new(host: Box<dyn Host>, text: &str) -> io::Result<Self> {
         let poll = Poll::new()?;
         let fd = Arc::new(poll.try_clone_fd()?);
-        let endpoint = Self {
-            shared: Arc::new(Mutex::new(Shared { host, poll, tail: Tail::default() })),
-            fd,
-            text: text.into(),
-        };
+        let shared = Shared { host, poll, tail: Tail::default(), openers: 0, next_is_new: true };
+        let endpoint = Self { shared: Arc::new(Mutex::new(shared)), fd, text: text.into() };
         endpoint.want(Interest::default());
         Ok(endpoint)
     }
@@ -242,6 +250,9 @@ impl Endpoint {
     /// nobody will ever read (a closed pipe, `off`) is taken and vanishes.
     pub fn write(&self, data: &[u8]) -> usize {
         let shared = &mut *lock(&self.shared);
+        if !data.is_empty() {
+            shared.opened();
+        }
         let taken = shared.host.write(data);
         shared.tail.push(&data[..taken.min(data.len())]);
         taken
@@ -255,6 +266,21 @@ impl Endpoint {
     /// Forgets the output so far: what [`Endpoint::tail`] gives comes after this.
     pub fn forget(&self) {
         lock(&self.shared).tail = Tail::default();
+    }
+
+    /// Tells that the device has been reset or set up: who opens it next is another one.
+    pub fn set_up_anew(&self) {
+        lock(&self.shared).next_is_new = true;
+    }
+
+    /// Tells that a driver uses the device. So does whoever writes to it.
+    pub fn opened(&self) {
+        lock(&self.shared).opened();
+    }
+
+    /// How many have used the device, one after the other: a boot program, then a kernel.
+    pub fn openers(&self) -> u32 {
+        lock(&self.shared).openers
     }
 
     /// Says what to wait for. Due after every use, because use changes what there is to wait for.

@@ -199,7 +199,7 @@ impl Default for Cpus {
     }
 }
 
-/// A disk: `path=FILE[,readonly][,serial=TEXT][,block-size=512|4096]`.
+/// A disk: `path=FILE[,readonly][,format=raw][,serial=TEXT][,block-size=512|4096]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Disk {
@@ -209,12 +209,24 @@ pub struct Disk {
     /// Refuse writes.
     #[serde(default, deserialize_with = "text::flag")]
     pub readonly: bool,
+    /// What the image is. Absent: a raw one, if nothing in it says otherwise.
+    #[serde(default)]
+    pub format: Option<ImageFormat>,
     /// What the guest reads as the disk's serial number: at most 20 bytes.
     #[serde(default)]
     pub serial: Option<String>,
     /// Logical block size. Absent: 512.
     #[serde(default)]
     pub block_size: Option<Size>,
+}
+
+/// A disk image's format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// Byte for byte what the guest sees, also where that begins like another format: a guest can write what
+    /// it likes.
+    Raw,
 }
 
 /// Where hvc0 goes. Absent: the monitor's own stdin and stdout, unless the serial port took them.

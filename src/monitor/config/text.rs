@@ -461,9 +461,10 @@ mod tests {
         let memory: Memory = "1G,hugepages=2M,prefault,backing=anonymous".parse().unwrap();
         assert_eq!((memory.hugepages, memory.prefault), (Some(HugePages::TwoMiB), true));
         assert_eq!(memory.backing, Backing::Anonymous);
-        let disk: Disk = "path=/a b,readonly,block-size=4096".parse().unwrap();
+        let disk: Disk = "path=/a b,readonly,block-size=4096,format=raw".parse().unwrap();
         let json = r#"{"mem": "1G,hugepages=2M,prefault,backing=anonymous", "cpus": 2, "serial": "file=/x",
-            "disk": ["path=/a b,readonly,block-size=4096", {"path": "/a b", "readonly": true, "block-size": 4096}],
+            "disk": ["path=/a b,readonly,block-size=4096,format=raw",
+                {"path": "/a b", "readonly": true, "block-size": 4096, "format": "raw"}],
             "port": ["log=file=/l"], "console": "pty"}"#;
         let config: VmConfig = serde_json::from_str(json).unwrap();
         assert_eq!(config.mem, memory);
@@ -556,9 +557,12 @@ mod tests {
 
     #[test]
     fn errors_name_the_key() {
-        for (text, word) in
-            [("path=a,raedonly", "raedonly"), ("path=a,path=b", "duplicate"), ("a,readonly=yes", "yes")]
-        {
+        for (text, word) in [
+            ("path=a,raedonly", "raedonly"),
+            ("a,format=qcow2", "qcow2"),
+            ("path=a,path=b", "duplicate"),
+            ("a,readonly=yes", "yes"),
+        ] {
             let error = text.parse::<Disk>().unwrap_err().to_string();
             assert!(error.contains(word), "{text}: {error}");
         }

@@ -2,6 +2,7 @@
 //!
 //! A back end (raw file, later image formats and faster engines) implements [`Disk`]; virtio-blk is one front end.
 
+mod foreign;
 mod raw;
 
 use std::io;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use crate::config::host_path::quoted;
 use crate::memory::Buffers;
 
+pub use foreign::Foreign;
 pub use raw::Raw;
 
 /// Why a disk could not be opened.
@@ -36,6 +38,14 @@ pub enum Error {
     NotAnImage {
         /// The image.
         path: PathBuf,
+    },
+    /// It is no raw image.
+    #[error("disk image {path} is {name}, not a raw image", path = path.display(), name = format.name)]
+    Foreign {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        format: Foreign,
     },
     /// Its size is not that of a disk.
     #[error("disk image {path} has {size} bytes, not a whole number of {block_size}-byte blocks", path = path.display())]
@@ -81,6 +91,12 @@ impl Error {
                 )
             }
             Self::NotAnImage { .. } => "use a raw disk image or a block device".to_owned(),
+            Self::Foreign { path, format } => {
+                let command = format.command(path);
+                format!(
+                    "convert it: {command}; if it is a raw disk that only looks like that, add ,format=raw"
+                )
+            }
             Self::Size { path, size, block_size } => {
                 let round = size.next_multiple_of(u64::from(*block_size)).max(1 << 20);
                 format!("if it is a raw image, grow it: truncate -s {round} {}", quoted(path))

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, FlockOperation};
 
-use super::{Disk, Error, Info, Io};
+use super::{Disk, Error, Foreign, Info, Io};
 use crate::config;
 use crate::event_loop::Event;
 use crate::memory::Buffers;
@@ -90,6 +90,9 @@ impl Raw {
             return Err(Error::BlockSize { path: path.clone(), block_size, native });
         }
         let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
+        if let (None, Some(format)) = (config.format, Foreign::find(&file, size)) {
+            return Err(Error::Foreign { path: path.clone(), format });
+        }
         if size == 0 || !size.is_multiple_of(u64::from(block_size)) {
             return Err(Error::Size { path: path.clone(), size, block_size });
         }
@@ -502,7 +505,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        let config = config::Disk { path, readonly: false, serial: None, block_size: None };
+        let config = config::Disk { path, readonly: false, format: None, serial: None, block_size: None };
         let mut raw = Raw::open(&config).unwrap();
         Arc::get_mut(&mut raw.shared).unwrap().image.sync = |file| {
             thread::sleep(Duration::from_millis(50));

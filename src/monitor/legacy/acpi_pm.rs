@@ -28,6 +28,11 @@ pub const RESET_VALUE: u8 = 1;
 pub const EVENT: u64 = 4;
 /// Event: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1;
+/// Offset of a register that ACPI knows nothing of: what boots a disk writes [`GAVE_UP`] to it when it finds
+/// nothing to boot.
+pub const BOOT: u64 = 5;
+/// See [`BOOT`].
+pub const GAVE_UP: u8 = 1;
 /// SLP_TYPx of S5, soft off.
 pub const SLEEP_TYPE_S5: u8 = 5;
 
@@ -81,6 +86,7 @@ impl Device for AcpiPm {
                     guest_warn!("wants sleep type {}, which its tables do not have", (byte >> 2) & 7);
                 }
                 RESET if *byte == RESET_VALUE => return Effect::Reset,
+                BOOT if *byte == GAVE_UP => return Effect::NothingToBoot,
                 _ => {}
             }
         }
@@ -135,6 +141,8 @@ mod tests {
     fn the_reset_register_takes_its_value_only() {
         let (mut device, _) = device();
         assert_eq!(device.write(RESET, &[RESET_VALUE]), Effect::Reset);
+        assert_eq!(device.write(BOOT, &[0]), Effect::None);
+        assert_eq!(device.write(BOOT, &[GAVE_UP]), Effect::NothingToBoot);
         assert_eq!(device.write(RESET, &[0]), Effect::None);
         assert_eq!(device.write(SLEEP_CONTROL, &[0, 0, RESET_VALUE, 0]), Effect::Reset, "one wide access");
     }

@@ -22,8 +22,12 @@ use crate::state::{StateError, Stateful};
 use crate::vm::Interrupt;
 
 const IER: u8 = 1;
+const LCR: u8 = 3;
 const MCR: u8 = 4;
 const LSR: u8 = 5;
+/// Interrupt enable: received data; all that there are.
+const IER_RECEIVE: u8 = 1;
+const IER_ALL: u8 = 0xf;
 /// Line status: room for output; all output gone.
 const LSR_THRE: u8 = 0x20;
 const LSR_TEMT: u8 = 0x40;
@@ -214,6 +218,16 @@ impl Device for SerialPort {
             // The only errors there are come from the output, which makes none, and from the interrupt's infallible
             // trigger.
             let _ = inner.uart.write(offset, *byte);
+            // A driver writes the line control register before anything else, a program that only prints never.
+            // Who wants input has opened the port; all interrupts at once are how a driver looks for the register.
+            let wants_input = byte & IER_RECEIVE != 0 && byte & IER_ALL != IER_ALL;
+            match offset {
+                LCR => inner.output().endpoint.set_up_anew(),
+                IER if wants_input && inner.uart.state().line_control & LCR_DLAB == 0 => {
+                    inner.output().endpoint.opened();
+                }
+                _ => {}
+            }
             if offset == MCR || idle != inner.output().kept.is_empty() {
                 inner.wait();
             }
@@ -365,6 +379,33 @@ mod tests {
         let mut wide = [0xff; 2];
         port.read(5, &mut wide);
         assert_eq!((wide, read(&mut port, 8)), ([0xff; 2], 0xff));
+    }
+
+    #[test]
+    fn who_speaks_or_wants_input_has_opened_the_port_and_who_looks_for_it_has_not() {
+        let (mut port, _theirs, _) = port();
+        let openers = |port: &SerialPort| port.endpoint.openers();
+        for (offset, byte, count) in [
+            // A driver that finds the port and has no use for it.
+            (LCR, 3, 0),
+            (IER, 0, 0),
+            (IER, 0xf, 0),
+            (IER, 0, 0),
+            // A boot program, which only speaks.
+            (0, b'a', 1),
+            (0, b'b', 1),
+            // A kernel, quiet; and one that is not.
+            (LCR, 3 | LCR_DLAB, 1),
+            (IER, 1, 1),
+            (LCR, 3, 1),
+            (IER, 5, 2),
+            (0, b'c', 2),
+            (LCR, 3, 2),
+            (0, b'd', 3),
+        ] {
+            port.write(offset.into(), &[byte]);
+            assert_eq!(openers(&port), count, "{offset} {byte:#x}");
+        }
     }
 
     #[test]

@@ -220,7 +220,8 @@ fn build(
             Escape::PowerButton => handle.power_button(),
         }
     });
-    Ok(Machine { shared, fw_cfg, vcpus, events: ended, built: start, last_words: ends.last_words(), vm })
+    let last_words = ends.last_words();
+    Ok(Machine { shared, fw_cfg, vcpus, events: ended, built: start, last_words, later: None, vm })
 }
 
 impl Machine {

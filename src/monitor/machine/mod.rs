@@ -6,6 +6,7 @@ mod build;
 mod debug;
 mod inventory;
 mod origin;
+pub mod outputs;
 mod panic;
 #[cfg(test)]
 mod tests;
@@ -138,6 +139,8 @@ pub enum Outcome {
     Reset,
     /// The guest ended the run with this status.
     Exit(u8),
+    /// No disk has anything that can be booted. The guest's console has said what there is.
+    NothingToBoot,
     /// The guest crashed; a report for a person.
     Crash(String),
     /// The guest's kernel panicked; a report for a person.
@@ -242,6 +245,8 @@ pub struct Machine {
     events: Receiver<Event>,
     built: Instant,
     last_words: LastWords,
+    /// See [`Machine::later`].
+    later: Option<(Duration, Box<dyn FnOnce() + Send>)>,
     /// Dropped last: closing the VM's descriptor is what frees the guest.
     vm: Arc<kvm::Vm>,
 }
@@ -315,13 +320,15 @@ impl Machine {
     }
 
     /// The end of the run; till then this is the thread on which devices get theirs.
-    fn wait(&self, meanwhile: &mut dyn FnMut()) -> Event {
-        let long = Instant::now() + SHORT;
+    fn wait(&mut self, meanwhile: &mut dyn FnMut()) -> Event {
+        let begun = Instant::now();
+        let mut later = self.later.take();
         let mut is_long = false;
         loop {
-            let event = match is_long {
-                true => self.events.recv().map_err(RecvTimeoutError::from),
-                false => self.events.recv_timeout(long.saturating_duration_since(Instant::now())),
+            let after = if is_long { later.as_ref().map(|(after, _)| *after) } else { Some(SHORT) };
+            let event = match after {
+                None => self.events.recv().map_err(RecvTimeoutError::from),
+                Some(after) => self.events.recv_timeout(after.saturating_sub(begun.elapsed())),
             };
             match event {
                 Ok(Event::Serve) => self.serve_devices(),
@@ -334,6 +341,11 @@ impl Machine {
                     self.hold_after_panic(vcpu);
                 }
                 Ok(end) => return end,
+                Err(RecvTimeoutError::Timeout) if is_long => {
+                    if let Some((_, act)) = later.take() {
+                        act();
+                    }
+                }
                 Err(RecvTimeoutError::Timeout) => {
                     is_long = true;
                     meanwhile();
@@ -355,6 +367,12 @@ impl Machine {
         }
     }
 
+    /// Has [`Machine::run`] call `act` if the run lasts longer than `after`: on its own thread, which waits
+    /// for the end.
+    pub fn later(&mut self, after: Duration, act: impl FnOnce() + Send + 'static) {
+        self.later = Some((after, Box::new(act)));
+    }
+
     /// Gives everything back after the run, without waiting for KVM to take the VM apart: for a process that is about to end.
     pub fn leave(self) {
         if self.built.elapsed() < YOUNG
@@ -374,6 +392,7 @@ fn outcome(event: Event, words: &LastWords) -> Result<Outcome, Error> {
         End::Reset => Outcome::Reset,
         End::Panic => Outcome::Panic(panic::report(words)),
         End::Exit(status) => Outcome::Exit(status),
+        End::NothingToBoot => Outcome::NothingToBoot,
         End::TripleFault => Outcome::Crash(report),
         End::Stuck(_) => Outcome::InternalError(report),
     })

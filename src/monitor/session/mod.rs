@@ -37,14 +37,24 @@ pub enum Error {
 
 /// Sees each machine of a session: the first, and those that reboots make.
 pub trait Observer {
-    /// `machine` is loaded and runs next; `ptys` lead into it.
+    /// A machine is loaded and runs next.
     ///
     /// # Errors
     /// The machine is not run, and the session is over.
-    fn built(&mut self, machine: &Machine, ptys: &[Pty]) -> Result<(), Box<dyn error::Error + Send + Sync>>;
+    fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn error::Error + Send + Sync>>;
 
     /// Its run is over.
     fn ended(&mut self, end: &End<'_>);
+}
+
+/// One machine of a session, before it runs.
+pub struct Built<'a> {
+    /// It.
+    pub machine: &'a mut Machine,
+    /// What leads into it.
+    pub ptys: &'a [Pty],
+    /// The host ends of its consoles.
+    pub ends: &'a Ends,
 }
 
 /// The end of one machine of a session.
@@ -158,8 +168,9 @@ impl<'a> Session<'a> {
         loop {
             let mut machine = machine::load(self.config, &mut self.ends, &self.recorder)?;
             let ptys = self.ptys();
+            let mut built = Built { machine: &mut machine, ptys: &ptys, ends: &self.ends };
             for observer in &mut *observers {
-                observer.built(&machine, &ptys).map_err(Error::Observer)?;
+                observer.built(&mut built).map_err(Error::Observer)?;
             }
             let running = self.controlled.as_ref().map(|controlled| controlled.running.clone());
             if let Some(running) = &running {

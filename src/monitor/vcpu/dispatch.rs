@@ -77,6 +77,8 @@ pub enum End {
     Exit(u8),
     /// The guest's kernel panicked, and said so: by pvpanic, or as Hyper-V's guests do.
     Panic,
+    /// The program that boots a disk found nothing to boot.
+    NothingToBoot,
     /// The guest's processor went into shutdown: a triple fault.
     TripleFault,
     /// KVM cannot go on.
@@ -183,6 +185,7 @@ fn after(effect: Effect, buses: &Buses) -> Next {
         Effect::Shutdown => Next::End(End::Shutdown),
         Effect::Exit(code) => Next::End(End::Exit(code)),
         Effect::Panic => Next::End(End::Panic),
+        Effect::NothingToBoot => Next::End(End::NothingToBoot),
     }
 }
 

@@ -18,7 +18,7 @@ pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<S
     let mut bytes = None;
     let id = vcpu.id();
     let line = match end {
-        Ok(End::Shutdown | End::Reset | End::Exit(_) | End::Panic) => return None,
+        Ok(End::Shutdown | End::Reset | End::Exit(_) | End::Panic | End::NothingToBoot) => return None,
         Ok(End::TripleFault) => format!(
             "vcpu{id}: triple fault: an exception while delivering a double fault, most often because the guest has no \
              valid IDT or stack yet; to see its early output: `serial=stdio` `cmdline='console=ttyS0 earlyprintk=serial'`"

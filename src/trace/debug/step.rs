@@ -14,12 +14,11 @@ use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 
 use super::view::View;
 use crate::symbols::Symbols;
-use vmm_monitor::api::Pty;
 use vmm_monitor::kvm::debug::{Access, BREAKPOINTS, Breakpoint, GuestDebug};
 use vmm_monitor::kvm::{self, Vcpu};
-use vmm_monitor::machine::{self, AlreadyEnded, Debug, Machine};
+use vmm_monitor::machine::{self, AlreadyEnded, Debug};
 use vmm_monitor::memory::GuestRam;
-use vmm_monitor::session::{End, Observer};
+use vmm_monitor::session::{Built, End, Observer};
 use vmm_monitor::vcpu::Stop;
 
 /// Where Linux maps its image, less where it lies in physical memory (Documentation/arch/x86/x86_64/mm.rst). Before the guest
@@ -72,7 +71,8 @@ impl Steps {
 }
 
 impl Observer for Steps {
-    fn built(&mut self, machine: &Machine, _: &[Pty]) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let machine = &*built.machine;
         let (events, received) = channel();
         let stopped = events.clone();
         let debug = machine.debug(move |stop| _ = stopped.send(Event::Stopped(stop)))?;

@@ -11,13 +11,12 @@ use std::time::Duration;
 use super::{Error, Host, Lab};
 use crate::file::Trace;
 use crate::recorded::Recorded;
-use vmm_monitor::api::Pty;
 use vmm_monitor::chardev::Endpoint;
 use vmm_monitor::config::{Console, Size, VmConfig, Where};
-use vmm_monitor::machine::{Handle, Machine, Outcome};
+use vmm_monitor::machine::{Handle, Outcome};
 use vmm_monitor::memory::layout;
 use vmm_monitor::recorder::{Recorder, clock};
-use vmm_monitor::session::{End, Observer, Session};
+use vmm_monitor::session::{Built, End, Observer, Session};
 
 /// From the guest's byte to the power button: it is to be asleep by then.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -102,7 +101,8 @@ struct HostPart<'a> {
 }
 
 impl Observer for HostPart<'_> {
-    fn built(&mut self, machine: &Machine, _: &[Pty]) -> Result<(), Box<dyn error::Error + Send + Sync>> {
+    fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn error::Error + Send + Sync>> {
+        let machine = &*built.machine;
         let handle = machine.handle();
         if self.lab.host == Host::FetchesDirtyLog {
             handle.log_dirty(true)?;

@@ -20,12 +20,11 @@ use super::super::rivals::Setting;
 use bare::Bare;
 use guest::Kind;
 use seen::Seen;
-use vmm_monitor::api::Pty;
 use vmm_monitor::chardev::Endpoint;
 use vmm_monitor::config::{Console, Size, VmConfig, Where};
-use vmm_monitor::machine::{Handle, Machine, Outcome};
+use vmm_monitor::machine::{Handle, Outcome};
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::session::{End, Observer, Session};
+use vmm_monitor::session::{Built, End, Observer, Session};
 
 /// Nothing that works takes longer, also where the KVM is emulated.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -278,10 +277,10 @@ impl RoundTrip {
         let run = move || {
             let recorder = Arc::<Recorder>::default();
             let mut seen = Seen::by(who, &config, recorder.clone());
-            let mut built = Built(tell);
+            let mut herald = Herald(tell);
             let ran = Session::private(&config, recorder).map_err(text).and_then(|mut session| {
                 session.put("serial", end);
-                session.run(&mut [&mut seen, &mut built]).map_err(text)
+                session.run(&mut [&mut seen, &mut herald]).map_err(text)
             });
             let end = match ran {
                 Ok(Outcome::Crash(report) | Outcome::InternalError(report)) => brief(&report),
@@ -326,14 +325,11 @@ impl RoundTrip {
 }
 
 /// Gives a machine's handle to another thread.
-struct Built(Sender<Handle>);
+struct Herald(Sender<Handle>);
 
-impl Observer for Built {
-    fn built(
-        &mut self,
-        machine: &Machine,
-        _: &[Pty],
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+impl Observer for Herald {
+    fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let machine = &*built.machine;
         Ok(self.0.send(machine.handle())?)
     }
 

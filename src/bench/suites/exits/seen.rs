@@ -8,11 +8,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::{Who, text};
-use vmm_monitor::api::Pty;
 use vmm_monitor::config::VmConfig;
-use vmm_monitor::machine::Machine;
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::session::{End, Observer};
+use vmm_monitor::session::{Built, End, Observer};
 use vmm_trace::kernel::KernelExits;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
@@ -59,10 +57,11 @@ impl<'a> Seen<'a> {
 }
 
 impl Observer for Seen<'_> {
-    fn built(&mut self, machine: &Machine, ptys: &[Pty]) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let machine = &*built.machine;
         match self {
             Self::Nobodys => {}
-            Self::Recorded(recorded, _) => recorded.built(machine, ptys)?,
+            Self::Recorded(recorded, _) => recorded.built(built)?,
             Self::Watched(live, asks) => {
                 let handle = machine.handle();
                 let viewer = live.attach(Some(&handle))?;

@@ -244,6 +244,7 @@ impl VirtioDevice for Console {
     fn start(&mut self) {
         self.running = true;
         self.measure_due = true;
+        self.ports[0].endpoint.opened();
     }
 
     fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
@@ -298,6 +299,7 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         self.ports.iter_mut().for_each(Port::reset);
+        self.ports[0].endpoint.set_up_anew();
         self.settle.stop();
         self.multiport = false;
         self.running = false;

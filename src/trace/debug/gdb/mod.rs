@@ -22,9 +22,8 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use place::Door;
 use session::{Event, Session};
-use vmm_monitor::api::Pty;
-use vmm_monitor::machine::{self, Machine, Outcome};
-use vmm_monitor::session::{End, Observer};
+use vmm_monitor::machine::{self, Outcome};
+use vmm_monitor::session::{Built, End, Observer};
 
 pub use place::{Error, Place};
 
@@ -98,11 +97,8 @@ fn tell(events: &Sender<Event>, wake: &OwnedFd, event: Event) {
 }
 
 impl Observer for Server {
-    fn built(
-        &mut self,
-        machine: &Machine,
-        _: &[Pty],
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let machine = &*built.machine;
         let (events, wake) = (self.events.clone(), self.wake.clone());
         let debug = machine.debug(move |stop| tell(&events, &wake, Event::Stopped(stop)))?;
         self.tell(Event::Machine(debug));

@@ -1,0 +1,87 @@
+//! Image formats that are not raw, by their marks: to be refused, and never to be interpreted. A guest can
+//! write any of these into the first sector of a raw disk; whoever says that a disk is raw is believed.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// What an image is, where it is not raw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Foreign {
+    /// Its name.
+    pub name: &'static str,
+    how: How,
+}
+
+/// How a raw image is made of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// qemu-img knows it.
+    Convert,
+    /// It is compressed: the command that unpacks and keeps what was packed.
+    Unpack(&'static str),
+}
+
+/// Offset of a mark (counted from the end if negative), the mark, and what has it.
+const MARKS: [(i64, &[u8], Foreign); 20] = [
+    (0, b"QFI\xfb", convert("qcow2")),
+    (0, b"QED\0", convert("qed")),
+    (0, b"KDMV", convert("vmdk")),
+    (0, b"COWD", convert("vmdk")),
+    (0, b"# Disk DescriptorFile", convert("vmdk")),
+    (0, b"vhdxfile", convert("vhdx")),
+    (0, b"conectix", convert("vhd")),
+    (-512, b"conectix", convert("vhd")),
+    (0x40, b"\x7f\x10\xda\xbe", convert("vdi")),
+    (0, b"WithoutFreeSpace", convert("parallels")),
+    (0, b"WithouFreSpacExt", convert("parallels")),
+    (-512, b"koly", convert("dmg")),
+    (0, b"\x1f\x8b\x08", unpack("gzip", "gzip -dk")),
+    (0, b"\xfd7zXZ\0", unpack("xz", "xz -dk")),
+    (0, b"\x28\xb5\x2f\xfd", unpack("zstd", "zstd -d")),
+    (4, b"1AY&SY", unpack("bzip2", "bzip2 -dk")),
+    (0, b"\x04\x22\x4d\x18", unpack("lz4", "lz4 -dk")),
+    (0, b"7z\xbc\xaf\x27\x1c", unpack("a 7z archive", "7z x")),
+    (0, b"PK\x03\x04", unpack("a zip archive", "unzip")),
+    (257, b"ustar", unpack("a tar archive", "tar -xvf")),
+];
+
+const fn convert(name: &'static str) -> Foreign {
+    Foreign { name, how: How::Convert }
+}
+
+const fn unpack(name: &'static str, command: &'static str) -> Foreign {
+    Foreign { name, how: How::Unpack(command) }
+}
+
+impl Foreign {
+    /// Looks for a mark in an image of `size` bytes. None: it may be raw, or cannot be read, which its user
+    /// will hear.
+    pub fn find(image: &File, size: u64) -> Option<Self> {
+        let is = |(offset, mark, _): &&(i64, &[u8], Self)| {
+            let mut bytes = [0; 24];
+            let at = if *offset < 0 { size.checked_add_signed(*offset) } else { Some(offset.unsigned_abs()) };
+            at.is_some_and(|at| {
+                let bytes = &mut bytes[..mark.len()];
+                image.read_exact_at(bytes, at).is_ok() && bytes == *mark
+            })
+        };
+        MARKS.iter().find(is).map(|(_, _, found)| *found)
+    }
+
+    /// What makes it raw, to be pasted into a shell.
+    pub fn command(&self, path: &Path) -> String {
+        let path = path.display().to_string();
+        let plain = |c: char| c.is_ascii_alphanumeric() || "/._+-".contains(c);
+        let quoted = |path: &str| match path.chars().all(plain) {
+            true => path.to_owned(),
+            false => format!("'{}'", path.replace('\'', r"'\''")),
+        };
+        match self.how {
+            How::Convert => {
+                format!("qemu-img convert -O raw {} {}", quoted(&path), quoted(&format!("{path}.raw")))
+            }
+            How::Unpack(command) => format!("{command} {}", quoted(&path)),
+        }
+    }
+}
