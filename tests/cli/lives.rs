@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -307,7 +308,11 @@ fn a_console_that_nobody_opens_is_told() {
     let mut silent = silent.map(|arguments| Running(Some(place.command(arguments).spawn().unwrap())));
     for (guest, word) in silent.iter_mut().zip(["(hvc0)", "(ttyS0)"]) {
         let stderr = guest.0.as_mut().unwrap().stderr.take().unwrap();
-        let lines: Vec<_> = BufReader::new(stderr).lines().take(2).map(Result::unwrap).collect();
+        let (send, lines) = channel();
+        thread::spawn(move || {
+            send.send(BufReader::new(stderr).lines().take(2).flatten().collect::<Vec<_>>())
+        });
+        let lines = lines.recv_timeout(PATIENCE).expect("nothing is told");
         assert!(lines[0].contains("nobody in the guest") && lines[0].contains(word), "{lines:?}");
         assert!(lines[1].starts_with("hint: ") && lines[1].contains("console="), "{lines:?}");
     }
