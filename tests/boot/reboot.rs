@@ -1,5 +1,6 @@
-//! Every way in which Linux resets a machine, on our kernel and on Debian's: what the monitor sees of it, and that the machine starts again
-//! in the monitor's hands. One monitor goes through all ways: its guest takes the next at each boot, and keeps count on a disk.
+//! Every way in which Linux resets a machine, on our kernel and on Debian's: what the monitor sees of it, and
+//! that the machine starts again in the monitor's hands. One monitor goes through all ways: its guest takes
+//! the next at each boot, and keeps count on a disk.
 //!
 //! `make reboots` runs all of it and prints the table; some ways on two kernels run with every `make test`.
 
@@ -9,9 +10,11 @@ use std::process::{Command, Stdio};
 
 use crate::guest::{Guest, available, bundle};
 
-/// A way to end a boot, what the monitor says of it on Debian's kernels, and on ours, which has no EFI, no SysRq, no kexec and no modules.
+/// A way to end a boot, what the monitor says of it on Debian's kernels, and on ours, which has no EFI, no
+/// SysRq, no kexec and no modules.
 const WAYS: [(&str, &str, Option<&str>); 14] = [
-    // Hardware-reduced ACPI: a kernel with CONFIG_EFI looks for EFI's reset first, and without EFI jumps to the BIOS.
+    // Hardware-reduced ACPI: a kernel with CONFIG_EFI looks for EFI's reset first, and without EFI jumps to
+    // the BIOS.
     ("default", I8042, Some(ACPI)),
     ("efi", I8042, Some(I8042)),
     ("bios", I8042, Some(I8042)),
@@ -138,7 +141,8 @@ fn expected(kernel: &str, way: &str) -> &'static str {
     if kernel == "tuned" { ours.unwrap() } else { debians }
 }
 
-/// All ways of `kernel`, entered directly; started by firmware, those that reach what firmware has a part in, and the plain ones.
+/// All ways of `kernel`, entered directly; started by firmware, those that reach what firmware has a part in,
+/// and the plain ones.
 fn whole(kernel: &str) {
     if !available(&format!("reboots of {kernel}")) {
         return;
@@ -164,7 +168,8 @@ fn debians_kernel_resets_by_default_in_an_emergency_and_after_a_panic() {
     }
 }
 
-/// No initrd and no disk, as by an oversight; nothing else is said, so that the console is the virtio one and the panic restarts.
+/// No initrd and no disk, as by an oversight; nothing else is said, so that the console is the virtio one and
+/// the panic restarts.
 #[test]
 fn a_kernel_without_a_root_panics_and_the_message_says_why() {
     if !available("a panic") {
