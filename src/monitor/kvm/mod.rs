@@ -8,6 +8,7 @@ pub mod debug;
 pub mod exit;
 mod hyperv;
 mod linger;
+mod look;
 pub mod regs;
 mod routes;
 mod stats;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Cap;
 
+pub use look::VcpuState;
 pub use stats::Counters;
 pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;
