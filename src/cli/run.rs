@@ -95,7 +95,10 @@ pub fn live(
         observers.push(debugger);
     }
     let outcome = session.run(&mut observers);
-    recorded.map_or(Ok(()), |recorded| recorded.finish(&|| session.interrupted()))?;
+    if let Some(recorded) = recorded {
+        session.linger()?;
+        recorded.finish(&|| session.interrupted())?;
+    }
     code(outcome?)
 }
 

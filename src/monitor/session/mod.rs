@@ -158,10 +158,18 @@ impl<'a> Session<'a> {
         if let Some(controlled) = &self.controlled {
             controlled.running.over();
         }
-        // What comes next may take its time, and can be ended meanwhile: Ctrl-C is a signal again.
+        // The terminal is given back: Ctrl-C is a signal again.
         self.ends = Ends::new(self.events.clone());
-        self.serve()?;
         result
+    }
+
+    /// For an owner with work after the run that may take its time: orders to end are heard meanwhile, and
+    /// [`Session::interrupted`] tells of them.
+    ///
+    /// # Errors
+    /// The host is out of threads.
+    pub fn linger(&mut self) -> Result<(), Error> {
+        self.serve()
     }
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
