@@ -1,7 +1,8 @@
 //! [`Session`]: a run of a machine from start to end, over its reboots.
 //!
-//! Owns what outlives a machine: the name and control socket, the signals, the host ends of its consoles, the recorder, the control
-//! thread. The command line, the labs, the bench and whatever else runs machines drive it; it knows none of them.
+//! Owns what outlives a machine: the name and control socket, the signals, the host ends of its consoles, its disks' images, the
+//! recorder, the control thread. The command line, the labs, the bench and whatever else runs machines drive it; it knows none of
+//! them.
 
 mod running;
 
@@ -15,6 +16,7 @@ use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty, Viewers};
 use crate::chardev::{Endpoint, Ends};
 use crate::config::{OnPanic, OnReboot, VmConfig};
+use crate::disk::Images;
 use crate::event_loop::EventLoop;
 use crate::machine::{self, Machine, Outcome};
 use crate::recorder::Recorder;
@@ -96,6 +98,7 @@ pub struct Session<'a> {
     // Dropped in this order: the name is free before anybody learns of the end, and all of them are handlers of the loop.
     controlled: Option<Controlled>,
     ends: Ends,
+    images: Images,
     events: EventLoop,
     /// How often it was told to end before its last machine ended.
     orders: u32,
@@ -109,7 +112,8 @@ impl<'a> Session<'a> {
     pub fn private(config: &'a VmConfig, recorder: Arc<Recorder>) -> Result<Self, Error> {
         let events = EventLoop::new().map_err(api::Error::Thread)?;
         let ends = Ends::new(events.clone());
-        Ok(Self { config, recorder, ends, controlled: None, events, orders: 0 })
+        let images = Images::default();
+        Ok(Self { config, recorder, ends, images, controlled: None, events, orders: 0 })
     }
 
     /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on.
@@ -160,13 +164,14 @@ impl<'a> Session<'a> {
         }
         // What comes next may take its time, and can be ended meanwhile: Ctrl-C is a signal again.
         self.ends = Ends::new(self.events.clone());
+        self.images = Images::default();
         self.serve()?;
         result
     }
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
         loop {
-            let mut machine = machine::load(self.config, &mut self.ends, &self.recorder)?;
+            let mut machine = machine::load(self.config, &mut self.ends, &mut self.images, &self.recorder)?;
             let ptys = self.ptys();
             let mut built = Built { machine: &mut machine, ptys: &ptys, ends: &self.ends };
             for observer in &mut *observers {
