@@ -24,6 +24,8 @@ const FALLOCATE: u32 = 43;
 
 /// Of an open file: no page cache, and no request when a descriptor is closed.
 const OPEN_FLAGS: u32 = 1 | 1 << 5;
+/// Seconds for which the kernel may keep what it was told.
+const VALID: u32 = 3600;
 /// How long a MiB takes to be given back.
 const MIB_TAKES: Duration = Duration::from_millis(20);
 
@@ -92,9 +94,9 @@ fn serve(mut device: &File, size: u64) -> Option<()> {
         FORGET | BATCH_FORGET | INTERRUPT => return Some(()),
         // Version 7.31; no feature; writes of 128 KiB.
         INIT => (0, words(&[7, 31, 1 << 17, 0, 0, 1 << 17, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0])),
-        // A node and its generation; names and attributes are valid for a second.
-        LOOKUP => (0, [words(&[2, 0, 0, 0, 1, 0, 1, 0, 0, 0]), attributes(2, size)].concat()),
-        GETATTR => (0, [words(&[1, 0, 0, 0]), attributes(node, size)].concat()),
+        // A node and its generation; names and attributes are valid for longer than any test runs.
+        LOOKUP => (0, [words(&[2, 0, 0, 0, VALID, 0, VALID, 0, 0, 0]), attributes(2, size)].concat()),
+        GETATTR => (0, [words(&[VALID, 0, 0, 0]), attributes(node, size)].concat()),
         OPEN => (0, words(&[0, 0, OPEN_FLAGS, 0])),
         READ => (0, vec![0; word(40 + 16) as usize]),
         RELEASE => (0, Vec::new()),

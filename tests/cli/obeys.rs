@@ -3,12 +3,14 @@
 //! One table: each situation in which a monitor was deaf once, by each order. A situation is set up anew for each order.
 
 use std::any::Any;
+use std::cell::OnceCell;
 use std::fmt::Debug;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +21,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Action, tcflow, tcgetattr};
 use serde_json::Value;
+use vmm_monitor::event_loop::EventLoop;
+use vmm_monitor::machine::Ends;
+use vmm_monitor::session;
+use vmm_monitor::threads::{self, Role};
 
 use crate::fuse::Fuse;
 use crate::images::*;
@@ -63,6 +69,8 @@ enum Situation {
     FullTerminal,
     /// Its output is stopped (Ctrl-S).
     StoppedTerminal,
+    /// The image is never opened.
+    HungStart,
     /// A request of the guest's is never answered.
     HungDisk,
     /// Two discards of 1 GiB take 20 s each.
@@ -73,7 +81,7 @@ enum Situation {
     Paused,
 }
 
-const SITUATIONS: [Situation; 12] = [
+const SITUATIONS: [Situation; 13] = [
     Situation::Stderr(""),
     Situation::Stderr("-vv"),
     Situation::Stderr("--serial pty"),
@@ -81,6 +89,7 @@ const SITUATIONS: [Situation; 12] = [
     Situation::SharedStdout,
     Situation::FullTerminal,
     Situation::StoppedTerminal,
+    Situation::HungStart,
     Situation::HungDisk,
     Situation::SlowDiscards,
     Situation::Search,
@@ -169,7 +178,7 @@ impl Scene {
                 held.push(Box::new(master));
                 command
             }
-            Situation::HungDisk | Situation::SlowDiscards => {
+            Situation::HungStart | Situation::HungDisk | Situation::SlowDiscards => {
                 let request = if situation == Situation::HungDisk { READ } else { DISCARD };
                 place.file("asks", pvh_kernel(&asks(request)));
                 fs::create_dir(place.path("mount")).unwrap();
@@ -179,6 +188,12 @@ impl Scene {
                         eprintln!("SKIPPED: {situation:?} needs /dev/fuse and CAP_SYS_ADMIN: {error}");
                         return None;
                     }
+                }
+                if situation == Situation::HungStart {
+                    // What is known of it need not be asked for again: opening it is the next request.
+                    fs::metadata(place.path("mount/disk")).unwrap();
+                    fs::metadata(place.path("mount")).unwrap();
+                    fuse.iter_mut().for_each(Fuse::stop);
                 }
                 command("--kernel asks --console off --serial socket=serial --disk mount/disk")
             }
@@ -210,6 +225,10 @@ impl Scene {
                     scene.wait_for("the discards", |scene| scene.has_thread("disk-io1"));
                 }
                 scene._held.push(Box::new(serial));
+                scene._held.push(Box::new(fuse));
+            }
+            Situation::HungStart => {
+                scene.await_state("starting");
                 scene._held.push(Box::new(fuse));
             }
             Situation::Search => {
@@ -274,9 +293,10 @@ impl Scene {
                     assert!(reason.contains("virtio-blk0 does not come to rest"), "{reason}");
                 }
                 if dead {
-                    assert!(reason.contains("ended") || reason.contains("stopped"), "{reason}");
+                    assert!(reason.contains("ended") || reason.contains("no virtual machine"), "{reason}");
                 } else {
-                    assert_eq!(self.status()["state"], if paused { "paused" } else { "running" });
+                    let runs = if self.situation == Situation::HungStart { "starting" } else { "running" };
+                    assert_eq!(self.status()["state"], if paused { "paused" } else { runs });
                 }
                 return self.obeys(Order::Kill);
             }
@@ -336,10 +356,9 @@ impl Scene {
 
     fn connect(&mut self, socket: &str) -> UnixStream {
         let path = self.place.path(socket);
-        self.wait_for(socket.to_owned(), |_| {
-            UnixStream::connect(&path).is_ok_and(|_| socket == "serial") || path.exists()
-        });
-        UnixStream::connect(&path).unwrap()
+        let stream = OnceCell::new();
+        self.wait_for(socket.to_owned(), |_| UnixStream::connect(&path).is_ok_and(|s| stream.set(s).is_ok()));
+        stream.into_inner().unwrap()
     }
 
     fn has_thread(&self, name: &str) -> bool {
@@ -550,4 +569,52 @@ fn a_disk_stays_open_over_reboots_while_somebody_looks() {
     assert!(goes_on && output.status.code() == Some(KILLED), "{}", text(&output.stderr));
     let [disk] = &disks[..] else { panic!("not one image is open: {disks:?}") };
     assert!(disk.to_string_lossy().ends_with("disk (deleted)"), "{disk:?}");
+}
+
+/// A panic of the monitor's, on a thread made as its threads are, in a process of its own: this test once more.
+#[test]
+fn a_panic_on_any_thread_ends_the_process_at_once() {
+    const NAME: &str = "obeys::a_panic_on_any_thread_ends_the_process_at_once";
+    const CHILD: &str = "VMM_TEST_PANICS";
+    if std::env::var_os(CHILD).is_some() {
+        panics();
+    }
+    for stalled in [false, true] {
+        let place = Place::new();
+        let (_master, line) = pseudo_terminal();
+        let before = mode(&line);
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", NAME, "--nocapture"]).env(CHILD, "1");
+        command.current_dir(place.dir.path()).stdin(line.try_clone().unwrap()).stdout(Stdio::piped());
+        let full = stalled.then(full_pipe);
+        let (_reader, stderr) =
+            full.map_or((None, Stdio::piped()), |(reader, writer)| (Some(reader), writer));
+        command.stderr(stderr);
+        let begun = Instant::now();
+        let output = finish(command.spawn().unwrap());
+        let (took, said) = (begun.elapsed(), text(&output.stderr));
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{}\n{said}", output.status);
+        assert!(took < AT_ONCE, "it took {took:?}");
+        assert!(text(&output.stdout).contains("the terminal is raw"), "{said}");
+        assert_eq!(mode(&line), before, "the terminal is not given back");
+        assert!(stalled || said.contains("vmm: panicked at") && said.contains("a defect"), "{said}");
+    }
+}
+
+/// What the program does at its start; then a thread panics, while the first waits for ever.
+fn panics() -> ! {
+    session::end_on_panic(|what| vmm_command::log_output::say(&format!("vmm: {what}")));
+    let events = EventLoop::new().unwrap();
+    let mut ends = Ends::new(events.clone());
+    let line = std::io::stdin().as_fd().try_clone_to_owned().unwrap().into();
+    let before = mode(&line);
+    let _console = ends.get("console", &"stdio".parse().unwrap()).unwrap();
+    events.run(Role::Control).unwrap();
+    assert_ne!(mode(&line), before);
+    println!("the terminal is raw");
+    let thread = threads::spawn(Role::Device("virtio-blk0".to_owned()), || panic!("a defect"));
+    let _ = thread.unwrap().join();
+    loop {
+        thread::park();
+    }
 }

@@ -4,6 +4,7 @@
 //! recorder, the control thread. The command line, the labs, the bench and whatever else runs machines drive it; it knows none of
 //! them.
 
+mod defect;
 mod running;
 
 use std::error;
@@ -22,6 +23,8 @@ use crate::machine::{self, Machine, Outcome};
 use crate::recorder::Recorder;
 use crate::threads::Role;
 use running::Running;
+
+pub use defect::end_on_panic;
 
 /// Why a session could not be, or ended early.
 #[derive(Debug, thiserror::Error)]
@@ -170,6 +173,10 @@ impl<'a> Session<'a> {
     }
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
+        // What stores an image may never answer. Other starts do without the thread until they last.
+        if !self.config.disk.is_empty() {
+            self.serve()?;
+        }
         loop {
             let mut machine = machine::load(self.config, &mut self.ends, &mut self.images, &self.recorder)?;
             let ptys = self.ptys();

@@ -1,0 +1,17 @@
+//! A panic is a defect of ours: it ends the process, on whichever thread it is.
+
+use std::backtrace::Backtrace;
+use std::panic;
+use std::process;
+
+use crate::chardev::terminal;
+
+/// Ends the process (SIGABRT) at any thread's panic, because the others must not go on without it: gives the terminal back, then has
+/// `say` told what happened and where. `say` must not wait for long: a machine that runs on meanwhile cannot be controlled.
+pub fn end_on_panic(say: fn(&str)) {
+    panic::set_hook(Box::new(move |info| {
+        terminal::restore();
+        say(&format!("{info}\n{}\n", Backtrace::capture()));
+        process::abort();
+    }));
+}
