@@ -21,7 +21,7 @@ use crate::disk::Images;
 use crate::event_loop::EventLoop;
 use crate::machine::{self, Machine, Outcome};
 use crate::recorder::Recorder;
-use crate::threads::Role;
+use crate::threads::{OrdersElsewhere, Role};
 use running::Running;
 
 pub use defect::end_on_panic;
@@ -86,6 +86,8 @@ pub struct Controls {
 }
 
 struct Controlled {
+    // Dropped first: a signal that has waited meets its handler.
+    _orders: OrdersElsewhere,
     server: Option<Server>,
     /// Until there is a server: whoever connects or signals before is kept waiting, not lost.
     unserved: Option<(Entry, Signals)>,
@@ -130,12 +132,14 @@ impl<'a> Session<'a> {
     ) -> Result<Self, Error> {
         // Before anything that a signal would have to undo.
         let signals = Signals::take().map_err(api::Error::Thread)?;
+        let orders = OrdersElsewhere::from_now_on();
         let entry = Registry::of_user().register(config.name.as_deref())?;
         log::info!("{}: control socket registered", entry.name());
         let Controls { stop_timeout, viewers, serving, killed_status } = controls;
         let running = Arc::new(Running::new(entry.name(), config, viewers, killed_status));
         let unserved = Some((entry, signals));
-        let controlled = Some(Controlled { server: None, unserved, running, stop_timeout, serving });
+        let controlled =
+            Some(Controlled { _orders: orders, server: None, unserved, running, stop_timeout, serving });
         let mut session = Self::private(config, recorder)?;
         session.controlled = controlled;
         Ok(session)
