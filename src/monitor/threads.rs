@@ -1,7 +1,7 @@
 //! Threads by what they are for: the one place in the monitor where threads are made.
 //!
-//! A [`Role`] gives a thread its name, says whether it takes the process's signals and, later, its system call filter. Threads are made before the guest runs or by the control
-//! thread, never by a vCPU's.
+//! A [`Role`] gives a thread its name, says whether it takes the process's signals and, later, its system call filter. Threads are
+//! made before the guest runs or by the control thread, never by a vCPU's.
 
 use std::io;
 use std::marker::PhantomData;
@@ -78,8 +78,8 @@ pub fn spawn_scoped<'scope, T: Send + 'scope>(
 /// Signals that are orders.
 const ORDERS: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
 
-/// While this lives, the thread that made it takes no orders by signal, nor do those that it starts, but for the control thread: the
-/// kernel gives a signal to any thread that takes it, even one that a hung disk holds up for ever.
+/// While this lives, the thread that made it takes no orders by signal, nor do those that it starts, except for the control
+/// thread: the kernel gives a signal to any thread that takes it, even to one that a hung disk holds up for ever.
 #[derive(Debug)]
 pub struct OrdersElsewhere {
     blocked: Vec<i32>,

@@ -569,6 +569,38 @@ mod tests {
     }
 
     #[test]
+    fn an_image_with_a_request_from_before_a_reset_is_not_used_again_until_it_is_over() {
+        static GATE: Mutex<()> = Mutex::new(());
+        let (_keep, mut disk) = disk();
+        let shared = Arc::get_mut(&mut disk.shared).unwrap();
+        Arc::get_mut(&mut shared.image).unwrap().sync = |_| {
+            drop(GATE.lock().unwrap());
+            Ok(())
+        };
+        let image = disk.shared.image.clone();
+        let mut images = Images(BTreeMap::from([(0, image.clone())]));
+        let path = "not opened again".into();
+        let config = config::Disk { path, readonly: false, format: None, serial: None, block_size: None };
+        let closed = GATE.lock().unwrap();
+        disk.submit(1, Io::Flush);
+        let end = Instant::now() + Duration::from_secs(10);
+        while image.begun.load(Ordering::SeqCst) == 0 {
+            assert!(Instant::now() < end, "it is not begun");
+            thread::sleep(Duration::from_millis(1));
+        }
+        drop(disk);
+        assert!(matches!(images.disk(0, &config), Err(Error::Busy { .. })));
+        drop(closed);
+        while image.begun.load(Ordering::SeqCst) > 0 {
+            assert!(Instant::now() < end, "it is not over");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let mut again = images.disk(0, &config).unwrap();
+        again.submit(1, Io::Flush);
+        assert!(wait(&mut again).1.is_ok());
+    }
+
+    #[test]
     fn a_flush_is_an_fdatasync_that_is_over_when_it_completes() {
         let (_keep, mut disk) = disk();
         let before = SYNCS.load(Ordering::SeqCst);
@@ -645,7 +677,8 @@ mod tests {
     fn a_disk_whose_storage_hangs_can_be_dropped() {
         static GO: AtomicUsize = AtomicUsize::new(0);
         let (_keep, mut disk) = disk();
-        Arc::get_mut(&mut disk.shared).unwrap().image.sync = |_| {
+        let shared = Arc::get_mut(&mut disk.shared).unwrap();
+        Arc::get_mut(&mut shared.image).unwrap().sync = |_| {
             while GO.load(Ordering::SeqCst) == 0 {
                 thread::sleep(Duration::from_millis(1));
             }

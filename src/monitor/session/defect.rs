@@ -6,8 +6,8 @@ use std::process;
 
 use crate::chardev::terminal;
 
-/// Ends the process (SIGABRT) at any thread's panic, because the others must not go on without it: gives the terminal back, then has
-/// `say` told what happened and where. `say` must not wait for long: a machine that runs on meanwhile cannot be controlled.
+/// Ends the process (SIGABRT) at any thread's panic, because the others must not go on without it: gives the terminal back, then
+/// tells `say` what happened and where. `say` must not wait for long: nobody controls the machine meanwhile.
 pub fn end_on_panic(say: fn(&str)) {
     panic::set_hook(Box::new(move |info| {
         terminal::restore();
