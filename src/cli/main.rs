@@ -104,7 +104,7 @@ fn main() -> ExitCode {
         Ok(command) => command,
         Err(code) => return code,
     };
-    session::end_on_panic(|what| log_output::say(&format!("vmm: {what}")));
+    session::end_on_panic(log_output::say);
     raise_file_limit();
     log_output::start(if let Command::Run(options) = &command { options.verbose } else { 0 });
     let result = match command {

@@ -1,6 +1,6 @@
 //! A panic is a defect of ours: it ends the process, on whichever thread it is.
 
-use std::backtrace::Backtrace;
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::panic;
 use std::process;
 
@@ -11,7 +11,12 @@ use crate::chardev::terminal;
 pub fn end_on_panic(say: fn(&str)) {
     panic::set_hook(Box::new(move |info| {
         terminal::restore();
-        say(&format!("{info}\n{}\n", Backtrace::capture()));
+        say(&format!("vmm: {info}\n"));
+        let backtrace = Backtrace::capture();
+        if backtrace.status() == BacktraceStatus::Captured {
+            // Names can take seconds to find.
+            say(&format!("{backtrace}\n"));
+        }
         process::abort();
     }));
 }
