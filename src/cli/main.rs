@@ -24,6 +24,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use vmm_command::{Code, Failure, log_output};
+use vmm_monitor::session;
 
 /// The examples at the end of `--help`.
 const EXAMPLES: &str = "\
@@ -103,7 +104,7 @@ fn main() -> ExitCode {
         Ok(command) => command,
         Err(code) => return code,
     };
-    end_on_panic();
+    session::end_on_panic(log_output::say);
     raise_file_limit();
     log_output::start(if let Command::Run(options) = &command { options.verbose } else { 0 });
     let result = match command {
@@ -126,16 +127,6 @@ fn main() -> ExitCode {
     // What was logged and has not been written yet.
     log_output::say("");
     code.into()
-}
-
-/// A panic is a defect of ours, on whichever thread: the others must not go on without it. (A terminal is restored by whoever made
-/// it raw, before this.)
-fn end_on_panic() {
-    std::panic::set_hook(Box::new(|info| {
-        let backtrace = std::backtrace::Backtrace::capture();
-        log_output::say(&format!("vmm: {info}\n{backtrace}\n"));
-        std::process::abort();
-    }));
 }
 
 /// Raises the soft limit on open files to the hard one: the usual soft limit exists for programs that call select(2), and this one

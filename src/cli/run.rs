@@ -1,7 +1,6 @@
 //! `vmm run`: from options to a session, and from its end to an exit code.
 
 use std::error::Error;
-use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,7 +61,7 @@ pub fn run(options: Options) -> Result<Code, Failure> {
     }
     match gdb {
         Some(place) => {
-            let mut server = gdb::Server::listen(&place, config.kernel.as_deref(), status)?;
+            let mut server = gdb::Server::listen(&place, config.kernel.as_deref(), status, log_output::say)?;
             live(config, around, Some(&mut server))
         }
         None => live(config, around, None),
@@ -112,7 +111,7 @@ impl Observer for Announcer {
     fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
         if !std::mem::replace(&mut self.done, true) {
             for pty in built.ptys {
-                let _ = writeln!(std::io::stderr(), "vmm: {} is {}", pty.device, pty.path.display());
+                log_output::say(&format!("vmm: {} is {}\n", pty.device, pty.path.display()));
             }
         }
         Ok(())

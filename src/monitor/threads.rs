@@ -1,10 +1,14 @@
 //! Threads by what they are for: the one place in the monitor where threads are made.
 //!
-//! A [`Role`] gives a thread its name and, later, its system call filter. Threads are made before the guest runs or by the control
-//! thread, never by a vCPU's.
+//! A [`Role`] gives a thread its name, says whether it takes the process's signals and, later, its system call filter. Threads are
+//! made before the guest runs or by the control thread, never by a vCPU's.
 
 use std::io;
+use std::marker::PhantomData;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use vmm_sys_util::signal::{block_signal, unblock_signal};
 
 /// What a thread is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,7 +54,13 @@ pub fn spawn<T: Send + 'static>(
     role: Role,
     run: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    Builder::new().name(role.name()).spawn(run)
+    let control = role == Role::Control;
+    Builder::new().name(role.name()).spawn(move || {
+        if control {
+            ORDERS.iter().for_each(|signal| _ = unblock_signal(*signal));
+        }
+        run()
+    })
 }
 
 /// The same for a thread that ends within `scope`.
@@ -63,4 +73,31 @@ pub fn spawn_scoped<'scope, T: Send + 'scope>(
     run: impl FnOnce() -> T + Send + 'scope,
 ) -> io::Result<ScopedJoinHandle<'scope, T>> {
     Builder::new().name(role.name()).spawn_scoped(scope, run)
+}
+
+/// Signals that are orders.
+const ORDERS: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
+
+/// While this lives, the thread that made it takes no orders by signal, nor do those that it starts, except for the control
+/// thread: the kernel gives a signal to any thread that takes it, even to one that a hung disk holds up for ever.
+#[derive(Debug)]
+pub struct OrdersElsewhere {
+    blocked: Vec<i32>,
+    /// What was blocked on a thread has to be unblocked on it.
+    _of_thread: PhantomData<*const ()>,
+}
+
+impl OrdersElsewhere {
+    /// Until there is a control thread, signals wait. To be called before any other thread starts.
+    pub fn from_now_on() -> Self {
+        // Those that were blocked before stay so.
+        let blocked = ORDERS.into_iter().filter(|signal| block_signal(*signal).is_ok()).collect();
+        Self { blocked, _of_thread: PhantomData }
+    }
+}
+
+impl Drop for OrdersElsewhere {
+    fn drop(&mut self) {
+        self.blocked.iter().for_each(|signal| _ = unblock_signal(*signal));
+    }
 }

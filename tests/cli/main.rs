@@ -1,10 +1,12 @@
 //! The `vmm` command as a user meets it: a table of input that cannot work, and tiny guests from start to end.
 
 mod bad_input;
+mod fuse;
 #[path = "../images/mod.rs"]
 #[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;
 mod lives;
+mod obeys;
 mod page;
 mod place;
 mod strangers;

@@ -397,7 +397,7 @@ fn nothing_that_a_monitor_says_acts_on_a_terminal() {
 
 /// A guest of 64 KiB that maps its few pages to everywhere in the kernel's half, so that each of them looks like the tables of
 /// a kernel's names; it goes there for a moment, and ends.
-fn labyrinth() -> Vec<u8> {
+pub fn labyrinth() -> Vec<u8> {
     const BASE: u64 = 0x100_0000;
     let page = |number: u64| BASE + number * 4096;
     let mut image = vec![0; 16 * 4096];

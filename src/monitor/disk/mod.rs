@@ -13,7 +13,7 @@ use crate::config::host_path::quoted;
 use crate::memory::Buffers;
 
 pub use foreign::Foreign;
-pub use raw::Raw;
+pub use raw::{Images, Raw};
 
 /// Why a disk could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +30,12 @@ pub enum Error {
     /// Another process has it open.
     #[error("disk image {path} is in use by another process", path = path.display())]
     Locked {
+        /// The image.
+        path: PathBuf,
+    },
+    /// A request of the disk before the guest's reset is still under way.
+    #[error("disk image {path} still has a request from before the reset under way", path = path.display())]
+    Busy {
         /// The image.
         path: PathBuf,
     },
@@ -90,6 +96,7 @@ impl Error {
                     quoted(path)
                 )
             }
+            Self::Busy { .. } => "what stores the image does not answer: start again when it does".to_owned(),
             Self::NotAnImage { .. } => "use a raw disk image or a block device".to_owned(),
             Self::Foreign { path, format } => {
                 let command = format.command(path);

@@ -3,12 +3,13 @@
 //! A front end submits through the [`Disk`] trait. The threads start with the first request, so that a disk that nobody
 //! uses costs none. A faster engine can stand behind the same trait.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -43,10 +44,36 @@ pub struct Raw {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// The images of one configuration, opened once and kept over the guest's resets: the lock is never let go, and a file that was put
+/// in an image's place meanwhile is not taken for it.
+#[derive(Debug, Default)]
+pub struct Images(BTreeMap<usize, Arc<Image>>);
+
+impl Images {
+    /// The `index`th disk, on an image that is opened if this is the first time that it is asked for.
+    ///
+    /// # Errors
+    /// As [`Raw::open`]; or a request of the disk before is still under way, and could overwrite what this one writes.
+    pub fn disk(&mut self, index: usize, config: &config::Disk) -> Result<Raw, Error> {
+        let image = match self.0.get(&index) {
+            Some(image) if image.begun.load(Ordering::SeqCst) > 0 => {
+                return Err(Error::Busy { path: config.path.clone() });
+            }
+            Some(image) => image.clone(),
+            None => {
+                let image = Arc::new(Image::open(config)?);
+                self.0.insert(index, image.clone());
+                image
+            }
+        };
+        Raw::on(image, config)
+    }
+}
+
 /// What the I/O threads and the front end share.
 #[derive(Debug)]
 struct Shared {
-    image: Image,
+    image: Arc<Image>,
     work: Mutex<Work>,
     arrived: Condvar,
     /// An I/O thread has nothing to do.
@@ -70,48 +97,14 @@ impl Raw {
     /// # Errors
     /// [`Error`] names the image, and [`Error::hint`] what to do.
     pub fn open(config: &config::Disk) -> Result<Self, Error> {
-        let path = &config.path;
-        let failed = |source: io::Error| Error::Open { path: path.clone(), source };
-        // Without O_NONBLOCK a FIFO would be waited for; files and block devices do not know it.
-        let mut options = OpenOptions::new();
-        let file = options.read(true).write(!config.readonly).custom_flags(libc::O_NONBLOCK).open(path);
-        let file = file.map_err(failed)?;
-        let kind = file.metadata().map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::NotAnImage { path: path.clone() });
-        }
-        lock_image(&file, path, config.readonly)?;
+        Self::on(Arc::new(Image::open(config)?), config)
+    }
 
-        let device = kind.is_block_device();
-        let native =
-            if device { rustix::fs::ioctl_blksszget(&file).map_err(|e| failed(e.into()))? } else { 512 };
-        let block_size = config.block_size.map_or(native, |size| size.bytes() as u32);
-        if block_size < native || !block_size.is_power_of_two() {
-            return Err(Error::BlockSize { path: path.clone(), block_size, native });
-        }
-        let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
-        if let (None, Some(format)) = (config.format, Foreign::find(&file, size)) {
-            return Err(Error::Foreign { path: path.clone(), format });
-        }
-        if size == 0 || !size.is_multiple_of(u64::from(block_size)) {
-            return Err(Error::Size { path: path.clone(), size, block_size });
-        }
-        let physical = if device { rustix::fs::ioctl_blkpbszget(&file).unwrap_or(native) } else { 4096 };
-        // A partition or a sparse file may end in the middle of a physical block: that costs speed, nothing else.
-        let physical_block_size =
-            if physical.is_power_of_two() { physical.max(block_size) } else { block_size };
-        let info = Info {
-            size,
-            readonly: config.readonly,
-            block_size,
-            physical_block_size,
-            discard: !config.readonly,
-        };
-        let image = Image { file, device, info, sync: |file| rustix::fs::fdatasync(file) };
-        let ready = Event::new().map_err(failed)?;
-        let (arrived, idle) = Default::default();
-        let shared = Shared { image, work: Mutex::default(), arrived, idle, ready };
-        Ok(Self { info, shared: Arc::new(shared), threads: Vec::new() })
+    fn on(image: Arc<Image>, config: &config::Disk) -> Result<Self, Error> {
+        let ready = Event::new().map_err(|source| Error::Open { path: config.path.clone(), source })?;
+        let (info, work, arrived, idle) = (image.info, Mutex::default(), Condvar::new(), Condvar::new());
+        let shared = Arc::new(Shared { image, work, arrived, idle, ready });
+        Ok(Self { info, shared, threads: Vec::new() })
     }
 
     fn start_threads(&mut self) -> io::Result<()> {
@@ -221,8 +214,10 @@ impl Shared {
             let next = if work.held { None } else { work.queue.pop_front() };
             if let Some((tag, io)) = next {
                 work.begun += 1;
+                self.image.begun.fetch_add(1, Ordering::SeqCst);
                 drop(work);
                 let result = self.image.perform(io, &|| self.work().held);
+                self.image.begun.fetch_sub(1, Ordering::SeqCst);
                 work = self.work();
                 work.begun -= 1;
                 match result {
@@ -265,6 +260,8 @@ struct Image {
     file: File,
     device: bool,
     info: Info,
+    /// Requests under way, those of a disk that was dropped meanwhile among them.
+    begun: AtomicUsize,
     /// fdatasync; a test counts its calls.
     sync: fn(&File) -> rustix::io::Result<()>,
 }
@@ -306,6 +303,49 @@ fn next_piece(piece: u64, took: Duration) -> u64 {
 }
 
 impl Image {
+    /// Opens the image that `config` names, and locks it.
+    fn open(config: &config::Disk) -> Result<Self, Error> {
+        let path = &config.path;
+        let failed = |source: io::Error| Error::Open { path: path.clone(), source };
+        // Without O_NONBLOCK a FIFO would be waited for; files and block devices do not know it.
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(!config.readonly).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.map_err(failed)?;
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::NotAnImage { path: path.clone() });
+        }
+        lock_image(&file, path, config.readonly)?;
+
+        let device = kind.is_block_device();
+        let native =
+            if device { rustix::fs::ioctl_blksszget(&file).map_err(|e| failed(e.into()))? } else { 512 };
+        let block_size = config.block_size.map_or(native, |size| size.bytes() as u32);
+        if block_size < native || !block_size.is_power_of_two() {
+            return Err(Error::BlockSize { path: path.clone(), block_size, native });
+        }
+        let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
+        if let (None, Some(format)) = (config.format, Foreign::find(&file, size)) {
+            return Err(Error::Foreign { path: path.clone(), format });
+        }
+        if size == 0 || !size.is_multiple_of(u64::from(block_size)) {
+            return Err(Error::Size { path: path.clone(), size, block_size });
+        }
+        let physical = if device { rustix::fs::ioctl_blkpbszget(&file).unwrap_or(native) } else { 4096 };
+        // A partition or a sparse file may end in the middle of a physical block: that costs speed, nothing else.
+        let physical_block_size =
+            if physical.is_power_of_two() { physical.max(block_size) } else { block_size };
+        let info = Info {
+            size,
+            readonly: config.readonly,
+            block_size,
+            physical_block_size,
+            discard: !config.readonly,
+        };
+        let (begun, sync) = (AtomicUsize::new(0), |file: &File| rustix::fs::fdatasync(file));
+        Ok(Self { file, device, info, begun, sync })
+    }
+
     /// Does `io`, or a part of it if it is long and `stop` says so meanwhile.
     fn perform(&self, io: Io, stop: &dyn Fn() -> bool) -> io::Result<Step> {
         match &io {
@@ -507,7 +547,8 @@ mod tests {
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         let config = config::Disk { path, readonly: false, format: None, serial: None, block_size: None };
         let mut raw = Raw::open(&config).unwrap();
-        Arc::get_mut(&mut raw.shared).unwrap().image.sync = |file| {
+        let shared = Arc::get_mut(&mut raw.shared).unwrap();
+        Arc::get_mut(&mut shared.image).unwrap().sync = |file| {
             thread::sleep(Duration::from_millis(50));
             rustix::fs::fdatasync(file)?;
             SYNCS.fetch_add(1, Ordering::SeqCst);
@@ -525,6 +566,38 @@ mod tests {
             assert!(Instant::now() < end, "no completion");
             thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    #[test]
+    fn an_image_with_a_request_from_before_a_reset_is_not_used_again_until_it_is_over() {
+        static GATE: Mutex<()> = Mutex::new(());
+        let (_keep, mut disk) = disk();
+        let shared = Arc::get_mut(&mut disk.shared).unwrap();
+        Arc::get_mut(&mut shared.image).unwrap().sync = |_| {
+            drop(GATE.lock().unwrap());
+            Ok(())
+        };
+        let image = disk.shared.image.clone();
+        let mut images = Images(BTreeMap::from([(0, image.clone())]));
+        let path = "not opened again".into();
+        let config = config::Disk { path, readonly: false, format: None, serial: None, block_size: None };
+        let closed = GATE.lock().unwrap();
+        disk.submit(1, Io::Flush);
+        let end = Instant::now() + Duration::from_secs(10);
+        while image.begun.load(Ordering::SeqCst) == 0 {
+            assert!(Instant::now() < end, "it is not begun");
+            thread::sleep(Duration::from_millis(1));
+        }
+        drop(disk);
+        assert!(matches!(images.disk(0, &config), Err(Error::Busy { .. })));
+        drop(closed);
+        while image.begun.load(Ordering::SeqCst) > 0 {
+            assert!(Instant::now() < end, "it is not over");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let mut again = images.disk(0, &config).unwrap();
+        again.submit(1, Io::Flush);
+        assert!(wait(&mut again).1.is_ok());
     }
 
     #[test]
@@ -604,7 +677,8 @@ mod tests {
     fn a_disk_whose_storage_hangs_can_be_dropped() {
         static GO: AtomicUsize = AtomicUsize::new(0);
         let (_keep, mut disk) = disk();
-        Arc::get_mut(&mut disk.shared).unwrap().image.sync = |_| {
+        let shared = Arc::get_mut(&mut disk.shared).unwrap();
+        Arc::get_mut(&mut shared.image).unwrap().sync = |_| {
             while GO.load(Ordering::SeqCst) == 0 {
                 thread::sleep(Duration::from_millis(1));
             }

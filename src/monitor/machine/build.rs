@@ -18,6 +18,7 @@ use crate::boot::{self, Payload};
 use crate::bus::{Bus, Device, Hypercalls, Kind, Place, SharedDevice, Slot, lock};
 use crate::chardev::{Ends, Escape};
 use crate::config::{Firmware, OnPanic, VmConfig};
+use crate::disk::Images;
 use crate::kvm::regs::Entry;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
@@ -45,12 +46,17 @@ use crate::virtio::mmio::Mmio;
 use crate::vm::{Interrupt, Vm};
 
 /// Loads the machine that `config` describes with what it starts from: ready to run. `ends` keeps the host ends of its consoles
-/// over resets of the guest: those that are not open yet are opened here, last of all that can fail for want of something that
+/// over resets of the guest, and `images` its disks' images: those that are not open yet are opened here, the ends last of all that can fail for want of something that
 /// the user named. `recorder` is told of what the machine does.
 ///
 /// # Errors
 /// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several `ends` that failed.
-pub fn load(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Result<Machine, Error> {
+pub fn load(
+    config: &VmConfig,
+    ends: &mut Ends,
+    images: &mut Images,
+    recorder: &Arc<Recorder>,
+) -> Result<Machine, Error> {
     let start = Instant::now();
     let mut steps = Steps::begin(recorder, "monitor");
     config.validate()?;
@@ -76,7 +82,7 @@ pub fn load(config: &VmConfig, ends: &mut Ends, recorder: &Arc<Recorder>) -> Res
     };
     // Until the loader is done, which has told of that itself.
     steps.skip();
-    let mut machine = build(config, list, &memory, vm, ends, recorder, &mut steps, start)?;
+    let mut machine = build(config, list, &memory, vm, ends, images, recorder, &mut steps, start)?;
     if let Some(payload) = origin.payload() {
         machine.warn_of_missing_clock(payload);
     }
@@ -124,6 +130,7 @@ fn build(
     memory: &Memory,
     vm: kvm::Vm,
     ends: &mut Ends,
+    images: &mut Images,
     recorder: &Arc<Recorder>,
     steps: &mut Steps,
     start: Instant,
@@ -169,7 +176,7 @@ fn build(
                 device
             }
             Kind::Virtio(index) => {
-                let device = virtio[index].build(ends)?;
+                let device = virtio[index].build(ends, images)?;
                 let gsi = slot.gsi.unwrap_or_default();
                 shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?)
             }

@@ -1,8 +1,10 @@
 //! [`Session`]: a run of a machine from start to end, over its reboots.
 //!
-//! Owns what outlives a machine: the name and control socket, the signals, the host ends of its consoles, the recorder, the control
-//! thread. The command line, the labs, the bench and whatever else runs machines drive it; it knows none of them.
+//! Owns what outlives a machine: the name and control socket, the signals, the host ends of its consoles, its disks' images, the
+//! recorder, the control thread. The command line, the labs, the bench and whatever else runs machines drive it; it knows none of
+//! them.
 
+mod defect;
 mod running;
 
 use std::error;
@@ -15,11 +17,14 @@ use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty, Viewers};
 use crate::chardev::{Endpoint, Ends};
 use crate::config::{OnPanic, OnReboot, VmConfig};
+use crate::disk::Images;
 use crate::event_loop::EventLoop;
 use crate::machine::{self, Machine, Outcome};
 use crate::recorder::Recorder;
-use crate::threads::Role;
+use crate::threads::{OrdersElsewhere, Role};
 use running::Running;
+
+pub use defect::end_on_panic;
 
 /// Why a session could not be, or ended early.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +86,8 @@ pub struct Controls {
 }
 
 struct Controlled {
+    // Dropped first: a signal that has waited meets its handler.
+    _orders: OrdersElsewhere,
     server: Option<Server>,
     /// Until there is a server: whoever connects or signals before is kept waiting, not lost.
     unserved: Option<(Entry, Signals)>,
@@ -96,6 +103,7 @@ pub struct Session<'a> {
     // Dropped in this order: the name is free before anybody learns of the end, and all of them are handlers of the loop.
     controlled: Option<Controlled>,
     ends: Ends,
+    images: Images,
     events: EventLoop,
     /// How often it was told to end before its last machine ended.
     orders: u32,
@@ -109,7 +117,8 @@ impl<'a> Session<'a> {
     pub fn private(config: &'a VmConfig, recorder: Arc<Recorder>) -> Result<Self, Error> {
         let events = EventLoop::new().map_err(api::Error::Thread)?;
         let ends = Ends::new(events.clone());
-        Ok(Self { config, recorder, ends, controlled: None, events, orders: 0 })
+        let images = Images::default();
+        Ok(Self { config, recorder, ends, images, controlled: None, events, orders: 0 })
     }
 
     /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on.
@@ -123,12 +132,14 @@ impl<'a> Session<'a> {
     ) -> Result<Self, Error> {
         // Before anything that a signal would have to undo.
         let signals = Signals::take().map_err(api::Error::Thread)?;
+        let orders = OrdersElsewhere::from_now_on();
         let entry = Registry::of_user().register(config.name.as_deref())?;
         log::info!("{}: control socket registered", entry.name());
         let Controls { stop_timeout, viewers, serving, killed_status } = controls;
         let running = Arc::new(Running::new(entry.name(), config, viewers, killed_status));
         let unserved = Some((entry, signals));
-        let controlled = Some(Controlled { server: None, unserved, running, stop_timeout, serving });
+        let controlled =
+            Some(Controlled { _orders: orders, server: None, unserved, running, stop_timeout, serving });
         let mut session = Self::private(config, recorder)?;
         session.controlled = controlled;
         Ok(session)
@@ -160,6 +171,7 @@ impl<'a> Session<'a> {
         }
         // The terminal is given back: Ctrl-C is a signal again.
         self.ends = Ends::new(self.events.clone());
+        self.images = Images::default();
         result
     }
 
@@ -173,8 +185,12 @@ impl<'a> Session<'a> {
     }
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
+        // What stores an image may never answer. Other starts do without the thread until they last.
+        if !self.config.disk.is_empty() {
+            self.serve()?;
+        }
         loop {
-            let mut machine = machine::load(self.config, &mut self.ends, &self.recorder)?;
+            let mut machine = machine::load(self.config, &mut self.ends, &mut self.images, &self.recorder)?;
             let ptys = self.ptys();
             let mut built = Built { machine: &mut machine, ptys: &ptys, ends: &self.ends };
             for observer in &mut *observers {

@@ -93,7 +93,11 @@ impl Running {
         call: impl Fn(&Handle) -> Result<(), E>,
     ) -> Result<(), String> {
         // The lock is not held during the call: the main thread needs it to say that the machine has ended.
-        let machine = self.now().machine.clone().ok_or("it is starting")?;
+        let (machine, over) = {
+            let now = self.now();
+            (now.machine.clone(), now.over)
+        };
+        let machine = machine.ok_or(if over { "it has ended" } else { "it is starting" })?;
         call(&machine).map_err(|error| error_chain(&error))
     }
 }

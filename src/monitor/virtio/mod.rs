@@ -85,15 +85,15 @@ impl<'a> Device<'a> {
         }
     }
 
-    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`.
+    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends` and `images`.
     ///
     /// # Errors
     /// [`Error`]: the host has not got what the configuration names.
-    pub fn build(&self, ends: &mut Ends) -> Result<Box<dyn VirtioDevice>, Error> {
+    pub fn build(&self, ends: &mut Ends, images: &mut disk::Images) -> Result<Box<dyn VirtioDevice>, Error> {
         Ok(match self {
             Self::Block(index, disk) => {
                 let id = disk.serial.clone().unwrap_or_else(|| format!("disk{index}"));
-                Box::new(block::Block::new(Box::new(disk::Raw::open(disk)?), &id))
+                Box::new(block::Block::new(Box::new(images.disk(*index, disk)?), &id))
             }
             Self::Rng => Box::new(rng::Rng),
             Self::Console(config) => {

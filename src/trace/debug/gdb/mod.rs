@@ -11,7 +11,7 @@ mod target;
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -47,6 +47,7 @@ impl Server {
         place: &Place,
         kernel: Option<&Path>,
         status: fn(&Result<Outcome, machine::Error>) -> u8,
+        say: fn(&str),
     ) -> Result<Self, Error> {
         let door = Door::open(place)?;
         let is_elf = |path: &&Path| {
@@ -55,12 +56,11 @@ impl Server {
         };
         let kernel = kernel.filter(is_elf).unwrap_or(Path::new("vmlinux"));
         // Not a log line: it is what to do next.
-        let _ = writeln!(
-            std::io::stderr(),
-            "vmm: the guest waits for gdb ({}): gdb {} -ex 'target remote {door}'",
+        say(&format!(
+            "vmm: the guest waits for gdb ({}): gdb {} -ex 'target remote {door}'\n",
             door.who(),
             kernel.display()
-        );
+        ));
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = Arc::new(wake.map_err(|error| Error::Thread(error.into()))?);
         let (events, received) = channel();
