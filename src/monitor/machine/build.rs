@@ -26,14 +26,13 @@ use crate::legacy::crtc::Crtc;
 use crate::legacy::debug_exit::DebugExit;
 use crate::legacy::debug_port::DebugPort;
 use crate::legacy::fw_cfg::{FwCfg, Items};
-use crate::legacy::hyperv_testdev::HypervTestDevice;
 use crate::legacy::i8042::I8042;
 use crate::legacy::pvpanic::PvPanic;
 use crate::legacy::reset_control::ResetControl;
 use crate::legacy::rom::Rom;
 use crate::legacy::rtc_cmos::RtcCmos;
 use crate::legacy::serial::SerialPort;
-use crate::legacy::testdev;
+use crate::legacy::testdev::{hyperv::HypervTestDevice, pc};
 use crate::memory::{Memory, layout};
 use crate::recorder::{Recorder, Step, Steps};
 use crate::threads::{self, Role};
@@ -158,9 +157,9 @@ fn build(
             Kind::Rom => shared(Rom),
             Kind::FwCfg => fw_cfg.clone(),
             Kind::DebugPort => shared(DebugPort::default()),
-            Kind::TestPorts => shared(testdev::Ports::new(memory.ram().clone())),
-            Kind::TestLines => shared(testdev::IrqLines::new(weak(&vm))),
-            Kind::TestMemory => shared(testdev::IoRam::default()),
+            Kind::TestPorts => shared(pc::Ports::new(memory.ram().clone())),
+            Kind::TestLines => shared(pc::IrqLines::new(weak(&vm))),
+            Kind::TestMemory => shared(pc::IoRam::default()),
             Kind::HypervTest => {
                 let device = HypervTestDevice::new(weak(&vm), memory.ram().clone(), config.cpus.0);
                 let failed = |source| Error::Host { what: "the test device".to_owned(), source };

@@ -106,11 +106,11 @@ pub const ACPI_PM_SIZE: u64 = 8;
 pub const ACPI_GSI: u32 = 9;
 /// Port of the POST code, used for boot marks when asked for.
 pub const POST: u64 = 0x80;
-/// The test device's register and page port (`legacy::testdev`).
+/// The test device's register and page port (`legacy::testdev::pc`).
 pub const TEST_PORTS: u64 = 0xe0;
 /// The test device's interrupt lines, a port each.
 pub const TEST_IRQS: u64 = 0x2000;
-/// The test device for Hyper-V's interrupt controller (`legacy::hyperv_testdev`).
+/// The test device for Hyper-V's interrupt controller (`legacy::testdev::hyperv`).
 pub const HYPERV_TEST: u64 = 0x3000;
 /// The test device's memory.
 pub const TEST_MEMORY: u64 = 0xff00_0000;
