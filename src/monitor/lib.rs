@@ -65,6 +65,7 @@ pub mod config;
 pub mod disk;
 pub mod event_loop;
 pub mod guest_log;
+pub mod hyperv;
 pub mod kvm;
 pub mod legacy;
 pub mod machine;

@@ -6,7 +6,7 @@
 
 use kvm_bindings as kb;
 
-use crate::bus::Synic;
+use crate::hyperv::Synic;
 
 /// A breakpoint that was hit, or a step that is done: the exception that would have told the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

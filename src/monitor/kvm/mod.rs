@@ -9,8 +9,8 @@ pub mod exit;
 mod hyperv;
 mod linger;
 pub mod regs;
-mod routes;
 mod stats;
+mod testdev;
 mod vcpu;
 mod vm;
 

@@ -9,15 +9,14 @@ use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_enable_cap,
-    kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_irqchip,
+    kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::routes::Routes;
+use super::testdev::Routes;
 use super::{Error, Vcpu, cpu_model, cpuid, hyperv, ioctl};
-use crate::bus::lock;
 use crate::config::Cpu;
 use crate::config::msr::Window;
 use crate::memory::dirty::DirtyPages;
@@ -31,7 +30,7 @@ pub struct Vm {
     supported: kvm_bindings::CpuId,
     tsc_deadline: bool,
     sync_registers: bool,
-    routes: Mutex<Routes>,
+    pub(super) routes: Mutex<Routes>,
     /// The slots refer to this memory: it must outlive `fd`, which is dropped first.
     ram: Arc<GuestRam>,
     /// Likewise: memory with the ROM, if there is one.
@@ -70,14 +69,6 @@ impl Vm {
         // Port 0x61 too: its bits gate the timer's channel 2 and tell its output.
         let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         ioctl("KVM_CREATE_PIT2", self.fd.create_pit2(config))
-    }
-
-    /// Opens the `open` pins of the second 8259, and the cascade that leads to it.
-    ///
-    /// # Errors
-    /// The ioctl failed.
-    pub fn set_up_pic(&self, open: u8) -> Result<(), Error> {
-        set_up_pics(&self.fd, [!(1 << 2), !open])
     }
 
     /// Whether the processor is Intel's.
@@ -139,12 +130,6 @@ impl Vm {
         set_slots(&self.fd, &self.ram, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
     }
 
-    /// Gives KVM the table of interrupt routes.
-    fn set_routes(&self, routes: &Routes) -> io::Result<()> {
-        let table = KvmIrqRouting::from_entries(&routes.table()).map_err(|_| io::ErrorKind::StorageFull)?;
-        self.fd.set_gsi_routing(&table).map_err(errno)
-    }
-
     /// The pages that the guest has written to since the log was begun or last taken. To have all of them, park the vCPUs first.
     ///
     /// # Errors
@@ -161,7 +146,7 @@ impl Vm {
 
 /// Sets the pair of 8259s up as a PC's firmware leaves them, vectors 0x08 and 0x70, with these pins masked. As KVM makes them all are
 /// open: a guest that believes ACPI, which says that there are none, gets interrupts of theirs as soon as it takes any.
-fn set_up_pics(fd: &VmFd, masks: [u8; 2]) -> Result<(), Error> {
+pub(super) fn set_up_pics(fd: &VmFd, masks: [u8; 2]) -> Result<(), Error> {
     // The pins that can be level-triggered are part of the state (elcr_mask), and not the guest's to change.
     let chips = [(KVM_IRQCHIP_PIC_MASTER, 0x08, 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0x70, 0xde)];
     for ((chip_id, irq_base, elcr_mask), imr) in chips.into_iter().zip(masks) {
@@ -198,7 +183,7 @@ fn range(window: &Window) -> MsrFilterRange<'_> {
 }
 
 /// An irqfd: a write to it is an edge on the interrupt line.
-struct IrqFd(EventFd);
+pub(super) struct IrqFd(pub(super) EventFd);
 
 impl Interrupt for IrqFd {
     fn trigger(&self) {
@@ -209,13 +194,13 @@ impl Interrupt for IrqFd {
 
 /// The descriptor in the type that kvm-ioctls wants. The kernel knows a doorbell by its eventfd, not by its descriptor,
 /// and keeps it alive, so a duplicate that goes again does for both calls below.
-fn eventfd(event: BorrowedFd<'_>) -> io::Result<EventFd> {
+pub(super) fn eventfd(event: BorrowedFd<'_>) -> io::Result<EventFd> {
     let own = event.try_clone_to_owned()?;
     // SAFETY: the descriptor was just made, and its ownership goes into the EventFd.
     Ok(unsafe { EventFd::from_raw_fd(own.into_raw_fd()) })
 }
 
-fn errno(error: kvm_ioctls::Error) -> io::Error {
+pub(super) fn errno(error: kvm_ioctls::Error) -> io::Error {
     io::Error::from_raw_os_error(error.errno())
 }
 
@@ -224,31 +209,6 @@ impl crate::vm::Vm for Vm {
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         self.fd.register_irqfd(&event, gsi).map_err(errno)?;
         Ok(Arc::new(IrqFd(event)))
-    }
-
-    fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
-        self.fd.set_irq_line(gsi, high).map_err(errno)
-    }
-
-    fn sint(&self, vcpu: u32, sint: u32, eoi: BorrowedFd<'_>) -> io::Result<Arc<dyn Interrupt>> {
-        let mut routes = lock(&self.routes);
-        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-        let gsi = routes.add((vcpu, sint), event.try_clone()?).ok_or(io::ErrorKind::AlreadyExists)?;
-        let set = self
-            .set_routes(&routes)
-            .and_then(|()| self.fd.register_irqfd_with_resample(&event, &eventfd(eoi)?, gsi).map_err(errno));
-        if let Err(error) = set {
-            routes.remove((vcpu, sint));
-            return Err(error);
-        }
-        Ok(Arc::new(IrqFd(event)))
-    }
-
-    fn remove_sint(&self, vcpu: u32, sint: u32) -> io::Result<()> {
-        let mut routes = lock(&self.routes);
-        let (gsi, event) = routes.remove((vcpu, sint)).ok_or(io::ErrorKind::NotFound)?;
-        self.fd.unregister_irqfd(&event, gsi).map_err(errno)?;
-        self.set_routes(&routes)
     }
 
     fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {

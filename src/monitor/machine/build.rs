@@ -15,9 +15,10 @@ use super::origin::{Contents, Origin};
 use super::{Error, Event, Handle, Machine, Phase, Shared, kvm_path};
 use crate::boot::tables::Platform;
 use crate::boot::{self, Payload};
-use crate::bus::{Bus, Device, Hypercalls, Kind, Place, SharedDevice, Slot, lock};
+use crate::bus::{Bus, Device, Kind, Place, SharedDevice, Slot, lock};
 use crate::chardev::{Ends, Escape};
 use crate::config::{Firmware, OnPanic, VmConfig};
+use crate::hyperv::Hypercalls;
 use crate::kvm::regs::Entry;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
@@ -41,6 +42,7 @@ use crate::vcpu::dispatch::Buses;
 use crate::vcpu::gate::Gate;
 use crate::virtio;
 use crate::virtio::mmio::Mmio;
+use crate::vm::testdev::TestVm;
 use crate::vm::{Interrupt, Vm};
 
 /// Loads the machine that `config` describes with what it starts from: ready to run. `ends` keeps the host ends of its consoles
@@ -247,7 +249,7 @@ fn shared(device: impl Device + 'static) -> SharedDevice {
     Arc::new(Mutex::new(device))
 }
 
-fn weak(vm: &Arc<kvm::Vm>) -> Weak<dyn Vm> {
+fn weak(vm: &Arc<kvm::Vm>) -> Weak<dyn TestVm> {
     let weak: Weak<kvm::Vm> = Arc::downgrade(vm);
     weak
 }
