@@ -2,17 +2,12 @@
 //!
 //! Used by `boot` (the entry state), `vcpu` (the run loop) and `machine` (assembly). Knows no device.
 
-mod cpu_model;
-pub mod cpuid;
-pub mod debug;
 pub mod exit;
-mod hyperv;
 mod linger;
-pub mod regs;
 mod stats;
-mod testdev;
 mod vcpu;
 mod vm;
+mod x86_64;
 
 use std::ffi::CString;
 use std::io;
@@ -23,6 +18,7 @@ use kvm_ioctls::Cap;
 pub use stats::Counters;
 pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;
+pub use x86_64::{cpuid, debug, regs};
 
 /// Why the hypervisor could not be used. The texts name the ioctl, because that is what its documentation
 /// (Documentation/virt/kvm/api.rst) is sorted by.

@@ -15,8 +15,9 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::testdev::Routes;
-use super::{Error, Vcpu, cpu_model, cpuid, hyperv, ioctl};
+use super::x86_64::testdev::Routes;
+use super::x86_64::{cpu_model, cpuid, hyperv};
+use super::{Error, Vcpu, ioctl};
 use crate::config::Cpu;
 use crate::config::msr::Window;
 use crate::memory::dirty::DirtyPages;

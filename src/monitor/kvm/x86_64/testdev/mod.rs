@@ -9,13 +9,13 @@ use std::sync::Arc;
 use kvm_bindings::KvmIrqRouting;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::vm::{IrqFd, errno, eventfd, set_up_pics};
-use super::{Error, Vm};
 use crate::bus::lock;
+use crate::kvm::vm::{IrqFd, errno, eventfd, set_up_pics};
+use crate::kvm::{Error, Vm};
 use crate::vm::Interrupt;
 use crate::vm::testdev::TestVm;
 
-pub(super) use routes::Routes;
+pub(in crate::kvm) use routes::Routes;
 
 impl Vm {
     /// Opens the `open` pins of the second 8259, and the cascade that leads to it.

@@ -4,9 +4,9 @@
 
 use kvm_bindings::kvm_cpuid_entry2 as Leaf;
 
-use super::Error;
 use crate::config::cpu::{Cpu, Level, Model};
 use crate::config::cpu_features::{self, Register};
+use crate::kvm::Error;
 
 /// Leaves whose content a baseline keeps beside its features: topology, caches, frequencies, KVM's own, names, address sizes.
 const KEPT: [u32; 17] = [
@@ -42,7 +42,7 @@ const XSAVE_V3: u32 = 832;
 ///
 /// # Errors
 /// [`Error::CpuFeature`] if the table lacks something that it asks for.
-pub(super) fn apply(table: &mut Vec<Leaf>, cpu: &Cpu) -> Result<(), Error> {
+pub(in crate::kvm) fn apply(table: &mut Vec<Leaf>, cpu: &Cpu) -> Result<(), Error> {
     let wanted = cpu.add.iter().map(String::as_str);
     let needed: Vec<&str> = match cpu.model {
         Model::Host => wanted.collect(),
