@@ -42,7 +42,7 @@ const XSAVE_V3: u32 = 832;
 ///
 /// # Errors
 /// [`Error::CpuFeature`] if the table lacks something that it asks for.
-pub(in crate::kvm) fn apply(table: &mut Vec<Leaf>, cpu: &Cpu) -> Result<(), Error> {
+pub(super) fn apply(table: &mut Vec<Leaf>, cpu: &Cpu) -> Result<(), Error> {
     let wanted = cpu.add.iter().map(String::as_str);
     let needed: Vec<&str> = match cpu.model {
         Model::Host => wanted.collect(),

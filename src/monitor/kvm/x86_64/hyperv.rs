@@ -35,7 +35,7 @@ const ENLIGHTENED_VMCS: u32 = 1 << 14;
 ///
 /// # Errors
 /// [`Error::CpuFeature`] if this KVM has not the interface; the ioctl that failed.
-pub(in crate::kvm) fn enable(vm: &VmFd, vcpu: &VcpuFd, cpu: &Cpu) -> Result<Vec<Leaf>, Error> {
+pub(super) fn enable(vm: &VmFd, vcpu: &VcpuFd, cpu: &Cpu) -> Result<Vec<Leaf>, Error> {
     let has = |cap: u32| vm.check_extension_raw(cap.into()) > 0;
     if !has(KVM_CAP_HYPERV_CPUID) || !has(KVM_CAP_HYPERV_SYNIC2) {
         return Err(Error::CpuFeature { name: "hyperv".to_owned(), cpu: cpu.to_string() });
@@ -60,7 +60,7 @@ pub(in crate::kvm) fn enable(vm: &VmFd, vcpu: &VcpuFd, cpu: &Cpu) -> Result<Vec<
 }
 
 /// Puts KVM's `leaves` of the interface into `table`, in place of KVM's own, which move up.
-pub(in crate::kvm) fn show(table: &mut Vec<Leaf>, leaves: &[Leaf]) {
+pub(super) fn show(table: &mut Vec<Leaf>, leaves: &[Leaf]) {
     // The vendors' common leaf of frequencies is one of KVM's interface only; here there are MSRs for them.
     table.retain(|leaf| !(VENDOR + 2..KVM_LEAVES).contains(&leaf.function));
     for leaf in table.iter_mut().filter(|leaf| [VENDOR, VENDOR + 1].contains(&leaf.function)) {

@@ -84,7 +84,7 @@ fn segment(selector: u16) -> kvm_segment {
 
 /// Changes the system registers for `entry`; what is not named keeps its reset value. The x87 and SSE state needs
 /// nothing: KVM creates vCPUs with FNINIT's values, which is what both protocols allow.
-pub(in crate::kvm) fn set_system(sregs: &mut kvm_sregs, entry: Entry) {
+pub(super) fn set_system(sregs: &mut kvm_sregs, entry: Entry) {
     let code = match entry {
         Entry::Linux64 { .. } => 0x10,
         Entry::Pvh { .. } | Entry::Multiboot { .. } => 0x08,
@@ -108,7 +108,7 @@ pub(in crate::kvm) fn set_system(sregs: &mut kvm_sregs, entry: Entry) {
 
 /// The general registers for `entry`. No stack: both protocols' first instructions set their own.
 /// None where they are to stay as they are.
-pub(in crate::kvm) fn general(entry: Entry) -> Option<kvm_regs> {
+pub(super) fn general(entry: Entry) -> Option<kvm_regs> {
     // Bit 1 always reads as one; interrupts are off.
     let blank = kvm_regs { rflags: 2, ..Default::default() };
     Some(match entry {

@@ -10,12 +10,13 @@ use kvm_bindings::KvmIrqRouting;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::lock;
-use crate::kvm::vm::{IrqFd, errno, eventfd, set_up_pics};
+use crate::kvm::vm::{IrqFd, errno, eventfd};
+use crate::kvm::x86_64::vm::set_up_pics;
 use crate::kvm::{Error, Vm};
 use crate::vm::Interrupt;
 use crate::vm::testdev::TestVm;
 
-pub(in crate::kvm) use routes::Routes;
+pub(super) use routes::Routes;
 
 impl Vm {
     /// Opens the `open` pins of the second 8259, and the cascade that leads to it.
@@ -39,7 +40,7 @@ impl TestVm for Vm {
     }
 
     fn sint(&self, vcpu: u32, sint: u32, eoi: BorrowedFd<'_>) -> io::Result<Arc<dyn Interrupt>> {
-        let mut routes = lock(&self.routes);
+        let mut routes = lock(&self.arch.routes);
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let gsi = routes.add((vcpu, sint), event.try_clone()?).ok_or(io::ErrorKind::AlreadyExists)?;
         let set = self
@@ -53,7 +54,7 @@ impl TestVm for Vm {
     }
 
     fn remove_sint(&self, vcpu: u32, sint: u32) -> io::Result<()> {
-        let mut routes = lock(&self.routes);
+        let mut routes = lock(&self.arch.routes);
         let (gsi, event) = routes.remove((vcpu, sint)).ok_or(io::ErrorKind::NotFound)?;
         self.fd.unregister_irqfd(&event, gsi).map_err(errno)?;
         self.set_routes(&routes)
