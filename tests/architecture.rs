@@ -189,6 +189,35 @@ fn unsafe_stands_only_where_the_design_says() {
     assert!(wrong.is_empty(), "unsafe in {}", wrong.join(", "));
 }
 
+/// What KVM's interface has for x86-64 alone, as the bindings call it.
+const X86: [&str; 12] = [
+    "X86", "regs", "kvm_msr", "get_msrs", "set_msrs", "lapic", "kvm_pi", "pit2", "irqchip_", "cpuid2",
+    "_tsc_", "hyperv.",
+];
+
+#[test]
+fn what_kvm_has_for_x86_alone_is_in_the_folder_of_that_name() {
+    let other = |s: &&Source| {
+        let in_folder = s.path.components().any(|part| part.as_os_str() == "x86_64");
+        s.package == "monitor" && s.module == "kvm" && !in_folder
+    };
+    let all = sources();
+    let (there, elsewhere): (Vec<_>, Vec<_>) =
+        all.iter().filter(|s| s.module == "kvm").partition(|s| !other(s));
+    for name in X86 {
+        assert!(there.iter().any(|s| code(&s.text).contains(name)), "{name} is in no file of kvm/x86_64");
+    }
+    let mut wrong = Vec::new();
+    for Source { path, text, .. } in elsewhere {
+        let code = code(text);
+        // The folder's own modules are named where they are shown to the other modules.
+        let lines = code.lines().filter(|line| !line.contains("x86_64::"));
+        let found = lines.filter(|line| X86.iter().any(|name| line.contains(name)));
+        wrong.extend(found.map(|line| format!("{}: {}", path.display(), line.trim())));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 #[test]
 fn only_the_command_line_knows_flags() {
     // Settings are written `mem=1G` elsewhere; the command line makes an option of that. Tests may say what they like.
