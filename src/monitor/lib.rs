@@ -39,14 +39,14 @@
 //! session api
 //! ```
 //!
-//! **Threads.** One per vCPU; one per virtio device ([`event_loop::Worker`]), and one for the blocking I/O of each disk; the
+//! **Threads.** One per vCPU; one per virtio device ([`event_loop::Worker`]), a few for the blocking I/O of each disk; the
 //! control thread, whose one [`EventLoop`](event_loop::EventLoop) is the session's: control socket, signals, terminal, the serial
 //! port's input. The thread that called [`Session::run`](session::Session::run) builds the machine and then waits for its end; a
 //! loader fills memory beside it where the kernel is large. A host end that may block has a thread that does the blocking.
 //!
 //! # Four flows, each one way
 //!
-//! 1. **Boot**: `VmConfig` → [`machine::inventory`] → `Memory` → `kvm::Vm` beside [`Origin`](machine::Origin) → `boot::load` (tables
+//! 1. **Boot**: `VmConfig` → `Memory` → [`machine::inventory`] → `kvm::Vm` beside [`Origin`](machine::Origin) → `boot::load` (tables
 //!    from the inventory, kernel, initrd → `Entry`) → the inventory's devices on the buses → vCPUs → vCPU 0's registers from
 //!    `Entry` → run.
 //! 2. **Exit**: KVM_RUN → [`kvm::exit`] → [`recorder`], if it is on → [`vcpu::dispatch`] → [`bus::Bus`] → [`bus::Device`] → [`bus::Effect`] → next entry or the
