@@ -1,6 +1,8 @@
 # `make run`: a shell inside a VM. `make test`: everything that CI runs. `make bench`: VM against container.
 SHELL := /bin/bash
 GUESTS := target/guests
+# What the tests said.
+LOGS := target/test-logs
 # Without shared libraries (see .cargo/config.toml).
 BIN := target/x86_64-unknown-linux-gnu/release
 VMM := $(BIN)/vmm
@@ -52,15 +54,20 @@ test: tools
 	cargo guest bundle --out $(GUESTS)
 	$(SAY) 'unit tests, device tests, and tests on this /dev/kvm'
 	@# In the background a shell has its commands ignore some signals; the tests send them.
-	env --default-signal cargo test --workspace
+	@mkdir -p $(LOGS)
+	set -o pipefail; env --default-signal cargo test --workspace -- --show-output 2>&1 | tee $(LOGS)/here.log
 	$(SAY) 'Linux guests, where KVM can run them'
 	cargo build --quiet --package rig
-	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot --test micro 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
+	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot --test micro 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p') \
+		2>&1 | tee $(LOGS)/guests.log; exit $${PIPESTATUS[0]}
 	$(SAY) 'kvm-unit-tests, against QEMU'
 	@if [ -n "$(KVM_UNIT_TESTS)" ]; then tests/kvm-unit-tests/run --rig target/debug/rig $(KVM_UNIT_TESTS); \
-		else echo 'SKIP: no suite: build one and give its path, make test KVM_UNIT_TESTS=PATH (tests/kvm-unit-tests/README.md); ours is tests/micro.rs'; fi
+		else echo 'SKIP: kvm-unit-tests: no suite: build one and give its path, make test KVM_UNIT_TESTS=PATH (tests/kvm-unit-tests/README.md); ours is tests/micro.rs'; fi \
+		2>&1 | tee $(LOGS)/kvm-unit-tests.log; exit $${PIPESTATUS[0]}
 	$(SAY) 'the work of a boot, counted, against the last baseline'
 	@$(MAKE) --no-print-directory bench-compare
+	$(SAY) 'what did not run, and why'
+	@tests/skips $(LOGS)/*.log
 
 # What is quick is measured here; what boots Linux, where KVM does, with fewer samples if that is an emulated machine. The tuned kernel
 # takes longer to compile than all else does together: who has not made it gets the rest first, and is told.

@@ -13,6 +13,7 @@ use vmm_monitor::api::server::Server;
 use vmm_monitor::api::signals::Signals;
 use vmm_monitor::api::{Control, Error, Sample, State, Status, Watch};
 use vmm_monitor::event_loop::EventLoop;
+use vmm_monitor::kvm::VcpuState;
 use vmm_monitor::threads::Role;
 
 #[derive(Default)]
@@ -60,6 +61,10 @@ impl Control for Fake {
         *self.paused.lock().unwrap() = true;
         self.note("pause");
         Ok(())
+    }
+
+    fn vcpus(&self) -> Result<Vec<VcpuState>, String> {
+        Err("it has none".to_owned())
     }
 
     fn resume(&self) -> Result<(), String> {

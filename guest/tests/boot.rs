@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Says on the real standard error that a test did not run; where CI is set, that is a failure.
 fn skip(test: &str, reason: &str) {
-    let message = format!("SKIPPED {test}: {reason}\n");
+    let message = format!("SKIP: {test}: {reason}\n");
     assert!(std::env::var_os("CI").is_none(), "{message}");
     // Not by eprintln!, which the test harness swallows.
     let _ = std::io::stderr().write_all(message.as_bytes());

@@ -10,7 +10,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 fn has_cpio(test: &str) -> bool {
     let found = Tool::new("cpio").arg("--version").quiet().is_ok();
     if !found {
-        let message = format!("SKIPPED {test}: no cpio (apt-get install cpio)\n");
+        let message = format!("SKIP: {test}: no cpio (apt-get install cpio)\n");
         assert!(std::env::var_os("CI").is_none(), "{message}");
         let _ = std::io::stderr().write_all(message.as_bytes());
     }

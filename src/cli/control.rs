@@ -10,6 +10,7 @@ use vmm_monitor::api::protocol::Command;
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::api::{Error, Status};
 use vmm_monitor::config::Size;
+use vmm_monitor::kvm::VcpuState;
 
 /// How much longer than the guest's own time to wait for the monitor's end.
 const GRACE: Duration = Duration::from_secs(10);
@@ -37,8 +38,24 @@ pub struct StopOptions {
     force: bool,
 }
 
+/// The options of `vmm status`.
+#[derive(Debug, clap::Args)]
+pub struct StatusOptions {
+    #[command(flatten)]
+    options: Options,
+    /// Show what each virtual CPU does or waits for: run state, local APIC, timer, pending interrupts. They stop for a moment
+    #[arg(long)]
+    vcpus: bool,
+}
+
 /// `vmm status`.
-pub fn status(options: Options) -> Result<Code, Failure> {
+pub fn status(options: StatusOptions) -> Result<Code, Failure> {
+    let StatusOptions { options, vcpus } = options;
+    if vcpus {
+        let states = connect(&options)?.vcpus()?;
+        print(&if options.json { pretty(&states)? } else { states.iter().map(vcpu).collect() })?;
+        return Ok(Code::Success);
+    }
     let status = connect(&options)?.ask(Command::Status)?;
     print(&if options.json { pretty(&status)? } else { text(&status) })?;
     Ok(Code::Success)
@@ -89,6 +106,28 @@ fn end(options: Options, command: Command, timeout: Option<Duration>) -> Result<
     }
     client.wait_for_end(timeout.map_or(Duration::MAX, |timeout| timeout.saturating_add(GRACE)))?;
     Ok(Code::Success)
+}
+
+/// A vCPU on lines of its own.
+fn vcpu(state: &VcpuState) -> String {
+    let list = |vectors: &[u8]| match vectors {
+        [] => "none".to_owned(),
+        _ => vectors.iter().map(|vector| format!("{vector:#x}")).collect::<Vec<_>>().join(" "),
+    };
+    let pending = if state.pending.is_empty() { "nothing".to_owned() } else { state.pending.join(", ") };
+    format!(
+        "vcpu{}  {}, rip {:#x}, interrupts {}\n       local APIC {}, TPR {:#x}, IRR {}, ISR {}\n       timer {}\n       pending {}\n",
+        state.vcpu,
+        state.run,
+        state.rip,
+        if state.takes_interrupts { "on" } else { "off" },
+        if state.apic_enabled { "on" } else { "off" },
+        state.tpr,
+        list(&state.requested),
+        list(&state.in_service),
+        state.timer,
+        pending
+    )
 }
 
 fn text(status: &Status) -> String {

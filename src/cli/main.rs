@@ -86,7 +86,7 @@ enum Command {
     /// List running virtual machines
     List(list::Options),
     /// Show the status of a virtual machine
-    Status(control::Options),
+    Status(control::StatusOptions),
     /// Pause a virtual machine: stop its CPUs and quiesce its devices
     Pause(control::Options),
     /// Resume a paused virtual machine

@@ -230,7 +230,7 @@ fn machine(place: &Place, script: &str) -> String {
 fn needs_another_machine(test: &str) -> bool {
     let needs = !vmm_bench::host::Host::look(false).hardware_virtualization;
     if !needs {
-        eprintln!("SKIPPED: {test} needs a host without hardware virtualization, where --through is of use");
+        eprintln!("SKIP: {test}: needs a host without hardware virtualization, where --through is of use");
     }
     needs
 }

@@ -16,7 +16,7 @@ fn browser(test: &str) -> Option<PathBuf> {
     let files = std::env::split_paths(&path).flat_map(|folder| names.map(|name| folder.join(name)));
     let found = files.into_iter().find(|file| file.is_file());
     if found.is_none() {
-        eprintln!("SKIPPED: {test} needs Chromium: apt-get install chromium");
+        eprintln!("SKIP: {test}: needs Chromium: apt-get install chromium");
     }
     found
 }

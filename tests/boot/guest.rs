@@ -176,10 +176,16 @@ impl Guest {
         unsafe { libc::kill(self.child.id() as libc::pid_t, signal) };
     }
 
-    /// What the guest's exits are, and what the monitor's threads do: name, state and times, where they wait in the kernel; now
-    /// and a second later.
+    /// What the guest's exits are, what its vCPUs wait for, and what the monitor's threads do: name, state and times, where they
+    /// wait in the kernel; now and a second later.
     fn state(&self) -> String {
         let mut told = format!("what it does:\n{}", self.control(&["top", "--once"]).1);
+        let list: serde_json::Value =
+            serde_json::from_str(&self.control(&["list", "--json"]).1).unwrap_or_default();
+        for _ in 0..2 {
+            let name = list[0]["name"].as_str().unwrap_or_default();
+            told += &self.control(&["status", name, "--vcpus"]).1;
+        }
         for _ in 0..2 {
             for task in
                 std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten()

@@ -1,4 +1,5 @@
-//! Linux told to do without ACPI or the APICs: it has a timer that ticks all the same, and interrupts for its serial port.
+//! Linux told to do without ACPI or the APICs: it has a timer that ticks all the same, and interrupts for its
+//! serial port.
 
 use std::process::{Command, Stdio};
 

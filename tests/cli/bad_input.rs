@@ -358,7 +358,7 @@ fn files_that_may_not_be_read() {
         return;
     }
     if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: {test} needs root, to become another user");
+        eprintln!("SKIP: {test}: needs root, to become another user");
         return;
     }
     let place = Place::new();
@@ -385,7 +385,7 @@ fn files_that_may_not_be_read() {
     // A device node of our own, so that the host's need not be opened to others.
     let made = Command::new("mknod").arg(place.path("kvm")).args(["c", "10", "232"]).status();
     if !made.is_ok_and(|status| status.success()) || open(0o666).is_err() {
-        eprintln!("SKIPPED: {test} needs mknod for a KVM device of its own");
+        eprintln!("SKIP: {test}: needs mknod for a KVM device of its own");
         return;
     }
     let permission = &["Permission denied"];

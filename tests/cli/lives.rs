@@ -207,9 +207,22 @@ fn a_guest_is_controlled_from_another_terminal() {
     assert_eq!((&list[0]["name"], &list[1]["name"]), (&"first".into(), &"second".into()));
     assert_eq!(place.done("list").lines().count(), 3);
 
+    // Two vCPUs: one in its HLT, the other never started. They go on as they were.
+    let states: Value = serde_json::from_str(&place.done("status second --vcpus --json")).unwrap();
+    assert_eq!(
+        (&states[0]["run"], &states[1]["run"]),
+        (&"halted".into(), &"waits for INIT".into()),
+        "{states:#}"
+    );
+    assert!(states[0]["rip"].as_u64().unwrap() >= 0x10_0000, "{states:#}");
+    assert_eq!(place.status("second")["state"], "running");
+    assert!(place.done("status second --vcpus").contains("vcpu1  waits for INIT"));
+
     refused(&place, "--kernel halt --console file=out --name first", HOST, &["first", "already"]);
     place.done("pause first");
     place.done("pause first");
+    assert_eq!(place.status("first")["state"], "paused");
+    assert!(place.done("status first --vcpus").contains("halted"), "also while it is paused");
     assert_eq!(place.status("first")["state"], "paused");
     assert_eq!(place.status("second")["state"], "running");
     place.done("resume first");

@@ -15,7 +15,7 @@ fn browser(test: &str) -> Option<&'static str> {
     };
     let found = names.into_iter().find(runs);
     if found.is_none() {
-        eprintln!("SKIPPED: {test} needs a browser, one of {names:?}: apt-get install chromium");
+        eprintln!("SKIP: {test}: needs a browser, one of {names:?}: apt-get install chromium");
     }
     found
 }

@@ -147,7 +147,7 @@ pub fn refused(place: &Place, arguments: &str, code: i32, words: &[&str]) {
 pub fn has_kvm(test: &str) -> bool {
     let open = File::options().read(true).write(true).open("/dev/kvm");
     if let Err(error) = &open {
-        eprintln!("SKIPPED: {test} needs /dev/kvm: {error}");
+        eprintln!("SKIP: {test}: needs /dev/kvm: {error}");
     }
     open.is_ok()
 }

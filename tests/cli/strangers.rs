@@ -607,7 +607,7 @@ fn a_socket_that_another_users_process_serves_is_not_spoken_to() {
     const NAME: &str = "a_socket_that_another_users_process_serves_is_not_spoken_to";
     // SAFETY: no arguments, cannot fail.
     if unsafe { libc::geteuid() } != 0 {
-        eprintln!("SKIPPED: {NAME} needs root, to become somebody else");
+        eprintln!("SKIP: {NAME}: needs root, to become somebody else");
         return;
     }
     let place = Place::new();
@@ -640,10 +640,7 @@ fn a_monitor_leaves_no_core_unless_it_may_and_the_guests_memory_never() {
     }
     let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap();
     if pattern.starts_with('|') || pattern.contains('/') {
-        eprintln!(
-            "SKIPPED: {NAME} needs cores in the working directory, and this host has {}",
-            pattern.trim()
-        );
+        eprintln!("SKIP: {NAME}: needs cores in the working directory, and this host has {}", pattern.trim());
         return;
     }
     let place = Place::new();

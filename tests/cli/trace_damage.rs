@@ -165,7 +165,7 @@ fn a_host_that_does_not_show_exits_inside_kvm_is_told_and_the_rest_recorded() {
     const NAME: &str = "a_host_that_does_not_show_exits_inside_kvm_is_told_and_the_rest_recorded";
     // SAFETY: no arguments, cannot fail.
     if !has_kvm(NAME) || unsafe { libc::geteuid() } != 0 {
-        eprintln!("SKIPPED: {NAME} needs root, to become somebody else and to hide tracefs");
+        eprintln!("SKIP: {NAME}: needs root, to become somebody else and to hide tracefs");
         return;
     }
     let place = place();

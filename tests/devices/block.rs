@@ -295,7 +295,10 @@ fn discard_gives_space_back_and_readonly_keeps_all() {
     assert_eq!(range(&mut vm, DISCARD, 1024, 1024, 0), OK);
     assert_eq!(std::fs::metadata(&disk.path).unwrap().len(), SIZE, "the size stays");
     if blocks(&disk) == before {
-        eprintln!("SKIPPED: the file system under {} gives no space back", disk.path.display());
+        eprintln!(
+            "SKIP: discards, their last part: the file system under {} gives no space back",
+            disk.path.display()
+        );
     }
     drop(vm);
 
@@ -431,7 +434,7 @@ fn a_block_device_is_a_disk_like_any_other() {
     let (_keep, backing) = image(SIZE);
     let device = match Loop::new(&backing.path, "4096") {
         Ok(device) => device,
-        Err(why) => return eprintln!("SKIPPED: no loop device: {why}"),
+        Err(why) => return eprintln!("SKIP: a_block_device_is_a_disk_like_any_other: no loop device: {why}"),
     };
     let disk = config::Disk { path: device.0.clone(), ..backing.clone() };
     let small = config::Disk { block_size: Some("512".parse().unwrap()), ..disk.clone() };

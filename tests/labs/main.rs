@@ -77,11 +77,11 @@ fn every_lab_says_what_it_said() {
     let hardware = cpus.split_whitespace().any(|word| word == "svm" || word == "vmx");
     let open = fs::File::options().read(true).write(true).open("/dev/kvm");
     if let Err(error) = open {
-        return eprintln!("SKIPPED: every_lab_says_what_it_said needs /dev/kvm: {error}");
+        return eprintln!("SKIP: every_lab_says_what_it_said: needs /dev/kvm: {error}");
     }
     if hardware {
         return eprintln!(
-            "SKIPPED: every_lab_says_what_it_said needs a KVM without hardware virtualization, of which its golden files are; \
+            "SKIP: every_lab_says_what_it_said: needs a KVM without hardware virtualization, of which its golden files are; \
              tests/boot/labs.rs is for this one"
         );
     }
@@ -130,7 +130,7 @@ fn labs_are_listed_and_their_sources_shown() {
 fn a_lab_is_told_in_the_terms_of_the_vendors_that_are_asked_for() {
     if !Path::new("/dev/kvm").exists() {
         return eprintln!(
-            "SKIPPED: a_lab_is_told_in_the_terms_of_the_vendors_that_are_asked_for needs /dev/kvm"
+            "SKIP: a_lab_is_told_in_the_terms_of_the_vendors_that_are_asked_for: needs /dev/kvm"
         );
     }
     let (vtx, svm) = ("VT-x 30 I/O instruction", "AMD-V 0x7b IOIO");

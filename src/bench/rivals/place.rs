@@ -178,7 +178,7 @@ mod tests {
         let _ = child.kill();
         let output = child.wait_with_output().unwrap();
         if output.stderr.starts_with(b"container: clone3: errno 001") {
-            eprintln!("SKIPPED: this user may make no namespaces");
+            eprintln!("SKIP: the_container_runs_this_program: this user may make no namespaces");
             return;
         }
         assert!(read.is_ok(), "{output:?}");

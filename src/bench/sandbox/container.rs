@@ -296,7 +296,7 @@ mod tests {
     fn refused(output: &Output) -> bool {
         let refused = output.stderr.starts_with(b"container: clone3: errno 001");
         if refused {
-            eprintln!("SKIPPED: this user may make no namespaces");
+            eprintln!("SKIP: bare containers: this user may make no namespaces");
         }
         refused
     }

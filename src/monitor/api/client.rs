@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use super::protocol::{self, Answer, Command, MAX_REPLY, Seen};
 use super::registry::Registry;
 use super::{Error, Status};
+use crate::kvm::VcpuState;
 
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -92,8 +93,25 @@ impl Client {
         match answer {
             Answer::Status(status) => Ok(status),
             Answer::Sample(seen) => Ok(seen.status),
+            Answer::Vcpus(_) => Err(self.unexpected()),
             Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
         }
+    }
+
+    /// What each vCPU does or waits for.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn vcpus(&mut self) -> Result<Vec<VcpuState>, Error> {
+        match self.exchange(Command::Vcpus)? {
+            Answer::Vcpus(states) => Ok(states),
+            Answer::Status(_) | Answer::Sample(_) => Err(self.unexpected()),
+            Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
+        }
+    }
+
+    fn unexpected(&self) -> Error {
+        Error::Protocol { name: self.name.clone(), reason: "it answers something else".to_owned() }
     }
 
     /// What the virtual machine has been doing, and its status. With the first call this connection is a viewer's. `S` is what
@@ -109,7 +127,7 @@ impl Client {
                 let sample = serde_json::from_value(sample);
                 Ok((status, sample.map_err(|error| Error::Protocol { name, reason: error.to_string() })?))
             }
-            Answer::Status(_) => Err(Error::Protocol { name, reason: "a status, and no sample".to_owned() }),
+            Answer::Status(_) | Answer::Vcpus(_) => Err(self.unexpected()),
             // A monitor that does not know the word yet says that it is no request.
             Answer::Error(reason) => Err(Error::Refused { name, reason }),
         }

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::config::host_path::{self, quoted};
+use crate::kvm::VcpuState;
 use crate::machine::Handle;
 
 /// What a virtual machine is doing.
@@ -90,6 +91,11 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// In words, why it is not paused.
     fn pause(&self) -> Result<(), String>;
+    /// What each vCPU does or waits for. From a thread of its own, as `pause`.
+    ///
+    /// # Errors
+    /// In words, why that is not known.
+    fn vcpus(&self) -> Result<Vec<VcpuState>, String>;
     /// Lets a paused machine run on. Nothing happens if it runs.
     ///
     /// # Errors

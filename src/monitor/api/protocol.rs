@@ -13,6 +13,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Sample, Status};
+use crate::kvm::VcpuState;
 use crate::printable::{self, Printable};
 
 /// The protocol's version, in every message. Another one is refused.
@@ -40,6 +41,8 @@ pub enum Command {
     },
     /// Stop it hard.
     Kill,
+    /// What each of its vCPUs does or waits for.
+    Vcpus,
     /// What it has been doing, in sums that only grow: asked again and again, they tell what happens between.
     Sample,
 }
@@ -71,6 +74,8 @@ struct Reply {
 pub enum Answer {
     /// It is done; this is how things stand after it.
     Status(Status),
+    /// Answers [`Command::Vcpus`].
+    Vcpus(Vec<VcpuState>),
     /// Answers [`Command::Sample`].
     Sample(Box<Seen>),
     /// It is not done, and why.
@@ -145,9 +150,15 @@ mod tests {
     #[test]
     fn commands_survive_the_line() {
         let stop = Command::Stop { timeout_seconds: Some(3) };
-        for command in
-            [Command::Status, Command::Pause, Command::Resume, stop, Command::Kill, Command::Sample]
-        {
+        for command in [
+            Command::Status,
+            Command::Pause,
+            Command::Resume,
+            stop,
+            Command::Kill,
+            Command::Vcpus,
+            Command::Sample,
+        ] {
             let line = request(command);
             assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
             assert_eq!(parse_request(&line), Ok(command));

@@ -23,6 +23,7 @@ use super::signals::{Signals, Wish};
 use super::{Control, Error, State, Status, Watch};
 use crate::bus::lock;
 use crate::event_loop::{Event, EventLoop, Handler, Interest, Registration, Sources};
+use crate::kvm::VcpuState;
 use crate::threads::{self, Role};
 
 /// How long a client may take from one request to the end of the next.
@@ -99,13 +100,19 @@ enum Keep {
     UntilPaused,
 }
 
-/// A pause under way on a thread of its own.
+/// What stops vCPUs, under way on a thread of its own: a pause, or a look at them.
 struct Pause {
     over: Event,
-    result: Arc<Mutex<Option<Result<(), String>>>>,
+    result: Arc<Mutex<Option<Stopped>>>,
     under_way: bool,
-    /// Who has asked for it, and who wants the machine paused or resumed when it is over, in order.
+    /// Who has asked for it, and who wants something like it when it is over, in order.
     clients: VecDeque<(u32, Command)>,
+}
+
+/// What came of stopping vCPUs.
+enum Stopped {
+    Paused(Result<(), String>),
+    Seen(Result<Vec<VcpuState>, String>),
 }
 
 struct Orders {
@@ -244,8 +251,8 @@ impl Orders {
         };
         log::debug!("control socket: {command:?}");
         let waits = command == Command::Resume && self.pause.under_way;
-        if waits || (command == Command::Pause && !self.stopping) {
-            return match self.begin_pause() {
+        if waits || command == Command::Vcpus || (command == Command::Pause && !self.stopping) {
+            return match self.begin_to_stop(command) {
                 Ok(()) => {
                     self.pause.clients.push_back((token, command));
                     client.until = None;
@@ -265,16 +272,19 @@ impl Orders {
         answer(client, reply, command.ends())
     }
 
-    /// Starts a pause, unless one is under way.
-    fn begin_pause(&mut self) -> Result<(), String> {
+    /// Starts to carry out `command`, which stops vCPUs, unless another like it is under way.
+    fn begin_to_stop(&mut self, command: Command) -> Result<(), String> {
         if self.pause.under_way {
             return Ok(());
         }
         let over = self.pause.over.try_clone().map_err(|error| error.to_string())?;
         let (control, result) = (self.control.clone(), self.pause.result.clone());
         let run = move || {
-            let paused = control.pause();
-            *lock(&result) = Some(paused);
+            let stopped = match command {
+                Command::Vcpus => Stopped::Seen(control.vcpus()),
+                _ => Stopped::Paused(control.pause()),
+            };
+            *lock(&result) = Some(stopped);
             over.signal();
         };
         threads::spawn(Role::Errand, run).map_err(|error| format!("start a thread: {error}"))?;
@@ -287,35 +297,38 @@ impl Orders {
         let Some(result) = lock(&self.pause.result).take() else { return };
         self.pause.under_way = false;
         // The guest has to hear its power button.
-        if self.stopping && result.is_ok() {
+        if self.stopping && matches!(result, Stopped::Paused(Ok(()))) {
             let _ = self.control.resume();
         }
         let asked = self.pause.clients.pop_front();
-        self.reply(asked, result, sources);
+        let reply = match result {
+            Stopped::Paused(result) => self.done(result),
+            Stopped::Seen(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
+        };
+        self.reply(asked, reply, sources);
         // Those who came meanwhile get their turn.
         while let Some((token, command)) = self.pause.clients.pop_front() {
             let result = match command {
+                Command::Resume => self.control.resume(),
                 Command::Pause if self.stopping => Err("it is being stopped".to_owned()),
-                Command::Pause => match self.begin_pause() {
+                _ => match self.begin_to_stop(command) {
                     Ok(()) => return self.pause.clients.push_front((token, command)),
                     Err(reason) => Err(reason),
                 },
-                _ => self.control.resume(),
             };
-            self.reply(Some((token, command)), result, sources);
+            let reply = self.done(result);
+            self.reply(Some((token, command)), reply, sources);
         }
     }
 
+    fn done(&self, result: Result<(), String>) -> Answer {
+        result.map_or_else(Answer::Error, |()| Answer::Status(self.status()))
+    }
+
     /// Answers a client that has waited, and hears it again.
-    fn reply(
-        &mut self,
-        client: Option<(u32, Command)>,
-        result: Result<(), String>,
-        sources: &mut Sources<'_, '_>,
-    ) {
+    fn reply(&mut self, client: Option<(u32, Command)>, reply: Answer, sources: &mut Sources<'_, '_>) {
         let Some((token, _)) = client else { return };
         let Some(mut client) = self.clients.remove(&token) else { return };
-        let reply = result.map_or_else(Answer::Error, |()| Answer::Status(self.status()));
         let mut keep = answer(&mut client, reply, false);
         if keep == Keep::Yes {
             keep = self.serve_lines(&mut client, token);
@@ -344,7 +357,8 @@ impl Orders {
                 }
                 Ok(())
             }
-            Command::Pause => Err("it is being stopped".to_owned()),
+            // The only one that comes here is refused.
+            Command::Pause | Command::Vcpus => Err("it is being stopped".to_owned()),
             Command::Resume => self.control.resume(),
             Command::Stop { timeout_seconds } => {
                 self.stop(timeout_seconds.map_or(self.stop_timeout, Duration::from_secs))

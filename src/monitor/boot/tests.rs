@@ -506,7 +506,9 @@ fn real_kernels() -> Vec<PathBuf> {
 fn real_kernels_load() {
     let kernels = real_kernels();
     if kernels.is_empty() {
-        eprintln!("SKIPPED: no real kernel to load; set VMM_TEST_KERNEL or run `cargo guest -- kernel`");
+        eprintln!(
+            "SKIP: real_kernels_load: no real kernel to load; set VMM_TEST_KERNEL or run `cargo guest -- kernel`"
+        );
     }
     for kernel in kernels {
         let case = Case::new(&[]).initrd(&[1; 1 << 20]);

@@ -5,6 +5,7 @@
 
 pub mod exit;
 mod linger;
+mod look;
 mod stats;
 mod vcpu;
 mod vm;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Cap;
 
+pub use look::VcpuState;
 pub use stats::Counters;
 pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;

@@ -1,7 +1,9 @@
-//! The port at which a guest's kernel says that it panicked: QEMU's pvpanic, on the ISA bus (docs/specs/pvpanic.rst there).
+//! The port at which a guest's kernel says that it panicked: QEMU's pvpanic, on the ISA bus
+//! (docs/specs/pvpanic.rst there).
 //!
-//! One byte at [`layout::PVPANIC`](crate::memory::layout::PVPANIC): a read tells which events are understood, a write that
-//! they have come about. A guest finds it by ACPI (QEMU0001, `boot::tables::acpi`) and needs a driver for it: pvpanic_mmio in Linux.
+//! One byte at [`layout::PVPANIC`](crate::memory::layout::PVPANIC): a read tells which events are understood,
+//! a write that they have come about. A guest finds it by ACPI (QEMU0001, `boot::tables::acpi`) and needs a
+//! driver for it: pvpanic_mmio in Linux.
 
 use crate::bus::{Device, Effect};
 use crate::state::Stateless;

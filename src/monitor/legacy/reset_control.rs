@@ -1,13 +1,15 @@
 //! The reset control register of a PC's chipset, port 0xcf9: what kernels told `reboot=pci` write to.
 //!
-//! One byte (Intel ICH9 data sheet, 13.7.5). It lies inside PCI's configuration address port, which takes 4 bytes at 0xcf8 only.
+//! One byte (Intel ICH9 data sheet, 13.7.5). It lies inside PCI's configuration address port, which takes 4
+//! bytes at 0xcf8 only.
 
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{Device, Effect};
 use crate::state::{StateError, Stateful};
 
-/// Bit 2, RST_CPU: the machine resets as it goes from 0 to 1. Bits 1 and 3 say how hard, which is all the same here.
+/// Bit 2, RST_CPU: the machine resets as it goes from 0 to 1. Bits 1 and 3 say how hard, which is all the
+/// same here.
 const RST_CPU: u8 = 1 << 2;
 /// SYS_RST, RST_CPU and FULL_RST; the other bits are reserved and read as 0.
 const WRITABLE: u8 = 0b1110;

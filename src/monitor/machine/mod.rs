@@ -17,18 +17,19 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::bus::{Busy, Overlap, SharedDevice, Slot, lock};
 use crate::config;
+use crate::kvm::VcpuState;
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::fw_cfg::FwCfg;
 use crate::memory::dirty::DirtyPages;
 use crate::vcpu::dispatch::{Buses, End};
-use crate::vcpu::gate::NotClosed;
+use crate::vcpu::gate::{Errand, NotClosed};
 use crate::vcpu::{self, Ended};
 use crate::{boot, chardev, kvm, memory, virtio};
 
@@ -441,6 +442,23 @@ pub enum PauseError {
     Busy(#[from] NotAtRest),
 }
 
+/// Why the vCPUs' states are not known.
+#[derive(Debug, thiserror::Error)]
+pub enum LookError {
+    /// They do not stand still, or are gone.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+}
+
+impl From<AlreadyEnded> for LookError {
+    fn from(ended: AlreadyEnded) -> Self {
+        Self::Pause(ended.into())
+    }
+}
+
 impl Handle {
     /// What the machine is doing. It runs while a pause or resume is under way.
     pub fn phase(&self) -> Phase {
@@ -472,6 +490,34 @@ impl Handle {
             *phase = Phase::Paused;
         }
         if *phase == Phase::Ended { Err(AlreadyEnded.into()) } else { Ok(Paused(phase)) }
+    }
+
+    /// What each vCPU does or waits for. They stand still for a moment, unless the machine is paused anyway.
+    ///
+    /// # Errors
+    /// [`LookError`]
+    pub fn vcpu_states(&self) -> Result<Vec<VcpuState>, LookError> {
+        let shared = &self.0;
+        let phase = lock(&shared.phase);
+        let gate = &shared.vcpus.gate;
+        if *phase == Phase::Running {
+            match gate.close(Instant::now() + PAUSE_LIMIT, || shared.kick_all()) {
+                Ok(()) => {}
+                Err(NotClosed::Shut) => return Err(AlreadyEnded.into()),
+                Err(NotClosed::Running(vcpu)) => return Err(PauseError::Vcpu(vcpu).into()),
+            }
+        }
+        let states = (0..lock(&shared.threads).len()).map(|vcpu| {
+            let (told, state) = channel();
+            // Whoever asked waits below.
+            gate.send(vcpu, Errand(Box::new(move |vcpu| _ = told.send(vcpu.state()))));
+            Ok(state.recv().map_err(|_| AlreadyEnded)??)
+        });
+        let states = states.collect();
+        if *phase == Phase::Running {
+            gate.open();
+        }
+        states
     }
 
     /// Undoes [`Handle::pause`]. The guest's clocks go on as if it had been asleep.

@@ -1,5 +1,5 @@
-//! How a panic of the guest's kernel is told: by its own word (`legacy::pvpanic`), or, where it has no driver for that, by what it
-//! wrote to its console before it reset the machine.
+//! How a panic of the guest's kernel is told: by its own word (`legacy::pvpanic`), or, where it has no driver
+//! for that, by what it wrote to its console before it reset the machine.
 
 use crate::chardev::LastWords;
 
@@ -12,8 +12,8 @@ const LINES: usize = 24;
 /// Bytes of a line in it.
 const WIDTH: usize = 160;
 
-/// Whether a guest that resets the machine does so because of a panic, by its last words. A guest can write anything, so this can be
-/// wrong; whom it deceives is who runs it.
+/// Whether a guest that resets the machine does so because of a panic, by its last words. A guest can write
+/// anything, so this can be wrong; whom it deceives is who runs it.
 pub fn is_told(words: &LastWords) -> bool {
     words.texts().any(|text| panicked(&text).is_some())
 }

@@ -198,8 +198,11 @@ impl<'a> Session<'a> {
             }
             // Each of its lives may be too short for it.
             self.serve()?;
-            let panicked = matches!(outcome, Ok(Outcome::Panic(_)));
-            log::info!("the guest {}: starting it again", if panicked { "panicked" } else { "rebooted" });
+            let why = match outcome {
+                Ok(Outcome::Panic(_)) => "the guest's kernel panicked",
+                _ => "the guest rebooted",
+            };
+            log::info!("{why}: starting it again");
         }
     }
 

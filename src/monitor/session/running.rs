@@ -12,6 +12,7 @@ use crate::api::{Control, Pty, Sample, State, Status, Viewer, Viewers, Watch};
 use crate::chardev::terminal;
 use crate::config::VmConfig;
 use crate::error_chain;
+use crate::kvm::VcpuState;
 use crate::machine::{Handle, Phase};
 
 /// A virtual machine that this process runs.
@@ -133,6 +134,11 @@ impl Control for Running {
 
     fn pause(&self) -> Result<(), String> {
         self.with_machine(|machine| machine.pause().map(drop))
+    }
+
+    fn vcpus(&self) -> Result<Vec<VcpuState>, String> {
+        let machine = self.now().machine.clone().ok_or("it is starting")?;
+        machine.vcpu_states().map_err(|error| error_chain(&error))
     }
 
     fn resume(&self) -> Result<(), String> {

@@ -265,7 +265,7 @@ mod tests {
     fn kvm_leaves_registers_in_its_page_only_while_somebody_records() {
         let kvm = Path::new("/dev/kvm");
         if let Err(error) = File::options().read(true).write(true).open(kvm) {
-            eprintln!("SKIPPED: this test needs /dev/kvm: {error}");
+            eprintln!("SKIP: kvm_leaves_registers_in_its_page: no /dev/kvm: {error}");
             return;
         }
         let memory = Memory::new(&"2M".parse().unwrap()).unwrap();

@@ -1,7 +1,9 @@
-//! Whether a triple fault was meant: the last way in which kernels reset a PC, and Linux's with `reboot=triple`.
+//! Whether a triple fault was meant: the last way in which kernels reset a PC, and Linux's with
+//! `reboot=triple`.
 //!
-//! The run loop asks when a vCPU went into shutdown. What tells is what kernels do just before, as far as it is still to be seen:
-//! kvm-amd resets a vCPU that went into shutdown before it tells of it, so that its tables are gone there.
+//! The run loop asks when a vCPU went into shutdown. What tells is what kernels do just before, as far as it
+//! is still to be seen: kvm-amd resets a vCPU that went into shutdown before it tells of it, so that its
+//! tables are gone there.
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -11,12 +13,13 @@ use crate::memory::{GuestRam, layout};
 /// What is known of the shutdown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Evidence {
-    /// Limits of the IDT and the GDT. Without an IDT any exception is a triple fault. Linux takes the GDT away as well on the way into
-    /// another kernel (kexec): what faults there is a crash.
+    /// Limits of the IDT and the GDT. Without an IDT any exception is a triple fault. Linux takes the GDT
+    /// away as well on the way into another kernel (kexec): what faults there is a crash.
     idt_limit: u16,
     gdt_limit: u16,
-    /// The words at [`layout::RESET_FLAG`] and behind it, where they were ours at the start: Linux writes to the first how the firmware
-    /// is to start, before it tries any way to reset. Who clears memory writes to both.
+    /// The words at [`layout::RESET_FLAG`] and behind it, where they were ours at the start: Linux writes to
+    /// the first how the firmware is to start, before it tries any way to reset. Who clears memory writes to
+    /// both.
     flag: Option<[u16; 2]>,
 }
 
@@ -28,8 +31,8 @@ fn was_meant(evidence: Evidence) -> bool {
     no_handlers || matches!(evidence.flag, Some([COLD | WARM, layout::RESET_FLAG_UNTOUCHED]))
 }
 
-/// Whether the guest's `vcpu`, which went into shutdown, was to reset the machine by that. `flag`: nobody but the guest's kernel
-/// writes to [`layout::RESET_FLAG`], as a BIOS would.
+/// Whether the guest's `vcpu`, which went into shutdown, was to reset the machine by that. `flag`: nobody but
+/// the guest's kernel writes to [`layout::RESET_FLAG`], as a BIOS would.
 pub fn is_meant(vcpu: &Vcpu, ram: &GuestRam, flag: bool) -> bool {
     let Ok(sregs) = vcpu.sregs() else { return false };
     let words = || ram.read_obj(GuestAddress(layout::RESET_FLAG)).ok();

@@ -1,5 +1,6 @@
-//! Starts another kernel from this one: `guest-kexec KERNEL INITRD COMMAND-LINE`, as `kexec -s -l` and `kexec -e` do, without
-//! asking anybody to stop. It returns only if the kernel refuses, with the error's number as exit code.
+//! Starts another kernel from this one: `guest-kexec KERNEL INITRD COMMAND-LINE`, as `kexec -s -l` and `kexec
+//! -e` do, without asking anybody to stop. It returns only if the kernel refuses, with the error's number as
+//! exit code.
 #![no_std]
 #![no_main]
 
@@ -45,7 +46,8 @@ fn exit(code: usize) -> ! {
 /// `stack` must be that stack.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn entry(stack: *const usize) -> ! {
-    // SAFETY: the kernel's layout (System V ABI for x86-64, 3.4.1); with four arguments all of these are C strings.
+    // SAFETY: the kernel's layout (System V ABI for x86-64, 3.4.1); with four arguments all of these are C
+    // strings.
     unsafe {
         if stack.read() != 4 {
             exit(2);
