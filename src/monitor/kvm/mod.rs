@@ -5,7 +5,6 @@
 
 pub mod exit;
 mod linger;
-mod look;
 mod stats;
 mod vcpu;
 mod vm;
@@ -17,11 +16,10 @@ use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Cap;
 
-pub use look::VcpuState;
 pub use stats::Counters;
 pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;
-pub use x86_64::{cpuid, debug, host_has_hardware_virtualization, regs};
+pub use x86_64::{VcpuState, cpuid, debug, host_has_hardware_virtualization, regs};
 
 /// Why the hypervisor could not be used. The texts name the ioctl, because that is what its documentation
 /// (Documentation/virt/kvm/api.rst) is sorted by.

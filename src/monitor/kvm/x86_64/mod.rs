@@ -5,6 +5,7 @@ pub mod cpuid;
 pub mod debug;
 pub mod exit;
 mod hyperv;
+mod look;
 pub mod regs;
 mod testdev;
 mod vcpu;
@@ -12,6 +13,7 @@ mod vm;
 
 use kvm_ioctls::Cap;
 
+pub use look::VcpuState;
 pub(super) use vm::Arch;
 
 /// What a machine of this architecture cannot be built without, beside what all need.
