@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// The monitor's modules by layer: one uses only its own layer and those before it.
 const LAYERS: [&[&str]; 9] = [
     &["threads", "event_loop", "state", "config", "guest_log", "output", "printable", "recorder"],
-    &["memory", "vm", "bus"],
+    &["memory", "vm", "bus", "hyperv"],
     &["disk", "net", "chardev"],
     &["kvm"],
     &["legacy", "pci", "virtio"],
@@ -187,6 +187,31 @@ fn unsafe_stands_only_where_the_design_says() {
     let found = sources().into_iter().filter(|s| !allowed(s) && code(&s.text).lines().any(is_unsafe));
     let wrong: Vec<_> = found.map(|s| s.path.display().to_string()).collect();
     assert!(wrong.is_empty(), "unsafe in {}", wrong.join(", "));
+}
+
+/// What KVM's interface has for x86-64 alone, as the bindings call it.
+const X86: [&str; 12] = [
+    "X86", "regs", "kvm_msr", "get_msrs", "set_msrs", "lapic", "kvm_pi", "pit2", "irqchip_", "cpuid2",
+    "_tsc_", "hyperv.",
+];
+
+#[test]
+fn what_kvm_has_for_x86_alone_is_in_the_folder_of_that_name() {
+    let all = sources();
+    let kvm = all.iter().filter(|s| s.package == "monitor" && s.module == "kvm");
+    let (there, elsewhere): (Vec<_>, Vec<_>) = kvm.partition(|s| s.path.starts_with("monitor/kvm/x86_64"));
+    for name in X86 {
+        assert!(there.iter().any(|s| code(&s.text).contains(name)), "{name} is in no file of kvm/x86_64");
+    }
+    let mut wrong = Vec::new();
+    for Source { path, text, .. } in elsewhere {
+        let code = code(text);
+        // The folder's own modules are named where they are shown to the other modules.
+        let lines = code.lines().filter(|line| !line.contains("x86_64::"));
+        let found = lines.filter(|line| X86.iter().any(|name| line.contains(name)));
+        wrong.extend(found.map(|line| format!("{}: {}", path.display(), line.trim())));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]

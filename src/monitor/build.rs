@@ -1,4 +1,5 @@
-//! Builds the firmware, in assembly, and the program that boots a disk, in Rust: both are part of the monitor.
+//! Builds the firmware, in assembly, and the program that boots a disk, in Rust: both are part of the monitor. Refuses targets
+//! that the monitor has no code for.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -8,6 +9,15 @@ use assemble::{assemble, run};
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    // Here rather than in the library: the assembler would fail first, and then hundreds of names would be missing.
+    let target = |what: &str| env::var(format!("CARGO_CFG_TARGET_{what}")).expect("cargo sets it");
+    let (os, architecture) = (target("OS"), target("ARCH"));
+    if (&*os, &*architecture) != ("linux", "x86_64") {
+        println!(
+            "cargo::error=vmm runs on Linux on x86_64 only, and this build is for {os} on {architecture}"
+        );
+        return;
+    }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     assemble(Path::new("../../firmware"), "firmware.ld", &["firmware"], &out);
     boot_disk(&out);

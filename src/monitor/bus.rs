@@ -7,8 +7,6 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
-
 use crate::state::Saved;
 
 /// What a device's register write asks of the machine.
@@ -69,26 +67,6 @@ pub trait Device: Saved + Send {
     fn resume(&mut self) {}
 }
 
-/// The state of a vCPU's interrupt controller of Hyper-V's (SynIC; TLFS, SynIC MSRs): as the guest wrote it to its MSRs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Synic {
-    /// SCONTROL: bit 0 is on.
-    pub control: u64,
-    /// SIEFP: the event flags page; bit 0 is on.
-    pub events: u64,
-    /// SIMP: the message page; bit 0 is on.
-    pub messages: u64,
-}
-
-/// Who answers the hypercalls of Hyper-V's interface that KVM leaves to the monitor. Called by vCPU threads that hold its
-/// mutex; rules as for [`Device`].
-pub trait Hypercalls: Send {
-    /// vCPU `vcpu` has set its interrupt controller up.
-    fn set_synic(&mut self, vcpu: u32, synic: Synic);
-    /// A hypercall, and its status (TLFS, Hypercall Interface).
-    fn call(&mut self, input: u64, parameters: [u64; 2]) -> u64;
-}
-
 /// What a device is, for whoever builds, describes or names it. Each is explained where it is built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names are those of the device models")]
@@ -140,15 +118,6 @@ pub struct Slot {
     /// The global system interrupt that it raises, if it has one.
     pub gsi: Option<u32>,
 }
-
-/// Hypercall status: no such call.
-pub const HV_STATUS_INVALID_HYPERCALL_CODE: u64 = 2;
-/// Hypercall status: a connection of this number is not there.
-pub const HV_STATUS_INVALID_CONNECTION_ID: u64 = 0x12;
-/// HvCallPostMessage.
-pub const HVCALL_POST_MESSAGE: u16 = 0x5c;
-/// HvCallSignalEvent.
-pub const HVCALL_SIGNAL_EVENT: u16 = 0x5d;
 
 /// A device as the bus and the machine share it.
 pub type SharedDevice = Arc<Mutex<dyn Device>>;

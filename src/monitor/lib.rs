@@ -7,41 +7,48 @@
 //! |---|---|
 //! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
 //! | [`state`] | saved state: one plain value per part |
-//! | [`event_loop`], [`guest_log`] | worker threads; rate-limited warnings about the guest |
+//! | [`threads`], [`event_loop`] | the one place where threads are made, each with its role; loops that wait for descriptors and call handlers |
+//! | [`guest_log`] | rate-limited warnings about the guest |
 //! | [`output`], [`printable`] | how files are made that a run writes; text of others that a terminal may show |
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
-//! | [`vm`], [`bus`] | what devices may ask of the hypervisor; address to device |
+//! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
 //! | [`disk`], [`chardev`] | host ends: disk images; terminals, pipes, sockets. They know no virtio |
-//! | [`kvm`] | the only module that issues KVM ioctls |
+//! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
-//! | [`machine`] | [`machine::load`] is the assembly, read top to bottom; [`Machine`](machine::Machine) runs it |
-//! | [`trace`] | records in files, told as sentences: hardware reasons, symbols, code, statistics; exits inside KVM joined in; what a running machine does, added up |
-//! | [`lab`] | lessons: tiny guests, and what their exits were here |
-//! | [`debug`] | a guest from outside: single steps told on lines, a stub for gdb |
-//! | [`api`], [`sandbox`] | names and control sockets; processes kept apart without a VM |
-//! | [`mod@bench`], [`cli`] | what is compared, and with whom; one file per command |
+//! | [`machine`] | [`machine::inventory`] lists what a configuration amounts to, [`machine::load`] builds that and fills it from its [`Origin`](machine::Origin), [`Machine`](machine::Machine) runs it |
+//! | [`api`] | names, control sockets, signals |
+//! | [`session`] | [`Session`](session::Session): a run from start to end, over the machines that reboots make |
+//!
+//! Above it are crates of their own, each in its folder of `src`: `trace` (vmm-trace: records in files, told as sentences; labs; a
+//! stub for gdb and single steps), `bench` (vmm-bench: what is compared, and with whom), `command` (vmm-command: exit codes and the
+//! log's queue, whose thread alone waits for standard error) and `cli` (the program `vmm`, one file per command).
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
-//! (its clock), `memory`, `kvm`, `disk` and `sandbox` alone. `tests/architecture.rs` holds the code against it.
+//! (its clock), `memory`, `kvm` and `disk` alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
-//! 0 event_loop state config guest_log output printable recorder
-//! 1 memory vm bus
-//! 2 disk chardev
-//! 3 kvm
-//! 4 legacy virtio        never kvm, machine, or another family of devices
-//! 5 boot vcpu
-//! 6 machine
-//! 8 api debug lab sandbox trace
-//! 9 bench cli main
+//! threads event_loop state config guest_log output printable recorder
+//! memory vm bus hyperv
+//! disk chardev
+//! kvm
+//! legacy virtio        never kvm, machine, or another family of devices
+//! boot vcpu
+//! machine
+//! session api
 //! ```
+//!
+//! **Threads.** One per vCPU; one per virtio device ([`event_loop::Worker`]), a few for the blocking I/O of each disk; the
+//! control thread, whose one [`EventLoop`](event_loop::EventLoop) is the session's: control socket, signals, terminal, the serial
+//! port's input. The thread that called [`Session::run`](session::Session::run) builds the machine and then waits for its end; a
+//! loader fills memory beside it where the kernel is large. A host end that may block has a thread that does the blocking.
 //!
 //! # Four flows, each one way
 //!
-//! 1. **Boot**: `VmConfig` → `Memory` → `kvm::Vm` beside `boot::load` (tables, kernel, initrd → `Entry`) → devices on the buses →
-//!    vCPUs → vCPU 0's registers from `Entry` → run.
+//! 1. **Boot**: `VmConfig` → `Memory` → [`machine::inventory`] → `kvm::Vm` beside [`Origin`](machine::Origin) → `boot::load` (tables
+//!    from the inventory, kernel, initrd → `Entry`) → the inventory's devices on the buses → vCPUs → vCPU 0's registers from
+//!    `Entry` → run.
 //! 2. **Exit**: KVM_RUN → [`kvm::exit`] → [`recorder`], if it is on → [`vcpu::dispatch`] → [`bus::Bus`] → [`bus::Device`] → [`bus::Effect`] → next entry or the
 //!    run's end. A virtqueue kick does not come this way.
 //! 3. **Block**: ioeventfd → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
@@ -51,7 +58,7 @@
 //!    in time (its disk hangs), the pause fails and the machine runs on.
 //!
 //! Where no kernel is named and there is a disk, the kernel is a program of ours that finds one there ([`config::Kernel`],
-//! `firmware/disk`). With `--firmware` the first flow is shorter: the ROM is a memory slot, `Entry` is the reset vector, and firmware asks
+//! `firmware/disk`). With firmware the first flow is shorter: the ROM is a memory slot, `Entry` is the reset vector, and firmware asks
 //! [`legacy::fw_cfg`] for what [`boot::firmware`] prepared.
 //!
 //! **Guest memory is shared with an adversary.** Descriptors and headers are read once into owned memory. Nothing that a guest
@@ -65,6 +72,7 @@ pub mod config;
 pub mod disk;
 pub mod event_loop;
 pub mod guest_log;
+pub mod hyperv;
 pub mod kvm;
 pub mod legacy;
 pub mod machine;

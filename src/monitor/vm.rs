@@ -7,6 +7,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+pub mod testdev;
+
 /// An interrupt that a device can raise. Edge semantics: each call is one interrupt.
 ///
 /// Callable from any thread; never blocks and takes no lock of a device.
@@ -44,22 +46,6 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// The hypervisor refused the line.
     fn irq_line(&self, gsi: u32) -> io::Result<Arc<dyn Interrupt>>;
-    /// Sets the level of global system interrupt `gsi`: for devices that hold a line, which none does but a test's.
-    ///
-    /// # Errors
-    /// The hypervisor refused.
-    fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()>;
-    /// Interrupt source `sint` of vCPU `vcpu`'s interrupt controller of Hyper-V's (TLFS, SynIC): the guest gives it a vector.
-    /// `eoi`, an eventfd, is signalled when the guest has ended the interrupt, or says that it has read its messages.
-    ///
-    /// # Errors
-    /// The hypervisor refused, or it was asked for before and not removed.
-    fn sint(&self, vcpu: u32, sint: u32, eoi: BorrowedFd<'_>) -> io::Result<Arc<dyn Interrupt>>;
-    /// Undoes [`Vm::sint`].
-    ///
-    /// # Errors
-    /// There is none such.
-    fn remove_sint(&self, vcpu: u32, sint: u32) -> io::Result<()>;
     /// Makes writes to `at` signal `event`, an eventfd.
     ///
     /// # Errors
@@ -75,8 +61,6 @@ pub trait Vm: Send + Sync {
 /// A [`Vm`] that only takes notes. For tests, inside and outside this crate.
 pub mod fake {
     use super::*;
-    use std::collections::BTreeMap;
-    use std::collections::btree_map::Entry;
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -102,8 +86,6 @@ pub mod fake {
     #[derive(Debug, Default)]
     pub struct FakeVm {
         lines: Mutex<Vec<(u32, Arc<FakeInterrupt>)>>,
-        levels: Mutex<Vec<(u32, bool)>>,
-        sints: Mutex<BTreeMap<(u32, u32), Arc<FakeInterrupt>>>,
         doorbells: Mutex<Vec<(IoEventAddress, i32, OwnedFd)>>,
     }
 
@@ -112,16 +94,6 @@ pub mod fake {
         pub fn line(&self, gsi: u32) -> Option<Arc<FakeInterrupt>> {
             let lines = self.lines.lock().expect("not poisoned");
             lines.iter().find(|(g, _)| *g == gsi).map(|(_, i)| i.clone())
-        }
-
-        /// Every [`Vm::set_irq_level`], in order.
-        pub fn levels(&self) -> Vec<(u32, bool)> {
-            self.levels.lock().expect("not poisoned").clone()
-        }
-
-        /// The interrupt that [`Vm::sint`] gave out, until it is removed.
-        pub fn synthetic(&self, vcpu: u32, sint: u32) -> Option<Arc<FakeInterrupt>> {
-            self.sints.lock().expect("not poisoned").get(&(vcpu, sint)).cloned()
         }
 
         /// Does what the kernel does on a guest's write of `value` to `address`: signals the matching
@@ -146,23 +118,6 @@ pub mod fake {
             let line = Arc::new(FakeInterrupt::default());
             self.lines.lock().expect("not poisoned").push((gsi, line.clone()));
             Ok(line)
-        }
-
-        fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
-            self.levels.lock().expect("not poisoned").push((gsi, high));
-            Ok(())
-        }
-
-        fn sint(&self, vcpu: u32, sint: u32, _: BorrowedFd<'_>) -> io::Result<Arc<dyn Interrupt>> {
-            match self.sints.lock().expect("not poisoned").entry((vcpu, sint)) {
-                Entry::Occupied(_) => Err(io::ErrorKind::AlreadyExists.into()),
-                Entry::Vacant(entry) => Ok(entry.insert(Arc::default()).clone()),
-            }
-        }
-
-        fn remove_sint(&self, vcpu: u32, sint: u32) -> io::Result<()> {
-            let removed = self.sints.lock().expect("not poisoned").remove(&(vcpu, sint));
-            removed.map(|_| ()).ok_or(io::ErrorKind::NotFound.into())
         }
 
         fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {

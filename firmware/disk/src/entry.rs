@@ -102,7 +102,7 @@ pub fn inb(port: u16) -> u8 {
     value
 }
 
-/// Tells the monitor that there is nothing to boot (`src/legacy/acpi_pm.rs`), which ends the run; or stops.
+/// Tells the monitor that there is nothing to boot (`src/monitor/legacy/acpi_pm.rs`), which ends the run; or stops.
 pub fn give_up() -> ! {
     outb(0x605, 1);
     loop {

@@ -4,7 +4,7 @@
 
 use core::sync::atomic::{AtomicUsize, Ordering, compiler_fence, fence};
 
-/// The monitor's slots (`src/memory/layout.rs`). An empty one reads as all ones.
+/// The monitor's slots (`src/monitor/memory/layout`). An empty one reads as all ones.
 const FIRST: u64 = 0xfe00_0000;
 const STRIDE: u64 = 0x1000;
 const SLOTS: u64 = 18;

@@ -6,18 +6,10 @@
 
 use kvm_bindings as kb;
 
-use crate::bus::Synic;
+use super::x86_64;
+use crate::hyperv::Synic;
 
-/// A breakpoint that was hit, or a step that is done: the exception that would have told the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Trap {
-    /// 1 is #DB, 3 is #BP.
-    pub exception: u32,
-    /// Linear address of the next instruction; for #BP of the INT3.
-    pub pc: u64,
-    /// DR6 as the processor set it: which debug registers, whether a step.
-    pub dr6: u64,
-}
+pub use super::x86_64::exit::Trap;
 
 /// Why KVM cannot go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,21 +126,9 @@ pub(super) unsafe fn decode(run: &mut kb::kvm_run, vcpu: u32) -> Exit<'_> {
     let start: *mut u8 = (&raw mut *run).cast();
     let exit = &mut run.__bindgen_anon_1;
     // SAFETY: each arm reads the member of the union that KVM fills for this exit reason; all of them are plain
-    // integers, for which any bytes are valid. The PIO data lies where the kernel says, inside the mapping.
+    // integers, for which any bytes are valid. The mapping is as the caller promises.
     unsafe {
         match run.exit_reason {
-            kb::KVM_EXIT_IO => {
-                let io = exit.io;
-                let size = usize::from(io.size).max(1);
-                let data = std::slice::from_raw_parts_mut(
-                    start.add(io.data_offset as usize),
-                    size * io.count as usize,
-                );
-                match u32::from(io.direction) {
-                    kb::KVM_EXIT_IO_IN => Exit::PioIn { port: io.port, size, data },
-                    _ => Exit::PioOut { port: io.port, size, data },
-                }
-            }
             kb::KVM_EXIT_MMIO => {
                 let mmio = &mut exit.mmio;
                 let len = (mmio.len as usize).min(mmio.data.len());
@@ -175,30 +155,8 @@ pub(super) unsafe fn decode(run: &mut kb::kvm_run, vcpu: u32) -> Exit<'_> {
                 let instruction = has_bytes.then(|| (bytes.insn_bytes, usize::from(bytes.insn_size).min(15)));
                 Exit::Stuck(Stuck::InternalError { suberror: failure.suberror, instruction })
             }
-            kb::KVM_EXIT_DEBUG => {
-                let debug = exit.debug.arch;
-                Exit::Debug(Trap { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 })
-            }
-            kb::KVM_EXIT_X86_RDMSR => Exit::MsrRead { number: exit.msr.index, refused: &mut exit.msr.error },
-            kb::KVM_EXIT_X86_WRMSR => {
-                let msr = &mut exit.msr;
-                Exit::MsrWrite { number: msr.index, value: msr.data, refused: &mut msr.error }
-            }
-            kb::KVM_EXIT_HYPERV => match (exit.hyperv.type_, &mut exit.hyperv.u) {
-                (kb::KVM_EXIT_HYPERV_SYNIC, set) => {
-                    let set = set.synic;
-                    let synic = Synic { control: set.control, events: set.evt_page, messages: set.msg_page };
-                    Exit::Synic { vcpu, msr: set.msr, synic }
-                }
-                (kb::KVM_EXIT_HYPERV_HCALL, call) => {
-                    let call = &mut call.hcall;
-                    Exit::Hypercall { input: call.input, parameters: call.params, status: &mut call.result }
-                }
-                _ => Exit::Stuck(Stuck::Unexpected(kb::KVM_EXIT_HYPERV)),
-            },
-            kb::KVM_EXIT_IOAPIC_EOI => Exit::IoApicEoi(exit.eoi.vector),
             kb::KVM_EXIT_INTR => Exit::Kicked,
-            other => Exit::Stuck(Stuck::Unexpected(other)),
+            other => x86_64::exit::decode(other, start, exit, vcpu),
         }
     }
 }

@@ -1,19 +1,14 @@
-//! The only module that issues KVM ioctls: system, VM and vCPU descriptors, exits, registers, CPUID, MSRs, debugging.
+//! The only module that issues KVM ioctls: system, VM and vCPU descriptors, exits; and in `x86_64` what that architecture has
+//! alone, registers, CPUID, MSRs and debugging among it.
 //!
 //! Used by `boot` (the entry state), `vcpu` (the run loop) and `machine` (assembly). Knows no device.
 
-mod cpu_model;
-pub mod cpuid;
-pub mod debug;
 pub mod exit;
-mod hyperv;
 mod linger;
-mod look;
-pub mod regs;
-mod routes;
 mod stats;
 mod vcpu;
 mod vm;
+mod x86_64;
 
 use std::ffi::CString;
 use std::io;
@@ -21,10 +16,10 @@ use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Cap;
 
-pub use look::VcpuState;
 pub use stats::Counters;
 pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;
+pub use x86_64::{VcpuState, cpuid, debug, host_has_hardware_virtualization, regs};
 
 /// Why the hypervisor could not be used. The texts name the ioctl, because that is what its documentation
 /// (Documentation/virt/kvm/api.rst) is sorted by.
@@ -112,12 +107,11 @@ pub struct Kvm {
 
 impl Kvm {
     /// What a machine cannot be built without.
-    const NEEDED: [(Cap, &'static str); 6] = [
+    const NEEDED: [(Cap, &'static str); 5] = [
         (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
         (Cap::Irqfd, "KVM_CAP_IRQFD"),
         (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
         (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-        (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
         (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
     ];
 
@@ -134,7 +128,7 @@ impl Kvm {
         if version != 12 {
             return Err(Error::Version { path: path.to_owned(), version });
         }
-        match Self::NEEDED.iter().find(|(cap, _)| !fd.check_extension(*cap)) {
+        match Self::NEEDED.iter().chain(&x86_64::NEEDED).find(|(cap, _)| !fd.check_extension(*cap)) {
             Some((_, name)) => Err(Error::Missing(name)),
             None => Ok(Self { fd }),
         }
@@ -152,13 +146,4 @@ impl Kvm {
     pub fn create_vm(&self, memory: &crate::memory::Memory) -> Result<Vm, Error> {
         Vm::new(&self.fd, memory)
     }
-}
-
-/// Whether this processor has VT-x or AMD-V to offer. A KVM without it emulates guest instructions and stops at
-/// those that its emulator lacks.
-pub fn host_has_hardware_virtualization() -> bool {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    info.lines()
-        .filter(|line| line.starts_with("flags"))
-        .any(|line| line.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
 }

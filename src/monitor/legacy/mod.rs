@@ -9,7 +9,6 @@ pub mod crtc;
 pub mod debug_exit;
 pub mod debug_port;
 pub mod fw_cfg;
-pub mod hyperv_testdev;
 pub mod i8042;
 pub mod pvpanic;
 pub mod reset_control;

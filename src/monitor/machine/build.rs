@@ -15,10 +15,11 @@ use super::origin::{Contents, Origin};
 use super::{Error, Event, Handle, Machine, Phase, Shared, kvm_path};
 use crate::boot::tables::Platform;
 use crate::boot::{self, Payload};
-use crate::bus::{Bus, Device, Hypercalls, Kind, Place, SharedDevice, Slot, lock};
+use crate::bus::{Bus, Device, Kind, Place, SharedDevice, Slot, lock};
 use crate::chardev::{Ends, Escape};
 use crate::config::{Firmware, OnPanic, VmConfig};
 use crate::disk::Images;
+use crate::hyperv::Hypercalls;
 use crate::kvm::regs::Entry;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
@@ -27,14 +28,13 @@ use crate::legacy::crtc::Crtc;
 use crate::legacy::debug_exit::DebugExit;
 use crate::legacy::debug_port::DebugPort;
 use crate::legacy::fw_cfg::{FwCfg, Items};
-use crate::legacy::hyperv_testdev::HypervTestDevice;
 use crate::legacy::i8042::I8042;
 use crate::legacy::pvpanic::PvPanic;
 use crate::legacy::reset_control::ResetControl;
 use crate::legacy::rom::Rom;
 use crate::legacy::rtc_cmos::RtcCmos;
 use crate::legacy::serial::SerialPort;
-use crate::legacy::testdev;
+use crate::legacy::testdev::{hyperv::HypervTestDevice, pc};
 use crate::memory::{Memory, layout};
 use crate::recorder::{Recorder, Step, Steps};
 use crate::threads::{self, Role};
@@ -43,6 +43,7 @@ use crate::vcpu::dispatch::Buses;
 use crate::vcpu::gate::Gate;
 use crate::virtio;
 use crate::virtio::mmio::Mmio;
+use crate::vm::testdev::TestVm;
 use crate::vm::{Interrupt, Vm};
 
 /// Loads the machine that `config` describes with what it starts from: ready to run. `ends` keeps the host ends of its consoles
@@ -165,9 +166,9 @@ fn build(
             Kind::Rom => shared(Rom),
             Kind::FwCfg => fw_cfg.clone(),
             Kind::DebugPort => shared(DebugPort::default()),
-            Kind::TestPorts => shared(testdev::Ports::new(memory.ram().clone())),
-            Kind::TestLines => shared(testdev::IrqLines::new(weak(&vm))),
-            Kind::TestMemory => shared(testdev::IoRam::default()),
+            Kind::TestPorts => shared(pc::Ports::new(memory.ram().clone())),
+            Kind::TestLines => shared(pc::IrqLines::new(weak(&vm))),
+            Kind::TestMemory => shared(pc::IoRam::default()),
             Kind::HypervTest => {
                 let device = HypervTestDevice::new(weak(&vm), memory.ram().clone(), config.cpus.0);
                 let failed = |source| Error::Host { what: "the test device".to_owned(), source };
@@ -255,7 +256,7 @@ fn shared(device: impl Device + 'static) -> SharedDevice {
     Arc::new(Mutex::new(device))
 }
 
-fn weak(vm: &Arc<kvm::Vm>) -> Weak<dyn Vm> {
+fn weak(vm: &Arc<kvm::Vm>) -> Weak<dyn TestVm> {
     let weak: Weak<kvm::Vm> = Arc::downgrade(vm);
     weak
 }

@@ -7,7 +7,7 @@ use super::Error;
 use crate::boot::tables::{Platform, VirtioMmio};
 use crate::bus::{Kind, Place, Slot};
 use crate::config::{VmConfig, Where};
-use crate::legacy::{crtc, debug_exit, fw_cfg, hyperv_testdev, rtc_cmos, testdev};
+use crate::legacy::{crtc, debug_exit, fw_cfg, rtc_cmos, testdev};
 use crate::memory::layout;
 use crate::virtio;
 
@@ -35,11 +35,11 @@ pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error
         list.port("text-screen", Kind::TextScreen, layout::CRTC, crtc::SIZE);
     }
     if config.test_device {
-        list.port("test-device", Kind::TestPorts, layout::TEST_PORTS, testdev::PORTS);
-        list.port("test-irqs", Kind::TestLines, layout::TEST_IRQS, testdev::LINES);
-        list.memory("test-memory", Kind::TestMemory, layout::TEST_MEMORY, testdev::MEMORY);
+        list.port("test-device", Kind::TestPorts, layout::TEST_PORTS, testdev::pc::PORTS);
+        list.port("test-irqs", Kind::TestLines, layout::TEST_IRQS, testdev::pc::LINES);
+        list.memory("test-memory", Kind::TestMemory, layout::TEST_MEMORY, testdev::pc::MEMORY);
         if config.cpu.hyperv {
-            list.port("hyperv-test", Kind::HypervTest, layout::HYPERV_TEST, hyperv_testdev::SIZE);
+            list.port("hyperv-test", Kind::HypervTest, layout::HYPERV_TEST, testdev::hyperv::SIZE);
         }
     }
     if config.boot_marks {

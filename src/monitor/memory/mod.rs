@@ -6,6 +6,7 @@
 mod buffers;
 pub mod dirty;
 pub mod layout;
+pub mod testdev;
 
 use std::fs::File;
 use std::io;
@@ -247,28 +248,6 @@ pub fn expect(ram: &GuestRam, range: Range<u64>) {
 /// The regions' guest address, host address and size in bytes: what the hypervisor maps.
 pub fn slots(ram: &GuestRam) -> impl Iterator<Item = (u64, *mut u8, u64)> {
     ram.iter().map(|region| (region.start_addr().0, region.as_ptr(), region.len()))
-}
-
-/// Makes the page at `address` read-only for this process for a moment, for which KVM takes it away from the guest: at the
-/// guest's next access KVM has to map it again. Its content stays. For machines without devices that write to memory.
-///
-/// # Errors
-/// There is no RAM at `address`; or the host refused.
-pub fn unmap_briefly(ram: &GuestRam, address: u64) -> io::Result<()> {
-    use rustix::mm::{MprotectFlags, mprotect};
-    const PAGE: usize = 4096;
-    let page = GuestAddress(address & !(PAGE as u64 - 1));
-    let Ok(host) = ram.get_host_address(page) else {
-        return Err(io::Error::other("there is no RAM"));
-    };
-    // SAFETY: the page lies in the mapping that `ram` keeps, and no reference into it exists: all access is volatile. A
-    // write by another thread of this process in between would be a fault; none writes, because a configuration with the
-    // test device and virtio devices is refused. vCPUs that meet it fault inside KVM, which tells the guest's access again.
-    unsafe {
-        mprotect(host.cast(), PAGE, MprotectFlags::READ)?;
-        mprotect(host.cast(), PAGE, MprotectFlags::READ | MprotectFlags::WRITE)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

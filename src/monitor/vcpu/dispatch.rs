@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex};
 
 use kvm_bindings as kb;
 
-use crate::bus::{self, Bus, Effect, Hypercalls};
+use crate::bus::{self, Bus, Effect};
 use crate::config::msr;
 use crate::guest_warn;
+use crate::hyperv::{self, Hypercalls};
 use crate::kvm::exit::{Exit, Stuck, Trap};
 
 /// The two address spaces of a PC, and whom it may call beside.
@@ -146,7 +147,7 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
         Exit::Hypercall { input, parameters, ref mut status } => {
             **status = match &buses.hypercalls {
                 Some(hypercalls) => bus::lock(hypercalls).call(input, parameters),
-                None => unanswered(input),
+                None => hyperv::unanswered(input),
             };
             Next::Again
         }
@@ -161,14 +162,6 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
         Exit::SystemEvent(_) => Next::End(End::Stuck(Stuck::Unexpected(kb::KVM_EXIT_SYSTEM_EVENT))),
         Exit::Debug(trap) => Next::Trap(trap),
         Exit::Stuck(why) => Next::End(End::Stuck(why)),
-    }
-}
-
-/// The status of a hypercall where nobody has connections to anything.
-fn unanswered(input: u64) -> u64 {
-    match input as u16 {
-        bus::HVCALL_POST_MESSAGE | bus::HVCALL_SIGNAL_EVENT => bus::HV_STATUS_INVALID_CONNECTION_ID,
-        _ => bus::HV_STATUS_INVALID_HYPERCALL_CODE,
     }
 }
 
@@ -305,7 +298,7 @@ mod tests {
         let stuck = |s| Next::End(End::Stuck(s));
         for (mut exit, next) in [
             (Exit::Halt, Next::Again),
-            (Exit::Synic { vcpu: 0, msr: 0x4000_0080, synic: bus::Synic::default() }, Next::Again),
+            (Exit::Synic { vcpu: 0, msr: 0x4000_0080, synic: hyperv::Synic::default() }, Next::Again),
             (Exit::IoApicEoi(3), Next::Again),
             (Exit::Kicked, Next::Gate),
             (Exit::Shutdown, Next::End(End::TripleFault)),

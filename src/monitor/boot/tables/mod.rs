@@ -1,6 +1,6 @@
 //! What firmware would tell the guest about the platform: memory map, ACPI and MP tables; and what it has for a reset.
 //!
-//! The machine fills in [`Platform`] from the devices it built; [`boot::load`](super::load) writes the tables.
+//! The machine makes [`Platform`] from its inventory, before there is any device; [`boot::load`](super::load) writes the tables.
 
 pub mod acpi;
 pub mod e820;

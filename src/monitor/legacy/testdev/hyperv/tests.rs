@@ -3,7 +3,7 @@
 use super::*;
 use crate::memory::Memory;
 use crate::state::Saved;
-use crate::vm::fake::FakeVm;
+use crate::vm::testdev::fake::FakeTestVm;
 
 /// Message page, event page, hypercall input.
 const MESSAGES: u64 = 0x4000;
@@ -11,7 +11,7 @@ const EVENTS: u64 = 0x5000;
 const INPUT: u64 = 0x6000;
 
 struct Bench {
-    vm: Arc<FakeVm>,
+    vm: Arc<FakeTestVm>,
     ram: Arc<GuestRam>,
     device: Arc<Mutex<HypervTestDevice>>,
 }
@@ -20,8 +20,8 @@ impl Bench {
     /// Two vCPUs, and the second has its pages set up.
     fn new() -> Self {
         let ram = Memory::new(&"2M".parse().unwrap()).unwrap().ram().clone();
-        let vm = Arc::new(FakeVm::default());
-        let weak: Weak<FakeVm> = Arc::downgrade(&vm);
+        let vm = Arc::new(FakeTestVm::default());
+        let weak: Weak<FakeTestVm> = Arc::downgrade(&vm);
         let device = HypervTestDevice::new(weak, ram.clone(), 2).unwrap();
         let synic = Synic { control: 1, events: EVENTS | 1, messages: MESSAGES | 1 };
         lock(&device).set_synic(1, synic);
@@ -71,7 +71,7 @@ fn a_route_is_raised_and_goes() {
 #[test]
 fn a_message_waits_for_its_slot() {
     let bench = Bench::new();
-    assert_eq!(bench.post(0x10, 8, 1), HV_STATUS_INVALID_CONNECTION_ID);
+    assert_eq!(bench.post(0x10, 8, 1), INVALID_CONNECTION_ID);
     bench.ask(4, 1, 8, 0x10);
     assert_eq!(bench.post(0x10, 8, 1), SUCCESS);
     assert_eq!(
@@ -118,7 +118,7 @@ fn an_event_is_a_flag_and_an_interrupt_until_it_is_cleared() {
     assert_eq!(bench.raised(9), 1, "set already");
     bench.ram.write_obj(0u8, flag).unwrap();
     assert_eq!((signal(0x5d, INPUT), bench.raised(9)), (SUCCESS, 2));
-    assert_eq!(signal(0x1_005d, 0x24), HV_STATUS_INVALID_CONNECTION_ID);
+    assert_eq!(signal(0x1_005d, 0x24), INVALID_CONNECTION_ID);
 }
 
 #[test]
@@ -131,11 +131,11 @@ fn hostile_input_has_a_status_each() {
         (0x5c, 4, INVALID_ALIGNMENT),
         (0x5c, 0x20_0000 - 8, INVALID_HYPERCALL_INPUT),
         (0x5c, !7, INVALID_HYPERCALL_INPUT),
-        (0x1_005c, 0, HV_STATUS_INVALID_HYPERCALL_CODE),
+        (0x1_005c, 0, INVALID_HYPERCALL_CODE),
         (0x5d, 0x100_0000, INVALID_HYPERCALL_INPUT),
         (0x5d, 1, INVALID_ALIGNMENT),
-        (0x1_005d, u64::MAX, HV_STATUS_INVALID_CONNECTION_ID),
-        (0x8001, 0, HV_STATUS_INVALID_HYPERCALL_CODE),
+        (0x1_005d, u64::MAX, INVALID_CONNECTION_ID),
+        (0x8001, 0, INVALID_HYPERCALL_CODE),
     ] {
         assert_eq!(call(input, parameter), status, "{input:#x} {parameter:#x}");
     }

@@ -1,4 +1,4 @@
-//! Every guest physical address and interrupt line that the monitor decides, in one table.
+//! A PC's guest physical addresses and interrupt lines.
 //!
 //! ```text
 //! 0x0000_0000  RAM  boot_params, page tables, GDT, command line (below 640 KiB)
@@ -58,8 +58,6 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 pub const HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
 /// First virtio-mmio slot.
 pub const VIRTIO_MMIO: u64 = 0xfe00_0000;
-/// Size of a virtio-mmio slot.
-pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// The I/O APIC's base; its identifier is 0 and its first interrupt GSI 0.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// The local APICs' base.
@@ -106,11 +104,11 @@ pub const ACPI_PM_SIZE: u64 = 8;
 pub const ACPI_GSI: u32 = 9;
 /// Port of the POST code, used for boot marks when asked for.
 pub const POST: u64 = 0x80;
-/// The test device's register and page port (`legacy::testdev`).
+/// The test device's register and page port (`legacy::testdev::pc`).
 pub const TEST_PORTS: u64 = 0xe0;
 /// The test device's interrupt lines, a port each.
 pub const TEST_IRQS: u64 = 0x2000;
-/// The test device for Hyper-V's interrupt controller (`legacy::hyperv_testdev`).
+/// The test device for Hyper-V's interrupt controller (`legacy::testdev::hyperv`).
 pub const HYPERV_TEST: u64 = 0x3000;
 /// The test device's memory.
 pub const TEST_MEMORY: u64 = 0xff00_0000;
@@ -128,10 +126,6 @@ pub const DEBUG_EXIT: u64 = 0xf4;
 /// The interrupts that virtio-mmio devices get, in order: those above the legacy range first.
 pub const VIRTIO_GSIS: [u32; 18] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15];
 
-/// The most guest RAM: KVM takes fewer than 2^31 pages in a memory slot (KVM_MEM_MAX_NR_PAGES), and what is above the hole is one
-/// slot. The physical addresses of the host's processor end it sooner on most.
-pub const MAX_RAM: u64 = 8 << 40;
-
 /// Where `size` bytes of RAM lie: below the hole, and above 4 GiB if they do not fit there.
 pub fn ram(size: u64) -> Vec<Range<u64>> {
     let low = size.min(HOLE.start);
@@ -144,6 +138,7 @@ pub fn ram(size: u64) -> Vec<Range<u64>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{MAX_RAM, VIRTIO_MMIO_SIZE};
     use super::*;
 
     #[test]

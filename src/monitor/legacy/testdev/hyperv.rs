@@ -15,16 +15,17 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileMemory};
 
-use crate::bus::{
-    Busy, Device, Effect, HV_STATUS_INVALID_CONNECTION_ID, HV_STATUS_INVALID_HYPERCALL_CODE,
-    HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT, Hypercalls, Synic, lock,
-};
+use crate::bus::{Busy, Device, Effect, lock};
 use crate::event_loop::{Event, Handler, Interest, Sources, Worker};
 use crate::guest_warn;
+use crate::hyperv::{
+    Hypercalls, INVALID_CONNECTION_ID, INVALID_HYPERCALL_CODE, POST_MESSAGE, SIGNAL_EVENT, Synic,
+};
 use crate::memory::GuestRam;
 use crate::state::{StateError, Stateful};
 use crate::threads::Role;
-use crate::vm::{Interrupt, Vm};
+use crate::vm::Interrupt;
+use crate::vm::testdev::TestVm;
 
 /// Ports, from [`layout::HYPERV_TEST`](crate::memory::layout::HYPERV_TEST).
 pub const SIZE: u64 = 4;
@@ -73,7 +74,7 @@ pub struct State {
 
 /// The device.
 pub struct HypervTestDevice {
-    vm: Weak<dyn Vm>,
+    vm: Weak<dyn TestVm>,
     ram: Arc<GuestRam>,
     cpus: u32,
     state: State,
@@ -90,7 +91,7 @@ impl HypervTestDevice {
     ///
     /// # Errors
     /// The host is out of descriptors or threads.
-    pub fn new(vm: Weak<dyn Vm>, ram: Arc<GuestRam>, cpus: u32) -> io::Result<Arc<Mutex<Self>>> {
+    pub fn new(vm: Weak<dyn TestVm>, ram: Arc<GuestRam>, cpus: u32) -> io::Result<Arc<Mutex<Self>>> {
         let (eoi, state, interrupts) = (Event::new()?, State::default(), BTreeMap::new());
         let watched = eoi.try_clone()?;
         let device = Self { vm, ram, cpus, state, interrupts, eoi, worker: None, paused: false };
@@ -170,9 +171,9 @@ impl HypervTestDevice {
         if kind == 0 || size as usize > PAYLOAD {
             return INVALID_HYPERCALL_INPUT;
         }
-        let Ok(id) = u8::try_from(connection) else { return HV_STATUS_INVALID_CONNECTION_ID };
+        let Ok(id) = u8::try_from(connection) else { return INVALID_CONNECTION_ID };
         match self.state.connections.get_mut(&(Kind::Message, id)) {
-            None => return HV_STATUS_INVALID_CONNECTION_ID,
+            None => return INVALID_CONNECTION_ID,
             Some(end) if end.waiting.is_some() => return INSUFFICIENT_BUFFERS,
             Some(end) => {
                 // Type, size, no flags, and the connection as where it came from.
@@ -186,9 +187,9 @@ impl HypervTestDevice {
 
     /// HvCallSignalEvent, of the connection with this number.
     fn signal(&mut self, connection: u64) -> u64 {
-        let Ok(id) = u8::try_from(connection) else { return HV_STATUS_INVALID_CONNECTION_ID };
+        let Ok(id) = u8::try_from(connection) else { return INVALID_CONNECTION_ID };
         let Some(end) = self.state.connections.get(&(Kind::Event, id)) else {
-            return HV_STATUS_INVALID_CONNECTION_ID;
+            return INVALID_CONNECTION_ID;
         };
         let Some(flags) = self.slot(end.vcpu, end.sint, |synic| synic.events) else { return SUCCESS };
         let byte = self.ram.get_slice(GuestAddress(flags + u64::from(id / 8)), 1);
@@ -256,14 +257,14 @@ impl Hypercalls for HypervTestDevice {
     fn call(&mut self, input: u64, parameters: [u64; 2]) -> u64 {
         const FAST: u64 = 1 << 16;
         match (input as u16, input & FAST != 0) {
-            (HVCALL_POST_MESSAGE, false) => self.post(parameters[0]),
-            (HVCALL_SIGNAL_EVENT, true) => self.signal(parameters[0]),
-            (HVCALL_SIGNAL_EVENT, false) if !parameters[0].is_multiple_of(8) => INVALID_ALIGNMENT,
-            (HVCALL_SIGNAL_EVENT, false) => match self.ram.read_obj(GuestAddress(parameters[0])) {
+            (POST_MESSAGE, false) => self.post(parameters[0]),
+            (SIGNAL_EVENT, true) => self.signal(parameters[0]),
+            (SIGNAL_EVENT, false) if !parameters[0].is_multiple_of(8) => INVALID_ALIGNMENT,
+            (SIGNAL_EVENT, false) => match self.ram.read_obj(GuestAddress(parameters[0])) {
                 Ok(connection) => self.signal(connection),
                 Err(_) => INVALID_HYPERCALL_INPUT,
             },
-            _ => HV_STATUS_INVALID_HYPERCALL_CODE,
+            _ => INVALID_HYPERCALL_CODE,
         }
     }
 }

@@ -18,11 +18,11 @@ const PIC_PINS: u32 = 16;
 const PIC: u32 = 8;
 
 /// A synthetic interrupt source: of which vCPU, and which of its 16.
-pub(super) type Sint = (u32, u32);
+pub type Sint = (u32, u32);
 
 /// The routes beside those of the pins, which KVM begins with.
 #[derive(Debug, Default)]
-pub(super) struct Routes(BTreeMap<Sint, (u32, EventFd)>);
+pub struct Routes(BTreeMap<Sint, (u32, EventFd)>);
 
 impl Routes {
     /// Adds a route for `sint`, which `event` will raise; gives its number. None if there is one.

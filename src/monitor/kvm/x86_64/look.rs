@@ -6,7 +6,7 @@ use kvm_bindings::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Vcpu, ioctl};
+use crate::kvm::{Error, Vcpu, ioctl};
 
 // Local APIC registers (SDM vol. 3, table 12-1).
 const TPR: usize = 0x80;

@@ -10,7 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::Cap;
 
-use super::{Error, Vcpu, Vm, ioctl};
+use crate::kvm::{Error, Vcpu, Vm, ioctl};
 
 /// What a debug register watches for (SDM vol. 3, 18.2.4: R/W).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::bus::{Device, Effect};
 use crate::guest_warn;
-use crate::memory::{self, GuestRam};
+use crate::memory::GuestRam;
+use crate::memory::testdev::unmap_briefly;
 use crate::state::{StateError, Stateful};
-use crate::vm::Vm;
+use crate::vm::testdev::TestVm;
 
 /// Ports of [`Ports`], from [`layout::TEST_PORTS`](crate::memory::layout::TEST_PORTS).
 pub const PORTS: u64 = 12;
@@ -53,7 +54,7 @@ impl Device for Ports {
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
         if let (FLUSH, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
             let address = u64::from(u32::from_le_bytes(address));
-            if let Err(error) = memory::unmap_briefly(&self.ram, address) {
+            if let Err(error) = unmap_briefly(&self.ram, address) {
                 guest_warn!("the test device cannot unmap the page at {address:#x}: {error}");
             }
             return Effect::None;
@@ -85,7 +86,7 @@ pub struct IrqLines {
     /// A bit per line.
     high: u32,
     /// Weak, because the VM must not outlive the machine in a device that somebody still holds.
-    vm: Weak<dyn Vm>,
+    vm: Weak<dyn TestVm>,
 }
 
 /// What the guest could tell apart.
@@ -97,7 +98,7 @@ pub struct Lines {
 
 impl IrqLines {
     /// The lines are those of `vm`, all low.
-    pub fn new(vm: Weak<dyn Vm>) -> Self {
+    pub fn new(vm: Weak<dyn TestVm>) -> Self {
         Self { high: 0, vm }
     }
 }
@@ -180,10 +181,10 @@ impl Stateful for IoRam {
 mod tests {
     use super::*;
     use crate::state::Saved;
-    use crate::vm::fake::FakeVm;
+    use crate::vm::testdev::fake::FakeTestVm;
 
     fn ram() -> Arc<GuestRam> {
-        memory::Memory::new(&"2M".parse().unwrap()).unwrap().ram().clone()
+        crate::memory::Memory::new(&"2M".parse().unwrap()).unwrap().ram().clone()
     }
 
     #[test]
@@ -217,8 +218,8 @@ mod tests {
 
     #[test]
     fn lines_have_levels() {
-        let vm = Arc::new(FakeVm::default());
-        let weak: Weak<FakeVm> = Arc::downgrade(&vm);
+        let vm = Arc::new(FakeTestVm::default());
+        let weak: Weak<FakeTestVm> = Arc::downgrade(&vm);
         let mut lines = IrqLines::new(weak);
         lines.write(5, &[1]);
         lines.write(23, &[1, 0, 0, 0]);

@@ -4,9 +4,9 @@
 
 use kvm_bindings::kvm_cpuid_entry2 as Leaf;
 
-use super::Error;
 use crate::config::cpu::{Cpu, Level, Model};
 use crate::config::cpu_features::{self, Register};
+use crate::kvm::Error;
 
 /// Leaves whose content a baseline keeps beside its features: topology, caches, frequencies, KVM's own, names, address sizes.
 const KEPT: [u32; 17] = [

@@ -10,8 +10,8 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_mut_ptr;
 use vmm_sys_util::ioctl_iowr_nr;
 
-use super::{Error, ioctl};
 use crate::config::Cpu;
+use crate::kvm::{Error, ioctl};
 
 ioctl_iowr_nr!(KVM_GET_SUPPORTED_HV_CPUID, KVMIO, 0xc1, kvm_cpuid2);
 
