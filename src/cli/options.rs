@@ -1,5 +1,8 @@
 //! The options of `vmm run`, and how they and a configuration file become one [`VmConfig`].
 
+// The doc comments are the text of --help, where brackets mark what may be left out.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;

@@ -1,4 +1,4 @@
-//! A console in front of a person that nobody in the guest opens: that this is so, and what to do.
+//! Warns when the guest never opens the console on this terminal, and says what to do.
 
 use std::error::Error;
 use std::time::Duration;

@@ -1,6 +1,6 @@
-//! Threads by what they are for: the one place in the monitor where threads are made.
+//! The one place in the monitor that makes threads, each for a [`Role`].
 //!
-//! A [`Role`] gives a thread its name and, later, its system call filter. Threads are made before the guest runs or by the control
+//! The role gives a thread its name and, later, its system call filter. Threads are made before the guest runs or by the control
 //! thread, never by a vCPU's.
 
 use std::io;

@@ -1,4 +1,4 @@
-//! Which console a guest gets if nobody says: one that the kernel at hand is sure to have.
+//! The default console: one that the kernel at hand is sure to have.
 //!
 //! A distribution's kernel has its virtio console in a module, which its initrd need not have; the driver of
 //! the serial port is built into each of them. Both at once, and one terminal for the two, would be no way
@@ -16,8 +16,8 @@ use crate::config::{Kernel, VmConfig, Where};
 /// configuration says nothing of either and
 ///
 /// - the last `console=` of the command line that is one of the two is a serial port, or
-/// - it names neither, and the kernel is a disk's own, or a bzImage: most likely a distribution's. Who has an
-///   ELF vmlinux has built it, for a monitor like this one: it has hvc0, which costs an exit per line and not
+/// - it names neither, and the kernel is a disk's own, or a bzImage: most likely a distribution's. An ELF
+///   vmlinux was most likely built for a monitor like this one: it has hvc0, which costs an exit per line and not
 ///   several per byte.
 ///
 /// What a disk says of consoles is for the machine that it was made for. So the serial port is named there,

@@ -29,7 +29,7 @@ use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::fw_cfg::FwCfg;
 use crate::memory::dirty::DirtyPages;
 use crate::vcpu::dispatch::{Buses, End};
-use crate::vcpu::gate::{Errand, NotClosed};
+use crate::vcpu::gate::{NotClosed, VcpuRequest};
 use crate::vcpu::{self, Ended};
 use crate::{boot, chardev, kvm, memory, virtio};
 
@@ -510,7 +510,7 @@ impl Handle {
         let states = (0..lock(&shared.threads).len()).map(|vcpu| {
             let (told, state) = channel();
             // Whoever asked waits below.
-            gate.send(vcpu, Errand(Box::new(move |vcpu| _ = told.send(vcpu.state()))));
+            gate.send(vcpu, VcpuRequest(Box::new(move |vcpu| _ = told.send(vcpu.state()))));
             Ok(state.recv().map_err(|_| AlreadyEnded)??)
         });
         let states = states.collect();
@@ -559,7 +559,7 @@ impl Handle {
     }
 
     /// The vCPUs that have been recorded, by number: their threads, and KVM's counters of them.
-    pub fn observed(&self) -> MutexGuard<'_, BTreeMap<u32, vcpu::Seen>> {
+    pub fn observed(&self) -> MutexGuard<'_, BTreeMap<u32, vcpu::ObservedVcpu>> {
         self.0.vcpus.observed.get()
     }
 

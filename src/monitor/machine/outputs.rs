@@ -1,6 +1,6 @@
-//! Outputs that are a file of the same run already: the guest's disk as its console's log, say. They are told
-//! by device and inode, so by any path, through symlinks and hard links. Called before anything is opened,
-//! since opening an output empties it.
+//! Finds outputs that are already a file of the same run: the guest's disk as its console's log, say. Compares
+//! device and inode, so the path does not matter, nor do symlinks and hard links. Called before anything is
+//! opened, since opening an output empties it.
 
 use std::fs;
 use std::io::ErrorKind;

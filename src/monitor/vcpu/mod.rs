@@ -22,9 +22,9 @@ use crate::memory::GuestRam;
 use crate::recorder::Recorder;
 use crate::threads::{self, Role};
 use dispatch::{Buses, End, Next, dispatch};
-use gate::{Errand, Gate, Meanwhile, Passed};
+use gate::{Gate, GateWork, Passed, VcpuRequest};
 use observe::Observer;
-pub use observe::{Observed, Seen};
+pub use observe::{Observed, ObservedVcpu};
 
 /// What all vCPUs of a machine share.
 #[derive(Debug)]
@@ -206,13 +206,13 @@ fn breakpoint(vcpu: &Vcpu, shared: &Shared, end: End) -> Option<Trap> {
 fn pass(vcpu: &mut Vcpu, shared: &Shared) -> Result<Passed, Result<End, Error>> {
     let mut end = None;
     let passed = shared.gate.pass(vcpu.id() as usize, |meanwhile| match meanwhile {
-        Meanwhile::Parking => match finish(vcpu, shared) {
+        GateWork::Parking => match finish(vcpu, shared) {
             Ok(Next::Trap(trap)) => end = stop(vcpu, shared, trap).err().map(Ok),
             Ok(Next::End(early)) => end = Some(Ok(early)),
             Ok(Next::Again | Next::Gate) => {}
             Err(error) => end = Some(Err(error)),
         },
-        Meanwhile::Errand(Errand(errand)) => errand(vcpu),
+        GateWork::Request(VcpuRequest(request)) => request(vcpu),
     });
     end.map_or(Ok(passed), Err)
 }

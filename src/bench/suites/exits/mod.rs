@@ -4,7 +4,7 @@
 
 mod bare;
 mod guest;
-mod seen;
+mod viewer;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use super::super::result::{self, Better, Suite, Unit};
 use super::super::rivals::Setting;
 use bare::Bare;
 use guest::Kind;
-use seen::Seen;
+use viewer::Viewer;
 use vmm_monitor::chardev::Endpoint;
 use vmm_monitor::config::{Console, Size, VmConfig, Where};
 use vmm_monitor::machine::{Handle, Outcome};
@@ -172,7 +172,7 @@ fn method(tsc_khz: Option<u32>) -> Vec<String> {
         format!(
             "Traced: every exit is written to a file. Exits inside the kernel are recorded too where tracefs may be read ({}). \
              Watched: every exit is added up while a viewer is attached, and none is kept.",
-            seen::tracefs()
+            viewer::tracefs()
         ),
         "ioeventfd kick, hypercall, CPUID and MSR read are answered in the kernel: the monitor has no part in them, and its \
          ratio should be 1."
@@ -276,7 +276,7 @@ impl RoundTrip {
         let (tell, built) = channel();
         let run = move || {
             let recorder = Arc::<Recorder>::default();
-            let mut seen = Seen::by(who, &config, recorder.clone());
+            let mut seen = Viewer::by(who, &config, recorder.clone());
             let mut herald = Herald(tell);
             let ran = Session::private(&config, recorder).map_err(text).and_then(|mut session| {
                 session.put("serial", end);
