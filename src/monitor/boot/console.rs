@@ -10,7 +10,7 @@ use std::path::Path;
 
 use super::error::Role;
 use super::image::Image;
-use crate::config::{Kernel, VmConfig, Where};
+use crate::config::{CharTarget, Kernel, VmConfig};
 
 /// Gives the terminal to the serial port (ttyS0) in place of the virtio console (hvc0), where the
 /// configuration says nothing of either and
@@ -23,7 +23,7 @@ use crate::config::{Kernel, VmConfig, Where};
 /// What a disk says of consoles is for the machine that it was made for. So the serial port is named there,
 /// too, if a command line is given that has no `console=`.
 pub fn settle(config: &mut VmConfig) {
-    if config.console.0.is_some() || config.serial != Where::Off {
+    if config.console.0.is_some() || config.serial != CharTarget::Off {
         return;
     }
     // What is behind the hyphens is init's.
@@ -41,7 +41,7 @@ pub fn settle(config: &mut VmConfig) {
     if !serial {
         return;
     }
-    config.serial = Where::Stdio;
+    config.serial = CharTarget::Stdio;
     if let (Some(cmdline), true, Ok(Some(Kernel::BootDisk))) = (&mut config.cmdline, unnamed, kernel) {
         *cmdline = format!("console=ttyS0 {cmdline}").trim_end().to_owned();
     }
@@ -67,7 +67,7 @@ mod tests {
         image[0x202..0x206].copy_from_slice(b"HdrS");
         std::fs::write(&bzimage, image).unwrap();
         std::fs::write(&elf, b"\x7fELF").unwrap();
-        let (serial, virtio) = ((Where::Stdio, Where::Off), (Where::Off, Where::Stdio));
+        let (serial, virtio) = ((CharTarget::Stdio, CharTarget::Off), (CharTarget::Off, CharTarget::Stdio));
         for (json, expected) in [
             (r#""disk": ["d"]"#, serial.clone()),
             (r#""disk": ["d"], "firmware": "built-in""#, serial.clone()),
@@ -82,8 +82,8 @@ mod tests {
             (r#""kernel": "BZIMAGE", "cmdline": "console=ttyS0 console=hvc0""#, virtio.clone()),
             (r#""kernel": "BZIMAGE", "cmdline": "root=/dev/vda""#, serial),
             (r#""disk": ["d"], "console": "stdio""#, virtio),
-            (r#""disk": ["d"], "console": "off""#, (Where::Off, Where::Off)),
-            (r#""disk": ["d"], "serial": "pty""#, (Where::Pty, Where::Stdio)),
+            (r#""disk": ["d"], "console": "off""#, (CharTarget::Off, CharTarget::Off)),
+            (r#""disk": ["d"], "serial": "pty""#, (CharTarget::Pty, CharTarget::Stdio)),
         ] {
             let json =
                 json.replace("BZIMAGE", bzimage.to_str().unwrap()).replace("ELF", elf.to_str().unwrap());
@@ -101,7 +101,7 @@ mod tests {
             let mut config = VmConfig { cmdline: Some(cmdline.to_owned()), ..VmConfig::default() };
             config.disk = vec!["d".parse().unwrap()];
             settle(&mut config);
-            assert_eq!((config.cmdline.as_deref(), config.serial), (Some(expected), Where::Stdio));
+            assert_eq!((config.cmdline.as_deref(), config.serial), (Some(expected), CharTarget::Stdio));
         }
     }
 }

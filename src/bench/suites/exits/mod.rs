@@ -21,7 +21,7 @@ use bare::Bare;
 use guest::Kind;
 use viewer::Viewer;
 use vmm_monitor::chardev::Endpoint;
-use vmm_monitor::config::{Console, Size, VmConfig, Where};
+use vmm_monitor::config::{CharTarget, Console, Size, VmConfig};
 use vmm_monitor::machine::{Handle, Outcome};
 use vmm_monitor::recorder::Recorder;
 use vmm_monitor::session::{Built, End, Observer, Session};
@@ -201,9 +201,9 @@ fn config(kind: Kind, rounds: u32, path: PathBuf) -> Result<VmConfig, String> {
     Ok(VmConfig {
         kernel: Some(path),
         mem: vmm_monitor::config::Memory { size: Size::mib(32), ..Default::default() },
-        console: Console(Some(Where::Off)),
+        console: Console(Some(CharTarget::Off)),
         // Its end is put in place of this before the machine is built.
-        serial: Where::Stdio,
+        serial: CharTarget::Stdio,
         rng: true,
         ..VmConfig::default()
     })
