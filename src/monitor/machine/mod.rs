@@ -180,7 +180,7 @@ struct Shared {
     vm: Weak<kvm::Vm>,
 }
 
-/// What the thread of [`Machine::run`] is told.
+/// A message to the thread of [`Machine::run`].
 enum Event {
     /// A device asks for its thread.
     Serve,
@@ -219,7 +219,7 @@ impl Shared {
         self.devices.iter().for_each(|(_, device)| lock(device).resume());
     }
 
-    /// Brings all devices to rest, for as long as `limit` allows and nobody kills the machine.
+    /// Brings all devices to rest; gives up after `limit`, or when the machine is killed.
     fn pause_devices(&self, limit: Duration) -> Result<(), NotAtRest> {
         /// Between two looks whether the machine was killed.
         const SLICE: Duration = Duration::from_millis(50);
@@ -410,7 +410,7 @@ impl fmt::Debug for Handle {
     }
 }
 
-/// Proof that a machine is paused: while it lives nobody can resume it. Dropping it leaves the machine paused.
+/// Proof that a machine is paused: while it lives, no one else can resume it. Dropping it leaves the machine paused.
 pub struct Paused<'a>(#[allow(dead_code, reason = "the guard is the proof")] MutexGuard<'a, Phase>);
 
 /// The run is over, so the machine can neither be paused nor resumed.

@@ -35,7 +35,7 @@ pub struct Shared {
     pub gate: Gate,
     /// Guest RAM, to read the instructions that reports and traces show.
     pub ram: Arc<GuestRam>,
-    /// Where exits are told of, when somebody wants to know.
+    /// Where exits are recorded, if the recorder is on.
     pub recorder: Arc<Recorder>,
     /// The vCPUs that have been recorded.
     pub observed: Observed,
@@ -43,7 +43,7 @@ pub struct Shared {
     pub reset_flag: bool,
     /// A vCPU whose guest panicked waits at the gate, and goes on when the machine lets it.
     pub holds_on_panic: bool,
-    /// Who is told of breakpoints and steps, once somebody debugs the machine.
+    /// The debugger that breakpoints and steps are reported to, once there is one.
     pub debugger: OnceLock<Listener>,
 }
 
@@ -173,7 +173,7 @@ fn run(vcpu: &mut Vcpu, shared: &Shared) -> Option<Result<End, Error>> {
     }
 }
 
-/// Has the vCPU wait for the debugger, who is told.
+/// Reports to the debugger, and makes the vCPU wait for it.
 fn stop(vcpu: &Vcpu, shared: &Shared, trap: Trap) -> Result<(), End> {
     let Some(listener) = shared.debugger.get() else {
         return Err(End::Stuck(Stuck::Unexpected(kvm_bindings::KVM_EXIT_DEBUG)));
