@@ -1,5 +1,5 @@
 //! The structure that `src/monitor/lib.rs` draws, held against the code: layers, where `unsafe` may stand, file headers.
-//! What one crate may use of another is cargo's to enforce.
+//! What one crate may use of another is cargo's to enforce. The pages of the documentation are held against the tree, too.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -254,4 +254,100 @@ fn the_monitors_threads_are_made_in_one_place() {
         |s: &Source| s.package == "monitor" && s.module != "threads" && !s.path.ends_with("tests.rs");
     let wrong: Vec<_> = sources().into_iter().filter(|s| elsewhere(s) && makes(s)).map(|s| s.path).collect();
     assert!(wrong.is_empty(), "{wrong:?} do not use threads::spawn");
+}
+
+/// The pages written by hand, by their paths below the root.
+const PAGES: [&str; 8] = [
+    "README.md",
+    "firmware/disk/README.md",
+    "fuzz/README.md",
+    "guest/README.md",
+    "guest/labs/README.md",
+    "tests/kvm-unit-tests/README.md",
+    "tests/rig/README.md",
+    "docs",
+];
+
+/// Columns in a line of a page.
+const COLUMNS: usize = 120;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap()
+}
+
+/// The pages and their text. `docs` stands for all of its pages.
+fn pages() -> Vec<(PathBuf, String)> {
+    let mut paths = Vec::new();
+    for page in PAGES.map(|page| root().join(page)) {
+        if page.is_dir() {
+            let found = fs::read_dir(page).unwrap().map(|entry| entry.unwrap().path());
+            paths.extend(found.filter(|path| path.extension().is_some_and(|e| e == "md")));
+        } else {
+            paths.push(page);
+        }
+    }
+    assert!(paths.len() > PAGES.len(), "found only {paths:?}");
+    paths.into_iter().map(|path| (path.clone(), fs::read_to_string(path).unwrap())).collect()
+}
+
+/// The paths in a text that begin at one of the tree's folders, and are not the rest of a longer path or a pattern.
+fn paths_named(text: &str) -> Vec<&str> {
+    let in_path = |c: char| c.is_ascii_alphanumeric() || "_-./*".contains(c);
+    let words = text.split(|c: char| !in_path(c)).map(|word| word.trim_end_matches(['.', '/']));
+    let ours = |word: &&str| {
+        let folder = word.split_once('/').map(|(folder, _)| folder);
+        ["src", "tests", "guest", "docs", "firmware"].iter().any(|ours| folder == Some(ours))
+    };
+    words.filter(ours).filter(|word| !word.contains('*')).collect()
+}
+
+/// The targets of a page's links, but for those into the web and into the page itself.
+fn links(text: &str) -> Vec<&str> {
+    let targets = text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(target, _)| target);
+    targets.filter_map(|t| t.split('#').next()).filter(|t| !t.is_empty() && !t.contains("://")).collect()
+}
+
+#[test]
+fn the_readers_of_pages_read() {
+    let text =
+        "a [b](docs/c.md#d) and [e](https://f) `src/g/h.rs`, guest/src/i.rs; ../src/j, src/*/k (tests/l).";
+    assert_eq!(links(text), ["docs/c.md"]);
+    assert_eq!(paths_named(text), ["docs/c.md", "src/g/h.rs", "guest/src/i.rs", "tests/l"]);
+}
+
+#[test]
+fn pages_keep_their_lines_short_and_their_links_alive() {
+    let mut wrong = Vec::new();
+    for (path, text) in pages() {
+        let page = path.strip_prefix(root()).unwrap().display();
+        for (number, line) in text.lines().enumerate() {
+            let columns = line.chars().count();
+            if columns > COLUMNS {
+                wrong.push(format!("{page}:{}: {columns} columns", number + 1));
+            }
+        }
+        let dead = links(&text).into_iter().filter(|link| !path.with_file_name(link).exists());
+        wrong.extend(dead.map(|link| format!("{page}: no file for the link {link}")));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn paths_that_pages_and_file_headers_name_exist() {
+    let headers = sources().into_iter().map(|source| {
+        let header =
+            source.text.lines().filter(|line| line.starts_with("//!")).collect::<Vec<_>>().join("\n");
+        (Path::new("src").join(source.path), header)
+    });
+    let mut wrong = Vec::new();
+    for (page, text) in pages().into_iter().chain(headers) {
+        // A file header may cite another project's docs.
+        let cites = |named: &str| page.starts_with("src") && named.starts_with("docs/");
+        // A module may be named without `.rs`.
+        let exists =
+            |named: &str| [named.to_owned(), format!("{named}.rs")].iter().any(|p| root().join(p).exists());
+        let missing = paths_named(&text).into_iter().filter(|named| !exists(named) && !cites(named));
+        wrong.extend(missing.map(|named| format!("{}: {named}", page.display())));
+    }
+    assert!(wrong.is_empty(), "named, but not there:\n{}", wrong.join("\n"));
 }

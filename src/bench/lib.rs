@@ -2,7 +2,7 @@
 //!
 //! [`suites`] say what is compared, [`rivals`] how each contender is started, [`measure`] takes the samples and judges
 //! them, [`result`] holds them, [`render`] shows them; [`earlier`] reads them back, [`baseline`] holds two against each
-//! other. The program is `vmm-bench`, which `vmm bench` runs; nothing else uses this.
+//! other. [`command`] is the command line; `vmm bench` only runs this program.
 
 pub mod baseline;
 pub mod command;

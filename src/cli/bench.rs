@@ -1,4 +1,4 @@
-//! `vmm bench`: the program `vmm-bench`, which lies beside this one.
+//! `vmm bench`: runs the program `vmm-bench` from the same folder.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;

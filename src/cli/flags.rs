@@ -1,4 +1,4 @@
-//! Settings as options: the libraries know no flags, and write `` `mem=1G` `` where the command line says `--mem 1G`.
+//! Turns settings into options: the libraries know no flags, and write `` `mem=1G` `` where the command line says `--mem 1G`.
 
 use std::borrow::Cow;
 

@@ -1,4 +1,4 @@
-//! `vmm list`: what runs.
+//! `vmm list`: the running virtual machines.
 
 use std::fmt::Write;
 use std::time::Duration;

@@ -1,5 +1,8 @@
 //! The options of `vmm run`, and how they and a configuration file become one [`VmConfig`].
 
+// The doc comments are the text of --help, where brackets mark what may be left out.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
@@ -15,8 +18,8 @@ use serde::de::value::Error as ValueError;
 use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
-    BootProtocol, Console, Cpu, Cpus, Disk, Firmware, Memory, OnPanic, OnReboot, OutputFile, Port, VmConfig,
-    Where, port_number,
+    BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, OnPanic, OnReboot, OutputFile,
+    Port, VmConfig, port_number,
 };
 use vmm_monitor::machine::outputs;
 use vmm_trace::debug::gdb::Place;
@@ -59,8 +62,8 @@ pub struct Options {
     port: Vec<Port>,
     /// Where the serial port ttyS0 goes, as for --console; stdio is then taken from the console [default: stdio for a bzImage
     /// and for what a disk boots, or as the command line's console= says; off for a vmlinux]
-    #[arg(long, value_name = "WHERE", value_parser = os_text::<Where, _>())]
-    serial: Option<Where>,
+    #[arg(long, value_name = "WHERE", value_parser = os_text::<CharTarget, _>())]
+    serial: Option<CharTarget>,
     /// Add an entropy device
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     rng: Option<bool>,

@@ -19,8 +19,8 @@ use super::options::Options;
 use super::plan::plan;
 use super::silence::Silence;
 
-/// What the options say beside the machine.
-pub struct Around {
+/// How to run: what the options say about the run and not about the machine.
+pub struct RunOptions {
     stop_timeout: Duration,
     record: Option<Record>,
     dumpable: bool,
@@ -33,7 +33,7 @@ struct Record {
     registers: bool,
 }
 
-impl Around {
+impl RunOptions {
     /// Of these.
     ///
     /// # Errors
@@ -52,7 +52,7 @@ impl Around {
 
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {
-    let (around, dry_run) = (Around::of(&options)?, options.dry_run);
+    let (run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
     let gdb = options.gdb.clone();
     let config = options.resolve()?;
     if dry_run {
@@ -62,16 +62,16 @@ pub fn run(options: Options) -> Result<Code, Failure> {
     match gdb {
         Some(place) => {
             let mut server = gdb::Server::listen(&place, config.kernel.as_deref(), status, log_output::say)?;
-            live(config, around, Some(&mut server))
+            live(config, run_options, Some(&mut server))
         }
-        None => live(config, around, None),
+        None => live(config, run_options, None),
     }
 }
 
 /// Runs what `config` describes, under `debugger` if there is one.
 pub fn live(
     config: VmConfig,
-    Around { stop_timeout, record, dumpable }: Around,
+    RunOptions { stop_timeout, record, dumpable }: RunOptions,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
     if !dumpable {

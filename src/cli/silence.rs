@@ -1,10 +1,10 @@
-//! A console in front of a person that nobody in the guest opens: that this is so, and what to do.
+//! Warns when the guest never opens the console on this terminal, and says what to do.
 
 use std::error::Error;
 use std::time::Duration;
 
 use vmm_monitor::chardev::Endpoint;
-use vmm_monitor::config::{Kernel, VmConfig, Where};
+use vmm_monitor::config::{CharTarget, Kernel, VmConfig};
 use vmm_monitor::machine::{Outcome, Phase};
 use vmm_monitor::session::{Built, End, Observer};
 
@@ -28,11 +28,11 @@ pub struct Silence {
 impl Silence {
     /// Of the machine that `config` describes; none if neither of its consoles is there for a person.
     pub fn of(config: &VmConfig) -> Option<Self> {
-        let (role, what, hint) = if config.serial == Where::Stdio {
+        let (role, what, hint) = if config.serial == CharTarget::Stdio {
             let hint = "its command line needs console=ttyS0; a kernel without a driver for the serial port may \
                         have hvc0: --console stdio";
             ("serial", "serial port (ttyS0)", hint)
-        } else if config.console() == Where::Stdio {
+        } else if config.console() == CharTarget::Stdio {
             let hint = "its kernel needs virtio_console, built in or in the initrd, and console=hvc0; every \
                         distribution's kernel has a driver for the serial port: --serial stdio";
             ("console", "console (hvc0)", hint)

@@ -1,4 +1,4 @@
-//! `vmm trace --step`: which symbols, from where, how far; the steps are [`vmm_trace::debug::step`]'s.
+//! `vmm trace --step`: symbols, start and count from the options; [`vmm_trace::debug::step`] does the steps.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,10 +7,10 @@ use std::path::Path;
 use anyhow::anyhow;
 
 use super::options;
-use super::run::{self, Around};
+use super::run::{self, RunOptions};
 use vmm_command::{Code, Failure};
 use vmm_monitor::config::VmConfig;
-use vmm_trace::debug::step::{LINUX_MAP, Plan, Seen, Steps};
+use vmm_trace::debug::step::{LINUX_MAP, Plan, Steps, StepsEnd};
 use vmm_trace::symbols::Symbols;
 
 /// The options of `vmm trace` that are about stepping.
@@ -40,7 +40,7 @@ pub fn step(options: &StepOptions, run: options::Options, symbols: Option<&Path>
         let what = anyhow!("--step and --gdb cannot be used together");
         return Err(Failure::new(Code::BadArgument, what).hint(Some("drop one of them")));
     }
-    let around = Around::of(&run)?;
+    let run_options = RunOptions::of(&run)?;
     let config = run.resolve()?;
     let symbols = match symbols {
         Some(path) => Symbols::read(path)?,
@@ -48,11 +48,11 @@ pub fn step(options: &StepOptions, run: options::Options, symbols: Option<&Path>
     };
     let from = options.from.as_deref().map_or(Ok(Vec::new()), |from| addresses(from, &symbols, &config))?;
     let mut steps = Steps::new(Plan { from, count: options.count }, symbols);
-    let code = run::live(config, around, Some(&mut steps));
-    match &steps.seen {
-        Seen::All => code.map(|_| Code::Success),
-        Seen::Ended => code,
-        Seen::NeverThere => {
+    let code = run::live(config, run_options, Some(&mut steps));
+    match &steps.end {
+        StepsEnd::All => code.map(|_| Code::Success),
+        StepsEnd::Ended => code,
+        StepsEnd::NeverThere => {
             let from = options.from.as_deref().unwrap_or_default();
             log::warn!(
                 "the guest ended without reaching {from}, as far as this host's KVM can tell: hardware breakpoints do nothing in \
@@ -60,7 +60,9 @@ pub fn step(options: &StepOptions, run: options::Options, symbols: Option<&Path>
             );
             code
         }
-        Seen::Failed(why) => Err(Failure::new(Code::Host, anyhow!("cannot step through the guest: {why}"))),
+        StepsEnd::Failed(why) => {
+            Err(Failure::new(Code::Host, anyhow!("cannot step through the guest: {why}")))
+        }
     }
 }
 

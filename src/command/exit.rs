@@ -25,7 +25,7 @@ pub enum Code {
     GuestCrash,
     /// KVM gave up.
     Internal,
-    /// Stopped from outside, hard.
+    /// Killed from outside.
     Killed,
     /// `bench --compare` found something worse than the baseline.
     Worse,
@@ -98,7 +98,7 @@ pub fn table() -> String {
     text
 }
 
-/// Hints for when descriptors run out. By then the soft limit has been raised to the hard one.
+/// Hints for when file descriptors run out. The soft limit has been raised to the hard one by then.
 const FEW_FILES: &str = "raise this shell's limit on open files: sudo prlimit --nofile=4096 --pid $$";
 const FEW_FILES_AT_ALL: &str = "the whole host is out of open files: sudo sysctl -w fs.file-max=1000000";
 
@@ -125,7 +125,7 @@ impl Failure {
         Self { error, hint, code }
     }
 
-    /// The same with something to try, unless that is known already.
+    /// Adds a hint, unless there is one.
     pub fn hint(mut self, hint: Option<impl Into<Cow<'static, str>>>) -> Self {
         self.hint = self.hint.or(hint.map(Into::into));
         self

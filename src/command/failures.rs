@@ -1,4 +1,4 @@
-//! What each library's errors are to a user: their exit code and hint.
+//! Maps each library's errors to an exit code and a hint.
 
 use vmm_monitor::{api, config, machine, session};
 use vmm_trace::debug::gdb;

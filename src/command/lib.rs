@@ -1,6 +1,6 @@
-//! What the programs share: exit codes, failures with hints, what goes to standard output and error, scratch folders.
+//! What `vmm` and `vmm-bench` share: exit codes, errors with hints, standard output and error, scratch folders.
 //!
-//! Used by `vmm` and `vmm-bench`. The libraries below say what went wrong; this is where it becomes an exit code.
+//! The libraries report what went wrong; here it becomes an exit code and a hint.
 
 mod exit;
 mod failures;

@@ -1,7 +1,7 @@
-//! Standard error, which may be stalled: a stopped terminal, a full pipe, a dead connection. Nobody who logs waits for it.
+//! Standard error, which may stall: a stopped terminal, a full pipe, a dead connection. Logging never waits for it.
 //!
-//! Log lines go to a bounded queue, and a thread of its own writes them ([`serve`]). What has to be said at the end ([`say`]) is
-//! waited for, but not for ever.
+//! Log lines go to a bounded queue, and a thread of its own writes them ([`serve`]). The last message of a run ([`say`]) is
+//! waited for, but only for so long.
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};

@@ -1,4 +1,4 @@
-//! A folder for what a command makes on the way; gone when the command is over.
+//! A temporary folder, removed when the command ends.
 
 use std::fs;
 use std::path::{Path, PathBuf};

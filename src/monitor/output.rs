@@ -1,7 +1,7 @@
-//! Files that a run writes: consoles, ports, traces, pages. [`create`] makes every one of them.
+//! Creates the files that a run writes: consoles, ports, traces, pages.
 //!
-//! What goes into them is the guest's, so they are for their owner alone (0600; [`folder`]: 0700). And whoever else may write to
-//! the folder must not choose which file is overwritten: a symbolic link in the last place is not followed.
+//! They hold the guest's data, so only their owner may read them (0600; [`folder`]: 0700). [`create`] does not follow a symbolic
+//! link in the last component, so that others who may write to the folder cannot choose which file is overwritten.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};

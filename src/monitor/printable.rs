@@ -1,4 +1,4 @@
-//! Text from a guest, a peer, a file: made fit for a terminal, a log line, a page.
+//! Makes text from a guest, a peer or a file safe to show on a terminal, in a log line or on a page.
 //!
 //! Such text can move the cursor, rename the window, turn the rest of a line around or hide. Whoever takes it in or shows it
 //! passes it through here, after demangling: [`text`] for a name or a sentence, [`lines`] for what may have several,

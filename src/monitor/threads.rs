@@ -1,4 +1,4 @@
-//! Threads by what they are for: the one place in the monitor where threads are made.
+//! The one place in the monitor that makes threads, each for a [`Role`].
 //!
 //! A [`Role`] gives a thread its name, says whether it takes the process's signals and, later, its system call filter. Threads are
 //! made before the guest runs or by the control thread, never by a vCPU's.

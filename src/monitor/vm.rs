@@ -1,4 +1,4 @@
-//! All that devices may ask of the hypervisor: interrupts and doorbells.
+//! What devices may ask of the hypervisor: interrupts and doorbells, and nothing else.
 //!
 //! `kvm::Vm` implements [`Vm`] for real; [`fake`] stands in for it in tests, so that every device runs
 //! without `/dev/kvm`. Devices must not know more of KVM than this file.

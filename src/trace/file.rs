@@ -4,7 +4,7 @@
 //! then chunks: kind, track, length in bytes (4 bytes each), and the contents. A file that ends in the middle (the monitor
 //! was killed, the disk was full) is good up to there; so is one with a hole, which nobody wrote.
 //!
-//! A file may be anybody's: its texts are made [printable](vmm_monitor::printable) as they are read, what is kept of it is no more
+//! A file may be anybody's: its texts are made [`printable`] as they are read, what is kept of it is no more
 //! than a little over what it holds, and nothing that it names is opened here.
 
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! Traces: what the recorder took down, kept in a file and told as sentences.
+//! Traces: what the recorder saw, kept in a file and told as sentences; `vmm top`, steps, gdb and the labs.
 //!
 //! [`recording`] writes traces and [`mod@file`] reads them, [`kernel`] adds the exits inside KVM; [`reasons`] names the hardware's
 //! exit reasons, [`devices`] what an access meant to its device, [`symbols`] (also the guest's own: [`kallsyms`]) and [`code`]

@@ -2,7 +2,7 @@
 
 //!
 //! Files may be anybody's, and lists a guest's: what is kept of them grows with their size and no faster, and names are read
-//! ([demangled](super::demangle)) only when they are shown, for as long as that takes no longer than a moment.
+//! (demangled) only when they are shown, for as long as that takes no longer than a moment.
 
 use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;

@@ -1,4 +1,4 @@
-//! `vmm bench`: measures, shows, and writes the result where it is wanted.
+//! The command line of `vmm-bench`: measures, prints, and writes the result to files.
 
 mod options;
 mod outputs;

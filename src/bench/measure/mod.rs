@@ -1,4 +1,4 @@
-//! Taking samples so that they can be believed: contenders interleaved in random order, warm-up apart, failures kept.
+//! Takes samples that can be trusted: contenders interleaved in random order, warm-up apart, failures kept.
 
 pub mod span;
 pub mod stats;

@@ -1,4 +1,4 @@
-//! A result for people and programs: a table on the terminal, JSON, CSV, a page.
+//! Renders a result for people and programs: a table on the terminal, JSON, CSV, a page.
 
 pub mod csv;
 pub mod facts;

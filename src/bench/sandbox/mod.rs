@@ -1,4 +1,4 @@
-//! Processes kept apart from the rest of the host by the kernel's own means, without a VM.
+//! Containers of our own: processes isolated by namespaces, without a VM.
 
 pub mod container;
 pub mod mounts;

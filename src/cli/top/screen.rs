@@ -9,7 +9,7 @@ use anyhow::Context;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
-use super::session::{KEEP_ALIVE, Look, Seen, Session};
+use super::session::{KEEP_ALIVE, Look, Reading, Session};
 use super::{ended, view};
 use vmm_command::{Code, Failure};
 use vmm_monitor::api::client::Client;
@@ -60,7 +60,7 @@ pub fn run(session: Session, interval: Duration, shown: Option<Shown>) -> Result
     let news = ask(client, interval).map_err(api::Error::Thread)?;
     let mut screen = Screen::open().context("cannot take over the terminal").map_err(host)?;
     let (mut settings, mut before, mut look) =
-        (Settings { shown, ..Settings::default() }, None::<Seen>, None::<Look>);
+        (Settings { shown, ..Settings::default() }, None::<Reading>, None::<Look>);
     let mut draw = true;
     loop {
         match news.try_recv() {
@@ -119,13 +119,13 @@ fn host(error: anyhow::Error) -> Failure {
 
 /// Asks the monitor every `interval` on a thread of its own: keys must not wait for a monitor that does not answer. The thread ends
 /// with whoever listens, or with the process.
-fn ask(mut client: Client, interval: Duration) -> io::Result<Receiver<Result<Seen, Error>>> {
+fn ask(mut client: Client, interval: Duration) -> io::Result<Receiver<Result<Reading, Error>>> {
     let (told, news) = sync_channel(1);
     let run = move || {
         let mut next = Instant::now();
         let mut pause = interval.min(FIRST);
         loop {
-            let (answer, due) = (Seen::by(&mut client), Instant::now() >= next);
+            let (answer, due) = (Reading::by(&mut client), Instant::now() >= next);
             let over = answer.is_err();
             if due || over {
                 if told.send(answer).is_err() || over {

@@ -23,16 +23,16 @@ pub struct Session {
     names: Names,
 }
 
-/// A machine at one moment.
+/// A machine's status and counters at one moment.
 #[derive(Debug)]
-pub struct Seen {
+pub struct Reading {
     /// What it is.
     pub status: Status,
     /// What it has been doing.
     pub sample: Sample,
 }
 
-impl Seen {
+impl Reading {
     /// Asks for it, and waits for the answer.
     pub fn by(client: &mut Client) -> Result<Self, Error> {
         client.sample().map(|(status, sample)| Self { status, sample })
@@ -64,7 +64,7 @@ impl Session {
         // Each vCPU's thread makes itself known at its next exit, which the first sample asks for: that takes a moment.
         let deadline = Instant::now() + Duration::from_millis(200);
         loop {
-            let Seen { status, sample } = Seen::by(&mut client)?;
+            let Reading { status, sample } = Reading::by(&mut client)?;
             let known = sample.vcpus.values().filter(|vcpu| vcpu.cpu_ns.is_some()).count();
             if known >= status.cpus as usize || Instant::now() >= deadline {
                 return Ok(Self { client, names });
@@ -74,8 +74,8 @@ impl Session {
     }
 
     /// Asks, and waits for the answer.
-    pub fn sample(&mut self) -> Result<Seen, Error> {
-        Seen::by(&mut self.client)
+    pub fn sample(&mut self) -> Result<Reading, Error> {
+        Reading::by(&mut self.client)
     }
 
     /// The connection and the names, for two threads.
@@ -84,7 +84,7 @@ impl Session {
     }
 
     /// What happened from `before` to `now`.
-    pub fn look(&mut self, before: &Seen, now: &Seen) -> Look {
+    pub fn look(&mut self, before: &Reading, now: &Reading) -> Look {
         self.names.look(before, now)
     }
 }
@@ -112,7 +112,7 @@ impl Names {
     }
 
     /// What happened from `before` to `now`.
-    pub fn look(&mut self, before: &Seen, now: &Seen) -> Look {
+    pub fn look(&mut self, before: &Reading, now: &Reading) -> Look {
         self.update(&now.sample);
         Look {
             status: now.status.clone(),

@@ -1,4 +1,4 @@
-//! The asking side of the control socket: what `vmm status`, `stop` and their like are made of.
+//! The client of the control socket, for `vmm status`, `stop` and so on.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 
-use super::protocol::{self, Answer, Command, MAX_REPLY, Seen};
+use super::protocol::{self, Answer, Command, MAX_REPLY, MachineSample};
 use super::registry::Registry;
 use super::{Error, Status};
 use crate::kvm::VcpuState;
@@ -123,7 +123,7 @@ impl Client {
         let name = self.name.clone();
         match self.exchange(Command::Sample)? {
             Answer::Sample(seen) => {
-                let Seen { status, sample } = *seen;
+                let MachineSample { status, sample } = *seen;
                 let sample = serde_json::from_value(sample);
                 Ok((status, sample.map_err(|error| Error::Protocol { name, reason: error.to_string() })?))
             }

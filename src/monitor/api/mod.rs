@@ -110,7 +110,7 @@ pub trait Control: Send + Sync {
     fn kill(&self);
     /// The machine has not ended although it was killed: ends the process, past everything that holds it up.
     fn give_up(&self);
-    /// Attaches somebody who looks at what the machine does, until what is returned is dropped.
+    /// Attaches a viewer of what the machine does, until the returned value is dropped.
     ///
     /// # Errors
     /// In words, why that cannot be now.

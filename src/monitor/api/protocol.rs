@@ -1,4 +1,4 @@
-//! The words of the control socket: one JSON request a line, one JSON reply a line, in order.
+//! The protocol of the control socket: one JSON request a line, one JSON reply a line, in order.
 //!
 //! ```text
 //! {"version":1,"command":"stop","timeout_seconds":10}
@@ -77,14 +77,14 @@ pub enum Answer {
     /// Answers [`Command::Vcpus`].
     Vcpus(Vec<VcpuState>),
     /// Answers [`Command::Sample`].
-    Sample(Box<Seen>),
+    Sample(Box<MachineSample>),
     /// It is not done, and why.
     Error(String),
 }
 
-/// A machine as a viewer sees it.
+/// A machine's status and counters at one moment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct MachineSample {
     /// What it is.
     pub status: Status,
     /// What it has been doing.
@@ -118,7 +118,7 @@ pub fn parse_request(line: &[u8]) -> Result<Command, String> {
     Ok(request.command)
 }
 
-/// Reads a reply. Its texts are [printable](crate::printable), whatever the peer sent.
+/// Reads a reply. Its texts are [`printable`], whatever the peer sent.
 ///
 /// # Errors
 /// In words, what is wrong with it.
@@ -183,7 +183,7 @@ mod tests {
             ptys: vec![crate::api::Pty { device: text.to_owned(), path: text.into() }],
         };
         let sample = serde_json::json!({"kernel": evil, "reasons": {evil: [evil, 1]}});
-        let seen = Answer::Sample(Box::new(Seen { status: status(evil), sample }));
+        let seen = Answer::Sample(Box::new(MachineSample { status: status(evil), sample }));
         for answer in [Answer::Status(status(evil)), seen, Answer::Error(evil.to_owned())] {
             let text = format!("{:?}", parse_reply(&reply(answer)).unwrap());
             // Debug shows what it escapes with one backslash: what was escaped before has two.

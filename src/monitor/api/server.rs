@@ -1,4 +1,4 @@
-//! The control thread's part that takes orders: serves a machine's control socket, takes its signals, keeps the time of a stop.
+//! The control thread's server: it answers the control socket, takes the process's signals, and times a stop.
 //!
 //! It always obeys: it waits for no client (sockets do not block, requests are short lines, and a client that is slow to ask or to
 //! listen is cut off), for no device (a pause is an errand of another thread) and for no log. A machine that has not ended a second
@@ -17,7 +17,7 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
 
-use super::protocol::{self, Answer, Command, MAX_REQUEST, Seen};
+use super::protocol::{self, Answer, Command, MAX_REQUEST, MachineSample};
 use super::registry::Entry;
 use super::signals::{Signals, Wish};
 use super::{Control, Error, State, Status, Watch};
@@ -109,10 +109,10 @@ struct Pause {
     clients: VecDeque<(u32, Command)>,
 }
 
-/// What came of stopping vCPUs.
+/// The result of stopping the vCPUs.
 enum Stopped {
     Paused(Result<(), String>),
-    Seen(Result<Vec<VcpuState>, String>),
+    Looked(Result<Vec<VcpuState>, String>),
 }
 
 struct Orders {
@@ -264,7 +264,7 @@ impl Orders {
         let obeyed = self.obey(command, client);
         let reply = match (obeyed, &client.watch) {
             (Ok(()), Some(watch)) if command == Command::Sample => {
-                Answer::Sample(Box::new(Seen { status: self.status(), sample: watch.sample() }))
+                Answer::Sample(Box::new(MachineSample { status: self.status(), sample: watch.sample() }))
             }
             (Ok(()), _) => Answer::Status(self.status()),
             (Err(reason), _) => Answer::Error(reason),
@@ -281,7 +281,7 @@ impl Orders {
         let (control, result) = (self.control.clone(), self.pause.result.clone());
         let run = move || {
             let stopped = match command {
-                Command::Vcpus => Stopped::Seen(control.vcpus()),
+                Command::Vcpus => Stopped::Looked(control.vcpus()),
                 _ => Stopped::Paused(control.pause()),
             };
             *lock(&result) = Some(stopped);
@@ -303,7 +303,7 @@ impl Orders {
         let asked = self.pause.clients.pop_front();
         let reply = match result {
             Stopped::Paused(result) => self.done(result),
-            Stopped::Seen(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
+            Stopped::Looked(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
         };
         self.reply(asked, reply, sources);
         // Those who came meanwhile get their turn.

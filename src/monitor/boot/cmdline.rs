@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::error::Error;
 use super::image::Image;
-use crate::config::{VmConfig, Where};
+use crate::config::{CharTarget, VmConfig};
 use crate::memory::{GuestRam, layout};
 
 /// What an ELF kernel takes without the final NUL: COMMAND_LINE_SIZE (2048 on x86) less one. A bzImage says it
@@ -67,10 +67,10 @@ pub(super) fn check(path: &Path, cmdline: &str, max: usize) -> Result<(), Error>
 pub fn default_for(config: &VmConfig) -> String {
     let mut words = Vec::new();
     match config.serial {
-        Where::Off => words.push("8250.nr_uarts=0"),
+        CharTarget::Off => words.push("8250.nr_uarts=0"),
         _ => words.push("console=ttyS0"),
     }
-    if config.console() != Where::Off {
+    if config.console() != CharTarget::Off {
         words.push("console=hvc0");
     }
     if let (Some(disk), None, Some(_)) = (config.disk.first(), &config.initrd, &config.kernel) {

@@ -1,4 +1,4 @@
-//! Which console a guest gets if nobody says: one that the kernel at hand is sure to have.
+//! The default console: one that the kernel at hand is sure to have.
 //!
 //! A distribution's kernel has its virtio console in a module, which its initrd need not have; the driver of
 //! the serial port is built into each of them. Both at once, and one terminal for the two, would be no way
@@ -10,20 +10,20 @@ use std::path::Path;
 
 use super::error::Role;
 use super::image::Image;
-use crate::config::{Kernel, VmConfig, Where};
+use crate::config::{CharTarget, Kernel, VmConfig};
 
 /// Gives the terminal to the serial port (ttyS0) in place of the virtio console (hvc0), where the
 /// configuration says nothing of either and
 ///
 /// - the last `console=` of the command line that is one of the two is a serial port, or
-/// - it names neither, and the kernel is a disk's own, or a bzImage: most likely a distribution's. Who has an
-///   ELF vmlinux has built it, for a monitor like this one: it has hvc0, which costs an exit per line and not
+/// - it names neither, and the kernel is a disk's own, or a bzImage: most likely a distribution's. An ELF
+///   vmlinux was most likely built for a monitor like this one: it has hvc0, which costs an exit per line and not
 ///   several per byte.
 ///
 /// What a disk says of consoles is for the machine that it was made for. So the serial port is named there,
 /// too, if a command line is given that has no `console=`.
 pub fn settle(config: &mut VmConfig) {
-    if config.console.0.is_some() || config.serial != Where::Off {
+    if config.console.0.is_some() || config.serial != CharTarget::Off {
         return;
     }
     // What is behind the hyphens is init's.
@@ -41,7 +41,7 @@ pub fn settle(config: &mut VmConfig) {
     if !serial {
         return;
     }
-    config.serial = Where::Stdio;
+    config.serial = CharTarget::Stdio;
     if let (Some(cmdline), true, Ok(Some(Kernel::BootDisk))) = (&mut config.cmdline, unnamed, kernel) {
         *cmdline = format!("console=ttyS0 {cmdline}").trim_end().to_owned();
     }
@@ -67,7 +67,7 @@ mod tests {
         image[0x202..0x206].copy_from_slice(b"HdrS");
         std::fs::write(&bzimage, image).unwrap();
         std::fs::write(&elf, b"\x7fELF").unwrap();
-        let (serial, virtio) = ((Where::Stdio, Where::Off), (Where::Off, Where::Stdio));
+        let (serial, virtio) = ((CharTarget::Stdio, CharTarget::Off), (CharTarget::Off, CharTarget::Stdio));
         for (json, expected) in [
             (r#""disk": ["d"]"#, serial.clone()),
             (r#""disk": ["d"], "firmware": "built-in""#, serial.clone()),
@@ -82,8 +82,8 @@ mod tests {
             (r#""kernel": "BZIMAGE", "cmdline": "console=ttyS0 console=hvc0""#, virtio.clone()),
             (r#""kernel": "BZIMAGE", "cmdline": "root=/dev/vda""#, serial),
             (r#""disk": ["d"], "console": "stdio""#, virtio),
-            (r#""disk": ["d"], "console": "off""#, (Where::Off, Where::Off)),
-            (r#""disk": ["d"], "serial": "pty""#, (Where::Pty, Where::Stdio)),
+            (r#""disk": ["d"], "console": "off""#, (CharTarget::Off, CharTarget::Off)),
+            (r#""disk": ["d"], "serial": "pty""#, (CharTarget::Pty, CharTarget::Stdio)),
         ] {
             let json =
                 json.replace("BZIMAGE", bzimage.to_str().unwrap()).replace("ELF", elf.to_str().unwrap());
@@ -101,7 +101,7 @@ mod tests {
             let mut config = VmConfig { cmdline: Some(cmdline.to_owned()), ..VmConfig::default() };
             config.disk = vec!["d".parse().unwrap()];
             settle(&mut config);
-            assert_eq!((config.cmdline.as_deref(), config.serial), (Some(expected), Where::Stdio));
+            assert_eq!((config.cmdline.as_deref(), config.serial), (Some(expected), CharTarget::Stdio));
         }
     }
 }

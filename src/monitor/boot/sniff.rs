@@ -1,4 +1,4 @@
-//! What a kernel file is, by its content: the formats that boot, and a name for the ones that do not.
+//! Recognizes a kernel file by its content: the formats that boot, and a name for the ones that do not.
 //!
 //! Called by [`load`](super::load) only.
 

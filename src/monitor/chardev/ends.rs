@@ -1,7 +1,7 @@
 //! [`Ends`]: the host ends that one configuration names, opened once and kept over the guest's resets.
 
 use super::{Endpoint, Error, Escape, terminal};
-use crate::config::Where;
+use crate::config::CharTarget;
 use crate::event_loop::EventLoop;
 
 /// Host ends by what they serve: `console`, `serial`, `port NAME`. Opened on first use, in the order of use.
@@ -26,7 +26,7 @@ impl Ends {
     ///
     /// # Errors
     /// As [`Endpoint::open`].
-    pub fn get(&mut self, role: &str, place: &Where) -> Result<Endpoint, Error> {
+    pub fn get(&mut self, role: &str, place: &CharTarget) -> Result<Endpoint, Error> {
         if let Some((_, end)) = self.open.iter().find(|(name, _)| name == role) {
             return Ok(end.clone());
         }

@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use crate::bus::lock;
-use crate::config::Where;
+use crate::config::CharTarget;
 use crate::event_loop::EventLoop;
 use poll::Poll;
 use stream::{Descriptor, Stream};
@@ -193,16 +193,16 @@ impl Endpoint {
     /// # Errors
     /// [`Error`] names the path and what was tried. Nothing that others use was changed, except that
     /// an output file is truncated.
-    pub fn open(place: &Where, events: &EventLoop) -> Result<Self, Error> {
+    pub fn open(place: &CharTarget, events: &EventLoop) -> Result<Self, Error> {
         let host: Box<dyn Host> = match place {
-            Where::Off => Box::new(Stream::default()),
-            Where::Stdio => Box::new(stdio::Stdio::open(events).map_err(Error::Stdio)?),
-            Where::Pty => Box::new(pty::Pty::open()?),
-            Where::Socket(path) => Box::new(socket::Socket::listen(path)?),
-            Where::File(file) => file::open(file)?,
+            CharTarget::Off => Box::new(Stream::default()),
+            CharTarget::Stdio => Box::new(stdio::Stdio::open(events).map_err(Error::Stdio)?),
+            CharTarget::Pty => Box::new(pty::Pty::open()?),
+            CharTarget::Socket(path) => Box::new(socket::Socket::listen(path)?),
+            CharTarget::File(file) => file::open(file)?,
         };
         let text = match (place, host.path()) {
-            (Where::Pty, Some(path)) => format!("pty={}", path.display()),
+            (CharTarget::Pty, Some(path)) => format!("pty={}", path.display()),
             _ => place.to_string(),
         };
         Self::new(host, &text).map_err(Error::Poll)

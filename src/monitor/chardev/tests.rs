@@ -64,7 +64,7 @@ fn put(end: &Endpoint, mut data: &[u8]) {
 
 fn socket(dir: &tempfile::TempDir) -> (Endpoint, PathBuf) {
     let path = dir.path().join("socket");
-    (Endpoint::open(&Where::Socket(path.clone()), &crate::event_loop::running()).unwrap(), path)
+    (Endpoint::open(&CharTarget::Socket(path.clone()), &crate::event_loop::running()).unwrap(), path)
 }
 
 #[test]
@@ -166,7 +166,7 @@ fn a_stalled_client_stalls_and_then_gets_every_byte() {
 fn only_a_stale_socket_is_replaced_and_ours_is_removed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
-    let place = Where::Socket(path.clone());
+    let place = CharTarget::Socket(path.clone());
     drop(UnixListener::bind(&path).unwrap());
     thread::sleep(OTHERS);
     let end = Endpoint::open(&place, &crate::event_loop::running()).expect("nobody listens on the old one");
@@ -179,13 +179,13 @@ fn only_a_stale_socket_is_replaced_and_ours_is_removed() {
     fs::write(&path, b"precious").unwrap();
     assert!(matches!(Endpoint::open(&place, &crate::event_loop::running()), Err(Error::NotASocket(_))));
     assert_eq!(fs::read(&path).unwrap(), b"precious");
-    let long = Where::Socket(dir.path().join("x".repeat(200)));
+    let long = CharTarget::Socket(dir.path().join("x".repeat(200)));
     assert!(matches!(Endpoint::open(&long, &crate::event_loop::running()), Err(Error::Socket { .. })));
 }
 
 #[test]
 fn a_pty_survives_those_who_come_and_go() {
-    let end = Endpoint::open(&Where::Pty, &crate::event_loop::running()).unwrap();
+    let end = Endpoint::open(&CharTarget::Pty, &crate::event_loop::running()).unwrap();
     let path = end.path().unwrap();
     assert_eq!(end.to_string(), format!("pty={}", path.display()));
     settle(&end, INPUT);
@@ -234,7 +234,7 @@ fn a_file_takes_output_and_gives_none() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     fs::write(&path, b"what was there before").unwrap();
-    let end = Endpoint::open(&Where::File(path.clone().into()), &crate::event_loop::running()).unwrap();
+    let end = Endpoint::open(&CharTarget::File(path.clone().into()), &crate::event_loop::running()).unwrap();
     put(&end, b"output");
     assert_eq!(end.read(&mut [0; 4]), 0);
     end.want(INPUT);
@@ -242,7 +242,7 @@ fn a_file_takes_output_and_gives_none() {
     end.want(OUTPUT);
     assert!(wakes(&end, 1000), "another turn comes at once");
     assert_eq!(fs::read(&path).unwrap(), b"output");
-    let nowhere = Where::File(dir.path().join("no/such/folder").into());
+    let nowhere = CharTarget::File(dir.path().join("no/such/folder").into());
     let nowhere = Endpoint::open(&nowhere, &crate::event_loop::running()).unwrap_err();
     assert!(nowhere.to_string().contains("no/such/folder"));
 }

@@ -58,7 +58,7 @@ pub struct VmConfig {
     #[serde(deserialize_with = "text::list")]
     pub port: Vec<Port>,
     /// Where ttyS0 goes.
-    pub serial: Where,
+    pub serial: CharTarget,
     /// An entropy device.
     #[serde(deserialize_with = "text::flag")]
     pub rng: bool,
@@ -232,7 +232,7 @@ pub enum ImageFormat {
 /// Where hvc0 goes. Absent: the monitor's own stdin and stdout, unless the serial port took them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Console(pub Option<Where>);
+pub struct Console(pub Option<CharTarget>);
 
 /// A file that a run writes: `PATH[,max=SIZE]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -250,7 +250,7 @@ impl OutputFile {
 
 /// The host's end of a character device: `stdio|pty|file=PATH[,max=SIZE]|socket=PATH|off`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Where {
+pub enum CharTarget {
     /// The monitor's stdin and stdout.
     Stdio,
     /// A new pseudo-terminal, whose path is reported.
@@ -271,7 +271,7 @@ pub struct Port {
     /// The guest's name for it: /dev/virtio-ports/NAME.
     pub name: String,
     /// The host's end.
-    pub to: Where,
+    pub to: CharTarget,
 }
 
 /// A configuration that no machine can be built from. Settings in its texts are in backquotes, `` `mem=128M` ``: a front end may
@@ -291,11 +291,11 @@ impl Port {
 
 impl VmConfig {
     /// The console's end, with the rule that it gives stdio up to a serial port that wants it.
-    pub fn console(&self) -> Where {
+    pub fn console(&self) -> CharTarget {
         match (&self.console.0, &self.serial) {
             (Some(wanted), _) => wanted.clone(),
-            (None, Where::Stdio) => Where::Off,
-            (None, _) => Where::Stdio,
+            (None, CharTarget::Stdio) => CharTarget::Off,
+            (None, _) => CharTarget::Stdio,
         }
     }
 
@@ -405,7 +405,7 @@ impl VmConfig {
             }
         }
         let virtio =
-            self.console() != Where::Off || self.rng || !self.disk.is_empty() || !self.port.is_empty();
+            self.console() != CharTarget::Off || self.rng || !self.disk.is_empty() || !self.port.is_empty();
         if self.test_device && virtio {
             return invalid(
                 "the test device's memory lies where virtio devices would be, so a machine cannot have both",
@@ -414,7 +414,7 @@ impl VmConfig {
         }
         let ends = [self.console(), self.serial.clone()];
         let ends = ends.iter().chain(self.port.iter().map(|p| &p.to));
-        if ends.filter(|w| **w == Where::Stdio).count() > 1 {
+        if ends.filter(|w| **w == CharTarget::Stdio).count() > 1 {
             return invalid(
                 "stdio can serve only one device, and two ask for it",
                 "give one of them another place: pty, file=PATH, socket=PATH or off",

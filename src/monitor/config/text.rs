@@ -13,7 +13,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
 
-use super::{Console, Cpus, Disk, Memory, OutputFile, Port, Where, host_path};
+use super::{CharTarget, Console, Cpus, Disk, Memory, OutputFile, Port, host_path};
 
 /// A text that does not say what it should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -242,12 +242,12 @@ macro_rules! from_text {
 }
 from_pairs!(Memory, "size");
 from_pairs!(Disk, "path");
-from_text!(Where);
+from_text!(CharTarget);
 from_text!(Console);
 from_text!(Port);
 from_text!(OutputFile);
 
-impl TryFrom<&OsStr> for Where {
+impl TryFrom<&OsStr> for CharTarget {
     type Error = ParseError;
     fn try_from(text: &OsStr) -> Result<Self, ParseError> {
         const FORMS: &str = "expected stdio, pty, file=PATH[,max=SIZE], socket=PATH or off";
@@ -279,8 +279,8 @@ impl TryFrom<&OsStr> for Where {
     }
 }
 
-impl Where {
-    /// What [`Where::try_from`] reads it from.
+impl CharTarget {
+    /// What [`CharTarget::try_from`] reads it from.
     fn text(&self) -> Vec<u8> {
         let with = |key: &[u8], path: &PathBuf| [key, &escaped(path.as_os_str().as_bytes())].concat();
         match self {
@@ -293,7 +293,7 @@ impl Where {
     }
 }
 
-impl fmt::Display for Where {
+impl fmt::Display for CharTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&shown(&self.text()))
     }
@@ -345,13 +345,13 @@ impl fmt::Display for OutputFile {
     }
 }
 
-impl Serialize for Where {
+impl Serialize for CharTarget {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         host_path::serialize_bytes(&self.text(), serializer)
     }
 }
 
-impl<'de> Deserialize<'de> for Where {
+impl<'de> Deserialize<'de> for CharTarget {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = host_path::deserialize_text(deserializer)?;
         text.as_os_str().try_into().map_err(ParseError::in_file)
@@ -469,7 +469,7 @@ mod tests {
         let config: VmConfig = serde_json::from_str(json).unwrap();
         assert_eq!(config.mem, memory);
         assert_eq!(config.disk, [disk.clone(), disk]);
-        assert_eq!(config.port[0].to, Where::File("/l".parse().unwrap()));
+        assert_eq!(config.port[0].to, CharTarget::File("/l".parse().unwrap()));
         let again: VmConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
     }
@@ -489,16 +489,16 @@ mod tests {
             assert_eq!((disk.path, disk.readonly), (path(wanted), true), "{text:?}");
         }
         for (text, wanted) in [
-            (&b"file=a,,b"[..], Where::File(path(b"a,b").into())),
-            (b"file=a=b", Where::File(path(b"a=b").into())),
-            (b"socket=\xff", Where::Socket(path(b"\xff"))),
+            (&b"file=a,,b"[..], CharTarget::File(path(b"a,b").into())),
+            (b"file=a=b", CharTarget::File(path(b"a=b").into())),
+            (b"socket=\xff", CharTarget::Socket(path(b"\xff"))),
         ] {
-            let place: Where = os(text).try_into().unwrap();
+            let place: CharTarget = os(text).try_into().unwrap();
             assert_eq!(place, wanted);
             assert_eq!(place.text(), text, "it reads back");
         }
         let port: Port = os(b"log=file=\xff,,").try_into().unwrap();
-        assert_eq!((port.name.as_str(), port.to), ("log", Where::File(path(b"\xff,").into())));
+        assert_eq!((port.name.as_str(), port.to), ("log", CharTarget::File(path(b"\xff,").into())));
         for (text, hint) in [
             ("path=a,b.img", "path=a,,b.img"),
             ("a,b.img,readonly", "a,,b.img"),
@@ -509,7 +509,7 @@ mod tests {
             let error = text.parse::<Disk>().unwrap_err();
             assert!(error.hint().unwrap().ends_with(&format!(": {hint}")), "{text}: {error:?}");
         }
-        let error = "file=a,b".parse::<Where>().unwrap_err();
+        let error = "file=a,b".parse::<CharTarget>().unwrap_err();
         assert!(error.hint().unwrap().ends_with(": file=a,,b"), "{error:?}");
     }
 
@@ -518,8 +518,8 @@ mod tests {
         let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
         let mut config = VmConfig { kernel: Some(path(b"k\xff")), ..VmConfig::default() };
         config.disk = vec![OsStr::from_bytes(b"path=d\xff,,").try_into().unwrap()];
-        config.serial = Where::File(path(b"s\xff,").into());
-        config.console = Console(Some(Where::Socket(path(b"c\xff"))));
+        config.serial = CharTarget::File(path(b"s\xff,").into());
+        config.console = Console(Some(CharTarget::Socket(path(b"c\xff"))));
         config.firmware = Some(OsStr::from_bytes(b"f\xff").into());
         config.option_rom = vec![path(b"o\xff"), "plain".into()];
         let json = serde_json::to_string(&config).unwrap();
@@ -568,11 +568,11 @@ mod tests {
         }
         assert!("readonly=on".parse::<Disk>().is_err(), "a disk needs a path");
         for wrong in ["file=", "file=,max=1M", "file=a,max=", "file=a,max=lots", "file=a,max=1K"] {
-            assert!(wrong.parse::<Where>().is_err(), "{wrong}");
+            assert!(wrong.parse::<CharTarget>().is_err(), "{wrong}");
         }
-        let capped: Where = "file=a,,b,max=64K".parse().unwrap();
+        let capped: CharTarget = "file=a,,b,max=64K".parse().unwrap();
         assert_eq!(capped.to_string(), "file=a,,b,max=64K");
-        let Where::File(file) = capped else { panic!("{capped:?}") };
+        let CharTarget::File(file) = capped else { panic!("{capped:?}") };
         assert_eq!((file.path, file.max), ("a,b".into(), Some(Size(64 << 10))));
     }
 

@@ -1,4 +1,4 @@
-//! [`Debug`]: the means of a debugger: hold vCPUs, look into those that wait, let them go on.
+//! [`Debug`]: what a debugger needs: hold vCPUs, inspect those that wait, let them run on.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::sync::mpsc::channel;
 use super::{AlreadyEnded, Error, Handle, Machine, Shared};
 use crate::kvm::Vcpu;
 use crate::memory::GuestRam;
-use crate::vcpu::gate::Errand;
+use crate::vcpu::gate::VcpuRequest;
 use crate::vcpu::{Listener, Stop};
 
 /// A debugger's hold on a machine. Its devices go on while vCPUs wait.
@@ -67,22 +67,22 @@ impl Debug {
         self.shared.vcpus.gate.release(vcpu as usize);
     }
 
-    /// Does `errand` to a vCPU that waits (or will soon: it has stopped), on its own thread, and waits for what comes of it.
+    /// Calls `request` with a vCPU that waits (or will soon: it has stopped), on its own thread, and waits for the result.
     ///
     /// # Errors
     /// [`AlreadyEnded`], before or meanwhile.
     pub fn with<R: Send + 'static>(
         &self,
         vcpu: u32,
-        errand: impl FnOnce(&mut Vcpu, &GuestRam) -> R + Send + 'static,
+        request: impl FnOnce(&mut Vcpu, &GuestRam) -> R + Send + 'static,
     ) -> Result<R> {
         let (answer, answered) = channel();
         let ram = self.ram().clone();
-        let errand = move |vcpu: &mut Vcpu| {
+        let request = move |vcpu: &mut Vcpu| {
             // Who asked waits below.
-            let _ = answer.send(errand(vcpu, &ram));
+            let _ = answer.send(request(vcpu, &ram));
         };
-        self.shared.vcpus.gate.send(vcpu as usize, Errand(Box::new(errand)));
+        self.shared.vcpus.gate.send(vcpu as usize, VcpuRequest(Box::new(request)));
         answered.recv().map_err(|_| AlreadyEnded)
     }
 

@@ -6,7 +6,7 @@
 use super::Error;
 use crate::boot::tables::{Platform, VirtioMmio};
 use crate::bus::{Kind, Place, Slot};
-use crate::config::{VmConfig, Where};
+use crate::config::{CharTarget, VmConfig};
 use crate::legacy::{crtc, debug_exit, fw_cfg, rtc_cmos, testdev};
 use crate::memory::layout;
 use crate::virtio;
@@ -62,7 +62,7 @@ pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error
         let base = layout::VIRTIO_MMIO + index as u64 * layout::VIRTIO_MMIO_SIZE;
         list.memory(&device.name(), Kind::Virtio(index), base, layout::VIRTIO_MMIO_SIZE).gsi = Some(gsi);
     }
-    if config.serial != Where::Off {
+    if config.serial != CharTarget::Off {
         list.port("serial", Kind::Serial, layout::COM1, layout::COM1_SIZE).gsi = Some(layout::COM1_GSI);
     }
     list.memory("ioapic", Kind::InKernel, layout::IO_APIC, layout::APIC_SIZE);

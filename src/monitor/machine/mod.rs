@@ -29,7 +29,7 @@ use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::fw_cfg::FwCfg;
 use crate::memory::dirty::DirtyPages;
 use crate::vcpu::dispatch::{Buses, End};
-use crate::vcpu::gate::{Errand, NotClosed};
+use crate::vcpu::gate::{NotClosed, VcpuRequest};
 use crate::vcpu::{self, Ended};
 use crate::{boot, chardev, kvm, memory, virtio};
 
@@ -180,7 +180,7 @@ struct Shared {
     vm: Weak<kvm::Vm>,
 }
 
-/// What the thread of [`Machine::run`] is told.
+/// A message to the thread of [`Machine::run`].
 enum Event {
     /// A device asks for its thread.
     Serve,
@@ -219,7 +219,7 @@ impl Shared {
         self.devices.iter().for_each(|(_, device)| lock(device).resume());
     }
 
-    /// Brings all devices to rest, for as long as `limit` allows and nobody kills the machine.
+    /// Brings all devices to rest; gives up after `limit`, or when the machine is killed.
     fn pause_devices(&self, limit: Duration) -> Result<(), NotAtRest> {
         /// Between two looks whether the machine was killed.
         const SLICE: Duration = Duration::from_millis(50);
@@ -410,7 +410,7 @@ impl fmt::Debug for Handle {
     }
 }
 
-/// Proof that a machine is paused: while it lives nobody can resume it. Dropping it leaves the machine paused.
+/// Proof that a machine is paused: while it lives, no one else can resume it. Dropping it leaves the machine paused.
 pub struct Paused<'a>(#[allow(dead_code, reason = "the guard is the proof")] MutexGuard<'a, Phase>);
 
 /// The run is over, so the machine can neither be paused nor resumed.
@@ -510,7 +510,7 @@ impl Handle {
         let states = (0..lock(&shared.threads).len()).map(|vcpu| {
             let (told, state) = channel();
             // Whoever asked waits below.
-            gate.send(vcpu, Errand(Box::new(move |vcpu| _ = told.send(vcpu.state()))));
+            gate.send(vcpu, VcpuRequest(Box::new(move |vcpu| _ = told.send(vcpu.state()))));
             Ok(state.recv().map_err(|_| AlreadyEnded)??)
         });
         let states = states.collect();
@@ -559,7 +559,7 @@ impl Handle {
     }
 
     /// The vCPUs that have been recorded, by number: their threads, and KVM's counters of them.
-    pub fn observed(&self) -> MutexGuard<'_, BTreeMap<u32, vcpu::Seen>> {
+    pub fn observed(&self) -> MutexGuard<'_, BTreeMap<u32, vcpu::ObservedVcpu>> {
         self.0.vcpus.observed.get()
     }
 

@@ -1,4 +1,4 @@
-//! [`Origin`]: what a machine begins with, beside the machine itself.
+//! [`Origin`]: where the contents of a new machine come from.
 
 use std::fs;
 use std::path::PathBuf;

@@ -1,13 +1,13 @@
-//! Outputs that are a file of the same run already: the guest's disk as its console's log, say. They are told
-//! by device and inode, so by any path, through symlinks and hard links. Called before anything is opened,
-//! since opening an output empties it.
+//! Finds outputs that are already a file of the same run: the guest's disk as its console's log, say. Compares
+//! device and inode, so the path does not matter, nor do symlinks and hard links. Called before anything is
+//! opened, since opening an output empties it.
 
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::config::{Firmware, VmConfig, Where};
+use crate::config::{CharTarget, Firmware, VmConfig};
 
 /// The most symlinks in a row to a file that is not there yet.
 const MAX_LINKS: usize = 16;
@@ -53,11 +53,11 @@ pub fn check(config: &VmConfig, inputs: &[Named], outputs: &[Named]) -> Result<(
     let ports = config.port.iter().map(|port| (format!("port {}", port.name), &port.to));
     let ends = [("the console".to_owned(), &console), ("the serial port".to_owned(), &config.serial)];
     let files = ends.into_iter().chain(ports).filter_map(|(what, place)| match place {
-        Where::File(file) => Some((what, file.path.as_path())),
+        CharTarget::File(file) => Some((what, file.path.as_path())),
         _ => None,
     });
     // Standard output may be a file as well.
-    let stdio = console == Where::Stdio || config.serial == Where::Stdio;
+    let stdio = console == CharTarget::Stdio || config.serial == CharTarget::Stdio;
     let stdio = stdio.then(|| ("standard output".to_owned(), Path::new("/proc/self/fd/1")));
     for (what, path) in
         files.chain(stdio).chain(outputs.iter().map(|(what, path)| ((*what).to_owned(), *path)))

@@ -1,5 +1,5 @@
-//! How a panic of the guest's kernel is told: by its own word (`legacy::pvpanic`), or, where it has no driver
-//! for that, by what it wrote to its console before it reset the machine.
+//! Recognizes a panic of the guest's kernel: the kernel reports it (`legacy::pvpanic`), or, where it has no
+//! driver for that, its last console output before a reset shows it.
 
 use crate::chardev::LastWords;
 

@@ -77,7 +77,7 @@ impl Recorder {
         self.wanted.load(Ordering::Relaxed) != 0
     }
 
-    /// Who wants events, as a set of bits: one more means that somebody has not seen what went before.
+    /// Who wants events, as a set of bits. A bit that is new means that its reader has not seen what went before.
     pub fn wanted(&self) -> u8 {
         self.wanted.load(Ordering::Relaxed)
     }
@@ -87,7 +87,7 @@ impl Recorder {
         self.want(RECORDED, on);
     }
 
-    /// Asks for events to be shown to `watcher`, or with `None` for no more. Does not take the place of a reader: somebody has
+    /// Shows events to `watcher` from now on, or with `None` to no one. Does not take the place of a reader: somebody has
     /// to [`drain`](Self::drain).
     pub fn watch(&self, watcher: Option<Watcher>) {
         let mut place = lock(&self.watcher);

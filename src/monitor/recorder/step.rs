@@ -1,4 +1,4 @@
-//! What the monitor does before the guest runs, as events: one for each [`Step`].
+//! The steps before the guest runs, as events: one per [`Step`].
 
 use super::event::{Event, Kind};
 use super::{Recorder, Track, clock};

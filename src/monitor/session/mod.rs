@@ -68,7 +68,7 @@ pub struct End<'a> {
     pub outcome: &'a Result<Outcome, machine::Error>,
     /// There will be another machine.
     pub reboots: bool,
-    /// Whether the session is told to end meanwhile: work that takes its time asks.
+    /// Whether the session was told to end. Long work asks now and then.
     pub interrupted: &'a dyn Fn() -> bool,
 }
 
@@ -77,7 +77,7 @@ pub struct End<'a> {
 pub struct Controls {
     /// From a stop to a hard end, unless the stop says otherwise.
     pub stop_timeout: Duration,
-    /// Who adds up what the machine does while somebody watches.
+    /// Adds up what the machine does while a viewer is attached.
     pub viewers: Arc<dyn Viewers>,
     /// Called when the control thread starts, before it: for threads of the owner's, which shorter runs do without.
     pub serving: fn(),
@@ -110,7 +110,7 @@ pub struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// A session of a machine that `config` describes, which nobody else can reach: no name, and signals do what they did before.
+    /// A private session of the machine that `config` describes: no name, no socket, and signals are left alone.
     ///
     /// # Errors
     /// The host is out of descriptors.

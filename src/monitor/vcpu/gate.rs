@@ -1,7 +1,7 @@
 //! The gate that every vCPU passes: open, closed (park here) or shut for good.
 //!
 //! The machine turns it; vCPU threads look at it before their first instruction, and then only after they were kicked, so
-//! that it costs nothing per exit. A debugger holds vCPUs back one by one, and sends [`Errand`]s to those that wait.
+//! that it costs nothing per exit. A debugger holds vCPUs back one by one, and sends [`VcpuRequest`]s to those that wait.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -28,7 +28,7 @@ struct Slot {
     parked: bool,
     /// Its thread has left the run loop.
     left: bool,
-    errands: VecDeque<Errand>,
+    requests: VecDeque<VcpuRequest>,
 }
 
 #[derive(Debug)]
@@ -54,22 +54,22 @@ pub struct Gate {
     changed: Condvar,
 }
 
-/// Something to be done to a vCPU that waits at the gate, by its own thread.
-pub struct Errand(pub Box<dyn FnOnce(&mut Vcpu) + Send>);
+/// A function to be called with a vCPU that waits at the gate, by its own thread.
+pub struct VcpuRequest(pub Box<dyn FnOnce(&mut Vcpu) + Send>);
 
-impl fmt::Debug for Errand {
+impl fmt::Debug for VcpuRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Errand")
+        f.write_str("VcpuRequest")
     }
 }
 
-/// What [`Gate::pass`] has its vCPU do meanwhile.
+/// What [`Gate::pass`] has its vCPU do while the gate is closed.
 #[derive(Debug)]
-pub enum Meanwhile {
+pub enum GateWork {
     /// It will wait: bring it to rest.
     Parking,
     /// Do this.
-    Errand(Errand),
+    Request(VcpuRequest),
 }
 
 /// What [`Gate::pass`] tells a vCPU.
@@ -103,18 +103,18 @@ impl Gate {
     }
 
     /// Called by the thread of `vcpu`. Waits while the gate is closed, or closed to this vCPU.
-    pub fn pass(&self, vcpu: usize, mut call: impl FnMut(Meanwhile)) -> Passed {
+    pub fn pass(&self, vcpu: usize, mut call: impl FnMut(GateWork)) -> Passed {
         if lock(&self.state).waits(vcpu) {
-            call(Meanwhile::Parking);
+            call(GateWork::Parking);
         }
         let mut state = lock(&self.state);
         let mut passed = Passed::Through;
         while state.waits(vcpu) {
             passed = Passed::AfterPause;
-            if let Some(errand) = state.vcpus[vcpu].errands.pop_front() {
+            if let Some(request) = state.vcpus[vcpu].requests.pop_front() {
                 state.vcpus[vcpu].parked = false;
                 drop(state);
-                call(Meanwhile::Errand(errand));
+                call(GateWork::Request(request));
                 state = lock(&self.state);
                 continue;
             }
@@ -130,7 +130,7 @@ impl Gate {
     pub fn left(&self, vcpu: usize) {
         let mut state = lock(&self.state);
         state.vcpus[vcpu].left = true;
-        state.vcpus[vcpu].errands.clear();
+        state.vcpus[vcpu].requests.clear();
         self.changed.notify_all();
     }
 
@@ -195,11 +195,11 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Has the thread of `vcpu` do `errand` while it waits. Dropped undone if it leaves before.
-    pub fn send(&self, vcpu: usize, errand: Errand) {
+    /// Has the thread of `vcpu` serve `request` while it waits. Dropped unserved if it leaves before.
+    pub fn send(&self, vcpu: usize, request: VcpuRequest) {
         let mut state = lock(&self.state);
         if !state.vcpus[vcpu].left {
-            state.vcpus[vcpu].errands.push_back(errand);
+            state.vcpus[vcpu].requests.push_back(request);
         }
         self.changed.notify_all();
     }

@@ -22,9 +22,9 @@ use crate::memory::GuestRam;
 use crate::recorder::Recorder;
 use crate::threads::{self, Role};
 use dispatch::{Buses, End, Next, dispatch};
-use gate::{Errand, Gate, Meanwhile, Passed};
+use gate::{Gate, GateWork, Passed, VcpuRequest};
 use observe::Observer;
-pub use observe::{Observed, Seen};
+pub use observe::{Observed, ObservedVcpu};
 
 /// What all vCPUs of a machine share.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ pub struct Shared {
     pub gate: Gate,
     /// Guest RAM, to read the instructions that reports and traces show.
     pub ram: Arc<GuestRam>,
-    /// Where exits are told of, when somebody wants to know.
+    /// Where exits are recorded, if the recorder is on.
     pub recorder: Arc<Recorder>,
     /// The vCPUs that have been recorded.
     pub observed: Observed,
@@ -43,7 +43,7 @@ pub struct Shared {
     pub reset_flag: bool,
     /// A vCPU whose guest panicked waits at the gate, and goes on when the machine lets it.
     pub holds_on_panic: bool,
-    /// Who is told of breakpoints and steps, once somebody debugs the machine.
+    /// The debugger that breakpoints and steps are reported to, once there is one.
     pub debugger: OnceLock<Listener>,
 }
 
@@ -173,7 +173,7 @@ fn run(vcpu: &mut Vcpu, shared: &Shared) -> Option<Result<End, Error>> {
     }
 }
 
-/// Has the vCPU wait for the debugger, who is told.
+/// Reports to the debugger, and makes the vCPU wait for it.
 fn stop(vcpu: &Vcpu, shared: &Shared, trap: Trap) -> Result<(), End> {
     let Some(listener) = shared.debugger.get() else {
         return Err(End::Stuck(Stuck::Unexpected(kvm_bindings::KVM_EXIT_DEBUG)));
@@ -206,13 +206,13 @@ fn breakpoint(vcpu: &Vcpu, shared: &Shared, end: End) -> Option<Trap> {
 fn pass(vcpu: &mut Vcpu, shared: &Shared) -> Result<Passed, Result<End, Error>> {
     let mut end = None;
     let passed = shared.gate.pass(vcpu.id() as usize, |meanwhile| match meanwhile {
-        Meanwhile::Parking => match finish(vcpu, shared) {
+        GateWork::Parking => match finish(vcpu, shared) {
             Ok(Next::Trap(trap)) => end = stop(vcpu, shared, trap).err().map(Ok),
             Ok(Next::End(early)) => end = Some(Ok(early)),
             Ok(Next::Again | Next::Gate) => {}
             Err(error) => end = Some(Err(error)),
         },
-        Meanwhile::Errand(Errand(errand)) => errand(vcpu),
+        GateWork::Request(VcpuRequest(request)) => request(vcpu),
     });
     end.map_or(Ok(passed), Err)
 }

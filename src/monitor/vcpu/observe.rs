@@ -1,4 +1,4 @@
-//! [`Observer`]: the run loop's turn when a recorder is on: the same run and dispatch, with an [`Event`] made of it.
+//! [`Observer`]: the run loop's body when the recorder is on: the same run and dispatch, recorded as an [`Event`].
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
@@ -16,13 +16,13 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 /// Places whose code has been recorded lately, by the low bits of their address.
 const SEEN: usize = 1024;
 
-/// vCPUs that have been recorded: what others can look at from outside.
+/// The vCPUs that are or were recorded, for viewers.
 #[derive(Debug, Default)]
-pub struct Observed(Mutex<BTreeMap<u32, Seen>>);
+pub struct Observed(Mutex<BTreeMap<u32, ObservedVcpu>>);
 
-/// How a recorded vCPU can be looked at.
+/// Where a viewer finds the figures of a recorded vCPU.
 #[derive(Debug)]
-pub struct Seen {
+pub struct ObservedVcpu {
     /// Its thread.
     pub thread: i32,
     /// KVM's counters of it, where this KVM has them.
@@ -33,11 +33,13 @@ impl Observed {
     /// To be called by the vCPU's own thread, once: KVM answers nobody else while the guest runs.
     fn insert(&self, vcpu: &Vcpu) {
         let thread = rustix::thread::gettid().as_raw_nonzero().get();
-        lock(&self.0).entry(vcpu.id()).or_insert_with(|| Seen { thread, counters: vcpu.counters().ok() });
+        lock(&self.0)
+            .entry(vcpu.id())
+            .or_insert_with(|| ObservedVcpu { thread, counters: vcpu.counters().ok() });
     }
 
     /// All of them by number, for as long as the guard lives.
-    pub fn get(&self) -> MutexGuard<'_, BTreeMap<u32, Seen>> {
+    pub fn get(&self) -> MutexGuard<'_, BTreeMap<u32, ObservedVcpu>> {
         lock(&self.0)
     }
 }

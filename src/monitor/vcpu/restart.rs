@@ -1,4 +1,4 @@
-//! Whether a triple fault was meant: the last way in which kernels reset a PC, and Linux's with
+//! Decides whether a triple fault was deliberate: the last way in which kernels reset a PC, and Linux's with
 //! `reboot=triple`.
 //!
 //! The run loop asks when a vCPU went into shutdown. What tells is what kernels do just before, as far as it

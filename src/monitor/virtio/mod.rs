@@ -13,7 +13,7 @@ pub mod rng;
 pub mod testing;
 
 use crate::chardev::{self, Ends};
-use crate::config::{self, VmConfig, Where};
+use crate::config::{self, CharTarget, VmConfig};
 use crate::disk;
 use device::VirtioDevice;
 
@@ -70,7 +70,7 @@ impl<'a> Device<'a> {
             list.push(Self::Rng);
         }
         // Last, because opening a host end may change it (a file is truncated), and disks may still be refused.
-        if config.console() != Where::Off || !config.port.is_empty() {
+        if config.console() != CharTarget::Off || !config.port.is_empty() {
             list.push(Self::Console(config));
         }
         list

@@ -34,16 +34,16 @@ pub struct Plan {
     pub count: u64,
 }
 
-/// What became of it.
+/// How stepping ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Seen {
-    /// All that was asked for.
+pub enum StepsEnd {
+    /// After as many instructions as were asked for.
     All,
-    /// The guest ended before.
+    /// The guest ended first.
     Ended,
-    /// The guest ended, and never was where stepping should begin.
+    /// The guest ended without reaching the place where stepping was to begin.
     NeverThere,
-    /// KVM did not do it, or nobody reads any more.
+    /// KVM failed, or the output cannot be written.
     Failed(String),
 }
 
@@ -53,9 +53,9 @@ pub struct Steps {
     plan: Plan,
     symbols: Symbols,
     events: Option<Sender<Event>>,
-    thread: Option<JoinHandle<(Walk, Seen)>>,
-    /// What the last machine's steps came to.
-    pub seen: Seen,
+    thread: Option<JoinHandle<(Walk, StepsEnd)>>,
+    /// How the last machine's steps ended.
+    pub end: StepsEnd,
 }
 
 enum Event {
@@ -66,7 +66,7 @@ enum Event {
 impl Steps {
     /// Steps as `plan` says, told on standard output with names of `symbols`.
     pub fn new(plan: Plan, symbols: Symbols) -> Self {
-        Self { plan, symbols, events: None, thread: None, seen: Seen::Ended }
+        Self { plan, symbols, events: None, thread: None, end: StepsEnd::Ended }
     }
 }
 
@@ -100,7 +100,7 @@ impl Steps {
         let _ = events.send(Event::Ended);
         // A panic there is a defect of ours, and goes on as one.
         let (walk, seen) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        (self.plan, self.symbols, self.seen) = (walk.plan, walk.symbols, seen);
+        (self.plan, self.symbols, self.end) = (walk.plan, walk.symbols, seen);
     }
 }
 
@@ -120,11 +120,11 @@ struct Walk {
 }
 
 impl Walk {
-    fn all(&mut self) -> Seen {
+    fn all(&mut self) -> StepsEnd {
         self.go().unwrap_or_else(|seen| seen)
     }
 
-    fn go(&mut self) -> Result<Seen, Seen> {
+    fn go(&mut self) -> Result<StepsEnd, StepsEnd> {
         let vcpu = self.begin()?;
         for other in (0..self.debug.cpus()).filter(|other| *other != vcpu) {
             self.debug.release(other);
@@ -142,11 +142,11 @@ impl Walk {
             view = after;
             self.plan.count -= 1;
         }
-        Ok(Seen::All)
+        Ok(StepsEnd::All)
     }
 
     /// Brings a vCPU to where stepping begins; the others are held too.
-    fn begin(&mut self) -> Result<u32, Seen> {
+    fn begin(&mut self) -> Result<u32, StepsEnd> {
         if self.plan.from.is_empty() {
             return Ok(0);
         }
@@ -154,7 +154,8 @@ impl Walk {
         let hardware = self.plan.from.iter().take(BREAKPOINTS).map(one).collect();
         self.set(&GuestDebug { hardware, ..GuestDebug::default() })?;
         (0..self.debug.cpus()).for_each(|vcpu| self.debug.release(vcpu));
-        let stop = self.wait().map_err(|seen| if seen == Seen::Ended { Seen::NeverThere } else { seen })?;
+        let stop =
+            self.wait().map_err(|seen| if seen == StepsEnd::Ended { StepsEnd::NeverThere } else { seen })?;
         self.debug.hold()?;
         self.set(&GuestDebug::default())?;
         // Another vCPU may have come there at the same time: it runs on.
@@ -163,7 +164,7 @@ impl Walk {
         Ok(stop.vcpu)
     }
 
-    fn set(&self, debug: &GuestDebug) -> Result<(), Seen> {
+    fn set(&self, debug: &GuestDebug) -> Result<(), StepsEnd> {
         for vcpu in 0..self.debug.cpus() {
             let debug = debug.clone();
             self.debug.with(vcpu, move |vcpu, _| vcpu.set_guest_debug(&debug))??;
@@ -172,7 +173,7 @@ impl Walk {
     }
 
     /// Where `vcpu` stands; it will come back after the next instruction.
-    fn look(&self, vcpu: u32) -> Result<View, Seen> {
+    fn look(&self, vcpu: u32) -> Result<View, StepsEnd> {
         let blocks = self.debug.blocks_interrupts;
         let look = move |vcpu: &mut Vcpu, ram: &GuestRam| {
             // A halted vCPU waits for the interrupt that blocking would keep from it.
@@ -183,12 +184,12 @@ impl Walk {
         Ok(self.debug.with(vcpu, look)??)
     }
 
-    fn wait(&self) -> Result<Stop, Seen> {
+    fn wait(&self) -> Result<Stop, StepsEnd> {
         const LONG: Duration = Duration::from_secs(3);
         loop {
             match self.events.recv_timeout(LONG) {
                 Ok(Event::Stopped(stop)) => return Ok(stop),
-                Ok(Event::Ended) | Err(RecvTimeoutError::Disconnected) => return Err(Seen::Ended),
+                Ok(Event::Ended) | Err(RecvTimeoutError::Disconnected) => return Err(StepsEnd::Ended),
                 Err(RecvTimeoutError::Timeout) => log::warn!(
                     "the guest has not reached the next instruction of the trace yet: it waits for an interrupt, or runs \
                      elsewhere"
@@ -197,7 +198,7 @@ impl Walk {
         }
     }
 
-    fn line(&self, vcpu: u32, view: &View, changes: &str, out: &mut impl Write) -> Result<(), Seen> {
+    fn line(&self, vcpu: u32, view: &View, changes: &str, out: &mut impl Write) -> Result<(), StepsEnd> {
         let (pc, mut text) = (view.pc(), String::new());
         let linked = if pc < !LINUX_MAP { pc.wrapping_add(LINUX_MAP) } else { pc };
         let name = [pc, linked]
@@ -210,17 +211,17 @@ impl Walk {
         }
         let _ = write!(text, "{bytes:<20} {instruction:<32} | {:<12} | {changes}", view.mode_name());
         writeln!(out, "{}", text.trim_end())
-            .map_err(|error| Seen::Failed(format!("write the steps: {error}")))
+            .map_err(|error| StepsEnd::Failed(format!("write the steps: {error}")))
     }
 }
 
-impl From<AlreadyEnded> for Seen {
+impl From<AlreadyEnded> for StepsEnd {
     fn from(_: AlreadyEnded) -> Self {
         Self::Ended
     }
 }
 
-impl From<kvm::Error> for Seen {
+impl From<kvm::Error> for StepsEnd {
     fn from(error: kvm::Error) -> Self {
         Self::Failed(vmm_monitor::error_chain(&error))
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Host, Lab, closing};
-use vmm_monitor::config::{Console, Cpus, VmConfig, Where};
+use vmm_monitor::config::{CharTarget, Console, Cpus, VmConfig};
 
 /// Longer than any of them takes, in an emulated machine too.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -53,5 +53,5 @@ fn two_cpus(config: &mut VmConfig) {
 
 /// Its end is in this process, whatever stands here.
 fn with_console(config: &mut VmConfig) {
-    config.console = Console(Some(Where::Pty));
+    config.console = Console(Some(CharTarget::Pty));
 }

@@ -12,7 +12,7 @@ use super::{Error, Host, Lab};
 use crate::file::Trace;
 use crate::recorded::Recorded;
 use vmm_monitor::chardev::Endpoint;
-use vmm_monitor::config::{Console, Size, VmConfig, Where};
+use vmm_monitor::config::{CharTarget, Console, Size, VmConfig};
 use vmm_monitor::machine::{Handle, Outcome};
 use vmm_monitor::memory::layout;
 use vmm_monitor::recorder::{Recorder, clock};
@@ -48,8 +48,8 @@ pub fn run(lab: &Lab, folder: &Path) -> Result<Ran, Error> {
     let mut config = VmConfig {
         kernel: Some(kernel),
         cmdline: Some(String::new()),
-        console: Console(Some(Where::Off)),
-        serial: Where::Stdio,
+        console: Console(Some(CharTarget::Off)),
+        serial: CharTarget::Stdio,
         rng: true,
         debug_exit: Some(layout::DEBUG_EXIT as u16),
         ..VmConfig::default()

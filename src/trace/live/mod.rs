@@ -1,4 +1,4 @@
-//! What a running machine does, for those who look at it from outside: `vmm top`.
+//! What a running machine does, seen from outside: `vmm top`.
 //!
 //! The monitor adds the recorder's events up ([`tally`]) while somebody is attached ([`watch`]), and gives the sums out when it is
 //! asked ([`Sample`]); who asks takes the difference between two of them ([`rates`]). Sums, and not a stream of events, because

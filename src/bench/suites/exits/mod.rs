@@ -4,7 +4,7 @@
 
 mod bare;
 mod guest;
-mod seen;
+mod viewer;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,9 +19,9 @@ use super::super::result::{self, Better, Suite, Unit};
 use super::super::rivals::Setting;
 use bare::Bare;
 use guest::Kind;
-use seen::Seen;
+use viewer::Viewer;
 use vmm_monitor::chardev::Endpoint;
-use vmm_monitor::config::{Console, Size, VmConfig, Where};
+use vmm_monitor::config::{CharTarget, Console, Size, VmConfig};
 use vmm_monitor::machine::{Handle, Outcome};
 use vmm_monitor::recorder::Recorder;
 use vmm_monitor::session::{Built, End, Observer, Session};
@@ -172,7 +172,7 @@ fn method(tsc_khz: Option<u32>) -> Vec<String> {
         format!(
             "Traced: every exit is written to a file. Exits inside the kernel are recorded too where tracefs may be read ({}). \
              Watched: every exit is added up while a viewer is attached, and none is kept.",
-            seen::tracefs()
+            viewer::tracefs()
         ),
         "ioeventfd kick, hypercall, CPUID and MSR read are answered in the kernel: the monitor has no part in them, and its \
          ratio should be 1."
@@ -201,9 +201,9 @@ fn config(kind: Kind, rounds: u32, path: PathBuf) -> Result<VmConfig, String> {
     Ok(VmConfig {
         kernel: Some(path),
         mem: vmm_monitor::config::Memory { size: Size::mib(32), ..Default::default() },
-        console: Console(Some(Where::Off)),
+        console: Console(Some(CharTarget::Off)),
         // Its end is put in place of this before the machine is built.
-        serial: Where::Stdio,
+        serial: CharTarget::Stdio,
         rng: true,
         ..VmConfig::default()
     })
@@ -276,7 +276,7 @@ impl RoundTrip {
         let (tell, built) = channel();
         let run = move || {
             let recorder = Arc::<Recorder>::default();
-            let mut seen = Seen::by(who, &config, recorder.clone());
+            let mut seen = Viewer::by(who, &config, recorder.clone());
             let mut herald = Herald(tell);
             let ran = Session::private(&config, recorder).map_err(text).and_then(|mut session| {
                 session.put("serial", end);

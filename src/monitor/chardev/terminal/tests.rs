@@ -19,7 +19,7 @@ use rustix::termios::{LocalModes, Winsize, tcsetwinsize};
 
 use super::*;
 use crate::chardev::{Endpoint, Interest};
-use crate::config::Where;
+use crate::config::CharTarget;
 
 /// Names what the child is to do.
 pub(crate) const SCENARIO: &str = "TERMINAL_TEST_SCENARIO";
@@ -31,12 +31,12 @@ const CHILD: &str = "chardev::terminal::tests::child";
 #[ignore = "run by the other tests, on a terminal of its own"]
 fn child() {
     let Ok(scenario) = env::var(SCENARIO) else { return };
-    let endpoint = Endpoint::open(&Where::Stdio, &crate::event_loop::running()).unwrap();
+    let endpoint = Endpoint::open(&CharTarget::Stdio, &crate::event_loop::running()).unwrap();
     let say = |text: &str| assert_eq!(endpoint.write(text.as_bytes()), text.len());
     let (sender, escapes) = mpsc::channel();
     endpoint.on_escape(move |escape| sender.send(escape).unwrap());
     assert!(
-        Endpoint::open(&Where::Stdio, &crate::event_loop::running()).is_err(),
+        Endpoint::open(&CharTarget::Stdio, &crate::event_loop::running()).is_err(),
         "there is one standard input"
     );
     say("[ready]");

@@ -300,7 +300,7 @@ fn the_end_of_input_is_not_the_end_and_wakes_nobody() {
 
 #[test]
 fn nowhere_takes_everything() {
-    let endpoint = Endpoint::open(&crate::config::Where::Off, &crate::event_loop::running()).unwrap();
+    let endpoint = Endpoint::open(&crate::config::CharTarget::Off, &crate::event_loop::running()).unwrap();
     let mut rig = Rig::new(Console::new(endpoint, vec![]).unwrap(), 0);
     for _ in 0..100 {
         assert!(rig.transmit(1, &[b'x'; BUFFER as usize]));
@@ -398,7 +398,7 @@ fn on_a_terminal() {
     if std::env::var(SCENARIO).is_err() {
         return;
     }
-    let endpoint = Endpoint::open(&crate::config::Where::Stdio, &crate::event_loop::running()).unwrap();
+    let endpoint = Endpoint::open(&crate::config::CharTarget::Stdio, &crate::event_loop::running()).unwrap();
     let console = Console::new(endpoint.clone(), vec![]).unwrap();
     let mut known = console.config().to_vec();
     endpoint.write(format!("{known:?}[ready]").as_bytes());
@@ -432,7 +432,8 @@ fn multiport(dir: &tempfile::TempDir) -> (Rig, UnixStream, std::path::PathBuf) {
     let path = dir.path().join("port");
     let (main, theirs) = pair();
     let agent =
-        Endpoint::open(&crate::config::Where::Socket(path.clone()), &crate::event_loop::running()).unwrap();
+        Endpoint::open(&crate::config::CharTarget::Socket(path.clone()), &crate::event_loop::running())
+            .unwrap();
     let console = Console::new(main, vec![("org.agent".to_owned(), agent)]).unwrap();
     let traits = console.traits();
     assert_eq!((traits.features & F_MULTIPORT, traits.queues.len()), (F_MULTIPORT, 6));

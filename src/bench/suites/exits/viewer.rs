@@ -1,4 +1,4 @@
-//! [`Seen`]: who looks at a machine while its exits are measured.
+//! [`Viewer`]: what watches a machine while its exits are measured.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -18,21 +18,21 @@ use vmm_trace::recorded::Recorded;
 /// How often `vmm top` asks, unless told otherwise.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// A look that lasts until [`Seen::end`].
-pub enum Seen<'a> {
-    /// Nobody's.
-    Nobodys,
+/// Watches until [`Viewer::end`].
+pub enum Viewer<'a> {
+    /// Nothing watches.
+    Nobody,
     /// A recording to a file, which goes with it.
     Recorded(Box<Recorded<'a>>, PathBuf),
-    /// A viewer's: what it looks by, and while the machine runs the thread that asks.
+    /// `vmm top`: the live view, and while the machine runs the thread that asks for it.
     Watched(Arc<Live>, Option<(Sender<()>, JoinHandle<()>)>),
 }
 
-impl<'a> Seen<'a> {
+impl<'a> Viewer<'a> {
     /// What `who` wants of the machine that `config` describes, which writes to `recorder`.
     pub fn by(who: Who, config: &'a VmConfig, recorder: Arc<Recorder>) -> Self {
         match who {
-            Who::Bare | Who::Vmm => Self::Nobodys,
+            Who::Bare | Who::Vmm => Self::Nobody,
             Who::Traced => {
                 let path = config.kernel.clone().unwrap_or_default().with_extension("trace");
                 Self::Recorded(Box::new(Recorded::new(config, path.clone().into(), recorder)), path)
@@ -47,7 +47,7 @@ impl<'a> Seen<'a> {
     /// Not all of it could be kept.
     pub fn end(self) -> Result<(), String> {
         match self {
-            Self::Nobodys | Self::Watched(..) => Ok(()),
+            Self::Nobody | Self::Watched(..) => Ok(()),
             Self::Recorded(recorded, path) => {
                 recorded.finish(&|| false).map_err(text)?;
                 std::fs::remove_file(path).map_err(text)
@@ -56,11 +56,11 @@ impl<'a> Seen<'a> {
     }
 }
 
-impl Observer for Seen<'_> {
+impl Observer for Viewer<'_> {
     fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
         let machine = &*built.machine;
         match self {
-            Self::Nobodys => {}
+            Self::Nobody => {}
             Self::Recorded(recorded, _) => recorded.built(built)?,
             Self::Watched(live, asks) => {
                 let handle = machine.handle();
@@ -80,7 +80,7 @@ impl Observer for Seen<'_> {
 
     fn ended(&mut self, end: &End<'_>) {
         match self {
-            Self::Nobodys => {}
+            Self::Nobody => {}
             Self::Recorded(recorded, _) => recorded.ended(end),
             Self::Watched(_, asks) => {
                 if let Some((sender, thread)) = asks.take() {
