@@ -186,7 +186,7 @@ impl Scene {
                     Ok(mounted) => fuse = Some(mounted),
                     Err(error) => {
                         eprintln!(
-                            "SKIPPED: whatever_happens_a_monitor_obeys ({situation:?}) needs /dev/fuse and CAP_SYS_ADMIN: {error}"
+                            "SKIP: whatever_happens_a_monitor_obeys: {situation:?} wants /dev/fuse and CAP_SYS_ADMIN: {error}"
                         );
                         return None;
                     }
