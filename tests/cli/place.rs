@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -87,6 +87,22 @@ impl Place {
 }
 
 /// Waits for the end, within reason.
+#[track_caller]
+pub fn wait(child: &mut Child) -> ExitStatus {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match child.try_wait().unwrap() {
+            Some(status) => return status,
+            None if Instant::now() > deadline => {
+                child.kill().unwrap();
+                panic!("vmm hangs");
+            }
+            None => thread::sleep(Duration::from_millis(2)),
+        }
+    }
+}
+
+/// The same, and what it said.
 pub fn finish(mut child: Child) -> Output {
     let pipes = [
         child.stdout.take().map(|p| Box::new(p) as Box<dyn Read + Send>),
@@ -99,17 +115,7 @@ pub fn finish(mut child: Child) -> Output {
             bytes
         })
     });
-    let deadline = Instant::now() + PATIENCE;
-    let status = loop {
-        match child.try_wait().unwrap() {
-            Some(status) => break status,
-            None if Instant::now() > deadline => {
-                child.kill().unwrap();
-                panic!("vmm hangs");
-            }
-            None => thread::sleep(Duration::from_millis(2)),
-        }
-    };
+    let status = wait(&mut child);
     let [stdout, stderr] = readers.map(|reader| reader.join().unwrap());
     Output { status, stdout, stderr }
 }

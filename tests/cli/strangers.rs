@@ -684,16 +684,6 @@ fn a_report_that_nobody_reads_can_be_interrupted() {
     assert!(line.contains("serial THR"), "{line}");
     let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    let status = loop {
-        match child.try_wait().unwrap() {
-            Some(status) => break status,
-            None if Instant::now() > deadline => {
-                child.kill().unwrap();
-                panic!("it cannot be interrupted");
-            }
-            None => thread::sleep(Duration::from_millis(2)),
-        }
-    };
+    let status = wait(&mut child);
     assert_eq!(status.signal(), Some(libc::SIGTERM), "{status}");
 }

@@ -306,7 +306,7 @@ impl Machine {
             self.shared.pause_devices(LAST_LIMIT)
         });
         if let Err(busy) = rest {
-            log::warn!("{busy}: what the guest was not told of as done may be lost");
+            log::warn!("{busy}: requests that the guest was not yet told are done may be lost");
         }
         started?;
         outcome(event, &self.last_words)
@@ -411,7 +411,9 @@ impl fmt::Debug for Handle {
 }
 
 /// Proof that a machine is paused: while it lives, no one else can resume it. Dropping it leaves the machine paused.
-pub struct Paused<'a>(#[allow(dead_code, reason = "the guard is the proof")] MutexGuard<'a, Phase>);
+pub struct Paused<'a> {
+    _phase: MutexGuard<'a, Phase>,
+}
 
 /// The run is over, so the machine can neither be paused nor resumed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -489,7 +491,7 @@ impl Handle {
             }
             *phase = Phase::Paused;
         }
-        if *phase == Phase::Ended { Err(AlreadyEnded.into()) } else { Ok(Paused(phase)) }
+        if *phase == Phase::Ended { Err(AlreadyEnded.into()) } else { Ok(Paused { _phase: phase }) }
     }
 
     /// What each vCPU does or waits for. They stand still for a moment, unless the machine is paused anyway.

@@ -88,17 +88,18 @@ impl Running {
         lock(&self.now)
     }
 
-    fn with_machine<E: std::error::Error>(
+    /// The lock is not held by who calls it: the main thread needs it to say that the machine has ended.
+    fn machine(&self) -> Result<Handle, String> {
+        let now = self.now();
+        let why = if now.over { "it has ended" } else { "it is starting" };
+        now.machine.clone().ok_or_else(|| why.to_owned())
+    }
+
+    fn with_machine<T, E: std::error::Error>(
         &self,
-        call: impl Fn(&Handle) -> Result<(), E>,
-    ) -> Result<(), String> {
-        // The lock is not held during the call: the main thread needs it to say that the machine has ended.
-        let (machine, over) = {
-            let now = self.now();
-            (now.machine.clone(), now.over)
-        };
-        let machine = machine.ok_or(if over { "it has ended" } else { "it is starting" })?;
-        call(&machine).map_err(|error| error_chain(&error))
+        call: impl Fn(&Handle) -> Result<T, E>,
+    ) -> Result<T, String> {
+        call(&self.machine()?).map_err(|error| error_chain(&error))
     }
 }
 
@@ -141,8 +142,7 @@ impl Control for Running {
     }
 
     fn vcpus(&self) -> Result<Vec<VcpuState>, String> {
-        let machine = self.now().machine.clone().ok_or("it is starting")?;
-        machine.vcpu_states().map_err(|error| error_chain(&error))
+        self.with_machine(Handle::vcpu_states)
     }
 
     fn resume(&self) -> Result<(), String> {

@@ -279,6 +279,16 @@ fn place(guest: &Guest, subject: &Subject, at: u16) {
     good(ring, ring.setup().descriptors, at);
 }
 
+/// A driver that enables the subject's queue alone, with so many entries.
+fn one_queue(guest: &mut Guest, subject: &Subject, size: u16) {
+    guest.negotiate(0);
+    guest.rings =
+        (0..=subject.queue as u64).map(|i| DriverRing::new(&guest.ram, RINGS + 0x3000 * i, size)).collect();
+    let setup = guest.rings[subject.queue].setup();
+    guest.set_up_queue(subject.queue as u32, &setup);
+    guest.write(STATUS, 15);
+}
+
 /// A queue whose setup is changed: whether it was enabled, and the status after DRIVER_OK.
 fn with_setup(guest: &mut Guest, change: impl FnOnce(&mut Setup)) -> (bool, u32) {
     guest.negotiate(0);
@@ -478,23 +488,13 @@ pub const TABLE: &[Fault] = &[
         with_setup(guest, |setup| (setup.used, setup.available) = (setup.descriptors, setup.descriptors));
     }),
     Fault("the smallest ring", |guest, subject| {
-        guest.negotiate(0);
-        guest.rings =
-            (0..=subject.queue as u64).map(|i| DriverRing::new(&guest.ram, RINGS + 0x3000 * i, 4)).collect();
-        let setup = guest.rings[subject.queue].setup();
-        guest.set_up_queue(subject.queue as u32, &setup);
-        guest.write(STATUS, 15);
+        one_queue(guest, subject, 4);
         for _ in 0..10 {
             ordinary(guest, subject);
         }
     }),
     Fault("only one queue is enabled: it works alone", |guest, subject| {
-        guest.negotiate(0);
-        guest.rings =
-            (0..=subject.queue as u64).map(|i| DriverRing::new(&guest.ram, RINGS + 0x3000 * i, 16)).collect();
-        let setup = guest.rings[subject.queue].setup();
-        guest.set_up_queue(subject.queue as u32, &setup);
-        guest.write(STATUS, 15);
+        one_queue(guest, subject, 16);
         ordinary(guest, subject);
         for queue in 0..4 {
             guest.notify(queue);
