@@ -22,7 +22,7 @@ use crate::event_loop::EventLoop;
 use crate::machine::{self, Machine, Outcome};
 use crate::recorder::Recorder;
 use crate::threads::{OrdersElsewhere, Role};
-use running::Running;
+use running::{Asked, Running};
 
 pub use defect::end_on_panic;
 
@@ -201,14 +201,18 @@ impl<'a> Session<'a> {
                 running.built(machine.handle(), ptys);
             }
             let mut served = Ok(());
-            let outcome = machine.run(&mut || served = self.serve());
-            let stopped = running.is_some_and(|running| running.ended());
+            let mut outcome = machine.run(&mut || served = self.serve());
+            let asked = running.map_or(Asked::Nothing, |running| running.ended());
             let again = match outcome {
                 Ok(Outcome::Reset) => self.config.on_reboot == OnReboot::Reset,
                 Ok(Outcome::Panic(_)) => self.config.on_panic() == OnPanic::Reset,
                 _ => false,
             };
-            let reboots = again && !stopped && served.is_ok();
+            let reboots = again && asked == Asked::Nothing && served.is_ok();
+            // The order came when this machine had just ended by itself: it ends what would follow.
+            if again && asked == Asked::Kill {
+                outcome = Ok(Outcome::Killed);
+            }
             self.orders = self.orders();
             let end = End { outcome: &outcome, reboots, interrupted: &|| self.interrupted() };
             for observer in &mut *observers {

@@ -38,6 +38,14 @@ struct Now {
     ptys: Vec<Pty>,
 }
 
+/// The hardest end that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asked {
+    Nothing,
+    Stop,
+    Kill,
+}
+
 impl Running {
     /// One that is called `name` and will be built from `config`, and that `viewers` can look at.
     pub fn new(name: &str, config: &VmConfig, viewers: Arc<dyn Viewers>, killed_status: u8) -> Self {
@@ -67,11 +75,15 @@ impl Running {
         now.machine = Some(machine);
     }
 
-    /// The machine has ended. True if that was asked for, so that it is not to be built again.
-    pub fn ended(&self) -> bool {
+    /// The machine has ended. Says what was asked for meanwhile.
+    pub fn ended(&self) -> Asked {
         let mut now = self.now();
         now.machine = None;
-        now.button || now.kill
+        match () {
+            () if now.kill => Asked::Kill,
+            () if now.button => Asked::Stop,
+            () => Asked::Nothing,
+        }
     }
 
     /// No machine comes after the last; what is left to do may take a moment, and ends with the next order to end.
