@@ -8,7 +8,7 @@ use std::fmt::Write;
 use std::fs;
 use std::process::{Command, Stdio};
 
-use crate::guest::{Guest, available, bundle};
+use crate::guest::{Guest, available, bundle, ticking};
 
 /// A way to end a boot, what the monitor says of it on Debian's kernels, and on ours, which has no EFI, no
 /// SysRq, no kexec and no modules.
@@ -73,7 +73,7 @@ fn reboots(kernel: &str, ways: &[&str], arguments: &[&str]) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
     command.args(["run", "-v", "--kernel"]).arg(bundle(&format!("{kernel}-vmlinux")));
     command.arg("--initrd").arg(bundle(&format!("{kernel}.cpio")));
-    command.arg("--cmdline").arg(format!("console=ttyS0 quiet panic=-1 vmm.run=\"{script}\""));
+    command.arg("--cmdline").arg(ticking(&format!("console=ttyS0 quiet panic=-1 vmm.run=\"{script}\"")));
     command.args([
         "--mem",
         "512M",

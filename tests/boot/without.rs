@@ -3,12 +3,14 @@
 
 use std::process::{Command, Stdio};
 
-use crate::guest::{Guest, available, bundle};
+use crate::guest::{Guest, available, bundle, ticking};
 
 fn ticks(kernel: &str, words: &str, processors: &str) {
     let script = "echo BEGIN; nproc; sleep 1; grep -c ttyS0 /proc/interrupts; echo END; reboot -f";
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
-    command.arg("--cmdline").arg(format!("console=ttyS0 quiet panic=-1 {words} vmm.run=\"{script}\""));
+    command
+        .arg("--cmdline")
+        .arg(ticking(&format!("console=ttyS0 quiet panic=-1 {words} vmm.run=\"{script}\"")));
     command.arg("--kernel").arg(bundle(&format!("{kernel}-vmlinux"))).stdin(Stdio::null());
     command.arg("--initrd").arg(bundle(&format!("{kernel}.cpio")));
     command.args(["--mem", "512M", "--cpus", "2", "--serial", "stdio", "--console", "off"]);
