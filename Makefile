@@ -13,7 +13,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test bench tuned bench-compare tools build compilers vtx reboots clean-guests
+.PHONY: run test bench tuned bench-compare weight start-order tools build compilers vtx reboots clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -66,6 +66,9 @@ test: tools
 		2>&1 | tee $(LOGS)/kvm-unit-tests.log; exit $${PIPESTATUS[0]}
 	$(SAY) 'the work of a boot, counted, against the last baseline'
 	@$(MAKE) --no-print-directory bench-compare
+	$(SAY) 'the weight of a VM, and whether what a start needs still lies side by side'
+	@mkdir -p $(LOGS)
+	@set -o pipefail; $(MAKE) --no-print-directory weight 2>&1 | tee $(LOGS)/weight.log
 	$(SAY) 'what did not run, and why'
 	@tests/skips $(LOGS)/*.log
 
@@ -109,6 +112,14 @@ bench-compare: build
 	@mkdir -p $(OUT)
 	@$(RIG) $(ICOUNT) -- $(BENCH) boot --icount --json - >$(OUT)/icount.json
 	@$(BENCH) --from $(OUT)/icount.json --compare $(BASELINE)
+
+weight: build
+	@tests/weight/start-order check $(VMM) src/cli/start.ld
+
+# What a start needs, seen anew. Three minutes; then look at the difference.
+start-order: build
+	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
+	@tests/weight/start-order make $(VMM) $(RIG) $(GUESTS) src/cli/start.ld
 
 # Every lab on VT-x, which Bochs emulates: hardware's exit reasons against ours, into docs/vtx.md. Some minutes; no part of `make test`.
 vtx: build
