@@ -235,7 +235,7 @@ fn build(
 impl Machine {
     fn warn_of_missing_clock(&self, payload: &Payload) {
         let khz = self.vcpus[0].tsc_khz();
-        if let Some(word) = boot::cmdline::missing_clock(&payload.cmdline, self.vm.is_intels(), khz) {
+        if let Some(word) = boot::missing_clock(&payload.cmdline, self.vm.is_intels(), khz) {
             log::warn!(
                 "a Linux with no-kvmclock may find no clock on this processor: add {word} to its command line"
             );

@@ -1,10 +1,10 @@
 //! Recognizes a kernel file by its content: the formats that boot, and a name for the ones that do not.
 //!
-//! Called by [`load`](super::load) only.
+//! Called by [`load`](super::load) and by `firmware`.
 
-use super::error::Error;
-use super::image::Image;
 use super::multiboot::Header;
+use crate::boot::error::Error;
+use crate::boot::image::Image;
 
 /// A format that can be booted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

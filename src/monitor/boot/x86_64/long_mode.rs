@@ -3,8 +3,8 @@
 //! The loaders call it; the registers that point there are set by `kvm::regs` from the returned
 //! [`Entry`](crate::kvm::regs::Entry).
 
-use super::error::Error;
-use super::image::Image;
+use crate::boot::error::Error;
+use crate::boot::image::Image;
 use crate::kvm::regs;
 use crate::memory::{GuestRam, layout};
 

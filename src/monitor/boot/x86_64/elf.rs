@@ -11,8 +11,8 @@ use linux_loader::elf::{
     Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr, PT_INTERP, PT_LOAD, PT_NOTE,
 };
 
-use super::error::Error;
-use super::image::Image;
+use crate::boot::error::Error;
+use crate::boot::image::Image;
 use crate::memory::{self, Memory, layout};
 
 /// Note type of the PVH entry point (Xen's public/elfnote.h): a 32-bit physical address.

@@ -12,11 +12,12 @@
 use std::path::Path;
 
 use super::elf::{Elf, Segment};
-use super::error::Error;
-use super::image::Image;
-use super::initrd::{self, Limits};
+use super::long_mode;
 use super::tables::e820;
-use super::{Boot, cmdline, long_mode};
+use crate::boot::error::Error;
+use crate::boot::image::Image;
+use crate::boot::initrd::{self, Limits};
+use crate::boot::{Boot, cmdline};
 use crate::kvm::regs::Entry;
 use crate::memory::layout;
 

@@ -8,10 +8,11 @@ use linux_loader::loader::elf::start_info::{
 };
 
 use super::elf::Elf;
-use super::error::Error;
-use super::initrd::{self, Limits};
+use super::long_mode;
 use super::tables::e820;
-use super::{Boot, cmdline, long_mode};
+use crate::boot::error::Error;
+use crate::boot::initrd::{self, Limits};
+use crate::boot::{Boot, cmdline};
 use crate::kvm::regs::Entry;
 use crate::memory::layout;
 

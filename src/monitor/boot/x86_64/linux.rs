@@ -11,11 +11,12 @@ use linux_loader::bootparam::{
 use vm_memory::ByteValued;
 
 use super::elf::{self, Elf};
-use super::error::Error;
-use super::image::Image;
-use super::initrd::{self, Limits};
+use super::long_mode;
 use super::tables::e820;
-use super::{Boot, cmdline, long_mode};
+use crate::boot::error::{Error, Role};
+use crate::boot::image::Image;
+use crate::boot::initrd::{self, Limits};
+use crate::boot::{Boot, cmdline};
 use crate::kvm::regs::Entry;
 use crate::memory::{Memory, layout};
 
@@ -142,7 +143,7 @@ pub(super) fn place_code(memory: &Memory, kernel: &Image, header: &setup_header)
     let part = "the protected-mode code";
     let end = offset + syssize.saturating_sub(15).max(ENTRY_64 + 1);
     if end > kernel.len() {
-        let (role, path) = (super::Role::Kernel, kernel.path().to_owned());
+        let (role, path) = (Role::Kernel, kernel.path().to_owned());
         return Err(Error::Truncated { role, path, part, end, len: kernel.len() });
     }
     let len = kernel.len() - offset;

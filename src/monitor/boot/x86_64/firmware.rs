@@ -9,12 +9,13 @@ use std::path::PathBuf;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::error::{Error, Role};
-use super::image::Image;
-use super::initrd::{self, Limits};
 use super::sniff::{self, Format};
 use super::tables::{Platform, loader, mp, reset};
-use super::{Payload, cmdline, elf, linux};
+use super::{elf, linux};
+use crate::boot::error::{Error, Role};
+use crate::boot::image::Image;
+use crate::boot::initrd::{self, Limits};
+use crate::boot::{Payload, cmdline};
 use crate::config::{BootProtocol, Firmware};
 use crate::legacy::fw_cfg::{Content, Items, Source};
 use crate::memory::{GuestRam, Memory, layout};
