@@ -9,10 +9,6 @@ use super::image::Image;
 use crate::config::{CharTarget, VmConfig};
 use crate::memory::{GuestRam, layout};
 
-/// What an ELF kernel takes without the final NUL: COMMAND_LINE_SIZE (2048 on x86) less one. A bzImage says it
-/// itself, in its setup header's cmdline_size.
-pub const ELF_MAX: usize = 2047;
-
 /// Checks `cmdline` against the kernel's limit `max` and writes it to [`layout::CMDLINE`], NUL-terminated.
 ///
 /// # Errors

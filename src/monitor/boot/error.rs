@@ -222,7 +222,7 @@ pub enum Error {
         path: PathBuf,
         /// Why.
         #[source]
-        source: super::x86_64::tables::Error,
+        source: super::tables::Error,
     },
 }
 

@@ -257,7 +257,7 @@ mod tests {
     use super::*;
     use crate::bus::Bus;
     use crate::kvm::Kvm;
-    use crate::kvm::regs::Entry;
+    use crate::kvm::regs::{Entry, FLAT};
     use crate::memory::Memory;
     use crate::recorder::Recorder;
     use crate::vcpu::dispatch::Buses;
@@ -276,7 +276,7 @@ mod tests {
         memory.ram().write_slice(&code, GuestAddress(0x1000)).unwrap();
         let vm = Kvm::open(kvm).unwrap().create_vm(&memory).unwrap();
         let mut vcpu = vm.create_vcpu(0, 1, &crate::config::Cpu::default()).unwrap();
-        vcpu.enter_at(Entry::Pvh { rip: 0x1000, start_info: 0 }).unwrap();
+        vcpu.enter_at(&Entry { rip: 0x1000, ..FLAT }).unwrap();
         vcpu.bind();
         let shared = Shared {
             buses: Buses::new(Bus::default(), Bus::default()),

@@ -219,7 +219,7 @@ fn add_payload(
                 .ok_or_else(|| no_pvh(payload, "its ELF notes have no XEN_ELFNOTE_PHYS32_ENTRY"))?;
             let range = elf.load(&kernel, memory, u64::from(entry))?;
             address = initrd_at(&range, layout::HOLE.start)?;
-            cmdline_max = cmdline::ELF_MAX;
+            cmdline_max = elf::CMDLINE_MAX;
             setup = vec![0; ELF_HEAD as usize];
             kernel.bytes(0, &mut setup, "the ELF header")?;
             items.add_bytes(item::KERNEL_ENTRY, entry.to_le_bytes());

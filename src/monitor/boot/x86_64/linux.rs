@@ -11,7 +11,7 @@ use linux_loader::bootparam::{
 use vm_memory::ByteValued;
 
 use super::elf::{self, Elf};
-use super::long_mode;
+use super::entry;
 use super::tables::e820;
 use crate::boot::error::{Error, Role};
 use crate::boot::image::Image;
@@ -71,7 +71,7 @@ pub fn load_elf(boot: &Boot, elf: &Elf) -> Result<Entry, Error> {
         ..setup_header::default()
     };
     let initrd = initrd::load(boot, &range, Limits { below: layout::HOLE.start, above_4g: true })?;
-    cmdline::write(boot.kernel, boot.memory.ram(), boot.cmdline, cmdline::ELF_MAX)?;
+    cmdline::write(boot.kernel, boot.memory.ram(), boot.cmdline, elf::CMDLINE_MAX)?;
     finish(boot, header, &initrd, elf.entry)
 }
 
@@ -192,7 +192,7 @@ fn finish(boot: &Boot, mut header: setup_header, initrd: &Range<u64>, rip: u64) 
     }
     params.e820_table = table;
     kernel.write(ram, layout::BOOT_PARAMS, &params, "boot_params")?;
-    long_mode::write_gdt(kernel, ram)?;
-    long_mode::write_page_tables(kernel, ram)?;
-    Ok(Entry::Linux64 { rip, boot_params: layout::BOOT_PARAMS })
+    entry::write_gdt(kernel, ram)?;
+    entry::write_page_tables(kernel, ram)?;
+    Ok(entry::linux64(rip, layout::BOOT_PARAMS))
 }

@@ -4,9 +4,9 @@
 
 mod clock;
 mod elf;
+mod entry;
 pub mod firmware;
 mod linux;
-mod long_mode;
 mod multiboot;
 mod pvh;
 mod sniff;
