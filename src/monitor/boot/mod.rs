@@ -2,7 +2,7 @@
 //!
 //! The machine calls [`load`] once per start, after guest memory is there and before the vCPUs run. Protocols, formats and
 //! tables are the architecture's, in `x86_64`. Kernels and initrds are untrusted input: whatever they hold, loading ends in
-//! an [`Entry`](crate::kvm::regs::Entry) or an [`Error`], reads no more than the file, writes nothing outside guest RAM and
+//! an [`Entry`] or an [`Error`], reads no more than the file, writes nothing outside guest RAM and
 //! allocates no more than a few KiB. Knows nothing of KVM's ioctls or devices.
 
 pub mod cmdline;
@@ -18,7 +18,7 @@ use crate::config::{BootProtocol, Kernel};
 use crate::memory::Memory;
 
 pub use error::{Error, Role};
-pub use x86_64::{firmware, load, missing_clock, tables};
+pub use x86_64::{Entry, firmware, load, missing_clock, tables};
 
 use image::Image;
 

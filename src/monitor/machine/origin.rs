@@ -5,10 +5,9 @@ use std::path::PathBuf;
 
 use super::Error;
 use crate::boot::tables::Platform;
-use crate::boot::{self, Payload, firmware};
+use crate::boot::{self, Entry, Payload, firmware};
 use crate::config::kernel::nothing_to_boot;
 use crate::config::{Firmware, Kernel, VmConfig};
-use crate::kvm::regs::Entry;
 use crate::legacy::fw_cfg::Items;
 use crate::memory::Memory;
 

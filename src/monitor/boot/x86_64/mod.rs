@@ -16,11 +16,12 @@ use super::error::{Error, Role};
 use super::image::Image;
 use super::{Boot, Payload};
 use crate::config::BootProtocol;
-use crate::kvm::regs::Entry;
 use crate::memory::{self, Memory, layout};
 use sniff::Format;
 
+pub use crate::kvm::regs::Entry;
 pub use clock::missing_clock;
+pub use sniff::is_compressed;
 
 /// Puts the kernel, its initrd, command line, boot structures and the platform's ACPI tables into `memory`, which
 /// must read as zeroes where nothing was loaded (a kernel's bss relies on it).
