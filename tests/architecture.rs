@@ -1,7 +1,7 @@
 //! The structure that `src/monitor/lib.rs` draws, held against the code: layers, where `unsafe` may stand, file headers.
 //! What one crate may use of another is cargo's to enforce. The pages of the documentation are held against the tree, too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -210,6 +210,105 @@ fn what_kvm_has_for_x86_alone_is_in_the_folder_of_that_name() {
         let lines = code.lines().filter(|line| !line.contains("x86_64::"));
         let found = lines.filter(|line| X86.iter().any(|name| line.contains(name)));
         wrong.extend(found.map(|line| format!("{}: {}", path.display(), line.trim())));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Words that only x86-64 has, as parts of names: `kvm_sregs` has one, and `MsrRead`.
+const X86_WORDS: [&str; 21] = [
+    "apic",
+    "bzimage",
+    "cpuid",
+    "cr0",
+    "cr3",
+    "cr4",
+    "dr6",
+    "e820",
+    "efer",
+    "gdt",
+    "idt",
+    "lapic",
+    "msr",
+    "msrs",
+    "multiboot",
+    "pio",
+    "pvh",
+    "regs",
+    "rflags",
+    "rip",
+    "sregs",
+];
+
+/// The monitor's files that know x86 and are in no folder of that name, and why. `legacy` is a PC's devices, all of it.
+const X86_ELSEWHERE: [(&str, &str); 8] = [
+    (
+        "boot/error.rs",
+        "one list of what users read: a kernel without an entry point for PVH, or for Multiboot",
+    ),
+    ("bus.rs", "ports are one of two places where a device may be"),
+    ("kvm/exit.rs", "one enum of all exits, for one match in dispatch"),
+    ("machine/build.rs", "the assembly, top to bottom in one place: the machine is a PC"),
+    ("machine/inventory.rs", "the one list of a machine's parts: the machine is a PC"),
+    ("recorder/event.rs", "kinds and fields of events have numbers and places in files"),
+    ("vcpu/dispatch.rs", "one match over all exits"),
+    ("vcpu/observe.rs", "one match over all exits, and the fields of events"),
+];
+
+/// The words of the names in `text`, in lower case.
+fn words(text: &str) -> Vec<String> {
+    let mut apart = String::new();
+    for c in text.chars() {
+        if c.is_ascii_uppercase() && apart.ends_with(|before: char| before.is_ascii_lowercase()) {
+            apart.push(' ');
+        }
+        apart.push(c);
+    }
+    let words = apart.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    words.map(str::to_ascii_lowercase).collect()
+}
+
+#[test]
+fn the_reader_of_words_reads() {
+    assert_eq!(words("Exit::MsrRead { KVM_GET_SREGS, deny_msrs(cr0) }")[..3], ["exit", "msr", "read"]);
+    assert_eq!(words("KVM_GET_SREGS, deny_msrs(cr0)"), ["kvm", "get", "sregs", "deny", "msrs", "cr0"]);
+}
+
+#[test]
+fn the_monitor_knows_x86_in_folders_of_that_name() {
+    let all = sources();
+    let monitor = all.iter().filter(|s| s.package == "monitor" && !s.path.ends_with("tests.rs"));
+    let is_home = |s: &&Source| s.path.iter().any(|part| part == "x86_64" || part == "x86_64.rs");
+    let (homes, others): (Vec<_>, Vec<_>) = monitor.partition(is_home);
+    let found = |s: &Source| {
+        let code = code(s.text.split("#[cfg(test)]").next().unwrap_or_default());
+        // What a module shows of its folder is named where it shows it.
+        let lines = code.lines().filter(|line| !line.contains("x86_64::"));
+        let words = lines.flat_map(words).filter(|word| X86_WORDS.contains(&&**word));
+        words.collect::<BTreeSet<_>>()
+    };
+    let known: BTreeSet<_> = homes.iter().flat_map(|s| found(s)).collect();
+    for word in X86_WORDS {
+        assert!(
+            known.contains(word),
+            "{word} is in no folder x86_64: the rule looks for a word that nobody uses"
+        );
+    }
+    let mut wrong = Vec::new();
+    for source in others.iter().filter(|s| s.module != "legacy") {
+        let path = source.path.strip_prefix("monitor").unwrap();
+        let is_listed = X86_ELSEWHERE.iter().any(|(file, _)| path == Path::new(file));
+        let words = found(source);
+        if words.is_empty() == is_listed {
+            wrong.push(format!("{}: {words:?}, on the list: {is_listed}", path.display()));
+        }
+        if source.text.contains("pub mod x86_64;") {
+            wrong.push(format!("{}: shows all of its folder", path.display()));
+        }
+    }
+    for (file, _) in X86_ELSEWHERE {
+        if !others.iter().any(|s| s.path == Path::new("monitor").join(file)) {
+            wrong.push(format!("{file}: on the list, but not there"));
+        }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

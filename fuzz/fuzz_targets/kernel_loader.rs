@@ -9,9 +9,8 @@ use std::path::PathBuf;
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmm_monitor::boot::tables::Platform;
-use vmm_monitor::boot::{Error, Payload, load};
+use vmm_monitor::boot::{Entry, Error, Payload, load};
 use vmm_monitor::config::BootProtocol;
-use vmm_monitor::kvm::regs::Entry;
 use vmm_monitor::memory::Memory;
 
 /// An ELF that loads: one segment, one PVH note.

@@ -15,7 +15,7 @@
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
 //! | [`disk`], [`chardev`] | host ends: disk images; terminals, pipes, sockets. They know no virtio |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
-//! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine |
+//! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::inventory`] lists what a configuration amounts to, [`machine::load`] builds that and fills it from its [`Origin`](machine::Origin), [`Machine`](machine::Machine) runs it |
 //! | [`api`] | names, control sockets, signals |
@@ -39,6 +39,11 @@
 //! session api
 //! ```
 //!
+//! **Architecture.** What is x86-64's alone lies in a folder of that name in its module: in `boot`, `config`, `kvm`, `recorder`
+//! and `vcpu`, and `memory/layout/x86_64.rs`. Each module shows of it what the others may name. The devices of a PC (`legacy`)
+//! are x86's by their nature, and so are the list and the assembly of a machine's parts. The few other files that know x86 stand
+//! in `tests/architecture.rs`, each with its reason. `build.rs` refuses other targets.
+//!
 //! **Threads.** One per vCPU; one per virtio device ([`event_loop::Worker`]), a few for the blocking I/O of each disk; the
 //! control thread, whose one [`EventLoop`](event_loop::EventLoop) is the session's: control socket, signals, terminal, the serial
 //! port's input. The thread that called [`Session::run`](session::Session::run) builds the machine and then waits for its end; a
@@ -47,8 +52,8 @@
 //! # Four flows, each one way
 //!
 //! 1. **Boot**: `VmConfig` → `Memory` → [`machine::inventory`] → `kvm::Vm` beside [`Origin`](machine::Origin) → `boot::load` (tables
-//!    from the inventory, kernel, initrd → `Entry`) → the inventory's devices on the buses → vCPUs → vCPU 0's registers from
-//!    `Entry` → run.
+//!    from the inventory, kernel, initrd → [`Entry`](boot::Entry), which is registers as plain data) → the inventory's devices on
+//!    the buses → vCPUs → their registers from `Entry` → run.
 //! 2. **Exit**: KVM_RUN → [`kvm::exit`] → [`recorder`], if it is on → [`vcpu::dispatch`] → [`bus::Bus`] → [`bus::Device`] → [`bus::Effect`] → next entry or the
 //!    run's end. A virtqueue kick does not come this way.
 //! 3. **Block**: ioeventfd → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
@@ -58,7 +63,7 @@
 //!    in time (its disk hangs), the pause fails and the machine runs on.
 //!
 //! Where no kernel is named and there is a disk, the kernel is a program of ours that finds one there ([`config::Kernel`],
-//! `firmware/disk`). With firmware the first flow is shorter: the ROM is a memory slot, `Entry` is the reset vector, and firmware asks
+//! `firmware/disk`). With firmware the first flow is shorter: the ROM is a memory slot, there is no `Entry` but the reset vector, and firmware asks
 //! [`legacy::fw_cfg`] for what [`boot::firmware`] prepared.
 //!
 //! **Guest memory is shared with an adversary.** Descriptors and headers are read once into owned memory. Nothing that a guest

@@ -6,10 +6,7 @@
 //! /dev/console moves from one to the other in the middle of a boot, away from whoever reads there. So it is
 //! one, from the first message to the last.
 
-use std::path::Path;
-
-use super::error::Role;
-use super::image::Image;
+use super::x86_64::is_compressed;
 use crate::config::{CharTarget, Kernel, VmConfig};
 
 /// Gives the terminal to the serial port (ttyS0) in place of the virtio console (hvc0), where the
@@ -35,7 +32,7 @@ pub fn settle(config: &mut VmConfig) {
     let serial = match (last, &kernel) {
         (Some(console), _) => console.starts_with("ttyS"),
         (None, Ok(Some(Kernel::BootDisk))) => true,
-        (None, Ok(Some(Kernel::File(path)))) => is_bzimage(path),
+        (None, Ok(Some(Kernel::File(path)))) => is_compressed(path),
         _ => false,
     };
     if !serial {
@@ -45,14 +42,6 @@ pub fn settle(config: &mut VmConfig) {
     if let (Some(cmdline), true, Ok(Some(Kernel::BootDisk))) = (&mut config.cmdline, unnamed, kernel) {
         *cmdline = format!("console=ttyS0 {cmdline}").trim_end().to_owned();
     }
-}
-
-/// What cannot be read is none: whoever loads it says why.
-fn is_bzimage(path: &Path) -> bool {
-    let mut magic = [0; 4];
-    let read =
-        Image::open(path, Role::Kernel).and_then(|image| image.bytes(0x202, &mut magic, "the setup header"));
-    read.is_ok() && magic == *b"HdrS"
 }
 
 #[cfg(test)]

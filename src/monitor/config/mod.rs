@@ -4,22 +4,21 @@
 //! it and from nothing else. Field names are the command line's. A part that the command line writes as
 //! `--mem 512M,prefault` may be written in JSON as that same string or as an object. Opens no file itself.
 
-pub mod cpu;
-pub mod cpu_features;
 mod firmware;
 pub mod host_path;
 pub(crate) mod kernel;
-pub mod msr;
 mod text;
+mod x86_64;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use cpu::Cpu;
 pub use firmware::Firmware;
 pub use kernel::Kernel;
 pub use text::{ParseError, Size, port_number};
+pub use x86_64::cpu::Cpu;
+pub use x86_64::{BootProtocol, cpu, cpu_features, msr};
 
 /// A virtual machine, wholly described.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -84,21 +83,6 @@ pub struct VmConfig {
     pub on_reboot: OnReboot,
     /// What a panic of the guest's kernel does. Absent: as `on_reboot`.
     pub on_panic: Option<OnPanic>,
-}
-
-/// The way into the kernel.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BootProtocol {
-    /// PVH for an ELF that has the note, Multiboot for what has its header, else the 64-bit Linux boot protocol.
-    #[default]
-    Auto,
-    /// Linux's 64-bit boot protocol.
-    Linux64,
-    /// PVH: 32-bit entry with start_info.
-    Pvh,
-    /// Multiboot 1: 32-bit entry with its information block.
-    Multiboot,
 }
 
 /// What a guest's reboot does.
@@ -305,15 +289,6 @@ impl VmConfig {
             OnReboot::Exit => OnPanic::Exit,
             OnReboot::Reset => OnPanic::Reset,
         })
-    }
-
-    /// Whether there is an 8254 timer: asked for, or needed by a Linux with this command line. Told to do without ACPI or the APICs it
-    /// takes its ticks from nothing else; without kvmclock it measures the processor's clock by it, where CPUID's word for that is not
-    /// believed (on AMD's processors).
-    pub fn has_pit(&self) -> bool {
-        const NEEDED: [&str; 5] = ["acpi=off", "noapic", "nolapic", "nolapic_timer", "no-kvmclock"];
-        let cmdline = self.cmdline.as_deref().unwrap_or_default();
-        self.pit || cmdline.split_ascii_whitespace().any(|word| NEEDED.contains(&word))
     }
 
     /// Checks what can be checked without opening anything.

@@ -1,7 +1,7 @@
 //! The only module that issues KVM ioctls: system, VM and vCPU descriptors, exits; and in `x86_64` what that architecture has
 //! alone, registers, CPUID, MSRs and debugging among it.
 //!
-//! Used by `boot` (the entry state), `vcpu` (the run loop) and `machine` (assembly). Knows no device.
+//! Used by `boot` (the type of its entry), `vcpu` (the run loop) and `machine` (assembly). Knows no device.
 
 pub mod exit;
 mod linger;

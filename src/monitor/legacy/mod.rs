@@ -1,4 +1,5 @@
-//! Devices of a PC that are neither virtio nor PCI, one per file: fixed ports, no discovery.
+//! Devices of a PC that are neither virtio nor PCI, one per file: fixed ports, no discovery. All of them are x86's by their
+//! nature, so they have no folder of that name.
 //!
 //! `machine::load` puts them on the port bus. They know nothing of KVM, of the machine or of each other; what they ask
 //! of the machine is an [`Effect`](crate::bus::Effect) or an [`Interrupt`](crate::vm::Interrupt).

@@ -20,7 +20,6 @@ use crate::chardev::{Ends, Escape};
 use crate::config::{Firmware, OnPanic, VmConfig};
 use crate::disk::Images;
 use crate::hyperv::Hypercalls;
-use crate::kvm::regs::Entry;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::boot_marks::BootMarks;
@@ -235,7 +234,7 @@ fn build(
 impl Machine {
     fn warn_of_missing_clock(&self, payload: &Payload) {
         let khz = self.vcpus[0].tsc_khz();
-        if let Some(word) = boot::cmdline::missing_clock(&payload.cmdline, self.vm.is_intels(), khz) {
+        if let Some(word) = boot::missing_clock(&payload.cmdline, self.vm.is_intels(), khz) {
             log::warn!(
                 "a Linux with no-kvmclock may find no clock on this processor: add {word} to its command line"
             );
@@ -245,10 +244,10 @@ impl Machine {
     /// Gives the machine what it starts with.
     fn begin_with(&mut self, contents: Contents) -> Result<(), Error> {
         lock(&self.fw_cfg).set_items(contents.items);
-        if contents.entry != Entry::Reset {
-            self.vcpus.iter().try_for_each(|vcpu| vcpu.set_boot_msrs())?;
+        if let Some(entry) = contents.entry {
+            self.vcpus.iter().try_for_each(|vcpu| vcpu.enter_at(&entry))?;
         }
-        Ok(self.vcpus[0].enter_at(contents.entry)?)
+        Ok(())
     }
 }
 

@@ -5,10 +5,9 @@ use std::path::PathBuf;
 
 use super::Error;
 use crate::boot::tables::Platform;
-use crate::boot::{self, Payload, firmware};
+use crate::boot::{self, Entry, Payload, firmware};
 use crate::config::kernel::nothing_to_boot;
 use crate::config::{Firmware, Kernel, VmConfig};
-use crate::kvm::regs::Entry;
 use crate::legacy::fw_cfg::Items;
 use crate::memory::Memory;
 
@@ -30,8 +29,8 @@ pub enum Origin {
 
 /// What the machine is given when its memory has been filled.
 pub(super) struct Contents {
-    /// How vCPU 0 begins.
-    pub entry: Entry,
+    /// How the vCPUs begin. None: as a processor does after a reset, at the reset vector (SDM vol. 3, 11.1).
+    pub entry: Option<Entry>,
     /// What firmware finds in fw_cfg.
     pub items: Items,
 }
@@ -78,11 +77,11 @@ impl Origin {
     pub(super) fn fill(&self, memory: &Memory, platform: &Platform) -> Result<Contents, Error> {
         Ok(match self {
             Self::Kernel(payload) => {
-                Contents { entry: boot::load(memory, payload, platform)?, items: Items::default() }
+                Contents { entry: Some(boot::load(memory, payload, platform)?), items: Items::default() }
             }
             Self::Firmware { firmware, option_roms, payload } => {
                 let start = firmware::Start { firmware, option_roms, payload: payload.as_ref() };
-                Contents { entry: Entry::Reset, items: firmware::load(memory, &start, platform)? }
+                Contents { entry: None, items: firmware::load(memory, &start, platform)? }
             }
         })
     }

@@ -4,20 +4,20 @@
 //! one reader, elsewhere, takes events out with [`Recorder::drain`], and a [`Watcher`] sees them as they pass. Memory is bounded:
 //! what finds a ring full is dropped and counted. Knows no device, no file and no rendering: those are `trace`'s.
 
-pub mod clock;
 pub mod event;
-pub mod registers;
 mod ring;
 mod step;
+mod x86_64;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 pub use event::{Event, Kind};
-pub use registers::Registers;
 use ring::Ring;
 pub use step::{Step, Steps};
+pub use x86_64::registers::Registers;
+pub use x86_64::{clock, registers};
 
 /// All tracks of a machine, and the switch.
 #[derive(Debug, Default)]

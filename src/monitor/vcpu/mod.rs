@@ -5,10 +5,8 @@
 
 pub mod dispatch;
 pub mod gate;
-pub mod linear;
 mod observe;
-pub mod report;
-mod restart;
+mod x86_64;
 
 use std::fmt;
 use std::io;
@@ -25,6 +23,8 @@ use dispatch::{Buses, End, Next, dispatch};
 use gate::{Gate, GateWork, Passed, VcpuRequest};
 use observe::Observer;
 pub use observe::{Observed, ObservedVcpu};
+use x86_64::restart;
+pub use x86_64::{linear, report};
 
 /// What all vCPUs of a machine share.
 #[derive(Debug)]
@@ -184,22 +184,14 @@ fn stop(vcpu: &Vcpu, shared: &Shared, trap: Trap) -> Result<(), End> {
     Ok(())
 }
 
-/// Whether what looks like the end is INT3 under a debugger: a KVM without hardware virtualization, which emulates every
-/// instruction, has no emulation of it.
+/// Whether what looks like the end is a breakpoint's instruction under a debugger.
 fn breakpoint(vcpu: &Vcpu, shared: &Shared, end: End) -> Option<Trap> {
-    const INT3: u8 = 0xcc;
     let End::Stuck(Stuck::InternalError { suberror: kvm_bindings::KVM_INTERNAL_ERROR_EMULATION, .. }) = end
     else {
         return None;
     };
     shared.debugger.get()?;
-    let pc = vcpu.sregs().ok()?.cs.base.wrapping_add(vcpu.regs().ok()?.rip);
-    let mut code = [0];
-    (linear::read(vcpu, &shared.ram, pc, &mut code) == 1 && code[0] == INT3).then_some(Trap {
-        exception: 3,
-        pc,
-        dr6: 0,
-    })
+    x86_64::debug::breakpoint(vcpu, &shared.ram)
 }
 
 /// Passes the gate, at rest if it has to wait there.
@@ -230,13 +222,8 @@ fn finish(vcpu: &mut Vcpu, shared: &Shared) -> Result<Next, Error> {
 
 /// Ends a step over an instruction that came out for a device: KVM's emulator does not tell when one that writes is done.
 fn finish_step(vcpu: &mut Vcpu, shared: &Shared) -> Result<Next, Error> {
-    /// DR6: single step (SDM vol. 3, 18.2.3).
-    const BS: u64 = 1 << 14;
     match finish(vcpu, shared)? {
-        Next::Again => {
-            let pc = vcpu.sregs()?.cs.base.wrapping_add(vcpu.regs()?.rip);
-            Ok(Next::Trap(Trap { exception: 1, pc, dr6: BS }))
-        }
+        Next::Again => Ok(Next::Trap(x86_64::debug::stepped(vcpu)?)),
         other => Ok(other),
     }
 }

@@ -5,13 +5,13 @@ use std::sync::{Mutex, MutexGuard};
 
 use super::Shared;
 use super::dispatch::{Next, dispatch};
-use super::linear;
+use super::x86_64::{linear, registers};
 use crate::bus::lock;
 use crate::kvm::exit::{Exit, Stuck};
 use crate::kvm::{Counters, Error, Vcpu};
 use crate::memory::GuestRam;
+use crate::recorder::registers::SYSTEM_NAMES;
 use crate::recorder::{Event, Kind, Registers, Track, clock};
-use kvm_bindings::{kvm_regs, kvm_sregs};
 
 /// Places whose code has been recorded lately, by the low bits of their address.
 const SEEN: usize = 1024;
@@ -102,7 +102,8 @@ impl Observer {
             let wanted = event.kind().is_some_and(Kind::has_instruction);
             let system = if wanted { this.code(vcpu, &shared.ram, &event) } else { None };
             if system.is_some() || shared.recorder.wants_all_registers() {
-                registers(&regs, system.as_ref()).events(time).for_each(|event| this.track.write(event));
+                let registers = Registers { general: registers::general(&regs), system };
+                registers.events(time).for_each(|event| this.track.write(event));
             }
         }
         this.track.write(event);
@@ -111,26 +112,21 @@ impl Observer {
 }
 
 impl Observing {
-    /// Records the code at the event's RIP, unless that was done lately. What had to be asked for it, for others to use.
-    fn code(&mut self, vcpu: &Vcpu, ram: &GuestRam, event: &Event) -> Option<kvm_sregs> {
+    /// Records the code at the event's RIP, unless that was done lately. Gives the system registers, which it took.
+    fn code(&mut self, vcpu: &Vcpu, ram: &GuestRam, event: &Event) -> Option<[u64; SYSTEM_NAMES.len()]> {
         let seen = &mut self.seen[(event.rip as usize ^ (event.rip >> 12) as usize) % SEEN];
         if *seen == event.rip {
             return None;
         }
         *seen = event.rip;
         let sregs = vcpu.sregs().ok()?;
-        let bits = match (sregs.cs.l, sregs.cs.db) {
-            (1, _) => 64,
-            (_, 1) => 32,
-            _ => 16,
-        };
         // KVM's emulator is done with an instruction that writes before it leaves: RIP is behind it then.
         let written = matches!(event.kind(), Some(Kind::PioOut | Kind::MmioWrite | Kind::MsrWrite));
         let before = event.rip.checked_sub(linear::MAX_INSTRUCTION as u64).filter(|_| written);
         for rip in before.into_iter().chain([event.rip]) {
             let mut bytes = [0; 16];
-            let linear = sregs.cs.base.wrapping_add(rip);
-            let count = linear::read(vcpu, ram, linear, &mut bytes[..linear::MAX_INSTRUCTION]) as u8;
+            let at = registers::code(&sregs, rip);
+            let count = linear::read(vcpu, ram, at, &mut bytes[..linear::MAX_INSTRUCTION]) as u8;
             let [address, value] =
                 [0, 8].map(|at| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i])));
             let (time, kind) = (event.time, Kind::Code as u8);
@@ -140,37 +136,13 @@ impl Observing {
                 address,
                 value,
                 kind,
-                size: bits,
+                size: registers::bits(&sregs),
                 count,
                 ..Event::default()
             });
         }
-        Some(sregs)
+        Some(registers::system(&sregs))
     }
-}
-
-fn registers(regs: &kvm_regs, sregs: Option<&kvm_sregs>) -> Registers {
-    let general = [
-        regs.rax,
-        regs.rcx,
-        regs.rdx,
-        regs.rbx,
-        regs.rsp,
-        regs.rbp,
-        regs.rsi,
-        regs.rdi,
-        regs.r8,
-        regs.r9,
-        regs.r10,
-        regs.r11,
-        regs.r12,
-        regs.r13,
-        regs.r14,
-        regs.r15,
-        regs.rip,
-        regs.rflags,
-    ];
-    Registers { general, system: sregs.map(|sregs| [sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer]) }
 }
 
 /// What is known before the exit is answered.
@@ -257,7 +229,7 @@ mod tests {
     use super::*;
     use crate::bus::Bus;
     use crate::kvm::Kvm;
-    use crate::kvm::regs::Entry;
+    use crate::kvm::regs::{Entry, FLAT};
     use crate::memory::Memory;
     use crate::recorder::Recorder;
     use crate::vcpu::dispatch::Buses;
@@ -276,7 +248,7 @@ mod tests {
         memory.ram().write_slice(&code, GuestAddress(0x1000)).unwrap();
         let vm = Kvm::open(kvm).unwrap().create_vm(&memory).unwrap();
         let mut vcpu = vm.create_vcpu(0, 1, &crate::config::Cpu::default()).unwrap();
-        vcpu.enter_at(Entry::Pvh { rip: 0x1000, start_info: 0 }).unwrap();
+        vcpu.enter_at(&Entry { rip: 0x1000, ..FLAT }).unwrap();
         vcpu.bind();
         let shared = Shared {
             buses: Buses::new(Bus::default(), Bus::default()),

@@ -47,8 +47,7 @@ fn parts(config: &VmConfig) -> Result<Parts, String> {
     let platform = machine::platform(config.cpus.0, &list);
     let entry = boot::load(&memory, &payload, &platform).map_err(text)?;
     let vcpu = vm.create_vcpu(0, 1, &vmm_monitor::config::Cpu::default()).map_err(text)?;
-    vcpu.set_boot_msrs().map_err(text)?;
-    vcpu.enter_at(entry).map_err(text)?;
+    vcpu.enter_at(&entry).map_err(text)?;
     Ok(Parts { vm, vcpu, ram: memory.ram().clone() })
 }
 

@@ -229,7 +229,7 @@ const IDT: u32 = layout::HIGH_RAM as u32;
 const IDTR: u32 = IDT + 0x1000;
 const STACK: u32 = IDT + 0x3000;
 const VECTOR: u32 = 0x30;
-/// The flat 32-bit code segment of the GDT that the loader leaves (`kvm::regs::GDT`).
+/// The flat 32-bit code segment of the GDT that the loader leaves (the monitor's `boot`).
 const BOOT_CS: u32 = 0x08;
 
 /// AMD's processors have VMMCALL, Intel's VMCALL.

@@ -10,27 +10,24 @@ use crate::kvm::exit::Exit;
 use crate::kvm::{Error, Vcpu, ioctl};
 
 impl Vcpu {
-    /// Sets the registers for `entry`.
+    /// Has the vCPU begin as `entry` says. It must be as it was created, at the reset vector.
     ///
     /// # Errors
-    /// The ioctl that failed.
-    pub fn enter_at(&self, entry: Entry) -> Result<(), Error> {
-        let Some(general) = regs::general(entry) else { return Ok(()) };
+    /// An ioctl failed, or KVM refused one of the MSRs.
+    pub fn enter_at(&self, entry: &Entry) -> Result<(), Error> {
+        self.set_msrs(entry.msrs)?;
+        if self.id() != 0 {
+            return Ok(());
+        }
         let mut sregs = ioctl("KVM_GET_SREGS", self.fd.get_sregs())?;
         regs::set_system(&mut sregs, entry);
         ioctl("KVM_SET_SREGS", self.fd.set_sregs(&sregs))?;
-        ioctl("KVM_SET_REGS", self.fd.set_regs(&general))
+        ioctl("KVM_SET_REGS", self.fd.set_regs(&regs::general(entry)))
     }
 
-    /// Sets the MSRs that a firmware would have set. For every vCPU.
-    ///
-    /// # Errors
-    /// The ioctl failed, or KVM refused one of them.
-    pub fn set_boot_msrs(&self) -> Result<(), Error> {
-        let entries: Vec<_> = regs::BOOT_MSRS
-            .iter()
-            .map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() })
-            .collect();
+    fn set_msrs(&self, values: &[(u32, u64)]) -> Result<(), Error> {
+        let entries: Vec<_> =
+            values.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
         let msrs = kvm_bindings::Msrs::from_entries(&entries).map_err(|_| Error::Missing("room for MSRs"))?;
         let set = ioctl("KVM_SET_MSRS", self.fd.set_msrs(&msrs))?;
         match entries.get(set) {

@@ -7,27 +7,28 @@ use linux_loader::loader::elf::start_info::{
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 
-use super::elf::Elf;
-use super::error::Error;
-use super::initrd::{self, Limits};
+use super::elf::{self, Elf};
+use super::entry;
 use super::tables::e820;
-use super::{Boot, cmdline, long_mode};
+use crate::boot::error::Error;
+use crate::boot::initrd::{self, Limits};
+use crate::boot::{Boot, cmdline};
 use crate::kvm::regs::Entry;
 use crate::memory::layout;
 
 /// The memory map came with version 1.
 const VERSION: u32 = 1;
 
-/// Loads an ELF kernel to be entered at its PVH entry point `entry`.
+/// Loads an ELF kernel to be entered at its PVH entry point `rip`.
 ///
 /// # Errors
 /// See [`Error`].
-pub fn load(boot: &Boot, elf: &Elf, entry: u32) -> Result<Entry, Error> {
+pub fn load(boot: &Boot, elf: &Elf, rip: u32) -> Result<Entry, Error> {
     let (kernel, ram) = (boot.kernel, boot.memory.ram());
-    let range = elf.load(kernel, boot.memory, u64::from(entry))?;
+    let range = elf.load(kernel, boot.memory, u64::from(rip))?;
     // Linux keeps only the low half of a module's address, so it must lie below 4 GiB.
     let initrd = initrd::load(boot, &range, Limits { below: layout::HOLE.start, above_4g: false })?;
-    cmdline::write(kernel, ram, boot.cmdline, cmdline::ELF_MAX)?;
+    cmdline::write(kernel, ram, boot.cmdline, elf::CMDLINE_MAX)?;
 
     let modules = layout::PVH_TABLES;
     let memory_map = modules + size_of::<hvm_modlist_entry>() as u64;
@@ -58,6 +59,6 @@ pub fn load(boot: &Boot, elf: &Elf, entry: u32) -> Result<Entry, Error> {
         reserved: 0,
     };
     kernel.write(ram, layout::BOOT_PARAMS, &start_info, "start_info")?;
-    long_mode::write_gdt(kernel, ram)?;
-    Ok(Entry::Pvh { rip: entry, start_info: layout::BOOT_PARAMS as u32 })
+    entry::write_gdt(kernel, ram)?;
+    Ok(entry::pvh(rip, layout::BOOT_PARAMS as u32))
 }

@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::text::ParseError;
 use super::{cpu_features, msr};
+use crate::config::text::ParseError;
 
 /// What the guest's CPUs can do:
 /// `host|x86-64-v1|x86-64-v2|x86-64-v3[,+FEATURE][,-FEATURE][,+hyperv][,nested=on][,msr-deny=MSR[-MSR]][,vendor=intel|amd]`.

@@ -6,11 +6,11 @@ use std::fmt::Write;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, NasmFormatter};
 
-use super::dispatch::End;
-use super::linear;
+use super::{linear, registers};
 use crate::kvm::exit::Stuck;
 use crate::kvm::{self, Error, Vcpu};
 use crate::memory::GuestRam;
+use crate::vcpu::dispatch::End;
 
 /// The report; none for an end that is not a failure.
 pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<String> {
@@ -43,7 +43,7 @@ pub fn report(vcpu: &Vcpu, ram: &GuestRam, end: &Result<End, Error>) -> Option<S
         );
     }
     // Writing to a String does not fail.
-    let _ = registers(&mut text, vcpu);
+    let _ = dump(&mut text, vcpu);
     let _ = instruction(&mut text, vcpu, ram, bytes);
     Some(text)
 }
@@ -65,11 +65,10 @@ fn internal_error(id: u32, suberror: u32) -> String {
 
 /// After a shutdown the VMCB's contents are undefined (APM vol. 2, 15.14.3), so kvm-amd resets the vCPU before it tells.
 fn at_reset_vector(vcpu: &Vcpu) -> bool {
-    let (Ok(r), Ok(s)) = (vcpu.regs(), vcpu.sregs()) else { return false };
-    s.cs.base.wrapping_add(r.rip) == 0xffff_fff0
+    registers::next(vcpu).is_ok_and(|at| at == 0xffff_fff0)
 }
 
-fn registers(text: &mut String, vcpu: &Vcpu) -> std::fmt::Result {
+fn dump(text: &mut String, vcpu: &Vcpu) -> std::fmt::Result {
     let (Ok(r), Ok(s)) = (vcpu.regs(), vcpu.sregs()) else { return Ok(()) };
     let general = [
         [("rax", r.rax), ("rbx", r.rbx), ("rcx", r.rcx), ("rdx", r.rdx)],
@@ -102,17 +101,13 @@ fn instruction(
             bytes = known;
             len
         }
-        None => linear::read(vcpu, ram, s.cs.base.wrapping_add(r.rip), &mut bytes),
+        None => linear::read(vcpu, ram, registers::code(&s, r.rip), &mut bytes),
     };
     if len == 0 {
         return write!(text, "\n  no readable memory at rip");
     }
-    let bitness = match (s.cs.l, s.cs.db) {
-        (1, _) => 64,
-        (_, 1) => 32,
-        _ => 16,
-    };
-    let mut decoder = Decoder::with_ip(bitness, &bytes[..len], r.rip, DecoderOptions::NONE);
+    let bits = registers::bits(&s).into();
+    let mut decoder = Decoder::with_ip(bits, &bytes[..len], r.rip, DecoderOptions::NONE);
     let instruction = decoder.decode();
     let mut shown = String::new();
     if instruction.is_invalid() {

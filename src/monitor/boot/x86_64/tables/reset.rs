@@ -1,5 +1,5 @@
 //! What a PC's firmware has for software that resets the machine in the old ways: code where it jumps to, and
-//! a word whose change tells a reset by triple fault from a crash (`vcpu::restart`).
+//! a word whose change tells a reset by triple fault from a crash (`vcpu/x86_64/restart.rs`).
 //!
 //! Linux jumps to F000:FFF0 for `reboot=bios`, and where it was to call EFI and there is none: that is what a
 //! kernel with CONFIG_EFI does by default on hardware-reduced ACPI.

@@ -9,12 +9,13 @@ use std::path::PathBuf;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::error::{Error, Role};
-use super::image::Image;
-use super::initrd::{self, Limits};
 use super::sniff::{self, Format};
 use super::tables::{Platform, loader, mp, reset};
-use super::{Payload, cmdline, elf, linux};
+use super::{elf, linux};
+use crate::boot::error::{Error, Role};
+use crate::boot::image::Image;
+use crate::boot::initrd::{self, Limits};
+use crate::boot::{Payload, cmdline};
 use crate::config::{BootProtocol, Firmware};
 use crate::legacy::fw_cfg::{Content, Items, Source};
 use crate::memory::{GuestRam, Memory, layout};
@@ -218,7 +219,7 @@ fn add_payload(
                 .ok_or_else(|| no_pvh(payload, "its ELF notes have no XEN_ELFNOTE_PHYS32_ENTRY"))?;
             let range = elf.load(&kernel, memory, u64::from(entry))?;
             address = initrd_at(&range, layout::HOLE.start)?;
-            cmdline_max = cmdline::ELF_MAX;
+            cmdline_max = elf::CMDLINE_MAX;
             setup = vec![0; ELF_HEAD as usize];
             kernel.bytes(0, &mut setup, "the ELF header")?;
             items.add_bytes(item::KERNEL_ENTRY, entry.to_le_bytes());

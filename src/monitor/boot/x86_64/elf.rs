@@ -11,12 +11,15 @@ use linux_loader::elf::{
     Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr, PT_INTERP, PT_LOAD, PT_NOTE,
 };
 
-use super::error::Error;
-use super::image::Image;
+use crate::boot::error::Error;
+use crate::boot::image::Image;
 use crate::memory::{self, Memory, layout};
 
 /// Note type of the PVH entry point (Xen's public/elfnote.h): a 32-bit physical address.
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+/// What Linux takes of a command line without the final NUL: COMMAND_LINE_SIZE (2048 on x86) less one. A bzImage says it
+/// itself, in its setup header's cmdline_size.
+pub const CMDLINE_MAX: usize = 2047;
 /// More program headers than any kernel has; bounds the work that a hostile file can ask for.
 const MAX_PROGRAM_HEADERS: u16 = 64;
 /// Likewise for the bytes of one note segment. Linux's is less than 1 KiB.

@@ -11,11 +11,12 @@ use linux_loader::bootparam::{
 use vm_memory::ByteValued;
 
 use super::elf::{self, Elf};
-use super::error::Error;
-use super::image::Image;
-use super::initrd::{self, Limits};
+use super::entry;
 use super::tables::e820;
-use super::{Boot, cmdline, long_mode};
+use crate::boot::error::{Error, Role};
+use crate::boot::image::Image;
+use crate::boot::initrd::{self, Limits};
+use crate::boot::{Boot, cmdline};
 use crate::kvm::regs::Entry;
 use crate::memory::{Memory, layout};
 
@@ -70,7 +71,7 @@ pub fn load_elf(boot: &Boot, elf: &Elf) -> Result<Entry, Error> {
         ..setup_header::default()
     };
     let initrd = initrd::load(boot, &range, Limits { below: layout::HOLE.start, above_4g: true })?;
-    cmdline::write(boot.kernel, boot.memory.ram(), boot.cmdline, cmdline::ELF_MAX)?;
+    cmdline::write(boot.kernel, boot.memory.ram(), boot.cmdline, elf::CMDLINE_MAX)?;
     finish(boot, header, &initrd, elf.entry)
 }
 
@@ -142,7 +143,7 @@ pub(super) fn place_code(memory: &Memory, kernel: &Image, header: &setup_header)
     let part = "the protected-mode code";
     let end = offset + syssize.saturating_sub(15).max(ENTRY_64 + 1);
     if end > kernel.len() {
-        let (role, path) = (super::Role::Kernel, kernel.path().to_owned());
+        let (role, path) = (Role::Kernel, kernel.path().to_owned());
         return Err(Error::Truncated { role, path, part, end, len: kernel.len() });
     }
     let len = kernel.len() - offset;
@@ -191,7 +192,7 @@ fn finish(boot: &Boot, mut header: setup_header, initrd: &Range<u64>, rip: u64) 
     }
     params.e820_table = table;
     kernel.write(ram, layout::BOOT_PARAMS, &params, "boot_params")?;
-    long_mode::write_gdt(kernel, ram)?;
-    long_mode::write_page_tables(kernel, ram)?;
-    Ok(Entry::Linux64 { rip, boot_params: layout::BOOT_PARAMS })
+    entry::write_gdt(kernel, ram)?;
+    entry::write_page_tables(kernel, ram)?;
+    Ok(entry::linux64(rip, layout::BOOT_PARAMS))
 }

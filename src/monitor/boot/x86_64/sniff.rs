@@ -1,10 +1,12 @@
 //! Recognizes a kernel file by its content: the formats that boot, and a name for the ones that do not.
 //!
-//! Called by [`load`](super::load) only.
+//! Called by [`load`](super::load) and by `firmware`; by `boot::console` before there is a machine.
 
-use super::error::Error;
-use super::image::Image;
 use super::multiboot::Header;
+use std::path::Path;
+
+use crate::boot::error::{Error, Role};
+use crate::boot::image::Image;
 
 /// A format that can be booted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,4 +88,12 @@ pub fn kernel(kernel: &Image) -> Result<(Format, Option<Header>), Error> {
         None => ("neither a bzImage nor an ELF file", "use a bzImage or a vmlinux"),
     };
     Err(Error::NotAKernel { path: kernel.path().to_owned(), what, hint })
+}
+
+/// Whether the kernel at `path` is a bzImage. What cannot be read is none: whoever loads it says why.
+pub fn is_compressed(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read =
+        Image::open(path, Role::Kernel).and_then(|image| image.bytes(0x202, &mut magic, "the setup header"));
+    read.is_ok() && magic == *b"HdrS"
 }

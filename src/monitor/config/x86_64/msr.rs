@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::text::ParseError;
+use crate::config::text::ParseError;
 
 /// Registers that stand alone, by number.
 const NAMES: [(u32, &str); 101] = [

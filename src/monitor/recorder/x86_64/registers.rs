@@ -1,6 +1,6 @@
 //! [`Registers`]: a vCPU's registers at an exit, and how they are put into [`Event`]s.
 
-use super::event::{Event, Kind};
+use crate::recorder::event::{Event, Kind};
 
 /// General registers, in the order of their numbers in instructions (SDM vol. 2, table 2-2), then RIP and RFLAGS.
 pub const NAMES: [&str; 18] = [

@@ -12,11 +12,12 @@
 use std::path::Path;
 
 use super::elf::{Elf, Segment};
-use super::error::Error;
-use super::image::Image;
-use super::initrd::{self, Limits};
+use super::entry;
 use super::tables::e820;
-use super::{Boot, cmdline, long_mode};
+use crate::boot::error::Error;
+use crate::boot::image::Image;
+use crate::boot::initrd::{self, Limits};
+use crate::boot::{Boot, cmdline};
 use crate::kvm::regs::Entry;
 use crate::memory::layout;
 
@@ -164,9 +165,9 @@ pub(super) fn load(boot: &Boot, header: Option<&Header>) -> Result<Entry, Error>
     (info[11], info[12]) = (4 * map.len() as u32, MEMORY_MAP as u32);
     info[16] = LOADER_NAME as u32;
     write(layout::BOOT_PARAMS, &info, "the Multiboot information")?;
-    long_mode::write_gdt(kernel, ram)?;
-    let entry = u32::try_from(image.entry).map_err(|_| kernel.damaged("its entry point is above 4 GiB"))?;
-    Ok(Entry::Multiboot { rip: entry, info: layout::BOOT_PARAMS as u32 })
+    entry::write_gdt(kernel, ram)?;
+    let rip = u32::try_from(image.entry).map_err(|_| kernel.damaged("its entry point is above 4 GiB"))?;
+    Ok(entry::multiboot(rip, layout::BOOT_PARAMS as u32))
 }
 
 /// A file's name for the guest: what the host's folders are called is not its business.
@@ -306,7 +307,8 @@ mod tests {
     #[test]
     fn a_flat_image_finds_what_the_specification_promises() {
         let (entry, memory) = boot(&flat_image(), BootProtocol::Auto, true).unwrap();
-        let Entry::Multiboot { rip, info } = entry else { panic!("{entry:?}") };
+        let (rip, info) = (entry.rip as u32, entry.rbx as u32);
+        assert_eq!(entry, entry::multiboot(rip, info));
         assert_eq!(rip, MIB + 0x200);
         assert_eq!(word(&memory, MIB + 0x204), 0x0706_0504, "the image is there");
         let field = |at| word(&memory, info + at);
@@ -327,7 +329,8 @@ mod tests {
         }
         assert_eq!(free, 32 * MIB - (MIB - 0xa_0000));
         let (entry, memory) = boot(&flat_image(), BootProtocol::Multiboot, false).unwrap();
-        let Entry::Multiboot { info, .. } = entry else { panic!("{entry:?}") };
+        let info = entry.rbx as u32;
+        assert_eq!(entry, entry::multiboot(entry.rip as u32, info));
         assert_eq!(word(&memory, info) & INFO_MODULES, 0);
     }
 
@@ -336,14 +339,14 @@ mod tests {
         let mut image = flat_image();
         put(&mut image, 0x10c, &[0x8100, 0x8000, 0, 0, 0x8200]);
         let (entry, memory) = boot(&image, BootProtocol::Auto, true).unwrap();
-        assert_eq!(entry, Entry::Multiboot { rip: 0x8200, info: layout::BOOT_PARAMS as u32 });
+        assert_eq!(entry, entry::multiboot(0x8200, layout::BOOT_PARAMS as u32));
         assert_eq!(word(&memory, 0x8204), 0x0706_0504);
     }
 
     #[test]
     fn an_elf32_enters_at_its_physical_address() {
         let (entry, _) = boot(&elf_image(), BootProtocol::Auto, false).unwrap();
-        assert_eq!(entry, Entry::Multiboot { rip: 2 * MIB + 0x10, info: layout::BOOT_PARAMS as u32 });
+        assert_eq!(entry, entry::multiboot(2 * MIB + 0x10, layout::BOOT_PARAMS as u32));
     }
 
     #[test]
@@ -388,8 +391,8 @@ mod tests {
         fn damaged_headers_never_harm(elf: bool, at in 0..0x140usize, value: u32, other: u32) {
             let mut image = if elf { elf_image() } else { flat_image() };
             put(&mut image, at, &[value, other]);
-            if let Ok((Entry::Multiboot { rip, .. }, _)) = boot(&image, BootProtocol::Multiboot, true) {
-                prop_assert!((0x8000..32 * MIB).contains(&rip));
+            if let Ok((Entry { rip, .. }, _)) = boot(&image, BootProtocol::Multiboot, true) {
+                prop_assert!((0x8000..u64::from(32 * MIB)).contains(&rip));
             }
         }
     }
