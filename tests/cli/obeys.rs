@@ -301,7 +301,10 @@ impl Scene {
                     assert!(reason.contains("virtio-blk0 does not come to rest"), "{reason}");
                 }
                 if dead {
-                    assert!(reason.contains("ended") || reason.contains("no virtual machine"), "{reason}");
+                    let vcpus = self.place.vmm("status guest --vcpus");
+                    for answer in [reason, text(&vcpus.stderr)] {
+                        assert!(answer.contains("refused: it has ended"), "{answer}");
+                    }
                 } else {
                     let runs = if matches!(self.situation, Situation::HungStart(_)) {
                         "starting"
