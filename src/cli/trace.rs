@@ -109,6 +109,12 @@ struct View {
     kaslr_offset: Option<u64>,
 }
 
+impl View {
+    fn symbols_file(&self) -> Option<&Path> {
+        self.symbols.as_ref()?.as_deref()
+    }
+}
+
 /// What a word of `--only` stands for.
 #[derive(Debug, Clone, Copy)]
 struct Kinds(&'static [Kind]);
@@ -135,7 +141,9 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     if let Some(Command::Report { file, view }) = options.command {
         let written = view.html.iter().chain(&view.perfetto).map(|path| ("the report", path.as_path()));
         let written: Vec<_> = written.collect();
-        outputs::check(&VmConfig::default(), &[("record", &file)], &written)
+        let symbols = view.symbols_file().map(|path| ("symbols", path));
+        let read: Vec<_> = symbols.into_iter().chain([("record", file.as_path())]).collect();
+        outputs::check(&VmConfig::default(), &read, &written)
             .map_err(|clash| Failure::new(Code::BadArgument, clash).hint(Some(Clash::HINT)))?;
         tell(&file, &view, false)?;
         return Ok(Code::Success);
@@ -151,6 +159,7 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     let file = options.keep.unwrap_or_else(|| scratch.path().join("record").into());
     record.trace = Some(file.clone());
     record.outputs = options.view.html.iter().chain(&options.view.perfetto).cloned().collect();
+    record.symbols = options.view.symbols_file().map(Path::to_owned);
     let ended = run::run(record);
     let told = if file.path.is_file() { tell(&file.path, &options.view, true) } else { Ok(()) };
     // How the run ended matters more than that nobody read the report to its end.

@@ -376,7 +376,11 @@ impl Orders {
         if !self.pause.under_way && self.control.status().state == State::Paused {
             self.control.resume()?;
         }
-        self.control.power_button()?;
+        if !self.control.power_button()? {
+            // Nobody is there yet who could power off.
+            self.kill();
+            return Ok(());
+        }
         self.stopping = true;
         let at = Instant::now().checked_add(timeout);
         self.stop_at = [self.stop_at, at].into_iter().flatten().min();
