@@ -119,7 +119,9 @@ impl FromStr for Mac {
         let bytes: Option<[u8; 6]> = bytes.and_then(|bytes| bytes.try_into().ok());
         let bytes = bytes.ok_or_else(|| wrong("an Ethernet address like 52:54:00:12:34:56"))?;
         if bytes[0] & 1 != 0 || bytes == [0; 6] {
-            return Err(wrong("an address that a device can have: its first byte is even, and it is not all zeroes"));
+            return Err(wrong(
+                "an address that a device can have: its first byte is even, and it is not all zeroes",
+            ));
         }
         Ok(Self(bytes))
     }
@@ -160,7 +162,10 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
             }
         }
         if net.mtu.is_some_and(|mtu| mtu < Net::MIN_MTU) {
-            return invalid("the MTU is too small".to_owned(), "use mtu=68 to mtu=65535; Ethernet has mtu=1500");
+            return invalid(
+                "the MTU is too small".to_owned(),
+                "use mtu=68 to mtu=65535; Ethernet has mtu=1500",
+            );
         }
         if !(1..=Net::MAX_QUEUES).contains(&net.queues()) {
             return invalid(format!("{} pairs of queues", net.queues()), "use queues=1 to queues=16");
@@ -173,7 +178,10 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
             return invalid("two devices have the same end".to_owned(), "give each its own");
         }
         if net.mac.is_some() && others.iter().any(|other| other.mac == net.mac) {
-            return invalid("two devices have the same address".to_owned(), "give each its own, or drop mac=");
+            return invalid(
+                "two devices have the same address".to_owned(),
+                "give each its own, or drop mac=",
+            );
         }
     }
     Ok(())

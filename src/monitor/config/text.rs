@@ -136,7 +136,9 @@ pub fn optional_port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Optio
 }
 
 /// A whole number that may be absent, or a text of one.
-pub fn optional_number<'de, D: Deserializer<'de>, T: FromStr>(deserializer: D) -> Result<Option<T>, D::Error> {
+pub fn optional_number<'de, D: Deserializer<'de>, T: FromStr>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
     let text = match Value::deserialize(deserializer)? {
         Value::Null => return Ok(None),
         Value::String(text) => text,

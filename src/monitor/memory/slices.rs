@@ -68,9 +68,10 @@ impl<'a> Slices<'a> {
             vectors.push(libc::iovec { iov_base: before.as_ptr().cast_mut().cast(), iov_len: before.len() });
         }
         vectors.extend(
-            guards
-                .iter()
-                .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast_mut().cast(), iov_len: *len }),
+            guards.iter().map(|(guard, len)| libc::iovec {
+                iov_base: guard.as_ptr().cast_mut().cast(),
+                iov_len: *len,
+            }),
         );
         let fd = fd.as_fd();
         retried(|| {

@@ -111,17 +111,27 @@ impl Error {
                 format!("make it yours: sudo ip link delete {name} && {}", make(name, ""))
             }
             Self::Busy { name } => {
-                format!("use another tap, or stop the process: sudo fuser -v /dev/net/tun names those with taps; {name} takes one")
+                format!(
+                    "use another tap, or stop the process: sudo fuser -v /dev/net/tun names those with taps; {name} takes one"
+                )
             }
             Self::NotATap { name } => {
-                format!("name a tap, and put it into a bridge with {name}: ip -d link show type tun lists them")
+                format!(
+                    "name a tap, and put it into a bridge with {name}: ip -d link show type tun lists them"
+                )
             }
             Self::OneQueue { name, .. } => {
-                format!("drop queues=, or make it anew: sudo ip link delete {name} && {}", make(name, " multi_queue"))
+                format!(
+                    "drop queues=, or make it anew: sudo ip link delete {name} && {}",
+                    make(name, " multi_queue")
+                )
             }
             Self::Connect { path, source } => match source.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                    format!("start what listens there first, passt for example: passt --socket {}", quoted(path))
+                    format!(
+                        "start what listens there first, passt for example: passt --socket {}",
+                        quoted(path)
+                    )
                 }
                 io::ErrorKind::PermissionDenied => {
                     format!("see who may use it: ls -l {}", quoted(path))

@@ -120,6 +120,11 @@ impl Link {
         lock(&self.wire)
     }
 
+    /// What is waited for.
+    pub fn wanted(&self) -> Interest {
+        *lock(&self.wanted)
+    }
+
     /// Has the link's descriptor be readable when what is wanted is there. With no interest at all nothing makes it readable,
     /// not even a hang-up.
     pub fn want(&self, interest: Interest) {
@@ -185,9 +190,7 @@ impl Ports {
                 taps.into_iter().map(Link::new).collect::<io::Result<_>>()
             }
             NetTarget::Fd(fd) => fd::inherited(*fd)?.map(|link| vec![link]),
-            NetTarget::Socket(path) => {
-                socket::Stream::connect(path).map(Link::new)?.map(|link| vec![link])
-            }
+            NetTarget::Socket(path) => socket::Stream::connect(path).map(Link::new)?.map(|link| vec![link]),
         };
         let port = Port { links: links.map_err(Error::Host)?, mac };
         self.0.insert(index, port.clone());

@@ -80,7 +80,8 @@ pub fn open(name: &str, queues: u16, mtu: Option<u16>) -> Result<Vec<Tap>, Error
     let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi) as u16;
     let mut taps = Vec::new();
     for _ in 0..queues {
-        let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
+        let file =
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
         let file = file.map_err(|source| Error::Tun { name: name.to_owned(), source })?;
         let mut request = Request::new(name, &flags.to_ne_bytes());
         request.issue(&file, libc::TUNSETIFF).map_err(|source| {
