@@ -81,7 +81,7 @@ fn ends_that_cannot_be() {
         refused(&place, &format!("--kernel kernel --console off {arguments}"), BAD_ARGUMENT, words);
     }
     let said = text(&place.vmm("--kernel kernel --net socket=missing").stderr);
-    assert!(said.contains("passt --socket missing"), "{said}");
+    assert!(said.contains("passt -s missing"), "{said}");
     let mut shell = Command::new("sh");
     place.set_up(&mut shell);
     shell.args(["-c", &format!("exec {} --kernel kernel --net fd=5 5<file", crate::PROGRAM)]);
