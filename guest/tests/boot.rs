@@ -254,7 +254,8 @@ fn press_power_button(kernel: &Path, kind: Kind) {
     let initramfs = busybox_initramfs(folder.path(), kind);
     let image = busybox_root(folder.path());
     let socket = folder.path().join("qmp");
-    let command = r#"vmm.root=/dev/vda vmm.run="trap 'echo asked to end > /ended; exit 0' TERM; echo waiting; while :; do read line; done""#;
+    // Busybox's `read` waits for input without an end if the signal comes just before it; `sleep` ends by itself.
+    let command = r#"vmm.root=/dev/vda vmm.run="trap 'echo asked to end > /ended; exit 0' TERM; echo waiting; while :; do sleep 1; done""#;
     let mut child = Boot::new(kernel, Some(&initramfs), command)
         .args(drive(&image).each_ref().map(String::as_str))
         .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])

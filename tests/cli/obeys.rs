@@ -69,8 +69,8 @@ enum Situation {
     FullTerminal,
     /// Its output is stopped (Ctrl-S).
     StoppedTerminal,
-    /// The image is never opened.
-    HungStart,
+    /// A file of these options, `mount/disk` or one beside it, is never opened.
+    HungStart(&'static str),
     /// A request of the guest's is never answered.
     HungDisk,
     /// Two discards of 1 GiB take 20 s each.
@@ -81,7 +81,7 @@ enum Situation {
     Paused,
 }
 
-const SITUATIONS: [Situation; 13] = [
+const SITUATIONS: [Situation; 16] = [
     Situation::Stderr(""),
     Situation::Stderr("-vv"),
     Situation::Stderr("--serial pty"),
@@ -89,7 +89,10 @@ const SITUATIONS: [Situation; 13] = [
     Situation::SharedStdout,
     Situation::FullTerminal,
     Situation::StoppedTerminal,
-    Situation::HungStart,
+    Situation::HungStart("--kernel asks --disk mount/disk"),
+    Situation::HungStart("--kernel mount/disk"),
+    Situation::HungStart("--kernel asks --initrd mount/disk"),
+    Situation::HungStart("--kernel asks --firmware mount/disk"),
     Situation::HungDisk,
     Situation::SlowDiscards,
     Situation::Search,
@@ -178,7 +181,7 @@ impl Scene {
                 held.push(Box::new(master));
                 command
             }
-            Situation::HungStart | Situation::HungDisk | Situation::SlowDiscards => {
+            Situation::HungStart(_) | Situation::HungDisk | Situation::SlowDiscards => {
                 let request = if situation == Situation::HungDisk { READ } else { DISCARD };
                 place.file("asks", pvh_kernel(&asks(request)));
                 fs::create_dir(place.path("mount")).unwrap();
@@ -191,13 +194,16 @@ impl Scene {
                         return None;
                     }
                 }
-                if situation == Situation::HungStart {
-                    // What is known of it need not be asked for again: opening it is the next request.
-                    fs::metadata(place.path("mount/disk")).unwrap();
-                    fs::metadata(place.path("mount")).unwrap();
-                    fuse.iter_mut().for_each(Fuse::stop);
+                match situation {
+                    Situation::HungStart(files) => {
+                        // What is known of it need not be asked for again: opening it is the next request.
+                        fs::metadata(place.path("mount/disk")).unwrap();
+                        fs::metadata(place.path("mount")).unwrap();
+                        fuse.iter_mut().for_each(Fuse::stop);
+                        command(&format!("--console off {files}"))
+                    }
+                    _ => command("--kernel asks --console off --serial socket=serial --disk mount/disk"),
                 }
-                command("--kernel asks --console off --serial socket=serial --disk mount/disk")
             }
             Situation::Search => {
                 place.file("labyrinth", labyrinth());
@@ -229,7 +235,7 @@ impl Scene {
                 scene._held.push(Box::new(serial));
                 scene._held.push(Box::new(fuse));
             }
-            Situation::HungStart => {
+            Situation::HungStart(_) => {
                 scene.await_state("starting");
                 scene._held.push(Box::new(fuse));
             }
@@ -295,9 +301,16 @@ impl Scene {
                     assert!(reason.contains("virtio-blk0 does not come to rest"), "{reason}");
                 }
                 if dead {
-                    assert!(reason.contains("ended") || reason.contains("no virtual machine"), "{reason}");
+                    let vcpus = self.place.vmm("status guest --vcpus");
+                    for answer in [reason, text(&vcpus.stderr)] {
+                        assert!(answer.contains("refused: it has ended"), "{answer}");
+                    }
                 } else {
-                    let runs = if self.situation == Situation::HungStart { "starting" } else { "running" };
+                    let runs = if matches!(self.situation, Situation::HungStart(_)) {
+                        "starting"
+                    } else {
+                        "running"
+                    };
                     assert_eq!(self.status()["state"], if paused { "paused" } else { runs });
                 }
                 return self.obeys(Order::Kill);

@@ -5,6 +5,7 @@
 //! them.
 
 mod defect;
+mod files;
 mod running;
 
 use std::error;
@@ -187,8 +188,8 @@ impl<'a> Session<'a> {
     }
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
-        // What stores an image may never answer. Other starts do without the thread until they last.
-        if !self.config.disk.is_empty() {
+        // Other starts do without the thread until they last.
+        if files::may_hang(self.config) {
             self.serve()?;
         }
         loop {
