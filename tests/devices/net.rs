@@ -392,6 +392,17 @@ fn a_tap_that_was_made_carries_frames_and_goes_with_its_last_queue() {
         guest.rings[TRANSMIT].wait_used(10);
     }
     guest.wait_for("the frames are on the tap", |_| count() >= before + 3);
+    // Taken away behind our back: the link is down, and nobody spins.
+    if std::process::Command::new("ip")
+        .args(["link", "delete", &name])
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        guest.wait_for("the link is down", |guest| guest.config::<2>(6) == [0, 0]);
+        assert!(port.links.iter().all(|link| !is_ready(link)));
+        send(&mut guest, TRANSMIT, [0; HEADER], &frame([0xff; 6], &[0x88, 0xb5, 1, 2, 3]));
+        guest.rings[TRANSMIT].wait_used(10);
+    }
     drop((guest, port));
     drop(ports);
     let end = std::time::Instant::now() + Duration::from_secs(10);
