@@ -24,7 +24,7 @@ fuzz_target!(|data: &[u8]| {
     let pair = || {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        (ours, from_descriptor(theirs.into(), 0).unwrap().unwrap())
+        (ours, from_descriptor(theirs.into(), 0).unwrap())
     };
     let ((mut host, one), (mut other, two)) = (pair(), pair());
     let port = Port { links: vec![one, two], mac: [2, 0, 0, 0, 0, 1] };
