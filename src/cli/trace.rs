@@ -222,18 +222,17 @@ fn tell(file: &Path, view: &View, ours: bool) -> Result<(), Failure> {
     report.shown = view.vendor;
     report.colour = io::stdout().is_terminal();
     if let Some(path) = view.html.as_ref().or(view.perfetto.as_ref()) {
-        let written = output::create(path).map(BufWriter::new).and_then(|mut out| {
-            match view.html {
-                Some(_) => report.html(&filter, &mut out)?,
-                None => report.perfetto(&filter, &mut out)?,
-            }
-            out.flush()
-        });
         let context = || format!("cannot write {}", path.display());
-        let hint = "give the path of a file (no symbolic link), in a directory that can be written to";
-        return written
+        let file = output::create(path)
             .with_context(context)
-            .map_err(|error| Failure::new(Code::Host, error).hint(Some(hint)));
+            .map_err(|error| Failure::new(Code::BadArgument, error).hint(Some(Failure::NEW_FILE)))?;
+        let mut out = BufWriter::new(file);
+        let written = match view.html {
+            Some(_) => report.html(&filter, &mut out),
+            None => report.perfetto(&filter, &mut out),
+        };
+        let written = written.and_then(|()| out.flush()).with_context(context);
+        return written.map_err(|error| Failure::new(Code::Host, error));
     }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match (view.stats, view.json) {
