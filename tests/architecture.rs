@@ -20,7 +20,7 @@ const LAYERS: [&[&str]; 9] = [
 
 /// Edges that the layers would allow and the design does not: device models know the `Vm` trait, never KVM, and
 /// never each other's family.
-const FORBIDDEN: [(&str, &str); 9] = [
+const FORBIDDEN: [(&str, &str); 13] = [
     ("legacy", "kvm"),
     ("pci", "kvm"),
     ("virtio", "kvm"),
@@ -29,6 +29,10 @@ const FORBIDDEN: [(&str, &str); 9] = [
     ("legacy", "pci"),
     ("disk", "chardev"),
     ("chardev", "disk"),
+    ("net", "disk"),
+    ("disk", "net"),
+    ("net", "chardev"),
+    ("chardev", "net"),
     ("vcpu", "boot"),
 ];
 
@@ -36,11 +40,12 @@ const FORBIDDEN: [(&str, &str); 9] = [
 const ALLOWED: [(&str, &str); 1] = [("config", "memory")];
 
 /// Where `unsafe` may stand: crate and module.
-const UNSAFE: [(&str, &str); 7] = [
+const UNSAFE: [(&str, &str); 8] = [
     ("monitor", "recorder"),
     ("monitor", "memory"),
     ("monitor", "kvm"),
     ("monitor", "disk"),
+    ("monitor", "net"),
     ("monitor", "snapshot"),
     ("monitor", "sandbox"),
     ("bench", "sandbox"),

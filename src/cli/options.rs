@@ -18,7 +18,7 @@ use serde::de::value::Error as ValueError;
 use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
-    BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, OnPanic, OnReboot, OutputFile,
+    BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, Net, OnPanic, OnReboot, OutputFile,
     Port, VmConfig, port_number,
 };
 use vmm_monitor::machine::outputs;
@@ -53,6 +53,10 @@ pub struct Options {
     /// repeat it for /dev/vdb and so on. Without --kernel, boots the system installed on it
     #[arg(long, value_name = "path=FILE", value_parser = os_text::<Disk, _>())]
     disk: Vec<Disk>,
+    /// Network device: tap=NAME (yours, or made if that is allowed), fd=N (a tap or unix socket that was passed) or socket=PATH
+    /// (QEMU's stream: passt, gvproxy, another VM), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap); repeatable
+    #[arg(long, value_name = "tap=NAME", value_parser = os_text::<Net, _>())]
+    net: Vec<Net>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
     /// [default: stdio, unless --serial has it]
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
@@ -185,6 +189,7 @@ impl Options {
         set(&mut config.cpus, self.cpus);
         set(&mut config.cpu, self.cpu);
         set(&mut config.disk, some(!self.disk.is_empty()).map(|()| self.disk));
+        set(&mut config.net, some(!self.net.is_empty()).map(|()| self.net));
         set(&mut config.console, self.console);
         set(&mut config.port, some(!self.port.is_empty()).map(|()| self.port));
         set(&mut config.serial, self.serial);

@@ -1,7 +1,5 @@
 //! `vmm run --dry-run`: what would run, as JSON, without opening any of it.
 
-use std::path::Path;
-
 use serde::Serialize;
 use vmm_command::{Code, Failure, pretty};
 use vmm_monitor::boot::{self, firmware};
@@ -9,6 +7,7 @@ use vmm_monitor::bus::{Kind, Place, Slot};
 use vmm_monitor::config::{Console, VmConfig};
 use vmm_monitor::machine;
 use vmm_monitor::memory::layout;
+use vmm_monitor::virtio;
 
 #[derive(Serialize)]
 struct Plan {
@@ -56,10 +55,12 @@ fn row((start, size, what): (u64, u64, String)) -> Row {
 
 /// A device's name, with what the configuration says of it.
 fn told(slot: &Slot, config: &VmConfig) -> String {
-    let disk = |index: usize| config.disk.get(index).map(|disk| disk.path.as_path());
-    // Disks are the first virtio devices.
     let file = match (slot.kind, &config.firmware) {
-        (Kind::Virtio(index), _) => disk(index).map(Path::display).map(|path| path.to_string()),
+        (Kind::Virtio(index), _) => match virtio::Device::list(config).get(index) {
+            Some(virtio::Device::Block(_, disk)) => Some(disk.path.display().to_string()),
+            Some(virtio::Device::Net(_, net, _)) => Some(net.to.to_string()),
+            _ => None,
+        },
         (Kind::Rom, Some(firmware)) => Some(firmware.to_string()),
         _ => None,
     };
@@ -90,7 +91,7 @@ mod tests {
 
     #[test]
     fn the_map_is_ascending_and_names_every_device() {
-        let json = r#"{"kernel": "k", "mem": "5G", "disk": ["a.img", "b.img"], "rng": true, "serial": "pty",
+        let json = r#"{"kernel": "k", "mem": "5G", "disk": ["a.img", "b.img"], "net": ["tap=tap9"], "rng": true, "serial": "pty",
             "debug_exit": 244, "firmware": "built-in"}"#;
         let config: VmConfig = serde_json::from_str(json).unwrap();
         let plan: Value = serde_json::from_str(&plan(config).unwrap()).unwrap();
@@ -102,7 +103,16 @@ mod tests {
             assert!(rows.windows(2).all(|w| number(&w[0], "end") < number(&w[1], "start")), "{rows:#?}");
         }
         let text = plan["memory_map"].to_string();
-        for word in ["console", "a.img", "b.img", "virtio-rng", "above the hole", "0x17fffffff", "built-in"] {
+        for word in [
+            "console",
+            "a.img",
+            "b.img",
+            "virtio-rng",
+            "virtio-net0 (tap=tap9)",
+            "above the hole",
+            "0x17fffffff",
+            "built-in",
+        ] {
             assert!(text.contains(word), "{word}: {text}");
         }
         assert_eq!(plan["config"]["console"], "stdio");

@@ -13,7 +13,7 @@
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
-//! | [`disk`], [`chardev`] | host ends: disk images; terminals, pipes, sockets. They know no virtio |
+//! | [`disk`], [`net`], [`chardev`] | host ends: disk images; taps and sockets that carry frames; terminals, pipes, sockets. They know no virtio |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
@@ -26,12 +26,12 @@
 //! log's queue, whose thread alone waits for standard error) and `cli` (the program `vmm`, one file per command).
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
-//! (its clock), `memory`, `kvm` and `disk` alone. `tests/architecture.rs` holds the code against it.
+//! (its clock), `memory`, `kvm`, `disk` and `net` (a tap's ioctls) alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
 //! threads event_loop state config guest_log output printable recorder
 //! memory vm bus hyperv
-//! disk chardev
+//! disk net chardev
 //! kvm
 //! legacy virtio        never kvm, machine, or another family of devices
 //! boot vcpu
@@ -82,6 +82,7 @@ pub mod kvm;
 pub mod legacy;
 pub mod machine;
 pub mod memory;
+pub mod net;
 pub mod output;
 pub mod printable;
 pub mod recorder;

@@ -11,6 +11,7 @@ mod guest;
 mod kernels;
 mod labs;
 mod life;
+mod net;
 mod others;
 mod reboot;
 mod trace;

@@ -10,5 +10,6 @@ mod faults;
 mod fw_cfg;
 mod guest;
 mod hostile;
+mod net;
 mod subjects;
 mod turns;

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,9 +13,11 @@ use tempfile::TempDir;
 use vmm_monitor::chardev::Endpoint;
 use vmm_monitor::config;
 use vmm_monitor::disk::Raw;
+use vmm_monitor::net::{Link, Port, from_descriptor};
 use vmm_monitor::virtio::block::Block;
 use vmm_monitor::virtio::console::Console;
 use vmm_monitor::virtio::device::VirtioDevice;
+use vmm_monitor::virtio::net::Net;
 use vmm_monitor::virtio::rng::Rng;
 
 use crate::guest::{DATA, Guest};
@@ -35,7 +37,16 @@ pub struct Subject {
 
 /// The list.
 pub fn all() -> Vec<Subject> {
-    vec![block(512), block(4096), block_readonly(), rng(), console(), console_with_a_port()]
+    vec![
+        block(512),
+        block(4096),
+        block_readonly(),
+        rng(),
+        console(),
+        console_with_a_port(),
+        net(NetSocket::Stream),
+        net(NetSocket::Datagram),
+    ]
 }
 
 fn rng() -> Subject {
@@ -210,6 +221,117 @@ fn console_with_a_port() -> Subject {
             let round = round.fetch_add(1, Ordering::Relaxed);
             talk(guest, 0, &main_host, round);
             talk(guest, 4, &port_host, round);
+        }),
+        queue: 1,
+        _keep: None,
+    }
+}
+
+/// The address of each network device here.
+pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x21];
+
+/// What a link goes over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum NetSocket {
+    Stream,
+    Datagram,
+}
+
+/// Who is at the other end of a link.
+pub enum Peer {
+    Stream(UnixStream),
+    Datagram(UnixDatagram),
+}
+
+impl Peer {
+    /// The next frame.
+    pub fn receive(&mut self) -> Vec<u8> {
+        match self {
+            Self::Stream(stream) => {
+                let mut prefix = [0; 4];
+                stream.read_exact(&mut prefix).expect("a frame");
+                let mut frame = vec![0; u32::from_be_bytes(prefix) as usize];
+                stream.read_exact(&mut frame).expect("all of it");
+                frame
+            }
+            Self::Datagram(socket) => {
+                let mut frame = vec![0; 0x2_0000];
+                let len = socket.recv(&mut frame).expect("a frame");
+                frame.truncate(len);
+                frame
+            }
+        }
+    }
+
+    pub fn send(&mut self, frame: &[u8]) {
+        match self {
+            Self::Stream(stream) => {
+                stream.write_all(&[&(frame.len() as u32).to_be_bytes()[..], frame].concat()).unwrap();
+            }
+            Self::Datagram(socket) => assert_eq!(socket.send(frame).unwrap(), frame.len()),
+        }
+    }
+}
+
+/// A link, and the other end of it.
+pub fn link(socket: NetSocket) -> (Link, Peer) {
+    let patience = Some(Duration::from_secs(10));
+    let (ours, peer) = match socket {
+        NetSocket::Stream => {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            theirs.set_read_timeout(patience).unwrap();
+            (ours.into(), Peer::Stream(theirs))
+        }
+        NetSocket::Datagram => {
+            let (ours, theirs) = UnixDatagram::pair().unwrap();
+            theirs.set_read_timeout(patience).unwrap();
+            (ours.into(), Peer::Datagram(theirs))
+        }
+    };
+    (from_descriptor(ours, 0).unwrap().unwrap(), peer)
+}
+
+/// The device on `links`, as a machine would build it.
+pub fn net_on(links: &[Link]) -> Box<dyn VirtioDevice> {
+    Box::new(Net::new(Port { links: links.to_vec(), mac: MAC }, None))
+}
+
+/// A frame to `to`, with `rest` behind the addresses.
+pub fn frame(to: [u8; 6], rest: &[u8]) -> Vec<u8> {
+    [&to[..], &[2, 9, 9, 9, 9, 9], rest].concat()
+}
+
+fn net(socket: NetSocket) -> Subject {
+    let (link, peer) = link(socket);
+    let (peer, round) = (std::sync::Mutex::new(peer), AtomicU32::new(0));
+    Subject {
+        name: if socket == NetSocket::Stream { "net" } else { "net, datagrams" },
+        build: Box::new(move || net_on(std::slice::from_ref(&link))),
+        traffic: Box::new(move |guest| {
+            let round = round.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+            let mut peer = peer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            // Only its own frames, from now on: another's is not seen.
+            guest.store(DATA, &[0, 0, 0, 0xff]);
+            assert_eq!(guest.request(2, &[(DATA, 2), (DATA + 2, 1)], &[(DATA + 3, 1)]), 1);
+            assert_eq!(guest.load(DATA + 3, 1), [0]);
+            let (to_us, to_other) = (frame(MAC, &round), frame([2; 6], &round));
+            peer.send(&to_other);
+            peer.send(&to_us);
+            let writable = [(DATA + 0x100, 20), (DATA + 0x200, 2000)];
+            let used = guest.request(0, &[], &writable) as usize;
+            assert_eq!(used, 12 + to_us.len());
+            let got = [guest.load(DATA + 0x100, 20), guest.load(DATA + 0x200, used - 20)].concat();
+            assert_eq!(got, [&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], &to_us[..]].concat());
+
+            let from_us = frame([2; 6], &[&round[..], b"from the guest"].concat());
+            guest.store(DATA, &[0; 12]);
+            guest.store(DATA + 12, &from_us);
+            let (old, len) = (guest.rings[1].available(), from_us.len() as u32);
+            let head = guest.rings[1].add(&[(DATA, 5), (DATA + 5, 10), (DATA + 15, len - 3)], &[]);
+            guest.kick(1, old);
+            // A hostile driver may have sent a lot before, which nobody has read yet.
+            while peer.receive() != from_us {}
+            assert_eq!(guest.rings[1].wait_used(10), (head, 0));
         }),
         queue: 1,
         _keep: None,

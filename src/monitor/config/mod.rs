@@ -7,6 +7,7 @@
 mod firmware;
 pub mod host_path;
 pub(crate) mod kernel;
+mod net;
 mod text;
 mod x86_64;
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use firmware::Firmware;
 pub use kernel::Kernel;
+pub use net::{Mac, Net, NetTarget};
 pub use text::{ParseError, Size, port_number};
 pub use x86_64::cpu::Cpu;
 pub use x86_64::{BootProtocol, cpu, cpu_features, msr};
@@ -51,6 +53,9 @@ pub struct VmConfig {
     /// Disks: /dev/vda, vdb ... in this order.
     #[serde(deserialize_with = "text::list")]
     pub disk: Vec<Disk>,
+    /// Network devices: eth0, eth1 ... in this order.
+    #[serde(deserialize_with = "text::list")]
+    pub net: Vec<Net>,
     /// Where hvc0 goes.
     pub console: Console,
     /// Further ports of the virtio console: /dev/virtio-ports/NAME.
@@ -356,6 +361,7 @@ impl VmConfig {
                 );
             }
         }
+        net::validate(&self.net)?;
         if self.firmware.is_none() && !self.option_rom.is_empty() {
             return invalid("option ROMs need firmware that runs them", "add `firmware=FILE`");
         }
@@ -379,12 +385,12 @@ impl VmConfig {
                 );
             }
         }
-        let virtio =
-            self.console() != CharTarget::Off || self.rng || !self.disk.is_empty() || !self.port.is_empty();
+        let listed = !self.disk.is_empty() || !self.net.is_empty() || !self.port.is_empty();
+        let virtio = self.console() != CharTarget::Off || self.rng || listed;
         if self.test_device && virtio {
             return invalid(
                 "the test device's memory lies where virtio devices would be, so a machine cannot have both",
-                "use `console=off` or `serial=stdio`, and no disk, port or entropy device",
+                "use `console=off` or `serial=stdio`, and no disk, network, port or entropy device",
             );
         }
         let ends = [self.console(), self.serial.clone()];

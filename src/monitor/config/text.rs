@@ -13,7 +13,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
 
-use super::{CharTarget, Console, Cpus, Disk, Memory, OutputFile, Port, host_path};
+use super::{CharTarget, Console, Cpus, Disk, Memory, Net, OutputFile, Port, host_path};
 
 /// A text that does not say what it should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -135,6 +135,20 @@ pub fn optional_port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Optio
     }
 }
 
+/// A whole number that may be absent, or a text of one.
+pub fn optional_number<'de, D: Deserializer<'de>, T: FromStr>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    let text = match Value::deserialize(deserializer)? {
+        Value::Null => return Ok(None),
+        Value::String(text) => text,
+        other => other.to_string(),
+    };
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    let number = text.parse().ok().filter(|_| digits);
+    number.map(Some).ok_or_else(|| de::Error::custom(format_args!("{text:?} is not a number that fits here")))
+}
+
 /// A switch: true and false, or the texts `on` and `off`.
 pub fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     match Value::deserialize(deserializer)? {
@@ -242,6 +256,7 @@ macro_rules! from_text {
 }
 from_pairs!(Memory, "size");
 from_pairs!(Disk, "path");
+from_pairs!(Net, "tap");
 from_text!(CharTarget);
 from_text!(Console);
 from_text!(Port);

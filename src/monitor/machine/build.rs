@@ -35,6 +35,7 @@ use crate::legacy::rtc_cmos::RtcCmos;
 use crate::legacy::serial::SerialPort;
 use crate::legacy::testdev::{hyperv::HypervTestDevice, pc};
 use crate::memory::{Memory, layout};
+use crate::net::Ports;
 use crate::recorder::{Recorder, Step, Steps};
 use crate::threads::{self, Role};
 use crate::vcpu;
@@ -46,8 +47,8 @@ use crate::vm::testdev::TestVm;
 use crate::vm::{Interrupt, Vm};
 
 /// Loads the machine that `config` describes with what it starts from: ready to run. `ends` keeps the host ends of its consoles
-/// over resets of the guest, and `images` its disks' images: those that are not open yet are opened here, the ends last of all that can fail for want of something that
-/// the user named. `recorder` is told of what the machine does.
+/// over resets of the guest, `images` its disks' images, and `ports` its network devices' links: those that are not open yet are
+/// opened here, the ends last of all that can fail for want of something that the user named. `recorder` is told of what the machine does.
 ///
 /// # Errors
 /// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several `ends` that failed.
@@ -55,6 +56,7 @@ pub fn load(
     config: &VmConfig,
     ends: &mut Ends,
     images: &mut Images,
+    ports: &mut Ports,
     recorder: &Arc<Recorder>,
 ) -> Result<Machine, Error> {
     let start = Instant::now();
@@ -82,7 +84,7 @@ pub fn load(
     };
     // Until the loader is done, which has told of that itself.
     steps.skip();
-    let mut machine = build(config, list, &memory, vm, ends, images, recorder, &mut steps, start)?;
+    let mut machine = build(config, list, &memory, vm, ends, images, ports, recorder, &mut steps, start)?;
     if let Some(payload) = origin.payload() {
         machine.warn_of_missing_clock(payload);
     }
@@ -131,6 +133,7 @@ fn build(
     vm: kvm::Vm,
     ends: &mut Ends,
     images: &mut Images,
+    ports: &mut Ports,
     recorder: &Arc<Recorder>,
     steps: &mut Steps,
     start: Instant,
@@ -176,7 +179,7 @@ fn build(
                 device
             }
             Kind::Virtio(index) => {
-                let device = virtio[index].build(ends, images)?;
+                let device = virtio[index].build(ends, images, ports)?;
                 let gsi = slot.gsi.unwrap_or_default();
                 shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?)
             }

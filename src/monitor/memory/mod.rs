@@ -6,6 +6,7 @@
 mod buffers;
 pub mod dirty;
 pub mod layout;
+mod slices;
 pub mod testdev;
 
 use std::fs::File;
@@ -24,6 +25,7 @@ use vm_memory::{
 use crate::config::{self, Size};
 
 pub use buffers::{Buffers, NotRam};
+pub use slices::Slices;
 
 /// Guest RAM as devices and loaders see it. Every access is bounds-checked and goes through volatile or
 /// atomic operations, because the guest's vCPUs write to it at the same time.

@@ -21,6 +21,7 @@ use crate::config::{OnPanic, OnReboot, VmConfig};
 use crate::disk::Images;
 use crate::event_loop::EventLoop;
 use crate::machine::{self, Machine, Outcome};
+use crate::net::Ports;
 use crate::recorder::Recorder;
 use crate::threads::{OrdersElsewhere, Role};
 use running::{Asked, Running};
@@ -105,6 +106,7 @@ pub struct Session<'a> {
     controlled: Option<Controlled>,
     ends: Ends,
     images: Images,
+    ports: Ports,
     events: EventLoop,
     /// How often it was told to end before its last machine ended.
     orders: u32,
@@ -118,8 +120,8 @@ impl<'a> Session<'a> {
     pub fn private(config: &'a VmConfig, recorder: Arc<Recorder>) -> Result<Self, Error> {
         let events = EventLoop::new().map_err(api::Error::Thread)?;
         let ends = Ends::new(events.clone());
-        let images = Images::default();
-        Ok(Self { config, recorder, ends, images, controlled: None, events, orders: 0 })
+        let (images, ports) = Default::default();
+        Ok(Self { config, recorder, ends, images, ports, controlled: None, events, orders: 0 })
     }
 
     /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on.
@@ -172,7 +174,7 @@ impl<'a> Session<'a> {
         }
         // The terminal is given back: Ctrl-C is a signal again.
         self.ends = Ends::new(self.events.clone());
-        self.images = Images::default();
+        (self.images, self.ports) = Default::default();
         result
     }
 
@@ -191,7 +193,8 @@ impl<'a> Session<'a> {
             self.serve()?;
         }
         loop {
-            let mut machine = machine::load(self.config, &mut self.ends, &mut self.images, &self.recorder)?;
+            let Self { ends, images, ports, .. } = self;
+            let mut machine = machine::load(self.config, ends, images, ports, &self.recorder)?;
             let ptys = self.ptys();
             let mut built = Built { machine: &mut machine, ptys: &ptys, ends: &self.ends };
             for observer in &mut *observers {

@@ -8,6 +8,7 @@ pub mod console;
 pub mod core;
 pub mod device;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod testing;
@@ -15,6 +16,7 @@ pub mod testing;
 use crate::chardev::{self, Ends};
 use crate::config::{self, CharTarget, VmConfig};
 use crate::disk;
+use crate::net as links;
 use device::VirtioDevice;
 
 /// A device that a configuration asks for.
@@ -24,6 +26,8 @@ pub enum Device<'a> {
     Block(usize, &'a config::Disk),
     /// The entropy device.
     Rng,
+    /// A network device, the `usize`th, of the machine of that name.
+    Net(usize, &'a config::Net, Option<&'a str>),
     /// The console: where hvc0 goes, and the named ports.
     Console(&'a VmConfig),
 }
@@ -34,6 +38,9 @@ pub enum Error {
     /// Its disk image.
     #[error(transparent)]
     Disk(#[from] disk::Error),
+    /// Its links.
+    #[error(transparent)]
+    Net(#[from] links::Error),
     /// A host end of its.
     #[error(transparent)]
     Chardev(#[from] chardev::Error),
@@ -47,6 +54,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Disk(error) => error.hint(),
+            Self::Net(error) => error.hint(),
             Self::Chardev(error) => error.hint().map(str::to_owned),
             Self::Console(_) => None,
         }
@@ -56,6 +64,7 @@ impl Error {
     pub fn is_bad_argument(&self) -> bool {
         match self {
             Self::Disk(_) => true,
+            Self::Net(error) => error.is_bad_argument(),
             Self::Chardev(error) => error.is_bad_argument(),
             Self::Console(_) => false,
         }
@@ -69,6 +78,7 @@ impl<'a> Device<'a> {
         if config.rng {
             list.push(Self::Rng);
         }
+        list.extend(config.net.iter().enumerate().map(|(i, net)| Self::Net(i, net, config.name.as_deref())));
         // Last, because opening a host end may change it (a file is truncated), and disks may still be refused.
         if config.console() != CharTarget::Off || !config.port.is_empty() {
             list.push(Self::Console(config));
@@ -81,21 +91,30 @@ impl<'a> Device<'a> {
         match self {
             Self::Block(index, _) => format!("virtio-blk{index}"),
             Self::Rng => "virtio-rng".to_owned(),
+            Self::Net(index, ..) => format!("virtio-net{index}"),
             Self::Console(_) => "virtio-console".to_owned(),
         }
     }
 
-    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends` and `images`.
+    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`, `images` and `ports`.
     ///
     /// # Errors
     /// [`Error`]: the host has not got what the configuration names.
-    pub fn build(&self, ends: &mut Ends, images: &mut disk::Images) -> Result<Box<dyn VirtioDevice>, Error> {
+    pub fn build(
+        &self,
+        ends: &mut Ends,
+        images: &mut disk::Images,
+        ports: &mut links::Ports,
+    ) -> Result<Box<dyn VirtioDevice>, Error> {
         Ok(match self {
             Self::Block(index, disk) => {
                 let id = disk.serial.clone().unwrap_or_else(|| format!("disk{index}"));
                 Box::new(block::Block::new(Box::new(images.disk(*index, disk)?), &id))
             }
             Self::Rng => Box::new(rng::Rng),
+            Self::Net(index, config, name) => {
+                Box::new(net::Net::new(ports.get(*index, config, *name)?, config.mtu))
+            }
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;
                 let mut named = Vec::new();

@@ -98,6 +98,8 @@ pub struct Virtqueue {
     in_flight: usize,
     /// Completed something since the last [`Virtqueue::notify`].
     completed: bool,
+    /// Index of the used entry up to which it is decided whether the driver wants an interrupt.
+    considered: u16,
     /// The used ring's flags ask for no kicks. (Not with EVENT_IDX, where no kick comes unless asked for.)
     quiet: bool,
     broken: bool,
@@ -120,6 +122,7 @@ impl Virtqueue {
             taken: vec![false; usize::from(max_size)].into(),
             in_flight: 0,
             completed: false,
+            considered: 0,
             quiet: false,
             broken: false,
             budget: usize::MAX,
@@ -148,6 +151,7 @@ impl Virtqueue {
             queue.set_next_avail(position.next_available);
             queue.set_next_used(position.next_used);
             queue.set_event_idx(event_idx);
+            self.considered = position.next_used;
             queue.set_ready(true);
         } else {
             guest_warn!("queue {}: rings at impossible addresses: {setup:x?}", self.index);
@@ -310,6 +314,30 @@ impl Virtqueue {
         }
     }
 
+    /// Gives `chains` back together, as [`Virtqueue::complete`] does each: the driver sees none before it can see all.
+    pub fn complete_together(&mut self, chains: &[(u16, u32)]) {
+        let Some(((last, written), before)) = chains.split_last() else { return };
+        let next = self.queue.next_used();
+        if self.is_usable() {
+            for ((head, written), place) in before.iter().zip(0u16..) {
+                let place = u64::from(next.wrapping_add(place) & (self.queue.size() - 1));
+                // Used elements follow flags and index, 8 bytes each (2.7.8).
+                let at = GuestAddress(self.queue.used_ring() + 4 + 8 * place);
+                let element = [u32::from(*head).to_le_bytes(), written.to_le_bytes()].concat();
+                let taken = self.taken.get_mut(usize::from(*head)).is_some_and(std::mem::take);
+                if !taken {
+                    return;
+                }
+                self.in_flight -= 1;
+                if let Err(error) = self.ram.write_slice(&element, at) {
+                    return self.fail(&error.to_string());
+                }
+            }
+            self.queue.set_next_used(next.wrapping_add(before.len() as u16));
+        }
+        self.complete(*last, *written);
+    }
+
     /// Undoes the pop of chain `head`, the last one popped: it comes out again, read anew. For a device that must come
     /// to rest while it cannot finish a request. Ignored if the queue was reset or broken since.
     pub fn put_back(&mut self, head: u16) {
@@ -338,16 +366,22 @@ impl Virtqueue {
     }
 
     fn interrupt_wanted(&mut self) -> Result<bool, Broken> {
-        if self.queue.event_idx_enabled() {
-            return Ok(self.queue.needs_notification(&*self.ram)?);
-        }
-        // The used index must be visible before the flags are looked at (2.7.7.2); the crate leaves the flags to us.
+        // The used index must be visible before the driver's wishes are looked at (2.7.7.2).
         fence(Ordering::SeqCst);
-        let flags: u16 = self
-            .ram
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(|error| Broken::Ring(error.to_string()))?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let wish = |offset| {
+            let at = GuestAddress(self.queue.avail_ring() + offset);
+            let value: u16 =
+                self.ram.load(at, Ordering::Relaxed).map_err(|error| Broken::Ring(error.to_string()))?;
+            Ok::<_, Broken>(u16::from_le(value))
+        };
+        if !self.queue.event_idx_enabled() {
+            return Ok(u32::from(wish(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+        }
+        // used_event is behind the ring. The crate would count what was completed together as one.
+        let event = wish(4 + 2 * u64::from(self.queue.size()))?;
+        let new = self.queue.next_used();
+        let old = std::mem::replace(&mut self.considered, new);
+        Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
     /// Declares the queue broken by the driver: nothing comes out of it or goes into it until a reset, and the core
@@ -575,6 +609,31 @@ mod tests {
             assert_eq!(again, heads);
             queue.complete(heads[0], 0);
             assert_eq!(ring.used(), Some((heads[0], 0)));
+        }
+    }
+
+    #[test]
+    fn what_is_completed_together_comes_at_once_and_interrupts_wherever_the_event_lies() {
+        for event_idx in [false, true] {
+            let (mut ring, mut queue, notifier) = ring(event_idx);
+            for round in 0..30_000u16 {
+                let heads = [(); 3].map(|()| ring.add(&[], &[(DATA, 1)]));
+                let [one, two, three] = heads.map(|_| queue.pop().unwrap().head);
+                ring.set_used_event(round.wrapping_mul(3).wrapping_add(round % 3));
+                queue.complete_together(&[(one, 1), (two, 2), (three, 3)]);
+                queue.notify();
+                assert_eq!(notifier.used_count(), usize::from(round) + 1);
+                let used = [(); 3].map(|()| ring.used().unwrap());
+                assert_eq!(used, [(one, 1), (two, 2), (three, 3)]);
+            }
+            let heads = [ring.add(&[], &[(DATA, 1)]), ring.add(&[], &[(DATA, 1)])];
+            queue.pop().unwrap();
+            queue.complete_together(&[]);
+            queue.complete_together(&[(heads[1], 1), (heads[0], 1)]);
+            assert_eq!((ring.used(), queue.in_flight()), (None, 1), "one of them is not the device's");
+            queue.disable();
+            queue.complete_together(&[(heads[0], 1), (heads[0], 1)]);
+            assert_eq!((ring.used(), queue.in_flight()), (None, 0));
         }
     }
 

@@ -8,6 +8,7 @@ mod block;
 mod console;
 mod entropy;
 mod life;
+mod net;
 mod registers;
 mod rings;
 
@@ -109,4 +110,9 @@ fn console() {
 #[test]
 fn entropy() {
     run(|name| name == "rng", entropy::TABLE);
+}
+
+#[test]
+fn net() {
+    run(|name| name.starts_with("net"), net::TABLE);
 }

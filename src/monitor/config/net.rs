@@ -1,0 +1,241 @@
+//! [`Net`]: a network device, and where its frames go on the host.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use super::text::{ParseError, optional_number};
+use super::{Invalid, host_path};
+
+/// A network device: `tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Keys", into = "Keys")]
+pub struct Net {
+    /// The host's end.
+    pub to: NetTarget,
+    /// The guest's address. Absent: derived from the VM's name, or random if it has none.
+    pub mac: Option<Mac>,
+    /// The largest packet, in bytes without Ethernet's header. Absent: the guest takes what it takes for Ethernet, 1500.
+    pub mtu: Option<u16>,
+    /// Pairs of queues, of a tap. Absent: one.
+    pub queues: Option<u16>,
+}
+
+/// Where frames go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetTarget {
+    /// A tap, by name: one that is there, or one that is made and goes with the VM.
+    Tap(String),
+    /// A descriptor that this process was started with: a tap, or a unix socket.
+    Fd(u32),
+    /// A unix socket on which somebody listens for streams of frames.
+    Socket(PathBuf),
+}
+
+impl fmt::Display for NetTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tap(name) => write!(f, "tap={name}"),
+            Self::Fd(fd) => write!(f, "fd={fd}"),
+            Self::Socket(path) => write!(f, "socket={}", path.display()),
+        }
+    }
+}
+
+impl Net {
+    /// The most pairs of queues: a guest uses one for each vCPU.
+    pub const MAX_QUEUES: u16 = 16;
+    /// The smallest MTU: any packet of IPv4 passes (virtio 1.3, 5.1.4.1).
+    const MIN_MTU: u16 = 68;
+
+    /// Pairs of queues.
+    pub fn queues(&self) -> u16 {
+        self.queues.unwrap_or(1)
+    }
+}
+
+/// [`Net`] as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Keys {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tap: Option<String>,
+    #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
+    fd: Option<u32>,
+    #[serde(default, with = "host_path::optional", skip_serializing_if = "Option::is_none")]
+    socket: Option<PathBuf>,
+    #[serde(default)]
+    mac: Option<Mac>,
+    #[serde(default, deserialize_with = "optional_number")]
+    mtu: Option<u16>,
+    #[serde(default, deserialize_with = "optional_number")]
+    queues: Option<u16>,
+}
+
+impl TryFrom<Keys> for Net {
+    type Error = &'static str;
+
+    fn try_from(keys: Keys) -> Result<Self, &'static str> {
+        let to = match (keys.tap, keys.fd, keys.socket) {
+            (Some(name), None, None) => NetTarget::Tap(name),
+            (None, Some(fd), None) => NetTarget::Fd(fd),
+            (None, None, Some(path)) => NetTarget::Socket(path),
+            _ => return Err("a network device has one of tap=NAME, fd=N and socket=PATH"),
+        };
+        Ok(Self { to, mac: keys.mac, mtu: keys.mtu, queues: keys.queues })
+    }
+}
+
+impl From<Net> for Keys {
+    fn from(net: Net) -> Self {
+        let Net { to, mac, mtu, queues } = net;
+        let (mut tap, mut fd, mut socket) = (None, None, None);
+        match to {
+            NetTarget::Tap(name) => tap = Some(name),
+            NetTarget::Fd(number) => fd = Some(number),
+            NetTarget::Socket(path) => socket = Some(path),
+        }
+        Self { tap, fd, socket, mac, mtu, queues }
+    }
+}
+
+/// An Ethernet address, written `52:54:00:12:34:56`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mac(pub [u8; 6]);
+
+impl FromStr for Mac {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let wrong = |why| ParseError::new(format!("{text:?} is not {why}"));
+        let parts: Vec<_> = text.split(':').collect();
+        let byte = |part: &&str| {
+            let digits = part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+            u8::from_str_radix(part, 16).ok().filter(|_| digits)
+        };
+        let bytes: Option<Vec<_>> = parts.iter().map(byte).collect();
+        let bytes: Option<[u8; 6]> = bytes.and_then(|bytes| bytes.try_into().ok());
+        let bytes = bytes.ok_or_else(|| wrong("an Ethernet address like 52:54:00:12:34:56"))?;
+        if bytes[0] & 1 != 0 || bytes == [0; 6] {
+            return Err(wrong(
+                "an address that a device can have: its first byte is even, and it is not all zeroes",
+            ));
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl Serialize for Mac {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Mac {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// Checks what can be checked without opening anything.
+pub fn validate(list: &[Net]) -> Result<(), Invalid> {
+    for (i, net) in list.iter().enumerate() {
+        let invalid = |what: String, hint: &str| {
+            Err(Invalid { what: format!("network device `net={}`: {what}", net.to), hint: hint.to_owned() })
+        };
+        if let NetTarget::Tap(name) = &net.to {
+            let plain = |c: char| c.is_ascii_graphic() && !"/%:".contains(c);
+            if name.is_empty() || name.len() > 15 || !name.chars().all(plain) || name.starts_with('.') {
+                return invalid(
+                    format!("{name:?} cannot be the name of a network interface"),
+                    "use 1 to 15 letters and digits: `net=tap=tap0`",
+                );
+            }
+        }
+        if net.mtu.is_some_and(|mtu| mtu < Net::MIN_MTU) {
+            return invalid(
+                "the MTU is too small".to_owned(),
+                "use mtu=68 to mtu=65535; Ethernet has mtu=1500",
+            );
+        }
+        if !(1..=Net::MAX_QUEUES).contains(&net.queues()) {
+            return invalid(format!("{} pairs of queues", net.queues()), "use queues=1 to queues=16");
+        }
+        if net.queues() > 1 && !matches!(net.to, NetTarget::Tap(_)) {
+            return invalid("several queues need a tap".to_owned(), "drop queues=, or use tap=NAME");
+        }
+        let others = &list[..i];
+        if !matches!(net.to, NetTarget::Socket(_)) && others.iter().any(|other| other.to == net.to) {
+            return invalid("two devices have the same end".to_owned(), "give each its own");
+        }
+        if net.mac.is_some() && others.iter().any(|other| other.mac == net.mac) {
+            return invalid(
+                "two devices have the same address".to_owned(),
+                "give each its own, or drop mac=",
+            );
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::VmConfig;
+    use super::*;
+
+    #[test]
+    fn a_device_is_written_as_text_or_object_and_reads_back() {
+        let json = r#"{"net": ["tap0", "tap=tap1,mac=02:00:00:00:00:0a,mtu=9000,queues=2", "fd=7",
+            "socket=/run/a,,b", {"socket": "/run/a,b", "mtu": 1400}]}"#;
+        let config: VmConfig = serde_json::from_str(json).unwrap();
+        let told: Vec<_> = config.net.iter().map(|net| net.to.to_string()).collect();
+        assert_eq!(told, ["tap=tap0", "tap=tap1", "fd=7", "socket=/run/a,b", "socket=/run/a,b"]);
+        let tap = &config.net[1];
+        assert_eq!((tap.mac.unwrap().0[5], tap.mtu, tap.queues()), (10, Some(9000), 2));
+        assert_eq!(config.validate(), Ok(()));
+        let again: VmConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+    }
+
+    #[test]
+    fn impossible_devices_are_refused() {
+        for (text, word) in [
+            ("mtu=1500", "one of tap=NAME"),
+            ("tap=a,fd=3", "one of tap=NAME"),
+            ("tap=a,speed=9", "speed"),
+            ("fd=-1", "-1"),
+            ("fd=x", "x"),
+            ("tap=a,mtu=65536", "65536"),
+            ("tap=a,mac=1:2:3:4:5:6", "1:2:3:4:5:6"),
+            ("tap=a,mac=01:00:00:00:00:00", "even"),
+            ("tap=a,mac=00:00:00:00:00:00", "zeroes"),
+        ] {
+            let error = text.parse::<Net>().unwrap_err().to_string();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+        for list in [
+            &["tap=a/b"][..],
+            &["tap=tap%d"],
+            &["tap=0123456789abcdef"],
+            &["tap=a,mtu=67"],
+            &["tap=a,queues=0"],
+            &["tap=a,queues=17"],
+            &["fd=3,queues=2"],
+            &["tap=a", "tap=a"],
+            &["fd=3", "fd=3"],
+            &["tap=a,mac=02:00:00:00:00:01", "tap=b,mac=02:00:00:00:00:01"],
+        ] {
+            let list: Vec<Net> = list.iter().map(|text| text.parse().unwrap()).collect();
+            assert!(validate(&list).is_err(), "{list:?}");
+        }
+    }
+}

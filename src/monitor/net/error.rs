@@ -1,0 +1,152 @@
+//! Why a network device has no end on the host.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::config::host_path::quoted;
+
+/// Why a link could not be opened. Nothing is left behind on the host then.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host makes no taps, or not for us.
+    #[error("cannot open /dev/net/tun for tap {name}")]
+    Tun {
+        /// The tap.
+        name: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no such tap, and we may not make one.
+    #[error("there is no tap {name}, and making one takes root (CAP_NET_ADMIN)")]
+    Missing {
+        /// The tap.
+        name: String,
+    },
+    /// It belongs to another user.
+    #[error("tap {name} belongs to another user")]
+    NotOurs {
+        /// The tap.
+        name: String,
+    },
+    /// Another process has it.
+    #[error("tap {name} is in use by another process")]
+    Busy {
+        /// The tap.
+        name: String,
+    },
+    /// There is an interface of that name, of another kind.
+    #[error("{name} is a network interface, but no tap")]
+    NotATap {
+        /// The interface.
+        name: String,
+    },
+    /// It was made for one queue.
+    #[error("tap {name} has one queue, and {queues} are asked for")]
+    OneQueue {
+        /// The tap.
+        name: String,
+        /// Pairs of queues.
+        queues: u16,
+    },
+    /// The host refused something else.
+    #[error("cannot {what} tap {name}")]
+    Tap {
+        /// The tap.
+        name: String,
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody answers there.
+    #[error("cannot connect to network socket {path}", path = path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// It is no descriptor that was given to us.
+    #[error("descriptor {fd} was not passed to this process")]
+    NotPassed {
+        /// Its number.
+        fd: u32,
+    },
+    /// It is something else.
+    #[error("descriptor {fd} is neither a tap nor a connected unix socket")]
+    NotALink {
+        /// Its number.
+        fd: u32,
+    },
+    /// A tap without IFF_NO_PI.
+    #[error("descriptor {fd} is a tap whose frames have a header of its own (no IFF_NO_PI)")]
+    PacketInfo {
+        /// Its number.
+        fd: u32,
+    },
+    /// The host is out of descriptors or memory.
+    #[error("cannot set up a network link")]
+    Host(#[source] io::Error),
+}
+
+/// Makes a tap for the user who is asked to type it.
+fn make(name: &str, more: &str) -> String {
+    format!("sudo ip tuntap add dev {name} mode tap{more} user $USER && sudo ip link set {name} up")
+}
+
+impl Error {
+    /// What to try.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Tun { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => "load the driver: sudo modprobe tun".to_owned(),
+                io::ErrorKind::PermissionDenied => "see who may use it: ls -l /dev/net/tun".to_owned(),
+                _ => return None,
+            },
+            Self::Missing { name } => format!("make it once: {}", make(name, "")),
+            Self::NotOurs { name } => {
+                format!("make it yours: sudo ip link delete {name} && {}", make(name, ""))
+            }
+            Self::Busy { name } => {
+                format!(
+                    "use another tap, or stop the process: sudo fuser -v /dev/net/tun names those with taps; {name} takes one"
+                )
+            }
+            Self::NotATap { name } => {
+                format!(
+                    "name a tap, and put it into a bridge with {name}: ip -d link show type tun lists them"
+                )
+            }
+            Self::OneQueue { name, .. } => {
+                format!(
+                    "drop queues=, or make it anew: sudo ip link delete {name} && {}",
+                    make(name, " multi_queue")
+                )
+            }
+            Self::Connect { path, source } => match source.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    format!(
+                        "start what listens there first, passt for example: passt --socket {}",
+                        quoted(path)
+                    )
+                }
+                io::ErrorKind::PermissionDenied => {
+                    format!("see who may use it: ls -l {}", quoted(path))
+                }
+                _ => return None,
+            },
+            Self::NotPassed { fd } => format!("open it in the shell that starts this: {fd}<>/dev/tap0"),
+            Self::NotALink { .. } => "pass a tap, or a unix socket: stream, datagram or seqpacket".to_owned(),
+            Self::PacketInfo { .. } => "open the tap with IFF_NO_PI".to_owned(),
+            Self::Tap { .. } | Self::Host(_) => return None,
+        })
+    }
+
+    /// Whether the caller's request was wrong (and not the host lacking something).
+    pub fn is_bad_argument(&self) -> bool {
+        !matches!(self, Self::Host(_))
+    }
+}

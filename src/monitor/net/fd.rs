@@ -1,0 +1,48 @@
+//! A link over a descriptor that somebody else has opened: a tap, a stream, or a socket with datagrams.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_getfd};
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType, getpeername};
+
+use super::socket::{Datagram, Stream};
+use super::tap::{self, Tap};
+use super::{Error, Link};
+
+/// The link over descriptor `number`, which this process was started with. The outer error is the caller's, the inner the host's.
+pub fn inherited(number: u32) -> Result<io::Result<Link>, Error> {
+    let not_passed = || Error::NotPassed { fd: number };
+    let raw = i32::try_from(number).map_err(|_| not_passed())?;
+    // SAFETY: only asked for its flags, and then duplicated: a number that is no descriptor is an error of those calls, and one
+    // that is somebody's else stays theirs.
+    let theirs = unsafe { BorrowedFd::borrow_raw(raw) };
+    // Whatever this process has opened itself closes at exec: a descriptor that does not was passed to it.
+    match fcntl_getfd(theirs) {
+        Ok(flags) if !flags.contains(FdFlags::CLOEXEC) => {}
+        _ => return Err(not_passed()),
+    }
+    let own = fcntl_dupfd_cloexec(theirs, 3).map_err(|error| Error::Host(error.into()))?;
+    from_descriptor(own, number)
+}
+
+/// The link over `fd`, called `number` in messages. The outer error is the caller's, the inner the host's.
+///
+/// # Errors
+/// It is nothing that carries frames.
+pub fn from_descriptor(fd: OwnedFd, number: u32) -> Result<io::Result<Link>, Error> {
+    if let Some(flags) = tap::flags(&fd) {
+        if flags & libc::IFF_NO_PI == 0 {
+            return Err(Error::PacketInfo { fd: number });
+        }
+        return Ok(Tap::passed(fd, flags).and_then(Link::new));
+    }
+    let is_ours = socket_domain(&fd) == Ok(AddressFamily::UNIX) && getpeername(&fd).is_ok();
+    Ok(match socket_type(&fd) {
+        Ok(SocketType::STREAM) if is_ours => Stream::new(fd).and_then(Link::new),
+        Ok(SocketType::DGRAM) if is_ours => Datagram::new(fd, false).and_then(Link::new),
+        Ok(SocketType::SEQPACKET) if is_ours => Datagram::new(fd, true).and_then(Link::new),
+        _ => return Err(Error::NotALink { fd: number }),
+    })
+}

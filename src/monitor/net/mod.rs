@@ -1,0 +1,199 @@
+//! Links: where a guest's Ethernet frames leave for the host, and come from. They know no virtio.
+//!
+//! A [`Link`] is one queue of one of the host's ends: a tap, or a socket with a peer behind it. Frames go straight between guest
+//! memory and its descriptor. Whoever drives it says what it waits for, and waits on the link's own descriptor.
+
+mod error;
+mod fd;
+mod mac;
+mod socket;
+mod tap;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bitflags::bitflags;
+use rustix::event::epoll;
+
+use crate::config::{self, NetTarget};
+use crate::event_loop::Interest;
+use crate::memory::{Buffers, Slices};
+
+pub use error::Error;
+pub use fd::from_descriptor;
+
+/// Bytes of `struct virtio_net_hdr_v1`, in which a guest and a tap say what a frame still needs.
+pub const HEADER: usize = 12;
+/// Bytes at the start of a frame that are read into memory of ours: addresses, type and a VLAN's tag.
+pub const START: usize = 18;
+/// The longest frame, with Ethernet's header and a tag: one that a host splits up (or has put together) has 64 KiB.
+pub const MAX_FRAME: usize = (64 << 10) + START;
+
+bitflags! {
+    /// Work on frames that may be left to the other side. A link has the same both ways.
+    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+    pub struct Offloads: u32 {
+        /// Checksums that are yet to be computed.
+        const CSUM = 1;
+        /// TCP over IPv4 that is yet to be cut into segments.
+        const TSO4 = 2;
+        /// TCP over IPv6.
+        const TSO6 = 4;
+        /// Such TCP with congestion marks.
+        const ECN = 8;
+        /// UDP over IPv4.
+        const USO4 = 16;
+        /// UDP over IPv6.
+        const USO6 = 32;
+    }
+}
+
+/// What came with a frame, in memory of ours.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Head {
+    /// What the frame still needs; zeroes if nothing.
+    pub header: [u8; HEADER],
+    /// The frame's first bytes, as many as it has.
+    pub start: [u8; START],
+}
+
+/// One of the host's ends.
+///
+/// Called with its mutex held, never blocks. It never holds more than one frame each way, and of those only what the host's side
+/// has begun to take or to give.
+pub trait Wire: Send {
+    /// The descriptor to wait on.
+    fn fd(&self) -> BorrowedFd<'_>;
+    /// Whether anybody is at the other end. Once false it stays so; what is sent is dropped, and nothing is received.
+    fn is_up(&self) -> bool;
+    /// What frames may need, either way.
+    fn offloads(&self) -> Offloads {
+        Offloads::empty()
+    }
+    /// Received frames may need these from now on.
+    fn accept(&mut self, _offloads: Offloads) {}
+    /// Takes part in the traffic, or no longer. Only of more than one queue.
+    fn set_attached(&mut self, _on: bool) {}
+    /// Sends a frame whole. False if it has to wait, and is to be sent again then; true also for a frame that is dropped.
+    fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool;
+    /// Sends on what the last frame left. True if nothing is left.
+    fn flush(&mut self) -> bool {
+        true
+    }
+    /// Receives a frame: its first bytes into `head`, what follows into `rest`. Returns its length; what does not fit is dropped.
+    /// `None` if there is none, or no end of it, for now.
+    fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize>;
+}
+
+/// One queue of a host end. Clones are the same.
+#[derive(Clone)]
+pub struct Link {
+    wire: Arc<Mutex<Box<dyn Wire>>>,
+    /// An epoll set of the wire's descriptor, and of that only while something is waited for.
+    epoll: Arc<OwnedFd>,
+    wanted: Arc<Mutex<Interest>>,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").finish_non_exhaustive()
+    }
+}
+
+impl Link {
+    /// A link over `wire`, of which nothing is wanted yet.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn new(wire: impl Wire + 'static) -> io::Result<Self> {
+        Ok(Self {
+            wire: Arc::new(Mutex::new(Box::new(wire))),
+            epoll: Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?),
+            wanted: Arc::default(),
+        })
+    }
+
+    /// The host's end, for one turn.
+    pub fn wire(&self) -> MutexGuard<'_, Box<dyn Wire>> {
+        lock(&self.wire)
+    }
+
+    /// What is waited for.
+    pub fn wanted(&self) -> Interest {
+        *lock(&self.wanted)
+    }
+
+    /// Has the link's descriptor be readable when what is wanted is there. With no interest at all nothing makes it readable,
+    /// not even a hang-up.
+    pub fn want(&self, interest: Interest) {
+        let wire = self.wire();
+        let mut wanted = lock(&self.wanted);
+        let interest = if wire.is_up() { interest } else { Interest::default() };
+        if *wanted == interest {
+            return;
+        }
+        let part = |wanted, flag| if wanted { flag } else { epoll::EventFlags::empty() };
+        let flags =
+            part(interest.input, epoll::EventFlags::IN) | part(interest.output, epoll::EventFlags::OUT);
+        let data = epoll::EventData::new_u64(0);
+        let none = Interest::default();
+        let result = match (*wanted == none, interest == none) {
+            (true, _) => epoll::add(&*self.epoll, wire.fd(), data, flags),
+            (false, true) => epoll::delete(&*self.epoll, wire.fd()),
+            (false, false) => epoll::modify(&*self.epoll, wire.fd(), data, flags),
+        };
+        match result {
+            Ok(()) => *wanted = interest,
+            Err(error) => log::error!("network: wait for the host: {error}"),
+        }
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What one network device of a configuration has on the host.
+#[derive(Debug, Clone)]
+pub struct Port {
+    /// One for each pair of queues.
+    pub links: Vec<Link>,
+    /// The guest's address.
+    pub mac: [u8; 6],
+}
+
+/// The ports of one configuration, opened once and kept over the guest's resets: peers and the host's side notice none.
+#[derive(Debug, Default)]
+pub struct Ports(BTreeMap<usize, Port>);
+
+impl Ports {
+    /// The port of the `index`th network device of the machine called `name`, opened now if it is asked for the first time.
+    ///
+    /// # Errors
+    /// [`Error`]: the host has not got what `config` names.
+    pub fn get(&mut self, index: usize, config: &config::Net, name: Option<&str>) -> Result<Port, Error> {
+        if let Some(port) = self.0.get(&index) {
+            return Ok(port.clone());
+        }
+        let mac = config.mac.map_or_else(|| mac::generated(name, index), |mac| mac.0);
+        let links = match &config.to {
+            NetTarget::Tap(name) => {
+                let taps = tap::open(name, config.queues(), config.mtu)?;
+                taps.into_iter().map(Link::new).collect::<io::Result<_>>()
+            }
+            NetTarget::Fd(fd) => fd::inherited(*fd)?.map(|link| vec![link]),
+            NetTarget::Socket(path) => socket::Stream::connect(path).map(Link::new)?.map(|link| vec![link]),
+        };
+        let port = Port { links: links.map_err(Error::Host)?, mac };
+        self.0.insert(index, port.clone());
+        Ok(port)
+    }
+}

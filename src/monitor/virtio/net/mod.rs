@@ -1,0 +1,288 @@
+//! virtio-net: a network device on the links of a [`Port`] (virtio 1.3, 5.1). Knows no taps and no sockets.
+//!
+//! Frames go between the driver's buffers and a link by one system call each. Where the link takes no more, they stay in their
+//! queue; where the driver gives no buffers, the link is not waited for.
+
+mod control;
+mod features;
+mod filter;
+mod header;
+mod receive;
+mod transmit;
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
+use zerocopy::{Immutable, IntoBytes, KnownLayout, little_endian as le};
+
+use super::device::{Traits, VirtioDevice};
+use super::queue::Virtqueue;
+use crate::bus::Busy;
+use crate::event_loop::Interest;
+use crate::net::{HEADER, MAX_FRAME, Offloads, Port, START};
+use crate::state::{StateError, Stateful};
+use filter::Filter;
+use receive::{Receiver, Terms};
+
+const QUEUE_SIZE: u16 = 256;
+const CONTROL_QUEUE_SIZE: u16 = 64;
+/// What Ethernet carries in one frame.
+const ETHERNET_MTU: u16 = 1500;
+
+/// `struct virtio_net_config` (5.1.4), up to what is offered.
+#[derive(Debug, Clone, Copy, Default, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Config {
+    mac: [u8; 6],
+    status: le::U16,
+    max_virtqueue_pairs: le::U16,
+    mtu: le::U16,
+}
+
+/// A network device.
+pub struct Net {
+    port: Port,
+    config: Config,
+    offered: u64,
+    /// Those that the driver has accepted and that mean something.
+    features: u64,
+    /// The driver is ready.
+    running: bool,
+    /// Pairs of queues that the driver uses.
+    pairs: u16,
+    /// Guest offloads that are on.
+    offloads: u64,
+    filter: Filter,
+    /// The driver is asked to tell the network where it is.
+    announce: bool,
+    /// It is to be asked, because it is somewhere else than it was.
+    moved: bool,
+    receivers: Vec<Receiver>,
+}
+
+/// [`Net`]'s saved state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    features: u64,
+    running: bool,
+    mac: [u8; 6],
+    pairs: u16,
+    offloads: u64,
+    announce: bool,
+    filter: filter::State,
+}
+
+impl Net {
+    /// A device on `port`, whose packets have `mtu` bytes at most.
+    pub fn new(port: Port, mtu: Option<u16>) -> Self {
+        let pairs = port.links.len();
+        let able = port.links.iter().map(|link| link.wire().offloads());
+        let able = able.reduce(Offloads::intersection).unwrap_or_default();
+        let config = Config {
+            max_virtqueue_pairs: (pairs as u16).into(),
+            mtu: mtu.unwrap_or(ETHERNET_MTU).into(),
+            ..Config::default()
+        };
+        let mut net = Self {
+            port,
+            config,
+            offered: features::offered(able, mtu.is_some(), pairs > 1),
+            features: 0,
+            running: false,
+            pairs: 1,
+            offloads: 0,
+            filter: Filter::default(),
+            announce: false,
+            moved: false,
+            receivers: (0..pairs).map(|_| Receiver::default()).collect(),
+        };
+        // The links may have served another device before.
+        net.reset();
+        net
+    }
+
+    fn most_pairs(&self) -> u16 {
+        self.port.links.len() as u16
+    }
+
+    /// The control queue is behind as many pairs as the driver knows of (5.1.2).
+    fn control_queue(&self) -> usize {
+        if self.features & features::MQ != 0 { 2 * self.port.links.len() } else { 2 }
+    }
+
+    fn set_pairs(&mut self, pairs: u16) {
+        self.pairs = pairs;
+        for (link, pair) in self.port.links.iter().zip(0..) {
+            // One that takes no part is always ready, for nothing.
+            if pair >= pairs {
+                link.want(Interest::default());
+            }
+            link.wire().set_attached(pair < pairs);
+        }
+    }
+
+    fn set_offloads(&mut self, offloads: u64) {
+        self.offloads = offloads;
+        if let Some(link) = self.port.links.first() {
+            link.wire().accept(features::offloads(offloads));
+        }
+    }
+
+    /// A turn for pair `pair`.
+    fn serve(&mut self, pair: usize, queues: &mut [Virtqueue], receive: bool, transmit: bool) {
+        let used = pair < usize::from(self.pairs);
+        let (Some(link), Some(receiver)) = (self.port.links.get(pair), self.receivers.get_mut(pair)) else {
+            return;
+        };
+        if !self.running || !used {
+            return link.want(Interest::default());
+        }
+        let mut wire = link.wire();
+        let mut interest = link.wanted();
+        if transmit {
+            interest.output = transmit::serve(&mut **wire, &mut queues[2 * pair + 1], self.features);
+        }
+        if receive {
+            let segments = self.offloads & features::SEGMENTS != 0;
+            let frame = if segments { MAX_FRAME } else { usize::from(self.config.mtu.get()) + START };
+            let terms = Terms {
+                filter: &self.filter,
+                mac: &self.config.mac,
+                longest: HEADER + frame.min(MAX_FRAME),
+                mergeable: self.features & features::MRG_RXBUF != 0,
+                guest_csum: self.offloads & features::GUEST_CSUM != 0,
+            };
+            interest.input = receiver.serve(&mut **wire, &mut queues[2 * pair], &terms);
+        }
+        drop(wire);
+        link.want(interest);
+    }
+
+    /// The configuration space's status, as it is now.
+    fn look(&mut self) {
+        let up = self.port.links.iter().all(|link| link.wire().is_up());
+        let part = |on, bit: u32| if on { bit as u16 } else { 0 };
+        self.config.status =
+            (part(up, VIRTIO_NET_S_LINK_UP) | part(self.announce, VIRTIO_NET_S_ANNOUNCE)).into();
+    }
+}
+
+impl VirtioDevice for Net {
+    fn traits(&self) -> Traits {
+        let mut queues = vec![QUEUE_SIZE; 2 * self.port.links.len()];
+        queues.push(CONTROL_QUEUE_SIZE);
+        Traits { kind: VIRTIO_ID_NET, features: self.offered, queues }
+    }
+
+    fn config(&self) -> &[u8] {
+        self.config.as_bytes()
+    }
+
+    fn accept(&mut self, features: u64) {
+        self.features = features::sound(features & self.offered);
+        if self.features & features::CTRL_VLAN != 0 {
+            self.filter.by_vlan();
+        }
+        self.set_offloads(self.features & features::GUEST_OFFLOADS);
+    }
+
+    fn start(&mut self) {
+        self.running = true;
+        self.look();
+    }
+
+    fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
+        if index == self.control_queue() {
+            if self.features & features::CTRL_VQ != 0 {
+                control::serve(self, &mut queues[index]);
+                // There may be more pairs than before, and more that is wanted.
+                for pair in 0..self.port.links.len() {
+                    self.serve(pair, queues, true, true);
+                }
+            }
+        } else {
+            self.serve(index / 2, queues, index & 1 == 0, index & 1 == 1);
+        }
+        self.look();
+    }
+
+    fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
+        self.port.links.iter().map(AsFd::as_fd).collect()
+    }
+
+    fn on_event(&mut self, source: usize, queues: &mut [Virtqueue]) {
+        self.serve(source, queues, true, true);
+        self.look();
+    }
+
+    fn drain(&mut self, queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {
+        for (pair, receiver) in self.receivers.iter_mut().enumerate() {
+            if let Some(queue) = queues.get_mut(2 * pair) {
+                receiver.put_back(queue);
+            }
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self, _queues: &mut [Virtqueue]) {
+        self.announce |= std::mem::take(&mut self.moved) && self.features & features::GUEST_ANNOUNCE != 0;
+        self.look();
+    }
+
+    fn reset(&mut self) {
+        self.running = false;
+        self.features = 0;
+        self.filter = Filter::default();
+        (self.announce, self.moved) = (false, false);
+        self.config.mac = self.port.mac;
+        self.receivers.fill_with(Receiver::default);
+        for link in &self.port.links {
+            link.want(Interest::default());
+        }
+        self.set_pairs(1);
+        self.set_offloads(0);
+        self.look();
+    }
+}
+
+impl Stateful for Net {
+    type State = State;
+
+    fn save(&self) -> State {
+        let &Self { features, running, pairs, offloads, announce, .. } = self;
+        State {
+            features,
+            running,
+            mac: self.config.mac,
+            pairs,
+            offloads,
+            announce,
+            filter: self.filter.save(),
+        }
+    }
+
+    fn restore(&mut self, state: State) -> Result<(), StateError> {
+        let State { features, running, mac, pairs, offloads, announce, filter } = state;
+        let invalid = |what: String| StateError::Invalid(format!("network: {what}"));
+        if features::sound(features & self.offered) != features
+            || offloads & !(features & features::GUEST_OFFLOADS) != 0
+            || features::sound(offloads) != offloads
+        {
+            return Err(invalid(format!("features {features:#x}, offloads {offloads:#x}")));
+        }
+        if !(1..=self.most_pairs()).contains(&pairs) || mac[0] & 1 != 0 {
+            return Err(invalid(format!("{pairs} pairs of queues, address {mac:x?}")));
+        }
+        self.filter = Filter::restored(filter).ok_or_else(|| invalid("impossible tables".to_owned()))?;
+        (self.features, self.running, self.announce) = (features, running, announce);
+        self.config.mac = mac;
+        self.set_pairs(pairs);
+        self.set_offloads(offloads);
+        self.moved = running;
+        self.look();
+        Ok(())
+    }
+}

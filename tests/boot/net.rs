@@ -1,0 +1,88 @@
+//! The network under a real guest: to the host over a tap, and to another VM over sockets.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Command;
+use std::thread;
+
+use crate::guest::{Guest, Kernel, available, vmm};
+
+const FOUR_MIB: &str = "head -c 4194304 /dev/urandom >/d; echo BEGIN; sha256sum </d";
+
+fn ip(arguments: &str) {
+    let output = Command::new("ip").args(arguments.split(' ')).output().expect("ip of iproute2");
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The guest pings the host, and sends it 4 MiB over TCP, which the host sends back: over a tap with two queues, so
+/// with segments and checksums that are left to the other side.
+#[test]
+fn a_guest_reaches_the_host_over_a_tap() {
+    if !available("network over a tap") {
+        return;
+    }
+    ip("tuntap add dev vmmtest0 mode tap multi_queue");
+    ip("addr add 10.98.7.1/24 dev vmmtest0");
+    ip("link set vmmtest0 up");
+    let listener = TcpListener::bind("10.98.7.1:7000").unwrap();
+    let echo = thread::spawn(move || {
+        let (mut guest, _) = listener.accept().unwrap();
+        let mut all = Vec::new();
+        guest.read_to_end(&mut all).unwrap();
+        guest.write_all(&all).unwrap();
+        guest.shutdown(Shutdown::Write).unwrap();
+        all.len()
+    });
+    let script = format!(
+        "ip addr add 10.98.7.2/24 dev eth0; ip link set eth0 up; {FOUR_MIB}; \
+         nc 10.98.7.1 7000 </d | sha256sum; \
+         ping -q -c 3 -W 20 10.98.7.1 | grep -o '3 packets received'; \
+         cut -c 1,12 /sys/class/net/eth0/device/features; ls /sys/class/net/eth0/queues | grep -o [rt]x-[0-9]; \
+         cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; echo END"
+    );
+    let mut command = vmm(Kernel::TunedPvh, &script);
+    command.args(["--mem", "256M", "--cpus", "2"]);
+    command.args(["--net", "tap=vmmtest0,queues=2,mac=02:00:00:00:00:2a,mtu=1400"]);
+    let ended = Guest::start(command).finish();
+    let body = ended.body();
+    assert_eq!(echo.join().unwrap(), 4 << 20);
+    assert_eq!(body[0], body[1], "what came back is what was sent: {}", ended.text);
+    let queues = ["rx-0", "rx-1", "tx-0", "tx-1"];
+    assert_eq!(body[2..4], ["3 packets received", "11"], "CSUM and HOST_TSO4: {}", ended.text);
+    assert_eq!(body[4..], [&queues[..], &["02:00:00:00:00:2a", "1400"]].concat(), "{}", ended.text);
+    ip("link delete vmmtest0");
+}
+
+/// Two VMs, each connected to a socket; what comes from one goes to the other.
+#[test]
+fn two_guests_reach_each_other_over_sockets() {
+    if !available("network between VMs") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("wire");
+    let listener = UnixListener::bind(&path).unwrap();
+    let guest = |script: &str| {
+        let mut command = vmm(Kernel::TunedPvh, script);
+        command.args(["--mem", "256M", "--net"]).arg(format!("socket={}", path.display()));
+        let guest = Guest::start(command);
+        (guest, listener.accept().unwrap().0)
+    };
+    let receiver = "ip addr add 10.0.0.1/24 dev eth0; ip link set eth0 up; echo BEGIN; nc -l -p 7000 | sha256sum; echo END";
+    let sender = format!(
+        "ip addr add 10.0.0.2/24 dev eth0; ip link set eth0 up; {FOUR_MIB}; \
+         until nc 10.0.0.1 7000 </d 2>/dev/null; do true; done; echo END"
+    );
+    let (receiver, one) = guest(receiver);
+    let (sender, other) = guest(&sender);
+    let copy = |mut from: UnixStream, mut to: UnixStream| {
+        // Until one of them ends.
+        thread::spawn(move || drop(std::io::copy(&mut from, &mut to)))
+    };
+    copy(one.try_clone().unwrap(), other.try_clone().unwrap());
+    copy(other, one);
+    let (sent, got) = (sender.finish(), receiver.finish());
+    assert_eq!(got.body(), sent.body(), "{}\n{}", got.text, sent.text);
+    assert_eq!(got.body()[0].len(), "0".repeat(64).len() + "  -".len());
+}

@@ -1,0 +1,402 @@
+//! The network device and its links beyond single requests: who waits for whom, and what is lost when.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_monitor::event_loop::Event;
+use vmm_monitor::memory::{Buffers, Slices};
+use vmm_monitor::net::{HEADER, Head, Link, MAX_FRAME, Offloads, START, Wire, from_descriptor};
+use vmm_monitor::state::Saved;
+
+use crate::guest::{DATA, Guest};
+use crate::subjects::{MAC, NetSocket, Peer, frame, link, net_on};
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const CONTROL: usize = 2;
+const MRG_RXBUF: u64 = 1 << 15;
+const MQ: u64 = 1 << 22;
+const TO_HOST: [u8; 6] = [2; 6];
+
+/// A running device on a link of `socket`.
+fn guest(socket: NetSocket) -> (Guest, Link, Peer) {
+    let (link, peer) = link(socket);
+    let mut guest = Guest::new(net_on(std::slice::from_ref(&link)));
+    guest.start(0);
+    (guest, link, peer)
+}
+
+/// Whether a worker that waits for the link would be woken now.
+fn is_ready(link: &Link) -> bool {
+    let mut fds = [PollFd::new(link, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+}
+
+/// A frame of `len` bytes to the guest.
+fn numbered(number: usize, len: usize) -> Vec<u8> {
+    let mut all = frame(MAC, &number.to_be_bytes());
+    all.resize(len, number as u8);
+    all
+}
+
+fn command(guest: &mut Guest, bytes: &[u8]) -> u8 {
+    guest.store(DATA, bytes);
+    assert_eq!(guest.request(CONTROL, &[(DATA, bytes.len() as u32)], &[(DATA + 0xf00, 1)]), 1);
+    guest.load(DATA + 0xf00, 1)[0]
+}
+
+/// Offers `count` receive buffers of `len` bytes, from `DATA + 0x1000` on.
+fn offer(guest: &mut Guest, count: u64, len: u32) {
+    let old = guest.rings[RECEIVE].available();
+    for i in 0..count {
+        guest.rings[RECEIVE].add(&[], &[(DATA + 0x1000 + i * u64::from(len), len)]);
+    }
+    guest.kick(RECEIVE, old);
+}
+
+/// Offers `frame` to queue `queue`, at `DATA + 0x1000`; its chain.
+fn send(guest: &mut Guest, queue: usize, header: [u8; HEADER], frame: &[u8]) -> u16 {
+    guest.store(DATA + 0x1000, &[&header[..], frame].concat());
+    let old = guest.rings[queue].available();
+    let head = guest.rings[queue].add(&[(DATA + 0x1000, (HEADER + frame.len()) as u32)], &[]);
+    guest.kick(queue, old);
+    head
+}
+
+#[test]
+fn a_guest_without_receive_buffers_costs_nothing_and_loses_nothing_that_the_socket_holds() {
+    let (mut guest, link, mut peer) = guest(NetSocket::Stream);
+    guest.settle();
+    (0..5).for_each(|number| peer.send(&numbered(number, 100)));
+    assert!(!is_ready(&link), "nobody is woken");
+    offer(&mut guest, 5, 2048);
+    for number in 0..5 {
+        let (_, len) = guest.rings[RECEIVE].wait_used(10);
+        let at = DATA + 0x1000 + 2048 * number as u64;
+        assert_eq!(guest.load(at + 12, len as usize - 12), numbered(number, 100));
+    }
+    guest.settle();
+    peer.send(&numbered(9, 100));
+    assert!(!is_ready(&link), "all buffers are used again");
+}
+
+#[test]
+fn a_peer_that_does_not_read_stalls_the_guest_and_nobody_spins() {
+    let (mut guest, link, mut peer) = guest(NetSocket::Stream);
+    let all: Vec<_> = (0..60).map(|number| frame(TO_HOST, &[number; 9000])).collect();
+    for (frame, at) in all.iter().zip((DATA..).step_by(0x2400)) {
+        guest.store(at, &[&[0; HEADER][..], frame].concat());
+        guest.rings[TRANSMIT].add(&[(at, (HEADER + frame.len()) as u32)], &[]);
+        if at == DATA + 30 * 0x2400 {
+            // The rest comes while the device is stalled.
+            guest.notify(TRANSMIT);
+            guest.settle();
+        }
+    }
+    let offered = guest.rings[TRANSMIT].available();
+    guest.notify(TRANSMIT);
+    guest.settle();
+    let sent = std::iter::from_fn(|| guest.rings[TRANSMIT].used()).count();
+    assert!(sent > 0 && sent < usize::from(offered), "{sent} of {offered} sent to nobody");
+    assert!(!is_ready(&link), "nothing to do until the peer reads");
+    // A pause, and another device in its place, lose nothing and send nothing twice.
+    guest.pause();
+    let saved = guest.mmio.save_bytes();
+    let mut guest = Guest::on(guest.unplug(), net_on(std::slice::from_ref(&link)));
+    guest.mmio.restore_bytes(&saved).unwrap();
+    guest.resume();
+    for expect in &all[..usize::from(offered)] {
+        assert!(peer.receive() == *expect, "in order, and whole");
+    }
+    for _ in sent..usize::from(offered) {
+        guest.rings[TRANSMIT].wait_used(10);
+    }
+    assert_eq!(guest.rings[TRANSMIT].used(), None);
+}
+
+#[test]
+fn a_frame_may_lie_in_several_buffers_if_that_was_agreed_on() {
+    for socket in [NetSocket::Stream, NetSocket::Datagram] {
+        let (mut guest, _, mut peer) = guest(socket);
+        offer(&mut guest, 8, 128);
+        peer.send(&numbered(7, 1000));
+        let used: Vec<_> = (0..8).map(|_| guest.rings[RECEIVE].wait_used(10).1 as usize).collect();
+        assert_eq!(used, [128, 128, 128, 128, 128, 128, 128, 1012 - 7 * 128]);
+        let got = guest.load(DATA + 0x1000, 1012);
+        assert_eq!((&got[10..12], &got[12..]), (&[8, 0][..], &numbered(7, 1000)[..]), "num_buffers first");
+        // Too long for what there is, which the next one gets.
+        offer(&mut guest, 8, 128);
+        peer.send(&numbered(8, 1100));
+        peer.send(&numbered(9, 60));
+        assert_eq!(guest.rings[RECEIVE].wait_used(10).1, 72);
+        assert_eq!(guest.load(DATA + 0x1000 + 12, 60), numbered(9, 60));
+
+        guest.start(MRG_RXBUF);
+        offer(&mut guest, 4, 128);
+        peer.send(&numbered(1, 117));
+        peer.send(&numbered(2, 116));
+        assert_eq!(guest.rings[RECEIVE].wait_used(10).1, 128);
+        assert_eq!(guest.load(DATA + 0x1000 + 12, 116), numbered(2, 116), "the first one did not fit");
+        assert_eq!(guest.load(DATA + 0x1000, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    }
+}
+
+#[test]
+fn frames_come_in_whatever_pieces_the_peer_writes_them() {
+    let (mut guest, _, peer) = guest(NetSocket::Stream);
+    let Peer::Stream(mut peer) = peer else { unreachable!() };
+    offer(&mut guest, 32, 2048);
+    let frames: Vec<_> = (0..12).map(|number| numbered(number, 14 + 97 * number)).collect();
+    let bytes: Vec<u8> =
+        frames.iter().flat_map(|f| [&(f.len() as u32).to_be_bytes()[..], f].concat()).collect();
+    let mut rest = &bytes[..];
+    for size in [1, 3, 5, 7, 20, 200, 600, 1500].into_iter().cycle() {
+        let (piece, more) = rest.split_at(size.min(rest.len()));
+        peer.write_all(piece).unwrap();
+        rest = more;
+        // So that the device reads just that; a pause in the middle of a frame does not harm either.
+        guest.settle();
+        if rest.is_empty() {
+            break;
+        }
+    }
+    for (expect, at) in frames.iter().zip(0u64..) {
+        let (_, len) = guest.rings[RECEIVE].wait_used(10);
+        assert_eq!(&guest.load(DATA + 0x1000 + 2048 * at + 12, len as usize - 12), expect);
+    }
+}
+
+#[test]
+fn the_driver_hears_that_the_peer_is_gone_and_what_it_sends_is_dropped() {
+    // What no frame has in front ends a stream as well.
+    for nonsense in [false, true] {
+        let (mut guest, link, peer) = guest(NetSocket::Stream);
+        let Peer::Stream(mut peer) = peer else { unreachable!() };
+        offer(&mut guest, 4, 2048);
+        assert_eq!(guest.config::<2>(6), [1, 0]);
+        if nonsense {
+            peer.write_all(&u32::MAX.to_be_bytes()).unwrap();
+        } else {
+            peer.write_all(&[0, 0, 0, 60, 1, 2, 3]).unwrap();
+            drop(peer);
+        }
+        guest.wait_for("the link is down", |guest| guest.config::<2>(6) == [0, 0]);
+        assert_ne!(guest.read(0x60) & 2, 0, "an interrupt tells of it");
+        assert!(!is_ready(&link), "nobody is woken for it again");
+        for _ in 0..3 {
+            let head = send(&mut guest, TRANSMIT, [0; HEADER], &frame(TO_HOST, &[0; 50]));
+            assert_eq!(guest.rings[TRANSMIT].wait_used(10), (head, 0));
+        }
+        guest.start(0);
+        assert_eq!(guest.config::<2>(6), [0, 0], "it stays down");
+    }
+}
+
+#[test]
+fn queues_beyond_those_that_the_driver_asked_for_are_silent() {
+    let pairs = [link(NetSocket::Stream), link(NetSocket::Stream)];
+    let (links, mut peers): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+    let mut guest = Guest::new(net_on(&links));
+    // Without MQ the control queue is the third, with it the fifth.
+    guest.start(MQ);
+    assert_eq!((guest.rings.len(), guest.config::<2>(8)), (5, [2, 0]));
+    assert_eq!(command(&mut guest, &[0, 0, 1]), 0);
+    assert_eq!(command(&mut guest, &[4, 0, 2, 0]), 1);
+
+    guest.start(0);
+    let set = |guest: &mut Guest, pairs: u16| {
+        guest.store(DATA, &[&[4, 0][..], &pairs.to_le_bytes()].concat());
+        assert_eq!(guest.request(4, &[(DATA, 4)], &[(DATA + 0xf00, 1)]), 1);
+        guest.load(DATA + 0xf00, 1)[0]
+    };
+    let head = send(&mut guest, 3, [0; HEADER], &frame(TO_HOST, &[1; 50]));
+    guest.rings[2].add(&[], &[(DATA + 0x3000, 2048)]);
+    guest.notify(2);
+    peers[1].send(&numbered(1, 60));
+    guest.settle();
+    assert_eq!((guest.rings[3].used(), guest.rings[2].used()), (None, None));
+    assert_eq!([0, 3, u16::MAX].map(|pairs| set(&mut guest, pairs)), [1; 3]);
+    assert_eq!(set(&mut guest, 2), 0);
+    assert_eq!((guest.rings[3].wait_used(10), guest.rings[2].wait_used(10).1), ((head, 0), 72));
+    assert_eq!(peers[1].receive(), frame(TO_HOST, &[1; 50]));
+    assert_eq!(set(&mut guest, 1), 0);
+    send(&mut guest, 3, [0; HEADER], &frame(TO_HOST, &[2; 50]));
+    guest.settle();
+    assert_eq!(guest.rings[3].used(), None);
+}
+
+#[test]
+fn a_device_that_was_moved_asks_the_driver_to_announce_itself() {
+    let (mut guest, link, _peer) = guest(NetSocket::Stream);
+    guest.pause();
+    guest.resume();
+    assert_eq!(guest.config::<2>(6), [1, 0], "a pause moves nothing");
+    assert_eq!(command(&mut guest, &[1, 1, 2, 0, 0, 0, 0, 9]), 0);
+    guest.pause();
+    let saved = guest.mmio.save_bytes();
+    let mut guest = Guest::on(guest.unplug(), net_on(std::slice::from_ref(&link)));
+    guest.mmio.restore_bytes(&saved).unwrap();
+    guest.resume();
+    assert_eq!((guest.config::<6>(0), guest.config::<2>(6)), ([2, 0, 0, 0, 0, 9], [3, 0]));
+    assert_ne!(guest.read(0x60) & 2, 0, "an interrupt tells of it");
+    assert_eq!(command(&mut guest, &[3, 0]), 0);
+    assert_eq!(guest.config::<2>(6), [1, 0]);
+    guest.start(0);
+    assert_eq!(guest.config::<6>(0), MAC, "a reset brings its own address back");
+}
+
+/// A link that can do everything, and writes down what it is asked for.
+#[derive(Clone)]
+struct Able(Arc<Mutex<Log>>, Arc<Event>);
+
+#[derive(Default)]
+struct Log {
+    accepted: Vec<Offloads>,
+    sent: Vec<([u8; HEADER], usize)>,
+    coming: VecDeque<([u8; HEADER], Vec<u8>)>,
+}
+
+impl Wire for Able {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.1.as_fd()
+    }
+    fn is_up(&self) -> bool {
+        true
+    }
+    fn offloads(&self) -> Offloads {
+        Offloads::all()
+    }
+    fn accept(&mut self, offloads: Offloads) {
+        self.0.lock().unwrap().accepted.push(offloads);
+    }
+    fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool {
+        self.0.lock().unwrap().sent.push((*header, frame.len()));
+        true
+    }
+    fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
+        self.1.clear();
+        let (header, frame) = self.0.lock().unwrap().coming.pop_front()?;
+        let start = frame.len().min(START);
+        head.header = header;
+        head.start[..start].copy_from_slice(&frame[..start]);
+        rest.copy_from(&frame[start..]);
+        Some(frame.len())
+    }
+}
+
+#[test]
+fn offloads_go_both_ways_as_far_as_they_are_agreed_on() {
+    let able = Able(Arc::default(), Arc::new(Event::new().unwrap()));
+    let log = || able.0.lock().unwrap();
+    let mut guest = Guest::new(net_on(&[Link::new(able.clone()).unwrap()]));
+    guest.start(0);
+    assert_eq!(log().accepted, [Offloads::empty(), Offloads::empty(), Offloads::all()]);
+
+    // TCP over IPv4 in segments of 1448 bytes; then the same with a size of 0, which is dropped.
+    let mut header = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 7, 7];
+    send(&mut guest, TRANSMIT, header, &[0; 60000]);
+    guest.rings[TRANSMIT].wait_used(10);
+    [header[4], header[5]] = [0, 0];
+    send(&mut guest, TRANSMIT, header, &[0; 60000]);
+    guest.rings[TRANSMIT].wait_used(10);
+    assert_eq!(log().sent, [([1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0], 60000)]);
+
+    // The longest frame there is, in mergeable buffers of a page. The driver must offer enough first.
+    let come = |frame: Vec<u8>| {
+        log().coming.push_back(([3, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0], frame));
+        able.1.signal();
+    };
+    offer(&mut guest, 17, 4096);
+    let long = numbered(3, MAX_FRAME);
+    come(long.clone());
+    let used: u32 = (0..17).map(|_| guest.rings[RECEIVE].wait_used(10).1).sum();
+    assert_eq!(used as usize, HEADER + MAX_FRAME);
+    assert_eq!(guest.load(DATA + 0x1000, HEADER), [3, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 17, 0]);
+    assert!(guest.load(DATA + 0x1000 + HEADER as u64, MAX_FRAME) == long);
+    offer(&mut guest, 16, 4096);
+    come(numbered(4, 60));
+    guest.settle();
+    assert_eq!(guest.rings[RECEIVE].used(), None, "the next one may be as long, so it waits for room");
+    offer(&mut guest, 1, 4096);
+    assert_eq!(guest.rings[RECEIVE].wait_used(10).1, 72);
+
+    // Turned off and on by command: only what was agreed on, and only what is sound.
+    let set = |guest: &mut Guest, bits: u64| command(guest, &[&[5, 0][..], &bits.to_le_bytes()].concat());
+    assert_eq!([1 << 1 | 1 << 7, 0].map(|bits| set(&mut guest, bits)), [0, 0]);
+    assert_eq!(log().accepted[3..], [Offloads::CSUM | Offloads::TSO4, Offloads::empty()]);
+    for wrong in [1 << 7, 1 << 1 | 1 << 9, 1 << 11, 1 << 63] {
+        assert_eq!(set(&mut guest, wrong), 1, "{wrong:#x}");
+    }
+    assert_eq!(log().accepted.len(), 5);
+    // Without GUEST_CSUM a driver hears nothing of checksums.
+    guest.start(1 << 1);
+    assert_eq!(log().accepted.last(), Some(&Offloads::empty()));
+    offer(&mut guest, 1, 4096);
+    come(numbered(5, 60));
+    guest.rings[RECEIVE].wait_used(10);
+    assert_eq!(guest.load(DATA + 0x1000, 1), [0]);
+}
+
+#[test]
+fn descriptors_are_told_apart_and_those_that_carry_no_frames_refused() {
+    let (one, _other) = UnixStream::pair().unwrap();
+    assert!(from_descriptor(one.into(), 7).unwrap().is_ok());
+    let (pipe, _) = std::io::pipe().unwrap();
+    let file = std::fs::File::open("/proc/self/exe").unwrap();
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(dir.path().join("l")).unwrap();
+    for fd in [pipe.into(), file.into(), tcp.into(), listener.into()] {
+        let error = from_descriptor(fd, 7).unwrap_err().to_string();
+        assert!(error.contains("descriptor 7"), "{error}");
+    }
+}
+
+/// On hosts where this user may make one.
+#[test]
+fn a_tap_that_was_made_carries_frames_and_goes_with_its_last_queue() {
+    use vmm_monitor::config::Net;
+    use vmm_monitor::net::Ports;
+    let name = format!("vmmt{}", std::process::id());
+    let folder = std::path::PathBuf::from(format!("/sys/class/net/{name}"));
+    let mut ports = Ports::default();
+    let config: Net = format!("tap={name},queues=2,mtu=1400,mac=02:00:00:00:00:21").parse().unwrap();
+    let port = match ports.get(0, &config, None) {
+        Ok(port) => port,
+        Err(error) => {
+            assert!(!rustix::process::geteuid().is_root() || !std::path::Path::new("/dev/net/tun").exists());
+            let refused = "SKIP: a tap that was made: this machine lacks the right to make one";
+            return eprintln!("{refused}: {error}");
+        }
+    };
+    assert_eq!(std::fs::read_to_string(folder.join("mtu")).unwrap(), "1400\n");
+    let mut other = Ports::default();
+    assert!(other.get(0, &format!("tap={name}").parse().unwrap(), None).is_ok(), "a queue more");
+    drop(other);
+    let mut guest = Guest::new(net_on(&port.links));
+    guest.start(0);
+    offer(&mut guest, 32, 4096);
+    // The host greets a new interface by itself (IPv6), or answers a question about itself not at all; what the guest sends is
+    // counted either way.
+    let count = || {
+        std::fs::read_to_string(folder.join("statistics/rx_packets")).unwrap().trim().parse::<u64>().unwrap()
+    };
+    let before = count();
+    for _ in 0..3 {
+        send(&mut guest, TRANSMIT, [0; HEADER], &frame([0xff; 6], &[0x88, 0xb5, 1, 2, 3]));
+        guest.rings[TRANSMIT].wait_used(10);
+    }
+    guest.wait_for("the frames are on the tap", |_| count() >= before + 3);
+    drop((guest, port));
+    drop(ports);
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    while folder.exists() {
+        assert!(std::time::Instant::now() < end, "the tap outlives its queues");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
