@@ -29,13 +29,18 @@ impl ParseError {
         Self { what, hint: None }
     }
 
+    /// The same with what to write instead.
+    pub(super) fn hinted(what: String, hint: &str) -> Self {
+        Self { what, hint: Some(hint.to_owned()) }
+    }
+
     /// What to write instead, where that can be told.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 
     /// For a reader of files, which has no place for a hint of its own.
-    fn in_file<E: de::Error>(self) -> E {
+    pub(super) fn in_file<E: de::Error>(self) -> E {
         match &self.hint {
             Some(hint) => E::custom(format_args!("{self} ({hint})")),
             None => E::custom(self),

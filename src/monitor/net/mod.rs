@@ -8,6 +8,7 @@ mod fd;
 mod mac;
 mod socket;
 mod tap;
+pub mod user;
 
 use std::collections::BTreeMap;
 use std::io;
