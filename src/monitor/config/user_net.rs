@@ -21,6 +21,13 @@ pub struct UserNet {
     pub publish: Vec<Publish>,
 }
 
+impl UserNet {
+    /// The largest packet, where the configuration has none: 64 KiB go in one piece.
+    pub const MTU: u16 = 65520;
+    /// The smallest: what every host takes (RFC 791, 3.2).
+    pub const MIN_MTU: u16 = 576;
+}
+
 /// Addresses that may be reached: `ADDR[/BITS][:PORT]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allow {

@@ -1,7 +1,7 @@
 //! A network for one guest that needs nothing of the host but sockets: the monitor is the gateway, the servers of DHCP and DNS and
 //! the other end of every connection, and behind each is a socket of the host's.
 //!
-//! [`Stack`] takes the guest's frames and gives those for the guest. It never blocks: [`Stack::fd`] is readable when there may be a
+//! [`Stack`] takes the guest's frames and gives those for the guest. It never blocks: [`Stack::readable`] is so when there may be a
 //! frame. It knows no virtio; `wire.rs` makes a network device's end of it. What it holds is bounded: flows, frames, bytes of each.
 
 mod dhcp;
@@ -17,6 +17,7 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod udp;
+mod wire;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -52,9 +53,6 @@ const DNS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 /// Bits of the network's address.
 const PREFIX: u8 = 24;
-/// The largest packet of IP, where the configuration has none: 64 KiB go in one piece.
-pub const MTU: u16 = 65520;
-
 /// How often flows are looked at that may have been idle for too long.
 const SWEEP: Duration = Duration::from_secs(5);
 /// Rounds of events before whoever drives the stack has its turn.
@@ -185,8 +183,8 @@ impl Stack {
         })
     }
 
-    /// Readable when [`Stack::output`] may have a frame.
-    pub fn fd(&self) -> BorrowedFd<'_> {
+    /// A descriptor that is readable when [`Stack::output`] may have a frame.
+    pub fn readable(&self) -> BorrowedFd<'_> {
         self.context.poller.as_fd()
     }
 

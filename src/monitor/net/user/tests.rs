@@ -15,8 +15,10 @@ use smoltcp::wire::{
     EthernetAddress, HardwareAddress, Icmpv4Packet, Icmpv4Repr, IpAddress, IpCidr, IpEndpoint,
 };
 
-use super::{DNS, GATEWAY, GUEST, MTU, Stack};
+use super::{DNS, GATEWAY, GUEST, Stack};
 use crate::config::UserNet;
+
+const MTU: u16 = UserNet::MTU;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -111,7 +113,7 @@ impl Guest {
         while !done(self) {
             assert!(start.elapsed() < PATIENCE, "waited for {what}");
             if !self.step() {
-                let fd = self.stack.fd();
+                let fd = self.stack.readable();
                 let brief = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
                 let _ = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&brief));
             }
