@@ -70,6 +70,10 @@ impl<K: Copy + Eq + Hash, F> Table<K, F> {
         self.flows.get_mut(key).map(|entry| &mut entry.flow)
     }
 
+    pub fn all(&self) -> impl Iterator<Item = &F> {
+        self.flows.values().map(|entry| &entry.flow)
+    }
+
     pub fn key(&self, id: u64) -> Option<K> {
         self.keys.get(&id).copied()
     }

@@ -522,6 +522,15 @@ impl Tcp {
     }
 }
 
+/// The network goes, and with it what the guest has not sent yet: peers must not take that for the end.
+impl Drop for Tcp {
+    fn drop(&mut self) {
+        for flow in self.flows.all().filter(|flow| !flow.told_host) {
+            let _ = sockopt::set_socket_linger(&flow.host, Some(Duration::ZERO));
+        }
+    }
+}
+
 /// The host could not connect: the guest's kernel hears it as it would of its own network.
 fn fail(context: &mut Context, key: Key, packet: &[u8], segment: &TcpRepr<'_>, error: &io::Error) {
     log::debug!("user network: TCP to {}: {error}", key.remote);

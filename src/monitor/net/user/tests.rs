@@ -366,6 +366,19 @@ fn a_reset_goes_through_either_way() {
 }
 
 #[test]
+fn peers_of_a_guest_that_is_gone_are_reset() {
+    let (listener, port) = listener();
+    let mut guest = Guest::allowed("127.0.0.1");
+    let socket = guest.connect((GATEWAY, port));
+    guest.until_state(socket, tcp::State::Established);
+    let (mut server, _) = listener.accept().unwrap();
+    guest.write_all(socket, b"half a word");
+    drop(guest);
+    let error = server.read_to_end(&mut Vec::new()).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[test]
 fn a_host_that_does_not_read_stops_the_guest() {
     let (listener, port) = listener();
     let mut guest = Guest::allowed("127.0.0.1");
