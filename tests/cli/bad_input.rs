@@ -38,6 +38,29 @@ fn arguments_that_cannot_be() {
         ("--kernel k --disk path=d,raedonly", &["raedonly"]),
         ("--kernel k --disk readonly=on", &["path"]),
         ("--kernel k --disk path=d,block-size=1024", &["block size"]),
+        ("--kernel k --net mac=02:00:00:00:00:01", &["one of user", "tap=NAME"]),
+        ("--kernel k --net tap=a,fd=3", &["one of user", "tap=NAME"]),
+        ("--kernel k --net user,tap=a", &["one of user"]),
+        ("--kernel k --net user,restrict=perhaps", &["perhaps"]),
+        ("--kernel k --net user,dns=one.one", &["one.one", "9.9.9.9"]),
+        ("--kernel k --net user,allow=localhost", &["localhost", "127.0.0.1:8080"]),
+        ("--kernel k --net user,publish=80", &["80", "the guest's port"]),
+        ("--kernel k --net tap=a,allow=10.0.0.0/8", &["net=user"]),
+        ("--kernel k --net user --net user", &["one user network"]),
+        ("--kernel k -p 80", &["80", "8080:80"]),
+        ("--kernel k -p 80-90:80-81", &["11 ports", "2 of the guest"]),
+        ("--kernel k -p eth0:80:80", &["eth0", "address"]),
+        ("--kernel k -p 80:80/sctp", &["sctp"]),
+        ("--kernel k --net tap=a -p 8080:80", &["user network", "--net user"]),
+        ("--kernel k --net tap=a,sped=9", &["sped"]),
+        ("--kernel k --net fd=three", &["three"]),
+        ("--kernel k --net tap=a/b", &["a/b", "--net tap=a/b"]),
+        ("--kernel k --net tap=a,mac=ff:ff:ff:ff:ff:ff", &["ff:ff"]),
+        ("--kernel k --net tap=a,mtu=1", &["MTU"]),
+        ("--kernel k --net tap=a,queues=17", &["17"]),
+        ("--kernel k --net socket=a,queues=2", &["tap"]),
+        ("--kernel k --net tap=a --net tap=a", &["two"]),
+        ("--kernel k --test-device --console off --net tap=a", &["test device"]),
         ("--kernel k --console nowhere", &["nowhere", "stdio"]),
         ("--kernel k --console stdio --serial stdio", &["stdio", "two"]),
         ("--kernel k --port a=off --port a=pty", &["two", "\"a\""]),
@@ -271,6 +294,7 @@ fn too_few_descriptors_have_one_code_and_one_hint() {
     let place = Place::new();
     place.file("kernel", kernel(&out(0xf4, 21)));
     place.file("disk", [0; 512]);
+    let _wire = std::os::unix::net::UnixListener::bind(place.path("wire")).unwrap();
     let limited = |kind: &str, most: u32| {
         let mut shell = Command::new("sh");
         shell.args([
@@ -278,7 +302,9 @@ fn too_few_descriptors_have_one_code_and_one_hint() {
             &format!("ulimit {kind} -n {most}; exec \"$0\" \"$@\""),
             env!("CARGO_BIN_EXE_vmm"),
         ]);
-        shell.args("--kernel kernel --disk disk --rng --console pty --debug-exit".split(' '));
+        shell.args(
+            "--kernel kernel --disk disk --rng --net socket=wire --console pty --debug-exit".split(' '),
+        );
         place.set_up(&mut shell);
         finish(shell.spawn().unwrap())
     };

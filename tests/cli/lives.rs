@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output};
 use std::sync::mpsc::channel;
@@ -355,13 +356,18 @@ fn a_reboot_really_restarts_if_asked_to() {
     let output = place.vmm("--kernel halt --console off --serial file=out");
     assert_eq!((output.status.code(), fs::read(place.path("out")).unwrap()), (Some(0), b"r".to_vec()));
 
-    let arguments = "--kernel halt --console off --serial file=out --on-reboot reset --name guest";
+    let wire = UnixListener::bind(place.path("wire")).unwrap();
+    let arguments =
+        "--kernel halt --console off --serial file=out --net socket=wire --on-reboot reset --name guest";
     let guest = Running(Some(place.command(arguments).spawn().unwrap()));
     let deadline = Instant::now() + PATIENCE;
     while fs::metadata(place.path("out")).map_or(0, |meta| meta.len()) < 5 {
         assert!(Instant::now() < deadline, "it does not restart");
         thread::sleep(Duration::from_millis(5));
     }
+    wire.set_nonblocking(true).unwrap();
+    let connections = std::iter::from_fn(|| wire.accept().ok()).count();
+    assert_eq!(connections, 1, "the network's peer notices nothing");
     // The end that was asked for is not undone by the next reboot.
     guest.signal(rustix::process::Signal::TERM);
     let output = guest.finish();

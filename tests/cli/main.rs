@@ -6,6 +6,7 @@ mod fuse;
 #[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;
 mod lives;
+mod net;
 mod obeys;
 mod page;
 mod place;

@@ -288,7 +288,7 @@ pub fn link(socket: NetSocket) -> (Link, Peer) {
             (ours.into(), Peer::Datagram(theirs))
         }
     };
-    (from_descriptor(ours, 0).unwrap().unwrap(), peer)
+    (from_descriptor(ours, 0).unwrap(), peer)
 }
 
 /// The device on `links`, as a machine would build it.

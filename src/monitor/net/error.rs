@@ -103,27 +103,23 @@ fn make(name: &str, more: &str) -> String {
 
 impl Error {
     /// What to try.
-    pub fn hint(&self) -> Option<String> {
-        Some(match self {
-            Self::User(error) => return error.hint(),
-            Self::Tun { source, .. } => match source.kind() {
-                io::ErrorKind::NotFound => "load the driver: sudo modprobe tun".to_owned(),
-                io::ErrorKind::PermissionDenied => "see who may use it: ls -l /dev/net/tun".to_owned(),
-                _ => return None,
-            },
+    pub fn hint(&self) -> String {
+        match self {
+            Self::User(error) => error.hint(),
+            Self::Tun { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                "load the driver: sudo modprobe tun".to_owned()
+            }
+            Self::Tun { .. } => "see who may use it: ls -l /dev/net/tun".to_owned(),
             Self::Missing { name } => format!("make it once: {}", make(name, "")),
             Self::NotOurs { name } => {
                 format!("make it yours: sudo ip link delete {name} && {}", make(name, ""))
             }
-            Self::Busy { name } => {
-                format!(
-                    "use another tap, or stop the process: sudo fuser -v /dev/net/tun names those with taps; {name} takes one"
-                )
+            Self::Busy { .. } => {
+                "use another tap, or stop that process: sudo fuser -v /dev/net/tun lists those with taps"
+                    .to_owned()
             }
             Self::NotATap { name } => {
-                format!(
-                    "name a tap, and put it into a bridge with {name}: ip -d link show type tun lists them"
-                )
+                format!("use a tap, in a bridge with {name}, say; these are there: ip -d link show type tun")
             }
             Self::OneQueue { name, .. } => {
                 format!(
@@ -131,23 +127,21 @@ impl Error {
                     make(name, " multi_queue")
                 )
             }
+            Self::Tap { name, .. } => format!("see what it is: ip -d link show {name}"),
             Self::Connect { path, source } => match source.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                    format!(
-                        "start what listens there first, passt for example: passt --socket {}",
-                        quoted(path)
-                    )
+                    format!("start what listens there first: passt -s {}, for example", quoted(path))
                 }
-                io::ErrorKind::PermissionDenied => {
-                    format!("see who may use it: ls -l {}", quoted(path))
-                }
-                _ => return None,
+                io::ErrorKind::PermissionDenied => format!("see who may use it: ls -l {}", quoted(path)),
+                _ => format!("see who listens there, and whether it answers: ss -xlp src {}", quoted(path)),
             },
-            Self::NotPassed { fd } => format!("open it in the shell that starts this: {fd}<>/dev/tap0"),
+            Self::NotPassed { fd } => {
+                format!("pass it open and without FD_CLOEXEC, as a shell does with {fd}<>FILE")
+            }
             Self::NotALink { .. } => "pass a tap, or a unix socket: stream, datagram or seqpacket".to_owned(),
             Self::PacketInfo { .. } => "open the tap with IFF_NO_PI".to_owned(),
-            Self::Tap { .. } | Self::Host(_) => return None,
-        })
+            Self::Host(_) => "see what the limits are: ulimit -a".to_owned(),
+        }
     }
 
     /// Whether the caller's request was wrong (and not the host lacking something).

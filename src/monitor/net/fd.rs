@@ -1,6 +1,5 @@
 //! A link over a descriptor that somebody else has opened: a tap, a stream, or a socket with datagrams.
 
-use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_getfd};
@@ -11,8 +10,8 @@ use super::socket::{Datagram, Stream};
 use super::tap::{self, Tap};
 use super::{Error, Link};
 
-/// The link over descriptor `number`, which this process was started with. The outer error is the caller's, the inner the host's.
-pub fn inherited(number: u32) -> Result<io::Result<Link>, Error> {
+/// The link over descriptor `number`, which this process was started with.
+pub fn inherited(number: u32) -> Result<Link, Error> {
     let not_passed = || Error::NotPassed { fd: number };
     let raw = i32::try_from(number).map_err(|_| not_passed())?;
     // SAFETY: only asked for its flags, and then duplicated: a number that is no descriptor is an error of those calls, and one
@@ -27,22 +26,23 @@ pub fn inherited(number: u32) -> Result<io::Result<Link>, Error> {
     from_descriptor(own, number)
 }
 
-/// The link over `fd`, called `number` in messages. The outer error is the caller's, the inner the host's.
+/// The link over `fd`, called `number` in messages.
 ///
 /// # Errors
-/// It is nothing that carries frames.
-pub fn from_descriptor(fd: OwnedFd, number: u32) -> Result<io::Result<Link>, Error> {
+/// It is nothing that carries frames; or the host is out of descriptors.
+pub fn from_descriptor(fd: OwnedFd, number: u32) -> Result<Link, Error> {
     if let Some(flags) = tap::flags(&fd) {
         if flags & libc::IFF_NO_PI == 0 {
             return Err(Error::PacketInfo { fd: number });
         }
-        return Ok(Tap::passed(fd, flags).and_then(Link::new));
+        return Tap::passed(fd, flags).and_then(Link::new).map_err(Error::Host);
     }
     let is_ours = socket_domain(&fd) == Ok(AddressFamily::UNIX) && getpeername(&fd).is_ok();
-    Ok(match socket_type(&fd) {
+    let link = match socket_type(&fd) {
         Ok(SocketType::STREAM) if is_ours => Stream::new(fd).and_then(Link::new),
         Ok(SocketType::DGRAM) if is_ours => Datagram::new(fd, false).and_then(Link::new),
         Ok(SocketType::SEQPACKET) if is_ours => Datagram::new(fd, true).and_then(Link::new),
         _ => return Err(Error::NotALink { fd: number }),
-    })
+    };
+    link.map_err(Error::Host)
 }

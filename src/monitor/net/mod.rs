@@ -188,16 +188,16 @@ impl Ports {
         let links = match &config.to {
             NetTarget::User(network) => {
                 let stack = user::Stack::new(network, mac, config.mtu().unwrap_or(config::UserNet::MTU))?;
-                Link::new(stack).map(|link| vec![link])
+                vec![Link::new(stack).map_err(Error::Host)?]
             }
             NetTarget::Tap(name) => {
                 let taps = tap::open(name, config.queues(), config.mtu)?;
-                taps.into_iter().map(Link::new).collect::<io::Result<_>>()
+                taps.into_iter().map(Link::new).collect::<io::Result<_>>().map_err(Error::Host)?
             }
-            NetTarget::Fd(fd) => fd::inherited(*fd)?.map(|link| vec![link]),
-            NetTarget::Socket(path) => socket::Stream::connect(path).map(Link::new)?.map(|link| vec![link]),
+            NetTarget::Fd(fd) => vec![fd::inherited(*fd)?],
+            NetTarget::Socket(path) => vec![Link::new(socket::Stream::connect(path)?).map_err(Error::Host)?],
         };
-        let port = Port { links: links.map_err(Error::Host)?, mac };
+        let port = Port { links, mac };
         self.0.insert(index, port.clone());
         Ok(port)
     }

@@ -54,7 +54,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Disk(error) => error.hint(),
-            Self::Net(error) => error.hint(),
+            Self::Net(error) => Some(error.hint()),
             Self::Chardev(error) => error.hint().map(str::to_owned),
             Self::Console(_) => None,
         }

@@ -30,23 +30,22 @@ pub enum Error {
 
 impl Error {
     /// What to try.
-    pub fn hint(&self) -> Option<String> {
-        let Self::Publish { address, protocol, source } = self else { return None };
+    pub fn hint(&self) -> String {
+        let Self::Publish { address, protocol, source } = self else {
+            return "see what the limits are: ulimit -a".to_owned();
+        };
         let (port, letter) = (address.port(), protocol.chars().next().unwrap_or_default());
-        Some(match source.kind() {
-            io::ErrorKind::AddrInUse => {
-                format!(
-                    "publish another port of the host, or see who has this one: ss -{letter}lnp sport = :{port}"
-                )
-            }
+        match source.kind() {
             io::ErrorKind::PermissionDenied => format!(
                 "publish a port from 1024 on, or allow low ones: sudo sysctl net.ipv4.ip_unprivileged_port_start={port}"
             ),
             io::ErrorKind::AddrNotAvailable => {
-                "the host has no such address: ip address lists those that it has".to_owned()
+                "the host has no such address; it has these: ip -brief address".to_owned()
             }
-            _ => return None,
-        })
+            _ => format!(
+                "publish another port of the host, or see who has this one: ss -{letter}lnp sport = :{port}"
+            ),
+        }
     }
 }
 
@@ -140,8 +139,8 @@ mod tests {
         let publish: Publish = format!("{port}:80").parse().unwrap();
         let error = open(&[publish]).unwrap_err();
         assert_eq!(error.to_string(), format!("cannot publish 127.0.0.1:{port}/tcp"));
-        assert!(error.hint().unwrap().contains(&format!("ss -tlnp sport = :{port}")));
+        assert!(error.hint().contains(&format!("ss -tlnp sport = :{port}")));
         let elsewhere: Publish = "192.0.2.1:4000:80/udp".parse().unwrap();
-        assert!(open(&[elsewhere]).unwrap_err().hint().unwrap().contains("ip address"));
+        assert!(open(&[elsewhere]).unwrap_err().hint().contains("ip -brief address"));
     }
 }

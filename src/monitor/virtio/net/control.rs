@@ -16,7 +16,7 @@ const MOST: u64 = 64 << 10;
 const OK: u8 = spec::VIRTIO_NET_OK as u8;
 const ERR: u8 = spec::VIRTIO_NET_ERR as u8;
 
-/// Class and command of each receive mode, the features of which one must be accepted.
+/// The receive modes: command, mode, and the feature that it takes.
 const MODES: [(u32, Modes, u64); 6] = [
     (spec::VIRTIO_NET_CTRL_RX_PROMISC, Modes::PROMISCUOUS, f::CTRL_RX),
     (spec::VIRTIO_NET_CTRL_RX_ALLMULTI, Modes::ALL_MULTICAST, f::CTRL_RX),

@@ -1,0 +1,163 @@
+//! Network devices: ends that cannot be, and what is left of those that were.
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::images::*;
+use crate::place::*;
+
+fn run(command: &mut Command) -> bool {
+    command.output().is_ok_and(|output| output.status.success())
+}
+
+fn ip(arguments: &str) -> bool {
+    run(Command::new("ip").args(arguments.split(' ')))
+}
+
+fn interface(name: &str) -> PathBuf {
+    Path::new("/sys/class/net").join(name)
+}
+
+/// An interface of the test's own, which goes with it.
+struct Interface(String);
+
+impl Interface {
+    /// `None` where this user may make none.
+    fn new(suffix: &str, more: &str) -> Option<Self> {
+        let name = format!("vt{}{suffix}", std::process::id());
+        let made = ip(&format!("tuntap add dev {name} mode tap{more}"));
+        made.then_some(Self(name))
+    }
+}
+
+impl Drop for Interface {
+    fn drop(&mut self) {
+        ip(&format!("link delete {}", self.0));
+    }
+}
+
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a guest with `arguments` that stands still, and waits until it runs.
+fn start(place: &Place, arguments: &str) -> Running {
+    let running =
+        Running(place.command(&format!("--kernel halt --console off {arguments}")).spawn().unwrap());
+    let end = Instant::now() + PATIENCE;
+    while !text(&place.vmm("list").stdout).contains("running") {
+        assert!(Instant::now() < end, "no guest with {arguments}");
+        thread::sleep(Duration::from_millis(5));
+    }
+    running
+}
+
+#[test]
+fn ends_that_cannot_be() {
+    if !has_kvm("ends_that_cannot_be") {
+        return;
+    }
+    let place = Place::new();
+    place.file("kernel", kernel(&HALT));
+    place.file("file", "");
+    for (arguments, words) in [
+        ("--net socket=missing", &["missing", "No such file"][..]),
+        ("--net socket=file", &["file", "refused"]),
+        ("--net fd=99", &["99", "not passed"]),
+        ("--net fd=3", &["3", "not passed"]),
+        ("--net fd=0", &["0", "neither a tap nor"]),
+        ("--net tap=lo", &["lo", "no tap"]),
+        ("--disk path=missing --net socket=missing", &["disk"]),
+    ] {
+        refused(&place, &format!("--kernel kernel --console off {arguments}"), BAD_ARGUMENT, words);
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let arguments = format!("--kernel kernel --console off -p {port}:80");
+    refused(&place, &arguments, BAD_ARGUMENT, &["cannot publish", &port, "in use", "another port"]);
+    let arguments = "--kernel kernel --console off --net user,publish=192.0.2.1:8080:80/udp";
+    refused(&place, arguments, BAD_ARGUMENT, &["192.0.2.1:8080/udp", "no such address"]);
+    let said = text(&place.vmm("--kernel kernel --net socket=missing").stderr);
+    assert!(said.contains("passt -s missing"), "{said}");
+    let mut shell = Command::new("sh");
+    place.set_up(&mut shell);
+    shell.args(["-c", &format!("exec {} --kernel kernel --net fd=5 5<file", crate::PROGRAM)]);
+    refused_command(&place, shell, BAD_ARGUMENT, &["descriptor 5", "neither a tap nor"]);
+    // A listener whom nobody serves is not waited for.
+    let _listener = UnixListener::bind(place.path("full")).unwrap();
+    let mut clients = Vec::new();
+    while let Ok(client) = connect_at_once(&place.path("full")) {
+        clients.push(client);
+    }
+    refused(&place, "--kernel kernel --net socket=full", BAD_ARGUMENT, &["full", "temporarily unavailable"]);
+}
+
+fn connect_at_once(path: &Path) -> rustix::io::Result<rustix::fd::OwnedFd> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+#[test]
+fn taps_that_cannot_be_and_what_is_left_of_one() {
+    let test = "taps_that_cannot_be_and_what_is_left_of_one";
+    if !has_kvm(test) {
+        return;
+    }
+    let Some(single) = Interface::new("s", "") else {
+        eprintln!("SKIP: {test}: needs the right to make taps (root, iproute2, /dev/net/tun)");
+        return;
+    };
+    let other = Interface::new("o", " user nobody").unwrap();
+    let place = Place::new();
+    place.file("kernel", kernel(&HALT));
+    place.file("halt", kernel(&HALT));
+    let arguments = |tap: &str| format!("--kernel kernel --console off --net tap={tap}");
+    refused(&place, &format!("{},queues=2", arguments(&single.0)), BAD_ARGUMENT, &[&single.0, "one queue"]);
+
+    // Root without the right to make one, or to use those of others.
+    let weak = |tap: &str| {
+        let mut command = Command::new("setpriv");
+        command.args(["--inh-caps=-net_admin", "--bounding-set=-net_admin", crate::PROGRAM]);
+        command.args(arguments(tap).split(' '));
+        place.set_up(&mut command);
+        command
+    };
+    let missing = format!("{}x", single.0);
+    if run(Command::new("setpriv").arg("--version")) {
+        refused_command(&place, weak(&missing), BAD_ARGUMENT, &["no tap", &missing]);
+        refused_command(&place, weak(&other.0), BAD_ARGUMENT, &[&other.0, "another user"]);
+        let hint = text(&weak(&missing).output().unwrap().stderr);
+        assert!(hint.contains(&format!("sudo ip tuntap add dev {missing} mode tap")), "{hint}");
+    }
+    assert!(!interface(&missing).exists());
+
+    // In use; and one that was made goes with its VM, also where that is killed.
+    for kill in [false, true] {
+        let running = start(&place, &format!("--name web --net tap={missing} --net tap={}", single.0));
+        let flags = fs::read_to_string(interface(&missing).join("flags")).unwrap();
+        let flags = u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16).unwrap();
+        assert_eq!(flags & 1, 1, "it is up: {flags:#x}");
+        refused(&place, &arguments(&single.0), BAD_ARGUMENT, &[&single.0, "in use"]);
+        if !kill {
+            assert!(place.vmm("stop web --timeout 0").status.success());
+        }
+        drop(running);
+        let end = Instant::now() + PATIENCE;
+        while interface(&missing).exists() {
+            assert!(Instant::now() < end, "it is left behind");
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(interface(&single.0).exists(), "one that was there stays");
+    }
+}
