@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use vmm_monitor::event_loop::Event;
 use vmm_monitor::memory::{Buffers, Slices};
 use vmm_monitor::net::{HEADER, Head, Link, MAX_FRAME, Offloads, START, Wire, from_descriptor};
 use vmm_monitor::state::Saved;
+use zerocopy::IntoBytes;
 
 use crate::guest::{DATA, Guest};
 use crate::subjects::{MAC, NetSocket, Peer, frame, link, net_on};
@@ -410,4 +411,43 @@ fn a_tap_that_was_made_carries_frames_and_goes_with_its_last_queue() {
         assert!(std::time::Instant::now() < end, "the tap outlives its queues");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// A tap as another program makes one, with `flags` beside IFF_TAP. `None` where this user may not.
+fn foreign_tap(name: &str, flags: i32) -> Option<OwnedFd> {
+    let file = std::fs::File::options().read(true).write(true).open("/dev/net/tun").ok()?;
+    let mut request = [0u64; 5];
+    let bytes = request.as_mut_bytes();
+    bytes[..name.len()].copy_from_slice(name.as_bytes());
+    bytes[16..18].copy_from_slice(&((libc::IFF_TAP | flags) as u16).to_ne_bytes());
+    // SAFETY: the request takes a struct ifreq, which has 40 bytes.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
+    (result == 0).then(|| file.into())
+}
+
+#[test]
+fn a_tap_that_was_passed_is_used_as_it_was_made() {
+    let name = |suffix: &str| format!("vmmp{}{suffix}", std::process::id());
+    let Some(plain) = foreign_tap(&name("p"), libc::IFF_NO_PI) else {
+        return eprintln!("SKIP: a tap that was passed: this machine lacks the right to make one");
+    };
+    let link = from_descriptor(plain, 9).unwrap();
+    assert_eq!(
+        link.wire().offloads(),
+        Offloads::empty(),
+        "its frames have no header that could ask for them"
+    );
+    let mut guest = Guest::new(net_on(std::slice::from_ref(&link)));
+    guest.start(0);
+    let head = send(&mut guest, TRANSMIT, [0; HEADER], &frame([0xff; 6], &[0x88, 0xb5, 1, 2, 3]));
+    assert_eq!(guest.rings[TRANSMIT].wait_used(10), (head, 0));
+
+    let able = foreign_tap(&name("v"), libc::IFF_NO_PI | libc::IFF_VNET_HDR).unwrap();
+    let offloads = from_descriptor(able, 9).unwrap().wire().offloads();
+    assert!(
+        offloads.contains(Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6 | Offloads::ECN),
+        "{offloads:?}"
+    );
+    let error = from_descriptor(foreign_tap(&name("i"), 0).unwrap(), 9).unwrap_err();
+    assert!(error.to_string().contains("IFF_NO_PI"), "{error}");
 }

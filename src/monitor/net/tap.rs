@@ -50,25 +50,31 @@ fn checked(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// The flags that a tap was made with; `None` if it is no tap.
+/// The flags that the tap behind `fd` was made with; `None` if it is no tap.
 pub fn flags(fd: &OwnedFd) -> Option<libc::c_int> {
     let mut request = Request::new("", &[]);
     request.issue(fd, libc::TUNGETIFF).ok()?;
-    Some(request.flags()).filter(|flags| flags & libc::IFF_TAP != 0)
+    let name = request.name.split(|byte| *byte == 0).next().and_then(|name| str::from_utf8(name).ok());
+    // TUNGETIFF puts IFF_NOFILTER, of the same value, over IFF_NO_PI. A macvtap has its flags from there alone.
+    let flags = name.and_then(flags_of).unwrap_or(request.flags());
+    (flags & libc::IFF_TAP != 0).then_some(flags)
+}
+
+/// The flags of interface `name`, if it is a tap or tun of this network namespace.
+fn flags_of(name: &str) -> Option<libc::c_int> {
+    let text = fs::read_to_string(format!("/sys/class/net/{name}/tun_flags")).ok()?;
+    libc::c_int::from_str_radix(text.trim().strip_prefix("0x")?, 16).ok()
 }
 
 /// Opens `queues` queues of the tap called `name`. One that is not there is made, where that is allowed, with `mtu`, and brought up;
 /// it goes with the last of its queues.
 pub fn open(name: &str, queues: u16, mtu: Option<u16>) -> Result<Vec<Tap>, Error> {
     let failed = |what| move |source| Error::Tap { name: name.to_owned(), what, source };
-    let folder = format!("/sys/class/net/{name}");
-    let there = fs::symlink_metadata(&folder).is_ok();
+    let there = fs::symlink_metadata(format!("/sys/class/net/{name}")).is_ok();
     let mut multi_queue = queues > 1;
     if there {
         // As `ip tuntap add` made it: flags that differ are refused without a word of why.
-        let text = fs::read_to_string(format!("{folder}/tun_flags")).unwrap_or_default();
-        let flags = text.trim().strip_prefix("0x").and_then(|hex| libc::c_int::from_str_radix(hex, 16).ok());
-        let Some(flags) = flags.filter(|flags| flags & libc::IFF_TAP != 0) else {
+        let Some(flags) = flags_of(name).filter(|flags| flags & libc::IFF_TAP != 0) else {
             return Err(Error::NotATap { name: name.to_owned() });
         };
         if multi_queue && flags & libc::IFF_MULTI_QUEUE == 0 {
