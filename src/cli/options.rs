@@ -18,8 +18,8 @@ use serde::de::value::Error as ValueError;
 use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
-    BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, Net, OnPanic, OnReboot, OutputFile,
-    Port, VmConfig, port_number,
+    BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, Net, NetTarget, OnPanic, OnReboot,
+    OutputFile, Port, Publish, UserNet, VmConfig, port_number,
 };
 use vmm_monitor::machine::outputs;
 use vmm_trace::debug::gdb::Place;
@@ -53,10 +53,15 @@ pub struct Options {
     /// repeat it for /dev/vdb and so on. Without --kernel, boots the system installed on it
     #[arg(long, value_name = "path=FILE", value_parser = os_text::<Disk, _>())]
     disk: Vec<Disk>,
-    /// Network device: tap=NAME (yours, or made if that is allowed), fd=N (a tap or unix socket that was passed) or socket=PATH
+    /// Network device: user (needs nothing: DHCP, names, TCP, UDP, ping; then any of ,restrict=on ,dns=ADDR ,allow=ADDR[/BITS][:PORT]
+    /// ,publish=HOST:GUEST), tap=NAME (yours, or made if that is allowed), fd=N (a tap or unix socket that was passed) or socket=PATH
     /// (QEMU's stream: passt, gvproxy, another VM), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap); repeatable
-    #[arg(long, value_name = "tap=NAME", value_parser = os_text::<Net, _>())]
+    #[arg(long, value_name = "user|tap=NAME", value_parser = os_text::<Net, _>())]
     net: Vec<Net>,
+    /// Publish ports of the user network's guest: [ADDR:]HOST:GUEST[/udp], ranges as 8000-8009:80-89; ADDR is the host's [default:
+    /// 127.0.0.1; 0.0.0.0 for all]. Without --net it stands for --net user as well; repeatable
+    #[arg(short, long, value_name = "HOST:GUEST")]
+    publish: Vec<Publish>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
     /// [default: stdio, unless --serial has it]
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
@@ -158,7 +163,7 @@ impl Options {
         let decided = serial || self.serial.is_some();
         let (file, trace) = (self.config.take(), self.trace.take());
         let (reports, symbols) = (std::mem::take(&mut self.outputs), self.symbols.take());
-        self.apply(&mut config);
+        self.apply(&mut config)?;
         config.validate()?;
         config.to_boot()?;
         if !decided {
@@ -174,7 +179,7 @@ impl Options {
         Ok(config)
     }
 
-    fn apply(self, config: &mut VmConfig) {
+    fn apply(self, config: &mut VmConfig) -> Result<(), Failure> {
         fn set<T>(target: &mut T, value: Option<T>) {
             if let Some(value) = value {
                 *target = value;
@@ -205,7 +210,28 @@ impl Options {
         set(&mut config.boot_marks, self.boot_marks);
         set(&mut config.on_reboot, self.on_reboot);
         config.on_panic = self.on_panic.or(config.on_panic);
+        publish(self.publish, &mut config.net)
     }
+}
+
+/// Adds published ports to the user network among `list`, which is made if there is no network at all.
+fn publish(ports: Vec<Publish>, list: &mut Vec<Net>) -> Result<(), Failure> {
+    if ports.is_empty() {
+        return Ok(());
+    }
+    if list.is_empty() {
+        list.push(Net::user(UserNet::default()));
+    }
+    let network = list.iter_mut().find_map(|net| match &mut net.to {
+        NetTarget::User(network) => Some(network),
+        _ => None,
+    });
+    let Some(network) = network else {
+        let error = anyhow!("ports can be published of a user network alone, and this machine has none");
+        return Err(Failure::new(Code::BadArgument, error).hint(Some("add --net user")));
+    };
+    network.publish.extend(ports);
+    Ok(())
 }
 
 /// The configuration, and whether it says anything of the serial port.

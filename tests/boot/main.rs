@@ -12,6 +12,7 @@ mod kernels;
 mod labs;
 mod life;
 mod net;
+mod net_user;
 mod others;
 mod reboot;
 mod trace;

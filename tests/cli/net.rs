@@ -80,6 +80,12 @@ fn ends_that_cannot_be() {
     ] {
         refused(&place, &format!("--kernel kernel --console off {arguments}"), BAD_ARGUMENT, words);
     }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let arguments = format!("--kernel kernel --console off -p {port}:80");
+    refused(&place, &arguments, BAD_ARGUMENT, &["cannot publish", &port, "in use"]);
+    let arguments = "--kernel kernel --console off --net user,publish=192.0.2.1:8080:80/udp";
+    refused(&place, arguments, BAD_ARGUMENT, &["192.0.2.1:8080/udp", "cannot publish"]);
     let said = text(&place.vmm("--kernel kernel --net socket=missing").stderr);
     assert!(said.contains("passt -s missing"), "{said}");
     let mut shell = Command::new("sh");

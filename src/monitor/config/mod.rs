@@ -9,6 +9,7 @@ pub mod host_path;
 pub(crate) mod kernel;
 mod net;
 mod text;
+mod user_net;
 mod x86_64;
 
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ pub use firmware::Firmware;
 pub use kernel::Kernel;
 pub use net::{Mac, Net, NetTarget};
 pub use text::{ParseError, Size, port_number};
+pub use user_net::{Allow, Publish, Resolver, UserNet};
 pub use x86_64::cpu::Cpu;
 pub use x86_64::{BootProtocol, cpu, cpu_features, msr};
 

@@ -6,10 +6,10 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::text::{ParseError, optional_number};
-use super::{Invalid, host_path};
+use super::text::{ParseError, flag, list_of_texts, optional_number};
+use super::{Allow, Invalid, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]`.
+/// A network device: `user[,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
 pub struct Net {
@@ -17,7 +17,7 @@ pub struct Net {
     pub to: NetTarget,
     /// The guest's address. Absent: derived from the VM's name, or random if it has none.
     pub mac: Option<Mac>,
-    /// The largest packet, in bytes without Ethernet's header. Absent: the guest takes what it takes for Ethernet, 1500.
+    /// The largest packet, in bytes without Ethernet's header. Absent: what suits the end ([`Net::mtu`]).
     pub mtu: Option<u16>,
     /// Pairs of queues, of a tap. Absent: one.
     pub queues: Option<u16>,
@@ -26,6 +26,8 @@ pub struct Net {
 /// Where frames go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetTarget {
+    /// A network of the monitor's own, with the host's sockets behind it.
+    User(UserNet),
     /// A tap, by name: one that is there, or one that is made and goes with the VM.
     Tap(String),
     /// A descriptor that this process was started with: a tap, or a unix socket.
@@ -37,6 +39,7 @@ pub enum NetTarget {
 impl fmt::Display for NetTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::User(_) => f.write_str("user"),
             Self::Tap(name) => write!(f, "tap={name}"),
             Self::Fd(fd) => write!(f, "fd={fd}"),
             Self::Socket(path) => write!(f, "socket={}", path.display()),
@@ -50,6 +53,16 @@ impl Net {
     /// The smallest MTU: any packet of IPv4 passes (virtio 1.3, 5.1.4.1).
     const MIN_MTU: u16 = 68;
 
+    /// A device on a user network.
+    pub fn user(network: UserNet) -> Self {
+        Self { to: NetTarget::User(network), mac: None, mtu: None, queues: None }
+    }
+
+    /// The largest packet that the guest is told of; if none, it takes what it takes for Ethernet, 1500.
+    pub fn mtu(&self) -> Option<u16> {
+        self.mtu.or(matches!(self.to, NetTarget::User(_)).then_some(UserNet::MTU))
+    }
+
     /// Pairs of queues.
     pub fn queues(&self) -> u16 {
         self.queues.unwrap_or(1)
@@ -60,6 +73,8 @@ impl Net {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Keys {
+    #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
+    user: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tap: Option<String>,
     #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
@@ -72,18 +87,33 @@ struct Keys {
     mtu: Option<u16>,
     #[serde(default, deserialize_with = "optional_number")]
     queues: Option<u16>,
+    #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
+    restrict: bool,
+    #[serde(default, deserialize_with = "list_of_texts", skip_serializing_if = "Vec::is_empty")]
+    dns: Vec<Resolver>,
+    #[serde(default, deserialize_with = "list_of_texts", skip_serializing_if = "Vec::is_empty")]
+    allow: Vec<Allow>,
+    #[serde(default, deserialize_with = "list_of_texts", skip_serializing_if = "Vec::is_empty")]
+    publish: Vec<Publish>,
 }
 
 impl TryFrom<Keys> for Net {
     type Error = &'static str;
 
     fn try_from(keys: Keys) -> Result<Self, &'static str> {
-        let to = match (keys.tap, keys.fd, keys.socket) {
-            (Some(name), None, None) => NetTarget::Tap(name),
-            (None, Some(fd), None) => NetTarget::Fd(fd),
-            (None, None, Some(path)) => NetTarget::Socket(path),
-            _ => return Err("a network device has one of tap=NAME, fd=N and socket=PATH"),
+        let Keys { restrict, dns, allow, publish, .. } = keys;
+        let network = UserNet { restrict, dns, allow, publish };
+        let is_plain = network == UserNet::default();
+        let to = match (keys.user, keys.tap, keys.fd, keys.socket) {
+            (true, None, None, None) => NetTarget::User(network),
+            (false, Some(name), None, None) => NetTarget::Tap(name),
+            (false, None, Some(fd), None) => NetTarget::Fd(fd),
+            (false, None, None, Some(path)) => NetTarget::Socket(path),
+            _ => return Err("a network device has one of user, tap=NAME, fd=N and socket=PATH"),
         };
+        if !is_plain && !keys.user {
+            return Err("restrict=, dns=, allow= and publish= are settings of net=user");
+        }
         Ok(Self { to, mac: keys.mac, mtu: keys.mtu, queues: keys.queues })
     }
 }
@@ -92,12 +122,15 @@ impl From<Net> for Keys {
     fn from(net: Net) -> Self {
         let Net { to, mac, mtu, queues } = net;
         let (mut tap, mut fd, mut socket) = (None, None, None);
+        let (mut user, mut network) = (false, UserNet::default());
         match to {
+            NetTarget::User(given) => (user, network) = (true, given),
             NetTarget::Tap(name) => tap = Some(name),
             NetTarget::Fd(number) => fd = Some(number),
             NetTarget::Socket(path) => socket = Some(path),
         }
-        Self { tap, fd, socket, mac, mtu, queues }
+        let UserNet { restrict, dns, allow, publish } = network;
+        Self { user, tap, fd, socket, mac, mtu, queues, restrict, dns, allow, publish }
     }
 }
 
@@ -161,6 +194,17 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
                 );
             }
         }
+        if matches!(net.to, NetTarget::User(_)) {
+            if net.mtu.is_some_and(|mtu| mtu < UserNet::MIN_MTU) {
+                return invalid("the MTU is too small".to_owned(), "drop mtu=, or use mtu=576 to mtu=65535");
+            }
+            if list[..i].iter().any(|other| matches!(other.to, NetTarget::User(_))) {
+                return invalid(
+                    "a guest has one user network, for its addresses are always the same".to_owned(),
+                    "drop one, and put its settings into the other: `net=user,publish=8080:80,publish=2222:22`",
+                );
+            }
+        }
         if net.mtu.is_some_and(|mtu| mtu < Net::MIN_MTU) {
             return invalid(
                 "the MTU is too small".to_owned(),
@@ -207,11 +251,31 @@ mod tests {
     }
 
     #[test]
+    fn a_user_network_is_written_as_text_or_object_and_reads_back() {
+        let text = "user,restrict=on,allow=127.0.0.1:80,allow=10.0.0.0/8,dns=9.9.9.9,publish=8080:80,publish=53:53/udp";
+        let json = r#"{"user": true, "restrict": true, "allow": ["127.0.0.1:80", "10.0.0.0/8"], "dns": "9.9.9.9",
+            "publish": ["8080:80", "53:53/udp"]}"#;
+        let net: Net = text.parse().unwrap();
+        assert_eq!(serde_json::from_str::<Net>(json).unwrap(), net);
+        assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&net).unwrap()).unwrap(), net);
+        let NetTarget::User(network) = &net.to else { panic!("{net:?}") };
+        assert!(network.restrict && network.allow.len() == 2 && network.publish[1].udp);
+        assert_eq!((net.mtu(), "user,mtu=1500".parse::<Net>().unwrap().mtu()), (Some(65520), Some(1500)));
+        assert_eq!("tap=user".parse::<Net>().unwrap().to, NetTarget::Tap("user".to_owned()));
+    }
+
+    #[test]
     fn impossible_devices_are_refused() {
         for (text, word) in [
-            ("mtu=1500", "one of tap=NAME"),
-            ("tap=a,fd=3", "one of tap=NAME"),
+            ("mtu=1500", "one of user, tap=NAME"),
+            ("tap=a,fd=3", "one of user"),
             ("tap=a,speed=9", "speed"),
+            ("user,tap=a", "one of user"),
+            ("tap=a,restrict=on", "settings of net=user"),
+            ("tap=a,publish=8080:80", "settings of net=user"),
+            ("user,publish=80", "the guest's port is missing"),
+            ("user,allow=localhost", "127.0.0.1"),
+            ("user,dns=one.one", "9.9.9.9"),
             ("fd=-1", "-1"),
             ("fd=x", "x"),
             ("tap=a,mtu=65536", "65536"),
@@ -227,6 +291,9 @@ mod tests {
             &["tap=tap%d"],
             &["tap=0123456789abcdef"],
             &["tap=a,mtu=67"],
+            &["user,mtu=575"],
+            &["user,queues=2"],
+            &["user", "user,restrict=on"],
             &["tap=a,queues=0"],
             &["tap=a,queues=17"],
             &["fd=3,queues=2"],

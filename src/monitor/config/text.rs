@@ -29,13 +29,18 @@ impl ParseError {
         Self { what, hint: None }
     }
 
+    /// The same with what to write instead.
+    pub(super) fn hinted(what: String, hint: &str) -> Self {
+        Self { what, hint: Some(hint.to_owned()) }
+    }
+
     /// What to write instead, where that can be told.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 
     /// For a reader of files, which has no place for a hint of its own.
-    fn in_file<E: de::Error>(self) -> E {
+    pub(super) fn in_file<E: de::Error>(self) -> E {
         match &self.hint {
             Some(hint) => E::custom(format_args!("{self} ({hint})")),
             None => E::custom(self),
@@ -190,8 +195,9 @@ fn pair(item: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((&item[..at], &item[at + 1..]))
 }
 
-/// Turns `VALUE,key=value,flag` into an object; a first item without `=` is the value of `first`.
-fn object(text: &OsStr, first: &str) -> Result<Value, ParseError> {
+/// Turns `VALUE,key=value,flag` into an object; a first item without `=` is the value of `first`, but for the `word` that is a flag
+/// there, too. The keys in `lists` have lists of values, and may come several times.
+fn object(text: &OsStr, first: &str, word: &str, lists: &[&str]) -> Result<Value, ParseError> {
     let value = |bytes: &[u8]| match str::from_utf8(bytes) {
         Ok(text) => Value::from(text),
         Err(_) => Value::from(bytes),
@@ -200,11 +206,16 @@ fn object(text: &OsStr, first: &str) -> Result<Value, ParseError> {
     for (i, item) in items(text).iter().enumerate() {
         let (key, value) = match pair(item) {
             Some((key, text)) => (shown(key), value(text)),
-            None if i == 0 => (first.into(), value(item)),
+            None if i == 0 && item != word.as_bytes() => (first.into(), value(item)),
             None => (shown(item), Value::from(true)),
         };
         if key.is_empty() || value == "" {
             return fail(format_args!("{text:?}: expected {first}=...[,key=value][,flag]"));
+        }
+        if lists.contains(&&*key) {
+            let list = map.entry(key.clone().into_owned()).or_insert_with(|| Value::Array(Vec::new()));
+            list.as_array_mut().into_iter().for_each(|list| list.push(value.clone()));
+            continue;
         }
         if map.insert(key.clone().into_owned(), value).is_some() {
             return fail(format_args!("{text:?}: duplicate key {key}"));
@@ -230,10 +241,13 @@ fn path_hint(text: &OsStr, first: &str, error: &str) -> Option<String> {
 /// Reads a list of pairs through the type's own serde implementation.
 macro_rules! from_pairs {
     ($type:ty, $first:literal) => {
+        from_pairs!($type, $first, "", []);
+    };
+    ($type:ty, $first:literal, $word:literal, $lists:expr) => {
         impl TryFrom<&OsStr> for $type {
             type Error = ParseError;
             fn try_from(text: &OsStr) -> Result<Self, ParseError> {
-                <$type>::deserialize(object(text, $first)?).map_err(|error| {
+                <$type>::deserialize(object(text, $first, $word, &$lists)?).map_err(|error| {
                     let what = error.to_string();
                     let hint = if $first == "path" { path_hint(text, $first, &what) } else { None };
                     ParseError { what, hint }
@@ -256,7 +270,7 @@ macro_rules! from_text {
 }
 from_pairs!(Memory, "size");
 from_pairs!(Disk, "path");
-from_pairs!(Net, "tap");
+from_pairs!(Net, "tap", "user", ["allow", "dns", "publish"]);
 from_text!(CharTarget);
 from_text!(Console);
 from_text!(Port);
@@ -450,6 +464,17 @@ where
         .into_iter()
         .map(|value| text_or_object(value).map_err(de::Error::custom))
         .collect()
+}
+
+/// Texts, or one of them.
+pub fn list_of_texts<'de, D: Deserializer<'de>, T: de::DeserializeOwned>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    let list = match Value::deserialize(deserializer)? {
+        Value::Array(list) => list,
+        one => vec![one],
+    };
+    list.into_iter().map(|value| T::deserialize(value).map_err(de::Error::custom)).collect()
 }
 
 #[cfg(test)]

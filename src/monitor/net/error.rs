@@ -3,11 +3,15 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::user;
 use crate::config::host_path::quoted;
 
 /// Why a link could not be opened. Nothing is left behind on the host then.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// There is no user network.
+    #[error(transparent)]
+    User(#[from] user::Error),
     /// The host makes no taps, or not for us.
     #[error("cannot open /dev/net/tun for tap {name}")]
     Tun {
@@ -101,6 +105,7 @@ impl Error {
     /// What to try.
     pub fn hint(&self) -> String {
         match self {
+            Self::User(error) => error.hint(),
             Self::Tun { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 "load the driver: sudo modprobe tun".to_owned()
             }
@@ -141,6 +146,6 @@ impl Error {
 
     /// Whether the caller's request was wrong (and not the host lacking something).
     pub fn is_bad_argument(&self) -> bool {
-        !matches!(self, Self::Host(_))
+        !matches!(self, Self::Host(_) | Self::User(user::Error::Host(_)))
     }
 }

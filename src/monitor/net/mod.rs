@@ -1,6 +1,6 @@
 //! Links: where a guest's Ethernet frames leave for the host, and come from. They know no virtio.
 //!
-//! A [`Link`] is one queue of one of the host's ends: a tap, or a socket with a peer behind it. Frames go straight between guest
+//! A [`Link`] is one queue of one of the host's ends: a user network ([`user`]), a tap, or a socket with a peer behind it. Frames go straight between guest
 //! memory and its descriptor. Whoever drives it says what it waits for, and waits on the link's own descriptor.
 
 mod error;
@@ -8,6 +8,7 @@ mod fd;
 mod mac;
 mod socket;
 mod tap;
+pub mod user;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -149,6 +150,10 @@ impl Ports {
         }
         let mac = config.mac.map_or_else(|| mac::generated(name, index), |mac| mac.0);
         let links = match &config.to {
+            NetTarget::User(network) => {
+                let stack = user::Stack::new(network, mac, config.mtu().unwrap_or(config::UserNet::MTU))?;
+                vec![Link::new(stack).map_err(Error::Host)?]
+            }
             NetTarget::Tap(name) => {
                 let taps = tap::open(name, config.queues(), config.mtu)?;
                 taps.into_iter().map(Link::new).collect::<io::Result<_>>().map_err(Error::Host)?

@@ -113,7 +113,7 @@ impl<'a> Device<'a> {
             }
             Self::Rng => Box::new(rng::Rng),
             Self::Net(index, config, name) => {
-                Box::new(net::Net::new(ports.get(*index, config, *name)?, config.mtu))
+                Box::new(net::Net::new(ports.get(*index, config, *name)?, config.mtu()))
             }
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;

@@ -1,0 +1,59 @@
+//! The one lease: 10.0.2.15 for whoever asks (RFC 2131).
+
+use std::net::Ipv4Addr;
+
+use smoltcp::wire::{DHCP_CLIENT_PORT, DHCP_SERVER_PORT, DhcpMessageType, DhcpOption, DhcpPacket, DhcpRepr};
+
+use super::udp::put;
+use super::{Context, DNS, GATEWAY, GUEST};
+
+/// A day, in seconds.
+const LEASE: u32 = 24 * 60 * 60;
+/// The largest packet of IP on this link (RFC 2132, 5.1).
+const OPTION_MTU: u8 = 26;
+
+/// Answers what a client of DHCP says.
+pub fn answer(context: &mut Context, message: &[u8]) {
+    let Ok(packet) = DhcpPacket::new_checked(message) else { return };
+    let Ok(query) = DhcpRepr::parse(&packet) else { return };
+    let is_for_another = query.server_identifier.is_some_and(|server| server != GATEWAY);
+    let wanted = query.requested_ip.unwrap_or(query.client_ip);
+    let answer = match query.message_type {
+        DhcpMessageType::Discover => DhcpMessageType::Offer,
+        DhcpMessageType::Request if is_for_another => return,
+        DhcpMessageType::Request if wanted == GUEST => DhcpMessageType::Ack,
+        DhcpMessageType::Request => DhcpMessageType::Nak,
+        DhcpMessageType::Inform => DhcpMessageType::Ack,
+        _ => return,
+    };
+    let (is_lease, is_nak) = (query.message_type != DhcpMessageType::Inform, answer == DhcpMessageType::Nak);
+    let mtu = (context.frames.mtu as u16).to_be_bytes();
+    let options = [DhcpOption { kind: OPTION_MTU, data: &mtu }];
+    // A restricted guest has nowhere to go, and is told so by having no way there.
+    let outside = !is_nak && !context.policy.is_restricted();
+    let reply = DhcpRepr {
+        message_type: answer,
+        your_ip: if is_lease && !is_nak { GUEST } else { Ipv4Addr::UNSPECIFIED },
+        server_ip: GATEWAY,
+        router: outside.then_some(GATEWAY),
+        subnet_mask: (!is_nak).then_some(Ipv4Addr::new(255, 255, 255, 0)),
+        server_identifier: Some(GATEWAY),
+        dns_servers: outside.then(|| [DNS].into_iter().collect()),
+        lease_duration: (is_lease && !is_nak).then_some(LEASE),
+        renew_duration: None,
+        rebind_duration: None,
+        requested_ip: None,
+        client_identifier: None,
+        parameter_request_list: None,
+        max_size: None,
+        additional_options: if is_nak { &[] } else { &options },
+        ..query
+    };
+    let mut bytes = vec![0; reply.buffer_len()];
+    if reply.emit(&mut DhcpPacket::new_unchecked(&mut bytes)).is_err() {
+        return;
+    }
+    // By broadcast: the client may have no address yet, and nobody else listens.
+    let (from, to) = ((GATEWAY, DHCP_SERVER_PORT), (Ipv4Addr::BROADCAST, DHCP_CLIENT_PORT));
+    put(&mut context.frames, from, to, &bytes);
+}

@@ -1,0 +1,117 @@
+//! Names: the host's resolvers, and the one name that is answered here.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use super::GATEWAY;
+
+/// The host, as the guest calls it, in the wire's form.
+const HOST_NAME: &[u8] = b"\x04host\x03vmm\x08internal\x00";
+/// Bytes of a message's header (RFC 1035, 4.1.1).
+const HEADER: usize = 12;
+const TYPE_A: u16 = 1;
+const CLASS_IN: u16 = 1;
+/// The name's address may be kept for so many seconds.
+const TTL: u32 = 60;
+
+/// The answer to a query for the host's name. `None` for queries that resolvers answer.
+pub fn own_answer(query: &[u8]) -> Option<Vec<u8>> {
+    let (header, question) = query.split_at_checked(HEADER)?;
+    let (name, rest) = question.split_at_checked(HOST_NAME.len())?;
+    let kind: [u8; 4] = *rest.first_chunk()?;
+    let is_query = header[2] & 0xf8 == 0 && header[4..6] == [0, 1];
+    if !is_query || !name.eq_ignore_ascii_case(HOST_NAME) {
+        return None;
+    }
+    let kind = (u16::from_be_bytes([kind[0], kind[1]]), u16::from_be_bytes([kind[2], kind[3]]));
+    let answers = u8::from(kind == (TYPE_A, CLASS_IN));
+    let mut answer = header[..2].to_vec();
+    // A response with authority, recursion desired as asked, and available; no error. One question, the answers, nothing else.
+    answer.extend([0x84 | header[2] & 1, 0x80, 0, 1, 0, answers, 0, 0, 0, 0]);
+    answer.extend(&question[..HOST_NAME.len() + 4]);
+    if answers > 0 {
+        // The name is that of the question, at byte 12.
+        answer.extend([0xc0, HEADER as u8, 0, TYPE_A as u8, 0, CLASS_IN as u8]);
+        answer.extend(TTL.to_be_bytes());
+        answer.extend([0, 4]);
+        answer.extend(GATEWAY.octets());
+    }
+    Some(answer)
+}
+
+/// Who answers other queries.
+pub struct Resolvers {
+    fixed: bool,
+    list: Vec<SocketAddr>,
+    read: Option<Instant>,
+}
+
+/// How long the host's list is taken to stand.
+const FRESH: Duration = Duration::from_secs(5);
+
+impl Resolvers {
+    /// Those of `fixed`, or, if there are none, the host's.
+    pub fn new(fixed: &[SocketAddr]) -> Self {
+        Self { fixed: !fixed.is_empty(), list: fixed.to_vec(), read: None }
+    }
+
+    /// The resolver for the `attempt`th time that a question is asked.
+    pub fn pick(&mut self, attempt: usize, now: Instant) -> Option<SocketAddr> {
+        let is_stale = self.read.is_none_or(|read| now.saturating_duration_since(read) > FRESH);
+        if !self.fixed && is_stale {
+            // A laptop's network changes while its guests run.
+            self.list = parse(&fs::read_to_string("/etc/resolv.conf").unwrap_or_default());
+            self.read = Some(now);
+        }
+        self.list.get(attempt % self.list.len().max(1)).copied()
+    }
+}
+
+/// The servers of a resolv.conf(5); the library asks this host where there are none.
+fn parse(text: &str) -> Vec<SocketAddr> {
+    let servers = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let server = words.next().filter(|word| *word == "nameserver").and_then(|_| words.next())?;
+        server.parse::<IpAddr>().ok()
+    });
+    let mut servers: Vec<_> = servers.collect();
+    if servers.is_empty() {
+        servers.push(std::net::Ipv4Addr::LOCALHOST.into());
+    }
+    servers.into_iter().map(|ip| SocketAddr::new(ip, 53)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn query(name: &[u8], kind: u8) -> Vec<u8> {
+        let mut query = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+        query.extend(name);
+        query.extend([0, kind, 0, 1]);
+        query
+    }
+
+    #[test]
+    fn the_hosts_name_has_the_gateways_address() {
+        let answer = own_answer(&query(b"\x04HOST\x03vmm\x08internal\x00", 1)).unwrap();
+        assert_eq!(answer[..12], [0x12, 0x34, 0x85, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
+        assert!(answer.ends_with(&[0, 4, 10, 0, 2, 2]));
+        let no_such_type = own_answer(&query(HOST_NAME, 28)).unwrap();
+        assert_eq!((no_such_type[7], no_such_type.len()), (0, 12 + HOST_NAME.len() + 4));
+        assert_eq!(own_answer(&query(b"\x05guest\x03vmm\x08internal\x00", 1)), None);
+        let whole = query(HOST_NAME, 1);
+        for len in 0..whole.len() {
+            assert_eq!(own_answer(&whole[..len]), None, "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn resolv_conf_is_read_as_the_library_reads_it() {
+        let text = "# comment\nsearch a b\nnameserver 10.1.1.1 # first\nnameserver ::1\n nameserver fe80::1%eth0\nnameserver\n";
+        let found: Vec<_> = parse(text).iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["10.1.1.1:53", "[::1]:53"]);
+        assert_eq!(parse("").len(), 1);
+    }
+}

@@ -1,0 +1,585 @@
+//! TCP: each connection is two, the guest's with a socket of smoltcp's and the host's with one of the kernel's, and a buffer each
+//! way. A buffer that is full closes the window of the side that fills it.
+//!
+//! The guest's SYN is answered when the host's connection is there, and refused when that is. Each flow has an interface of
+//! smoltcp's to itself, so that a packet costs the same however many flows there are.
+
+use std::collections::BTreeSet;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, SocketAddrV4, TcpStream};
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
+use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
+use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::socket::tcp;
+use smoltcp::wire::{
+    HardwareAddress, Icmpv4DstUnreachable, IpAddress, IpCidr, IpListenEndpoint, IpProtocol, Ipv4Packet,
+    Ipv4Repr, TcpControl, TcpPacket, TcpRepr,
+};
+
+use super::dns::Resolvers;
+use super::ethernet::Frames;
+use super::poller::{Ready, Source};
+use super::table::Table;
+use super::{Context, GUEST, Key, Ports, icmp, policy};
+
+/// Flows at once.
+const FLOWS: usize = 512;
+/// Bytes that wait for the other side, each way.
+pub const BUFFER: usize = 256 << 10;
+/// How long an open connection may be idle (RFC 5382, 5).
+const IDLE: Duration = Duration::from_secs(2 * 60 * 60 + 4 * 60);
+/// The same for one that is only half open.
+const IDLE_HALF: Duration = Duration::from_secs(4 * 60);
+/// How long a guest may take to answer a connection to a published port.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// When to look again at what cannot go on for no reason that is known.
+const SOON: Duration = Duration::from_millis(1);
+
+/// The guest's end.
+struct GuestEnd {
+    interface: Interface,
+    sockets: SocketSet<'static>,
+    socket: SocketHandle,
+}
+
+/// What smoltcp takes for a network device: one packet in, frames out.
+struct Packets<'a> {
+    input: Option<&'a [u8]>,
+    frames: &'a mut Frames,
+}
+
+struct Input<'a>(&'a [u8]);
+struct Output<'a>(&'a mut Frames);
+
+impl RxToken for Input<'_> {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        f(self.0)
+    }
+}
+
+impl TxToken for Output<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
+        self.0.tcp(len, f)
+    }
+}
+
+impl Device for Packets<'_> {
+    type RxToken<'a>
+        = Input<'a>
+    where
+        Self: 'a;
+    type TxToken<'a>
+        = Output<'a>
+    where
+        Self: 'a;
+
+    fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(Input<'_>, Output<'_>)> {
+        Some((Input(self.input.take()?), Output(self.frames)))
+    }
+
+    fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<Output<'_>> {
+        self.frames.has_room().then_some(Output(self.frames))
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        let mut capabilities = DeviceCapabilities::default();
+        capabilities.medium = Medium::Ip;
+        capabilities.max_transmission_unit = self.frames.mtu;
+        // Nothing on this wire changes a bit, and the guest may have left sums to us. `Frames` has its own way with TCP's.
+        capabilities.checksum = unchecked();
+        capabilities
+    }
+}
+
+fn unchecked() -> ChecksumCapabilities {
+    let mut sums = ChecksumCapabilities::ignored();
+    sums.ipv4 = Checksum::Tx;
+    sums
+}
+
+impl GuestEnd {
+    fn new(context: &mut Context, remote: SocketAddrV4) -> Self {
+        let mut seed = [0; 8];
+        let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
+        let mut config = Config::new(HardwareAddress::Ip);
+        config.random_seed = u64::from_ne_bytes(seed);
+        let mut packets = Packets { input: None, frames: &mut context.frames };
+        let mut interface = Interface::new(config, &mut packets, context.clock.smoltcp(context.now));
+        // It is the remote end, and everybody else is behind the guest. There is room for both.
+        interface.update_ip_addrs(|own| _ = own.push(IpCidr::new(IpAddress::Ipv4(*remote.ip()), 32)));
+        let _ = interface.routes_mut().add_default_ipv4_route(*remote.ip());
+        let buffer = || tcp::SocketBuffer::new(vec![0; BUFFER]);
+        let mut socket = tcp::Socket::new(buffer(), buffer());
+        socket.set_ack_delay(None);
+        socket.set_nagle_enabled(false);
+        let mut sockets = SocketSet::new(Vec::with_capacity(1));
+        let socket = sockets.add(socket);
+        Self { interface, sockets, socket }
+    }
+
+    fn socket(&mut self) -> &mut tcp::Socket<'static> {
+        self.sockets.get_mut(self.socket)
+    }
+
+    /// Takes a packet of the guest's, and sends what is to be sent.
+    fn poll(&mut self, context: &mut Context, input: Option<&[u8]>) {
+        let now = context.clock.smoltcp(context.now);
+        let mut packets = Packets { input, frames: &mut context.frames };
+        self.interface.poll(now, &mut packets, &mut self.sockets);
+        // Each call sends one packet of a socket at most.
+        while packets.frames.has_room()
+            && self.interface.poll_egress(now, &mut packets, &mut self.sockets) != PollResult::None
+        {}
+    }
+}
+
+enum State {
+    /// The host connects; the guest's SYN waits.
+    Connecting(Vec<u8>),
+    Open(Box<GuestEnd>),
+    /// The guest's end is closed in order, and these bytes are still to go to the host.
+    Closing(Vec<u8>),
+}
+
+struct Flow {
+    state: State,
+    host: TcpStream,
+    /// The host may have something to read, or room for something to write.
+    readable: bool,
+    writable: bool,
+    /// The host's side has said all.
+    host_ended: bool,
+    /// The guest has said all, and the host knows.
+    guest_ended: bool,
+    told_host: bool,
+    deadline: Option<Instant>,
+}
+
+#[derive(PartialEq, Eq)]
+enum Fate {
+    Lives,
+    Ends,
+    /// The host's peer gets a reset.
+    Breaks,
+}
+
+impl Flow {
+    fn new(state: State, host: TcpStream) -> Self {
+        let (readable, writable, host_ended, guest_ended, told_host) = Default::default();
+        Self { state, host, readable, writable, host_ended, guest_ended, told_host, deadline: None }
+    }
+
+    /// Moves what can be moved, both ways, after the guest's packet `input` or a change on the host's side.
+    fn turn(&mut self, context: &mut Context, mut input: Option<&[u8]>) -> Fate {
+        let guest = match &mut self.state {
+            State::Connecting(_) => return Fate::Lives,
+            State::Closing(rest) => return drain(&mut self.host, rest),
+            State::Open(guest) => guest,
+        };
+        loop {
+            guest.poll(context, input.take());
+            let state = guest.socket().state();
+            self.guest_ended |= matches!(
+                state,
+                tcp::State::CloseWait | tcp::State::LastAck | tcp::State::Closing | tcp::State::TimeWait
+            );
+            if state == tcp::State::Established {
+                guest.socket().set_timeout(None);
+            }
+            let moved = to_host(&mut self.host, &mut self.writable, guest.socket()).and_then(|out| {
+                let into = to_guest(&mut self.host, &mut self.readable, &mut self.host_ended, guest.socket());
+                into.map(|into| out || into)
+            });
+            match moved {
+                Ok(true) => continue,
+                Ok(false) => {}
+                // The host's peer has reset the connection; the guest's goes the same way.
+                Err(_) => {
+                    guest.socket().abort();
+                    guest.poll(context, None);
+                    return Fate::Breaks;
+                }
+            }
+            let socket = guest.socket();
+            if self.guest_ended && !self.told_host && socket.recv_queue() == 0 {
+                self.told_host = true;
+                let _ = self.host.shutdown(Shutdown::Write);
+            }
+            if self.host_ended
+                && socket.may_send()
+                && matches!(state, tcp::State::Established | tcp::State::CloseWait)
+            {
+                socket.close();
+                continue;
+            }
+            break;
+        }
+        let is_in_order = self.guest_ended && self.host_ended;
+        let over = match guest.socket().state() {
+            tcp::State::Closed | tcp::State::Listen if !is_in_order => return Fate::Breaks,
+            tcp::State::Closed | tcp::State::TimeWait => true,
+            _ => false,
+        };
+        if !over {
+            return Fate::Lives;
+        }
+        let mut rest = vec![0; guest.socket().recv_queue()];
+        let n = guest.socket().recv_slice(&mut rest).unwrap_or_default();
+        rest.truncate(n);
+        let fate = drain(&mut self.host, &mut rest);
+        self.state = State::Closing(rest);
+        fate
+    }
+}
+
+/// What the guest has sent, as far as the host takes it. True if there was something.
+fn to_host(host: &mut TcpStream, writable: &mut bool, guest: &mut tcp::Socket<'_>) -> io::Result<bool> {
+    let mut moved = false;
+    while *writable && guest.can_recv() {
+        let written = guest.recv(|bytes| match host.write(bytes) {
+            Ok(n) => (n, Ok(n)),
+            Err(error) => (0, Err(error)),
+        });
+        match written {
+            Ok(Ok(n)) => moved |= n > 0,
+            Ok(Err(error)) if error.kind() == ErrorKind::WouldBlock => *writable = false,
+            Ok(Err(error)) if error.kind() == ErrorKind::Interrupted => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_) => break,
+        }
+    }
+    Ok(moved)
+}
+
+/// What the host has, as far as the guest's buffer takes it. True if there was something.
+fn to_guest(
+    host: &mut TcpStream,
+    readable: &mut bool,
+    ended: &mut bool,
+    guest: &mut tcp::Socket<'_>,
+) -> io::Result<bool> {
+    let mut moved = false;
+    while *readable && !*ended && guest.can_send() {
+        let read = guest.send(|room| match host.read(room) {
+            Ok(n) => (n, Ok(n)),
+            Err(error) => (0, Err(error)),
+        });
+        match read {
+            Ok(Ok(0)) => *ended = true,
+            Ok(Ok(_)) => moved = true,
+            Ok(Err(error)) if error.kind() == ErrorKind::WouldBlock => *readable = false,
+            Ok(Err(error)) if error.kind() == ErrorKind::Interrupted => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_) => break,
+        }
+    }
+    Ok(moved)
+}
+
+/// Writes the last bytes of a guest whose end is closed.
+fn drain(host: &mut TcpStream, rest: &mut Vec<u8>) -> Fate {
+    while !rest.is_empty() {
+        match host.write(rest) {
+            Ok(n) => drop(rest.drain(..n)),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Fate::Lives,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return Fate::Breaks,
+        }
+    }
+    Fate::Ends
+}
+
+pub struct Tcp {
+    flows: Table<Key, Flow>,
+    /// When flows have something to do by themselves.
+    deadlines: BTreeSet<(Instant, Key)>,
+    ports: Ports,
+}
+
+/// Begins to connect to `to`.
+fn begin(to: SocketAddr) -> io::Result<TcpStream> {
+    let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+    match connect(&socket, &to) {
+        Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(TcpStream::from(socket)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+impl Tcp {
+    pub fn new() -> Self {
+        Self { flows: Table::new(FLOWS), deadlines: BTreeSet::new(), ports: Ports::default() }
+    }
+
+    #[cfg(test)]
+    pub fn flows(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// When a flow next has something to do by itself.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadlines.first().map(|(at, _)| *at)
+    }
+
+    /// The guest sends a segment.
+    pub fn input(&mut self, context: &mut Context, resolvers: &mut Resolvers, packet: &[u8]) {
+        let ip = Ipv4Packet::new_unchecked(packet);
+        let (from, to) = (ip.src_addr(), ip.dst_addr());
+        let Ok(segment) = TcpPacket::new_checked(ip.payload()) else { return };
+        let Ok(segment) = TcpRepr::parse(&segment, &from.into(), &to.into(), &unchecked()) else { return };
+        let guest = SocketAddrV4::new(from, segment.src_port);
+        let key = Key { guest, remote: SocketAddrV4::new(to, segment.dst_port) };
+        if let Some(flow) = self.flows.touch(&key, context.now) {
+            match &flow.state {
+                // The same SYN again, or the guest has thought better of it.
+                State::Connecting(_) if segment.control == TcpControl::Rst => self.remove(&key, Fate::Breaks),
+                State::Connecting(_) => {}
+                _ => self.turn(context, key, Some(packet)),
+            }
+            return;
+        }
+        match segment.control {
+            TcpControl::Syn if segment.ack_number.is_none() => {
+                self.open(context, resolvers, key, packet, &segment)
+            }
+            TcpControl::Rst => {}
+            _ => refuse(context, key, &segment),
+        }
+    }
+
+    /// The guest opens a connection.
+    fn open(
+        &mut self,
+        context: &mut Context,
+        resolvers: &mut Resolvers,
+        key: Key,
+        packet: &[u8],
+        segment: &TcpRepr<'_>,
+    ) {
+        let target = match policy::is_dns(key.remote) && context.policy.has_names() {
+            true => resolvers.pick(0, context.now),
+            false => context.policy.target(key.remote).map(SocketAddr::V4),
+        };
+        let Some(target) = target else {
+            return icmp::unreachable(context, packet, Icmpv4DstUnreachable::CommProhibited);
+        };
+        let begun = begin(target)
+            .and_then(|host| self.insert(context, key, State::Connecting(packet.to_vec()), host));
+        if let Err(error) = begun {
+            fail(context, key, packet, segment, &error);
+        }
+    }
+
+    /// Somebody has connected to a published port, behind which is the guest's `port`.
+    pub fn accept(&mut self, context: &mut Context, host: TcpStream, port: u16) {
+        let guest = SocketAddrV4::new(GUEST, port);
+        let key = self.ports.free(guest, |key| self.flows.contains(key));
+        let mut end = GuestEnd::new(context, key.remote);
+        let (remote, local) =
+            ((IpAddress::Ipv4(GUEST), port), (IpAddress::Ipv4(*key.remote.ip()), key.remote.port()));
+        let GuestEnd { interface, sockets, socket } = &mut end;
+        let socket = sockets.get_mut::<tcp::Socket<'_>>(*socket);
+        socket.set_timeout(Some(smoltcp::time::Duration::from_millis(ANSWER.as_millis() as u64)));
+        if socket.connect(interface.context(), remote, local).is_err() || host.set_nonblocking(true).is_err()
+        {
+            return;
+        }
+        if self.insert(context, key, State::Open(Box::new(end)), host).is_ok() {
+            self.turn(context, key, None);
+        }
+    }
+
+    fn insert(&mut self, context: &mut Context, key: Key, state: State, host: TcpStream) -> io::Result<()> {
+        if let Some(oldest) = self.flows.surplus() {
+            self.abort(context, oldest);
+        }
+        // What goes over this socket was put together by somebody else already.
+        let _ = host.set_nodelay(true);
+        context.poller.add(&host, Source::Tcp, self.flows.next_id())?;
+        self.flows.insert(key, context.now, Flow::new(state, host));
+        Ok(())
+    }
+
+    /// A flow's socket can go on.
+    pub fn ready(&mut self, context: &mut Context, ready: Ready) {
+        let Some(key) = self.flows.key(ready.id) else { return };
+        let Some(flow) = self.flows.touch(&key, context.now) else { return };
+        flow.readable |= ready.input;
+        flow.writable |= ready.output;
+        let State::Connecting(syn) = &mut flow.state else {
+            return self.turn(context, key, None);
+        };
+        if !ready.output {
+            return;
+        }
+        let syn = std::mem::take(syn);
+        let connected = sockopt::socket_error(&flow.host).unwrap_or_else(Err);
+        if let Err(error) = connected {
+            self.remove(&key, Fate::Ends);
+            let ip = Ipv4Packet::new_unchecked(syn.as_slice());
+            let ends = (ip.src_addr().into(), ip.dst_addr().into());
+            // It was parsed before.
+            let Ok(segment) = TcpPacket::new_checked(ip.payload()) else { return };
+            let Ok(segment) = TcpRepr::parse(&segment, &ends.0, &ends.1, &unchecked()) else { return };
+            return fail(context, key, &syn, &segment, &error.into());
+        }
+        let mut guest = GuestEnd::new(context, key.remote);
+        let (addr, port) = (Some(IpAddress::Ipv4(*key.remote.ip())), key.remote.port());
+        if guest.socket().listen(IpListenEndpoint { addr, port }).is_err() {
+            return self.remove(&key, Fate::Breaks);
+        }
+        flow.state = State::Open(Box::new(guest));
+        self.turn(context, key, Some(&syn));
+    }
+
+    /// Lets a flow do what it can, and sees to what follows from that.
+    fn turn(&mut self, context: &mut Context, key: Key, input: Option<&[u8]>) {
+        let Some(flow) = self.flows.get_mut(&key) else { return };
+        let fate = flow.turn(context, input);
+        if fate != Fate::Lives {
+            return self.remove(&key, fate);
+        }
+        let now = context.clock.smoltcp(context.now);
+        let next = match &mut flow.state {
+            State::Open(guest) => guest.interface.poll_at(now, &guest.sockets),
+            _ => None,
+        };
+        let is_due = next.is_some_and(|at| at <= now);
+        let waits = is_due && !context.frames.has_room();
+        // What is due although all has been sent that could be is looked at again soon, and not at once.
+        let deadline = match next {
+            _ if waits => None,
+            Some(_) if is_due => Some(context.now + SOON),
+            next => next.map(|at| context.clock.std(at)),
+        };
+        let before = std::mem::replace(&mut flow.deadline, deadline);
+        if before != deadline {
+            before.map(|at| self.deadlines.remove(&(at, key)));
+            deadline.map(|at| self.deadlines.insert((at, key)));
+        }
+        if waits {
+            self.flows.wait(key);
+        }
+    }
+
+    /// There is room for frames again.
+    pub fn resume(&mut self, context: &mut Context) {
+        for key in self.flows.take_waiting() {
+            self.turn(context, key, None);
+        }
+    }
+
+    /// Whether there is more than there was room for.
+    pub fn is_waiting(&self) -> bool {
+        self.flows.is_waiting()
+    }
+
+    /// Does what is due by now.
+    pub fn on_time(&mut self, context: &mut Context) {
+        let later = self.deadlines.split_off(&(context.now, Key::LAST));
+        for (_, key) in std::mem::replace(&mut self.deadlines, later) {
+            if let Some(flow) = self.flows.get_mut(&key) {
+                flow.deadline = None;
+                self.turn(context, key, None);
+            }
+        }
+    }
+
+    /// Whether there are flows.
+    pub fn any(&self) -> bool {
+        !self.flows.is_empty()
+    }
+
+    /// Ends flows that have been idle for too long.
+    pub fn expire(&mut self, context: &mut Context) {
+        let limit = |flow: &Flow| match flow.state {
+            State::Open(_) if !flow.host_ended && !flow.guest_ended => IDLE,
+            _ => IDLE_HALF,
+        };
+        for key in self.flows.idle(context.now, limit) {
+            self.abort(context, key);
+        }
+    }
+
+    /// Ends a flow, and tells both sides by a reset.
+    fn abort(&mut self, context: &mut Context, key: Key) {
+        if let Some(Flow { state: State::Open(guest), .. }) = self.flows.get_mut(&key) {
+            guest.socket().abort();
+            guest.poll(context, None);
+        }
+        self.remove(&key, Fate::Breaks);
+    }
+
+    fn remove(&mut self, key: &Key, fate: Fate) {
+        let Some(flow) = self.flows.remove(key) else { return };
+        flow.deadline.map(|at| self.deadlines.remove(&(at, *key)));
+        if fate == Fate::Breaks {
+            let _ = sockopt::set_socket_linger(&flow.host, Some(Duration::ZERO));
+        }
+    }
+}
+
+/// The network goes, and with it what the guest has not sent yet: peers must not take that for the end.
+impl Drop for Tcp {
+    fn drop(&mut self) {
+        for flow in self.flows.all().filter(|flow| !flow.told_host) {
+            let _ = sockopt::set_socket_linger(&flow.host, Some(Duration::ZERO));
+        }
+    }
+}
+
+/// The host could not connect: the guest's kernel hears it as it would of its own network.
+fn fail(context: &mut Context, key: Key, packet: &[u8], segment: &TcpRepr<'_>, error: &io::Error) {
+    log::debug!("user network: TCP to {}: {error}", key.remote);
+    match error.kind() {
+        ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => refuse(context, key, segment),
+        ErrorKind::NetworkUnreachable => {
+            icmp::unreachable(context, packet, Icmpv4DstUnreachable::NetUnreachable);
+        }
+        _ => icmp::unreachable(context, packet, Icmpv4DstUnreachable::HostUnreachable),
+    }
+}
+
+/// Answers a segment that belongs to no connection by a reset (RFC 9293, 3.10.7.1).
+fn refuse(context: &mut Context, key: Key, segment: &TcpRepr<'_>) {
+    let seq_number = segment.ack_number.unwrap_or_default();
+    let ack_number = match segment.ack_number {
+        Some(_) => None,
+        None => Some(segment.seq_number + segment.segment_len()),
+    };
+    let reset = TcpRepr {
+        src_port: key.remote.port(),
+        dst_port: key.guest.port(),
+        control: TcpControl::Rst,
+        seq_number,
+        ack_number,
+        window_len: 0,
+        window_scale: None,
+        max_seg_size: None,
+        sack_permitted: false,
+        sack_ranges: [None; 3],
+        timestamp: None,
+        payload: &[],
+    };
+    let (from, to) = (*key.remote.ip(), *key.guest.ip());
+    let ip = Ipv4Repr {
+        src_addr: from,
+        dst_addr: to,
+        next_header: IpProtocol::Tcp,
+        payload_len: reset.buffer_len(),
+        hop_limit: 64,
+    };
+    context.frames.tcp(ip.buffer_len() + reset.buffer_len(), |bytes| {
+        let mut packet = Ipv4Packet::new_unchecked(&mut bytes[..]);
+        ip.emit(&mut packet, &unchecked());
+        reset.emit(
+            &mut TcpPacket::new_unchecked(packet.payload_mut()),
+            &from.into(),
+            &to.into(),
+            &unchecked(),
+        );
+    });
+}
