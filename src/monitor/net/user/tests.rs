@@ -614,7 +614,9 @@ fn the_gateway_answers_ping() {
         let handle = guest.sockets.add(socket);
         ping(&mut guest, handle, Ipv4Addr::LOCALHOST);
     } else {
-        eprintln!("SKIPPED: ping beyond the gateway (net.ipv4.ping_group_range)");
+        eprintln!(
+            "SKIP: the_gateway_answers_ping: beyond it, for net.ipv4.ping_group_range has not this group"
+        );
     }
 }
 
