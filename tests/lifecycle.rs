@@ -73,12 +73,12 @@ impl Control for Fake {
         Ok(())
     }
 
-    fn power_button(&self) -> Result<(), String> {
+    fn power_button(&self) -> Result<bool, String> {
         if self.name == "buttonless" {
             return Err("it has no power button".to_owned());
         }
         self.note("button");
-        Ok(())
+        Ok(true)
     }
 
     fn kill(&self) {

@@ -128,6 +128,9 @@ pub struct Options {
     /// Further files that will be written.
     #[arg(skip)]
     pub outputs: Vec<PathBuf>,
+    /// A further file that will be read.
+    #[arg(skip)]
+    pub symbols: Option<PathBuf>,
     /// Seconds that the guest has to power off after SIGTERM, SIGINT or vmm stop, before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,
@@ -159,14 +162,15 @@ impl Options {
         };
         let decided = serial || self.serial.is_some();
         let (file, trace) = (self.config.take(), self.trace.take());
-        let reports = std::mem::take(&mut self.outputs);
+        let (reports, symbols) = (std::mem::take(&mut self.outputs), self.symbols.take());
         self.apply(&mut config)?;
         config.validate()?;
         config.to_boot()?;
         if !decided {
             boot::console::settle(&mut config);
         }
-        let inputs: Vec<_> = file.iter().map(|path| ("configuration", path.as_path())).collect();
+        let inputs = file.iter().map(|path| ("configuration", path.as_path()));
+        let inputs: Vec<_> = inputs.chain(symbols.iter().map(|path| ("symbols", path.as_path()))).collect();
         let outputs = trace.iter().map(|file| ("the trace", file.path.as_path()));
         let outputs: Vec<_> =
             outputs.chain(reports.iter().map(|path| ("the report", path.as_path()))).collect();

@@ -81,7 +81,8 @@ pub fn live(
     recorder.set_all_registers(record.as_ref().is_some_and(|record| record.registers));
     let viewers = Live::new(config.clone(), recorder.clone(), record.is_some());
     let killed_status = Code::Killed.number();
-    let controls = Controls { stop_timeout, viewers, serving: log_output::serve, killed_status };
+    let outputs = record.iter().map(|record| record.file.path.clone()).collect();
+    let controls = Controls { stop_timeout, viewers, serving: log_output::serve, killed_status, outputs };
     let mut session = Session::controlled(&config, recorder.clone(), controls)?;
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder));
     let mut ptys = Announcer::default();

@@ -109,6 +109,12 @@ struct View {
     kaslr_offset: Option<u64>,
 }
 
+impl View {
+    fn symbols_file(&self) -> Option<&Path> {
+        self.symbols.as_ref()?.as_deref()
+    }
+}
+
 /// What a word of `--only` stands for.
 #[derive(Debug, Clone, Copy)]
 struct Kinds(&'static [Kind]);
@@ -135,7 +141,9 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     if let Some(Command::Report { file, view }) = options.command {
         let written = view.html.iter().chain(&view.perfetto).map(|path| ("the report", path.as_path()));
         let written: Vec<_> = written.collect();
-        outputs::check(&VmConfig::default(), &[("record", &file)], &written)
+        let symbols = view.symbols_file().map(|path| ("symbols", path));
+        let read: Vec<_> = symbols.into_iter().chain([("record", file.as_path())]).collect();
+        outputs::check(&VmConfig::default(), &read, &written)
             .map_err(|clash| Failure::new(Code::BadArgument, clash).hint(Some(Clash::HINT)))?;
         tell(&file, &view, false)?;
         return Ok(Code::Success);
@@ -151,6 +159,7 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     let file = options.keep.unwrap_or_else(|| scratch.path().join("record").into());
     record.trace = Some(file.clone());
     record.outputs = options.view.html.iter().chain(&options.view.perfetto).cloned().collect();
+    record.symbols = options.view.symbols_file().map(Path::to_owned);
     let ended = run::run(record);
     let told = if file.path.is_file() { tell(&file.path, &options.view, true) } else { Ok(()) };
     // How the run ended matters more than that nobody read the report to its end.
@@ -213,18 +222,17 @@ fn tell(file: &Path, view: &View, ours: bool) -> Result<(), Failure> {
     report.shown = view.vendor;
     report.colour = io::stdout().is_terminal();
     if let Some(path) = view.html.as_ref().or(view.perfetto.as_ref()) {
-        let written = output::create(path).map(BufWriter::new).and_then(|mut out| {
-            match view.html {
-                Some(_) => report.html(&filter, &mut out)?,
-                None => report.perfetto(&filter, &mut out)?,
-            }
-            out.flush()
-        });
         let context = || format!("cannot write {}", path.display());
-        let hint = "give the path of a file (no symbolic link), in a directory that can be written to";
-        return written
+        let file = output::create(path)
             .with_context(context)
-            .map_err(|error| Failure::new(Code::Host, error).hint(Some(hint)));
+            .map_err(|error| Failure::new(Code::BadArgument, error).hint(Some(Failure::NEW_FILE)))?;
+        let mut out = BufWriter::new(file);
+        let written = match view.html {
+            Some(_) => report.html(&filter, &mut out),
+            None => report.perfetto(&filter, &mut out),
+        };
+        let written = written.and_then(|()| out.flush()).with_context(context);
+        return written.map_err(|error| Failure::new(Code::Host, error));
     }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match (view.stats, view.json) {

@@ -112,6 +112,10 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// What to try where a file cannot be made.
+    pub const NEW_FILE: &'static str =
+        "give the path of a file (no symbolic link), in a directory that can be written to";
+
     /// A failure of kind `code`. Whatever it was that found no free descriptor, it is the host that lacks them.
     pub fn new(code: Code, error: impl Into<anyhow::Error>) -> Self {
         let error = error.into();

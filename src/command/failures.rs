@@ -30,11 +30,16 @@ impl From<machine::Error> for Failure {
 
 impl From<file::Error> for Failure {
     fn from(error: file::Error) -> Self {
-        let code = match error {
-            file::Error::Io { .. } => Code::Host,
-            file::Error::Format { .. } => Code::BadArgument,
+        let (code, hint) = match error {
+            file::Error::Io { what: "write", .. } => {
+                (Code::Host, "make room for it, or limit it: --trace FILE,max=SIZE")
+            }
+            file::Error::Io { what: "read", .. } | file::Error::Format { .. } => {
+                (Code::BadArgument, "record one: vmm --trace FILE --kernel vmlinux")
+            }
+            file::Error::Io { .. } => (Code::BadArgument, Self::NEW_FILE),
         };
-        Self::new(code, error).hint(Some("record one: vmm --trace FILE --kernel vmlinux"))
+        Self::new(code, error).hint(Some(hint))
     }
 }
 

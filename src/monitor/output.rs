@@ -127,12 +127,17 @@ impl Rotating {
         if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
             return Err(io::Error::other("another file has its name"));
         }
-        let mut older = self.path.clone().into_os_string();
-        older.push(".1");
-        std::fs::rename(&self.path, older)?;
+        std::fs::rename(&self.path, older(&self.path))?;
         self.file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path)?;
         Ok(())
     }
+}
+
+/// Where what [`Rotating`] has filled of `path` goes.
+pub fn older(path: &Path) -> PathBuf {
+    let mut older = path.as_os_str().to_owned();
+    older.push(".1");
+    older.into()
 }
 
 #[cfg(test)]

@@ -218,7 +218,7 @@ fn hints_are_in_the_words_of_the_command_line_and_lead_on() {
     let place = Place::new();
     for (arguments, hint) in [
         ("--mem 1G", "give a kernel, --kernel FILE, or a disk with an installed system, --disk FILE"),
-        ("--kernel k --mem 64", "a size without a unit is in bytes; for 64 MiB write --mem 64M"),
+        ("--kernel k --mem 64", "that is 64 bytes; for 64 MiB write --mem 64M"),
         ("--kernel k --mem 1M", "try --mem 128M"),
         ("--kernel k --mem 100M,hugepages=1G", "round it up: --mem 1G,hugepages=1G"),
         (
@@ -332,7 +332,7 @@ fn too_few_descriptors_have_one_code_and_one_hint() {
 #[test]
 fn an_output_that_is_a_file_of_the_same_run_is_refused() {
     let place = Place::new();
-    for name in ["kernel", "initrd", "disk", "rom", "option", "log"] {
+    for name in ["kernel", "initrd", "disk", "rom", "option", "log", "older.1"] {
         place.file(name, [name.as_bytes(), &[0; 1024]].concat());
     }
     place.file("vm.json", r#"{"kernel": "kernel"}"#);
@@ -359,6 +359,9 @@ fn an_output_that_is_a_file_of_the_same_run_is_refused() {
         ("--console file=new --serial file=folder/../new", &["serial port", "console"]),
         ("--console file=to-new --trace new", &["trace", "console"]),
         ("--port a=file=new --port b=file=new", &["port b", "port a"]),
+        // What is full takes a second name.
+        ("--serial file=older,max=64K --disk older.1", &["serial port", "when it is full", "disk"]),
+        ("--serial file=new,max=64K --console file=new.1", &["serial port", "console"]),
     ] {
         // An option that is given twice would be an error of its own.
         let run =
@@ -369,6 +372,11 @@ fn an_output_that_is_a_file_of_the_same_run_is_refused() {
     refused(&place, trace, BAD_ARGUMENT, &["report", "kernel"]);
     let report = "trace report log --html folder/../log";
     refused(&place, report, BAD_ARGUMENT, &["report", "record"]);
+    for command in ["trace report log --symbols kernel", "trace --symbols log"] {
+        let run = if command.contains("report") { "" } else { " -- --kernel kernel --console off" };
+        let html = if command.contains("report") { "kernel" } else { "log" };
+        refused(&place, &format!("{command} --html {html}{run}"), BAD_ARGUMENT, &["report", "symbols"]);
+    }
     let mut appending = place.command("--kernel kernel --disk disk --serial stdio");
     appending.stdout(File::options().append(true).open(place.path("disk")).unwrap());
     refused_command(&place, appending, BAD_ARGUMENT, &["standard output", "disk"]);

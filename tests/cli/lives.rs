@@ -383,7 +383,8 @@ fn monitors_that_are_stopped_are_listed_as_such_and_delay_nobody() {
     }
     let place = Place::new();
     place.file("halt", kernel(&HALT));
-    let runs = place.start("runs", "");
+    // One before them and one behind them.
+    let (runs, too) = (place.start("runs", ""), place.start("too", ""));
     let stopped: Vec<_> = (0..4).map(|n| place.start(&format!("stopped{n}"), "")).collect();
     stopped.iter().for_each(|guest| guest.signal(Signal::STOP));
     let asked = Instant::now();
@@ -391,8 +392,9 @@ fn monitors_that_are_stopped_are_listed_as_such_and_delay_nobody() {
     // One after the other, with the patience of a single command, it would be 40 s.
     assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
     let rows: Vec<Vec<_>> = list.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
-    let [first, others @ ..] = &rows[..] else { panic!("{list}") };
+    let [first, others @ .., last] = &rows[..] else { panic!("{list}") };
     assert_eq!(first[..3], ["runs", &runs.pid().to_string(), "running"]);
+    assert_eq!(last[..3], ["too", &too.pid().to_string(), "running"], "{list}");
     assert_eq!(others.len(), 4);
     for (row, guest) in others.iter().zip(&stopped) {
         assert_eq!(row[1..4], [guest.pid().to_string().as_str(), "no", "answer"], "{list}");
@@ -410,6 +412,7 @@ fn monitors_that_are_stopped_are_listed_as_such_and_delay_nobody() {
         place.done(&format!("kill stopped{n}"));
     }
     place.done("kill runs");
+    place.done("kill too");
 }
 
 #[test]

@@ -81,7 +81,7 @@ enum Situation {
     Paused,
 }
 
-const SITUATIONS: [Situation; 16] = [
+const SITUATIONS: [Situation; 18] = [
     Situation::Stderr(""),
     Situation::Stderr("-vv"),
     Situation::Stderr("--serial pty"),
@@ -93,6 +93,8 @@ const SITUATIONS: [Situation; 16] = [
     Situation::HungStart("--kernel mount/disk"),
     Situation::HungStart("--kernel asks --initrd mount/disk"),
     Situation::HungStart("--kernel asks --firmware mount/disk"),
+    Situation::HungStart("--kernel asks --serial file=mount/disk"),
+    Situation::HungStart("--kernel asks --trace mount/disk"),
     Situation::HungDisk,
     Situation::SlowDiscards,
     Situation::Search,
@@ -316,7 +318,8 @@ impl Scene {
                 return self.obeys(Order::Kill);
             }
             Order::Kill | Order::Signal(Signal::HUP) => (Duration::ZERO, AT_ONCE),
-            _ if dead => (Duration::ZERO, AT_ONCE),
+            // Nor is there a guest to wait for before it has begun.
+            _ if dead || matches!(self.situation, Situation::HungStart(_)) => (Duration::ZERO, AT_ONCE),
             _ => {
                 self.status();
                 (GRACE, GRACE + AT_ONCE)

@@ -63,7 +63,7 @@ fn a_page_shows_the_events_that_were_recorded() {
     let read = |name| std::fs::read(place.path(name)).unwrap();
     assert_eq!(read("first.html"), read("page.html"));
     let refused = place.vmm("trace report record --html /no/such/folder/page.html");
-    assert_eq!(refused.status.code(), Some(4));
+    assert_eq!(refused.status.code(), Some(2));
     assert!(text(&refused.stderr).contains("/no/such/folder/page.html"), "{}", text(&refused.stderr));
 
     let Some(browser) = browser(NAME) else { return };

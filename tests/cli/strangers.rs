@@ -578,24 +578,24 @@ fn no_output_follows_a_link() {
     place.file("chatter", chatter(10));
     place.file("precious", "precious");
     symlink("precious", place.path("link")).unwrap();
-    for (option, code) in [
-        ("--console file=link", BAD_ARGUMENT),
-        ("--serial file=link", BAD_ARGUMENT),
-        ("--serial file=link,max=1M", BAD_ARGUMENT),
-        ("--port p=file=link", BAD_ARGUMENT),
-        ("--trace link", HOST),
+    for option in [
+        "--console file=link",
+        "--serial file=link",
+        "--serial file=link,max=1M",
+        "--port p=file=link",
+        "--trace link",
     ] {
         let console = if option.contains("--console") { "" } else { "--console off" };
         refused(
             &place,
             &format!("--kernel chatter --debug-exit {console} {option}"),
-            code,
+            BAD_ARGUMENT,
             &["link", "symbolic link"],
         );
     }
     place.vmm(&format!("{CHATTER} --serial file=out --trace record"));
     for view in ["--html link", "--perfetto link"] {
-        refused(&place, &format!("trace report record {view}"), HOST, &["link", "symbolic link"]);
+        refused(&place, &format!("trace report record {view}"), BAD_ARGUMENT, &["link", "symbolic link"]);
     }
     // What a shell makes of links is no attack: standard output, and a pipe of its own.
     let output = place.vmm(&format!("{CHATTER} --serial file=/dev/stdout"));

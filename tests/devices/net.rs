@@ -4,10 +4,10 @@ use std::collections::VecDeque;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_monitor::event_loop::Event;
 use vmm_monitor::memory::{Buffers, Slices};
 use vmm_monitor::net::{HEADER, Head, Link, MAX_FRAME, Offloads, START, Wire, from_descriptor};
@@ -24,18 +24,60 @@ const MRG_RXBUF: u64 = 1 << 15;
 const MQ: u64 = 1 << 22;
 const TO_HOST: [u8; 6] = [2; 6];
 
-/// A running device on a link of `socket`.
-fn guest(socket: NetSocket) -> (Guest, Link, Peer) {
+/// A running device on a link of `socket`, whose turns are counted.
+fn guest(socket: NetSocket) -> (Guest, Link, Peer, Turns) {
     let (link, peer) = link(socket);
+    let turns = Turns::default();
+    let link = Link::new(Counted(link, turns.clone())).unwrap();
     let mut guest = Guest::new(net_on(std::slice::from_ref(&link)));
     guest.start(0);
-    (guest, link, peer)
+    (guest, link, peer, turns)
 }
 
-/// Whether a worker that waits for the link would be woken now.
-fn is_ready(link: &Link) -> bool {
-    let mut fds = [PollFd::new(link, PollFlags::IN)];
-    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+/// Turns that a device has had.
+#[derive(Clone, Default)]
+struct Turns(Arc<AtomicUsize>);
+
+impl Turns {
+    /// Whether the worker comes to sleep.
+    fn are_over(&self) -> bool {
+        (0..200).any(|_| {
+            let before = self.0.load(Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(50));
+            self.0.load(Ordering::SeqCst) == before
+        })
+    }
+}
+
+/// A link that counts its device's turns: each asks at its end whether it is up.
+struct Counted(Link, Turns);
+
+impl Wire for Counted {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+    fn is_up(&self) -> bool {
+        self.1.0.fetch_add(1, Ordering::SeqCst);
+        self.0.wire().is_up()
+    }
+    fn offloads(&self) -> Offloads {
+        self.0.wire().offloads()
+    }
+    fn accept(&mut self, offloads: Offloads) {
+        self.0.wire().accept(offloads);
+    }
+    fn set_attached(&mut self, on: bool) {
+        self.0.wire().set_attached(on);
+    }
+    fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool {
+        self.0.wire().send(header, frame)
+    }
+    fn flush(&mut self) -> bool {
+        self.0.wire().flush()
+    }
+    fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
+        self.0.wire().receive(head, rest)
+    }
 }
 
 /// A frame of `len` bytes to the guest.
@@ -71,10 +113,10 @@ fn send(guest: &mut Guest, queue: usize, header: [u8; HEADER], frame: &[u8]) -> 
 
 #[test]
 fn a_guest_without_receive_buffers_costs_nothing_and_loses_nothing_that_the_socket_holds() {
-    let (mut guest, link, mut peer) = guest(NetSocket::Stream);
+    let (mut guest, _, mut peer, turns) = guest(NetSocket::Stream);
     guest.settle();
     (0..5).for_each(|number| peer.send(&numbered(number, 100)));
-    assert!(!is_ready(&link), "nobody is woken");
+    assert!(turns.are_over(), "nobody is woken");
     offer(&mut guest, 5, 2048);
     for number in 0..5 {
         let (_, len) = guest.rings[RECEIVE].wait_used(10);
@@ -83,12 +125,12 @@ fn a_guest_without_receive_buffers_costs_nothing_and_loses_nothing_that_the_sock
     }
     guest.settle();
     peer.send(&numbered(9, 100));
-    assert!(!is_ready(&link), "all buffers are used again");
+    assert!(turns.are_over(), "all buffers are used again");
 }
 
 #[test]
 fn a_peer_that_does_not_read_stalls_the_guest_and_nobody_spins() {
-    let (mut guest, link, mut peer) = guest(NetSocket::Stream);
+    let (mut guest, link, mut peer, turns) = guest(NetSocket::Stream);
     let all: Vec<_> = (0..60).map(|number| frame(TO_HOST, &[number; 9000])).collect();
     for (frame, at) in all.iter().zip((DATA..).step_by(0x2400)) {
         guest.store(at, &[&[0; HEADER][..], frame].concat());
@@ -101,10 +143,9 @@ fn a_peer_that_does_not_read_stalls_the_guest_and_nobody_spins() {
     }
     let offered = guest.rings[TRANSMIT].available();
     guest.notify(TRANSMIT);
-    guest.settle();
+    assert!(turns.are_over(), "nothing to do until the peer reads");
     let sent = std::iter::from_fn(|| guest.rings[TRANSMIT].used()).count();
     assert!(sent > 0 && sent < usize::from(offered), "{sent} of {offered} sent to nobody");
-    assert!(!is_ready(&link), "nothing to do until the peer reads");
     // A pause, and another device in its place, lose nothing and send nothing twice.
     guest.pause();
     let saved = guest.mmio.save_bytes();
@@ -123,7 +164,7 @@ fn a_peer_that_does_not_read_stalls_the_guest_and_nobody_spins() {
 #[test]
 fn a_frame_may_lie_in_several_buffers_if_that_was_agreed_on() {
     for socket in [NetSocket::Stream, NetSocket::Datagram] {
-        let (mut guest, _, mut peer) = guest(socket);
+        let (mut guest, _, mut peer, _) = guest(socket);
         offer(&mut guest, 8, 128);
         peer.send(&numbered(7, 1000));
         let used: Vec<_> = (0..8).map(|_| guest.rings[RECEIVE].wait_used(10).1 as usize).collect();
@@ -149,7 +190,7 @@ fn a_frame_may_lie_in_several_buffers_if_that_was_agreed_on() {
 
 #[test]
 fn frames_come_in_whatever_pieces_the_peer_writes_them() {
-    let (mut guest, _, peer) = guest(NetSocket::Stream);
+    let (mut guest, _, peer, _) = guest(NetSocket::Stream);
     let Peer::Stream(mut peer) = peer else { unreachable!() };
     offer(&mut guest, 32, 2048);
     let frames: Vec<_> = (0..12).map(|number| numbered(number, 14 + 97 * number)).collect();
@@ -176,7 +217,7 @@ fn frames_come_in_whatever_pieces_the_peer_writes_them() {
 fn the_driver_hears_that_the_peer_is_gone_and_what_it_sends_is_dropped() {
     // What no frame has in front ends a stream as well.
     for nonsense in [false, true] {
-        let (mut guest, link, peer) = guest(NetSocket::Stream);
+        let (mut guest, _, peer, turns) = guest(NetSocket::Stream);
         let Peer::Stream(mut peer) = peer else { unreachable!() };
         offer(&mut guest, 4, 2048);
         assert_eq!(guest.config::<2>(6), [1, 0]);
@@ -188,7 +229,7 @@ fn the_driver_hears_that_the_peer_is_gone_and_what_it_sends_is_dropped() {
         }
         guest.wait_for("the link is down", |guest| guest.config::<2>(6) == [0, 0]);
         assert_ne!(guest.read(0x60) & 2, 0, "an interrupt tells of it");
-        assert!(!is_ready(&link), "nobody is woken for it again");
+        assert!(turns.are_over(), "nobody is woken for it again");
         for _ in 0..3 {
             let head = send(&mut guest, TRANSMIT, [0; HEADER], &frame(TO_HOST, &[0; 50]));
             assert_eq!(guest.rings[TRANSMIT].wait_used(10), (head, 0));
@@ -233,7 +274,7 @@ fn queues_beyond_those_that_the_driver_asked_for_are_silent() {
 
 #[test]
 fn a_device_that_was_moved_asks_the_driver_to_announce_itself() {
-    let (mut guest, link, _peer) = guest(NetSocket::Stream);
+    let (mut guest, link, _peer, _) = guest(NetSocket::Stream);
     guest.pause();
     guest.resume();
     assert_eq!(guest.config::<2>(6), [1, 0], "a pause moves nothing");
@@ -379,7 +420,10 @@ fn a_tap_that_was_made_carries_frames_and_goes_with_its_last_queue() {
     let mut other = Ports::default();
     assert!(other.get(0, &format!("tap={name}").parse().unwrap(), None).is_ok(), "a queue more");
     drop(other);
-    let mut guest = Guest::new(net_on(&port.links));
+    let turns = Turns::default();
+    let links: Vec<_> =
+        port.links.iter().map(|link| Link::new(Counted(link.clone(), turns.clone())).unwrap()).collect();
+    let mut guest = Guest::new(net_on(&links));
     guest.start(0);
     offer(&mut guest, 32, 4096);
     // The host greets a new interface by itself (IPv6), or answers a question about itself not at all; what the guest sends is
@@ -400,11 +444,11 @@ fn a_tap_that_was_made_carries_frames_and_goes_with_its_last_queue() {
         .is_ok_and(|status| status.success())
     {
         guest.wait_for("the link is down", |guest| guest.config::<2>(6) == [0, 0]);
-        assert!(port.links.iter().all(|link| !is_ready(link)));
+        assert!(turns.are_over(), "nobody spins");
         send(&mut guest, TRANSMIT, [0; HEADER], &frame([0xff; 6], &[0x88, 0xb5, 1, 2, 3]));
         guest.rings[TRANSMIT].wait_used(10);
     }
-    drop((guest, port));
+    drop((guest, links, port));
     drop(ports);
     let end = std::time::Instant::now() + Duration::from_secs(10);
     while folder.exists() {

@@ -101,11 +101,12 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// In words, why it does not run.
     fn resume(&self) -> Result<(), String>;
-    /// Presses the ACPI power button. Whether the guest does anything about it is up to the guest.
+    /// Presses the ACPI power button. Whether the guest does anything about it is up to the guest. False if there has been none yet
+    /// that could.
     ///
     /// # Errors
     /// In words, why there is no button to press.
-    fn power_button(&self) -> Result<(), String>;
+    fn power_button(&self) -> Result<bool, String>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
     /// The machine has not ended although it was killed: ends the process, past everything that holds it up.

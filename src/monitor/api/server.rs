@@ -376,11 +376,23 @@ impl Orders {
         if !self.pause.under_way && self.control.status().state == State::Paused {
             self.control.resume()?;
         }
-        self.control.power_button()?;
+        if !self.control.power_button()? {
+            // Nobody is there yet who could power off.
+            self.kill();
+            return Ok(());
+        }
         self.stopping = true;
         let at = Instant::now().checked_add(timeout);
         self.stop_at = [self.stop_at, at].into_iter().flatten().min();
         Ok(())
+    }
+
+    /// Tells the clients that it is over. Not left to closing: a child process may hold the same descriptors for longer, and so may a
+    /// thread of ours that the host does not let go.
+    fn dismiss(&self) {
+        for client in self.clients.values() {
+            let _ = client.stream.shutdown(Shutdown::Both);
+        }
     }
 
     fn kill(&mut self) {
@@ -417,6 +429,7 @@ impl Orders {
         if due(&self.give_up_at) {
             self.give_up_at = None;
             self.entry.abandon();
+            self.dismiss();
             self.control.give_up();
         }
         if due(&self.stop_at) {
@@ -479,9 +492,6 @@ impl Handler for Orders {
 
 impl Drop for Orders {
     fn drop(&mut self) {
-        for client in self.clients.values() {
-            // Not left to closing: a child process may hold the same descriptor for longer.
-            let _ = client.stream.shutdown(Shutdown::Both);
-        }
+        self.dismiss();
     }
 }

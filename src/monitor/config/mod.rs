@@ -310,7 +310,7 @@ impl VmConfig {
         let (size, mem) = (self.mem.size, self.mem.size.bytes());
         if mem < 2 << 20 {
             let hint = match mem {
-                1..GUESS => format!("a size without a unit is in bytes; for {mem} MiB write `mem={mem}M`"),
+                1..GUESS => format!("that is {mem} bytes; for {mem} MiB write `mem={mem}M`"),
                 _ => "try `mem=128M`".to_owned(),
             };
             return invalid(format!("`mem={size}`: too little memory for any guest"), hint);

@@ -18,7 +18,9 @@ pub struct Foreign {
 enum How {
     /// qemu-img knows it.
     Convert,
-    /// It is compressed: the command that unpacks and keeps what was packed.
+    /// It is compressed: the command that unpacks its standard input.
+    Stream(&'static str),
+    /// It is an archive: the command that unpacks it and keeps what was packed.
     Unpack(&'static str),
 }
 
@@ -36,11 +38,11 @@ const MARKS: [(i64, &[u8], Foreign); 20] = [
     (0, b"WithoutFreeSpace", convert("parallels")),
     (0, b"WithouFreSpacExt", convert("parallels")),
     (-512, b"koly", convert("dmg")),
-    (0, b"\x1f\x8b\x08", unpack("gzip", "gzip -dk")),
-    (0, b"\xfd7zXZ\0", unpack("xz", "xz -dk")),
-    (0, b"\x28\xb5\x2f\xfd", unpack("zstd", "zstd -d")),
-    (4, b"1AY&SY", unpack("bzip2", "bzip2 -dk")),
-    (0, b"\x04\x22\x4d\x18", unpack("lz4", "lz4 -dk")),
+    (0, b"\x1f\x8b\x08", stream("gzip", "gzip -dc")),
+    (0, b"\xfd7zXZ\0", stream("xz", "xz -dc")),
+    (0, b"\x28\xb5\x2f\xfd", stream("zstd", "zstd -dc")),
+    (4, b"1AY&SY", stream("bzip2", "bzip2 -dc")),
+    (0, b"\x04\x22\x4d\x18", stream("lz4", "lz4 -dc")),
     (0, b"7z\xbc\xaf\x27\x1c", unpack("a 7z archive", "7z x")),
     (0, b"PK\x03\x04", unpack("a zip archive", "unzip")),
     (257, b"ustar", unpack("a tar archive", "tar -xvf")),
@@ -48,6 +50,10 @@ const MARKS: [(i64, &[u8], Foreign); 20] = [
 
 const fn convert(name: &'static str) -> Foreign {
     Foreign { name, how: How::Convert }
+}
+
+const fn stream(name: &'static str, command: &'static str) -> Foreign {
+    Foreign { name, how: How::Stream(command) }
 }
 
 const fn unpack(name: &'static str, command: &'static str) -> Foreign {
@@ -80,6 +86,10 @@ impl Foreign {
         match self.how {
             How::Convert => {
                 format!("qemu-img convert -O raw {} {}", quoted(&path), quoted(&format!("{path}.raw")))
+            }
+            // By its standard input: not every tool takes a name that it would not have given.
+            How::Stream(command) => {
+                format!("{command} <{} >{}", quoted(&path), quoted(&format!("{path}.raw")))
             }
             How::Unpack(command) => format!("{command} {}", quoted(&path)),
         }

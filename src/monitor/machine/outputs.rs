@@ -4,10 +4,12 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::iter;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::config::{CharTarget, Firmware, VmConfig};
+use crate::output::older;
 
 /// The most symlinks in a row to a file that is not there yet.
 const MAX_LINKS: usize = 16;
@@ -53,18 +55,22 @@ pub fn check(config: &VmConfig, inputs: &[Named], outputs: &[Named]) -> Result<(
     let ports = config.port.iter().map(|port| (format!("port {}", port.name), &port.to));
     let ends = [("the console".to_owned(), &console), ("the serial port".to_owned(), &config.serial)];
     let files = ends.into_iter().chain(ports).filter_map(|(what, place)| match place {
-        CharTarget::File(file) => Some((what, file.path.as_path())),
+        CharTarget::File(file) => Some((what, file)),
         _ => None,
+    });
+    // One with a limit takes a second name.
+    let files = files.flat_map(|(what, file)| {
+        let older = file.max.map(|_| (format!("{what}, when it is full,"), older(&file.path)));
+        iter::once((what, file.path.clone())).chain(older)
     });
     // Standard output may be a file as well.
     let stdio = console == CharTarget::Stdio || config.serial == CharTarget::Stdio;
-    let stdio = stdio.then(|| ("standard output".to_owned(), Path::new("/proc/self/fd/1")));
-    for (what, path) in
-        files.chain(stdio).chain(outputs.iter().map(|(what, path)| ((*what).to_owned(), *path)))
-    {
-        let Some(identity) = identity(path) else { continue };
+    let stdio = stdio.then(|| ("standard output".to_owned(), "/proc/self/fd/1".into()));
+    let outputs = outputs.iter().map(|(what, path)| ((*what).to_owned(), (*path).to_owned()));
+    for (what, path) in files.chain(stdio).chain(outputs) {
+        let Some(identity) = identity(&path) else { continue };
         if let Some((_, other)) = taken.iter().find(|(known, _)| *known == identity) {
-            return Err(Clash { output: what, other: other.clone(), path: path.to_owned() });
+            return Err(Clash { output: what, other: other.clone(), path });
         }
         taken.push((identity, format!("that of {what}")));
     }

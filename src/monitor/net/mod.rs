@@ -16,10 +16,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitflags::bitflags;
-use rustix::event::epoll;
 
 use crate::config::{self, NetTarget};
-use crate::event_loop::Interest;
 use crate::memory::{Buffers, Slices};
 
 pub use error::Error;
@@ -92,9 +90,8 @@ pub trait Wire: Send {
 #[derive(Clone)]
 pub struct Link {
     wire: Arc<Mutex<Box<dyn Wire>>>,
-    /// An epoll set of the wire's descriptor, and of that only while something is waited for.
-    epoll: Arc<OwnedFd>,
-    wanted: Arc<Mutex<Interest>>,
+    /// The wire's descriptor once more: to be waited on without a lock.
+    fd: Arc<OwnedFd>,
 }
 
 impl std::fmt::Debug for Link {
@@ -104,57 +101,24 @@ impl std::fmt::Debug for Link {
 }
 
 impl Link {
-    /// A link over `wire`, of which nothing is wanted yet.
+    /// A link over `wire`.
     ///
     /// # Errors
     /// The host is out of descriptors.
     pub fn new(wire: impl Wire + 'static) -> io::Result<Self> {
-        Ok(Self {
-            wire: Arc::new(Mutex::new(Box::new(wire))),
-            epoll: Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?),
-            wanted: Arc::default(),
-        })
+        let fd = Arc::new(wire.fd().try_clone_to_owned()?);
+        Ok(Self { wire: Arc::new(Mutex::new(Box::new(wire))), fd })
     }
 
     /// The host's end, for one turn.
     pub fn wire(&self) -> MutexGuard<'_, Box<dyn Wire>> {
         lock(&self.wire)
     }
-
-    /// What is waited for.
-    pub fn wanted(&self) -> Interest {
-        *lock(&self.wanted)
-    }
-
-    /// Has the link's descriptor be readable when what is wanted is there. With no interest at all nothing makes it readable,
-    /// not even a hang-up.
-    pub fn want(&self, interest: Interest) {
-        let wire = self.wire();
-        let mut wanted = lock(&self.wanted);
-        let interest = if wire.is_up() { interest } else { Interest::default() };
-        if *wanted == interest {
-            return;
-        }
-        let part = |wanted, flag| if wanted { flag } else { epoll::EventFlags::empty() };
-        let flags =
-            part(interest.input, epoll::EventFlags::IN) | part(interest.output, epoll::EventFlags::OUT);
-        let data = epoll::EventData::new_u64(0);
-        let none = Interest::default();
-        let result = match (*wanted == none, interest == none) {
-            (true, _) => epoll::add(&*self.epoll, wire.fd(), data, flags),
-            (false, true) => epoll::delete(&*self.epoll, wire.fd()),
-            (false, false) => epoll::modify(&*self.epoll, wire.fd(), data, flags),
-        };
-        match result {
-            Ok(()) => *wanted = interest,
-            Err(error) => log::error!("network: wait for the host: {error}"),
-        }
-    }
 }
 
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.as_fd()
+        self.fd.as_fd()
     }
 }
 

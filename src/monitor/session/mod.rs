@@ -9,6 +9,7 @@ mod files;
 mod running;
 
 use std::error;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -85,6 +86,8 @@ pub struct Controls {
     pub serving: fn(),
     /// The exit status of this process if it has to be ended because a killed machine does not end by itself.
     pub killed_status: u8,
+    /// Files that the owner writes during the run, beside the machine's own.
+    pub outputs: Vec<PathBuf>,
 }
 
 struct Controlled {
@@ -96,6 +99,7 @@ struct Controlled {
     running: Arc<Running>,
     stop_timeout: Duration,
     serving: fn(),
+    outputs: Vec<PathBuf>,
 }
 
 /// See the module's text.
@@ -138,11 +142,18 @@ impl<'a> Session<'a> {
         let orders = OrdersElsewhere::from_now_on();
         let entry = Registry::of_user().register(config.name.as_deref())?;
         log::info!("{}: control socket registered", entry.name());
-        let Controls { stop_timeout, viewers, serving, killed_status } = controls;
+        let Controls { stop_timeout, viewers, serving, killed_status, outputs } = controls;
         let running = Arc::new(Running::new(entry.name(), config, viewers, killed_status));
         let unserved = Some((entry, signals));
-        let controlled =
-            Some(Controlled { _orders: orders, server: None, unserved, running, stop_timeout, serving });
+        let controlled = Some(Controlled {
+            _orders: orders,
+            server: None,
+            unserved,
+            running,
+            stop_timeout,
+            serving,
+            outputs,
+        });
         let mut session = Self::private(config, recorder)?;
         session.controlled = controlled;
         Ok(session)
@@ -189,7 +200,8 @@ impl<'a> Session<'a> {
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
         // Other starts do without the thread until they last.
-        if files::may_hang(self.config) {
+        let outputs = self.controlled.as_ref().map_or(&[][..], |controlled| &controlled.outputs);
+        if files::may_hang(self.config, outputs) {
             self.serve()?;
         }
         loop {

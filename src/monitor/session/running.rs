@@ -32,6 +32,8 @@ pub(super) struct Running {
 #[derive(Debug, Default)]
 struct Now {
     machine: Option<Handle>,
+    /// There has been a machine.
+    began: bool,
     button: bool,
     kill: bool,
     over: bool,
@@ -72,6 +74,7 @@ impl Running {
             machine.power_button();
         }
         now.ptys = ptys;
+        now.began = true;
         now.machine = Some(machine);
     }
 
@@ -161,7 +164,7 @@ impl Control for Running {
         self.with_machine(Handle::resume)
     }
 
-    fn power_button(&self) -> Result<(), String> {
+    fn power_button(&self) -> Result<bool, String> {
         self.orders.fetch_add(1, Ordering::Relaxed);
         let mut now = self.now();
         if now.over {
@@ -169,7 +172,7 @@ impl Control for Running {
         }
         now.button = true;
         now.machine.iter().for_each(Handle::power_button);
-        Ok(())
+        Ok(now.began)
     }
 
     fn kill(&self) {

@@ -11,7 +11,7 @@
 //! that it is not over.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -235,18 +235,38 @@ impl Parts {
 /// What the worker thread runs.
 struct Service {
     parts: Arc<Mutex<Parts>>,
-    /// The queues' doorbells, then the device's own sources.
-    sources: Vec<OwnedFd>,
     doorbells: Vec<Event>,
+    /// The device's own sources, and what is waited for on each.
+    sources: Vec<(OwnedFd, Interest)>,
+}
+
+impl Service {
+    /// Waits for what the device wants now.
+    fn adapt(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
+        let parts = lock(&self.parts);
+        let tokens = self.doorbells.len() as u32..;
+        for (index, ((source, waited), token)) in self.sources.iter_mut().zip(tokens).enumerate() {
+            let wanted = parts.device.interest(index);
+            match (*waited == Interest::default(), wanted == Interest::default()) {
+                _ if *waited == wanted => {}
+                (true, _) => sources.add(source, token, wanted)?,
+                (_, true) => sources.remove(source)?,
+                _ => sources.change(source, token, wanted)?,
+            }
+            *waited = wanted;
+        }
+        Ok(())
+    }
 }
 
 impl Handler for Service {
     fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
-        let mut own = self.sources.iter().zip(0..);
-        own.try_for_each(|(source, token)| sources.add(source, token, Interest::INPUT))
+        let mut doorbells = self.doorbells.iter().zip(0..);
+        doorbells.try_for_each(|(doorbell, token)| sources.add(doorbell, token, Interest::INPUT))?;
+        self.adapt(sources)
     }
 
-    fn ready(&mut self, token: u32, _: &mut Sources<'_, '_>) {
+    fn ready(&mut self, token: u32, sources: &mut Sources<'_, '_>) {
         let index = token as usize;
         match self.doorbells.get(index) {
             Some(doorbell) => {
@@ -258,6 +278,9 @@ impl Handler for Service {
                 let source = index - self.doorbells.len();
                 lock(&self.parts).call(Cause::Source(source));
             }
+        }
+        if let Err(error) = self.adapt(sources) {
+            log::error!("{}: wait for the host: {error}", lock(&self.parts).name);
         }
     }
 }
@@ -630,13 +653,13 @@ impl Core {
         let doorbells = clones(&self.doorbells)?;
         let parts = lock(&self.parts);
         // Own descriptors, because the device's can be borrowed only under the lock. epoll takes both for the same.
-        let own = parts.device.event_sources();
-        let all = doorbells.iter().map(AsFd::as_fd).chain(own);
-        let sources = all.map(|fd| fd.try_clone_to_owned()).collect::<io::Result<Vec<_>>>()?;
+        let own = parts.device.event_sources().into_iter();
+        let own = own.map(|fd| Ok((fd.try_clone_to_owned()?, Interest::default())));
+        let sources = own.collect::<io::Result<Vec<_>>>()?;
         drop(parts);
         Worker::spawn(
             Role::Device(self.name.clone()),
-            Service { parts: self.parts.clone(), sources, doorbells },
+            Service { parts: self.parts.clone(), doorbells, sources },
         )
     }
 

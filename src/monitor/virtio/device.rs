@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::queue::Virtqueue;
 use crate::bus::Busy;
+use crate::event_loop::Interest;
 use crate::state::Saved;
 
 /// What a device is, as data.
@@ -52,10 +53,15 @@ pub trait VirtioDevice: Saved + Send {
     fn served_by_vcpu(&self, _index: usize) -> bool {
         false
     }
-    /// Descriptors that the device waits on, for reading, level-triggered. Asked at each start of the worker; the set
-    /// is constant while it runs (one whose interest changes can be an epoll descriptor).
+    /// Descriptors that the device may wait on, level-triggered. Asked at each start of the worker; the set is constant while it
+    /// runs.
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
+    }
+    /// What is waited for on source `source` at present; with no interest at all a hang-up is not heard either. The worker asks when
+    /// it starts and after each of its callbacks.
+    fn interest(&self, _source: usize) -> Interest {
+        Interest::INPUT
     }
     /// Source `source` of [`VirtioDevice::event_sources`] is ready. It may be so before `start` and after
     /// `reset`, too.

@@ -61,6 +61,8 @@ pub struct Net {
     /// It is to be asked, because it is somewhere else than it was.
     moved: bool,
     receivers: Vec<Receiver>,
+    /// What each link is waited for.
+    interests: Vec<Interest>,
 }
 
 /// [`Net`]'s saved state.
@@ -98,6 +100,7 @@ impl Net {
             announce: false,
             moved: false,
             receivers: (0..pairs).map(|_| Receiver::default()).collect(),
+            interests: vec![Interest::default(); pairs],
         };
         // The links may have served another device before.
         net.reset();
@@ -115,10 +118,10 @@ impl Net {
 
     fn set_pairs(&mut self, pairs: u16) {
         self.pairs = pairs;
-        for (link, pair) in self.port.links.iter().zip(0..) {
+        for ((link, interest), pair) in self.port.links.iter().zip(&mut self.interests).zip(0..) {
             // One that takes no part is always ready, for nothing.
             if pair >= pairs {
-                link.want(Interest::default());
+                *interest = Interest::default();
             }
             link.wire().set_attached(pair < pairs);
         }
@@ -134,14 +137,16 @@ impl Net {
     /// A turn for pair `pair`.
     fn serve(&mut self, pair: usize, queues: &mut [Virtqueue], receive: bool, transmit: bool) {
         let used = pair < usize::from(self.pairs);
-        let (Some(link), Some(receiver)) = (self.port.links.get(pair), self.receivers.get_mut(pair)) else {
+        let (Some(link), Some(receiver), Some(interest)) =
+            (self.port.links.get(pair), self.receivers.get_mut(pair), self.interests.get_mut(pair))
+        else {
             return;
         };
         if !self.running || !used {
-            return link.want(Interest::default());
+            *interest = Interest::default();
+            return;
         }
         let mut wire = link.wire();
-        let mut interest = link.wanted();
         if transmit {
             interest.output = transmit::serve(&mut **wire, &mut queues[2 * pair + 1], self.features);
         }
@@ -157,8 +162,10 @@ impl Net {
             };
             interest.input = receiver.serve(&mut **wire, &mut queues[2 * pair], &terms);
         }
-        drop(wire);
-        link.want(interest);
+        // One whose peer is gone would be ready for ever.
+        if !wire.is_up() {
+            *interest = Interest::default();
+        }
     }
 
     /// The configuration space's status, as it is now.
@@ -213,6 +220,10 @@ impl VirtioDevice for Net {
         self.port.links.iter().map(AsFd::as_fd).collect()
     }
 
+    fn interest(&self, source: usize) -> Interest {
+        self.interests.get(source).copied().unwrap_or_default()
+    }
+
     fn on_event(&mut self, source: usize, queues: &mut [Virtqueue]) {
         self.serve(source, queues, true, true);
         self.look();
@@ -239,9 +250,7 @@ impl VirtioDevice for Net {
         (self.announce, self.moved) = (false, false);
         self.config.mac = self.port.mac;
         self.receivers.fill_with(Receiver::default);
-        for link in &self.port.links {
-            link.want(Interest::default());
-        }
+        self.interests.fill(Interest::default());
         self.set_pairs(1);
         self.set_offloads(0);
         self.look();
