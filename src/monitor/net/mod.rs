@@ -61,7 +61,7 @@ pub struct Head {
 /// One of the host's ends.
 ///
 /// Called with its mutex held, never blocks. It never holds more than one frame each way, and of those only what the host's side
-/// has begun to take or to give.
+/// has begun to take or to give. The user network makes its frames itself, and bounds them.
 pub trait Wire: Send {
     /// The descriptor to wait on.
     fn fd(&self) -> BorrowedFd<'_>;

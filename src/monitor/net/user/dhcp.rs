@@ -29,16 +29,16 @@ pub fn answer(context: &mut Context, message: &[u8]) {
     let (is_lease, is_nak) = (query.message_type != DhcpMessageType::Inform, answer == DhcpMessageType::Nak);
     let mtu = (context.frames.mtu as u16).to_be_bytes();
     let options = [DhcpOption { kind: OPTION_MTU, data: &mtu }];
-    // A restricted guest has nowhere to go, and is told so by having no way there.
-    let outside = !is_nak && !context.policy.is_restricted();
+    // A guest that has nowhere to go is told so by having no way there.
+    let (router, resolver) = (context.policy.leads_out(), context.policy.has_names());
     let reply = DhcpRepr {
         message_type: answer,
         your_ip: if is_lease && !is_nak { GUEST } else { Ipv4Addr::UNSPECIFIED },
         server_ip: GATEWAY,
-        router: outside.then_some(GATEWAY),
+        router: (router && !is_nak).then_some(GATEWAY),
         subnet_mask: (!is_nak).then_some(Ipv4Addr::new(255, 255, 255, 0)),
         server_identifier: Some(GATEWAY),
-        dns_servers: outside.then(|| [DNS].into_iter().collect()),
+        dns_servers: (resolver && !is_nak).then(|| [DNS].into_iter().collect()),
         lease_duration: (is_lease && !is_nak).then_some(LEASE),
         renew_duration: None,
         rebind_duration: None,

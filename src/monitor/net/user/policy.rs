@@ -20,18 +20,20 @@ const CLOSED: [(Ipv4Addr, u8); 6] = [
 
 pub struct Policy {
     restrict: bool,
+    names: bool,
     allow: Vec<Allow>,
     routes: Routes,
 }
 
 impl Policy {
     pub fn new(config: &UserNet, routes: Routes) -> Self {
-        Self { restrict: config.restrict, allow: config.allow.clone(), routes }
+        let names = !config.restrict || !config.dns.is_empty();
+        Self { restrict: config.restrict, names, allow: config.allow.clone(), routes }
     }
 
-    /// Whether the guest reaches only what is allowed by name.
-    pub fn is_restricted(&self) -> bool {
-        self.restrict
+    /// Whether the guest reaches anything beyond its own network.
+    pub fn leads_out(&self) -> bool {
+        !self.restrict || !self.allow.is_empty()
     }
 
     /// Where on the host's side a flow to `target` goes, port 0 for ping. `None`: nowhere.
@@ -43,7 +45,7 @@ impl Policy {
 
     /// Whether the guest may ask for names.
     pub fn has_names(&self) -> bool {
-        !self.restrict
+        self.names
     }
 }
 

@@ -16,7 +16,7 @@ use smoltcp::wire::{
 };
 
 use super::{DNS, GATEWAY, GUEST, Stack};
-use crate::config::UserNet;
+use crate::config::{Net, NetTarget, UserNet};
 
 const MTU: u16 = UserNet::MTU;
 
@@ -560,8 +560,15 @@ fn names_are_asked_of_one_resolver_after_the_other() {
 
 #[test]
 fn the_lease_has_address_router_resolver_and_mtu() {
-    for restrict in [false, true] {
-        let mut guest = Guest::new(UserNet { restrict, ..UserNet::default() });
+    let (router, dns) = (Some(GATEWAY), vec![DNS]);
+    for (text, router, dns) in [
+        ("user", router, dns.clone()),
+        ("user,restrict=on", None, Vec::new()),
+        ("user,restrict=on,allow=192.0.2.1", router, Vec::new()),
+        ("user,restrict=on,dns=192.0.2.1", None, dns),
+    ] {
+        let NetTarget::User(config) = text.parse::<Net>().unwrap().to else { panic!("{text}") };
+        let mut guest = Guest::new(config);
         guest.interface.update_ip_addrs(|own| own.clear());
         let client = dhcpv4::Socket::new();
         let handle = guest.sockets.add(client);
@@ -581,7 +588,6 @@ fn the_lease_has_address_router_resolver_and_mtu() {
             mtu.iter().for_each(|mtu| assert_eq!(u16::from_be_bytes(*mtu), MTU));
             lease.is_some()
         });
-        let (router, dns) = if restrict { (None, Vec::new()) } else { (Some(GATEWAY), vec![DNS]) };
         assert_eq!(lease.unwrap(), ("10.0.2.15/24".to_owned(), router, dns));
     }
 }
@@ -608,7 +614,9 @@ fn the_gateway_answers_ping() {
         let handle = guest.sockets.add(socket);
         ping(&mut guest, handle, Ipv4Addr::LOCALHOST);
     } else {
-        eprintln!("SKIPPED: ping beyond the gateway (net.ipv4.ping_group_range)");
+        eprintln!(
+            "SKIP: the_gateway_answers_ping: beyond it, for net.ipv4.ping_group_range has not this group"
+        );
     }
 }
 
