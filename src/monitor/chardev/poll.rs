@@ -2,6 +2,9 @@
 //!
 //! Nobody reads events out of it; a device's worker waits for the set itself to be readable and then looks at
 //! everything. So what is registered is exactly what should wake the worker, and no more.
+//!
+//! A set of its own, and not sources of the worker's loop, because vCPUs change it, too: one that reads makes room for input, one that
+//! writes finds a client gone and closes it. The kernel then forgets the descriptor by itself, at once, whoever closes it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
