@@ -104,13 +104,28 @@ fn the_last_cpu_starts_though_nobody_wrote_to_an_apic_before() {
     assert_eq!(run(&image, &["--cpus", "2"]), (vec![], 0x15));
 }
 
+/// Loads an IDT that leads `vector` to the address that a call has left on the stack, and nothing else anywhere.
+fn catch(a: &mut CodeAssembler, vector: u64) {
+    const IDT: u64 = BASE + 0x1000;
+    const IDTR: u64 = BASE + 0x1800;
+    let gate = IDT + vector * 8;
+    a.pop(eax).unwrap();
+    a.mov(ebx, eax).unwrap();
+    a.and(eax, 0xffff).unwrap();
+    a.or(eax, 0x8_0000).unwrap();
+    a.mov(dword_ptr(gate), eax).unwrap();
+    a.and(ebx, 0xffff_0000u32 as i32).unwrap();
+    a.or(ebx, 0x8e00).unwrap();
+    a.mov(dword_ptr(gate + 4), ebx).unwrap();
+    a.mov(dword_ptr(IDTR), ((IDT as u32) << 16 | 0x7ff) as i32).unwrap();
+    a.mov(dword_ptr(IDTR + 4), (IDT >> 16) as i32).unwrap();
+    a.lidt(fword_ptr(IDTR)).unwrap();
+}
+
 /// A guest that takes a thousand interrupts of its local APIC's timer while it goes round `sti; nop; nop`, and says how many came
 /// before the instruction after STI, which the architecture does not allow (SDM volume 2, STI).
 fn shadow_prober() -> Vec<u8> {
     const VECTOR: u64 = 0x40;
-    const IDT: u64 = BASE + 0x1000;
-    const GATE: u64 = IDT + VECTOR * 8;
-    const IDTR: u64 = BASE + 0x1800;
     image(|a| {
         let [mut again, mut legal, mut set_up, mut learn] = std::array::from_fn(|_| a.create_label());
         a.mov(esp, BASE as u32 + 0x3f00).unwrap();
@@ -135,17 +150,7 @@ fn shadow_prober() -> Vec<u8> {
         }
         exit(a, 1);
         a.set_label(&mut set_up).unwrap();
-        a.pop(ebx).unwrap();
-        a.mov(eax, ebx).unwrap();
-        a.and(eax, 0xffff).unwrap();
-        a.or(eax, 0x8_0000).unwrap();
-        a.mov(dword_ptr(GATE), eax).unwrap();
-        a.and(ebx, 0xffff_0000u32 as i32).unwrap();
-        a.or(ebx, 0x8e00).unwrap();
-        a.mov(dword_ptr(GATE + 4), ebx).unwrap();
-        a.mov(dword_ptr(IDTR), ((IDT as u32) << 16 | 0x7ff) as i32).unwrap();
-        a.mov(dword_ptr(IDTR + 4), (IDT >> 16) as i32).unwrap();
-        a.lidt(fword_ptr(IDTR)).unwrap();
+        catch(a, VECTOR);
         // A PC's 8259s would interrupt, too.
         a.mov(al, 0xff).unwrap();
         a.out(0x21, al).unwrap();
@@ -287,9 +292,6 @@ fn cpuid_shows_the_model_that_was_asked_for() {
 /// A guest that reads each of `msrs` and writes back what it read: two characters each on the serial port, `+` where it could
 /// and `-` where it got #GP.
 fn msr_prober(msrs: &[u32]) -> Vec<u8> {
-    const IDT: u64 = BASE + 0x1000;
-    const GATE: u64 = IDT + 13 * 8;
-    const IDTR: u64 = BASE + 0x1800;
     image(|a| {
         let (mut set_up, mut tell) = (a.create_label(), a.create_label());
         a.mov(esp, BASE as u32 + 0x3f00).unwrap();
@@ -303,17 +305,7 @@ fn msr_prober(msrs: &[u32]) -> Vec<u8> {
         a.add(edi, 2).unwrap();
         a.jmp(edi).unwrap();
         a.set_label(&mut set_up).unwrap();
-        a.pop(eax).unwrap();
-        a.mov(ebx, eax).unwrap();
-        a.and(eax, 0xffff).unwrap();
-        a.or(eax, 0x8_0000).unwrap();
-        a.mov(dword_ptr(GATE), eax).unwrap();
-        a.and(ebx, 0xffff_0000u32 as i32).unwrap();
-        a.or(ebx, 0x8e00).unwrap();
-        a.mov(dword_ptr(GATE + 4), ebx).unwrap();
-        a.mov(dword_ptr(IDTR), ((IDT as u32) << 16 | 0xff) as i32).unwrap();
-        a.mov(dword_ptr(IDTR + 4), (IDT >> 16) as i32).unwrap();
-        a.lidt(fword_ptr(IDTR)).unwrap();
+        catch(a, 13);
         for msr in msrs {
             a.mov(ecx, *msr).unwrap();
             a.mov(esi, u32::from(b'+')).unwrap();
