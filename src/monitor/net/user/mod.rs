@@ -272,6 +272,7 @@ impl Stack {
         let context = &mut self.context;
         self.tcp.resume(context);
         self.udp.resume(context);
+        self.listeners.resume(context, &mut self.tcp);
         for ready in &events {
             match ready.source {
                 Source::Tcp => self.tcp.ready(context, *ready),
@@ -297,7 +298,10 @@ impl Stack {
 
     /// Sees to it that the descriptor is readable when there is something to do.
     fn rest(&mut self) {
-        let is_awake = !self.context.frames.is_empty() || self.tcp.is_waiting() || self.udp.is_waiting();
+        let is_awake = !self.context.frames.is_empty()
+            || self.tcp.is_waiting()
+            || self.udp.is_waiting()
+            || self.listeners.is_waiting();
         if is_awake != self.is_awake {
             self.is_awake = is_awake;
             if is_awake { self.wake.signal() } else { self.wake.clear() }

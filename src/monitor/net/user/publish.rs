@@ -72,11 +72,16 @@ pub fn open(list: &[Publish]) -> Result<(Open<TcpListener>, Open<UdpSocket>), Er
     Ok((tcp, udp))
 }
 
+/// Connections taken from one socket before the others have their turn.
+const TURN: usize = 64;
+
 struct Listener {
     socket: TcpListener,
     port: u16,
     /// Somebody may be waiting.
     ready: bool,
+    /// It is only that others had to have their turn.
+    more: bool,
 }
 
 /// Ports of TCP.
@@ -84,7 +89,7 @@ pub struct Listeners(Vec<Listener>);
 
 impl Listeners {
     pub fn new(context: &Context, sockets: Open<TcpListener>) -> io::Result<Self> {
-        let own = |(socket, port)| Listener { socket, port, ready: false };
+        let own = |(socket, port)| Listener { socket, port, ready: false, more: false };
         let list: Vec<_> = sockets.into_iter().map(own).collect();
         for (number, listener) in (0..).zip(&list) {
             context.poller.add(&listener.socket, Source::Listener, number)?;
@@ -97,6 +102,16 @@ impl Listeners {
         let Some(listener) = self.0.get_mut(number as usize) else { return };
         listener.ready = true;
         listener.take(context, tcp);
+    }
+
+    /// Goes on where others had to have their turn.
+    pub fn resume(&mut self, context: &mut Context, tcp: &mut Tcp) {
+        self.0.iter_mut().filter(|listener| listener.more).for_each(|listener| listener.take(context, tcp));
+    }
+
+    /// Whether somebody waits for the next turn.
+    pub fn is_waiting(&self) -> bool {
+        self.0.iter().any(|listener| listener.more)
     }
 
     /// Whether somebody could not be let in.
@@ -112,7 +127,8 @@ impl Listeners {
 
 impl Listener {
     fn take(&mut self, context: &mut Context, tcp: &mut Tcp) {
-        loop {
+        self.more = false;
+        for _ in 0..TURN {
             match self.socket.accept() {
                 Ok((stream, _)) => tcp.accept(context, stream, self.port),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -125,6 +141,7 @@ impl Listener {
                 Err(error) => return log::warn!("user network: published port {}: {error}", self.port),
             }
         }
+        self.more = true;
     }
 }
 

@@ -689,6 +689,21 @@ fn a_published_port_that_the_guest_does_not_have_is_reset() {
     assert_eq!(closed.join().unwrap(), std::io::ErrorKind::ConnectionReset);
 }
 
+/// Whoever connects faster than the guest answers does not keep the network from its other work.
+#[test]
+fn a_flood_of_connections_is_taken_in_turns() {
+    let port = free_port();
+    let publish = vec![format!("{port}:80").parse().unwrap()];
+    let mut stack = Stack::new(&UserNet { publish, ..UserNet::default() }, MAC, MTU).unwrap();
+    let _clients: Vec<_> = (0..100).map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap()).collect();
+    stack.turn();
+    assert_eq!(stack.tcp.flows(), 64);
+    stack.rest();
+    assert!(stack.is_awake, "the others are not forgotten");
+    stack.turn();
+    assert_eq!(stack.tcp.flows(), 100);
+}
+
 proptest! {
     #[test]
     fn no_frame_breaks_the_network(frames in proptest::collection::vec(garbage(), 1..40)) {
