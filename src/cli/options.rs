@@ -137,6 +137,16 @@ pub struct Options {
     /// Leave the monitor open to debuggers, perf and core dumps of this user (a core never has the guest's memory)
     #[arg(long)]
     pub dumpable: bool,
+    /// Run in the background: print the name as soon as the guest runs. What it writes to its console is kept for vmm logs (the last
+    /// 1 MiB, and up to as much before), its exit code for vmm wait, until vmm rm or a new one of this name
+    #[arg(short, long, conflicts_with_all = ["dry_run", "gdb"])]
+    pub detach: bool,
+    /// With -d: keep nothing when it has ended
+    #[arg(long, requires = "detach")]
+    pub rm: bool,
+    /// This is the process in the background.
+    #[arg(long, hide = true)]
+    pub detached: bool,
     /// Print the resolved configuration and the guest's memory map as JSON, without running anything
     #[arg(long)]
     pub dry_run: bool,

@@ -1,6 +1,7 @@
 //! The `vmm` command as a user meets it: a table of input that cannot work, and tiny guests from start to end.
 
 mod bad_input;
+mod detached;
 mod fuse;
 #[path = "../images/mod.rs"]
 #[allow(dead_code, reason = "shared with others, which make other kernels")]

@@ -109,6 +109,8 @@ pub trait Control: Send + Sync {
     fn power_button(&self) -> Result<bool, String>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
+    /// The exit status of this process, once it is known what that will be.
+    fn exit_status(&self) -> Option<u8>;
     /// The machine has not ended although it was killed: ends the process, past everything that holds it up.
     fn give_up(&self);
     /// Attaches a viewer of what the machine does, until the returned value is dropped.

@@ -97,7 +97,7 @@ impl Registry {
             let wanted = match name {
                 Some(name) => name,
                 None => {
-                    generated = generate();
+                    generated = generate_name();
                     &generated
                 }
             };
@@ -263,7 +263,10 @@ impl Registry {
     }
 
     /// Someone listens on the socket of `name`. A full queue is a sign of life too.
-    fn alive(&self, name: &str) -> Result<bool, Error> {
+    ///
+    /// # Errors
+    /// The socket cannot be asked.
+    pub fn alive(&self, name: &str) -> Result<bool, Error> {
         let path = self.socket(name);
         match self.try_connect(&path) {
             Ok(_) | Err(Errno::AGAIN) => Ok(true),
@@ -369,7 +372,7 @@ fn address(path: &Path) -> Result<SocketAddrUnix, Errno> {
 }
 
 /// A short name that can be said aloud. Not a secret, and not unique by itself.
-fn generate() -> String {
+pub fn generate_name() -> String {
     const FIRST: [&str; 32] = [
         "amber", "bold", "brave", "brisk", "calm", "clear", "clever", "cosy", "crisp", "dapper", "eager",
         "early", "fair", "fleet", "fond", "gentle", "glad", "happy", "keen", "kind", "late", "light",

@@ -169,6 +169,14 @@ impl<'a> Session<'a> {
         self.orders() > self.orders
     }
 
+    /// Tells those who wait for the end of the run that this process will exit with `status`. They hear it when the session is
+    /// dropped.
+    pub fn will_exit(&self, status: u8) {
+        if let Some(controlled) = &self.controlled {
+            controlled.running.will_exit(status);
+        }
+    }
+
     fn orders(&self) -> u32 {
         self.controlled.as_ref().map_or(0, |controlled| controlled.running.orders())
     }

@@ -37,6 +37,7 @@ struct Now {
     button: bool,
     kill: bool,
     over: bool,
+    exit_status: Option<u8>,
     ptys: Vec<Pty>,
 }
 
@@ -92,6 +93,11 @@ impl Running {
     /// No machine comes after the last; what is left to do may take a moment, and ends with the next order to end.
     pub fn over(&self) {
         self.now().over = true;
+    }
+
+    /// The process will end with `status`, whatever is left to do until then.
+    pub fn will_exit(&self, status: u8) {
+        self.now().exit_status = Some(status);
     }
 
     /// How often it was told to end, by whatever way. One more ends also what is done after the machine's end.
@@ -180,6 +186,11 @@ impl Control for Running {
         let mut now = self.now();
         now.kill = true;
         now.machine.iter().for_each(Handle::kill);
+    }
+
+    fn exit_status(&self) -> Option<u8> {
+        let now = self.now();
+        now.exit_status.or(now.kill.then_some(self.killed_status))
     }
 
     fn give_up(&self) {
