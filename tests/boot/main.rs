@@ -16,4 +16,5 @@ mod net_user;
 mod others;
 mod reboot;
 mod trace;
+mod vhost;
 mod without;

@@ -18,6 +18,23 @@ fn ip(arguments: &str) {
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// A tap with two queues called `name` whose host has the address 10.98.`net`.1.
+fn tap(name: &str, net: u8) {
+    ip(&format!("tuntap add dev {name} mode tap multi_queue"));
+    ip(&format!("addr add 10.98.{net}.1/24 dev {name}"));
+    ip(&format!("link set {name} up"));
+}
+
+/// Sends back what the next who connects sends, all at its end. How much that was.
+fn echo(listener: &TcpListener) -> usize {
+    let (mut guest, _) = listener.accept().unwrap();
+    let mut all = Vec::new();
+    guest.read_to_end(&mut all).unwrap();
+    guest.write_all(&all).unwrap();
+    guest.shutdown(Shutdown::Write).unwrap();
+    all.len()
+}
+
 /// The guest pings the host, and sends it 4 MiB over TCP, which the host sends back: over a tap with two queues, so
 /// with segments and checksums that are left to the other side.
 #[test]
@@ -25,18 +42,9 @@ fn a_guest_reaches_the_host_over_a_tap() {
     if !available("network over a tap") {
         return;
     }
-    ip("tuntap add dev vmmtest0 mode tap multi_queue");
-    ip("addr add 10.98.7.1/24 dev vmmtest0");
-    ip("link set vmmtest0 up");
+    tap("vmmtest0", 7);
     let listener = TcpListener::bind("10.98.7.1:7000").unwrap();
-    let echo = thread::spawn(move || {
-        let (mut guest, _) = listener.accept().unwrap();
-        let mut all = Vec::new();
-        guest.read_to_end(&mut all).unwrap();
-        guest.write_all(&all).unwrap();
-        guest.shutdown(Shutdown::Write).unwrap();
-        all.len()
-    });
+    let echo = thread::spawn(move || echo(&listener));
     let script = format!(
         "ip addr add 10.98.7.2/24 dev eth0; ip link set eth0 up; {FOUR_MIB}; \
          nc 10.98.7.1 7000 </d | sha256sum; \
@@ -55,6 +63,53 @@ fn a_guest_reaches_the_host_over_a_tap() {
     assert_eq!(body[2..4], ["3 packets received", "11"], "CSUM and HOST_TSO4: {}", ended.text);
     assert_eq!(body[4..], [&queues[..], &["02:00:00:00:00:2a", "1400"]].concat(), "{}", ended.text);
     ip("link delete vmmtest0");
+}
+
+/// The threads of the host's kernel that serve queues of `guest`.
+fn vhost_threads(guest: &Guest) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", guest.pid())).unwrap().flatten();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("vhost-")).count()
+}
+
+/// With the host's kernel in the monitor's place: the same, over a pause in the middle and over a reboot, on our kernel and on Debian's.
+#[test]
+fn the_hosts_kernel_serves_a_taps_queues_over_pauses_and_reboots() {
+    if !available("vhost-net") {
+        return;
+    }
+    for (kernel, name, net) in [(Kernel::TunedPvh, "vmmtest2", 9), (Kernel::Stock, "vmmtest3", 10)] {
+        tap(name, net);
+        let listener = TcpListener::bind(format!("10.98.{net}.1:7000")).unwrap();
+        let script = format!(
+            "ip addr add 10.98.{net}.2/24 dev eth0; ip link set eth0 up; {FOUR_MIB}; echo sends; \
+             nc 10.98.{net}.1 7000 </d | sha256sum; \
+             ping -q -c 3 -W 20 10.98.{net}.1 | grep -o '3 packets received'; \
+             ls /sys/class/net/eth0/queues | grep -c [rt]x-[0-9]; echo round; reboot -f"
+        );
+        let mut command = vmm(kernel, &script);
+        command.args(["--mem", "512M", "--cpus", "2", "--name", "v", "--on-reboot", "reset"]);
+        command.args(["--net", &format!("tap={name},queues=2,vhost=on")]);
+        let guest = Guest::start(command);
+        for round in 1..=2 {
+            guest.wait_for("sends", round);
+            assert_eq!(vhost_threads(&guest), 2, "{kernel:?}");
+            for _ in 0..5 {
+                assert_eq!(guest.control(&["pause", "v"]).0, Some(0));
+                assert_eq!(guest.control(&["resume", "v"]).0, Some(0));
+            }
+            assert_eq!(echo(&listener), 4 << 20);
+            guest.wait_for("round", round);
+        }
+        let text = guest.text();
+        let sums: Vec<_> = text.lines().filter(|line| line.trim_end().ends_with("  -")).collect();
+        assert_eq!(sums[0], sums[1], "{kernel:?}: what came back is what was sent: {text}");
+        assert_eq!(sums[2], sums[3], "{kernel:?}: {text}");
+        assert_eq!(text.matches("3 packets received").count(), 2, "{kernel:?}: {text}");
+        assert_eq!(text.lines().filter(|line| line.trim_end() == "4").count(), 2, "{kernel:?}: {text}");
+        assert_eq!(guest.control(&["kill", "v"]).0, Some(0));
+        ip(&format!("link delete {name}"));
+    }
 }
 
 /// Debian's kernel with its own driver, on a tap that vmm makes: it pings the host, and the host connects to it.

@@ -124,6 +124,14 @@ fn taps_that_cannot_be_and_what_is_left_of_one() {
     place.file("halt", kernel(&HALT));
     let arguments = |tap: &str| format!("--kernel kernel --console off --net tap={tap}");
     refused(&place, &format!("{},queues=2", arguments(&single.0)), BAD_ARGUMENT, &[&single.0, "one queue"]);
+    if !Path::new("/dev/vhost-net").exists() {
+        refused(
+            &place,
+            &format!("{},vhost=on", arguments(&single.0)),
+            BAD_ARGUMENT,
+            &["open /dev/vhost-net"],
+        );
+    }
 
     // Root without the right to make one, or to use those of others.
     let weak = |tap: &str| {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use super::text::{ParseError, flag, list_of_texts, optional_number};
 use super::{Allow, Invalid, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `user[,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]`.
+/// A network device: `user[,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N][,vhost=on|off]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
 pub struct Net {
@@ -21,6 +21,8 @@ pub struct Net {
     pub mtu: Option<u16>,
     /// Pairs of queues, of a tap. Absent: one.
     pub queues: Option<u16>,
+    /// The host's kernel serves a tap's queues (vhost-net), in the monitor's place.
+    pub vhost: bool,
 }
 
 /// Where frames go.
@@ -55,7 +57,7 @@ impl Net {
 
     /// A device on a user network.
     pub fn user(network: UserNet) -> Self {
-        Self { to: NetTarget::User(network), mac: None, mtu: None, queues: None }
+        Self { to: NetTarget::User(network), mac: None, mtu: None, queues: None, vhost: false }
     }
 
     /// The largest packet that the guest is told of; if none, it takes what it takes for Ethernet, 1500.
@@ -88,6 +90,8 @@ struct Keys {
     #[serde(default, deserialize_with = "optional_number")]
     queues: Option<u16>,
     #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
+    vhost: bool,
+    #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
     restrict: bool,
     #[serde(default, deserialize_with = "list_of_texts", skip_serializing_if = "Vec::is_empty")]
     dns: Vec<Resolver>,
@@ -114,13 +118,13 @@ impl TryFrom<Keys> for Net {
         if !is_plain && !keys.user {
             return Err("restrict=, dns=, allow= and publish= are settings of net=user");
         }
-        Ok(Self { to, mac: keys.mac, mtu: keys.mtu, queues: keys.queues })
+        Ok(Self { to, mac: keys.mac, mtu: keys.mtu, queues: keys.queues, vhost: keys.vhost })
     }
 }
 
 impl From<Net> for Keys {
     fn from(net: Net) -> Self {
-        let Net { to, mac, mtu, queues } = net;
+        let Net { to, mac, mtu, queues, vhost } = net;
         let (mut tap, mut fd, mut socket) = (None, None, None);
         let (mut user, mut network) = (false, UserNet::default());
         match to {
@@ -130,7 +134,7 @@ impl From<Net> for Keys {
             NetTarget::Socket(path) => socket = Some(path),
         }
         let UserNet { restrict, dns, allow, publish } = network;
-        Self { user, tap, fd, socket, mac, mtu, queues, restrict, dns, allow, publish }
+        Self { user, tap, fd, socket, mac, mtu, queues, vhost, restrict, dns, allow, publish }
     }
 }
 
@@ -217,6 +221,9 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
         if net.queues() > 1 && !matches!(net.to, NetTarget::Tap(_)) {
             return invalid("several queues need a tap".to_owned(), "drop queues=, or use tap=NAME");
         }
+        if net.vhost && !matches!(net.to, NetTarget::Tap(_)) {
+            return invalid("vhost=on needs a tap".to_owned(), "drop vhost=, or use tap=NAME");
+        }
         let others = &list[..i];
         if !matches!(net.to, NetTarget::Socket(_)) && others.iter().any(|other| other.to == net.to) {
             return invalid("two devices have the same end".to_owned(), "give each its own");
@@ -238,13 +245,13 @@ mod tests {
 
     #[test]
     fn a_device_is_written_as_text_or_object_and_reads_back() {
-        let json = r#"{"net": ["tap0", "tap=tap1,mac=02:00:00:00:00:0a,mtu=9000,queues=2", "fd=7",
+        let json = r#"{"net": ["tap0", "tap=tap1,mac=02:00:00:00:00:0a,mtu=9000,queues=2,vhost=on", "fd=7",
             "socket=/run/a,,b", {"socket": "/run/a,b", "mtu": 1400}]}"#;
         let config: VmConfig = serde_json::from_str(json).unwrap();
         let told: Vec<_> = config.net.iter().map(|net| net.to.to_string()).collect();
         assert_eq!(told, ["tap=tap0", "tap=tap1", "fd=7", "socket=/run/a,b", "socket=/run/a,b"]);
         let tap = &config.net[1];
-        assert_eq!((tap.mac.unwrap().0[5], tap.mtu, tap.queues()), (10, Some(9000), 2));
+        assert_eq!((tap.mac.unwrap().0[5], tap.mtu, tap.queues(), tap.vhost), (10, Some(9000), 2, true));
         assert_eq!(config.validate(), Ok(()));
         let again: VmConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
@@ -297,6 +304,7 @@ mod tests {
             &["tap=a,queues=0"],
             &["tap=a,queues=17"],
             &["fd=3,queues=2"],
+            &["user,vhost=on"],
             &["tap=a", "tap=a"],
             &["fd=3", "fd=3"],
             &["tap=a,mac=02:00:00:00:00:01", "tap=b,mac=02:00:00:00:00:01"],

@@ -9,6 +9,7 @@ mod mac;
 mod socket;
 mod tap;
 pub mod user;
+mod vhost;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,6 +23,7 @@ use crate::memory::{Buffers, Slices};
 
 pub use error::Error;
 pub use fd::from_descriptor;
+pub use vhost::{Ring, Vhost};
 
 /// Bytes of `struct virtio_net_hdr_v1`, in which a guest and a tap say what a frame still needs.
 pub const HEADER: usize = 12;
@@ -131,6 +133,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Port {
     /// One for each pair of queues.
     pub links: Vec<Link>,
+    /// What serves each of these pairs in the monitor's place; none: the monitor does.
+    pub kernel: Vec<Arc<Vhost>>,
     /// The guest's address.
     pub mac: [u8; 6],
 }
@@ -161,7 +165,9 @@ impl Ports {
             NetTarget::Fd(fd) => vec![fd::inherited(*fd)?],
             NetTarget::Socket(path) => vec![Link::new(socket::Stream::connect(path)?).map_err(Error::Host)?],
         };
-        let port = Port { links, mac };
+        let kernel = links.iter().filter(|_| config.vhost).map(|_| Vhost::open().map(Arc::new));
+        let kernel = kernel.collect::<Result<_, _>>()?;
+        let port = Port { links, kernel, mac };
         self.0.insert(index, port.clone());
         Ok(port)
     }

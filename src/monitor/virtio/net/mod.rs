@@ -7,6 +7,7 @@ mod control;
 mod features;
 mod filter;
 mod header;
+mod kernel;
 mod receive;
 mod transmit;
 
@@ -18,7 +19,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 use zerocopy::{Immutable, IntoBytes, KnownLayout, little_endian as le};
 
-use super::device::{Traits, VirtioDevice};
+use super::device::{Offload, Traits, VirtioDevice};
 use super::queue::Virtqueue;
 use crate::bus::Busy;
 use crate::event_loop::Interest;
@@ -88,10 +89,14 @@ impl Net {
             mtu: mtu.unwrap_or(ETHERNET_MTU).into(),
             ..Config::default()
         };
+        let mut offered = features::offered(able, mtu.is_some(), pairs > 1);
+        if let Some(kernel) = port.kernel.first() {
+            offered &= kernel::able(kernel);
+        }
         let mut net = Self {
             port,
             config,
-            offered: features::offered(able, mtu.is_some(), pairs > 1),
+            offered,
             features: 0,
             running: false,
             pairs: 1,
@@ -136,7 +141,7 @@ impl Net {
 
     /// A turn for pair `pair`.
     fn serve(&mut self, pair: usize, queues: &mut [Virtqueue], receive: bool, transmit: bool) {
-        let used = pair < usize::from(self.pairs);
+        let used = pair < usize::from(self.pairs) && self.port.kernel.is_empty();
         let (Some(link), Some(receiver), Some(interest)) =
             (self.port.links.get(pair), self.receivers.get_mut(pair), self.interests.get_mut(pair))
         else {
@@ -217,14 +222,24 @@ impl VirtioDevice for Net {
     }
 
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
-        self.port.links.iter().map(AsFd::as_fd).collect()
+        if self.port.kernel.is_empty() {
+            self.port.links.iter().map(AsFd::as_fd).collect()
+        } else {
+            self.port.kernel.iter().map(|kernel| kernel.broken().as_fd()).collect()
+        }
     }
 
     fn interest(&self, source: usize) -> Interest {
+        if !self.port.kernel.is_empty() {
+            return Interest::INPUT;
+        }
         self.interests.get(source).copied().unwrap_or_default()
     }
 
     fn on_event(&mut self, source: usize, queues: &mut [Virtqueue]) {
+        if let Some(kernel) = self.port.kernel.get(source) {
+            return kernel::broken(kernel, source, queues);
+        }
         self.serve(source, queues, true, true);
         self.look();
     }
@@ -254,6 +269,10 @@ impl VirtioDevice for Net {
         self.set_pairs(1);
         self.set_offloads(0);
         self.look();
+    }
+
+    fn offload(&mut self) -> Option<&mut dyn Offload> {
+        if self.port.kernel.is_empty() { None } else { Some(self) }
     }
 }
 
