@@ -26,7 +26,7 @@
 //! log's queue, whose thread alone waits for standard error) and `cli` (the program `vmm`, one file per command).
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
-//! (its clock), `memory`, `kvm`, `disk` and `net` (a tap's ioctls) alone. `tests/architecture.rs` holds the code against it.
+//! (its clock), `memory`, `kvm`, `disk` and `net` (ioctls of taps and of vhost-net) alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
 //! threads event_loop state config guest_log output printable recorder
@@ -49,7 +49,7 @@
 //! port's input. The thread that called [`Session::run`](session::Session::run) builds the machine and then waits for its end; a
 //! loader fills memory beside it where the kernel is large. A host end that may block has a thread that does the blocking.
 //!
-//! # Four flows, each one way
+//! # Five flows, each one way
 //!
 //! 1. **Boot**: `VmConfig` → `Memory` → [`machine::inventory`] → `kvm::Vm` beside [`Origin`](machine::Origin) → `boot::load` (tables
 //!    from the inventory, kernel, initrd → [`Entry`](boot::Entry), which is registers as plain data) → the inventory's devices on
@@ -58,7 +58,9 @@
 //!    run's end. A virtqueue kick does not come this way.
 //! 3. **Block**: ioeventfd → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
 //!    `on_event` → status byte → used ring → irqfd.
-//! 4. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and comes to
+//! 4. **Net**: the guest's buffers ↔ [`net::Link`] (a tap, a socket, the user network) by one system call a frame, on the device's worker;
+//!    or the host's kernel does it, with the rings ([`virtio::device::Offload`]).
+//! 5. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and comes to
 //!    rest → nothing moves. Every part can then give its state ([`state::Saved`]). If a device is not at rest
 //!    in time (its disk hangs), the pause fails and the machine runs on.
 //!
