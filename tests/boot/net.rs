@@ -9,7 +9,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use crate::guest::{Guest, Kernel, available, vmm};
+use crate::guest::{Guest, Kernel, available, bare, vmm};
 
 const FOUR_MIB: &str = "head -c 4194304 /dev/urandom >/d; echo BEGIN; sha256sum </d";
 
@@ -63,6 +63,26 @@ fn a_guest_reaches_the_host_over_a_tap() {
     assert_eq!(body[2..4], ["3 packets received", "11"], "CSUM and HOST_TSO4: {}", ended.text);
     assert_eq!(body[4..], [&queues[..], &["02:00:00:00:00:2a", "1400"]].concat(), "{}", ended.text);
     ip("link delete vmmtest0");
+}
+
+/// With `ip=` there is no DHCP to wait for: the interface is up before the first program.
+#[test]
+fn a_guest_that_is_told_its_address_has_it_before_its_first_program() {
+    if !available("ip=") {
+        return;
+    }
+    for kernel in [Kernel::TunedPvh, Kernel::Stock] {
+        let script = "echo BEGIN; ip -4 -o addr show dev eth0 | grep -o 10.0.2.15/24; ip route | head -1; \
+                      cat /etc/resolv.conf; ping -q -c 1 -W 20 10.0.2.2 | grep -o '1 packets received'; echo END";
+        let ip = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off:10.0.2.3";
+        let mut command = bare(kernel, &format!("console=hvc0 quiet panic=-1 {ip} vmm.run=\"{script}\""));
+        command.arg("--initrd").arg(kernel.initramfs()).args(["--mem", "512M", "--net", "user"]);
+        let ended = Guest::start(command).finish();
+        let body: Vec<_> = ended.body().into_iter().map(str::trim_end).collect();
+        let route = "default via 10.0.2.2 dev eth0";
+        let wanted = ["10.0.2.15/24", route, "nameserver 10.0.2.3", "1 packets received"];
+        assert_eq!(body, wanted, "{kernel:?}: {}", ended.text);
+    }
 }
 
 /// The threads of the host's kernel that serve queues of `guest`.

@@ -52,7 +52,11 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
         console::say(&[b"guest-init: did not understand ", word]);
     }
     let _ = rustix::system::sethostname(b"guest");
-    kernel::start_loopback();
+    // A kernel without a network has none.
+    let _ = interface::start_loopback();
+    if let Some(ip) = &orders.ip {
+        mounts::set_up_network(ip);
+    }
     let watch = Watch::start();
     let rooted = orders.root.is_none_or(|root| mounts::switch_root(root, &orders));
     let child = match rooted {
