@@ -13,7 +13,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test bench tuned bench-compare weight start-order tools build compilers vtx reboots clean-guests
+.PHONY: run test bench bench-net tuned bench-compare weight start-order tools build compilers vtx reboots clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -98,6 +98,12 @@ bench: build
 			--json $(OUT)/bench.json --csv $(OUT)/bench.csv --html $(OUT)/bench.html
 	@echo 'with every sample drawn: $(OUT)/bench.html'
 	@[ -e $(TUNED) ] || echo 'without the small kernel (our start, memory, disk and processor figures): make tuned (6 minutes on 2 idle CPUs, once), then make bench'
+
+# Networks, container and monitors side by side: three minutes and more where KVM boots Linux.
+bench-net: build
+	@$(call install,qemu-system-x86:qemu-system-x86_64 passt:passt iproute2:ip)
+	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
+	@$(THERE) net --samples 6 --warm-up 1 --json $(OUT)/net.json
 
 tuned: compilers
 	$(SAY) 'the tuned kernel: Debian source, compiled (6 minutes on 2 idle CPUs, once)'
