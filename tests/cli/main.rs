@@ -8,6 +8,7 @@ mod fuse;
 mod images;
 mod lives;
 mod net;
+mod net_life;
 mod obeys;
 mod page;
 mod place;
