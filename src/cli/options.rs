@@ -55,7 +55,8 @@ pub struct Options {
     disk: Vec<Disk>,
     /// Network device: user (needs nothing: DHCP, names, TCP, UDP, ping; then any of ,restrict=on ,dns=ADDR ,allow=ADDR[/BITS][:PORT]
     /// ,publish=HOST:GUEST), tap=NAME (yours, or made if that is allowed), fd=N (a tap or unix socket that was passed) or socket=PATH
-    /// (QEMU's stream: passt, gvproxy, another VM), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap); repeatable
+    /// (QEMU's stream: passt, gvproxy, another VM), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap)
+    /// ,bw=RATE[/BURST] (bytes a second, each way) ,pps=RATE[/BURST] (frames); repeatable
     #[arg(long, value_name = "user|tap=NAME", value_parser = os_text::<Net, _>())]
     net: Vec<Net>,
     /// Publish ports of the user network's guest: [ADDR:]HOST:GUEST[/udp], ranges as 8000-8009:80-89; ADDR is the host's [default:

@@ -101,6 +101,32 @@ fn ends_that_cannot_be() {
     refused(&place, "--kernel kernel --net socket=full", BAD_ARGUMENT, &["full", "temporarily unavailable"]);
 }
 
+#[test]
+fn a_status_tells_of_each_network_device() {
+    if !has_kvm("a_status_tells_of_each_network_device") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    let listener = UnixListener::bind(place.path("wire")).unwrap();
+    let _running =
+        start(&place, "--name web --net user --net socket=wire,mac=02:00:00:00:00:07,bw=1M,pps=100");
+    let (peer, _) = listener.accept().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&place.vmm("status web --json").stdout).unwrap();
+    let [user, socket] = &status["networks"].as_array().unwrap()[..] else { panic!("{status}") };
+    assert_eq!((&user["device"], &user["to"]), (&"virtio-net0".into(), &"user".into()));
+    let nothing = serde_json::json!({"frames": 0, "bytes": 0,
+        "dropped": {"filtered": 0, "no_room": 0, "malformed": 0, "link_down": 0, "refused": 0}});
+    let expected = serde_json::json!({"device": "virtio-net1", "to": "socket=wire", "mac": "02:00:00:00:00:07", "up": true,
+        "received": nothing, "sent": nothing});
+    assert_eq!(*socket, expected);
+    let said = text(&place.vmm("status web").stdout);
+    let line =
+        "net      virtio-net1 (socket=wire): received 0 frames, 0 bytes; sent 0 frames, 0 bytes; dropped 0";
+    assert!(said.contains(line), "{said}");
+    drop(peer);
+}
+
 fn connect_at_once(path: &Path) -> rustix::io::Result<rustix::fd::OwnedFd> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None)?;

@@ -11,5 +11,6 @@ mod fw_cfg;
 mod guest;
 mod hostile;
 mod net;
+mod net_traffic;
 mod subjects;
 mod turns;

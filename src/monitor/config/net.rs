@@ -6,10 +6,12 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::text::{ParseError, flag, list_of_texts, optional_number};
+use super::net_limits::{Limit, NetLimits};
+use super::text::{ParseError, Size, flag, list_of_texts, optional_number};
 use super::{Allow, Invalid, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `user[,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]`.
+/// A network device: `user[,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
+/// [,bw=RATE[/BURST]][,pps=RATE[/BURST]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
 pub struct Net {
@@ -21,6 +23,8 @@ pub struct Net {
     pub mtu: Option<u16>,
     /// Pairs of queues, of a tap. Absent: one.
     pub queues: Option<u16>,
+    /// What may pass in a second.
+    pub limits: NetLimits,
 }
 
 /// Where frames go.
@@ -55,7 +59,13 @@ impl Net {
 
     /// A device on a user network.
     pub fn user(network: UserNet) -> Self {
-        Self { to: NetTarget::User(network), mac: None, mtu: None, queues: None }
+        Self {
+            to: NetTarget::User(network),
+            mac: None,
+            mtu: None,
+            queues: None,
+            limits: NetLimits::default(),
+        }
     }
 
     /// The largest packet that the guest is told of; if none, it takes what it takes for Ethernet, 1500.
@@ -87,6 +97,10 @@ struct Keys {
     mtu: Option<u16>,
     #[serde(default, deserialize_with = "optional_number")]
     queues: Option<u16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    bw: Option<Limit<Size>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pps: Option<Limit<u64>>,
     #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
     restrict: bool,
     #[serde(default, deserialize_with = "list_of_texts", skip_serializing_if = "Vec::is_empty")]
@@ -114,13 +128,14 @@ impl TryFrom<Keys> for Net {
         if !is_plain && !keys.user {
             return Err("restrict=, dns=, allow= and publish= are settings of net=user");
         }
-        Ok(Self { to, mac: keys.mac, mtu: keys.mtu, queues: keys.queues })
+        let limits = NetLimits { bw: keys.bw, pps: keys.pps };
+        Ok(Self { to, mac: keys.mac, mtu: keys.mtu, queues: keys.queues, limits })
     }
 }
 
 impl From<Net> for Keys {
     fn from(net: Net) -> Self {
-        let Net { to, mac, mtu, queues } = net;
+        let Net { to, mac, mtu, queues, limits: NetLimits { bw, pps } } = net;
         let (mut tap, mut fd, mut socket) = (None, None, None);
         let (mut user, mut network) = (false, UserNet::default());
         match to {
@@ -130,7 +145,7 @@ impl From<Net> for Keys {
             NetTarget::Socket(path) => socket = Some(path),
         }
         let UserNet { restrict, dns, allow, publish } = network;
-        Self { user, tap, fd, socket, mac, mtu, queues, restrict, dns, allow, publish }
+        Self { user, tap, fd, socket, mac, mtu, queues, bw, pps, restrict, dns, allow, publish }
     }
 }
 
@@ -260,6 +275,12 @@ mod tests {
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&net).unwrap()).unwrap(), net);
         let NetTarget::User(network) = &net.to else { panic!("{net:?}") };
         assert!(network.restrict && network.allow.len() == 2 && network.publish[1].udp);
+        let limited: Net = "user,bw=100M/1M,pps=5000".parse().unwrap();
+        let json = r#"{"user": true, "bw": "100M/1M", "pps": 5000}"#;
+        assert_eq!(serde_json::from_str::<Net>(json).unwrap(), limited);
+        assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&limited).unwrap()).unwrap(), limited);
+        let (bw, pps) = (limited.limits.bw.unwrap(), limited.limits.pps.unwrap());
+        assert_eq!((bw.each_second, bw.burst(), pps.burst()), (Size::mib(100), Size::mib(1), 500));
         assert_eq!((net.mtu(), "user,mtu=1500".parse::<Net>().unwrap().mtu()), (Some(65520), Some(1500)));
         assert_eq!("tap=user".parse::<Net>().unwrap().to, NetTarget::Tap("user".to_owned()));
     }
@@ -276,6 +297,12 @@ mod tests {
             ("user,publish=80", "the guest's port is missing"),
             ("user,allow=localhost", "127.0.0.1"),
             ("user,dns=one.one", "9.9.9.9"),
+            ("tap=a,bw=0", "lets nothing pass"),
+            ("tap=a,bw=1M/0", "lets nothing pass"),
+            ("tap=a,bw=fast", "bw=100M or bw=100M/1M"),
+            ("tap=a,bw=1M/", "bw=100M or bw=100M/1M"),
+            ("tap=a,pps=-1", "pps=10000 or pps=10000/500"),
+            ("tap=a,pps=1K", "pps=10000 or pps=10000/500"),
             ("fd=-1", "-1"),
             ("fd=x", "x"),
             ("tap=a,mtu=65536", "65536"),

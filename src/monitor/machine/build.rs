@@ -197,6 +197,8 @@ fn build(
     }
     let mut buses = Buses::new(board.pio, board.mmio);
     buses.hypercalls = board.hypercalls;
+    let networks = virtio.iter().filter_map(|device| device.network(ports).transpose());
+    let networks = networks.collect::<Result<_, _>>()?;
     let (events, ended) = channel();
     let serve = events.clone();
     // The receiver is gone only when the run is over.
@@ -215,6 +217,7 @@ fn build(
         threads: Mutex::default(),
         inventory: list,
         devices: board.devices,
+        networks,
         power,
         phase: Mutex::new(Phase::Running),
         events,

@@ -8,6 +8,7 @@ mod fd;
 mod mac;
 mod socket;
 mod tap;
+pub mod traffic;
 pub mod user;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use crate::memory::{Buffers, Slices};
 
 pub use error::Error;
 pub use fd::from_descriptor;
+use traffic::Traffic;
 
 /// Bytes of `struct virtio_net_hdr_v1`, in which a guest and a tap say what a frame still needs.
 pub const HEADER: usize = 12;
@@ -77,6 +79,10 @@ pub trait Wire: Send {
     fn set_attached(&mut self, _on: bool) {}
     /// Sends a frame whole. False if it has to wait, and is to be sent again then; true also for a frame that is dropped.
     fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool;
+    /// Whether the last frame that [`Wire::send`] took was dropped: nobody is there, or the host's side refused it. True once.
+    fn take_refused(&mut self) -> bool {
+        false
+    }
     /// Sends on what the last frame left. True if nothing is left.
     fn flush(&mut self) -> bool {
         true
@@ -133,6 +139,15 @@ pub struct Port {
     pub links: Vec<Link>,
     /// The guest's address.
     pub mac: [u8; 6],
+    /// What its devices have carried, one after the other.
+    pub traffic: Arc<Traffic>,
+}
+
+impl Port {
+    /// A port of these links, for a guest that has the address `mac`.
+    pub fn new(links: Vec<Link>, mac: [u8; 6]) -> Self {
+        Self { links, mac, traffic: Arc::default() }
+    }
 }
 
 /// The ports of one configuration, opened once and kept over the guest's resets: peers and the host's side notice none.
@@ -161,7 +176,7 @@ impl Ports {
             NetTarget::Fd(fd) => vec![fd::inherited(*fd)?],
             NetTarget::Socket(path) => vec![Link::new(socket::Stream::connect(path)?).map_err(Error::Host)?],
         };
-        let port = Port { links, mac };
+        let port = Port::new(links, mac);
         self.0.insert(index, port.clone());
         Ok(port)
     }

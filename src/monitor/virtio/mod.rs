@@ -14,9 +14,9 @@ pub mod rng;
 pub mod testing;
 
 use crate::chardev::{self, Ends};
-use crate::config::{self, CharTarget, VmConfig};
+use crate::config::{self, CharTarget, Mac, VmConfig};
 use crate::disk;
-use crate::net as links;
+use crate::net::{self as links, traffic::Network};
 use device::VirtioDevice;
 
 /// A device that a configuration asks for.
@@ -96,6 +96,16 @@ impl<'a> Device<'a> {
         }
     }
 
+    /// What those who look may know of it, if it is a network device.
+    ///
+    /// # Errors
+    /// [`Error`]: it is not built, and the host has not got what the configuration names.
+    pub fn network(&self, ports: &mut links::Ports) -> Result<Option<Network>, Error> {
+        let Self::Net(index, config, name) = self else { return Ok(None) };
+        let links::Port { mac, traffic, .. } = ports.get(*index, config, *name)?;
+        Ok(Some(Network { device: self.name(), to: config.to.clone(), mac: Mac(mac), traffic }))
+    }
+
     /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`, `images` and `ports`.
     ///
     /// # Errors
@@ -113,7 +123,8 @@ impl<'a> Device<'a> {
             }
             Self::Rng => Box::new(rng::Rng),
             Self::Net(index, config, name) => {
-                Box::new(net::Net::new(ports.get(*index, config, *name)?, config.mtu()))
+                let device = net::Net::new(ports.get(*index, config, *name)?, config.mtu());
+                Box::new(device.limited(&config.limits).map_err(links::Error::Host)?)
             }
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;

@@ -1,15 +1,18 @@
 //! virtio-net: a network device on the links of a [`Port`] (virtio 1.3, 5.1). Knows no taps and no sockets.
 //!
 //! Frames go between the driver's buffers and a link by one system call each. Where the link takes no more, they stay in their
-//! queue; where the driver gives no buffers, the link is not waited for.
+//! queue; where the driver gives no buffers, the link is not waited for. A rate limit ([`limit`]) is a third reason to wait.
 
+mod bucket;
 mod control;
 mod features;
 mod filter;
 mod header;
+mod limit;
 mod receive;
 mod transmit;
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
@@ -21,10 +24,12 @@ use zerocopy::{Immutable, IntoBytes, KnownLayout, little_endian as le};
 use super::device::{Traits, VirtioDevice};
 use super::queue::Virtqueue;
 use crate::bus::Busy;
+use crate::config::NetLimits;
 use crate::event_loop::Interest;
 use crate::net::{HEADER, MAX_FRAME, Offloads, Port, START};
 use crate::state::{StateError, Stateful};
 use filter::Filter;
+use limit::Limiter;
 use receive::{Receiver, Terms};
 
 const QUEUE_SIZE: u16 = 256;
@@ -63,6 +68,7 @@ pub struct Net {
     receivers: Vec<Receiver>,
     /// What each link is waited for.
     interests: Vec<Interest>,
+    limiter: Limiter,
 }
 
 /// [`Net`]'s saved state.
@@ -101,10 +107,19 @@ impl Net {
             moved: false,
             receivers: (0..pairs).map(|_| Receiver::default()).collect(),
             interests: vec![Interest::default(); pairs],
+            limiter: Limiter::default(),
         };
         // The links may have served another device before.
         net.reset();
         net
+    }
+
+    /// The same device with `limits`, for each way by itself and all pairs together.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn limited(self, limits: &NetLimits) -> io::Result<Self> {
+        Ok(Self { limiter: Limiter::new(limits)?, ..self })
     }
 
     fn most_pairs(&self) -> u16 {
@@ -147,8 +162,10 @@ impl Net {
             return;
         }
         let mut wire = link.wire();
+        let traffic = &self.port.traffic;
         if transmit {
-            interest.output = transmit::serve(&mut **wire, &mut queues[2 * pair + 1], self.features);
+            let (queue, gate) = (&mut queues[2 * pair + 1], &mut self.limiter.transmit);
+            interest.output = transmit::serve(&mut **wire, queue, self.features, gate, &traffic.sent);
         }
         if receive {
             let segments = self.offloads & features::SEGMENTS != 0;
@@ -160,17 +177,26 @@ impl Net {
                 mergeable: self.features & features::MRG_RXBUF != 0,
                 guest_csum: self.offloads & features::GUEST_CSUM != 0,
             };
-            interest.input = receiver.serve(&mut **wire, &mut queues[2 * pair], &terms);
+            let (queue, gate) = (&mut queues[2 * pair], &mut self.limiter.receive);
+            interest.input = receiver.serve(&mut **wire, queue, &terms, gate, &traffic.received);
         }
         // One whose peer is gone would be ready for ever.
         if !wire.is_up() {
             *interest = Interest::default();
+        }
+        self.limiter.set_timer();
+    }
+
+    fn serve_all(&mut self, queues: &mut [Virtqueue]) {
+        for pair in 0..self.port.links.len() {
+            self.serve(pair, queues, true, true);
         }
     }
 
     /// The configuration space's status, as it is now.
     fn look(&mut self) {
         let up = self.port.links.iter().all(|link| link.wire().is_up());
+        self.port.traffic.set_up(up);
         let part = |on, bit: u32| if on { bit as u16 } else { 0 };
         self.config.status =
             (part(up, VIRTIO_NET_S_LINK_UP) | part(self.announce, VIRTIO_NET_S_ANNOUNCE)).into();
@@ -206,9 +232,7 @@ impl VirtioDevice for Net {
             if self.features & features::CTRL_VQ != 0 {
                 control::serve(self, &mut queues[index]);
                 // There may be more pairs than before, and more that is wanted.
-                for pair in 0..self.port.links.len() {
-                    self.serve(pair, queues, true, true);
-                }
+                self.serve_all(queues);
             }
         } else {
             self.serve(index / 2, queues, index & 1 == 0, index & 1 == 1);
@@ -217,15 +241,21 @@ impl VirtioDevice for Net {
     }
 
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
-        self.port.links.iter().map(AsFd::as_fd).collect()
+        self.port.links.iter().map(AsFd::as_fd).chain(self.limiter.timer()).collect()
     }
 
     fn interest(&self, source: usize) -> Interest {
-        self.interests.get(source).copied().unwrap_or_default()
+        // Behind the links comes the timer.
+        self.interests.get(source).copied().unwrap_or(Interest::INPUT)
     }
 
     fn on_event(&mut self, source: usize, queues: &mut [Virtqueue]) {
-        self.serve(source, queues, true, true);
+        if source < self.port.links.len() {
+            self.serve(source, queues, true, true);
+        } else {
+            self.limiter.take_alarm();
+            self.serve_all(queues);
+        }
         self.look();
     }
 

@@ -3,14 +3,17 @@
 use std::io::Read;
 
 use super::header::checked;
+use super::limit::Gate;
 use crate::guest_warn;
+use crate::net::traffic::{Drop, Way};
 use crate::net::{HEADER, Wire};
 use crate::virtio::queue::Virtqueue;
 
-/// Sends what the driver gives, as far as the link takes it. True if there is more: a frame that has to wait stays in its queue,
-/// and with it all that come behind.
-pub fn serve(wire: &mut dyn Wire, queue: &mut Virtqueue, features: u64) -> bool {
-    while let Some(mut chain) = queue.pop() {
+/// Sends what the driver gives, as far as the link takes it and `gate` allows it. True if the link is to be waited for: a frame that
+/// has to wait stays in its queue, and with it all that come behind.
+pub fn serve(wire: &mut dyn Wire, queue: &mut Virtqueue, features: u64, gate: &mut Gate, sent: &Way) -> bool {
+    while gate.admits() {
+        let Some(mut chain) = queue.pop() else { break };
         let mut header = [0; HEADER];
         let whole = chain.readable.read_exact(&mut header).is_ok();
         let len = chain.readable.len();
@@ -20,8 +23,16 @@ pub fn serve(wire: &mut dyn Wire, queue: &mut Virtqueue, features: u64) -> bool 
                     queue.put_back(chain.head);
                     return true;
                 }
+                gate.take(len);
+                match wire.take_refused() {
+                    false => sent.carried(len),
+                    true => sent.dropped(if wire.is_up() { Drop::Refused } else { Drop::LinkDown }, 1),
+                }
             }
-            Err(why) => guest_warn!("network: a frame of {len} bytes is dropped: {why}"),
+            Err(why) => {
+                guest_warn!("network: a frame of {len} bytes is dropped: {why}");
+                sent.dropped(Drop::Malformed, 1);
+            }
         }
         queue.complete(chain.head, 0);
     }
