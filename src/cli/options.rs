@@ -63,6 +63,10 @@ pub struct Options {
     /// 127.0.0.1; 0.0.0.0 for all]. Without --net it stands for --net user as well; repeatable
     #[arg(short, long, value_name = "HOST:GUEST")]
     publish: Vec<Publish>,
+    /// Write every frame of the network devices to a file for Wireshark (pcapng): FILE[,max=SIZE]; at that size it becomes FILE.1
+    /// and starts afresh
+    #[arg(long, value_name = "FILE", value_parser = output_file())]
+    net_dump: Option<OutputFile>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
     /// [default: stdio, unless --serial has it]
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
@@ -200,6 +204,7 @@ impl Options {
         set(&mut config.cpu, self.cpu);
         set(&mut config.disk, some(!self.disk.is_empty()).map(|()| self.disk));
         set(&mut config.net, some(!self.net.is_empty()).map(|()| self.net));
+        config.net_dump = self.net_dump.or(config.net_dump.take());
         set(&mut config.console, self.console);
         set(&mut config.port, some(!self.port.is_empty()).map(|()| self.port));
         set(&mut config.serial, self.serial);

@@ -86,6 +86,19 @@ fn ends_that_cannot_be() {
     refused(&place, &arguments, BAD_ARGUMENT, &["cannot publish", &port, "in use"]);
     let arguments = "--kernel kernel --console off --net user,publish=192.0.2.1:8080:80/udp";
     refused(&place, arguments, BAD_ARGUMENT, &["192.0.2.1:8080/udp", "cannot publish"]);
+    std::os::unix::fs::symlink("elsewhere", place.path("link")).unwrap();
+    for (arguments, words) in [
+        ("--net-dump frames", &["no network"][..]),
+        ("--net user --net-dump frames,max=255K", &["max=255K", "longest frame"]),
+        ("--net user --net-dump link", &["link", "symbolic link"]),
+        ("--net user --net-dump no/frames", &["no/frames", "No such file"]),
+        ("--net user --net-dump kernel", &["the network dump", "the run's kernel"]),
+        ("--net user,bw=0", &["lets nothing pass"]),
+        ("--net user,pps=many", &["pps=10000/500"]),
+    ] {
+        refused(&place, &format!("--kernel kernel --console off {arguments}"), BAD_ARGUMENT, words);
+    }
+    assert!(!place.path("frames").exists() && !place.path("elsewhere").exists());
     let said = text(&place.vmm("--kernel kernel --net socket=missing").stderr);
     assert!(said.contains("passt -s missing"), "{said}");
     let mut shell = Command::new("sh");

@@ -60,6 +60,8 @@ pub struct VmConfig {
     /// Network devices: eth0, eth1 ... in this order.
     #[serde(deserialize_with = "text::list")]
     pub net: Vec<Net>,
+    /// Where their frames are written to, as pcapng. Full, it becomes PATH.1 and begins anew.
+    pub net_dump: Option<OutputFile>,
     /// Where hvc0 goes.
     pub console: Console,
     /// Further ports of the virtio console: /dev/virtio-ports/NAME.
@@ -366,6 +368,7 @@ impl VmConfig {
             }
         }
         net::validate(&self.net)?;
+        net::validate_dump(&self.net, self.net_dump.as_ref())?;
         if self.firmware.is_none() && !self.option_rom.is_empty() {
             return invalid("option ROMs need firmware that runs them", "add `firmware=FILE`");
         }

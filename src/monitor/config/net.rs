@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::net_limits::{Limit, NetLimits};
 use super::text::{ParseError, Size, flag, list_of_texts, optional_number};
-use super::{Allow, Invalid, Publish, Resolver, UserNet, host_path};
+use super::{Allow, Invalid, OutputFile, Publish, Resolver, UserNet, host_path};
 
 /// A network device: `user[,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
 /// [,bw=RATE[/BURST]][,pps=RATE[/BURST]]`.
@@ -246,6 +246,28 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
     Ok(())
 }
 
+/// The smallest limit of a dump: a file holds its head and one of the longest frames.
+const LEAST_DUMP: Size = Size::from_bytes(256 << 10);
+
+/// Checks where the frames of the devices on the `list` are to be written.
+pub fn validate_dump(list: &[Net], dump: Option<&OutputFile>) -> Result<(), Invalid> {
+    let Some(dump) = dump else { return Ok(()) };
+    let path = dump.path.display();
+    let invalid = |what, hint: &str| Err(Invalid { what, hint: hint.to_owned() });
+    match dump.max {
+        _ if list.is_empty() => {
+            let what =
+                format!("network dump {path}: this machine has no network whose frames could be written");
+            invalid(what, "add a network: `net=user`")
+        }
+        Some(max) if max < LEAST_DUMP => {
+            let what = format!("network dump {path}: max={max} is too little for the longest frame");
+            invalid(what, "use max=256K or more")
+        }
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::VmConfig;
@@ -283,6 +305,21 @@ mod tests {
         assert_eq!((bw.each_second, bw.burst(), pps.burst()), (Size::mib(100), Size::mib(1), 500));
         assert_eq!((net.mtu(), "user,mtu=1500".parse::<Net>().unwrap().mtu()), (Some(65520), Some(1500)));
         assert_eq!("tap=user".parse::<Net>().unwrap().to, NetTarget::Tap("user".to_owned()));
+    }
+
+    #[test]
+    fn a_dump_reads_back_and_has_a_network_and_room_for_a_frame() {
+        let config = |json: &str| serde_json::from_str::<VmConfig>(json).unwrap();
+        for dump in ["a,b.pcapng", "frames,max=1M"] {
+            let config = config(&format!(r#"{{"net": ["user"], "net_dump": "{dump}"}}"#));
+            assert_eq!(config.validate(), Ok(()));
+            let json = serde_json::to_string(&config).unwrap();
+            assert!(json.contains(&format!("\"{dump}\"")), "{json}");
+            assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap(), config);
+        }
+        for json in [r#"{"net_dump": "f"}"#, r#"{"net": ["user"], "net_dump": "f,max=255K"}"#] {
+            assert!(config(json).validate().is_err(), "{json}");
+        }
     }
 
     #[test]

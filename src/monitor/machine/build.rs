@@ -149,6 +149,9 @@ fn build(
     let power = Arc::new(Mutex::new(AcpiPm::new(interrupt(&vm, "power button", layout::ACPI_GSI)?)));
     let fw_cfg = Arc::new(Mutex::new(FwCfg::new(Items::default(), memory.ram().clone())));
     let virtio = virtio::Device::list(config);
+    if config.net_dump.is_some() {
+        ports.note_frames();
+    }
     let mut board = Board::default();
     for slot in &list {
         let device: SharedDevice = match slot.kind {
@@ -198,7 +201,10 @@ fn build(
     let mut buses = Buses::new(board.pio, board.mmio);
     buses.hypercalls = board.hypercalls;
     let networks = virtio.iter().filter_map(|device| device.network(ports).transpose());
-    let networks = networks.collect::<Result<_, _>>()?;
+    let networks = networks.collect::<Result<Vec<_>, _>>()?;
+    if let Some(file) = &config.net_dump {
+        ports.start_dump(file, &networks).map_err(virtio::Error::Net)?;
+    }
     let (events, ended) = channel();
     let serve = events.clone();
     // The receiver is gone only when the run is over.
