@@ -182,7 +182,7 @@ fn build(
                 device
             }
             Kind::Virtio(index) => {
-                let device = virtio[index].build(ends, images, ports)?;
+                let device = virtio[index].build(ends, images, ports, recorder)?;
                 let gsi = slot.gsi.unwrap_or_default();
                 shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?)
             }

@@ -93,11 +93,13 @@ pub enum Kind {
     MsrWrite = 22,
     /// A hypercall of Hyper-V's: `address` is its input, `value` its status.
     Hypercall = 23,
+    /// A frame of a network device: see [`frame`](super::frame).
+    Frame = 24,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::PioIn,
         Self::PioOut,
         Self::MmioRead,
@@ -121,6 +123,7 @@ impl Kind {
         Self::MsrRead,
         Self::MsrWrite,
         Self::Hypercall,
+        Self::Frame,
     ];
 
     /// Whether it is an exit of a vCPU that reached the monitor.

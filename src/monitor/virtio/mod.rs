@@ -13,10 +13,13 @@ pub mod queue;
 pub mod rng;
 pub mod testing;
 
+use std::sync::Arc;
+
 use crate::chardev::{self, Ends};
 use crate::config::{self, CharTarget, Mac, VmConfig};
 use crate::disk;
 use crate::net::{self as links, traffic::Network};
+use crate::recorder::Recorder;
 use device::VirtioDevice;
 
 /// A device that a configuration asks for.
@@ -106,7 +109,8 @@ impl<'a> Device<'a> {
         Ok(Some(Network { device: self.name(), to: config.to.clone(), mac: Mac(mac), traffic }))
     }
 
-    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`, `images` and `ports`.
+    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`, `images` and `ports`. What
+    /// the core does not see of its work it tells `recorder`.
     ///
     /// # Errors
     /// [`Error`]: the host has not got what the configuration names.
@@ -115,6 +119,7 @@ impl<'a> Device<'a> {
         ends: &mut Ends,
         images: &mut disk::Images,
         ports: &mut links::Ports,
+        recorder: &Arc<Recorder>,
     ) -> Result<Box<dyn VirtioDevice>, Error> {
         Ok(match self {
             Self::Block(index, disk) => {
@@ -124,7 +129,8 @@ impl<'a> Device<'a> {
             Self::Rng => Box::new(rng::Rng),
             Self::Net(index, config, name) => {
                 let device = net::Net::new(ports.get(*index, config, *name)?, config.mtu());
-                Box::new(device.limited(&config.limits).map_err(links::Error::Host)?)
+                let device = device.limited(&config.limits).map_err(links::Error::Host)?;
+                Box::new(device.recorded(recorder.clone()))
             }
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;

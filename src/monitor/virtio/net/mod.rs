@@ -7,6 +7,7 @@ mod bucket;
 mod control;
 mod features;
 mod filter;
+mod frames;
 mod header;
 mod limit;
 mod receive;
@@ -14,6 +15,7 @@ mod transmit;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -26,10 +28,13 @@ use super::queue::Virtqueue;
 use crate::bus::Busy;
 use crate::config::NetLimits;
 use crate::event_loop::Interest;
+use crate::net::traffic::Way;
 use crate::net::{HEADER, MAX_FRAME, Offloads, Port, START};
+use crate::recorder::{Event as Record, Recorder};
 use crate::state::{StateError, Stateful};
 use filter::Filter;
-use limit::Limiter;
+use frames::Frames;
+use limit::{Gate, Limiter};
 use receive::{Receiver, Terms};
 
 const QUEUE_SIZE: u16 = 256;
@@ -45,6 +50,13 @@ struct Config {
     status: le::U16,
     max_virtqueue_pairs: le::U16,
     mtu: le::U16,
+}
+
+/// What a frame passes on its way, either way: what may hold it up, and who hears of it.
+struct Lane<'a> {
+    gate: &'a mut Gate,
+    counts: &'a Way,
+    frames: &'a mut Frames,
 }
 
 /// A network device.
@@ -69,6 +81,7 @@ pub struct Net {
     /// What each link is waited for.
     interests: Vec<Interest>,
     limiter: Limiter,
+    frames: Frames,
 }
 
 /// [`Net`]'s saved state.
@@ -108,6 +121,7 @@ impl Net {
             receivers: (0..pairs).map(|_| Receiver::default()).collect(),
             interests: vec![Interest::default(); pairs],
             limiter: Limiter::default(),
+            frames: Frames::default(),
         };
         // The links may have served another device before.
         net.reset();
@@ -120,6 +134,11 @@ impl Net {
     /// The host is out of descriptors.
     pub fn limited(self, limits: &NetLimits) -> io::Result<Self> {
         Ok(Self { limiter: Limiter::new(limits)?, ..self })
+    }
+
+    /// The same device, which tells `recorder` of each frame.
+    pub fn recorded(self, recorder: Arc<Recorder>) -> Self {
+        Self { frames: Frames::new(recorder), ..self }
     }
 
     fn most_pairs(&self) -> u16 {
@@ -164,8 +183,10 @@ impl Net {
         let mut wire = link.wire();
         let traffic = &self.port.traffic;
         if transmit {
-            let (queue, gate) = (&mut queues[2 * pair + 1], &mut self.limiter.transmit);
-            interest.output = transmit::serve(&mut **wire, queue, self.features, gate, &traffic.sent);
+            let (gate, frames) = (&mut self.limiter.transmit, &mut self.frames);
+            let mut lane = Lane { gate, frames, counts: &traffic.sent };
+            let queue = &mut queues[2 * pair + 1];
+            interest.output = transmit::serve(&mut **wire, queue, self.features, &mut lane);
         }
         if receive {
             let segments = self.offloads & features::SEGMENTS != 0;
@@ -177,8 +198,9 @@ impl Net {
                 mergeable: self.features & features::MRG_RXBUF != 0,
                 guest_csum: self.offloads & features::GUEST_CSUM != 0,
             };
-            let (queue, gate) = (&mut queues[2 * pair], &mut self.limiter.receive);
-            interest.input = receiver.serve(&mut **wire, queue, &terms, gate, &traffic.received);
+            let (gate, frames) = (&mut self.limiter.receive, &mut self.frames);
+            let mut lane = Lane { gate, frames, counts: &traffic.received };
+            interest.input = receiver.serve(&mut **wire, &mut queues[2 * pair], &terms, &mut lane);
         }
         // One whose peer is gone would be ready for ever.
         if !wire.is_up() {
@@ -257,6 +279,10 @@ impl VirtioDevice for Net {
             self.serve_all(queues);
         }
         self.look();
+    }
+
+    fn take_records(&mut self) -> Vec<Record> {
+        self.frames.take()
     }
 
     fn drain(&mut self, queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {

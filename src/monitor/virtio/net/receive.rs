@@ -6,12 +6,12 @@
 use std::collections::VecDeque;
 use std::io::Write;
 
+use super::Lane;
 use super::filter::Filter;
 use super::header::{ETHERNET, received};
-use super::limit::Gate;
 use crate::guest_warn;
 use crate::memory::Slices;
-use crate::net::traffic::{Drop, Way};
+use crate::net::traffic::Drop;
 use crate::net::{HEADER, Head, START, Wire};
 use crate::virtio::queue::{Chain, Virtqueue};
 
@@ -41,33 +41,36 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Moves what has come, as far as there are buffers and `gate` allows it. True if more frames can be used: the link is to be
+    /// Moves what has come, as far as there are buffers and the gate of `lane` allows it. True if more frames can be used: the link is to be
     /// waited for.
-    pub fn serve(
+    pub(super) fn serve(
         &mut self,
         wire: &mut dyn Wire,
         queue: &mut Virtqueue,
         terms: &Terms,
-        gate: &mut Gate,
-        counted: &Way,
+        lane: &mut Lane<'_>,
     ) -> bool {
         for _ in 0..TURN {
             // Having seen that there is none, the queue asks for a kick when there is one.
-            if !self.gather(queue, terms) || !gate.admits() {
+            if !self.gather(queue, terms) || !lane.gate.admits() {
                 return false;
             }
             let mut head = Head::default();
             let slices = Slices::of(self.held.iter().map(|chain| &chain.writable), HEADER + START);
             let Some(len) = wire.receive(&mut head, &slices) else { return true };
             if len < ETHERNET {
-                counted.dropped(Drop::Malformed, 1);
+                lane.counts.dropped(Drop::Malformed, 1);
             } else if HEADER + len > self.room {
-                counted.dropped(Drop::NoRoom, 1);
+                lane.counts.dropped(Drop::NoRoom, 1);
             } else if !terms.filter.passes(&head.start, terms.mac) {
-                counted.dropped(Drop::Filtered, 1);
+                lane.counts.dropped(Drop::Filtered, 1);
             } else {
-                gate.take(len);
-                counted.carried(len);
+                lane.gate.take(len);
+                lane.counts.carried(len);
+                lane.frames.note(false, len, |first| {
+                    first[..START].copy_from_slice(&head.start);
+                    (START + slices.copy_to(0, &mut first[START..])).min(len)
+                });
                 self.deliver(&head, len, queue, terms.guest_csum);
             }
         }

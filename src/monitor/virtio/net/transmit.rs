@@ -2,17 +2,19 @@
 
 use std::io::Read;
 
+use super::Lane;
 use super::header::checked;
-use super::limit::Gate;
 use crate::guest_warn;
-use crate::net::traffic::{Drop, Way};
+use crate::memory::Slices;
+use crate::net::traffic::Drop;
 use crate::net::{HEADER, Wire};
 use crate::virtio::queue::Virtqueue;
 
-/// Sends what the driver gives, as far as the link takes it and `gate` allows it. True if the link is to be waited for: a frame that
+/// Sends what the driver gives, as far as the link takes it and the gate of `lane` allows it. True if the link is to be waited for: a frame that
 /// has to wait stays in its queue, and with it all that come behind.
-pub fn serve(wire: &mut dyn Wire, queue: &mut Virtqueue, features: u64, gate: &mut Gate, sent: &Way) -> bool {
-    while gate.admits() {
+pub(super) fn serve(wire: &mut dyn Wire, queue: &mut Virtqueue, features: u64, lane: &mut Lane<'_>) -> bool {
+    let sent = lane.counts;
+    while lane.gate.admits() {
         let Some(mut chain) = queue.pop() else { break };
         let mut header = [0; HEADER];
         let whole = chain.readable.read_exact(&mut header).is_ok();
@@ -23,7 +25,9 @@ pub fn serve(wire: &mut dyn Wire, queue: &mut Virtqueue, features: u64, gate: &m
                     queue.put_back(chain.head);
                     return true;
                 }
-                gate.take(len);
+                lane.gate.take(len);
+                let frame = &chain.readable;
+                lane.frames.note(true, len, |first| Slices::of([frame], 0).copy_to(0, first));
                 match wire.take_refused() {
                     false => sent.carried(len),
                     true => sent.dropped(if wire.is_up() { Drop::Refused } else { Drop::LinkDown }, 1),
