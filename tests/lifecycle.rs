@@ -54,6 +54,7 @@ impl Control for Fake {
             memory_bytes: 128 << 20,
             kernel: Some("/boot/vmlinux".into()),
             ptys: Vec::new(),
+            networks: Vec::new(),
         }
     }
 

@@ -56,13 +56,17 @@ pub struct Options {
     /// Network device: user (needs nothing: DHCP, names, TCP, UDP, ping; then any of ,restrict=on ,dns=ADDR ,allow=ADDR[/BITS][:PORT]
     /// ,publish=HOST:GUEST), tap=NAME (yours, or made if that is allowed), fd=N (a tap or unix socket that was passed) or socket=PATH
     /// (QEMU's stream: passt, gvproxy, another VM), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap) ,vhost=on (a tap
-    /// that the host's kernel serves); repeatable
+    /// that the host's kernel serves) ,bw=RATE[/BURST] (bytes a second, each way) ,pps=RATE[/BURST] (frames); repeatable
     #[arg(long, value_name = "user|tap=NAME", value_parser = os_text::<Net, _>())]
     net: Vec<Net>,
     /// Publish ports of the user network's guest: [ADDR:]HOST:GUEST[/udp], ranges as 8000-8009:80-89; ADDR is the host's [default:
     /// 127.0.0.1; 0.0.0.0 for all]. Without --net it stands for --net user as well; repeatable
     #[arg(short, long, value_name = "HOST:GUEST")]
     publish: Vec<Publish>,
+    /// Write every frame of the network devices to a file for Wireshark (pcapng): FILE[,max=SIZE]; at that size it becomes FILE.1
+    /// and starts afresh
+    #[arg(long, value_name = "FILE", value_parser = output_file())]
+    net_dump: Option<OutputFile>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
     /// [default: stdio, unless --serial has it]
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
@@ -210,6 +214,7 @@ impl Options {
         set(&mut config.cpu, self.cpu);
         set(&mut config.disk, some(!self.disk.is_empty()).map(|()| self.disk));
         set(&mut config.net, some(!self.net.is_empty()).map(|()| self.net));
+        config.net_dump = self.net_dump.or(config.net_dump.take());
         set(&mut config.console, self.console);
         set(&mut config.port, some(!self.port.is_empty()).map(|()| self.port));
         set(&mut config.serial, self.serial);

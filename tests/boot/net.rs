@@ -201,3 +201,41 @@ fn two_guests_reach_each_other_over_sockets() {
     assert_eq!(got.body(), sent.body(), "{}\n{}", got.text, sent.text);
     assert_eq!(got.body()[0].len(), 64 + "  -".len());
 }
+
+/// Three pings are sentences in the trace, and packets in the dump, answers and all.
+#[test]
+fn a_guests_frames_are_in_the_trace_and_in_the_dump() {
+    if !available("frames in traces and dumps") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (record, dump) = (dir.path().join("record"), dir.path().join("frames"));
+    let script = "ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; echo BEGIN; \
+                  ping -q -c 3 -W 20 10.0.2.2 | grep -o '3 packets received'; echo END";
+    let mut command = vmm(Kernel::TunedPvh, script);
+    command.args(["--mem", "256M", "--net", "user,bw=10M,pps=1000"]);
+    command.arg("--trace").arg(&record).arg("--net-dump").arg(&dump);
+    let ended = Guest::start(command).finish();
+    assert_eq!(ended.body(), ["3 packets received"], "{}", ended.text);
+    let mut report = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    let report = report.args(["trace", "report", "--only", "net"]).arg(&record).output().unwrap();
+    let told = String::from_utf8(report.stdout).unwrap();
+    for sentence in [
+        "sends 42 bytes: ARP who has 10.0.2.2? asks 10.0.2.15",
+        "receives 42 bytes: ARP 10.0.2.2 answers 10.0.2.15",
+        "sends 98 bytes: ICMP 10.0.2.15 > 10.0.2.2 echo request",
+        "receives 98 bytes: ICMP 10.0.2.2 > 10.0.2.15 echo reply",
+    ] {
+        let count =
+            told.lines().filter(|line| line.starts_with("virtio-net0") && line.ends_with(sentence)).count();
+        assert_eq!(count, if sentence.contains("ICMP") { 3 } else { 1 }, "{sentence} in\n{told}");
+    }
+    // As many packets (blocks of type 6) as there are lines.
+    let bytes = std::fs::read(&dump).unwrap();
+    let (mut rest, mut packets) = (&bytes[..], 0);
+    while let Some((head, _)) = rest.split_first_chunk::<8>() {
+        packets += usize::from(head[..4] == [6, 0, 0, 0]);
+        rest = &rest[u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize..];
+    }
+    assert_eq!(packets, told.lines().filter(|line| line.starts_with("virtio-net0")).count(), "{told}");
+}

@@ -66,7 +66,8 @@ fn a_guest_that_resets_hundreds_of_times_costs_no_more_than_one_that_does_so_twe
                 thread::sleep(Duration::from_millis(5));
             }
         };
-        // Between two machines there is less of everything: the most of several looks counts.
+        // Between two machines there is less of everything: the most of several looks counts, which may miss the very most. What a
+        // reset leaves behind is there two hundred times.
         let most = || {
             let looks = (0..20).map(|_| {
                 thread::sleep(Duration::from_millis(3));
@@ -78,7 +79,7 @@ fn a_guest_that_resets_hundreds_of_times_costs_no_more_than_one_that_does_so_twe
         let early = most();
         await_resets(220);
         let late = most();
-        assert!(late[0] <= early[0] + 2 && late[1] <= early[1] + 1, "{network}: {early:?}, {late:?}");
+        assert!(late[0] < early[0] + 20 && late[1] < early[1] + 20, "{network}: {early:?}, {late:?}");
         assert!(late[2] < early[2] + 1024, "{network}: {early:?}, {late:?}");
     }
     assert!(!Path::new("/sys/class/net").join(tap).exists(), "the tap is left behind");

@@ -236,7 +236,12 @@ fn the_configuration_says_what_holds() {
     disk.block_size = Some("4096".parse().unwrap());
     disk.serial = Some("a serial of 20 bytes".to_owned());
     let device = vmm_monitor::virtio::Device::Block(0, &disk)
-        .build(&mut Ends::new(EventLoop::new().unwrap()), &mut Images::default(), &mut Ports::default())
+        .build(
+            &mut Ends::new(EventLoop::new().unwrap()),
+            &mut Images::default(),
+            &mut Ports::default(),
+            &std::sync::Arc::default(),
+        )
         .unwrap();
     let mut vm = Guest::new(device);
     vm.start(0);

@@ -11,5 +11,7 @@ mod fw_cfg;
 mod guest;
 mod hostile;
 mod net;
+mod net_dump;
+mod net_traffic;
 mod subjects;
 mod turns;

@@ -293,7 +293,7 @@ pub fn link(socket: NetSocket) -> (Link, Peer) {
 
 /// The device on `links`, as a machine would build it.
 pub fn net_on(links: &[Link]) -> Box<dyn VirtioDevice> {
-    Box::new(Net::new(Port { links: links.to_vec(), kernel: Vec::new(), mac: MAC }, None))
+    Box::new(Net::new(Port::new(links.to_vec(), MAC), None))
 }
 
 /// A frame to `to`, with `rest` behind the addresses.

@@ -375,6 +375,7 @@ mod tests {
             memory_bytes: 64 << 20,
             kernel: None,
             ptys: Vec::new(),
+            networks: Vec::new(),
         };
         Look { status, recorded: true, viewers: 2, symbols: "no symbols".to_owned(), rates }
     }

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::host_path::{self, quoted};
 use crate::kvm::VcpuState;
 use crate::machine::Handle;
+use crate::net::traffic::{self, Counts};
 
 /// What a virtual machine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +68,9 @@ pub struct Status {
     pub kernel: Option<PathBuf>,
     /// Pseudo-terminals that lead into it.
     pub ptys: Vec<Pty>,
+    /// Its network devices; none while it starts.
+    #[serde(default)]
+    pub networks: Vec<Network>,
 }
 
 /// A pseudo-terminal that leads to one of the guest's character devices.
@@ -77,6 +81,32 @@ pub struct Pty {
     /// What to open on the host.
     #[serde(with = "host_path")]
     pub path: PathBuf,
+}
+
+/// A network device, and what it has carried since the machine's first start. Ways are the guest's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// The device: `virtio-net0` and so on.
+    pub device: String,
+    /// Where its frames go: `user`, `tap=NAME` and so on.
+    pub to: String,
+    /// The guest's address, unless it has chosen another.
+    pub mac: String,
+    /// Somebody is at the other end.
+    pub up: bool,
+    /// To the guest.
+    pub received: Counts,
+    /// From the guest.
+    pub sent: Counts,
+}
+
+impl From<&traffic::Network> for Network {
+    fn from(network: &traffic::Network) -> Self {
+        let traffic::Network { device, to, mac, traffic } = network;
+        let (received, sent) = (traffic.received.counts(), traffic.sent.counts());
+        let (to, mac) = (to.to_string(), mac.to_string());
+        Self { device: device.clone(), to, mac, up: traffic.is_up(), received, sent }
+    }
 }
 
 /// A virtual machine as its control socket and its signals see it.

@@ -193,6 +193,7 @@ mod tests {
             memory_bytes: 1,
             kernel: Some(text.into()),
             ptys: vec![crate::api::Pty { device: text.to_owned(), path: text.into() }],
+            networks: Vec::new(),
         };
         let sample = serde_json::json!({"kernel": evil, "reasons": {evil: [evil, 1]}});
         let seen = Answer::Sample(Box::new(MachineSample { status: status(evil), sample }));

@@ -8,6 +8,7 @@ mod firmware;
 pub mod host_path;
 pub(crate) mod kernel;
 mod net;
+mod net_limits;
 mod text;
 mod user_net;
 mod x86_64;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use firmware::Firmware;
 pub use kernel::Kernel;
 pub use net::{Mac, Net, NetTarget};
+pub use net_limits::{Limit, NetLimits};
 pub use text::{ParseError, Size, port_number};
 pub use user_net::{Allow, Publish, Resolver, UserNet};
 pub use x86_64::cpu::Cpu;
@@ -58,6 +60,8 @@ pub struct VmConfig {
     /// Network devices: eth0, eth1 ... in this order.
     #[serde(deserialize_with = "text::list")]
     pub net: Vec<Net>,
+    /// Where their frames are written to, as pcapng. Full, it becomes PATH.1 and begins anew.
+    pub net_dump: Option<OutputFile>,
     /// Where hvc0 goes.
     pub console: Console,
     /// Further ports of the virtio console: /dev/virtio-ports/NAME.
@@ -364,6 +368,13 @@ impl VmConfig {
             }
         }
         net::validate(&self.net)?;
+        if self.net_dump.is_some() && self.net.iter().any(|net| net.vhost) {
+            return invalid(
+                "with vhost=on the host's kernel moves the frames, and a network dump sees none",
+                "drop vhost=on, or look at the tap itself: sudo tcpdump -i tap0",
+            );
+        }
+        net::validate_dump(&self.net, self.net_dump.as_ref())?;
         if self.firmware.is_none() && !self.option_rom.is_empty() {
             return invalid("option ROMs need firmware that runs them", "add `firmware=FILE`");
         }

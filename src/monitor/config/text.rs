@@ -380,6 +380,21 @@ impl Serialize for CharTarget {
     }
 }
 
+/// By itself, and not behind `file=`: a comma is written once, as it is read.
+impl Serialize for OutputFile {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let max = self.max.map(|max| format!(",max={max}")).unwrap_or_default();
+        host_path::serialize_bytes(&[self.path.as_os_str().as_bytes(), max.as_bytes()].concat(), serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for OutputFile {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = host_path::deserialize_text(deserializer)?;
+        text.as_os_str().try_into().map_err(ParseError::in_file)
+    }
+}
+
 impl<'de> Deserialize<'de> for CharTarget {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = host_path::deserialize_text(deserializer)?;

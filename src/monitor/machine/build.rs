@@ -149,6 +149,9 @@ fn build(
     let power = Arc::new(Mutex::new(AcpiPm::new(interrupt(&vm, "power button", layout::ACPI_GSI)?)));
     let fw_cfg = Arc::new(Mutex::new(FwCfg::new(Items::default(), memory.ram().clone())));
     let virtio = virtio::Device::list(config);
+    if config.net_dump.is_some() {
+        ports.note_frames();
+    }
     let mut board = Board::default();
     for slot in &list {
         let device: SharedDevice = match slot.kind {
@@ -179,7 +182,7 @@ fn build(
                 device
             }
             Kind::Virtio(index) => {
-                let device = virtio[index].build(ends, images, ports)?;
+                let device = virtio[index].build(ends, images, ports, recorder)?;
                 let gsi = slot.gsi.unwrap_or_default();
                 shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?)
             }
@@ -197,6 +200,11 @@ fn build(
     }
     let mut buses = Buses::new(board.pio, board.mmio);
     buses.hypercalls = board.hypercalls;
+    let networks = virtio.iter().filter_map(|device| device.network(ports).transpose());
+    let networks = networks.collect::<Result<Vec<_>, _>>()?;
+    if let Some(file) = &config.net_dump {
+        ports.start_dump(file, &networks).map_err(virtio::Error::Net)?;
+    }
     let (events, ended) = channel();
     let serve = events.clone();
     // The receiver is gone only when the run is over.
@@ -215,6 +223,7 @@ fn build(
         threads: Mutex::default(),
         inventory: list,
         devices: board.devices,
+        networks,
         power,
         phase: Mutex::new(Phase::Running),
         events,

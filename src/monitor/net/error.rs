@@ -1,7 +1,7 @@
 //! Why a network device has no end on the host.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::user;
 use crate::config::host_path::quoted;
@@ -100,6 +100,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Its frames cannot be written to a file.
+    #[error("cannot create network dump {path}", path = path.display())]
+    Dump {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// The host is out of descriptors or memory.
     #[error("cannot set up a network link")]
     Host(#[source] io::Error),
@@ -157,6 +166,10 @@ impl Error {
                 }
                 _ => "drop vhost=on: vmm then serves the guest's rings itself".to_owned(),
             },
+            Self::Dump { path, .. } => {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                format!("see who may write there: ls -ld {}", quoted(folder.unwrap_or(Path::new("."))))
+            }
             Self::Host(_) => "see what the limits are: ulimit -a".to_owned(),
         }
     }

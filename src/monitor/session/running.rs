@@ -61,6 +61,7 @@ impl Running {
             memory_bytes: config.mem.size.bytes(),
             kernel: config.kernel.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
             ptys: Vec::new(),
+            networks: Vec::new(),
         };
         let orders = AtomicU32::new(0);
         Self { started: Instant::now(), status, now: Arc::default(), viewers, orders, killed_status }
@@ -155,7 +156,8 @@ impl Control for Running {
             },
         };
         let uptime_seconds = self.started.elapsed().as_millis() as f64 / 1000.0;
-        Status { state, uptime_seconds, ptys: now.ptys.clone(), ..self.status.clone() }
+        let networks = now.machine.iter().flat_map(Handle::networks).map(Into::into).collect();
+        Status { state, uptime_seconds, ptys: now.ptys.clone(), networks, ..self.status.clone() }
     }
 
     fn pause(&self) -> Result<(), String> {

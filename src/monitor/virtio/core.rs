@@ -276,6 +276,7 @@ impl Parts {
         let handled = u32::try_from(now.wrapping_sub(time)).unwrap_or(u32::MAX);
         let (kind, value) = (kind as u8, completed.into());
         track.write(Record { time, address, value, handled, kind, ..Record::default() });
+        self.device.take_records().into_iter().for_each(|record| track.write(record));
         if let Some(address) = interrupted {
             track.write(Record { time: now, address, kind: Kind::Interrupt as u8, ..Record::default() });
         }

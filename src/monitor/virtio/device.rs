@@ -10,6 +10,7 @@ use super::queue::{Position, Setup, Virtqueue};
 use crate::bus::Busy;
 use crate::event_loop::Interest;
 use crate::memory::GuestRam;
+use crate::recorder::Event as Record;
 use crate::state::Saved;
 
 /// What a device is, as data.
@@ -68,6 +69,10 @@ pub trait VirtioDevice: Saved + Send {
     /// Source `source` of [`VirtioDevice::event_sources`] is ready. It may be so before `start` and after
     /// `reset`, too.
     fn on_event(&mut self, _source: usize, _queues: &mut [Virtqueue]) {}
+    /// What the last callbacks did, for the recorder, in order of time: only if it was on.
+    fn take_records(&mut self) -> Vec<Record> {
+        Vec::new()
+    }
     /// Comes to rest: begins nothing more, and waits until `deadline` at most for what is begun. After `Ok`
     /// no thread and no kernel request touches guest memory or the host on the device's behalf; what it has
     /// popped is completed, put back, or kept in its state to go on after `resume`.

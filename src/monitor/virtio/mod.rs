@@ -13,10 +13,13 @@ pub mod queue;
 pub mod rng;
 pub mod testing;
 
+use std::sync::Arc;
+
 use crate::chardev::{self, Ends};
-use crate::config::{self, CharTarget, VmConfig};
+use crate::config::{self, CharTarget, Mac, VmConfig};
 use crate::disk;
-use crate::net as links;
+use crate::net::{self as links, traffic::Network};
+use crate::recorder::Recorder;
 use device::VirtioDevice;
 
 /// A device that a configuration asks for.
@@ -96,7 +99,18 @@ impl<'a> Device<'a> {
         }
     }
 
-    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`, `images` and `ports`.
+    /// What those who look may know of it, if it is a network device.
+    ///
+    /// # Errors
+    /// [`Error`]: it is not built, and the host has not got what the configuration names.
+    pub fn network(&self, ports: &mut links::Ports) -> Result<Option<Network>, Error> {
+        let Self::Net(index, config, name) = self else { return Ok(None) };
+        let links::Port { mac, traffic, .. } = ports.get(*index, config, *name)?;
+        Ok(Some(Network { device: self.name(), to: config.to.clone(), mac: Mac(mac), traffic }))
+    }
+
+    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`, `images` and `ports`. What
+    /// the core does not see of its work it tells `recorder`.
     ///
     /// # Errors
     /// [`Error`]: the host has not got what the configuration names.
@@ -105,6 +119,7 @@ impl<'a> Device<'a> {
         ends: &mut Ends,
         images: &mut disk::Images,
         ports: &mut links::Ports,
+        recorder: &Arc<Recorder>,
     ) -> Result<Box<dyn VirtioDevice>, Error> {
         Ok(match self {
             Self::Block(index, disk) => {
@@ -113,7 +128,9 @@ impl<'a> Device<'a> {
             }
             Self::Rng => Box::new(rng::Rng),
             Self::Net(index, config, name) => {
-                Box::new(net::Net::new(ports.get(*index, config, *name)?, config.mtu()))
+                let device = net::Net::new(ports.get(*index, config, *name)?, config.mtu());
+                let device = device.limited(&config.limits).map_err(links::Error::Host)?;
+                Box::new(device.recorded(recorder.clone()))
             }
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;
