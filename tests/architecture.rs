@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 9] = [
     &["threads", "event_loop", "state", "config", "guest_log", "output", "printable", "recorder"],
     &["memory", "vm", "bus", "hyperv"],
-    &["disk", "net", "chardev"],
+    &["disk", "net", "chardev", "backends"],
     &["kvm"],
     &["legacy", "pci", "virtio"],
     &["boot", "vcpu"],

@@ -14,6 +14,7 @@
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
 //! | [`disk`], [`net`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, and a network of ours ([`net::user`]); terminals, pipes, sockets. They know no virtio |
+//! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
@@ -31,7 +32,7 @@
 //! ```text
 //! threads event_loop state config guest_log output printable recorder
 //! memory vm bus hyperv
-//! disk net chardev
+//! disk net chardev backends
 //! kvm
 //! legacy virtio        never kvm, machine, or another family of devices
 //! boot vcpu
@@ -70,6 +71,7 @@
 //! writes may panic, hang or grow the monitor: it gets what the spec says (0xff, a status byte, DEVICE_NEEDS_RESET).
 
 pub mod api;
+pub mod backends;
 pub mod boot;
 pub mod bus;
 pub mod chardev;

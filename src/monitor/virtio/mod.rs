@@ -13,7 +13,8 @@ pub mod queue;
 pub mod rng;
 pub mod testing;
 
-use crate::chardev::{self, Ends};
+use crate::backends::Backends;
+use crate::chardev;
 use crate::config::{self, CharTarget, VmConfig};
 use crate::disk;
 use crate::net as links;
@@ -96,16 +97,12 @@ impl<'a> Device<'a> {
         }
     }
 
-    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`, `images` and `ports`.
+    /// Opens what it needs of the host, and builds it; what must outlive it there is in `backends`.
     ///
     /// # Errors
     /// [`Error`]: the host has not got what the configuration names.
-    pub fn build(
-        &self,
-        ends: &mut Ends,
-        images: &mut disk::Images,
-        ports: &mut links::Ports,
-    ) -> Result<Box<dyn VirtioDevice>, Error> {
+    pub fn build(&self, backends: &mut Backends) -> Result<Box<dyn VirtioDevice>, Error> {
+        let Backends { ends, images, ports } = backends;
         Ok(match self {
             Self::Block(index, disk) => {
                 let id = disk.serial.clone().unwrap_or_else(|| format!("disk{index}"));
