@@ -7,7 +7,18 @@ use std::path::{Path, PathBuf};
 
 /// The monitor's modules by layer: one uses only its own layer and those before it.
 const LAYERS: [&[&str]; 9] = [
-    &["threads", "event_loop", "state", "config", "guest_log", "output", "printable", "recorder"],
+    &[
+        "threads",
+        "event_loop",
+        "poller",
+        "listener",
+        "state",
+        "config",
+        "guest_log",
+        "output",
+        "printable",
+        "recorder",
+    ],
     &["memory", "vm", "bus", "hyperv"],
     &["disk", "net", "chardev", "backends"],
     &["kvm"],

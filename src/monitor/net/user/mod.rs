@@ -9,7 +9,6 @@ mod dns;
 mod ethernet;
 mod icmp;
 mod policy;
-mod poller;
 mod publish;
 mod route;
 mod table;
@@ -31,13 +30,13 @@ use rustix::time::{
 use smoltcp::wire::{DHCP_SERVER_PORT, EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, UdpPacket};
 
 use crate::config::UserNet;
-use crate::event_loop::Event;
+use crate::event_loop::{Event, Interest};
+use crate::poller::{self, Poller};
 
 use dns::Resolvers;
 use ethernet::{Frame, Frames, OUR_MAC};
 use icmp::Ping;
 use policy::Policy;
-use poller::{Poller, Source};
 use publish::Listeners;
 use route::Routes;
 use tcp::Tcp;
@@ -57,6 +56,24 @@ const PREFIX: u8 = 24;
 const SWEEP: Duration = Duration::from_secs(5);
 /// Rounds of events before whoever drives the stack has its turn.
 const ROUNDS: usize = 16;
+
+/// Whose descriptor can go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Tcp,
+    Udp,
+    Ping,
+    Listener,
+    Timer,
+    Wake,
+}
+
+impl poller::Source for Source {
+    const ALL: &'static [Self] = &[Self::Tcp, Self::Udp, Self::Ping, Self::Listener, Self::Timer, Self::Wake];
+}
+
+/// What it can do.
+type Ready = poller::Ready<Source>;
 
 /// The two ends of a flow, as the guest names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -118,7 +135,7 @@ impl Clock {
 /// What all protocols share.
 struct Context {
     frames: Frames,
-    poller: Poller,
+    poller: Poller<Source>,
     policy: Policy,
     clock: Clock,
     /// When this turn began.
@@ -164,8 +181,8 @@ impl Stack {
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK);
         let timer = timer.map_err(io::Error::from)?;
         let wake = Event::new()?;
-        context.poller.add(&timer, Source::Timer, 0)?;
-        context.poller.add(&wake, Source::Wake, 0)?;
+        context.poller.add(&timer, Source::Timer, 0, Interest::INPUT)?;
+        context.poller.add_flag(&wake, Source::Wake)?;
         Ok(Self {
             udp: Udp::new(&context, udp)?,
             listeners: Listeners::new(&context, tcp)?,
