@@ -11,6 +11,7 @@ const LAYERS: [&[&str]; 9] = [
         "threads",
         "event_loop",
         "poller",
+        "timer",
         "listener",
         "state",
         "config",

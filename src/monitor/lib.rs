@@ -8,7 +8,7 @@
 //! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
 //! | [`state`] | saved state: one plain value per part |
 //! | [`threads`], [`event_loop`] | the one place where threads are made, each with its role; loops that wait for descriptors and call handlers |
-//! | [`poller`], [`listener`] | many descriptors behind one; a unix socket that only its owner can open |
+//! | [`poller`], [`timer`], [`listener`] | many descriptors behind one; a moment as a descriptor; a unix socket that only its owner can open |
 //! | [`guest_log`] | rate-limited warnings about the guest |
 //! | [`output`], [`printable`] | how files are made that a run writes; text of others that a terminal may show |
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
@@ -31,7 +31,7 @@
 //! (its clock), `memory`, `kvm`, `disk` and `net` (a tap's ioctls) alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
-//! threads event_loop poller listener state config guest_log output printable recorder
+//! threads event_loop poller timer listener state config guest_log output printable recorder
 //! memory vm bus hyperv
 //! disk net chardev backends
 //! kvm
@@ -94,6 +94,7 @@ pub mod recorder;
 pub mod session;
 pub mod state;
 pub mod threads;
+pub mod timer;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;

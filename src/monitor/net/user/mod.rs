@@ -18,20 +18,16 @@ mod tests;
 mod udp;
 mod wire;
 
-use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use rustix::event::Timespec;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
-};
 use smoltcp::wire::{DHCP_SERVER_PORT, EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, UdpPacket};
 
 use crate::config::UserNet;
 use crate::event_loop::{Event, Interest};
 use crate::poller::{self, Poller};
+use crate::timer::Timer;
 
 use dns::Resolvers;
 use ethernet::{Frame, Frames, OUR_MAC};
@@ -150,7 +146,7 @@ pub struct Stack {
     udp: Udp,
     ping: Ping,
     listeners: Listeners,
-    timer: OwnedFd,
+    timer: Timer,
     /// When the timer will be readable.
     armed: Option<Instant>,
     swept: Option<Instant>,
@@ -178,8 +174,7 @@ impl Stack {
             now,
         };
         let resolvers = Resolvers::new(&config.dns.iter().map(|resolver| resolver.0).collect::<Vec<_>>());
-        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK);
-        let timer = timer.map_err(io::Error::from)?;
+        let timer = Timer::new()?;
         let wake = Event::new()?;
         context.poller.add(&timer, Source::Timer, 0, Interest::INPUT)?;
         context.poller.add_flag(&wake, Source::Wake)?;
@@ -330,14 +325,8 @@ impl Stack {
         }
         let Some(deadline) = self.tcp.deadline().into_iter().chain(self.swept).min() else { return };
         if self.armed.is_none_or(|armed| deadline < armed) {
-            // Zero would disarm it.
-            let wait = deadline.saturating_duration_since(self.context.now).max(Duration::from_micros(1));
-            let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
-            let once = Itimerspec { it_interval: Timespec::default(), it_value: wait };
-            match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once) {
-                Ok(_) => self.armed = Some(deadline),
-                Err(error) => log::error!("user network: timer: {error}"),
-            }
+            self.timer.set(Some(deadline.saturating_duration_since(self.context.now)));
+            self.armed = Some(deadline);
         }
     }
 }
