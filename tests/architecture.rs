@@ -21,7 +21,7 @@ const LAYERS: [&[&str]; 9] = [
         "recorder",
     ],
     &["memory", "vm", "bus", "hyperv"],
-    &["disk", "net", "chardev", "backends"],
+    &["disk", "net", "vsock", "chardev", "backends"],
     &["kvm"],
     &["legacy", "pci", "virtio"],
     &["boot", "vcpu"],
@@ -32,7 +32,7 @@ const LAYERS: [&[&str]; 9] = [
 
 /// Edges that the layers would allow and the design does not: device models know the `Vm` trait, never KVM, and
 /// never each other's family.
-const FORBIDDEN: [(&str, &str); 13] = [
+const FORBIDDEN: [(&str, &str); 17] = [
     ("legacy", "kvm"),
     ("pci", "kvm"),
     ("virtio", "kvm"),
@@ -45,6 +45,10 @@ const FORBIDDEN: [(&str, &str); 13] = [
     ("disk", "net"),
     ("net", "chardev"),
     ("chardev", "net"),
+    ("vsock", "net"),
+    ("net", "vsock"),
+    ("vsock", "chardev"),
+    ("chardev", "vsock"),
     ("vcpu", "boot"),
 ];
 

@@ -6,6 +6,7 @@ use crate::chardev::Ends;
 use crate::disk::Images;
 use crate::event_loop::EventLoop;
 use crate::net::Ports;
+use crate::vsock::Doors;
 
 /// The host's side of a machine, by what it is.
 #[derive(Debug)]
@@ -16,11 +17,18 @@ pub struct Backends {
     pub images: Images,
     /// Of network devices.
     pub ports: Ports,
+    /// Of the socket device.
+    pub doors: Doors,
 }
 
 impl Backends {
     /// None are open yet. `events` reads the terminal, and serves the devices that need no thread of their own.
     pub fn new(events: EventLoop) -> Self {
-        Self { ends: Ends::new(events), images: Images::default(), ports: Ports::default() }
+        Self {
+            ends: Ends::new(events),
+            images: Images::default(),
+            ports: Ports::default(),
+            doors: Doors::default(),
+        }
     }
 }

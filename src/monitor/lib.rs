@@ -14,7 +14,7 @@
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
-//! | [`disk`], [`net`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, and a network of ours ([`net::user`]); terminals, pipes, sockets. They know no virtio |
+//! | [`disk`], [`net`], [`vsock`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, and a network of ours ([`net::user`]); unix sockets behind a guest's connections; terminals, pipes, sockets. They know no virtio |
 //! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
@@ -33,7 +33,7 @@
 //! ```text
 //! threads event_loop poller timer listener state config guest_log output printable recorder
 //! memory vm bus hyperv
-//! disk net chardev backends
+//! disk net vsock chardev backends
 //! kvm
 //! legacy virtio        never kvm, machine, or another family of devices
 //! boot vcpu
@@ -98,6 +98,7 @@ pub mod timer;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+pub mod vsock;
 
 /// An error and its sources on one line, outermost first.
 pub fn error_chain(error: &dyn std::error::Error) -> String {

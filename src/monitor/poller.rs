@@ -68,12 +68,20 @@ impl<S: Source> Poller<S> {
         Ok(epoll::modify(&self.fd, fd, data(source, id), edges(interest))?)
     }
 
-    /// Reports `fd` for as long as it is readable: a flag that whoever has the set raises and takes down.
+    /// Reports `fd` for as long as it is readable.
     ///
     /// # Errors
     /// As [`Poller::add`].
-    pub fn add_flag(&self, fd: impl AsFd, source: S) -> io::Result<()> {
-        Ok(epoll::add(&self.fd, fd, data(source, 0), epoll::EventFlags::IN)?)
+    pub fn add_steady(&self, fd: impl AsFd, source: S, id: u64) -> io::Result<()> {
+        Ok(epoll::add(&self.fd, fd, data(source, id), epoll::EventFlags::IN)?)
+    }
+
+    /// Reports `fd` no more.
+    ///
+    /// # Errors
+    /// The descriptor is not there.
+    pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
+        Ok(epoll::delete(&self.fd, fd)?)
     }
 
     /// What has become ready; nothing is waited for. The set stays readable while there is more.
@@ -154,13 +162,16 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_is_told_until_it_is_taken_down() {
+    fn what_is_steady_is_told_until_it_is_over() {
         let poller = Poller::new().unwrap();
         let flag = crate::event_loop::Event::new().unwrap();
-        poller.add_flag(&flag, Kind::First).unwrap();
+        poller.add_steady(&flag, Kind::First, 7).unwrap();
         flag.signal();
         assert!((0..3).all(|_| poller.ready()[0].source == Kind::First));
         flag.clear();
+        assert!(poller.ready().is_empty());
+        flag.signal();
+        poller.remove(&flag).unwrap();
         assert!(poller.ready().is_empty());
     }
 }

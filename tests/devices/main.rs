@@ -13,3 +13,5 @@ mod hostile;
 mod net;
 mod subjects;
 mod turns;
+mod vsock;
+mod vsock_driver;

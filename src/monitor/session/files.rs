@@ -17,11 +17,14 @@ pub(super) fn may_hang(config: &VmConfig, outputs: &[PathBuf]) -> bool {
     let mut inputs = config.kernel.iter().chain(&config.initrd).chain(firmware).chain(&config.option_rom);
     let console = config.console();
     let ends = [&console, &config.serial].into_iter().chain(config.port.iter().map(|port| &port.to));
-    let mut outputs = outputs.iter().chain(ends.filter_map(|end| match end {
-        CharTarget::File(file) => Some(&file.path),
-        CharTarget::Socket(path) => Some(path),
-        CharTarget::Stdio | CharTarget::Pty | CharTarget::Off => None,
-    }));
+    let mut outputs = outputs
+        .iter()
+        .chain(ends.filter_map(|end| match end {
+            CharTarget::File(file) => Some(&file.path),
+            CharTarget::Socket(path) => Some(path),
+            CharTarget::Stdio | CharTarget::Pty | CharTarget::Off => None,
+        }))
+        .chain(config.vsock.iter().filter_map(|vsock| vsock.path.as_ref()));
     // What stores an image may stop at any time.
     !config.disk.is_empty()
         || inputs.any(|path| is_local(path) != Ok(true))

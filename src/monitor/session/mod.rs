@@ -138,8 +138,9 @@ impl<'a> Session<'a> {
         let orders = OrdersElsewhere::from_now_on();
         let entry = Registry::of_user().register(config.name.as_deref())?;
         log::info!("{}: control socket registered", entry.name());
+        let vsock = entry.vsock();
         let Controls { stop_timeout, viewers, serving, killed_status, outputs } = controls;
-        let running = Arc::new(Running::new(entry.name(), config, viewers, killed_status));
+        let running = Arc::new(Running::new(entry.name(), config, &vsock, viewers, killed_status));
         let unserved = Some((entry, signals));
         let controlled = Some(Controlled {
             _orders: orders,
@@ -152,6 +153,7 @@ impl<'a> Session<'a> {
         });
         let mut session = Self::private(config, recorder)?;
         session.controlled = controlled;
+        session.backends.doors.lie_at(vsock);
         Ok(session)
     }
 

@@ -12,12 +12,14 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod testing;
+pub mod vsock;
 
 use crate::backends::Backends;
 use crate::chardev;
 use crate::config::{self, CharTarget, VmConfig};
 use crate::disk;
 use crate::net as links;
+use crate::vsock as sockets;
 use device::VirtioDevice;
 
 /// A device that a configuration asks for.
@@ -29,6 +31,8 @@ pub enum Device<'a> {
     Rng,
     /// A network device, the `usize`th, of the machine of that name.
     Net(usize, &'a config::Net, Option<&'a str>),
+    /// A socket device.
+    Vsock(&'a config::Vsock),
     /// The console: where hvc0 goes, and the named ports.
     Console(&'a VmConfig),
 }
@@ -42,6 +46,9 @@ pub enum Error {
     /// Its links.
     #[error(transparent)]
     Net(#[from] links::Error),
+    /// Its sockets.
+    #[error(transparent)]
+    Vsock(#[from] sockets::Error),
     /// A host end of its.
     #[error(transparent)]
     Chardev(#[from] chardev::Error),
@@ -56,6 +63,7 @@ impl Error {
         match self {
             Self::Disk(error) => error.hint(),
             Self::Net(error) => Some(error.hint()),
+            Self::Vsock(error) => Some(error.hint()),
             Self::Chardev(error) => error.hint().map(str::to_owned),
             Self::Console(_) => None,
         }
@@ -66,6 +74,7 @@ impl Error {
         match self {
             Self::Disk(_) => true,
             Self::Net(error) => error.is_bad_argument(),
+            Self::Vsock(error) => error.is_bad_argument(),
             Self::Chardev(error) => error.is_bad_argument(),
             Self::Console(_) => false,
         }
@@ -80,6 +89,7 @@ impl<'a> Device<'a> {
             list.push(Self::Rng);
         }
         list.extend(config.net.iter().enumerate().map(|(i, net)| Self::Net(i, net, config.name.as_deref())));
+        list.extend(config.vsock.iter().map(Self::Vsock));
         // Last, because opening a host end may change it (a file is truncated), and disks may still be refused.
         if config.console() != CharTarget::Off || !config.port.is_empty() {
             list.push(Self::Console(config));
@@ -93,6 +103,7 @@ impl<'a> Device<'a> {
             Self::Block(index, _) => format!("virtio-blk{index}"),
             Self::Rng => "virtio-rng".to_owned(),
             Self::Net(index, ..) => format!("virtio-net{index}"),
+            Self::Vsock(_) => "virtio-vsock".to_owned(),
             Self::Console(_) => "virtio-console".to_owned(),
         }
     }
@@ -102,7 +113,7 @@ impl<'a> Device<'a> {
     /// # Errors
     /// [`Error`]: the host has not got what the configuration names.
     pub fn build(&self, backends: &mut Backends) -> Result<Box<dyn VirtioDevice>, Error> {
-        let Backends { ends, images, ports } = backends;
+        let Backends { ends, images, ports, doors } = backends;
         Ok(match self {
             Self::Block(index, disk) => {
                 let id = disk.serial.clone().unwrap_or_else(|| format!("disk{index}"));
@@ -112,6 +123,7 @@ impl<'a> Device<'a> {
             Self::Net(index, config, name) => {
                 Box::new(net::Net::new(ports.get(*index, config, *name)?, config.mtu()))
             }
+            Self::Vsock(config) => Box::new(vsock::Vsock::new(doors.get(config)?, config.cid())),
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;
                 let mut named = Vec::new();

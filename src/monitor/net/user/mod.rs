@@ -177,7 +177,7 @@ impl Stack {
         let timer = Timer::new()?;
         let wake = Event::new()?;
         context.poller.add(&timer, Source::Timer, 0, Interest::INPUT)?;
-        context.poller.add_flag(&wake, Source::Wake)?;
+        context.poller.add_steady(&wake, Source::Wake, 0)?;
         Ok(Self {
             udp: Udp::new(&context, udp)?,
             listeners: Listeners::new(&context, tcp)?,
