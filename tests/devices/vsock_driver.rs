@@ -1,12 +1,20 @@
 //! A driver's half of a socket device, and the host's programs at the other end.
 
 use std::io::{Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use std::time::Instant;
 
 use tempfile::TempDir;
-use vmm_monitor::virtio::device::VirtioDevice;
+use vmm_monitor::bus::Busy;
+use vmm_monitor::event_loop::Interest;
+use vmm_monitor::state::{Saved, StateError};
+use vmm_monitor::virtio::device::{Traits, VirtioDevice};
+use vmm_monitor::virtio::queue::Virtqueue;
 use vmm_monitor::virtio::vsock::Vsock;
 use vmm_monitor::vsock::Sockets;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -109,10 +117,7 @@ pub fn send_data(guest: &mut Guest, line: &Line, data: &[u8], flags: u32) {
 /// The next packet for the guest.
 pub fn receive(guest: &mut Guest) -> (Header, Vec<u8>) {
     let used = guest.request(RECEIVE, &[], &[(IN, HEADER), (IN + 0x100, ROOM)]);
-    let header = Header::read_from_bytes(&guest.load(IN, HEADER as usize)).unwrap();
-    let len = header.len;
-    assert_eq!(used, HEADER + len, "{header:?}");
-    (header, guest.load(IN + 0x100, len as usize))
+    packet(guest, used)
 }
 
 /// The same, which is to be `op` on `line`.
@@ -124,19 +129,91 @@ pub fn expect(guest: &mut Guest, line: &Line, op: u16) -> (Header, Vec<u8>) {
     (header, data)
 }
 
-/// Whether there is nothing for the guest.
-pub fn is_quiet(guest: &mut Guest) -> bool {
+/// Offers a buffer for a packet that nobody waits for yet.
+pub fn offer(guest: &mut Guest) {
     let old = guest.rings[RECEIVE].available();
     guest.rings[RECEIVE].add(&[], &[(IN, HEADER), (IN + 0x100, ROOM)]);
     guest.kick(RECEIVE, old);
-    guest.settle();
-    guest.rings[RECEIVE].used().is_none()
+}
+
+/// The packet for which a buffer was offered, if it has come.
+pub fn offered(guest: &mut Guest) -> Option<(Header, Vec<u8>)> {
+    let (_, used) = guest.rings[RECEIVE].used()?;
+    Some(packet(guest, used))
+}
+
+/// The same, for which is waited.
+pub fn wait_offered(guest: &mut Guest) -> (Header, Vec<u8>) {
+    let (_, used) = guest.rings[RECEIVE].wait_used(20);
+    packet(guest, used)
+}
+
+/// The packet of `used` bytes in the one place for those that come.
+fn packet(guest: &Guest, used: u32) -> (Header, Vec<u8>) {
+    let header = Header::read_from_bytes(&guest.load(IN, HEADER as usize)).unwrap();
+    let len = header.len;
+    assert_eq!(used, HEADER + len, "{header:?}");
+    (header, guest.load(IN + 0x100, len as usize))
+}
+
+/// A device whose callbacks are counted.
+struct Counted(Vsock, Arc<AtomicUsize>);
+
+impl Saved for Counted {
+    fn save_bytes(&self) -> Vec<u8> {
+        self.0.save_bytes()
+    }
+    fn restore_bytes(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        self.0.restore_bytes(bytes)
+    }
+}
+
+impl VirtioDevice for Counted {
+    fn traits(&self) -> Traits {
+        self.0.traits()
+    }
+    fn config(&self) -> &[u8] {
+        self.0.config()
+    }
+    fn accept(&mut self, features: u64) {
+        self.0.accept(features);
+    }
+    fn start(&mut self) {
+        self.0.start();
+    }
+    fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        self.0.on_queue(index, queues);
+    }
+    fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
+        self.0.event_sources()
+    }
+    fn interest(&self, source: usize) -> Interest {
+        self.0.interest(source)
+    }
+    fn on_event(&mut self, source: usize, queues: &mut [Virtqueue]) {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        self.0.on_event(source, queues);
+    }
+    fn drain(&mut self, queues: &mut [Virtqueue], deadline: Instant) -> Result<(), Busy> {
+        self.0.drain(queues, deadline)
+    }
+    fn resume(&mut self, queues: &mut [Virtqueue]) {
+        self.0.resume(queues);
+    }
+    fn forget(&mut self, index: usize) {
+        self.0.forget(index);
+    }
+    fn reset(&mut self) {
+        self.0.reset();
+    }
 }
 
 /// The host's programs, and the sockets between them and the guest.
 pub struct Host {
     pub sockets: Sockets,
     pub listener: UnixListener,
+    callbacks: Arc<AtomicUsize>,
     dir: TempDir,
 }
 
@@ -145,7 +222,7 @@ impl Host {
         let dir = TempDir::new().unwrap();
         let sockets = Sockets::open(&dir.path().join("v")).unwrap();
         let listener = UnixListener::bind(dir.path().join(format!("v_{PORT}"))).unwrap();
-        Self { sockets, listener, dir }
+        Self { sockets, listener, callbacks: Arc::default(), dir }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -153,7 +230,17 @@ impl Host {
     }
 
     pub fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(Vsock::new(self.sockets.clone(), CID as u32))
+        let device = Vsock::new(self.sockets.clone(), CID as u32);
+        Box::new(Counted(device, self.callbacks.clone()))
+    }
+
+    /// Whether the worker comes to sleep.
+    pub fn is_at_rest(&self) -> bool {
+        (0..200).any(|_| {
+            let before = self.callbacks.load(Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(50));
+            self.callbacks.load(Ordering::SeqCst) == before
+        })
     }
 
     /// A device that runs.
@@ -169,6 +256,21 @@ impl Host {
         send(guest, &line, REQUEST, 0);
         expect(guest, &line, RESPONSE);
         (line, patient(self.listener.accept().unwrap().0))
+    }
+
+    /// The same, while data comes on another connection, which is taken.
+    pub fn connect_past(&self, guest: &mut Guest, port: u32, other: Line) -> (Line, UnixStream) {
+        let line = Line::new(port, PORT);
+        send(guest, &line, REQUEST, 0);
+        loop {
+            let (header, _) = receive(guest);
+            let (to, op) = (header.dst_port, header.op);
+            if to == port {
+                assert_eq!(op, RESPONSE);
+                return (line, patient(self.listener.accept().unwrap().0));
+            }
+            assert_eq!(to, other.guest);
+        }
     }
 
     /// A program that calls the guest's port.
