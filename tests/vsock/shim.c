@@ -38,7 +38,7 @@
 struct vsock {
 	int is;
 	int type;
-	unsigned long long size;
+	unsigned long long size, most;
 	int lowat;
 	/* Completions of MSG_ZEROCOPY that are yet to be read. */
 	int zerocopy, completions;
@@ -57,7 +57,7 @@ static struct vsock *get(int fd)
 
 static void begin(int fd, int type)
 {
-	socks[fd] = (struct vsock){ .is = 1, .type = type, .size = DEFAULT_SIZE, .ahead = -1 };
+	socks[fd] = (struct vsock){ .is = 1, .type = type, .size = DEFAULT_SIZE, .most = DEFAULT_SIZE, .ahead = -1 };
 }
 
 static void address(struct sockaddr_un *un, const char *suffix)
@@ -217,7 +217,9 @@ int setsockopt(int fd, int level, int name, const void *value, socklen_t len)
 	struct vsock *sock = get(fd);
 
 	if (sock && level == AF_VSOCK) {
-		if (name == SO_VM_SOCKETS_BUFFER_SIZE)
+		if (name == SO_VM_SOCKETS_BUFFER_MAX_SIZE)
+			sock->most = *(const unsigned long long *)value;
+		else if (name == SO_VM_SOCKETS_BUFFER_SIZE)
 			set_size(fd, sock, *(const unsigned long long *)value);
 		return 0;
 	}
@@ -235,7 +237,7 @@ int getsockopt(int fd, int level, int name, void *value, socklen_t *len)
 	struct vsock *sock = get(fd);
 
 	if (sock && level == AF_VSOCK) {
-		*(unsigned long long *)value = sock->size;
+		*(unsigned long long *)value = name == SO_VM_SOCKETS_BUFFER_MAX_SIZE ? sock->most : sock->size;
 		return 0;
 	}
 	if (sock && level == SOL_SOCKET && name == SO_ZEROCOPY) {
@@ -255,9 +257,11 @@ static long long now_ms(void)
 
 int poll(struct pollfd *fds, nfds_t count, int timeout)
 {
-	struct vsock *sock = count == 1 ? get(fds->fd) : NULL;
 	long long end = now_ms() + timeout;
+	struct vsock *sock = NULL;
 
+	if (count == 1)
+		sock = get(fds[0].fd);
 	if (sock && sock->completions) {
 		fds->revents = POLLERR;
 		return 1;

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::cmsg_space;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{
     RecvAncillaryBuffer, RecvFlags, SendFlags, Shutdown, recv, recvmsg, send, shutdown, sockopt,
@@ -107,6 +108,12 @@ impl End {
         self.unsent.is_sendable(self.kind)
     }
 
+    /// Whether the reader of a stream may still take something. Of messages that shows only when one is sent.
+    pub fn is_read(&self) -> bool {
+        let nothing = || send(&self.fd, &[], SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        self.kind == Kind::Seqpacket || !matches!(nothing(), Err(Errno::PIPE | Errno::CONNRESET))
+    }
+
     /// What waits is not sent any more.
     pub fn discard(&mut self) {
         self.unsent = Unsent::default();
@@ -126,6 +133,13 @@ impl End {
         let message = recvmsg(&self.fd, &mut [], &mut control, flags | RecvFlags::TRUNC);
         let is_message = control.drain().next().is_some();
         input(message.map(|message| message.bytes), is_message)
+    }
+
+    /// Whether the program on the host is gone.
+    pub fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::empty())];
+        let _ = poll(&mut fds, Some(&Timespec::default()));
+        fds[0].revents().contains(PollFlags::HUP)
     }
 
     /// Takes up to `limit` bytes, straight into `room`.

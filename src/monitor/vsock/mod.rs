@@ -49,6 +49,15 @@ impl Kind {
             Self::Seqpacket => SocketType::SEQPACKET,
         }
     }
+
+    /// What is waited for where nothing waits to be sent. That a stream's reader takes no more shows in nothing else than that there
+    /// is, all of a sudden, room ([`End::is_read`]).
+    fn interest(self) -> Interest {
+        match self {
+            Self::Stream => Interest::BOTH,
+            Self::Seqpacket => Interest::INPUT,
+        }
+    }
 }
 
 /// What happens on the host's side.
@@ -200,7 +209,7 @@ impl Host {
 
     fn hear(&mut self, id: u64) -> Option<Event> {
         let call = self.callers.ready(id)?;
-        let end = self.poller.change(&call.fd, Source::Connection, id, Interest::INPUT);
+        let end = self.poller.change(&call.fd, Source::Connection, id, call.kind.interest());
         match end.and_then(|()| End::new(call.fd, id, call.kind)) {
             Ok(end) => Some(Event::Call(end, call.port)),
             Err(error) => {
@@ -220,13 +229,13 @@ impl Host {
         let fd = socket_with(AddressFamily::UNIX, kind.socket_type(), flags, None)?;
         connect(&fd, &address)?;
         let id = self.next_id();
-        self.poller.add(&fd, Source::Connection, id, Interest::INPUT)?;
+        self.poller.add(&fd, Source::Connection, id, kind.interest())?;
         End::new(fd, id, kind)
     }
 
-    /// From now on it is told, or not, when `end` takes more.
+    /// From now on it is told, or not, when `end` takes more. Of streams it always is.
     pub fn wait_for_room(&self, end: &End, on: bool) {
-        let interest = if on { Interest::BOTH } else { Interest::INPUT };
+        let interest = if on { Interest::BOTH } else { end.kind().interest() };
         if let Err(error) = self.poller.change(end, Source::Connection, end.id(), interest) {
             log::error!("{}: wait for a client: {error}", self.path.display());
         }

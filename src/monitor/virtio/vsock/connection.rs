@@ -83,8 +83,10 @@ pub struct Connection {
     hung_up: bool,
     /// The guest was asked for room for so many bytes, and has not got it.
     asked: Option<u32>,
-    /// It is told when the host's program takes more.
+    /// It is told when the host's program takes more messages.
     waits: bool,
+    /// Something was sent to the host's program since there was last word of room.
+    wrote: bool,
 }
 
 impl Connection {
@@ -116,6 +118,7 @@ impl Connection {
             hung_up: false,
             asked: None,
             waits: false,
+            wrote: false,
         }
     }
 
@@ -204,12 +207,18 @@ impl Connection {
         }
     }
 
-    /// The host's program takes more of what waits for it.
-    pub fn flush(&mut self) -> Fate {
+    /// The host's program takes more of what waits for it, or nothing any more.
+    pub fn flush(&mut self, hung_up: bool) -> Fate {
+        // Room that nothing else explains.
+        let is_odd = !std::mem::take(&mut self.wrote) && !hung_up;
+        let is_open = self.phase == Phase::Open && !self.guest.contains(Shut::SEND);
         match &mut self.end {
             Some(end) if end.is_stalled() => {
                 let sent = end.flush();
                 self.sent(sent)
+            }
+            Some(end) if is_odd && is_open && !end.is_read() => {
+                self.sent(Err(io::ErrorKind::BrokenPipe.into()))
             }
             _ => Fate::Stays,
         }
@@ -217,7 +226,10 @@ impl Connection {
 
     fn sent(&mut self, result: io::Result<usize>) -> Fate {
         match result {
-            Ok(n) => self.credit.forward(n as u32),
+            Ok(n) => {
+                self.wrote |= n > 0;
+                self.credit.forward(n as u32);
+            }
             // A message that is too long for a socket, or too many without content.
             Err(error) if self.kind == Kind::Seqpacket && !is_the_end(&error) => {
                 log::debug!("socket: port {}: {error}", self.key.host);
@@ -259,7 +271,7 @@ impl Connection {
     /// Whether the host is to tell when its program takes more, if that is to change.
     pub fn waits_for_room(&mut self) -> Option<(&End, bool)> {
         let end = self.end.as_ref()?;
-        let waits = end.is_stalled();
+        let waits = end.is_stalled() && self.kind == Kind::Seqpacket;
         (std::mem::replace(&mut self.waits, waits) != waits).then_some((end, waits))
     }
 
@@ -306,7 +318,9 @@ impl Connection {
 
     /// All that the host's program wrote has been read.
     pub fn host_ends(&mut self) {
-        self.shut(if self.hung_up { Shut::all() } else { Shut::SEND });
+        // It may have gone since what is known of it was heard.
+        let is_gone = self.hung_up || self.end.as_ref().is_some_and(End::is_hung_up);
+        self.shut(if is_gone { Shut::all() } else { Shut::SEND });
     }
 
     /// The host does this no more, and the guest is to know.

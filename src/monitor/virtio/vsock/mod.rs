@@ -136,7 +136,7 @@ impl Vsock {
                 }
                 Event::Ready { id, input, output, hung_up } => {
                     self.table.update(id, cid, host, |connection| {
-                        match if output { connection.flush() } else { Fate::Stays } {
+                        match if output { connection.flush(hung_up) } else { Fate::Stays } {
                             Fate::Stays => connection.host_is_ready(input, hung_up),
                             fate => fate,
                         }
