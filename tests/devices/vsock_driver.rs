@@ -252,10 +252,18 @@ impl Host {
 
     /// The guest's port `port` calls the host, and is answered.
     pub fn connect(&self, guest: &mut Guest, port: u32) -> (Line, UnixStream) {
+        self.forget_earlier();
         let line = Line::new(port, PORT);
         send(guest, &line, REQUEST, 0);
         expect(guest, &line, RESPONSE);
         (line, patient(self.listener.accept().unwrap().0))
+    }
+
+    /// Those that nobody has taken in.
+    fn forget_earlier(&self) {
+        self.listener.set_nonblocking(true).unwrap();
+        while self.listener.accept().is_ok() {}
+        self.listener.set_nonblocking(false).unwrap();
     }
 
     /// The same, while data comes on another connection, which is taken.

@@ -217,7 +217,8 @@ impl Connection {
                 let sent = end.flush();
                 self.sent(sent)
             }
-            Some(end) if is_odd && is_open && !end.is_read() => {
+            // Of one that is gone altogether is heard by other means.
+            Some(end) if is_odd && is_open && !end.is_read() && !end.is_hung_up() => {
                 self.sent(Err(io::ErrorKind::BrokenPipe.into()))
             }
             _ => Fate::Stays,
