@@ -53,6 +53,7 @@ impl Control for Fake {
             cpus: 2,
             memory_bytes: 128 << 20,
             kernel: Some("/boot/vmlinux".into()),
+            vsock: None,
             ptys: Vec::new(),
             networks: Vec::new(),
         }

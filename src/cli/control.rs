@@ -146,6 +146,9 @@ fn text(status: &Status) -> String {
     if let Some(kernel) = &status.kernel {
         line("kernel", &kernel.display());
     }
+    if let Some(vsock) = &status.vsock {
+        line("vsock", &vsock.display());
+    }
     for pty in &status.ptys {
         line("pty", &format_args!("{} ({})", pty.path.display(), pty.device));
     }

@@ -19,7 +19,7 @@ use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
     BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, Net, NetTarget, OnPanic, OnReboot,
-    OutputFile, Port, Publish, UserNet, VmConfig, port_number,
+    OutputFile, Port, Publish, UserNet, VmConfig, Vsock, port_number,
 };
 use vmm_monitor::machine::outputs;
 use vmm_trace::debug::gdb::Place;
@@ -67,6 +67,11 @@ pub struct Options {
     /// and starts afresh
     #[arg(long, value_name = "FILE", value_parser = output_file())]
     net_dump: Option<OutputFile>,
+    /// Socket device (vsock): the host's programs reach the guest on unix socket PATH, by CONNECT PORT, and the guest those that
+    /// listen on PATH_PORT; then ,cid=N for the guest's address, from 3 on [default: beside the control socket, as vmm status
+    /// tells; cid=3]
+    #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "cid=3", value_parser = os_text::<Vsock, _>())]
+    vsock: Option<Vsock>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
     /// [default: stdio, unless --serial has it]
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
@@ -215,6 +220,7 @@ impl Options {
         set(&mut config.disk, some(!self.disk.is_empty()).map(|()| self.disk));
         set(&mut config.net, some(!self.net.is_empty()).map(|()| self.net));
         config.net_dump = self.net_dump.or(config.net_dump.take());
+        config.vsock = self.vsock.or(config.vsock.take());
         set(&mut config.console, self.console);
         set(&mut config.port, some(!self.port.is_empty()).map(|()| self.port));
         set(&mut config.serial, self.serial);

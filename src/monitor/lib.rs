@@ -8,12 +8,14 @@
 //! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
 //! | [`state`] | saved state: one plain value per part |
 //! | [`threads`], [`event_loop`] | the one place where threads are made, each with its role; loops that wait for descriptors and call handlers |
+//! | [`poller`], [`timer`], [`listener`] | many descriptors behind one; a moment as a descriptor; a unix socket that only its owner can open |
 //! | [`guest_log`] | rate-limited warnings about the guest |
 //! | [`output`], [`printable`] | how files are made that a run writes; text of others that a terminal may show |
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
-//! | [`disk`], [`net`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, and a network of ours ([`net::user`]); terminals, pipes, sockets. They know no virtio |
+//! | [`disk`], [`net`], [`vsock`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, and a network of ours ([`net::user`]); unix sockets behind a guest's connections; terminals, pipes, sockets. They know no virtio |
+//! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
@@ -29,9 +31,9 @@
 //! (its clock), `memory`, `kvm`, `disk` and `net` (ioctls of taps and of vhost-net) alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
-//! threads event_loop state config guest_log output printable recorder
+//! threads event_loop poller timer listener state config guest_log output printable recorder
 //! memory vm bus hyperv
-//! disk net chardev
+//! disk net vsock chardev backends
 //! kvm
 //! legacy virtio        never kvm, machine, or another family of devices
 //! boot vcpu
@@ -72,6 +74,7 @@
 //! writes may panic, hang or grow the monitor: it gets what the spec says (0xff, a status byte, DEVICE_NEEDS_RESET).
 
 pub mod api;
+pub mod backends;
 pub mod boot;
 pub mod bus;
 pub mod chardev;
@@ -82,18 +85,22 @@ pub mod guest_log;
 pub mod hyperv;
 pub mod kvm;
 pub mod legacy;
+pub mod listener;
 pub mod machine;
 pub mod memory;
 pub mod net;
 pub mod output;
+pub mod poller;
 pub mod printable;
 pub mod recorder;
 pub mod session;
 pub mod state;
 pub mod threads;
+pub mod timer;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+pub mod vsock;
 
 /// An error and its sources on one line, outermost first.
 pub fn error_chain(error: &dyn std::error::Error) -> String {

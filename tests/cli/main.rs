@@ -17,6 +17,7 @@ mod terminal;
 mod top;
 mod trace;
 mod trace_damage;
+mod vsock;
 
 /// What the tests run.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vmm");

@@ -15,3 +15,5 @@ mod net_dump;
 mod net_traffic;
 mod subjects;
 mod turns;
+mod vsock;
+mod vsock_driver;

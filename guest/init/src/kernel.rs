@@ -30,7 +30,7 @@ const SIGNALS: [Signal; 6] =
 
 /// # Safety
 /// As for the system call `number` with these arguments.
-unsafe fn syscall4(number: usize, a: usize, b: usize, c: usize, d: usize) -> Result<usize, Errno> {
+pub(crate) unsafe fn syscall4(number: usize, a: usize, b: usize, c: usize, d: usize) -> Result<usize, Errno> {
     let result: isize;
     // SAFETY: the x86-64 convention: arguments in rdi, rsi, rdx, r10; rcx and r11 are lost; the caller vouches for the rest.
     unsafe {
@@ -77,9 +77,13 @@ pub unsafe fn fork(child: impl FnOnce() -> u8) -> Result<Pid, Errno> {
         return Ok(pid);
     }
     let _ = set_signal_mask(0);
-    let code = child();
+    exit(child())
+}
+
+/// Ends the process.
+pub fn exit(code: u8) -> ! {
     loop {
-        // SAFETY: ends the process.
+        // SAFETY: it takes a number, and does not return.
         let _ = unsafe { syscall4(SYS_EXIT_GROUP, code.into(), 0, 0, 0) };
     }
 }

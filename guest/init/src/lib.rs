@@ -16,6 +16,7 @@ pub mod kernel;
 pub mod mounts;
 pub mod orders;
 pub mod program;
+pub mod vsock;
 pub mod watch;
 
 use finish::Outcome;

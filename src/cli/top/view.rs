@@ -374,6 +374,7 @@ mod tests {
             cpus: vcpus as u32,
             memory_bytes: 64 << 20,
             kernel: None,
+            vsock: None,
             ptys: Vec::new(),
             networks: Vec::new(),
         };

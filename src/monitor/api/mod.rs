@@ -66,6 +66,9 @@ pub struct Status {
     /// The kernel that was booted.
     #[serde(default, with = "host_path::optional")]
     pub kernel: Option<PathBuf>,
+    /// The unix socket that leads to its socket device.
+    #[serde(default, with = "host_path::optional")]
+    pub vsock: Option<PathBuf>,
     /// Pseudo-terminals that lead into it.
     pub ptys: Vec<Pty>,
     /// Its network devices; none while it starts.

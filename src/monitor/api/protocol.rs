@@ -192,6 +192,7 @@ mod tests {
             cpus: 1,
             memory_bytes: 1,
             kernel: Some(text.into()),
+            vsock: Some(text.into()),
             ptys: vec![crate::api::Pty { device: text.to_owned(), path: text.into() }],
             networks: Vec::new(),
         };

@@ -7,15 +7,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-
-use rustix::event::Timespec;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
-};
 
 use super::protocol::{self, Answer, Command, Ended, MAX_REQUEST, MachineSample};
 use super::registry::Entry;
@@ -25,6 +19,7 @@ use crate::bus::lock;
 use crate::event_loop::{Event, EventLoop, Handler, Interest, Registration, Sources};
 use crate::kvm::VcpuState;
 use crate::threads::{self, Role};
+use crate::timer::Timer;
 
 /// How long a client may take from one request to the end of the next.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -125,7 +120,7 @@ struct Orders {
     stop_timeout: Duration,
     listener: UnixListener,
     signals: Option<Signals>,
-    timer: OwnedFd,
+    timer: Timer,
     pause: Pause,
     clients: BTreeMap<u32, Client>,
     next_client: u32,
@@ -149,14 +144,13 @@ impl Orders {
     ) -> io::Result<Self> {
         let pause =
             Pause { over: Event::new()?, result: Arc::default(), under_way: false, clients: VecDeque::new() };
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         Ok(Self {
             control,
             entry: entry.clone(),
             stop_timeout,
             listener: entry.listener().try_clone()?,
             signals,
-            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
+            timer: Timer::new()?,
             pause,
             clients: BTreeMap::new(),
             next_client: FIRST_CLIENT,
@@ -468,13 +462,7 @@ impl Orders {
         }
         let others = [self.stop_at, self.give_up_at, self.accept_again];
         let next = self.clients.values().map(|client| client.until).chain(others).flatten().min();
-        // Zero would disarm the timer.
-        let after = next.map(|at| at.saturating_duration_since(now).max(Duration::from_micros(1)));
-        let value = after.and_then(|after| Timespec::try_from(after).ok()).unwrap_or_default();
-        let spec = Itimerspec { it_interval: Timespec::default(), it_value: value };
-        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
-            log::error!("control thread's timer: {error}");
-        }
+        self.timer.set(next.map(|at| at.saturating_duration_since(now)));
     }
 }
 

@@ -13,7 +13,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
 
-use super::{CharTarget, Console, Cpus, Disk, Memory, Net, OutputFile, Port, host_path};
+use super::{CharTarget, Console, Cpus, Disk, Memory, Net, OutputFile, Port, Vsock, host_path};
 
 /// A text that does not say what it should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -270,6 +270,7 @@ macro_rules! from_text {
 }
 from_pairs!(Memory, "size");
 from_pairs!(Disk, "path");
+from_pairs!(Vsock, "path");
 from_pairs!(Net, "tap", "user", ["allow", "dns", "publish"]);
 from_text!(CharTarget);
 from_text!(Console);
@@ -479,6 +480,18 @@ where
         .into_iter()
         .map(|value| text_or_object(value).map_err(de::Error::custom))
         .collect()
+}
+
+/// The same of a part that may be absent.
+pub fn optional<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: for<'a> TryFrom<&'a OsStr, Error = ParseError> + de::DeserializeOwned,
+{
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(None),
+        value => text_or_object(value).map(Some).map_err(de::Error::custom),
+    }
 }
 
 /// Texts, or one of them.

@@ -3,6 +3,7 @@
 //! What is asked for while there is no machine (before the first, between two) is kept if it is an end, and refused
 //! otherwise.
 
+use std::path::Path;
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -50,8 +51,17 @@ pub(super) enum Asked {
 }
 
 impl Running {
-    /// One that is called `name` and will be built from `config`, and that `viewers` can look at.
-    pub fn new(name: &str, config: &VmConfig, viewers: Arc<dyn Viewers>, killed_status: u8) -> Self {
+    /// One that is called `name` and will be built from `config`, and that `viewers` can look at. Its socket device, if it has one, is
+    /// at `vsock`, unless the configuration says otherwise.
+    pub fn new(
+        name: &str,
+        config: &VmConfig,
+        vsock: &Path,
+        viewers: Arc<dyn Viewers>,
+        killed_status: u8,
+    ) -> Self {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or(path.to_owned());
+        let sockets = config.vsock.as_ref().map(|config| config.path.as_deref().unwrap_or(vsock));
         let status = Status {
             name: name.to_owned(),
             pid: process::id(),
@@ -59,7 +69,8 @@ impl Running {
             uptime_seconds: 0.0,
             cpus: config.cpus.0,
             memory_bytes: config.mem.size.bytes(),
-            kernel: config.kernel.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
+            kernel: config.kernel.as_deref().map(absolute),
+            vsock: sockets.map(absolute),
             ptys: Vec::new(),
             networks: Vec::new(),
         };

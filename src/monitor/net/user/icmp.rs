@@ -11,9 +11,9 @@ use rustix::net::{
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, Ipv4Repr};
 
-use super::poller::{Ready, Source};
 use super::table::Table;
-use super::{Context, GATEWAY, policy};
+use super::{Context, GATEWAY, Ready, Source, policy};
+use crate::event_loop::Interest;
 
 /// Flows at once.
 const FLOWS: usize = 32;
@@ -101,7 +101,7 @@ impl Ping {
             }
             let id = self.flows.next_id();
             let opened = open(to).and_then(|socket| {
-                context.poller.add(&socket, Source::Ping, id)?;
+                context.poller.add(&socket, Source::Ping, id, Interest::BOTH)?;
                 Ok(socket)
             });
             match opened {

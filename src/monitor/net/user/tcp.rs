@@ -20,9 +20,9 @@ use smoltcp::wire::{
 
 use super::dns::Resolvers;
 use super::ethernet::Frames;
-use super::poller::{Ready, Source};
 use super::table::Table;
-use super::{Context, GUEST, Key, Ports, icmp, policy};
+use super::{Context, GUEST, Key, Ports, Ready, Source, icmp, policy};
+use crate::event_loop::Interest;
 
 /// Flows at once.
 const FLOWS: usize = 512;
@@ -398,7 +398,7 @@ impl Tcp {
         }
         // What goes over this socket was put together by somebody else already.
         let _ = host.set_nodelay(true);
-        context.poller.add(&host, Source::Tcp, self.flows.next_id())?;
+        context.poller.add(&host, Source::Tcp, self.flows.next_id(), Interest::BOTH)?;
         self.flows.insert(key, context.now, Flow::new(state, host));
         Ok(())
     }
