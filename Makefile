@@ -13,7 +13,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test bench bench-net tuned bench-compare weight start-order tools build compilers vtx reboots clean-guests
+.PHONY: run test bench bench-net tuned bench-compare weight start-order tools build compilers vtx reboots net-whole clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -142,6 +142,21 @@ reboots:
 		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 1800 -- \
 			"$$boot" --exact $$test --ignored --nocapture >target/reboots.log 2>&1 || { failed=1; tail -40 target/reboots.log; }; \
 		grep -a '^| \|^test result' target/reboots.log; \
+	done; exit $$failed
+
+# Each back end of a network for minutes, with iperf3 in a Debian guest, and gigabytes whose checksums the guest computes
+# (VMM_NET_MEGABYTES each way, 1000 unless said). Half an hour and more in the rig; no part of `make test`.
+NET_WHOLE := user tap vhost socket switch
+net-whole:
+	@$(call install,iperf3:iperf3 passt:passt iproute2:ip debootstrap:debootstrap)
+	@cargo guest bundle --out $(GUESTS) --only tuned
+	@cargo guest -- rootfs --from debian --include iperf3,iputils-ping,iproute2,ethtool,apt,wget --size 1G --out $(GUESTS)/net.ext4
+	@cargo build --quiet --package rig
+	@boot=$$(cargo test --release --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p'); failed=0; \
+	for way in $(NET_WHOLE); do \
+		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 3600 -- \
+			"$$boot" --exact net_whole::whole_$$way --ignored --nocapture >target/net-whole.log 2>&1 || { failed=1; tail -40 target/net-whole.log; }; \
+		grep -a '^==\|^ok \|Csum\|^test result' target/net-whole.log; \
 	done; exit $$failed
 
 clean-guests:

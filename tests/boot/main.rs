@@ -13,6 +13,7 @@ mod labs;
 mod life;
 mod net;
 mod net_user;
+mod net_whole;
 mod others;
 mod reboot;
 mod trace;
