@@ -13,7 +13,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test bench bench-net tuned bench-compare weight start-order tools build compilers vtx reboots net-whole clean-guests
+.PHONY: run test bench bench-net tuned bench-compare weight start-order tools build compilers vtx vsock-tests reboots net-whole clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -36,7 +36,7 @@ compilers:
 	@command -v cc >/dev/null || { echo 'cc is missing: installing gcc'; apt-get install -qq -y gcc libc6-dev; }
 
 # What the tests call. The rig and the guest builder install what they need by themselves.
-TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck dosfstools:mkfs.vfat mtools:mcopy fdisk:sfdisk xfsprogs:mkfs.xfs btrfs-progs:mkfs.btrfs grub-common:grub-editenv binutils:objcopy zstd:zstd acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium gdb:gdb tshark:tshark \
+TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck dosfstools:mkfs.vfat mtools:mcopy fdisk:sfdisk xfsprogs:mkfs.xfs btrfs-progs:mkfs.btrfs grub-common:grub-editenv binutils:objcopy zstd:zstd acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium gdb:gdb socat:socat tshark:tshark \
 	memtest86+:/boot/memtest86+x64.bin ipxe:/boot/ipxe.lkrn seabios:/usr/share/seabios/bios-microvm.bin
 # Installs the packages of PACKAGE:PROGRAM pairs whose program, or file, is missing.
 install = missing=; for pair in $(1); do command -v "$${pair\#*:}" >/dev/null || [ -e "$${pair\#*:}" ] || missing="$$missing $${pair%:*}"; done; \
@@ -130,6 +130,10 @@ start-order: build
 # Every lab on VT-x, which Bochs emulates: hardware's exit reasons against ours, into docs/vtx.md. Some minutes; no part of `make test`.
 vtx: build
 	@tests/vtx/run $(VMM)
+
+# The kernel's own vsock tests, one end in a guest and one on the host, in both roles; some two minutes; no part of `make test`.
+vsock-tests:
+	@tests/vsock/run
 
 # Every way in which Linux resets a machine, on our kernel and on four of Debian's, directly and by firmware: some five minutes for each
 # kernel. What a way came to is a line of a table (docs/reboot.md). Some of it is in `make test`.

@@ -18,4 +18,5 @@ mod others;
 mod reboot;
 mod trace;
 mod vhost;
+mod vsock;
 mod without;

@@ -30,11 +30,18 @@ const SIGNALS: [Signal; 6] =
 
 /// # Safety
 /// As for the system call `number` with these arguments.
-pub(crate) unsafe fn syscall4(number: usize, a: usize, b: usize, c: usize, d: usize) -> Result<usize, Errno> {
+unsafe fn syscall4(number: usize, a: usize, b: usize, c: usize, d: usize) -> Result<usize, Errno> {
+    // SAFETY: the caller's contract; what the call does not take it does not look at.
+    unsafe { syscall(number, [a, b, c, d, 0]) }
+}
+
+/// # Safety
+/// As for the system call `number` with these arguments.
+pub(crate) unsafe fn syscall(number: usize, [a, b, c, d, e]: [usize; 5]) -> Result<usize, Errno> {
     let result: isize;
-    // SAFETY: the x86-64 convention: arguments in rdi, rsi, rdx, r10; rcx and r11 are lost; the caller vouches for the rest.
+    // SAFETY: the x86-64 convention: arguments in rdi, rsi, rdx, r10, r8; rcx and r11 are lost; the caller vouches for the rest.
     unsafe {
-        asm!("syscall", inlateout("rax") number => result, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d,
+        asm!("syscall", inlateout("rax") number => result, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e,
             lateout("rcx") _, lateout("r11") _, options(nostack));
     }
     match result {

@@ -1,6 +1,6 @@
 //! AF_VSOCK sockets, which rustix does not have: for the program that tests them. Knows no orders.
 
-use crate::kernel::syscall4;
+use crate::kernel::syscall;
 use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::io::Errno;
 
@@ -10,11 +10,14 @@ const SYS_ACCEPT: usize = 43;
 const SYS_SHUTDOWN: usize = 48;
 const SYS_BIND: usize = 49;
 const SYS_LISTEN: usize = 50;
+const SYS_SETSOCKOPT: usize = 54;
 
 const AF_VSOCK: usize = 40;
 const SOCK_STREAM: usize = 1;
 const SOCK_SEQPACKET: usize = 5;
 const SHUT_WR: usize = 1;
+/// SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: usize = 6;
 /// VMADDR_CID_ANY
 const ANY: u32 = u32::MAX;
 /// VMADDR_CID_HOST
@@ -40,7 +43,7 @@ impl Address {
 fn socket(messages: bool) -> Result<OwnedFd, Errno> {
     let kind = if messages { SOCK_SEQPACKET } else { SOCK_STREAM };
     // SAFETY: it takes numbers.
-    let fd = unsafe { syscall4(SYS_SOCKET, AF_VSOCK, kind, 0, 0)? };
+    let fd = unsafe { syscall(SYS_SOCKET, [AF_VSOCK, kind, 0, 0, 0])? };
     // SAFETY: the kernel has just made it, and nobody else has it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
@@ -49,8 +52,15 @@ fn socket(messages: bool) -> Result<OwnedFd, Errno> {
 pub fn connect(port: u32, messages: bool) -> Result<OwnedFd, Errno> {
     let (socket, address) = (socket(messages)?, Address::new(HOST, port));
     let (fd, len) = (socket.as_raw_fd() as usize, size_of::<Address>());
+    // On a busy emulated machine two seconds, as sockets have it, are too few. (Where it cannot be set, they have to do.)
+    let limit = [60usize, 0];
+    let value = &raw const limit as usize;
+    // SAFETY: a `struct timeval`, which is read only, and lives over the call.
+    let _ = unsafe {
+        syscall(SYS_SETSOCKOPT, [fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, value, size_of_val(&limit)])
+    };
     // SAFETY: the address is read only, and lives over the call.
-    unsafe { syscall4(SYS_CONNECT, fd, &raw const address as usize, len, 0)? };
+    unsafe { syscall(SYS_CONNECT, [fd, &raw const address as usize, len, 0, 0])? };
     Ok(socket)
 }
 
@@ -59,16 +69,16 @@ pub fn listen(port: u32, messages: bool) -> Result<OwnedFd, Errno> {
     let (socket, address) = (socket(messages)?, Address::new(ANY, port));
     let (fd, len) = (socket.as_raw_fd() as usize, size_of::<Address>());
     // SAFETY: the address is read only, and lives over the call.
-    unsafe { syscall4(SYS_BIND, fd, &raw const address as usize, len, 0)? };
+    unsafe { syscall(SYS_BIND, [fd, &raw const address as usize, len, 0, 0])? };
     // SAFETY: it takes numbers.
-    unsafe { syscall4(SYS_LISTEN, fd, 128, 0, 0)? };
+    unsafe { syscall(SYS_LISTEN, [fd, 128, 0, 0, 0])? };
     Ok(socket)
 }
 
 /// The next who connects.
 pub fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     // SAFETY: nobody's address is asked for.
-    let fd = unsafe { syscall4(SYS_ACCEPT, listener.as_raw_fd() as usize, 0, 0, 0)? };
+    let fd = unsafe { syscall(SYS_ACCEPT, [listener.as_raw_fd() as usize, 0, 0, 0, 0])? };
     // SAFETY: the kernel has just made it, and nobody else has it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
@@ -76,5 +86,5 @@ pub fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
 /// Nothing more is sent over it.
 pub fn end_output(socket: BorrowedFd<'_>) {
     // SAFETY: it takes numbers. It fails only where the other end is gone.
-    let _ = unsafe { syscall4(SYS_SHUTDOWN, socket.as_raw_fd() as usize, SHUT_WR, 0, 0) };
+    let _ = unsafe { syscall(SYS_SHUTDOWN, [socket.as_raw_fd() as usize, SHUT_WR, 0, 0, 0]) };
 }
