@@ -377,7 +377,7 @@ fn the_monitors_threads_are_made_in_one_place() {
 }
 
 /// The pages written by hand, by their paths below the root.
-const PAGES: [&str; 8] = [
+const PAGES: [&str; 9] = [
     "README.md",
     "firmware/disk/README.md",
     "fuzz/README.md",
@@ -385,6 +385,7 @@ const PAGES: [&str; 8] = [
     "guest/labs/README.md",
     "tests/kvm-unit-tests/README.md",
     "tests/rig/README.md",
+    "tests/vsock/README.md",
     "docs",
 ];
 

@@ -46,7 +46,7 @@ fn call(path: &Path, port: u32) -> UnixStream {
         };
         let mut line = Vec::new();
         let mut byte = [0];
-        let asked = write!(stream, "CONNECT {port}\n").is_ok();
+        let asked = writeln!(stream, "CONNECT {port}").is_ok();
         while asked && stream.read(&mut byte).is_ok_and(|n| n == 1) {
             if byte == *b"\n" {
                 assert!(line.starts_with(b"OK "), "{}", String::from_utf8_lossy(&line));

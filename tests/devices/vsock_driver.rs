@@ -284,7 +284,7 @@ impl Host {
     /// A program that calls the guest's port.
     pub fn call(&self, port: u32) -> UnixStream {
         let mut program = patient(UnixStream::connect(self.path("v")).unwrap());
-        write!(program, "CONNECT {port}\n").unwrap();
+        writeln!(program, "CONNECT {port}").unwrap();
         program
     }
 

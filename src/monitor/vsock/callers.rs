@@ -91,6 +91,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn who_has_waited_longest_makes_room() {
+        let mut callers = Callers::default();
+        let mut ends = Vec::new();
+        for id in 0..=MAX_CALLERS as u64 {
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            std::io::Write::write_all(&mut &theirs, b"CONNECT 9\n").unwrap();
+            callers.add(id, ours.into(), Kind::Stream);
+            ends.push(theirs);
+        }
+        assert!(callers.ready(0).is_none(), "closed, whatever it has said");
+        assert_eq!(callers.ready(1).unwrap().port, 9);
+        assert!(callers.ready(1).is_none(), "it is no caller any more");
+    }
+
+    #[test]
     fn a_call_is_connect_and_a_port() {
         for (line, expect) in [
             ("CONNECT 5000\n", Some(5000)),

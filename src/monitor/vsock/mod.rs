@@ -8,8 +8,6 @@ mod callers;
 mod end;
 mod error;
 mod limit;
-#[cfg(test)]
-mod tests;
 mod unsent;
 
 use std::ffi::OsString;
