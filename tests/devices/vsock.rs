@@ -441,11 +441,12 @@ fn empty_messages_that_nobody_takes_are_bounded() {
 }
 
 #[test]
-fn hundreds_of_connections_go_on_side_by_side() {
-    const COUNT: u32 = 600;
+fn thousands_of_connections_go_on_side_by_side() {
     let host = Host::new();
+    // Each takes two of this process's descriptors, and other tests have some.
+    let count = (host.sockets.host().limit() as u32 / 4).min(2000);
     let mut guest = host.start();
-    let lines: Vec<_> = (0..COUNT).map(|port| host.connect(&mut guest, port)).collect();
+    let lines: Vec<_> = (0..count).map(|port| host.connect(&mut guest, port)).collect();
     for (line, _) in &lines {
         send_data(&mut guest, line, &line.guest.to_le_bytes(), 0);
     }
@@ -457,11 +458,11 @@ fn hundreds_of_connections_go_on_side_by_side() {
         program.write_all(&port).unwrap();
     }
     let mut ports: Vec<_> =
-        (0..COUNT).map(|_| u32::from_le_bytes(receive(&mut guest).1.try_into().unwrap())).collect();
+        (0..count).map(|_| u32::from_le_bytes(receive(&mut guest).1.try_into().unwrap())).collect();
     ports.sort_unstable();
-    assert!(ports.into_iter().eq(0..COUNT));
+    assert!(ports.into_iter().eq(0..count));
     drop(lines);
-    for _ in 0..COUNT {
+    for _ in 0..count {
         let (header, _) = receive(&mut guest);
         let (op, port) = (header.op, header.dst_port);
         assert_eq!(op, SHUTDOWN);

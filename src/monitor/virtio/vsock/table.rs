@@ -108,6 +108,10 @@ impl Table {
     fn remove(&mut self, id: u64) {
         let Some(connection) = self.connections.remove(&id) else { return };
         self.shares.give_back(connection.share);
+        // Else those who come and go while the guest takes nothing would pile up.
+        if connection.queued {
+            self.turns.retain(|other| *other != id);
+        }
         if let Some(at) = connection.deadline {
             self.deadlines.remove(&(at, id));
         }
