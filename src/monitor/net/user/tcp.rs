@@ -6,23 +6,23 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, SocketAddrV4, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
-use smoltcp::wire::{
-    HardwareAddress, Icmpv4DstUnreachable, IpAddress, IpCidr, IpListenEndpoint, IpProtocol, Ipv4Packet,
-    Ipv4Repr, TcpControl, TcpPacket, TcpRepr,
-};
+use smoltcp::wire::{HardwareAddress, IpCidr, IpProtocol, IpRepr, TcpControl, TcpPacket, TcpRepr};
 
+use super::addresses::{GUEST, is_dns};
 use super::dns::Resolvers;
 use super::ethernet::Frames;
+use super::icmp::Unreachable;
+use super::ip::Packet;
 use super::poller::{Ready, Source};
 use super::table::Table;
-use super::{Context, GUEST, Key, Ports, icmp, policy};
+use super::{Context, Key, Ports, icmp};
 
 /// Flows at once.
 const FLOWS: usize = 512;
@@ -40,6 +40,7 @@ const SOON: Duration = Duration::from_millis(1);
 
 /// The guest's end.
 struct GuestEnd {
+    guest: IpAddr,
     interface: Interface,
     sockets: SocketSet<'static>,
     socket: SocketHandle,
@@ -49,10 +50,11 @@ struct GuestEnd {
 struct Packets<'a> {
     input: Option<&'a [u8]>,
     frames: &'a mut Frames,
+    guest: IpAddr,
 }
 
 struct Input<'a>(&'a [u8]);
-struct Output<'a>(&'a mut Frames);
+struct Output<'a>(&'a mut Frames, IpAddr);
 
 impl RxToken for Input<'_> {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
@@ -62,7 +64,7 @@ impl RxToken for Input<'_> {
 
 impl TxToken for Output<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        self.0.tcp(len, f)
+        self.0.tcp(self.1, len, f)
     }
 }
 
@@ -77,11 +79,11 @@ impl Device for Packets<'_> {
         Self: 'a;
 
     fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(Input<'_>, Output<'_>)> {
-        Some((Input(self.input.take()?), Output(self.frames)))
+        Some((Input(self.input.take()?), Output(self.frames, self.guest)))
     }
 
     fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<Output<'_>> {
-        self.frames.has_room().then_some(Output(self.frames))
+        self.frames.has_room().then_some(Output(self.frames, self.guest))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -101,23 +103,28 @@ fn unchecked() -> ChecksumCapabilities {
 }
 
 impl GuestEnd {
-    fn new(context: &mut Context, remote: SocketAddrV4) -> Self {
+    fn new(context: &mut Context, key: &Key) -> Self {
+        let (guest, remote) = (key.guest.ip(), key.remote.ip());
         let mut seed = [0; 8];
         let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = u64::from_ne_bytes(seed);
-        let mut packets = Packets { input: None, frames: &mut context.frames };
+        let mut packets = Packets { input: None, frames: &mut context.frames, guest };
         let mut interface = Interface::new(config, &mut packets, context.clock.smoltcp(context.now));
         // It is the remote end, and everybody else is behind the guest. There is room for both.
-        interface.update_ip_addrs(|own| _ = own.push(IpCidr::new(IpAddress::Ipv4(*remote.ip()), 32)));
-        let _ = interface.routes_mut().add_default_ipv4_route(*remote.ip());
+        let all = if remote.is_ipv4() { 32 } else { 128 };
+        interface.update_ip_addrs(|own| _ = own.push(IpCidr::new(remote.into(), all)));
+        let _ = match remote {
+            IpAddr::V4(remote) => interface.routes_mut().add_default_ipv4_route(remote),
+            IpAddr::V6(remote) => interface.routes_mut().add_default_ipv6_route(remote),
+        };
         let buffer = || tcp::SocketBuffer::new(vec![0; BUFFER]);
         let mut socket = tcp::Socket::new(buffer(), buffer());
         socket.set_ack_delay(None);
         socket.set_nagle_enabled(false);
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let socket = sockets.add(socket);
-        Self { interface, sockets, socket }
+        Self { guest, interface, sockets, socket }
     }
 
     fn socket(&mut self) -> &mut tcp::Socket<'static> {
@@ -127,7 +134,7 @@ impl GuestEnd {
     /// Takes a packet of the guest's, and sends what is to be sent.
     fn poll(&mut self, context: &mut Context, input: Option<&[u8]>) {
         let now = context.clock.smoltcp(context.now);
-        let mut packets = Packets { input, frames: &mut context.frames };
+        let mut packets = Packets { input, frames: &mut context.frames, guest: self.guest };
         self.interface.poll(now, &mut packets, &mut self.sockets);
         // Each call sends one packet of a socket at most.
         while packets.frames.has_room()
@@ -325,19 +332,16 @@ impl Tcp {
     }
 
     /// The guest sends a segment.
-    pub fn input(&mut self, context: &mut Context, resolvers: &mut Resolvers, packet: &[u8]) {
-        let ip = Ipv4Packet::new_unchecked(packet);
-        let (from, to) = (ip.src_addr(), ip.dst_addr());
-        let Ok(segment) = TcpPacket::new_checked(ip.payload()) else { return };
-        let Ok(segment) = TcpRepr::parse(&segment, &from.into(), &to.into(), &unchecked()) else { return };
-        let guest = SocketAddrV4::new(from, segment.src_port);
-        let key = Key { guest, remote: SocketAddrV4::new(to, segment.dst_port) };
+    pub fn input(&mut self, context: &mut Context, resolvers: &mut Resolvers, packet: &Packet<'_>) {
+        let Some(segment) = parse(packet) else { return };
+        let guest = SocketAddr::new(packet.from, segment.src_port);
+        let key = Key { guest, remote: SocketAddr::new(packet.to, segment.dst_port) };
         if let Some(flow) = self.flows.touch(&key, context.now) {
             match &flow.state {
                 // The same SYN again, or the guest has thought better of it.
                 State::Connecting(_) if segment.control == TcpControl::Rst => self.remove(&key, Fate::Breaks),
                 State::Connecting(_) => {}
-                _ => self.turn(context, key, Some(packet)),
+                _ => self.turn(context, key, Some(packet.bytes)),
             }
             return;
         }
@@ -356,18 +360,18 @@ impl Tcp {
         context: &mut Context,
         resolvers: &mut Resolvers,
         key: Key,
-        packet: &[u8],
+        packet: &Packet<'_>,
         segment: &TcpRepr<'_>,
     ) {
-        let target = match policy::is_dns(key.remote) && context.policy.has_names() {
+        let target = match is_dns(key.remote) && context.policy.has_names() {
             true => resolvers.pick(0, context.now),
-            false => context.policy.target(key.remote).map(SocketAddr::V4),
+            false => context.policy.target(key.remote),
         };
         let Some(target) = target else {
-            return icmp::unreachable(context, packet, Icmpv4DstUnreachable::CommProhibited);
+            return icmp::refuse(context, packet, Unreachable::Prohibited);
         };
         let begun = begin(target)
-            .and_then(|host| self.insert(context, key, State::Connecting(packet.to_vec()), host));
+            .and_then(|host| self.insert(context, key, State::Connecting(packet.bytes.to_vec()), host));
         if let Err(error) = begun {
             fail(context, key, packet, segment, &error);
         }
@@ -375,16 +379,14 @@ impl Tcp {
 
     /// Somebody has connected to a published port, behind which is the guest's `port`.
     pub fn accept(&mut self, context: &mut Context, host: TcpStream, port: u16) {
-        let guest = SocketAddrV4::new(GUEST, port);
+        let guest = SocketAddr::new(GUEST.into(), port);
         let key = self.ports.free(guest, |key| self.flows.contains(key));
-        let mut end = GuestEnd::new(context, key.remote);
-        let (remote, local) =
-            ((IpAddress::Ipv4(GUEST), port), (IpAddress::Ipv4(*key.remote.ip()), key.remote.port()));
-        let GuestEnd { interface, sockets, socket } = &mut end;
+        let mut end = GuestEnd::new(context, &key);
+        let GuestEnd { interface, sockets, socket, .. } = &mut end;
         let socket = sockets.get_mut::<tcp::Socket<'_>>(*socket);
         socket.set_timeout(Some(smoltcp::time::Duration::from_millis(ANSWER.as_millis() as u64)));
-        if socket.connect(interface.context(), remote, local).is_err() || host.set_nonblocking(true).is_err()
-        {
+        let connected = socket.connect(interface.context(), key.guest, key.remote);
+        if connected.is_err() || host.set_nonblocking(true).is_err() {
             return;
         }
         if self.insert(context, key, State::Open(Box::new(end)), host).is_ok() {
@@ -419,16 +421,13 @@ impl Tcp {
         let connected = sockopt::socket_error(&flow.host).unwrap_or_else(Err);
         if let Err(error) = connected {
             self.remove(&key, Fate::Ends);
-            let ip = Ipv4Packet::new_unchecked(syn.as_slice());
-            let ends = (ip.src_addr().into(), ip.dst_addr().into());
-            // It was parsed before.
-            let Ok(segment) = TcpPacket::new_checked(ip.payload()) else { return };
-            let Ok(segment) = TcpRepr::parse(&segment, &ends.0, &ends.1, &unchecked()) else { return };
-            return fail(context, key, &syn, &segment, &error.into());
+            // They were read before.
+            let Some(packet) = Packet::parse(&syn) else { return };
+            let Some(segment) = parse(&packet) else { return };
+            return fail(context, key, &packet, &segment, &error.into());
         }
-        let mut guest = GuestEnd::new(context, key.remote);
-        let (addr, port) = (Some(IpAddress::Ipv4(*key.remote.ip())), key.remote.port());
-        if guest.socket().listen(IpListenEndpoint { addr, port }).is_err() {
+        let mut guest = GuestEnd::new(context, &key);
+        if guest.socket().listen(key.remote).is_err() {
             return self.remove(&key, Fate::Breaks);
         }
         flow.state = State::Open(Box::new(guest));
@@ -531,15 +530,17 @@ impl Drop for Tcp {
     }
 }
 
+fn parse<'a>(packet: &Packet<'a>) -> Option<TcpRepr<'a>> {
+    let segment = TcpPacket::new_checked(packet.payload).ok()?;
+    TcpRepr::parse(&segment, &packet.from.into(), &packet.to.into(), &unchecked()).ok()
+}
+
 /// The host could not connect: the guest's kernel hears it as it would of its own network.
-fn fail(context: &mut Context, key: Key, packet: &[u8], segment: &TcpRepr<'_>, error: &io::Error) {
+fn fail(context: &mut Context, key: Key, packet: &Packet<'_>, segment: &TcpRepr<'_>, error: &io::Error) {
     log::debug!("user network: TCP to {}: {error}", key.remote);
     match error.kind() {
         ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => refuse(context, key, segment),
-        ErrorKind::NetworkUnreachable => {
-            icmp::unreachable(context, packet, Icmpv4DstUnreachable::NetUnreachable);
-        }
-        _ => icmp::unreachable(context, packet, Icmpv4DstUnreachable::HostUnreachable),
+        _ => icmp::refuse(context, packet, error.into()),
     }
 }
 
@@ -564,22 +565,11 @@ fn refuse(context: &mut Context, key: Key, segment: &TcpRepr<'_>) {
         timestamp: None,
         payload: &[],
     };
-    let (from, to) = (*key.remote.ip(), *key.guest.ip());
-    let ip = Ipv4Repr {
-        src_addr: from,
-        dst_addr: to,
-        next_header: IpProtocol::Tcp,
-        payload_len: reset.buffer_len(),
-        hop_limit: 64,
-    };
-    context.frames.tcp(ip.buffer_len() + reset.buffer_len(), |bytes| {
-        let mut packet = Ipv4Packet::new_unchecked(&mut bytes[..]);
-        ip.emit(&mut packet, &unchecked());
-        reset.emit(
-            &mut TcpPacket::new_unchecked(packet.payload_mut()),
-            &from.into(),
-            &to.into(),
-            &unchecked(),
-        );
+    let (from, to) = (key.remote.ip().into(), key.guest.ip().into());
+    let ip = IpRepr::new(from, to, IpProtocol::Tcp, reset.buffer_len(), 64);
+    context.frames.tcp(key.guest.ip(), ip.buffer_len(), |bytes| {
+        ip.emit(&mut bytes[..], &unchecked());
+        let mut segment = TcpPacket::new_unchecked(&mut bytes[ip.header_len()..]);
+        reset.emit(&mut segment, &from, &to, &unchecked());
     });
 }

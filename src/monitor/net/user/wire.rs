@@ -7,7 +7,7 @@ use crate::memory::{Buffers, Slices};
 use crate::net::{HEADER, Head, MAX_FRAME, Offloads, START, Wire};
 
 /// The guest may leave checksums to us, which nothing looks at, and TCP to be cut into segments, which goes into a stream whole.
-const OFFLOADS: Offloads = Offloads::CSUM.union(Offloads::TSO4);
+const OFFLOADS: Offloads = Offloads::CSUM.union(Offloads::TSO4).union(Offloads::TSO6);
 
 impl Wire for Stack {
     fn fd(&self) -> BorrowedFd<'_> {
