@@ -54,11 +54,11 @@ pub fn input(context: &mut Context, packet: &Packet<'_>) -> bool {
     if udp.dst_port() != SERVER_PORT || !is_here {
         return false;
     }
-    if from.is_unicast_link_local() {
-        if let Some(reply) = answer(udp.payload(), context.policy.has_names()) {
-            let (server, client) = ((ROUTER, SERVER_PORT), (from, CLIENT_PORT));
-            put(&mut context.frames, SocketAddr::from(server), SocketAddr::from(client), &reply);
-        }
+    let is_client = from.is_unicast_link_local();
+    let reply = is_client.then(|| answer(udp.payload(), context.policy.has_names())).flatten();
+    if let Some(reply) = reply {
+        let (server, client) = ((ROUTER, SERVER_PORT), (from, CLIENT_PORT));
+        put(&mut context.frames, SocketAddr::from(server), SocketAddr::from(client), &reply);
     }
     true
 }

@@ -403,7 +403,7 @@ fn garbage() -> impl Strategy<Value = Vec<u8>> {
     let from = prop_oneof![Just(GUEST6), Just(LOCAL), Just(Ipv6Addr::UNSPECIFIED)];
     let protocol = prop_oneof![Just(58u8), Just(17), Just(6), Just(0), Just(44), any::<u8>()];
     let start = prop_oneof![
-        any::<u8>().prop_map(|kind| vec![128 | kind % 20, 0, 0, 0]),
+        any::<u8>().prop_map(|kind| vec![128 | (kind % 20), 0, 0, 0]),
         // Messages of DHCPv6, with a client's name.
         (any::<u8>(), any::<u8>()).prop_map(|(kind, len)| {
             vec![2, 34, 2, 35, 0, len, 0, 0, kind % 14, 1, 2, 3, 0, 1, 0, 2, 5, 5, 0, 3, 0, len % 40]
