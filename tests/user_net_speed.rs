@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::{ClockId, clock_gettime};
 use vmm_monitor::config::{Net, NetTarget};
+use vmm_monitor::net::Offloads;
 use vmm_monitor::net::user::Stack;
 
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -52,7 +53,7 @@ impl Peer {
         let net: Net = format!("user,mtu={mtu},allow=127.0.0.1,allow=::1").parse().unwrap();
         let NetTarget::User(config) = net.to else { unreachable!() };
         let mut stack = Stack::new(&config, GUEST_MAC, mtu).unwrap();
-        stack.leave_checksums(true);
+        stack.leave(Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6);
         let ends: [&str; 2] = match to {
             SocketAddr::V4(_) => ["10.0.2.15", "10.0.2.2"],
             SocketAddr::V6(_) => ["fd76:6d6d:6e65:74::15", "fd76:6d6d:6e65:74::2"],

@@ -3,6 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use vmm_monitor::config::{Net, NetTarget};
+use vmm_monitor::net::Offloads;
 use vmm_monitor::net::user::Stack;
 
 /// From the guest to the gateway.
@@ -51,7 +52,8 @@ fuzz_target!(|data: &[u8]| {
             headers[33] = 2 + (kind >> 3 & 1);
             frame.splice(..0, headers);
         }
-        stack.leave_checksums(kind & 0x10 != 0);
+        let offloads = Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6;
+        stack.leave(if kind & 0x10 != 0 { offloads } else { Offloads::empty() });
         stack.input(&frame);
         if kind & 0x20 != 0 {
             while stack.output().is_some() {}

@@ -5,17 +5,17 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, IpAddress,
-    IpProtocol, IpRepr, Ipv4Packet, Ipv6Packet, TcpPacket,
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, IpAddress, IpRepr,
 };
 
-use super::super::HEADER;
 use super::addresses::{DNS, GATEWAY};
+use super::offload;
+use crate::net::{HEADER, Offloads};
 
 /// The address of all that is not the guest.
 pub const OUR_MAC: EthernetAddress = EthernetAddress([0x52, 0x55, 0x0a, 0x00, 0x02, 0x02]);
 /// Bytes of Ethernet's header.
-const ETHERNET: usize = 14;
+pub const ETHERNET: usize = 14;
 /// Frames and bytes above which what can wait does.
 const ROOM: (usize, usize) = (64, 2 << 20);
 /// Frames and bytes above which answers are lost.
@@ -35,13 +35,13 @@ pub struct Frames {
     guest: EthernetAddress,
     /// The largest packet of IP.
     pub mtu: usize,
-    /// The guest takes TCP's checksums that are yet to be computed.
-    pub checksums_left: bool,
+    /// What the guest does to TCP's segments itself.
+    pub left: Offloads,
 }
 
 impl Frames {
     pub fn new(guest: [u8; 6], mtu: usize) -> Self {
-        Self { queue: VecDeque::new(), bytes: 0, guest: EthernetAddress(guest), mtu, checksums_left: false }
+        Self { queue: VecDeque::new(), bytes: 0, guest: EthernetAddress(guest), mtu, left: Offloads::empty() }
     }
 
     /// The guest calls itself `address` now.
@@ -102,12 +102,20 @@ impl Frames {
         self.push(to, protocol(header.dst_addr().into()), bytes, [0; HEADER]);
     }
 
-    /// A packet of `len` bytes with TCP for `to` in it, which `fill` writes but for TCP's checksum.
-    pub fn tcp<R>(&mut self, to: IpAddr, len: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
+    /// A packet of `len` bytes with TCP for `to` in it, which `fill` writes but for TCP's checksum. The guest's segments have `mss`
+    /// bytes of data, if that is known; it may have more.
+    pub fn tcp<R>(
+        &mut self,
+        to: IpAddr,
+        mss: Option<usize>,
+        len: usize,
+        fill: impl FnOnce(&mut [u8]) -> R,
+    ) -> R {
         let mut bytes = vec![0; ETHERNET + len];
         let result = fill(&mut bytes[ETHERNET..]);
-        let header = finish_tcp(&mut bytes[ETHERNET..], self.checksums_left).unwrap_or([0; HEADER]);
-        self.push(self.guest, protocol(to), bytes, header);
+        for (header, bytes) in offload::finish(bytes, self.left, mss) {
+            self.push(self.guest, protocol(to), bytes, header);
+        }
         result
     }
 
@@ -148,46 +156,4 @@ fn group(to: Ipv6Addr) -> EthernetAddress {
 
 fn protocol(to: IpAddr) -> EthernetProtocol {
     if to.is_ipv4() { EthernetProtocol::Ipv4 } else { EthernetProtocol::Ipv6 }
-}
-
-/// Puts TCP's checksum into `packet`, or, if that is `left` to the guest, what it needs to compute it: the sum over the
-/// pseudo-header, and where it starts and goes (virtio 1.3, 5.1.6.2).
-fn finish_tcp(packet: &mut [u8], left: bool) -> Option<[u8; HEADER]> {
-    const NEEDS_CSUM: u8 = 1;
-    let (from, to, start): (IpAddress, IpAddress, usize) = match packet.first()? >> 4 {
-        4 => {
-            let ip = Ipv4Packet::new_checked(&*packet).ok()?;
-            (ip.src_addr().into(), ip.dst_addr().into(), ip.header_len().into())
-        }
-        _ => {
-            let ip = Ipv6Packet::new_checked(&*packet).ok()?;
-            (ip.src_addr().into(), ip.dst_addr().into(), ip.header_len())
-        }
-    };
-    let segment = packet.get_mut(start..)?;
-    let len = segment.len() as u32;
-    let mut tcp = TcpPacket::new_checked(segment).ok()?;
-    let mut header = [0; HEADER];
-    if !left {
-        tcp.fill_checksum(&from, &to);
-        return Some(header);
-    }
-    let ends = sum_of(from.into()) + sum_of(to.into());
-    let sum = ends + u32::from(u8::from(IpProtocol::Tcp)) + len;
-    let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    tcp.set_checksum(sum as u16);
-    header[0] = NEEDS_CSUM;
-    header[6..8].copy_from_slice(&((ETHERNET + start) as u16).to_le_bytes());
-    header[8..10].copy_from_slice(&16u16.to_le_bytes());
-    Some(header)
-}
-
-/// The sum of an address' words.
-fn sum_of(ip: IpAddr) -> u32 {
-    let words = match ip {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    };
-    words.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum()
 }

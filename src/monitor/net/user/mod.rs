@@ -12,6 +12,7 @@ mod ethernet;
 mod icmp;
 mod ip;
 mod ndp;
+mod offload;
 mod policy;
 mod poller;
 mod publish;
@@ -36,6 +37,7 @@ use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol};
 
 use crate::config::UserNet;
 use crate::event_loop::Event;
+use crate::net::Offloads;
 
 use addresses::{GATEWAY, is_guests};
 use dns::Resolvers;
@@ -192,9 +194,9 @@ impl Stack {
         self.context.poller.as_fd()
     }
 
-    /// From now on the guest takes, or does not take, TCP whose checksum it has to compute. Another guest may have begun.
-    pub fn leave_checksums(&mut self, on: bool) {
-        self.context.frames.checksums_left = on;
+    /// From now on the guest does `offloads` to TCP's segments itself. Another guest may have begun.
+    pub fn leave(&mut self, offloads: Offloads) {
+        self.context.frames.left = offloads;
         self.router = Router::default();
     }
 

@@ -22,7 +22,7 @@ use super::icmp::Unreachable;
 use super::ip::Packet;
 use super::poller::{Ready, Source};
 use super::table::Table;
-use super::{Context, Key, Ports, icmp};
+use super::{Context, Key, Ports, icmp, offload};
 
 /// Flows at once.
 const FLOWS: usize = 512;
@@ -41,6 +41,8 @@ const SOON: Duration = Duration::from_millis(1);
 /// The guest's end.
 struct GuestEnd {
     guest: IpAddr,
+    /// Bytes of data that its segments have.
+    mss: Option<usize>,
     interface: Interface,
     sockets: SocketSet<'static>,
     socket: SocketHandle,
@@ -51,10 +53,15 @@ struct Packets<'a> {
     input: Option<&'a [u8]>,
     frames: &'a mut Frames,
     guest: IpAddr,
+    mss: Option<usize>,
 }
 
 struct Input<'a>(&'a [u8]);
-struct Output<'a>(&'a mut Frames, IpAddr);
+struct Output<'a> {
+    frames: &'a mut Frames,
+    guest: IpAddr,
+    mss: Option<usize>,
+}
 
 impl RxToken for Input<'_> {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
@@ -64,7 +71,13 @@ impl RxToken for Input<'_> {
 
 impl TxToken for Output<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        self.0.tcp(self.1, len, f)
+        self.frames.tcp(self.guest, self.mss, len, f)
+    }
+}
+
+impl Packets<'_> {
+    fn output(&mut self) -> Output<'_> {
+        Output { frames: self.frames, guest: self.guest, mss: self.mss }
     }
 }
 
@@ -79,17 +92,19 @@ impl Device for Packets<'_> {
         Self: 'a;
 
     fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(Input<'_>, Output<'_>)> {
-        Some((Input(self.input.take()?), Output(self.frames, self.guest)))
+        let input = Input(self.input.take()?);
+        Some((input, self.output()))
     }
 
     fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<Output<'_>> {
-        self.frames.has_room().then_some(Output(self.frames, self.guest))
+        self.frames.has_room().then(|| self.output())
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ip;
-        capabilities.max_transmission_unit = self.frames.mtu;
+        // What is longer than the guest takes is cut behind.
+        capabilities.max_transmission_unit = offload::LONGEST;
         // Nothing on this wire changes a bit, and the guest may have left sums to us. `Frames` has its own way with TCP's.
         capabilities.checksum = unchecked();
         capabilities
@@ -109,7 +124,7 @@ impl GuestEnd {
         let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = u64::from_ne_bytes(seed);
-        let mut packets = Packets { input: None, frames: &mut context.frames, guest };
+        let mut packets = Packets { input: None, frames: &mut context.frames, guest, mss: None };
         let mut interface = Interface::new(config, &mut packets, context.clock.smoltcp(context.now));
         // It is the remote end, and everybody else is behind the guest. There is room for both.
         let all = if remote.is_ipv4() { 32 } else { 128 };
@@ -124,7 +139,7 @@ impl GuestEnd {
         socket.set_nagle_enabled(false);
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let socket = sockets.add(socket);
-        Self { guest, interface, sockets, socket }
+        Self { guest, mss: None, interface, sockets, socket }
     }
 
     fn socket(&mut self) -> &mut tcp::Socket<'static> {
@@ -134,7 +149,13 @@ impl GuestEnd {
     /// Takes a packet of the guest's, and sends what is to be sent.
     fn poll(&mut self, context: &mut Context, input: Option<&[u8]>) {
         let now = context.clock.smoltcp(context.now);
-        let mut packets = Packets { input, frames: &mut context.frames, guest: self.guest };
+        let raised = input.and_then(|input| offload::raise_mss(input, context.frames.mtu));
+        if let Some((mss, _)) = &raised {
+            self.mss = Some(*mss);
+        }
+        let input = raised.as_ref().map(|(_, raised)| &raised[..]).or(input);
+        let (guest, mss) = (self.guest, self.mss);
+        let mut packets = Packets { input, frames: &mut context.frames, guest, mss };
         self.interface.poll(now, &mut packets, &mut self.sockets);
         // Each call sends one packet of a socket at most.
         while packets.frames.has_room()
@@ -261,7 +282,8 @@ fn to_host(host: &mut TcpStream, writable: &mut bool, guest: &mut tcp::Socket<'_
     Ok(moved)
 }
 
-/// What the host has, as far as the guest's buffer takes it. True if there was something.
+/// What the host has, as far as the guest's buffer takes it. True if there was something. A buffer that is full is read into
+/// again when a half of it is free: with less, pieces get ever smaller.
 fn to_guest(
     host: &mut TcpStream,
     readable: &mut bool,
@@ -269,6 +291,9 @@ fn to_guest(
     guest: &mut tcp::Socket<'_>,
 ) -> io::Result<bool> {
     let mut moved = false;
+    if guest.send_queue() > guest.send_capacity() / 2 {
+        return Ok(false);
+    }
     while *readable && !*ended && guest.can_send() {
         let read = guest.send(|room| match host.read(room) {
             Ok(n) => (n, Ok(n)),
@@ -567,7 +592,7 @@ fn refuse(context: &mut Context, key: Key, segment: &TcpRepr<'_>) {
     };
     let (from, to) = (key.remote.ip().into(), key.guest.ip().into());
     let ip = IpRepr::new(from, to, IpProtocol::Tcp, reset.buffer_len(), 64);
-    context.frames.tcp(key.guest.ip(), ip.buffer_len(), |bytes| {
+    context.frames.tcp(key.guest.ip(), None, ip.buffer_len(), |bytes| {
         ip.emit(&mut bytes[..], &unchecked());
         let mut segment = TcpPacket::new_unchecked(&mut bytes[ip.header_len()..]);
         reset.emit(&mut segment, &from, &to, &unchecked());

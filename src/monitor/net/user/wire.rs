@@ -23,7 +23,7 @@ impl Wire for Stack {
     }
 
     fn accept(&mut self, offloads: Offloads) {
-        self.leave_checksums(offloads.contains(Offloads::CSUM));
+        self.leave(offloads);
     }
 
     fn send(&mut self, _: &[u8; HEADER], frame: &Buffers) -> bool {

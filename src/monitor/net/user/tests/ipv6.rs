@@ -7,6 +7,7 @@ use smoltcp::wire::{Icmpv6Packet, Icmpv6Repr};
 use super::super::addresses::ROUTER;
 use super::super::icmp::Unreachable;
 use super::*;
+use crate::net::Offloads;
 
 /// Ethernet's header and IP's.
 const HEADERS: usize = 14 + 40;
@@ -118,7 +119,7 @@ fn the_router_speaks_up_by_itself() {
     guest.wait(Duration::from_secs(601));
     assert_eq!(told(&mut guest), 1, "long before it is taken to be gone");
     // Another guest, or the same one again.
-    guest.stack.leave_checksums(false);
+    guest.stack.leave(Offloads::empty());
     guest.stack.input(&own);
     assert_eq!(told(&mut guest), 1);
 }
@@ -351,7 +352,7 @@ fn what_is_left_of_a_checksum_is_right_for_both_versions() {
     for frame in [super::syn(GATEWAY, port), syn(GATEWAY6, port)] {
         let whole = |left| {
             let mut guest = network("user,allow=127.0.0.1,allow=::1");
-            guest.stack.leave_checksums(left);
+            guest.stack.leave(if left { Offloads::CSUM } else { Offloads::empty() });
             guest.stack.input(&frame);
             let mut reset = None;
             guest.until("a reset", |guest| {
