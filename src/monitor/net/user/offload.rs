@@ -149,3 +149,94 @@ pub fn raise_mss(bytes: &[u8], mtu: usize) -> Option<(usize, Vec<u8>)> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use smoltcp::wire::{IpProtocol, IpRepr, Ipv4Packet};
+
+    use super::*;
+
+    const ENDS: [[&str; 2]; 2] =
+        [["10.0.2.2", "10.0.2.15"], ["fd76:6d6d:6e65:74::2", "fd76:6d6d:6e65:74::15"]];
+    const ALL: Offloads = Offloads::CSUM.union(Offloads::TSO4).union(Offloads::TSO6);
+
+    /// A packet with TCP, behind room for Ethernet's header.
+    fn packet([from, to]: [&str; 2], flags: u8, options: &[u8], data: &[u8]) -> Vec<u8> {
+        let [from, to] = [from, to].map(|end| end.parse::<IpAddr>().unwrap().into());
+        let len = 20 + options.len() + data.len();
+        let ip = IpRepr::new(from, to, IpProtocol::Tcp, len, 64);
+        let mut bytes = vec![0; ETHERNET + ip.buffer_len()];
+        ip.emit(&mut bytes[ETHERNET..], &smoltcp::phy::ChecksumCapabilities::default());
+        let tcp = &mut bytes[ETHERNET + ip.header_len()..];
+        tcp[..20].copy_from_slice(&[0, 80, 1, 2, 0, 0, 0, 9, 0, 0, 0, 7, 0x50, flags, 1, 0, 0, 0, 0, 0]);
+        tcp[12] += (options.len() as u8 / 4) << 4;
+        tcp[20..20 + options.len()].copy_from_slice(options);
+        tcp[20 + options.len()..].copy_from_slice(data);
+        bytes
+    }
+
+    #[test]
+    fn what_the_guest_does_not_cut_is_cut_here() {
+        let data: Vec<u8> = (0..3500).map(|n| n as u8).collect();
+        for ends in ENDS {
+            // ACK, PSH and FIN.
+            let mut back: Vec<u8> = Vec::new();
+            let pieces = finish(packet(ends, 0x19, &[], &data), Offloads::empty(), Some(1460));
+            assert_eq!(pieces.len(), 3);
+            for (number, (header, bytes)) in pieces.iter().enumerate() {
+                assert_eq!(header, &[0; HEADER], "it needs nothing more");
+                let bytes = &bytes[ETHERNET..];
+                let ip = Packet::parse(bytes).unwrap();
+                assert_eq!(ip.bytes.len(), bytes.len());
+                let tcp = TcpPacket::new_checked(ip.payload).unwrap();
+                assert!(tcp.verify_checksum(&ip.from.into(), &ip.to.into()));
+                assert!(!ip.from.is_ipv4() || Ipv4Packet::new_checked(bytes).unwrap().verify_checksum());
+                assert_eq!(tcp.seq_number().0, 9 + number as i32 * 1460);
+                assert_eq!((tcp.psh(), tcp.fin(), tcp.ack()), (number == 2, number == 2, true));
+                back.extend(tcp.payload());
+            }
+            assert!(back == data);
+        }
+    }
+
+    #[test]
+    fn what_the_guest_cuts_goes_whole() {
+        for (ends, kind, ip) in [(ENDS[0], TCPV4, 20), (ENDS[1], TCPV6, 40)] {
+            let whole = packet(ends, 0x10, &[], &[1; 3000]);
+            let pieces = finish(whole.clone(), ALL, Some(1400));
+            let [(header, bytes)] = &pieces[..] else { panic!("{} pieces", pieces.len()) };
+            let word = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+            assert_eq!(header[..2], [NEEDS_CSUM, kind]);
+            assert_eq!([word(2), word(4), word(6), word(8)], [14 + ip + 20, 1400, 14 + ip, 16]);
+            assert_eq!(bytes.len(), whole.len());
+            // One that is no longer than a segment, or of which nothing is known, needs no cutting.
+            for mss in [Some(3000), None] {
+                assert_eq!(finish(whole.clone(), ALL, mss)[0].0[1..6], [0; 5]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_syn_asks_for_as_many_whole_segments_as_go_into_a_packet() {
+        let raised = |ends, flags, options: &[u8], mtu| {
+            let syn = packet(ends, flags, options, &[]);
+            raise_mss(&syn[ETHERNET..], mtu).map(|(mss, raised)| {
+                let tcp = raised.len() - options.len();
+                let at = tcp + options.windows(2).position(|two| two == [2, 4]).unwrap() + 2;
+                (mss, u16::from_be_bytes([raised[at], raised[at + 1]]))
+            })
+        };
+        let mss = |mss: u16| [[1, 1, 1, 1], [2, 4, (mss >> 8) as u8, mss as u8]].concat();
+        assert_eq!(raised(ENDS[0], 2, &mss(1460), 1500), Some((1460, 64240)));
+        assert_eq!(raised(ENDS[1], 0x12, &mss(1440), 1500), Some((1440, 64800)));
+        assert_eq!(raised(ENDS[0], 2, &mss(65480), 65520), Some((65480, 65480)));
+        assert_eq!(raised(ENDS[0], 2, &mss(65480), 1500), Some((1460, 64240)), "more than the link takes");
+        for (flags, options) in [(0x10, mss(1460)), (2, mss(535)), (2, mss(0)), (2, vec![2, 3, 5, 180])] {
+            assert_eq!(raised(ENDS[0], flags, &options, 1500), None, "{flags:#x} {options:?}");
+        }
+        for options in [[3, 0, 0, 0], [3, 1, 0, 0], [3, 255, 0, 0], [0, 2, 4, 5], [2, 4, 5, 0]] {
+            let syn = packet(ENDS[0], 2, &options, &[]);
+            assert!(raise_mss(&syn[ETHERNET..], 1500).is_none() || options[..2] == [2, 4], "{options:?}");
+        }
+    }
+}

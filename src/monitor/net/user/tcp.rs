@@ -1,33 +1,28 @@
 //! TCP: each connection is two, the guest's with a socket of smoltcp's and the host's with one of the kernel's, and a buffer each
 //! way. A buffer that is full closes the window of the side that fills it.
 //!
-//! The guest's SYN is answered when the host's connection is there, and refused when that is. Each flow has an interface of
-//! smoltcp's to itself, so that a packet costs the same however many flows there are.
+//! The guest's SYN is answered when the host's connection is there, and refused when that is.
 
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
-use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
-use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
-use smoltcp::wire::{HardwareAddress, IpCidr, IpProtocol, IpRepr, TcpControl, TcpPacket, TcpRepr};
+use smoltcp::wire::{IpProtocol, IpRepr, TcpControl, TcpPacket, TcpRepr};
 
 use super::addresses::{GUEST, is_dns};
 use super::dns::Resolvers;
-use super::ethernet::Frames;
+use super::guest_end::{GuestEnd, unchecked};
 use super::icmp::Unreachable;
 use super::ip::Packet;
 use super::poller::{Ready, Source};
 use super::table::Table;
-use super::{Context, Key, Ports, icmp, offload};
+use super::{Context, Key, Ports, icmp};
 
 /// Flows at once.
 const FLOWS: usize = 512;
-/// Bytes that wait for the other side, each way.
-pub const BUFFER: usize = 256 << 10;
 /// How long an open connection may be idle (RFC 5382, 5).
 const IDLE: Duration = Duration::from_secs(2 * 60 * 60 + 4 * 60);
 /// The same for one that is only half open.
@@ -37,132 +32,6 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// When to look again at what cannot go on for no reason that is known.
 const SOON: Duration = Duration::from_millis(1);
-
-/// The guest's end.
-struct GuestEnd {
-    guest: IpAddr,
-    /// Bytes of data that its segments have.
-    mss: Option<usize>,
-    interface: Interface,
-    sockets: SocketSet<'static>,
-    socket: SocketHandle,
-}
-
-/// What smoltcp takes for a network device: one packet in, frames out.
-struct Packets<'a> {
-    input: Option<&'a [u8]>,
-    frames: &'a mut Frames,
-    guest: IpAddr,
-    mss: Option<usize>,
-}
-
-struct Input<'a>(&'a [u8]);
-struct Output<'a> {
-    frames: &'a mut Frames,
-    guest: IpAddr,
-    mss: Option<usize>,
-}
-
-impl RxToken for Input<'_> {
-    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        f(self.0)
-    }
-}
-
-impl TxToken for Output<'_> {
-    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        self.frames.tcp(self.guest, self.mss, len, f)
-    }
-}
-
-impl Packets<'_> {
-    fn output(&mut self) -> Output<'_> {
-        Output { frames: self.frames, guest: self.guest, mss: self.mss }
-    }
-}
-
-impl Device for Packets<'_> {
-    type RxToken<'a>
-        = Input<'a>
-    where
-        Self: 'a;
-    type TxToken<'a>
-        = Output<'a>
-    where
-        Self: 'a;
-
-    fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(Input<'_>, Output<'_>)> {
-        let input = Input(self.input.take()?);
-        Some((input, self.output()))
-    }
-
-    fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<Output<'_>> {
-        self.frames.has_room().then(|| self.output())
-    }
-
-    fn capabilities(&self) -> DeviceCapabilities {
-        let mut capabilities = DeviceCapabilities::default();
-        capabilities.medium = Medium::Ip;
-        // What is longer than the guest takes is cut behind.
-        capabilities.max_transmission_unit = offload::LONGEST;
-        // Nothing on this wire changes a bit, and the guest may have left sums to us. `Frames` has its own way with TCP's.
-        capabilities.checksum = unchecked();
-        capabilities
-    }
-}
-
-fn unchecked() -> ChecksumCapabilities {
-    let mut sums = ChecksumCapabilities::ignored();
-    sums.ipv4 = Checksum::Tx;
-    sums
-}
-
-impl GuestEnd {
-    fn new(context: &mut Context, key: &Key) -> Self {
-        let (guest, remote) = (key.guest.ip(), key.remote.ip());
-        let mut seed = [0; 8];
-        let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
-        let mut config = Config::new(HardwareAddress::Ip);
-        config.random_seed = u64::from_ne_bytes(seed);
-        let mut packets = Packets { input: None, frames: &mut context.frames, guest, mss: None };
-        let mut interface = Interface::new(config, &mut packets, context.clock.smoltcp(context.now));
-        // It is the remote end, and everybody else is behind the guest. There is room for both.
-        let all = if remote.is_ipv4() { 32 } else { 128 };
-        interface.update_ip_addrs(|own| _ = own.push(IpCidr::new(remote.into(), all)));
-        let _ = match remote {
-            IpAddr::V4(remote) => interface.routes_mut().add_default_ipv4_route(remote),
-            IpAddr::V6(remote) => interface.routes_mut().add_default_ipv6_route(remote),
-        };
-        let buffer = || tcp::SocketBuffer::new(vec![0; BUFFER]);
-        let mut socket = tcp::Socket::new(buffer(), buffer());
-        socket.set_ack_delay(None);
-        socket.set_nagle_enabled(false);
-        let mut sockets = SocketSet::new(Vec::with_capacity(1));
-        let socket = sockets.add(socket);
-        Self { guest, mss: None, interface, sockets, socket }
-    }
-
-    fn socket(&mut self) -> &mut tcp::Socket<'static> {
-        self.sockets.get_mut(self.socket)
-    }
-
-    /// Takes a packet of the guest's, and sends what is to be sent.
-    fn poll(&mut self, context: &mut Context, input: Option<&[u8]>) {
-        let now = context.clock.smoltcp(context.now);
-        let raised = input.and_then(|input| offload::raise_mss(input, context.frames.mtu));
-        if let Some((mss, _)) = &raised {
-            self.mss = Some(*mss);
-        }
-        let input = raised.as_ref().map(|(_, raised)| &raised[..]).or(input);
-        let (guest, mss) = (self.guest, self.mss);
-        let mut packets = Packets { input, frames: &mut context.frames, guest, mss };
-        self.interface.poll(now, &mut packets, &mut self.sockets);
-        // Each call sends one packet of a socket at most.
-        while packets.frames.has_room()
-            && self.interface.poll_egress(now, &mut packets, &mut self.sockets) != PollResult::None
-        {}
-    }
-}
 
 enum State {
     /// The host connects; the guest's SYN waits.
@@ -407,11 +276,7 @@ impl Tcp {
         let guest = SocketAddr::new(GUEST.into(), port);
         let key = self.ports.free(guest, |key| self.flows.contains(key));
         let mut end = GuestEnd::new(context, &key);
-        let GuestEnd { interface, sockets, socket, .. } = &mut end;
-        let socket = sockets.get_mut::<tcp::Socket<'_>>(*socket);
-        socket.set_timeout(Some(smoltcp::time::Duration::from_millis(ANSWER.as_millis() as u64)));
-        let connected = socket.connect(interface.context(), key.guest, key.remote);
-        if connected.is_err() || host.set_nonblocking(true).is_err() {
+        if !end.connect(&key, ANSWER) || host.set_nonblocking(true).is_err() {
             return;
         }
         if self.insert(context, key, State::Open(Box::new(end)), host).is_ok() {
@@ -452,7 +317,7 @@ impl Tcp {
             return fail(context, key, &packet, &segment, &error.into());
         }
         let mut guest = GuestEnd::new(context, &key);
-        if guest.socket().listen(key.remote).is_err() {
+        if !guest.listen(&key) {
             return self.remove(&key, Fate::Breaks);
         }
         flow.state = State::Open(Box::new(guest));
@@ -468,7 +333,7 @@ impl Tcp {
         }
         let now = context.clock.smoltcp(context.now);
         let next = match &mut flow.state {
-            State::Open(guest) => guest.interface.poll_at(now, &guest.sockets),
+            State::Open(guest) => guest.poll_at(now),
             _ => None,
         };
         let is_due = next.is_some_and(|at| at <= now);
