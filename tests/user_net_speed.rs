@@ -19,13 +19,14 @@ const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const GATEWAY_MAC: [u8; 6] = [0x52, 0x55, 0x0a, 0, 2, 2];
 const ETHERNET: usize = 14;
 const TCP: usize = 20;
-const PORT: u16 = 40000;
+const PORT: u16 = 10000;
 /// What a guest's kernel sends and takes in one piece.
 const PIECE: usize = 64 << 10;
 /// Bits by which windows are shifted.
 const SHIFT: u8 = 7;
 const FIN: u8 = 1;
 const SYN: u8 = 2;
+const RST: u8 = 4;
 const ACK: u8 = 0x10;
 
 /// A connection of the guest's.
@@ -33,6 +34,7 @@ struct Peer {
     stack: Stack,
     ends: (IpAddr, IpAddr),
     port: u16,
+    own_port: u16,
     mtu: usize,
     /// Of what it sends: the next byte, the first that is not acknowledged, and the first beyond the window.
     next: u32,
@@ -63,6 +65,7 @@ impl Peer {
             stack,
             ends: (guest, gateway),
             port: to.port(),
+            own_port: PORT,
             mtu: mtu.into(),
             next: 1,
             acknowledged: 1,
@@ -115,7 +118,7 @@ impl Peer {
             _ => unreachable!(),
         }
         let window = if flags & SYN != 0 { u16::MAX } else { ((4 << 20) >> SHIFT) as u16 };
-        self.frame.extend(PORT.to_be_bytes());
+        self.frame.extend(self.own_port.to_be_bytes());
         self.frame.extend(self.port.to_be_bytes());
         self.frame.extend(self.next.wrapping_sub(u32::from(flags & SYN != 0)).to_be_bytes());
         self.frame.extend(self.expected.to_be_bytes());
@@ -290,9 +293,48 @@ fn round_trip(version: &str, mtu: u16, time: Duration) {
     println!("round trip             mtu {mtu:<5}  {:>6.1} us, 99 of 100 below {:.1} us", at(50), at(99));
 }
 
+/// Bytes of memory that this process has.
+fn memory() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let resident: u64 = pages.split(' ').nth(1).unwrap().parse().unwrap();
+    resident * 4096
+}
+
+/// Opens as many connections as there may be, which say nothing, and again, when those before have gone.
+fn idle() {
+    const CONNECTIONS: u16 = 500;
+    let (listener, address) = listener("127.0.0.1:0");
+    let mut peer = Peer::connect(address, 65520);
+    let mut accepted = vec![listener.accept().unwrap()];
+    let before = memory();
+    for round in 1..=3u16 {
+        for number in 0..CONNECTIONS {
+            peer.own_port = PORT + round * CONNECTIONS + number;
+            peer.next = 1;
+            let frames = peer.frames;
+            peer.send(SYN, &[]);
+            while peer.frames == frames {
+                peer.take(true);
+            }
+            accepted.push(listener.accept().unwrap());
+        }
+        let each = memory().saturating_sub(before) / u64::from(CONNECTIONS) / 1024;
+        println!("{CONNECTIONS} idle connections: {each} KiB each, round {round}");
+        for number in 0..CONNECTIONS {
+            peer.own_port = PORT + round * CONNECTIONS + number;
+            peer.send(RST, &[]);
+        }
+        accepted.clear();
+    }
+}
+
 fn main() {
     let seconds = std::env::args().filter_map(|argument| argument.parse().ok()).next().unwrap_or(2);
     let time = Duration::from_secs(seconds);
+    idle();
+    if seconds == 0 {
+        return;
+    }
     for mtu in [65520, 1500] {
         for version in ["127.0.0.1:0", "[::1]:0"] {
             from_guest(version, mtu, time);

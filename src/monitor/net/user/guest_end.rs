@@ -1,6 +1,7 @@
 //! The guest's end of a connection: a socket of smoltcp's, and an interface of smoltcp's to itself, so that a packet costs the same
 //! however many flows there are.
 
+use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use smoltcp::wire::{HardwareAddress, IpCidr};
 
 use super::ethernet::Frames;
 use super::recovery::Recovery;
+use super::room::Room;
 use super::{Context, Key, offload};
 
 /// Bytes that wait for the other side, each way.
@@ -25,6 +27,8 @@ pub struct GuestEnd {
     interface: Interface,
     sockets: SocketSet<'static>,
     socket: SocketHandle,
+    /// The socket's buffers: behind `sockets`, for fields are dropped in order.
+    _room: Room,
 }
 
 /// What smoltcp takes for a network device: one packet in, frames out.
@@ -95,7 +99,9 @@ pub fn unchecked() -> ChecksumCapabilities {
 }
 
 impl GuestEnd {
-    pub fn new(context: &mut Context, key: &Key) -> Self {
+    /// # Errors
+    /// The host is out of memory.
+    pub fn new(context: &mut Context, key: &Key) -> io::Result<Self> {
         let (guest, remote) = (key.guest.ip(), key.remote.ip());
         let mut seed = [0; 8];
         let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
@@ -112,13 +118,15 @@ impl GuestEnd {
             IpAddr::V4(remote) => interface.routes_mut().add_default_ipv4_route(remote),
             IpAddr::V6(remote) => interface.routes_mut().add_default_ipv6_route(remote),
         };
-        let buffer = || tcp::SocketBuffer::new(vec![0; BUFFER]);
-        let mut socket = tcp::Socket::new(buffer(), buffer());
+        let mut room = Room::new(2 * BUFFER)?;
+        // SAFETY: once, and the socket is dropped before the room is: it stays in `sockets`, which is.
+        let (from, to) = unsafe { room.bytes() }.split_at_mut(BUFFER);
+        let mut socket = tcp::Socket::new(tcp::SocketBuffer::new(from), tcp::SocketBuffer::new(to));
         socket.set_ack_delay(None);
         socket.set_nagle_enabled(false);
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let socket = sockets.add(socket);
-        Self { guest, mss: None, recovery, interface, sockets, socket }
+        Ok(Self { guest, mss: None, recovery, interface, sockets, socket, _room: room })
     }
 
     pub fn socket(&mut self) -> &mut tcp::Socket<'static> {

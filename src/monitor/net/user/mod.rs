@@ -18,6 +18,7 @@ mod policy;
 mod poller;
 mod publish;
 mod recovery;
+mod room;
 mod route;
 mod table;
 mod tcp;

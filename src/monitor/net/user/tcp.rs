@@ -275,7 +275,7 @@ impl Tcp {
     pub fn accept(&mut self, context: &mut Context, host: TcpStream, port: u16) {
         let guest = SocketAddr::new(GUEST.into(), port);
         let key = self.ports.free(guest, |key| self.flows.contains(key));
-        let mut end = GuestEnd::new(context, &key);
+        let Ok(mut end) = GuestEnd::new(context, &key) else { return };
         if !end.connect(&key, ANSWER) || host.set_nonblocking(true).is_err() {
             return;
         }
@@ -316,10 +316,10 @@ impl Tcp {
             let Some(segment) = parse(&packet) else { return };
             return fail(context, key, &packet, &segment, &error.into());
         }
-        let mut guest = GuestEnd::new(context, &key);
-        if !guest.listen(&key) {
+        let mut guest = GuestEnd::new(context, &key).ok();
+        let Some(guest) = guest.take_if(|guest| guest.listen(&key)) else {
             return self.remove(&key, Fate::Breaks);
-        }
+        };
         flow.state = State::Open(Box::new(guest));
         self.turn(context, key, Some(&syn));
     }
