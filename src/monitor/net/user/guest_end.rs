@@ -145,22 +145,31 @@ impl GuestEnd {
         socket.connect(self.interface.context(), key.guest, key.remote).is_ok()
     }
 
-    /// Takes a packet of the guest's, and sends what is to be sent.
-    pub fn poll(&mut self, context: &mut Context, input: Option<&[u8]>) {
-        let raised = input.and_then(|input| offload::raise_mss(input, context.frames.mtu));
+    /// Takes a packet of the guest's. What it is answered by goes with what is sent next: more may come in the same batch.
+    pub fn take(&mut self, context: &mut Context, input: &[u8]) {
+        let raised = offload::raise_mss(input, context.frames.mtu);
         let input = match &raised {
             Some((mss, raised)) => {
                 self.mss = Some(*mss);
-                Some(&raised[..])
+                raised
             }
             None => input,
         };
-        let input = input.filter(|input| !self.recovery.is_echo(input));
+        if self.recovery.is_echo(input) {
+            return;
+        }
         let Self { guest, mss, recovery, interface, sockets, .. } = self;
         let now = context.clock.smoltcp(context.now);
         let output = Output { frames: &mut context.frames, guest: *guest, mss: *mss, recovery };
-        let mut packets = Packets { input, output };
-        interface.poll(now, &mut packets, sockets);
+        interface.poll_ingress_single(now, &mut Packets { input: Some(input), output }, sockets);
+    }
+
+    /// Sends what is to be sent.
+    pub fn poll(&mut self, context: &mut Context) {
+        let Self { guest, mss, recovery, interface, sockets, .. } = self;
+        let now = context.clock.smoltcp(context.now);
+        let output = Output { frames: &mut context.frames, guest: *guest, mss: *mss, recovery };
+        let mut packets = Packets { input: None, output };
         // Each call sends one packet of a socket at most.
         while packets.output.frames.has_room()
             && interface.poll_egress(now, &mut packets, sockets) != PollResult::None

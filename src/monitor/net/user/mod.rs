@@ -211,7 +211,7 @@ impl Stack {
         }
     }
 
-    /// The guest sends `frame`. What is not understood is dropped.
+    /// The guest sends `frame`, one of a batch perhaps. What is not understood is dropped.
     pub fn input(&mut self, frame: &[u8]) {
         self.read_clock();
         self.dispatch(frame);
@@ -250,6 +250,14 @@ impl Stack {
             IpProtocol::Udp => self.udp.input(context, &mut self.resolvers, &packet),
             protocol if protocol == icmp::protocol(packet.to) => self.ping.input(context, &packet),
             _ => icmp::refuse(context, &packet, Unreachable::Protocol),
+        }
+    }
+
+    /// The guest's batch is at its end: what it has sent goes on, and is acknowledged once.
+    pub fn settle(&mut self) {
+        if self.tcp.is_waiting() && self.context.frames.has_room() {
+            self.tcp.resume(&mut self.context);
+            self.rest();
         }
     }
 

@@ -69,38 +69,38 @@ impl Flow {
         Self { state, host, readable, writable, host_ended, guest_ended, told_host, deadline: None }
     }
 
-    /// Moves what can be moved, both ways, after the guest's packet `input` or a change on the host's side.
-    fn turn(&mut self, context: &mut Context, mut input: Option<&[u8]>) -> Fate {
+    /// Moves what can be moved, both ways, after packets of the guest's or a change on the host's side.
+    fn turn(&mut self, context: &mut Context) -> Fate {
         let guest = match &mut self.state {
             State::Connecting(_) => return Fate::Lives,
             State::Closing(rest) => return drain(&mut self.host, rest),
             State::Open(guest) => guest,
         };
         loop {
-            guest.poll(context, input.take());
-            let state = guest.socket().state();
+            let moved = to_host(&mut self.host, &mut self.writable, guest.socket()).and_then(|out| {
+                let into = to_guest(&mut self.host, &mut self.readable, &mut self.host_ended, guest.socket());
+                into.map(|into| out || into)
+            });
+            // The host's peer has reset the connection; the guest's goes the same way.
+            let Ok(moved) = moved else {
+                guest.socket().abort();
+                guest.poll(context);
+                return Fate::Breaks;
+            };
+            // What is acknowledged now has made room for as much.
+            guest.poll(context);
+            let socket = guest.socket();
+            let state = socket.state();
             self.guest_ended |= matches!(
                 state,
                 tcp::State::CloseWait | tcp::State::LastAck | tcp::State::Closing | tcp::State::TimeWait
             );
             if state == tcp::State::Established {
-                guest.socket().set_timeout(None);
+                socket.set_timeout(None);
             }
-            let moved = to_host(&mut self.host, &mut self.writable, guest.socket()).and_then(|out| {
-                let into = to_guest(&mut self.host, &mut self.readable, &mut self.host_ended, guest.socket());
-                into.map(|into| out || into)
-            });
-            match moved {
-                Ok(true) => continue,
-                Ok(false) => {}
-                // The host's peer has reset the connection; the guest's goes the same way.
-                Err(_) => {
-                    guest.socket().abort();
-                    guest.poll(context, None);
-                    return Fate::Breaks;
-                }
+            if moved {
+                continue;
             }
-            let socket = guest.socket();
             if self.guest_ended && !self.told_host && socket.recv_queue() == 0 {
                 self.told_host = true;
                 let _ = self.host.shutdown(Shutdown::Write);
@@ -231,11 +231,16 @@ impl Tcp {
         let guest = SocketAddr::new(packet.from, segment.src_port);
         let key = Key { guest, remote: SocketAddr::new(packet.to, segment.dst_port) };
         if let Some(flow) = self.flows.touch(&key, context.now) {
-            match &flow.state {
+            match &mut flow.state {
                 // The same SYN again, or the guest has thought better of it.
                 State::Connecting(_) if segment.control == TcpControl::Rst => self.remove(&key, Fate::Breaks),
                 State::Connecting(_) => {}
-                _ => self.turn(context, key, Some(packet.bytes)),
+                State::Open(guest) => {
+                    guest.take(context, packet.bytes);
+                    // Others of the same batch come first.
+                    self.flows.wait(key);
+                }
+                State::Closing(_) => {}
             }
             return;
         }
@@ -280,7 +285,7 @@ impl Tcp {
             return;
         }
         if self.insert(context, key, State::Open(Box::new(end)), host).is_ok() {
-            self.turn(context, key, None);
+            self.turn(context, key);
         }
     }
 
@@ -302,7 +307,7 @@ impl Tcp {
         flow.readable |= ready.input;
         flow.writable |= ready.output;
         let State::Connecting(syn) = &mut flow.state else {
-            return self.turn(context, key, None);
+            return self.turn(context, key);
         };
         if !ready.output {
             return;
@@ -317,17 +322,18 @@ impl Tcp {
             return fail(context, key, &packet, &segment, &error.into());
         }
         let mut guest = GuestEnd::new(context, &key).ok();
-        let Some(guest) = guest.take_if(|guest| guest.listen(&key)) else {
+        let Some(mut guest) = guest.take_if(|guest| guest.listen(&key)) else {
             return self.remove(&key, Fate::Breaks);
         };
+        guest.take(context, &syn);
         flow.state = State::Open(Box::new(guest));
-        self.turn(context, key, Some(&syn));
+        self.turn(context, key);
     }
 
     /// Lets a flow do what it can, and sees to what follows from that.
-    fn turn(&mut self, context: &mut Context, key: Key, input: Option<&[u8]>) {
+    fn turn(&mut self, context: &mut Context, key: Key) {
         let Some(flow) = self.flows.get_mut(&key) else { return };
-        let fate = flow.turn(context, input);
+        let fate = flow.turn(context);
         if fate != Fate::Lives {
             return self.remove(&key, fate);
         }
@@ -354,10 +360,10 @@ impl Tcp {
         }
     }
 
-    /// There is room for frames again.
+    /// There is room for frames again, or what the guest has sent is all there.
     pub fn resume(&mut self, context: &mut Context) {
         for key in self.flows.take_waiting() {
-            self.turn(context, key, None);
+            self.turn(context, key);
         }
     }
 
@@ -372,7 +378,7 @@ impl Tcp {
         for (_, key) in std::mem::replace(&mut self.deadlines, later) {
             if let Some(flow) = self.flows.get_mut(&key) {
                 flow.deadline = None;
-                self.turn(context, key, None);
+                self.turn(context, key);
             }
         }
     }
@@ -397,7 +403,7 @@ impl Tcp {
     fn abort(&mut self, context: &mut Context, key: Key) {
         if let Some(Flow { state: State::Open(guest), .. }) = self.flows.get_mut(&key) {
             guest.socket().abort();
-            guest.poll(context, None);
+            guest.poll(context);
         }
         self.remove(&key, Fate::Breaks);
     }

@@ -37,6 +37,11 @@ impl Wire for Stack {
         true
     }
 
+    fn flush(&mut self) -> bool {
+        self.settle();
+        true
+    }
+
     fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
         let frame = self.output()?;
         let (start, behind) = frame.bytes.split_at(frame.bytes.len().min(START));
