@@ -15,8 +15,11 @@ use super::recovery::Recovery;
 use super::room::Room;
 use super::{Context, Key, offload};
 
-/// Bytes that wait for the other side, each way.
-pub const BUFFER: usize = 256 << 10;
+/// Bytes that wait for the other side, each way, at most: as many as a guest can send before a host that is busy gives its
+/// acknowledgements, and the vCPU, their turn.
+pub const BUFFER: usize = 1 << 20;
+/// The same for a connection that is one of many, so that those of all are bounded.
+pub const BUFFER_OF_MANY: usize = 128 << 10;
 
 /// The guest's end.
 pub struct GuestEnd {
@@ -99,9 +102,11 @@ pub fn unchecked() -> ChecksumCapabilities {
 }
 
 impl GuestEnd {
+    /// An end of `key`, with `buffer` bytes each way.
+    ///
     /// # Errors
     /// The host is out of memory.
-    pub fn new(context: &mut Context, key: &Key) -> io::Result<Self> {
+    pub fn new(context: &mut Context, key: &Key, buffer: usize) -> io::Result<Self> {
         let (guest, remote) = (key.guest.ip(), key.remote.ip());
         let mut seed = [0; 8];
         let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
@@ -118,9 +123,9 @@ impl GuestEnd {
             IpAddr::V4(remote) => interface.routes_mut().add_default_ipv4_route(remote),
             IpAddr::V6(remote) => interface.routes_mut().add_default_ipv6_route(remote),
         };
-        let mut room = Room::new(2 * BUFFER)?;
+        let mut room = Room::new(2 * buffer)?;
         // SAFETY: once, and the socket is dropped before the room is: it stays in `sockets`, which is.
-        let (from, to) = unsafe { room.bytes() }.split_at_mut(BUFFER);
+        let (from, to) = unsafe { room.bytes() }.split_at_mut(buffer);
         let mut socket = tcp::Socket::new(tcp::SocketBuffer::new(from), tcp::SocketBuffer::new(to));
         socket.set_ack_delay(None);
         socket.set_nagle_enabled(false);

@@ -14,7 +14,7 @@ use smoltcp::wire::{IpProtocol, IpRepr, TcpControl, TcpPacket, TcpRepr};
 
 use super::addresses::{GUEST, is_dns};
 use super::dns::Resolvers;
-use super::guest_end::{GuestEnd, unchecked};
+use super::guest_end::{BUFFER, BUFFER_OF_MANY, GuestEnd, unchecked};
 use super::icmp::Unreachable;
 use super::ip::Packet;
 use super::poller::{Ready, Source};
@@ -23,6 +23,8 @@ use super::{Context, Key, Ports, icmp};
 
 /// Flows at once.
 const FLOWS: usize = 512;
+/// Beyond these, a flow is one of many.
+const FEW: usize = 64;
 /// How long an open connection may be idle (RFC 5382, 5).
 const IDLE: Duration = Duration::from_secs(2 * 60 * 60 + 4 * 60);
 /// The same for one that is only half open.
@@ -215,6 +217,11 @@ impl Tcp {
         Self { flows: Table::new(FLOWS), deadlines: BTreeSet::new(), ports: Ports::default() }
     }
 
+    /// Bytes for each way of a flow that begins now.
+    fn buffer(&self) -> usize {
+        if self.flows.len() <= FEW { BUFFER } else { BUFFER_OF_MANY }
+    }
+
     #[cfg(test)]
     pub fn flows(&self) -> usize {
         self.flows.len()
@@ -280,7 +287,7 @@ impl Tcp {
     pub fn accept(&mut self, context: &mut Context, host: TcpStream, port: u16) {
         let guest = SocketAddr::new(GUEST.into(), port);
         let key = self.ports.free(guest, |key| self.flows.contains(key));
-        let Ok(mut end) = GuestEnd::new(context, &key) else { return };
+        let Ok(mut end) = GuestEnd::new(context, &key, self.buffer()) else { return };
         if !end.connect(&key, ANSWER) || host.set_nonblocking(true).is_err() {
             return;
         }
@@ -303,6 +310,7 @@ impl Tcp {
     /// A flow's socket can go on.
     pub fn ready(&mut self, context: &mut Context, ready: Ready) {
         let Some(key) = self.flows.key(ready.id) else { return };
+        let buffer = self.buffer();
         let Some(flow) = self.flows.touch(&key, context.now) else { return };
         flow.readable |= ready.input;
         flow.writable |= ready.output;
@@ -321,7 +329,7 @@ impl Tcp {
             let Some(segment) = parse(&packet) else { return };
             return fail(context, key, &packet, &segment, &error.into());
         }
-        let mut guest = GuestEnd::new(context, &key).ok();
+        let mut guest = GuestEnd::new(context, &key, buffer).ok();
         let Some(mut guest) = guest.take_if(|guest| guest.listen(&key)) else {
             return self.remove(&key, Fate::Breaks);
         };
