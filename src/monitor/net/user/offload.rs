@@ -127,27 +127,34 @@ fn sum_of(ip: IpAddr) -> u32 {
 /// whole ones as go into one packet.
 pub fn raise_mss(bytes: &[u8], mtu: usize) -> Option<(usize, Vec<u8>)> {
     const SYN: u8 = 2;
-    const MSS: u8 = 2;
-    const NOTHING: u8 = 1;
     let segment = Segment::parse(bytes)?;
     let tcp = &bytes[segment.tcp..segment.data];
+    if tcp[13] & SYN == 0 {
+        return None;
+    }
+    let at = segment.tcp + mss_at(tcp)?;
+    let headers = segment.tcp + 20;
+    let told = bytes.get(at..at + 2)?;
+    let mss = usize::from(u16::from_be_bytes([told[0], told[1]])).min(mtu.checked_sub(headers)?);
+    let most = (LONGEST - headers).checked_div(mss)? * mss;
+    let mut raised = bytes.to_vec();
+    raised[at..at + 2].copy_from_slice(&(most as u16).to_be_bytes());
+    (mss >= SHORTEST && most > 0).then_some((mss, raised))
+}
+
+/// Where in a header of TCP the size of segments stands, if there is such an option (RFC 9293, 3.2).
+fn mss_at(tcp: &[u8]) -> Option<usize> {
+    const NOTHING: u8 = 1;
+    const MSS: u8 = 2;
     let mut at = 20;
-    while tcp[13] & SYN != 0 {
+    loop {
         match tcp.get(at..)? {
-            [MSS, 4, high, low, ..] => {
-                let headers = segment.tcp + 20;
-                let mss = usize::from(u16::from_be_bytes([*high, *low])).min(mtu.checked_sub(headers)?);
-                let most = (LONGEST - headers).checked_div(mss)? * mss;
-                let mut raised = bytes.to_vec();
-                raised[segment.tcp + at + 2..][..2].copy_from_slice(&(most as u16).to_be_bytes());
-                return (mss >= SHORTEST && most > 0).then_some((mss, raised));
-            }
+            [MSS, 4, _, _, ..] => return Some(at + 2),
             [NOTHING, ..] => at += 1,
             [_, len, ..] if *len >= 2 => at += usize::from(*len),
-            _ => break,
+            _ => return None,
         }
     }
-    None
 }
 
 #[cfg(test)]
