@@ -13,7 +13,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test bench tuned bench-compare weight start-order tools build compilers vtx reboots clean-guests
+.PHONY: run test bench bench-net tuned bench-compare weight start-order tools build compilers vtx reboots net-whole clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -36,7 +36,7 @@ compilers:
 	@command -v cc >/dev/null || { echo 'cc is missing: installing gcc'; apt-get install -qq -y gcc libc6-dev; }
 
 # What the tests call. The rig and the guest builder install what they need by themselves.
-TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck dosfstools:mkfs.vfat mtools:mcopy fdisk:sfdisk xfsprogs:mkfs.xfs btrfs-progs:mkfs.btrfs grub-common:grub-editenv binutils:objcopy zstd:zstd acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium gdb:gdb \
+TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck dosfstools:mkfs.vfat mtools:mcopy fdisk:sfdisk xfsprogs:mkfs.xfs btrfs-progs:mkfs.btrfs grub-common:grub-editenv binutils:objcopy zstd:zstd acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium gdb:gdb tshark:tshark \
 	memtest86+:/boot/memtest86+x64.bin ipxe:/boot/ipxe.lkrn seabios:/usr/share/seabios/bios-microvm.bin
 # Installs the packages of PACKAGE:PROGRAM pairs whose program, or file, is missing.
 install = missing=; for pair in $(1); do command -v "$${pair\#*:}" >/dev/null || [ -e "$${pair\#*:}" ] || missing="$$missing $${pair%:*}"; done; \
@@ -99,6 +99,12 @@ bench: build
 	@echo 'with every sample drawn: $(OUT)/bench.html'
 	@[ -e $(TUNED) ] || echo 'without the small kernel (our start, memory, disk and processor figures): make tuned (6 minutes on 2 idle CPUs, once), then make bench'
 
+# Networks, container and monitors side by side: three minutes and more where KVM boots Linux.
+bench-net: build
+	@$(call install,qemu-system-x86:qemu-system-x86_64 passt:passt iproute2:ip)
+	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
+	@$(THERE) net --samples 6 --warm-up 1 --json $(OUT)/net.json
+
 tuned: compilers
 	$(SAY) 'the tuned kernel: Debian source, compiled (6 minutes on 2 idle CPUs, once)'
 	@cargo guest bundle --only tuned --out $(GUESTS)
@@ -136,6 +142,21 @@ reboots:
 		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 1800 -- \
 			"$$boot" --exact $$test --ignored --nocapture >target/reboots.log 2>&1 || { failed=1; tail -40 target/reboots.log; }; \
 		grep -a '^| \|^test result' target/reboots.log; \
+	done; exit $$failed
+
+# Each back end of a network for minutes, with iperf3 in a Debian guest, and gigabytes whose checksums the guest computes
+# (VMM_NET_MEGABYTES each way, 1000 unless said). Half an hour and more in the rig; no part of `make test`.
+NET_WHOLE := user tap vhost socket switch
+net-whole:
+	@$(call install,iperf3:iperf3 passt:passt iproute2:ip debootstrap:debootstrap)
+	@cargo guest bundle --out $(GUESTS) --only tuned
+	@cargo guest -- rootfs --from debian --include iperf3,iputils-ping,iproute2,ethtool,apt,wget --size 1G --out $(GUESTS)/net.ext4
+	@cargo build --quiet --package rig
+	@boot=$$(cargo test --release --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p'); failed=0; \
+	for way in $(NET_WHOLE); do \
+		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 3600 -- \
+			"$$boot" --exact net_whole::whole_$$way --ignored --nocapture >target/net-whole.log 2>&1 || { failed=1; tail -40 target/net-whole.log; }; \
+		grep -a '^==\|^ok \|Csum\|^test result' target/net-whole.log; \
 	done; exit $$failed
 
 clean-guests:

@@ -7,9 +7,21 @@ use std::path::{Path, PathBuf};
 
 /// The monitor's modules by layer: one uses only its own layer and those before it.
 const LAYERS: [&[&str]; 9] = [
-    &["threads", "event_loop", "state", "config", "guest_log", "output", "printable", "recorder"],
+    &[
+        "threads",
+        "event_loop",
+        "poller",
+        "timer",
+        "listener",
+        "state",
+        "config",
+        "guest_log",
+        "output",
+        "printable",
+        "recorder",
+    ],
     &["memory", "vm", "bus", "hyperv"],
-    &["disk", "net", "chardev"],
+    &["disk", "net", "vsock", "chardev", "backends"],
     &["kvm"],
     &["legacy", "pci", "virtio"],
     &["boot", "vcpu"],
@@ -20,7 +32,7 @@ const LAYERS: [&[&str]; 9] = [
 
 /// Edges that the layers would allow and the design does not: device models know the `Vm` trait, never KVM, and
 /// never each other's family.
-const FORBIDDEN: [(&str, &str); 13] = [
+const FORBIDDEN: [(&str, &str); 17] = [
     ("legacy", "kvm"),
     ("pci", "kvm"),
     ("virtio", "kvm"),
@@ -33,6 +45,10 @@ const FORBIDDEN: [(&str, &str); 13] = [
     ("disk", "net"),
     ("net", "chardev"),
     ("chardev", "net"),
+    ("vsock", "net"),
+    ("net", "vsock"),
+    ("vsock", "chardev"),
+    ("chardev", "vsock"),
     ("vcpu", "boot"),
 ];
 

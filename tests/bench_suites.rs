@@ -56,6 +56,23 @@ fn work_is_measured_natively_and_who_cannot_do_it_says_why() {
 }
 
 #[test]
+fn a_namespace_is_measured_where_one_can_be_made_and_the_others_say_why_not() {
+    let suite = measure(Name::Net, false).unwrap();
+    for contender in suite.contenders.iter().filter(|contender| contender.name != "container: veth") {
+        assert!(contender.failure.is_some(), "{}: without a kernel", contender.name);
+    }
+    let container = &suite.contenders.iter().find(|contender| contender.name == "container: veth").unwrap();
+    if let Some(why) = &container.failure {
+        eprintln!("SKIP: net: a network namespace cannot be made here: {why}");
+        return;
+    }
+    check(&suite);
+    let left = std::process::Command::new("ip").args(["-o", "link"]).output().unwrap();
+    let ours = format!("vb{}n", std::process::id() % 1_000_000);
+    assert!(!String::from_utf8_lossy(&left.stdout).contains(&ours), "an interface is left behind");
+}
+
+#[test]
 fn tiny_guests_start_with_many_cpus_and_much_memory() {
     if !Path::new("/dev/kvm").exists() {
         eprintln!("SKIP: scale: this machine lacks /dev/kvm");

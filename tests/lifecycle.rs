@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmm_monitor::api::client::Client;
-use vmm_monitor::api::protocol::{Command, MAX_REQUEST};
+use vmm_monitor::api::protocol::{Command, Ended, MAX_REQUEST};
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::api::server::Server;
 use vmm_monitor::api::signals::Signals;
@@ -53,7 +53,9 @@ impl Control for Fake {
             cpus: 2,
             memory_bytes: 128 << 20,
             kernel: Some("/boot/vmlinux".into()),
+            vsock: None,
             ptys: Vec::new(),
+            networks: Vec::new(),
         }
     }
 
@@ -83,6 +85,10 @@ impl Control for Fake {
 
     fn kill(&self) {
         self.note("kill");
+    }
+
+    fn exit_status(&self) -> Option<u8> {
+        self.notes().contains(&"kill").then_some(10)
     }
 
     fn give_up(&self) {
@@ -273,6 +279,40 @@ fn slow_clients_and_crowds_keep_nobody_waiting_for_long() {
     scene.ask("a", Command::Status).unwrap();
     assert_eq!(read_to_end(&slow), "", "cut off");
     drop(crowd);
+}
+
+#[test]
+fn those_who_wait_for_the_end_hear_how_it_came_and_leave_room_for_others() {
+    let scene = Scene::new();
+    let (server, _) = scene.start("a", None);
+    let wait = || Client::connect(&scene.registry, "a").unwrap().wait();
+    thread::scope(|scope| {
+        // One more than may wait is refused, whichever of them that is.
+        let waiting: Vec<_> = (0..33).map(|_| scope.spawn(wait)).collect();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !waiting.iter().any(thread::ScopedJoinHandle::is_finished) {
+            assert!(Instant::now() < deadline, "nobody is refused");
+            thread::sleep(Duration::from_millis(2));
+        }
+        scene.ask("a", Command::Kill).unwrap();
+        drop(server);
+        let answers: Vec<_> = waiting.into_iter().map(|thread| thread.join().unwrap()).collect();
+        let told = answers.iter().filter(|answer| matches!(answer, Ok(Ended { code: 10 }))).count();
+        let refused = answers.iter().filter(|answer| matches!(answer, Err(Error::Refused { .. }))).count();
+        assert_eq!((told, refused), (32, 1), "{answers:?}");
+    });
+    // Without an order there is no end to tell of: the process is about to say why, to its terminal.
+    let (server, _) = scene.start("a", None);
+    let stream = scene.raw("a");
+    (&stream).write_all(b"{\"version\":1,\"command\":\"wait\"}\n").unwrap();
+    scene.ask("a", Command::Status).unwrap();
+    drop(server);
+    assert_eq!(read_to_end(&stream), "");
+    // Nothing may follow.
+    let (_server, _) = scene.start("a", None);
+    let stream = scene.raw("a");
+    (&stream).write_all(&b"{\"version\":1,\"command\":\"wait\"}\n".repeat(2)).unwrap();
+    assert!(read_to_end(&stream).contains("nothing may follow"));
 }
 
 #[test]

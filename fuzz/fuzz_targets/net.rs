@@ -27,7 +27,7 @@ fuzz_target!(|data: &[u8]| {
         (ours, from_descriptor(theirs.into(), 0).unwrap())
     };
     let ((mut host, one), (mut other, two)) = (pair(), pair());
-    let port = Port { links: vec![one, two], mac: [2, 0, 0, 0, 0, 1] };
+    let port = Port::new(vec![one, two], [2, 0, 0, 0, 0, 1]);
     let mut net = Net::new(port.clone(), Some(1500));
 
     RAM.write_slice(&[0; 0x8000], GuestAddress(0)).unwrap();

@@ -14,13 +14,14 @@ use std::path::{Path, PathBuf};
 
 /// What a stock kernel cannot do without a module: both virtio transports, and then the devices that a first boot wants.
 /// button and evdev carry the power button to init; pvpanic_mmio tells the monitor of a panic.
-pub const STOCK_MODULES: [&str; 10] = [
+pub const STOCK_MODULES: [&str; 11] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_console",
     "virtio_blk",
     "virtio_net",
     "virtio_rng",
+    "vmw_vsock_virtio_transport",
     "button",
     "evdev",
     "virtio_balloon",
@@ -74,6 +75,7 @@ impl Recipe {
         }
         if self.busybox {
             add_busybox(&mut archive)?;
+            add_program(&mut archive, "sbin/guest-vsock", &programs::init(Init::Vsock)?)?;
         }
         if let Some(kind) = self.kernel.filter(|kind| kind.is_debians()) {
             self.add_modules(&mut archive, &Kernel::get(kind, false)?)?;

@@ -18,6 +18,8 @@ pub enum Init {
     Tiny,
     /// No PID 1: starts another kernel from the running one.
     Kexec,
+    /// No PID 1: talks to the host over vsock.
+    Vsock,
 }
 
 /// Builds PID 1: static, without libc, its own entry point. The path of the program.
@@ -26,6 +28,7 @@ pub fn init(which: Init) -> Result<PathBuf> {
         Init::Full => "guest-init",
         Init::Tiny => "guest-tiny",
         Init::Kexec => "guest-kexec",
+        Init::Vsock => "guest-vsock",
     };
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace's folder")?;
     // A target folder of its own: other flags, and no waiting for whoever builds the monitor meanwhile.

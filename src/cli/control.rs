@@ -11,6 +11,7 @@ use vmm_monitor::api::registry::Registry;
 use vmm_monitor::api::{Error, Status};
 use vmm_monitor::config::Size;
 use vmm_monitor::kvm::VcpuState;
+use vmm_monitor::net::traffic::Counts;
 
 /// How much longer than the guest's own time to wait for the monitor's end.
 const GRACE: Duration = Duration::from_secs(10);
@@ -145,8 +146,26 @@ fn text(status: &Status) -> String {
     if let Some(kernel) = &status.kernel {
         line("kernel", &kernel.display());
     }
+    if let Some(vsock) = &status.vsock {
+        line("vsock", &vsock.display());
+    }
     for pty in &status.ptys {
         line("pty", &format_args!("{} ({})", pty.path.display(), pty.device));
+    }
+    for net in &status.networks {
+        let counts = |counts: &Counts| format!("{} frames, {} bytes", counts.frames, counts.bytes);
+        let dropped = net.received.dropped.total().saturating_add(net.sent.dropped.total());
+        line(
+            "net",
+            &format_args!(
+                "{} ({}{}): received {}; sent {}; dropped {dropped}",
+                net.device,
+                net.to,
+                if net.up { "" } else { ", down" },
+                counts(&net.received),
+                counts(&net.sent),
+            ),
+        );
     }
     text
 }

@@ -1,10 +1,11 @@
-//! `vmm list`: the running virtual machines.
+//! `vmm list`: the running virtual machines, and what is kept of others.
 
 use std::fmt::Write;
 use std::time::Duration;
 
 use serde::Serialize;
 
+use super::detached::record::{Record, Records};
 use vmm_command::{Code, Failure, pretty, print};
 use vmm_monitor::api::client::{Client, Listed};
 use vmm_monitor::api::registry::Registry;
@@ -18,6 +19,9 @@ pub struct Options {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Add those that ran in the background (vmm run -d) and have ended
+    #[arg(short, long)]
+    all: bool,
 }
 
 /// How long to wait for the answers, of all that run together.
@@ -29,8 +33,16 @@ pub fn list(options: Options) -> Result<Code, Failure> {
     let mut rows = Client::ask_all(&registry, registry.names()?, PATIENCE);
     // It ended while we were looking.
     rows.retain(|row| !matches!(row.answer, Err(Error::NoSuchVm(_))));
-    print(&if options.json { json(&rows)? } else { table(&rows) })?;
+    let ended = if options.all { ended(&rows)? } else { Vec::new() };
+    print(&if options.json { json(&rows, &ended)? } else { table(&rows, &ended) })?;
     Ok(Code::Success)
+}
+
+/// The records whose names nobody has.
+fn ended(running: &[Listed]) -> Result<Vec<Record>, Failure> {
+    let mut records = Records::of_user()?.list()?;
+    records.retain(|record| running.iter().all(|row| row.name != record.name()));
+    Ok(records)
 }
 
 /// A row of `--json`.
@@ -39,17 +51,27 @@ pub fn list(options: Options) -> Result<Code, Failure> {
 enum Row<'a> {
     Status(&'a Status),
     Error { name: &'a str, pid: Option<u32>, error: String },
+    Ended { name: &'a str, state: &'static str, exit_code: Option<u8>, ended_at: Option<u64> },
 }
 
-fn json(rows: &[Listed]) -> Result<String, Failure> {
+fn json(rows: &[Listed], ended: &[Record]) -> Result<String, Failure> {
     let rows = rows.iter().map(|row| match &row.answer {
         Ok(status) => Row::Status(status),
         Err(error) => Row::Error { name: &row.name, pid: row.pid, error: error_chain(error) },
     });
-    pretty(&rows.collect::<Vec<_>>())
+    let ended = ended.iter().map(|record| {
+        let (name, end) = (record.name(), record.end());
+        Row::Ended {
+            name,
+            state: "ended",
+            exit_code: end.map(|end| end.code),
+            ended_at: end.map(|end| end.at),
+        }
+    });
+    pretty(&rows.chain(ended).collect::<Vec<_>>())
 }
 
-fn table(rows: &[Listed]) -> String {
+fn table(rows: &[Listed], ended: &[Record]) -> String {
     let mut text = String::new();
     let _ = writeln!(
         text,
@@ -75,6 +97,11 @@ fn table(rows: &[Listed]) -> String {
             }
             Err(error) => writeln!(text, "{name:<24} {pid:>8} {}", error_chain(error)),
         };
+    }
+    for record in ended {
+        let state = record.end().map_or("ended".to_owned(), |end| format!("exit {}", end.code));
+        let _ =
+            writeln!(text, "{:<24} {:>8} {state:<9} {:>9} {:>4} {:>7}  -", record.name(), "-", "-", "-", "-");
     }
     text
 }

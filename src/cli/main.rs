@@ -5,9 +5,11 @@
 
 mod bench;
 mod control;
+mod detached;
 mod flags;
 mod lab;
 mod list;
+mod logs;
 mod options;
 mod plan;
 mod run;
@@ -15,6 +17,7 @@ mod silence;
 mod step;
 mod top;
 mod trace;
+mod wait;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -49,6 +52,8 @@ Examples:
       show its first instructions: the mode of each, and what it changed
   vmm --gdb unix:gdb.sock --kernel vmlinux --cmdline 'console=hvc0 nokaslr'
       debug it from its first instruction: gdb vmlinux -ex 'target remote gdb.sock'
+  vmm run -d --name web --disk debian.img --mem 1G; vmm logs -f web
+      run it in the background, and follow its console
   vmm list; vmm pause web; vmm resume web; vmm stop web
       control it from another terminal
 ";
@@ -74,7 +79,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Boot a virtual machine and stay attached until it ends
+    /// Boot a virtual machine and stay attached until it ends, or leave it in the background with -d
     Run(Box<options::Options>),
     /// Show every exit of a virtual machine as a sentence: what the guest did, who answered, what it cost
     Trace(Box<trace::Options>),
@@ -85,6 +90,7 @@ enum Command {
     /// Measure virtual machines against containers and other monitors
     Bench(bench::Options),
     /// List running virtual machines
+    #[command(visible_alias = "ps")]
     List(list::Options),
     /// Show the status of a virtual machine
     Status(control::StatusOptions),
@@ -96,6 +102,12 @@ enum Command {
     Stop(control::StopOptions),
     /// Kill a virtual machine, without asking its guest
     Kill(control::Options),
+    /// Show what the guest of a virtual machine in the background wrote to its console
+    Logs(logs::Options),
+    /// Wait until virtual machines have ended, and print their exit codes
+    Wait(wait::Options),
+    /// Remove what is kept of virtual machines that ran in the background
+    Rm(wait::RemoveOptions),
 }
 
 /// Runs the command that the process was started with.
@@ -119,6 +131,9 @@ fn main() -> ExitCode {
         Command::Resume(options) => control::resume(options),
         Command::Stop(options) => control::stop(options),
         Command::Kill(options) => control::kill(options),
+        Command::Logs(options) => logs::logs(options),
+        Command::Wait(options) => wait::wait(options),
+        Command::Rm(options) => wait::remove(options),
     };
     let code = result.unwrap_or_else(|failure| {
         failure.print(flags::with_flags);

@@ -19,7 +19,7 @@ use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
     BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, Net, NetTarget, OnPanic, OnReboot,
-    OutputFile, Port, Publish, UserNet, VmConfig, port_number,
+    OutputFile, Port, Publish, UserNet, VmConfig, Vsock, port_number,
 };
 use vmm_monitor::machine::outputs;
 use vmm_trace::debug::gdb::Place;
@@ -55,13 +55,23 @@ pub struct Options {
     disk: Vec<Disk>,
     /// Network device: user (needs nothing: DHCP, names, TCP, UDP, ping; then any of ,ipv6=off ,restrict=on ,dns=ADDR ,allow=ADDR[/BITS][:PORT]
     /// ,publish=HOST:GUEST), tap=NAME (yours, or made if that is allowed), fd=N (a tap or unix socket that was passed) or socket=PATH
-    /// (QEMU's stream: passt, gvproxy, another VM), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap); repeatable
+    /// (QEMU's stream: passt, gvproxy, another VM), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap) ,vhost=on (a tap
+    /// that the host's kernel serves) ,bw=RATE[/BURST] (bytes a second, each way) ,pps=RATE[/BURST] (frames); repeatable
     #[arg(long, value_name = "user|tap=NAME", value_parser = os_text::<Net, _>())]
     net: Vec<Net>,
     /// Publish ports of the user network's guest: [ADDR:]HOST:GUEST[/udp], ranges as 8000-8009:80-89; ADDR is the host's [default:
     /// 127.0.0.1; 0.0.0.0 for all]. Without --net it stands for --net user as well; repeatable
     #[arg(short, long, value_name = "HOST:GUEST")]
     publish: Vec<Publish>,
+    /// Write every frame of the network devices to a file for Wireshark (pcapng): FILE[,max=SIZE]; at that size it becomes FILE.1
+    /// and starts afresh
+    #[arg(long, value_name = "FILE", value_parser = output_file())]
+    net_dump: Option<OutputFile>,
+    /// Socket device (vsock): the host's programs reach the guest on unix socket PATH, by CONNECT PORT, and the guest those that
+    /// listen on PATH_PORT; then ,cid=N for the guest's address, from 3 on [default: beside the control socket, as vmm status
+    /// tells; cid=3]
+    #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "cid=3", value_parser = os_text::<Vsock, _>())]
+    vsock: Option<Vsock>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
     /// [default: stdio, unless --serial has it]
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
@@ -137,6 +147,16 @@ pub struct Options {
     /// Leave the monitor open to debuggers, perf and core dumps of this user (a core never has the guest's memory)
     #[arg(long)]
     pub dumpable: bool,
+    /// Run in the background: print the name as soon as the guest runs. What it writes to its console is kept for vmm logs (the last
+    /// 1 MiB, and up to as much before), its exit code for vmm wait, until vmm rm or a new one of this name
+    #[arg(short, long, conflicts_with_all = ["dry_run", "gdb"])]
+    pub detach: bool,
+    /// With -d: keep nothing when it has ended
+    #[arg(long, requires = "detach")]
+    pub rm: bool,
+    /// This is the process in the background.
+    #[arg(long, hide = true)]
+    pub detached: bool,
     /// Print the resolved configuration and the guest's memory map as JSON, without running anything
     #[arg(long)]
     pub dry_run: bool,
@@ -199,6 +219,8 @@ impl Options {
         set(&mut config.cpu, self.cpu);
         set(&mut config.disk, some(!self.disk.is_empty()).map(|()| self.disk));
         set(&mut config.net, some(!self.net.is_empty()).map(|()| self.net));
+        config.net_dump = self.net_dump.or(config.net_dump.take());
+        config.vsock = self.vsock.or(config.vsock.take());
         set(&mut config.console, self.console);
         set(&mut config.port, some(!self.port.is_empty()).map(|()| self.port));
         set(&mut config.serial, self.serial);

@@ -59,6 +59,7 @@ fn told(slot: &Slot, config: &VmConfig) -> String {
         (Kind::Virtio(index), _) => match virtio::Device::list(config).get(index) {
             Some(virtio::Device::Block(_, disk)) => Some(disk.path.display().to_string()),
             Some(virtio::Device::Net(_, net, _)) => Some(net.to.to_string()),
+            Some(virtio::Device::Vsock(vsock)) => Some(format!("address {}", vsock.cid())),
             _ => None,
         },
         (Kind::Rom, Some(firmware)) => Some(firmware.to_string()),
@@ -91,7 +92,7 @@ mod tests {
 
     #[test]
     fn the_map_is_ascending_and_names_every_device() {
-        let json = r#"{"kernel": "k", "mem": "5G", "disk": ["a.img", "b.img"], "net": ["tap=tap9"], "rng": true, "serial": "pty",
+        let json = r#"{"kernel": "k", "mem": "5G", "disk": ["a.img", "b.img"], "net": ["tap=tap9"], "rng": true, "vsock": "cid=9", "serial": "pty",
             "debug_exit": 244, "firmware": "built-in"}"#;
         let config: VmConfig = serde_json::from_str(json).unwrap();
         let plan: Value = serde_json::from_str(&plan(config).unwrap()).unwrap();
@@ -109,6 +110,7 @@ mod tests {
             "b.img",
             "virtio-rng",
             "virtio-net0 (tap=tap9)",
+            "virtio-vsock (address 9)",
             "above the hole",
             "0x17fffffff",
             "built-in",

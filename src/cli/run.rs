@@ -15,6 +15,8 @@ use vmm_trace::debug::gdb;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
 
+use super::detached::{self, Background};
+use super::flags;
 use super::options::Options;
 use super::plan::plan;
 use super::silence::Silence;
@@ -24,6 +26,7 @@ pub struct RunOptions {
     stop_timeout: Duration,
     record: Option<Record>,
     dumpable: bool,
+    background: Option<Background>,
 }
 
 /// What to record of a run.
@@ -46,15 +49,22 @@ impl RunOptions {
             return Err(Failure::new(Code::BadArgument, error).hint(Some("add --trace FILE")));
         }
         let (stop_timeout, dumpable) = (Duration::from_secs(options.stop_timeout), options.dumpable);
-        Ok(Self { stop_timeout, record, dumpable })
+        Ok(Self { stop_timeout, record, dumpable, background: None })
     }
 }
 
 /// `vmm run`.
 pub fn run(options: Options) -> Result<Code, Failure> {
-    let (run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
+    if options.detach && !options.detached {
+        return detached::start();
+    }
+    let (mut run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
     let gdb = options.gdb.clone();
-    let config = options.resolve()?;
+    let background = options.detached.then_some(options.rm);
+    let mut config = options.resolve()?;
+    if let Some(remove) = background {
+        run_options.background = Some(Background::new(&mut config, remove)?);
+    }
     if dry_run {
         print(&plan(config)?)?;
         return Ok(Code::Success);
@@ -71,7 +81,7 @@ pub fn run(options: Options) -> Result<Code, Failure> {
 /// Runs what `config` describes, under `debugger` if there is one.
 pub fn live(
     config: VmConfig,
-    RunOptions { stop_timeout, record, dumpable }: RunOptions,
+    RunOptions { stop_timeout, record, dumpable, mut background }: RunOptions,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
     if !dumpable {
@@ -84,6 +94,9 @@ pub fn live(
     let outputs = record.iter().map(|record| record.file.path.clone()).collect();
     let controls = Controls { stop_timeout, viewers, serving: log_output::serve, killed_status, outputs };
     let mut session = Session::controlled(&config, recorder.clone(), controls)?;
+    if let Some(background) = &mut background {
+        background.named()?;
+    }
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder));
     let mut ptys = Announcer::default();
     // Under a debugger a guest may be silent for as long as it likes.
@@ -91,15 +104,33 @@ pub fn live(
     let mut observers: Vec<&mut dyn Observer> = vec![&mut ptys];
     observers.extend(silence.as_mut().map(|silence| silence as &mut dyn Observer));
     observers.extend(recorded.as_mut().map(|recorded| recorded as &mut dyn Observer));
+    observers.extend(background.as_mut().map(|background| background as &mut dyn Observer));
     if let Some(debugger) = debugger {
         observers.push(debugger);
     }
     let outcome = session.run(&mut observers);
+    let result = finish(&mut session, recorded).and_then(|()| code(outcome?));
+    let status = result.as_ref().map_or_else(|failure| failure.code, |code| *code);
+    if let Some(mut background) = background {
+        if let Err(failure) = &result {
+            failure.print(flags::with_flags);
+        }
+        // Before the name is free: whoever finds nobody there finds how it ended.
+        background.over(status);
+        session.will_exit(status.number());
+        return Ok(status);
+    }
+    session.will_exit(status.number());
+    result
+}
+
+/// Completes the recording of a run that is over.
+fn finish(session: &mut Session<'_>, recorded: Option<Recorded>) -> Result<(), Failure> {
     if let Some(recorded) = recorded {
         session.linger()?;
         recorded.finish(&|| session.interrupted())?;
     }
-    code(outcome?)
+    Ok(())
 }
 
 /// Says where the pseudo-terminals are, once: without that they cannot be found.

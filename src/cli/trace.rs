@@ -64,7 +64,8 @@ enum Command {
 /// What to show, and how.
 #[derive(Debug, Clone, clap::Args)]
 struct View {
-    /// Only exits of these kinds: pio, mmio, halt, kvm (answered inside KVM), virtio, other; separated by commas
+    /// Only exits of these kinds: pio, mmio, halt, kvm (answered inside KVM), virtio, net (frames),
+    /// other; separated by commas
     #[arg(long, value_name = "KINDS", value_delimiter = ',', value_parser = kinds)]
     only: Vec<Kinds>,
     /// Only accesses to this port or range of ports: 0x3f8, 0x3f8-0x3ff
@@ -120,7 +121,7 @@ impl View {
 struct Kinds(&'static [Kind]);
 
 fn kinds(word: &str) -> Result<Kinds, &'static str> {
-    Filter::kinds(word).map(Kinds).ok_or("expected pio, mmio, halt, kvm, virtio or other")
+    Filter::kinds(word).map(Kinds).ok_or("expected pio, mmio, halt, kvm, virtio, net or other")
 }
 
 fn number(text: &str) -> Result<u64, String> {

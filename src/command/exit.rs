@@ -31,8 +31,9 @@ pub enum Code {
     Worse,
     /// The guest's kernel panicked.
     GuestPanic,
-    /// What the guest wrote to the debug-exit port, as the device makes it: odd.
-    Guest(u8),
+    /// Not ours to choose: what the guest wrote to the debug-exit port, as the device makes it (odd), or the code of the process that
+    /// did the work.
+    Other(u8),
 }
 
 impl Code {
@@ -55,7 +56,7 @@ impl Code {
     pub fn of(outcome: &Result<Outcome, machine::Error>) -> Self {
         match outcome {
             Ok(Outcome::Shutdown | Outcome::Reset) => Self::Success,
-            Ok(Outcome::Exit(code)) => Self::Guest(*code),
+            Ok(Outcome::Exit(code)) => Self::Other(*code),
             Ok(Outcome::NothingToBoot) => Self::BadArgument,
             Ok(Outcome::Killed) => Self::Killed,
             Ok(Outcome::Crash(_)) => Self::GuestCrash,
@@ -77,7 +78,7 @@ impl Code {
             Self::Killed => 10,
             Self::Worse => 12,
             Self::GuestPanic => 14,
-            Self::Guest(code) => code,
+            Self::Other(code) => code,
         }
     }
 }
@@ -187,12 +188,22 @@ pub fn pretty(value: &impl Serialize) -> Result<String, Failure> {
 /// # Errors
 /// stdout does not take it: a full disk, say.
 pub fn print(text: &str) -> Result<(), Failure> {
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(
-            Code::Host,
-            anyhow::Error::new(error).context("cannot write to standard output"),
-        )),
-        _ => Ok(()),
+    print_bytes(text.as_bytes()).map(drop)
+}
+
+/// The same for what is no text. False if the reader has gone away.
+///
+/// # Errors
+/// As for [`print`].
+pub fn print_bytes(bytes: &[u8]) -> Result<bool, Failure> {
+    let mut stdout = std::io::stdout();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => {
+            let error = anyhow::Error::new(error).context("cannot write to standard output");
+            Err(Failure::new(Code::Host, error))
+        }
     }
 }
 

@@ -7,5 +7,5 @@ mod failures;
 pub mod log_output;
 mod scratch;
 
-pub use exit::{Code, Failure, pretty, print, table};
+pub use exit::{Code, Failure, pretty, print, print_bytes, table};
 pub use scratch::Scratch;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use env_logger::{Builder, Env, Target};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_monitor::output::Rotating;
 use vmm_monitor::printable;
 use vmm_monitor::threads::{self, Role};
 
@@ -33,6 +34,8 @@ struct State {
 static STATE: Mutex<State> =
     Mutex::new(State { lines: VecDeque::new(), bytes: 0, dropped: 0, served: false, writing: false });
 static CHANGED: Condvar = Condvar::new();
+/// What takes the place of standard error.
+static FILE: Mutex<Option<Rotating>> = Mutex::new(None);
 
 fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -83,10 +86,10 @@ impl Write for Queue {
 /// Starts logging with so many `-v`s: warnings unless they or `RUST_LOG` say otherwise.
 pub fn start(verbose: u8) {
     let level = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
-    let end = line_end();
     Builder::from_env(Env::default().default_filter_or(level))
         .target(Target::Pipe(Box::new(Queue)))
         .format(move |out, record| {
+            let end = line_end();
             let text = printable::lines(&record.args().to_string()).replace('\n', end);
             let level = record.level().as_str().to_lowercase();
             if verbose == 0 {
@@ -110,8 +113,10 @@ pub fn serve() {
             let text = state.take();
             state.writing = true;
             drop(state);
-            // Gone: there is nobody to tell.
-            let _ = io::stderr().write_all(&text);
+            if !write_to_file(&text) {
+                // Gone: there is nobody to tell.
+                let _ = io::stderr().write_all(&text);
+            }
             self::state().writing = false;
             CHANGED.notify_all();
         }
@@ -120,6 +125,25 @@ pub fn serve() {
     if threads::spawn(Role::Log, run).is_err() {
         state().served = false;
     }
+}
+
+/// Has all that is logged and said go to `file` from now on: for a run that leaves its terminal.
+pub fn move_to(file: Rotating) {
+    *FILE.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+}
+
+/// False if there is no file to write to. What the file does not take is lost, as there is nobody to tell.
+fn write_to_file(text: &[u8]) -> bool {
+    let mut file = FILE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(file) = &mut *file else { return false };
+    let mut rest = text;
+    while !rest.is_empty() {
+        match file.write(rest) {
+            Ok((written, _)) if written > 0 => rest = &rest[written..],
+            _ => break,
+        }
+    }
+    true
 }
 
 /// Writes the lines that wait, and then `text`, in one piece if it can be. A standard error that takes nothing for half a second
@@ -137,6 +161,9 @@ pub fn say(text: &str) {
     let mut waiting = queue.take();
     drop(queue);
     waiting.extend_from_slice(text.as_bytes());
+    if write_to_file(&waiting) {
+        return;
+    }
     let mut rest = waiting.as_slice();
     while !rest.is_empty() {
         let Some(piece) = room(rest.len(), end) else { return };

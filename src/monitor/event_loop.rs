@@ -70,6 +70,8 @@ pub struct Interest {
 impl Interest {
     /// Something to read.
     pub const INPUT: Self = Self { input: true, output: false };
+    /// Something to read, or room to write.
+    pub const BOTH: Self = Self { input: true, output: true };
 
     fn set(self) -> EventSet {
         let part = |wanted, set| if wanted { set } else { EventSet::empty() };

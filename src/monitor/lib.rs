@@ -8,12 +8,14 @@
 //! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
 //! | [`state`] | saved state: one plain value per part |
 //! | [`threads`], [`event_loop`] | the one place where threads are made, each with its role; loops that wait for descriptors and call handlers |
+//! | [`poller`], [`timer`], [`listener`] | many descriptors behind one; a moment as a descriptor; a unix socket that only its owner can open |
 //! | [`guest_log`] | rate-limited warnings about the guest |
 //! | [`output`], [`printable`] | how files are made that a run writes; text of others that a terminal may show |
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
-//! | [`disk`], [`net`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, and a network of ours ([`net::user`]); terminals, pipes, sockets. They know no virtio |
+//! | [`disk`], [`net`], [`vsock`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, and a network of ours ([`net::user`]); unix sockets behind a guest's connections; terminals, pipes, sockets. They know no virtio |
+//! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
@@ -26,12 +28,13 @@
 //! log's queue, whose thread alone waits for standard error) and `cli` (the program `vmm`, one file per command).
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
-//! (its clock), `memory`, `kvm`, `disk` and `net` (a tap's ioctls, pages) alone. `tests/architecture.rs` holds the code against it.
+//! (its clock), `memory`, `kvm`, `disk` and `net` (ioctls of taps and of vhost-net, pages of
+//! connections) alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
-//! threads event_loop state config guest_log output printable recorder
+//! threads event_loop poller timer listener state config guest_log output printable recorder
 //! memory vm bus hyperv
-//! disk net chardev
+//! disk net vsock chardev backends
 //! kvm
 //! legacy virtio        never kvm, machine, or another family of devices
 //! boot vcpu
@@ -49,7 +52,7 @@
 //! port's input. The thread that called [`Session::run`](session::Session::run) builds the machine and then waits for its end; a
 //! loader fills memory beside it where the kernel is large. A host end that may block has a thread that does the blocking.
 //!
-//! # Four flows, each one way
+//! # Five flows, each one way
 //!
 //! 1. **Boot**: `VmConfig` → `Memory` → [`machine::inventory`] → `kvm::Vm` beside [`Origin`](machine::Origin) → `boot::load` (tables
 //!    from the inventory, kernel, initrd → [`Entry`](boot::Entry), which is registers as plain data) → the inventory's devices on
@@ -58,7 +61,9 @@
 //!    run's end. A virtqueue kick does not come this way.
 //! 3. **Block**: ioeventfd → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
 //!    `on_event` → status byte → used ring → irqfd.
-//! 4. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and comes to
+//! 4. **Net**: the guest's buffers ↔ [`net::Link`] (a tap, a socket, the user network) by one system call a frame, on the device's worker;
+//!    or the host's kernel does it, with the rings ([`virtio::device::Offload`]).
+//! 5. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and comes to
 //!    rest → nothing moves. Every part can then give its state ([`state::Saved`]). If a device is not at rest
 //!    in time (its disk hangs), the pause fails and the machine runs on.
 //!
@@ -70,6 +75,7 @@
 //! writes may panic, hang or grow the monitor: it gets what the spec says (0xff, a status byte, DEVICE_NEEDS_RESET).
 
 pub mod api;
+pub mod backends;
 pub mod boot;
 pub mod bus;
 pub mod chardev;
@@ -80,18 +86,22 @@ pub mod guest_log;
 pub mod hyperv;
 pub mod kvm;
 pub mod legacy;
+pub mod listener;
 pub mod machine;
 pub mod memory;
 pub mod net;
 pub mod output;
+pub mod poller;
 pub mod printable;
 pub mod recorder;
 pub mod session;
 pub mod state;
 pub mod threads;
+pub mod timer;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+pub mod vsock;
 
 /// An error and its sources on one line, outermost first.
 pub fn error_chain(error: &dyn std::error::Error) -> String {

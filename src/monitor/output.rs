@@ -92,6 +92,11 @@ impl Rotating {
         Ok(Self { file, path: std::path::absolute(path)?, max: max.max(1), written: 0, turns: 0 })
     }
 
+    /// Whether `len` bytes more fit into the file as it is.
+    pub fn has_room(&self, len: usize) -> bool {
+        self.written + len as u64 <= self.max
+    }
+
     /// Writes some of `data`. True if that made older output go for the first time.
     ///
     /// # Errors

@@ -15,6 +15,10 @@ pub mod testdev;
 pub trait Interrupt: Send + Sync {
     /// Raises the interrupt once.
     fn trigger(&self);
+    /// An eventfd that does the same when it is signalled, for those who are no code of ours. `None` if there is none.
+    fn as_eventfd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// A message-signalled interrupt: the write that a PCI function would make (PCI 3.0, 6.8.1).

@@ -10,6 +10,7 @@ pub mod debug;
 mod demangle;
 pub mod devices;
 pub mod file;
+mod frames;
 mod header;
 pub mod kallsyms;
 pub mod kernel;

@@ -119,10 +119,21 @@ impl Guest {
         guest
     }
 
+    /// Like [`Guest::start`], with a runtime directory that it shares with others.
+    pub fn start_in(command: Command, runtime: &Path) -> Self {
+        let mut guest = Self::spawn(command, Some(runtime));
+        guest.read();
+        guest
+    }
+
     /// Like [`Guest::start`], but nobody reads yet.
-    pub fn start_unread(mut command: Command) -> Self {
+    pub fn start_unread(command: Command) -> Self {
+        Self::spawn(command, None)
+    }
+
+    fn spawn(mut command: Command, runtime: Option<&Path>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        command.env("XDG_RUNTIME_DIR", dir.path()).stdout(Stdio::piped());
+        command.env("XDG_RUNTIME_DIR", runtime.unwrap_or(dir.path())).stdout(Stdio::piped());
         let child = command.spawn().unwrap();
         Self { child, printed: Arc::default(), reader: None, dir, patience: PATIENCE }
     }

@@ -9,13 +9,30 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use crate::guest::{Guest, Kernel, available, vmm};
+use crate::guest::{Guest, Kernel, available, bare, vmm};
 
 const FOUR_MIB: &str = "head -c 4194304 /dev/urandom >/d; echo BEGIN; sha256sum </d";
 
 fn ip(arguments: &str) {
     let output = Command::new("ip").args(arguments.split(' ')).output().expect("ip of iproute2");
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A tap with two queues called `name` whose host has the address 10.98.`net`.1.
+fn tap(name: &str, net: u8) {
+    ip(&format!("tuntap add dev {name} mode tap multi_queue"));
+    ip(&format!("addr add 10.98.{net}.1/24 dev {name}"));
+    ip(&format!("link set {name} up"));
+}
+
+/// Sends back what the next who connects sends, all at its end. How much that was.
+fn echo(listener: &TcpListener) -> usize {
+    let (mut guest, _) = listener.accept().unwrap();
+    let mut all = Vec::new();
+    guest.read_to_end(&mut all).unwrap();
+    guest.write_all(&all).unwrap();
+    guest.shutdown(Shutdown::Write).unwrap();
+    all.len()
 }
 
 /// The guest pings the host, and sends it 4 MiB over TCP, which the host sends back: over a tap with two queues, so
@@ -25,18 +42,9 @@ fn a_guest_reaches_the_host_over_a_tap() {
     if !available("network over a tap") {
         return;
     }
-    ip("tuntap add dev vmmtest0 mode tap multi_queue");
-    ip("addr add 10.98.7.1/24 dev vmmtest0");
-    ip("link set vmmtest0 up");
+    tap("vmmtest0", 7);
     let listener = TcpListener::bind("10.98.7.1:7000").unwrap();
-    let echo = thread::spawn(move || {
-        let (mut guest, _) = listener.accept().unwrap();
-        let mut all = Vec::new();
-        guest.read_to_end(&mut all).unwrap();
-        guest.write_all(&all).unwrap();
-        guest.shutdown(Shutdown::Write).unwrap();
-        all.len()
-    });
+    let echo = thread::spawn(move || echo(&listener));
     let script = format!(
         "ip addr add 10.98.7.2/24 dev eth0; ip link set eth0 up; {FOUR_MIB}; \
          nc 10.98.7.1 7000 </d | sha256sum; \
@@ -55,6 +63,73 @@ fn a_guest_reaches_the_host_over_a_tap() {
     assert_eq!(body[2..4], ["3 packets received", "11"], "CSUM and HOST_TSO4: {}", ended.text);
     assert_eq!(body[4..], [&queues[..], &["02:00:00:00:00:2a", "1400"]].concat(), "{}", ended.text);
     ip("link delete vmmtest0");
+}
+
+/// With `ip=` there is no DHCP to wait for: the interface is up before the first program.
+#[test]
+fn a_guest_that_is_told_its_address_has_it_before_its_first_program() {
+    if !available("ip=") {
+        return;
+    }
+    for kernel in [Kernel::TunedPvh, Kernel::Stock] {
+        let script = "echo BEGIN; ip -4 -o addr show dev eth0 | grep -o 10.0.2.15/24; ip route | head -1; \
+                      cat /etc/resolv.conf; ping -q -c 1 -W 20 10.0.2.2 | grep -o '1 packets received'; echo END";
+        let ip = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off:10.0.2.3";
+        let mut command = bare(kernel, &format!("console=hvc0 quiet panic=-1 {ip} vmm.run=\"{script}\""));
+        command.arg("--initrd").arg(kernel.initramfs()).args(["--mem", "512M", "--net", "user"]);
+        let ended = Guest::start(command).finish();
+        let body: Vec<_> = ended.body().into_iter().map(str::trim_end).collect();
+        let route = "default via 10.0.2.2 dev eth0";
+        let wanted = ["10.0.2.15/24", route, "nameserver 10.0.2.3", "1 packets received"];
+        assert_eq!(body, wanted, "{kernel:?}: {}", ended.text);
+    }
+}
+
+/// The threads of the host's kernel that serve queues of `guest`.
+fn vhost_threads(guest: &Guest) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", guest.pid())).unwrap().flatten();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("vhost-")).count()
+}
+
+/// With the host's kernel in the monitor's place: the same, over a pause in the middle and over a reboot, on our kernel and on Debian's.
+#[test]
+fn the_hosts_kernel_serves_a_taps_queues_over_pauses_and_reboots() {
+    if !available("vhost-net") {
+        return;
+    }
+    for (kernel, name, net) in [(Kernel::TunedPvh, "vmmtest2", 9), (Kernel::Stock, "vmmtest3", 10)] {
+        tap(name, net);
+        let listener = TcpListener::bind(format!("10.98.{net}.1:7000")).unwrap();
+        let script = format!(
+            "ip addr add 10.98.{net}.2/24 dev eth0; ip link set eth0 up; {FOUR_MIB}; echo sends; \
+             nc 10.98.{net}.1 7000 </d | sha256sum; \
+             ping -q -c 3 -W 20 10.98.{net}.1 | grep -o '3 packets received'; \
+             ls /sys/class/net/eth0/queues | grep -c [rt]x-[0-9]; echo round; reboot -f"
+        );
+        let mut command = vmm(kernel, &script);
+        command.args(["--mem", "512M", "--cpus", "2", "--name", "v", "--on-reboot", "reset"]);
+        command.args(["--net", &format!("tap={name},queues=2,vhost=on")]);
+        let guest = Guest::start(command);
+        for round in 1..=2 {
+            guest.wait_for("sends", round);
+            assert_eq!(vhost_threads(&guest), 2, "{kernel:?}");
+            for _ in 0..5 {
+                assert_eq!(guest.control(&["pause", "v"]).0, Some(0));
+                assert_eq!(guest.control(&["resume", "v"]).0, Some(0));
+            }
+            assert_eq!(echo(&listener), 4 << 20);
+            guest.wait_for("round", round);
+        }
+        let text = guest.text();
+        let sums: Vec<_> = text.lines().filter(|line| line.trim_end().ends_with("  -")).collect();
+        assert_eq!(sums[0], sums[1], "{kernel:?}: what came back is what was sent: {text}");
+        assert_eq!(sums[2], sums[3], "{kernel:?}: {text}");
+        assert_eq!(text.matches("3 packets received").count(), 2, "{kernel:?}: {text}");
+        assert_eq!(text.lines().filter(|line| line.trim_end() == "4").count(), 2, "{kernel:?}: {text}");
+        assert_eq!(guest.control(&["kill", "v"]).0, Some(0));
+        ip(&format!("link delete {name}"));
+    }
 }
 
 /// Debian's kernel with its own driver, on a tap that vmm makes: it pings the host, and the host connects to it.
@@ -125,4 +200,42 @@ fn two_guests_reach_each_other_over_sockets() {
     let (sent, got) = (sender.finish(), receiver.finish());
     assert_eq!(got.body(), sent.body(), "{}\n{}", got.text, sent.text);
     assert_eq!(got.body()[0].len(), 64 + "  -".len());
+}
+
+/// Three pings are sentences in the trace, and packets in the dump, answers and all.
+#[test]
+fn a_guests_frames_are_in_the_trace_and_in_the_dump() {
+    if !available("frames in traces and dumps") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (record, dump) = (dir.path().join("record"), dir.path().join("frames"));
+    let script = "ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; echo BEGIN; \
+                  ping -q -c 3 -W 20 10.0.2.2 | grep -o '3 packets received'; echo END";
+    let mut command = vmm(Kernel::TunedPvh, script);
+    command.args(["--mem", "256M", "--net", "user,bw=10M,pps=1000"]);
+    command.arg("--trace").arg(&record).arg("--net-dump").arg(&dump);
+    let ended = Guest::start(command).finish();
+    assert_eq!(ended.body(), ["3 packets received"], "{}", ended.text);
+    let mut report = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    let report = report.args(["trace", "report", "--only", "net"]).arg(&record).output().unwrap();
+    let told = String::from_utf8(report.stdout).unwrap();
+    for sentence in [
+        "sends 42 bytes: ARP who has 10.0.2.2? asks 10.0.2.15",
+        "receives 42 bytes: ARP 10.0.2.2 answers 10.0.2.15",
+        "sends 98 bytes: ICMP 10.0.2.15 > 10.0.2.2 echo request",
+        "receives 98 bytes: ICMP 10.0.2.2 > 10.0.2.15 echo reply",
+    ] {
+        let count =
+            told.lines().filter(|line| line.starts_with("virtio-net0") && line.ends_with(sentence)).count();
+        assert_eq!(count, if sentence.contains("ICMP") { 3 } else { 1 }, "{sentence} in\n{told}");
+    }
+    // As many packets (blocks of type 6) as there are lines.
+    let bytes = std::fs::read(&dump).unwrap();
+    let (mut rest, mut packets) = (&bytes[..], 0);
+    while let Some((head, _)) = rest.split_first_chunk::<8>() {
+        packets += usize::from(head[..4] == [6, 0, 0, 0]);
+        rest = &rest[u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize..];
+    }
+    assert_eq!(packets, told.lines().filter(|line| line.starts_with("virtio-net0")).count(), "{told}");
 }

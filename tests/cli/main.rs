@@ -1,12 +1,14 @@
 //! The `vmm` command as a user meets it: a table of input that cannot work, and tiny guests from start to end.
 
 mod bad_input;
+mod detached;
 mod fuse;
 #[path = "../images/mod.rs"]
 #[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;
 mod lives;
 mod net;
+mod net_life;
 mod obeys;
 mod page;
 mod place;
@@ -15,6 +17,7 @@ mod terminal;
 mod top;
 mod trace;
 mod trace_damage;
+mod vsock;
 
 /// What the tests run.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vmm");

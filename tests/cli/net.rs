@@ -86,6 +86,19 @@ fn ends_that_cannot_be() {
     refused(&place, &arguments, BAD_ARGUMENT, &["cannot publish", &port, "in use"]);
     let arguments = "--kernel kernel --console off --net user,publish=192.0.2.1:8080:80/udp";
     refused(&place, arguments, BAD_ARGUMENT, &["192.0.2.1:8080/udp", "cannot publish"]);
+    std::os::unix::fs::symlink("elsewhere", place.path("link")).unwrap();
+    for (arguments, words) in [
+        ("--net-dump frames", &["no network"][..]),
+        ("--net user --net-dump frames,max=255K", &["max=255K", "longest frame"]),
+        ("--net user --net-dump link", &["link", "symbolic link"]),
+        ("--net user --net-dump no/frames", &["no/frames", "No such file"]),
+        ("--net user --net-dump kernel", &["the network dump", "the run's kernel"]),
+        ("--net user,bw=0", &["lets nothing pass"]),
+        ("--net user,pps=many", &["pps=10000/500"]),
+    ] {
+        refused(&place, &format!("--kernel kernel --console off {arguments}"), BAD_ARGUMENT, words);
+    }
+    assert!(!place.path("frames").exists() && !place.path("elsewhere").exists());
     let said = text(&place.vmm("--kernel kernel --net socket=missing").stderr);
     assert!(said.contains("passt -s missing"), "{said}");
     let mut shell = Command::new("sh");
@@ -99,6 +112,32 @@ fn ends_that_cannot_be() {
         clients.push(client);
     }
     refused(&place, "--kernel kernel --net socket=full", BAD_ARGUMENT, &["full", "temporarily unavailable"]);
+}
+
+#[test]
+fn a_status_tells_of_each_network_device() {
+    if !has_kvm("a_status_tells_of_each_network_device") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    let listener = UnixListener::bind(place.path("wire")).unwrap();
+    let _running =
+        start(&place, "--name web --net user --net socket=wire,mac=02:00:00:00:00:07,bw=1M,pps=100");
+    let (peer, _) = listener.accept().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&place.vmm("status web --json").stdout).unwrap();
+    let [user, socket] = &status["networks"].as_array().unwrap()[..] else { panic!("{status}") };
+    assert_eq!((&user["device"], &user["to"]), (&"virtio-net0".into(), &"user".into()));
+    let nothing = serde_json::json!({"frames": 0, "bytes": 0,
+        "dropped": {"filtered": 0, "no_room": 0, "malformed": 0, "link_down": 0, "refused": 0}});
+    let expected = serde_json::json!({"device": "virtio-net1", "to": "socket=wire", "mac": "02:00:00:00:00:07", "up": true,
+        "received": nothing, "sent": nothing});
+    assert_eq!(*socket, expected);
+    let said = text(&place.vmm("status web").stdout);
+    let line =
+        "net      virtio-net1 (socket=wire): received 0 frames, 0 bytes; sent 0 frames, 0 bytes; dropped 0";
+    assert!(said.contains(line), "{said}");
+    drop(peer);
 }
 
 fn connect_at_once(path: &Path) -> rustix::io::Result<rustix::fd::OwnedFd> {
@@ -124,6 +163,14 @@ fn taps_that_cannot_be_and_what_is_left_of_one() {
     place.file("halt", kernel(&HALT));
     let arguments = |tap: &str| format!("--kernel kernel --console off --net tap={tap}");
     refused(&place, &format!("{},queues=2", arguments(&single.0)), BAD_ARGUMENT, &[&single.0, "one queue"]);
+    if !Path::new("/dev/vhost-net").exists() {
+        refused(
+            &place,
+            &format!("{},vhost=on", arguments(&single.0)),
+            BAD_ARGUMENT,
+            &["open /dev/vhost-net"],
+        );
+    }
 
     // Root without the right to make one, or to use those of others.
     let weak = |tap: &str| {

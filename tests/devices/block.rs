@@ -5,12 +5,11 @@ use std::os::unix::fs::MetadataExt;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
+use vmm_monitor::backends::Backends;
 use vmm_monitor::bus::Device;
-use vmm_monitor::chardev::Ends;
 use vmm_monitor::config;
-use vmm_monitor::disk::{Error, Images, Raw};
+use vmm_monitor::disk::{Error, Raw};
 use vmm_monitor::event_loop::EventLoop;
-use vmm_monitor::net::Ports;
 use vmm_monitor::state::Saved;
 
 use crate::guest::{DATA, Guest, HIGH};
@@ -236,7 +235,7 @@ fn the_configuration_says_what_holds() {
     disk.block_size = Some("4096".parse().unwrap());
     disk.serial = Some("a serial of 20 bytes".to_owned());
     let device = vmm_monitor::virtio::Device::Block(0, &disk)
-        .build(&mut Ends::new(EventLoop::new().unwrap()), &mut Images::default(), &mut Ports::default())
+        .build(&mut Backends::new(EventLoop::new().unwrap()), &std::sync::Arc::default())
         .unwrap();
     let mut vm = Guest::new(device);
     vm.start(0);

@@ -17,15 +17,15 @@ use zerocopy::IntoBytes;
 use crate::guest::{DATA, Guest};
 use crate::subjects::{MAC, NetSocket, Peer, frame, link, net_on};
 
-const RECEIVE: usize = 0;
-const TRANSMIT: usize = 1;
+pub const RECEIVE: usize = 0;
+pub const TRANSMIT: usize = 1;
 const CONTROL: usize = 2;
 const MRG_RXBUF: u64 = 1 << 15;
 const MQ: u64 = 1 << 22;
-const TO_HOST: [u8; 6] = [2; 6];
+pub const TO_HOST: [u8; 6] = [2; 6];
 
 /// A running device on a link of `socket`, whose turns are counted.
-fn guest(socket: NetSocket) -> (Guest, Link, Peer, Turns) {
+pub fn guest(socket: NetSocket) -> (Guest, Link, Peer, Turns) {
     let (link, peer) = link(socket);
     let turns = Turns::default();
     let link = Link::new(Counted(link, turns.clone())).unwrap();
@@ -36,11 +36,11 @@ fn guest(socket: NetSocket) -> (Guest, Link, Peer, Turns) {
 
 /// Turns that a device has had.
 #[derive(Clone, Default)]
-struct Turns(Arc<AtomicUsize>);
+pub struct Turns(Arc<AtomicUsize>);
 
 impl Turns {
     /// Whether the worker comes to sleep.
-    fn are_over(&self) -> bool {
+    pub fn are_over(&self) -> bool {
         (0..200).any(|_| {
             let before = self.0.load(Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(50));
@@ -81,20 +81,20 @@ impl Wire for Counted {
 }
 
 /// A frame of `len` bytes to the guest.
-fn numbered(number: usize, len: usize) -> Vec<u8> {
+pub fn numbered(number: usize, len: usize) -> Vec<u8> {
     let mut all = frame(MAC, &number.to_be_bytes());
     all.resize(len, number as u8);
     all
 }
 
-fn command(guest: &mut Guest, bytes: &[u8]) -> u8 {
+pub fn command(guest: &mut Guest, bytes: &[u8]) -> u8 {
     guest.store(DATA, bytes);
     assert_eq!(guest.request(CONTROL, &[(DATA, bytes.len() as u32)], &[(DATA + 0xf00, 1)]), 1);
     guest.load(DATA + 0xf00, 1)[0]
 }
 
 /// Offers `count` receive buffers of `len` bytes, from `DATA + 0x1000` on.
-fn offer(guest: &mut Guest, count: u64, len: u32) {
+pub fn offer(guest: &mut Guest, count: u64, len: u32) {
     let old = guest.rings[RECEIVE].available();
     for i in 0..count {
         guest.rings[RECEIVE].add(&[], &[(DATA + 0x1000 + i * u64::from(len), len)]);
@@ -103,7 +103,7 @@ fn offer(guest: &mut Guest, count: u64, len: u32) {
 }
 
 /// Offers `frame` to queue `queue`, at `DATA + 0x1000`; its chain.
-fn send(guest: &mut Guest, queue: usize, header: [u8; HEADER], frame: &[u8]) -> u16 {
+pub fn send(guest: &mut Guest, queue: usize, header: [u8; HEADER], frame: &[u8]) -> u16 {
     guest.store(DATA + 0x1000, &[&header[..], frame].concat());
     let old = guest.rings[queue].available();
     let head = guest.rings[queue].add(&[(DATA + 0x1000, (HEADER + frame.len()) as u32)], &[]);

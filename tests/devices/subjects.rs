@@ -21,6 +21,7 @@ use vmm_monitor::virtio::net::Net;
 use vmm_monitor::virtio::rng::Rng;
 
 use crate::guest::{DATA, Guest};
+use crate::vsock_driver;
 
 /// A device under test.
 pub struct Subject {
@@ -46,6 +47,7 @@ pub fn all() -> Vec<Subject> {
         console_with_a_port(),
         net(NetSocket::Stream),
         net(NetSocket::Datagram),
+        vsock(),
     ]
 }
 
@@ -293,7 +295,7 @@ pub fn link(socket: NetSocket) -> (Link, Peer) {
 
 /// The device on `links`, as a machine would build it.
 pub fn net_on(links: &[Link]) -> Box<dyn VirtioDevice> {
-    Box::new(Net::new(Port { links: links.to_vec(), mac: MAC }, None))
+    Box::new(Net::new(Port::new(links.to_vec(), MAC), None))
 }
 
 /// A frame to `to`, with `rest` behind the addresses.
@@ -334,6 +336,20 @@ fn net(socket: NetSocket) -> Subject {
             assert_eq!(guest.rings[1].wait_used(10), (head, 0));
         }),
         queue: 1,
+        _keep: None,
+    }
+}
+
+fn vsock() -> Subject {
+    let host = std::sync::Arc::new(vsock_driver::Host::new());
+    let (behind, round) = (host.clone(), AtomicU32::new(0));
+    Subject {
+        name: "vsock",
+        build: Box::new(move || behind.device()),
+        traffic: Box::new(move |guest| {
+            vsock_driver::exchange(&host, guest, round.fetch_add(1, Ordering::Relaxed));
+        }),
+        queue: vsock_driver::TRANSMIT,
         _keep: None,
     }
 }

@@ -1,5 +1,5 @@
 //! The few kernel and CPU services that rustix does not offer: fork and exec without a libc, signalfd, I/O ports,
-//! event-device bits, the loopback interface. Called by the other modules; knows nothing of orders or policy.
+//! event-device bits. Called by the other modules; knows nothing of orders or policy.
 
 use core::arch::asm;
 use core::ffi::CStr;
@@ -10,7 +10,6 @@ use rustix::process::{Pid, Signal};
 // Linux's x86-64 system call numbers.
 const SYS_RT_SIGPROCMASK: usize = 14;
 const SYS_IOCTL: usize = 16;
-const SYS_SOCKET: usize = 41;
 const SYS_FORK: usize = 57;
 const SYS_EXECVE: usize = 59;
 const SYS_KILL: usize = 62;
@@ -31,7 +30,7 @@ const SIGNALS: [Signal; 6] =
 
 /// # Safety
 /// As for the system call `number` with these arguments.
-unsafe fn syscall4(number: usize, a: usize, b: usize, c: usize, d: usize) -> Result<usize, Errno> {
+pub(crate) unsafe fn syscall4(number: usize, a: usize, b: usize, c: usize, d: usize) -> Result<usize, Errno> {
     let result: isize;
     // SAFETY: the x86-64 convention: arguments in rdi, rsi, rdx, r10; rcx and r11 are lost; the caller vouches for the rest.
     unsafe {
@@ -78,9 +77,13 @@ pub unsafe fn fork(child: impl FnOnce() -> u8) -> Result<Pid, Errno> {
         return Ok(pid);
     }
     let _ = set_signal_mask(0);
-    let code = child();
+    exit(child())
+}
+
+/// Ends the process.
+pub fn exit(code: u8) -> ! {
     loop {
-        // SAFETY: ends the process.
+        // SAFETY: it takes a number, and does not return.
         let _ = unsafe { syscall4(SYS_EXIT_GROUP, code.into(), 0, 0, 0) };
     }
 }
@@ -125,28 +128,6 @@ pub fn has_power_key(device: impl AsFd) -> bool {
         syscall4(SYS_IOCTL, device.as_fd().as_raw_fd() as usize, request, &raw mut keys as usize, 0)
     };
     got.is_ok() && keys[KEY_POWER / 8] & (1 << (KEY_POWER % 8)) != 0
-}
-
-/// Sets the loopback interface up: programs expect 127.0.0.1 to be there. A kernel without a network has none.
-pub fn start_loopback() {
-    const AF_INET: usize = 2;
-    const SOCK_DGRAM_CLOEXEC: usize = 2 | 0o2_000_000;
-    const SIOCSIFFLAGS: usize = 0x8914;
-    const IFF_UP: u8 = 1;
-    // struct ifreq (linux/if.h): a name of 16 bytes, then a union of 24 that begins with the flags.
-    let mut request = [0u8; 40];
-    request[..2].copy_from_slice(b"lo");
-    request[16] = IFF_UP;
-    // SAFETY: touches no memory of ours.
-    let Ok(socket) = (unsafe { syscall4(SYS_SOCKET, AF_INET, SOCK_DGRAM_CLOEXEC, 0, 0) }) else {
-        return;
-    };
-    // SAFETY: the kernel has just made it, and nobody else has it.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket as i32) };
-    // SAFETY: `request` is a whole ifreq, and lives over the call.
-    let _ = unsafe {
-        syscall4(SYS_IOCTL, socket.as_raw_fd() as usize, SIOCSIFFLAGS, &raw const request as usize, 0)
-    };
 }
 
 /// Writes one byte to an I/O port; false if the kernel does not let us.

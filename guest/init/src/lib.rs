@@ -16,6 +16,7 @@ pub mod kernel;
 pub mod mounts;
 pub mod orders;
 pub mod program;
+pub mod vsock;
 pub mod watch;
 
 use finish::Outcome;
@@ -52,7 +53,11 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
         console::say(&[b"guest-init: did not understand ", word]);
     }
     let _ = rustix::system::sethostname(b"guest");
-    kernel::start_loopback();
+    // A kernel without a network has none.
+    let _ = interface::start_loopback();
+    if let Some(ip) = &orders.ip {
+        mounts::set_up_network(ip);
+    }
     let watch = Watch::start();
     let rooted = orders.root.is_none_or(|root| mounts::switch_root(root, &orders));
     let child = match rooted {

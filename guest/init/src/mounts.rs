@@ -3,6 +3,7 @@
 use crate::console::{complain, say};
 use crate::orders::Orders;
 use core::ffi::CStr;
+use interface::Ip;
 use rustix::fs::{Mode, OFlags, Timespec, mkdir, open, symlink};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_move};
@@ -136,6 +137,36 @@ pub fn load_modules() {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => complain(b"load", path, error),
         }
+    }
+}
+
+/// Sets up what `ip=` asks for, and says whom to ask for names.
+pub fn set_up_network(ip: &Ip<'_>) {
+    let mut path = Text::<64>::new();
+    path.push(b"/sys/class/net/");
+    path.push(ip.device);
+    // Its driver may have been loaded a moment ago.
+    if !wait_for_path(path.bytes(), 2_000) {
+        say(&[b"guest-init: no network interface ", ip.device]);
+        return;
+    }
+    if let Err(error) = ip.set_up() {
+        complain(b"set up", ip.device, error);
+    }
+    let Some(dns) = ip.dns else { return };
+    let mut text = Text::<64>::new();
+    text.push(b"nameserver");
+    for (before, number) in [b' ', b'.', b'.', b'.'].into_iter().zip(dns.octets()) {
+        text.push(&[before]);
+        text.push(Text::<10>::decimal(number.into()).bytes());
+    }
+    text.push(b"\n");
+    let _ = mkdir(c"/etc", Mode::from_raw_mode(0o755));
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+    let written = open(c"/etc/resolv.conf", flags, Mode::from_raw_mode(0o644))
+        .and_then(|file| rustix::io::write(&file, text.bytes()));
+    if let Err(error) = written {
+        complain(b"write", b"/etc/resolv.conf", error);
     }
 }
 

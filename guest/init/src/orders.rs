@@ -1,6 +1,8 @@
 //! What the kernel command line asks of init: the `vmm.*` parameters and the words after ` -- `. `guest-init` parses
 //! /proc/cmdline with it once; nothing here touches the system, so that it can be tested anywhere.
 
+use interface::Ip;
+
 /// Where the exit code of the command goes before the machine ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Report<'a> {
@@ -41,6 +43,8 @@ pub struct Orders<'a> {
     pub marker: bool,
     /// `vmm.mark=0x80`: write a byte to this boot-mark port first of all.
     pub mark: Option<u16>,
+    /// `ip=`, if it has an address: the kernel's own parameter, for kernels that leave it to others.
+    pub ip: Option<Ip<'a>>,
     /// The last `console=`, without its options: the kernel's own choice for /dev/console.
     pub console: Option<&'a [u8]>,
     /// The first `vmm.` parameter that was not understood.
@@ -78,6 +82,7 @@ impl<'a> Orders<'a> {
             (b"console", Some(value)) => {
                 self.console = value.split(|&b| b == b',').next();
             }
+            (b"ip", Some(value)) => self.ip = Ip::parse(value),
             (b"vmm.run", Some(value)) => *run = Some(value),
             (b"vmm.root", Some(value)) => self.root = Some(value),
             (b"vmm.rootfstype", Some(value)) => self.root_type = Some(value),

@@ -35,7 +35,7 @@ Exit codes: 0 done; 2 bad arguments or files; 4 nothing in a suite could be meas
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
-    /// What to measure: boot, memory, image, exits, cpu, mem, block, console, scale [default: all]
+    /// What to measure: boot, memory, image, exits, cpu, mem, block, net, console, scale [default: all]
     #[arg(value_name = "NAME")]
     pub suites: Vec<Name>,
     /// List the suites, without measuring anything
@@ -53,7 +53,7 @@ pub struct Options {
     /// Maximum number of idle instances that the memory suite starts per contender
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub instances: usize,
-    /// Path of a rival's binary: firecracker, cloud-hypervisor, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman ...
+    /// Path of a rival's binary: firecracker, cloud-hypervisor, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman, passt ...
     #[arg(long, value_name = "RIVAL=FILE", value_parser = OsStringValueParser::new().try_map(|text| rival(&text)))]
     pub with: Vec<(String, PathBuf)>,
     /// The vmm to measure [default: the one beside this program]
@@ -153,6 +153,7 @@ pub fn list() -> String {
         Name::Cpu => "integer and floating-point work: natively, in a container, in a VM",
         Name::Mem => "memory bandwidth and latency",
         Name::Block => "disk I/O",
+        Name::Net => "TCP to the host: containers, VMs, other monitors, each kind of network",
         Name::Console => "ping-pong through the console",
         Name::Scale => "many VMs at once, many vCPUs, much memory",
     };

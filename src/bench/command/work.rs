@@ -14,13 +14,16 @@ pub struct Options {
     /// This is PID 1 of a virtual machine: mount what is needed, and power off in the end
     #[arg(long)]
     guest: bool,
+    /// With --guest: the set-up of its interface, as the kernel's ip=
+    #[arg(long, value_name = "IP")]
+    ip: Option<String>,
 }
 
 /// `vmm-bench work`.
 pub fn work(options: Options) -> Result<Code, Failure> {
     let host = |error: anyhow::Error| Failure::new(Code::Host, error);
     if options.guest {
-        works::guest::prepare().context("prepare the guest").map_err(host)?;
+        works::guest::prepare(options.ip.as_deref()).context("prepare the guest").map_err(host)?;
     }
     let worked = works::run(&options.steps, &mut std::io::stdout().lock()).map_err(anyhow::Error::from);
     if options.guest {

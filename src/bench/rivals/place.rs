@@ -84,17 +84,28 @@ fn container(setting: &Setting) -> Result<Container, String> {
     Ok(container)
 }
 
+impl Place {
+    /// The kernel and the initramfs of a guest whose PID 1 is this program.
+    ///
+    /// # Errors
+    /// There is no such kernel, or the initramfs cannot be made.
+    pub fn guest(setting: &Setting) -> Result<(&Path, PathBuf), String> {
+        let kernel = setting.tuned_kernel()?;
+        let initramfs = setting.scratch.join("work.cpio");
+        if !initramfs.exists() {
+            pack(&setting.own, &initramfs)?;
+        }
+        Ok((kernel, initramfs))
+    }
+}
+
 fn vm(setting: &Setting, arguments: &[&str], size: Size) -> Result<Command, String> {
-    let kernel = setting.tuned_kernel()?;
     if let Some(argument) =
         arguments.iter().find(|argument| argument.contains(|c: char| c.is_whitespace() || c == '"'))
     {
         return Err(format!("a kernel command line cannot carry the argument {argument:?}"));
     }
-    let initramfs = setting.scratch.join("work.cpio");
-    if !initramfs.exists() {
-        pack(&setting.own, &initramfs)?;
-    }
+    let (kernel, initramfs) = Place::guest(setting)?;
     let cmdline = format!(
         "console=hvc0 quiet reboot=t panic=-1 rdinit=/vmm-bench -- work --guest {}",
         arguments.join(" ")

@@ -8,6 +8,7 @@ mod exits;
 mod image;
 mod mem;
 mod memory;
+mod net;
 mod places;
 mod scale;
 
@@ -36,6 +37,8 @@ pub enum Name {
     Mem,
     /// Disk I/O.
     Block,
+    /// Networks.
+    Net,
     /// Ping-pong through the console.
     Console,
     /// Many at once, many CPUs, much memory.
@@ -44,7 +47,7 @@ pub enum Name {
 
 impl Name {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Boot,
         Self::Memory,
         Self::Image,
@@ -52,6 +55,7 @@ impl Name {
         Self::Cpu,
         Self::Mem,
         Self::Block,
+        Self::Net,
         Self::Console,
         Self::Scale,
     ];
@@ -66,6 +70,7 @@ impl Name {
             Self::Cpu => "cpu",
             Self::Mem => "mem",
             Self::Block => "block",
+            Self::Net => "net",
             Self::Console => "console",
             Self::Scale => "scale",
         }
@@ -104,7 +109,9 @@ pub fn run(
     plan: Plan,
     progress: &mut dyn FnMut(f64, &str),
 ) -> Result<Suite, String> {
-    if setting.repeatable_clock && matches!(name, Name::Cpu | Name::Mem | Name::Block | Name::Console) {
+    if setting.repeatable_clock
+        && matches!(name, Name::Cpu | Name::Mem | Name::Block | Name::Net | Name::Console)
+    {
         return Err("it measures what a clock that counts instructions hides (caches, disks, schedulers): leave --icount away"
             .to_owned());
     }
@@ -116,6 +123,7 @@ pub fn run(
         Name::Cpu => cpu::run(setting, plan, progress),
         Name::Mem => mem::run(setting, plan, progress),
         Name::Block => block::run(setting, plan, progress),
+        Name::Net => net::run(setting, plan, progress),
         Name::Console => console::run(setting, plan, progress),
         Name::Scale => scale::run(setting, plan, progress),
     }

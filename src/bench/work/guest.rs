@@ -2,22 +2,27 @@
 
 use std::io;
 
+use interface::Ip;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
 
-/// Mounts /dev, unless the kernel has done so.
+/// Mounts /dev, unless the kernel has done so, and sets the interface up that `ip` describes.
 ///
 /// # Errors
-/// This process is not PID 1, or the mount fails.
-pub fn prepare() -> io::Result<()> {
+/// This process is not PID 1, or the mount fails, or there is no such interface.
+pub fn prepare(ip: Option<&str>) -> io::Result<()> {
     if std::process::id() != 1 {
         return Err(io::Error::other("--guest is for PID 1 of a virtual machine"));
     }
     match mount(c"devtmpfs", c"/dev", c"devtmpfs", MountFlags::empty(), None) {
-        Ok(()) | Err(Errno::BUSY) => Ok(()),
-        Err(error) => Err(io::Error::other(format!("mount devtmpfs on /dev: {error}"))),
+        Ok(()) | Err(Errno::BUSY) => {}
+        Err(error) => return Err(io::Error::other(format!("mount devtmpfs on /dev: {error}"))),
     }
+    let Some(text) = ip else { return Ok(()) };
+    let ip =
+        Ip::parse(text.as_bytes()).ok_or_else(|| io::Error::other(format!("{text:?} has no address")))?;
+    ip.set_up().map_err(|error| io::Error::other(format!("set the interface up: {error}")))
 }
 
 /// Ends the machine.

@@ -8,9 +8,11 @@ mod compute;
 mod echo;
 pub mod guest;
 mod memory;
+pub mod net;
 
 use std::fmt;
 use std::io::{self, Write};
+use std::net::SocketAddrV4;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -40,6 +42,8 @@ pub enum Step {
     },
     /// `echo=N`: answers N lines.
     Echo(u64),
+    /// `net-KIND=ADDRESS:PORT`: what the host that listens there asks for, until it says that it is over.
+    Net(net::Traffic, SocketAddrV4),
 }
 
 /// Bytes that one round of `triad` moves: it reads two arrays and writes one.
@@ -54,6 +58,7 @@ impl Step {
             Self::Triad(_) => "triad".to_owned(),
             Self::Chase(_) => "chase".to_owned(),
             Self::Echo(_) => "echo".to_owned(),
+            Self::Net(traffic, _) => traffic.name().to_owned(),
             Self::Block { random, write, cached, .. } => {
                 let pattern = if *random { "random" } else { "sequential" };
                 let direction = if *write { "write" } else { "read" };
@@ -93,6 +98,7 @@ impl Step {
                 let mut ends = echo::Ends::new()?;
                 self.between(output, || ends.answer(*count))
             }
+            Self::Net(traffic, peer) => self.between(output, || traffic.run(*peer)),
         }
     }
 
@@ -109,8 +115,15 @@ impl FromStr for Step {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no work: NAME=AMOUNT, or for disks NAME=AMOUNT:PATH");
+        let wrong = || {
+            format!(
+                "{text:?} is no work: NAME=AMOUNT, for disks NAME=AMOUNT:PATH, for networks NAME=ADDRESS:PORT"
+            )
+        };
         let (name, amount) = text.split_once('=').ok_or_else(wrong)?;
+        if let Some((traffic, _)) = net::Traffic::ALL.into_iter().find(|(_, known)| *known == name) {
+            return Ok(Self::Net(traffic, amount.parse().map_err(|_| wrong())?));
+        }
         let number = |text: &str| text.parse::<u64>().map_err(|_| wrong());
         let (plain, cached) = name.strip_suffix("-cached").map_or((name, false), |plain| (plain, true));
         let (random, write) = match plain {
@@ -137,6 +150,7 @@ impl fmt::Display for Step {
             Self::Integer(n) | Self::Float(n) | Self::Triad(n) | Self::Chase(n) | Self::Echo(n) => {
                 write!(f, "{}={n}", self.name())
             }
+            Self::Net(_, peer) => write!(f, "{}={peer}", self.name()),
             Self::Block { count, path, .. } => write!(f, "{}={count}:{}", self.name(), path.display()),
         }
     }
@@ -174,12 +188,23 @@ mod tests {
             "echo=3",
             "random-write=12:/dev/vda",
             "sequential-read-cached=1:/a:b",
+            "net-send=10.0.2.2:7000",
+            "net-request=127.0.0.1:1",
         ] {
             let step: Step = text.parse().unwrap();
             assert_eq!(step.to_string(), text);
             assert!(step.begin().starts_with("begin ") && step.end().contains(&step.name()));
         }
-        for text in ["integer", "integer=x", "walk=1", "random-read=1", "echo-=2", "random-read=:/x"] {
+        for text in [
+            "integer",
+            "integer=x",
+            "walk=1",
+            "random-read=1",
+            "echo-=2",
+            "random-read=:/x",
+            "net-send=7",
+            "net-walk=1.2.3.4:5",
+        ] {
             assert!(text.parse::<Step>().unwrap_err().contains(text), "{text}");
         }
     }

@@ -27,7 +27,8 @@ guest      the vCPU thread's other CPU time (schedstat): the guest's code,
 wait       the thread was runnable, but the host had no processor for it
 idle       the rest: asleep in KVM after HLT, or paused
 kicks      times a device's worker served a queue, for one kick or several
-bytes      through ports and registers; traffic in queues is not counted
+bytes      through ports and registers, and in a network's frames; other
+           traffic in queues is not counted
 time       share of one processor spent on answering
 place      the guest function (or address) that exits came from
 KVM/s      KVM's own counters (KVM_GET_STATS_FD), all vCPUs together";

@@ -374,7 +374,9 @@ mod tests {
             cpus: vcpus as u32,
             memory_bytes: 64 << 20,
             kernel: None,
+            vsock: None,
             ptys: Vec::new(),
+            networks: Vec::new(),
         };
         Look { status, recorded: true, viewers: 2, symbols: "no symbols".to_owned(), rates }
     }

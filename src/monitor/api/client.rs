@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 
-use super::protocol::{self, Answer, Command, MAX_REPLY, MachineSample};
+use super::protocol::{self, Answer, Command, Ended, MAX_REPLY, MachineSample};
 use super::registry::Registry;
 use super::{Error, Status};
 use crate::kvm::VcpuState;
@@ -96,7 +96,7 @@ impl Client {
         match answer {
             Answer::Status(status) => Ok(status),
             Answer::Sample(seen) => Ok(seen.status),
-            Answer::Vcpus(_) => Err(self.unexpected()),
+            Answer::Vcpus(_) | Answer::Ended(_) => Err(self.unexpected()),
             Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
         }
     }
@@ -108,7 +108,7 @@ impl Client {
     pub fn vcpus(&mut self) -> Result<Vec<VcpuState>, Error> {
         match self.exchange(Command::Vcpus)? {
             Answer::Vcpus(states) => Ok(states),
-            Answer::Status(_) | Answer::Sample(_) => Err(self.unexpected()),
+            Answer::Status(_) | Answer::Sample(_) | Answer::Ended(_) => Err(self.unexpected()),
             Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
         }
     }
@@ -130,7 +130,7 @@ impl Client {
                 let sample = serde_json::from_value(sample);
                 Ok((status, sample.map_err(|error| Error::Protocol { name, reason: error.to_string() })?))
             }
-            Answer::Status(_) | Answer::Vcpus(_) => Err(self.unexpected()),
+            Answer::Status(_) | Answer::Vcpus(_) | Answer::Ended(_) => Err(self.unexpected()),
             // A monitor that does not know the word yet says that it is no request.
             Answer::Error(reason) => Err(Error::Refused { name, reason }),
         }
@@ -163,6 +163,20 @@ impl Client {
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
                 Err(e) => return Err(self.broken(e)),
             }
+        }
+    }
+
+    /// Waits until the run is over, however long that takes.
+    ///
+    /// # Errors
+    /// The virtual machine refuses; it is gone ([`Error::NoSuchVm`]) without having told how it ended.
+    pub fn wait(mut self) -> Result<Ended, Error> {
+        self.stream.write_all(&protocol::request(Command::Wait)).map_err(|e| self.broken(e))?;
+        let line = self.read_line(None)?;
+        match self.parse(&line)? {
+            Answer::Ended(ended) => Ok(ended),
+            Answer::Status(_) | Answer::Sample(_) | Answer::Vcpus(_) => Err(self.unexpected()),
+            Answer::Error(reason) => Err(Error::Refused { name: self.name, reason }),
         }
     }
 

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::host_path::{self, quoted};
 use crate::kvm::VcpuState;
 use crate::machine::Handle;
+use crate::net::traffic::{self, Counts};
 
 /// What a virtual machine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,8 +66,14 @@ pub struct Status {
     /// The kernel that was booted.
     #[serde(default, with = "host_path::optional")]
     pub kernel: Option<PathBuf>,
+    /// The unix socket that leads to its socket device.
+    #[serde(default, with = "host_path::optional")]
+    pub vsock: Option<PathBuf>,
     /// Pseudo-terminals that lead into it.
     pub ptys: Vec<Pty>,
+    /// Its network devices; none while it starts.
+    #[serde(default)]
+    pub networks: Vec<Network>,
 }
 
 /// A pseudo-terminal that leads to one of the guest's character devices.
@@ -77,6 +84,32 @@ pub struct Pty {
     /// What to open on the host.
     #[serde(with = "host_path")]
     pub path: PathBuf,
+}
+
+/// A network device, and what it has carried since the machine's first start. Ways are the guest's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// The device: `virtio-net0` and so on.
+    pub device: String,
+    /// Where its frames go: `user`, `tap=NAME` and so on.
+    pub to: String,
+    /// The guest's address, unless it has chosen another.
+    pub mac: String,
+    /// Somebody is at the other end.
+    pub up: bool,
+    /// To the guest.
+    pub received: Counts,
+    /// From the guest.
+    pub sent: Counts,
+}
+
+impl From<&traffic::Network> for Network {
+    fn from(network: &traffic::Network) -> Self {
+        let traffic::Network { device, to, mac, traffic } = network;
+        let (received, sent) = (traffic.received.counts(), traffic.sent.counts());
+        let (to, mac) = (to.to_string(), mac.to_string());
+        Self { device: device.clone(), to, mac, up: traffic.is_up(), received, sent }
+    }
 }
 
 /// A virtual machine as its control socket and its signals see it.
@@ -109,6 +142,8 @@ pub trait Control: Send + Sync {
     fn power_button(&self) -> Result<bool, String>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
+    /// The exit status of this process, once it is known what that will be.
+    fn exit_status(&self) -> Option<u8>;
     /// The machine has not ended although it was killed: ends the process, past everything that holds it up.
     fn give_up(&self);
     /// Attaches a viewer of what the machine does, until the returned value is dropped.

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! After the reply to `stop` and `kill` the server keeps the connection open until the virtual machine is gone, so that
-//! its end is the news of that. With the first `sample` the client becomes a viewer of the machine, and stays one as long
+//! its end is the news of that. The reply to `wait` comes when the run is over, and is the last thing on its connection. With the first `sample` the client becomes a viewer of the machine, and stays one as long
 //! as the connection lasts: one that does not ask again within some seconds is cut off like any other. Does no I/O itself.
 
 use serde::{Deserialize, Serialize};
@@ -45,6 +45,8 @@ pub enum Command {
     Vcpus,
     /// What it has been doing, in sums that only grow: asked again and again, they tell what happens between.
     Sample,
+    /// How its run ends, answered when it is over.
+    Wait,
 }
 
 impl Command {
@@ -78,8 +80,17 @@ pub enum Answer {
     Vcpus(Vec<VcpuState>),
     /// Answers [`Command::Sample`].
     Sample(Box<MachineSample>),
+    /// Answers [`Command::Wait`].
+    Ended(Ended),
     /// It is not done, and why.
     Error(String),
+}
+
+/// The end of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// The exit status of the monitor's process.
+    pub code: u8,
 }
 
 /// A machine's status and counters at one moment.
@@ -158,6 +169,7 @@ mod tests {
             Command::Kill,
             Command::Vcpus,
             Command::Sample,
+            Command::Wait,
         ] {
             let line = request(command);
             assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
@@ -180,7 +192,9 @@ mod tests {
             cpus: 1,
             memory_bytes: 1,
             kernel: Some(text.into()),
+            vsock: Some(text.into()),
             ptys: vec![crate::api::Pty { device: text.to_owned(), path: text.into() }],
+            networks: Vec::new(),
         };
         let sample = serde_json::json!({"kernel": evil, "reasons": {evil: [evil, 1]}});
         let seen = Answer::Sample(Box::new(MachineSample { status: status(evil), sample }));

@@ -29,6 +29,10 @@ use super::Error;
 
 /// How long to wait for another process to let go of the directory, or for room in a socket's queue.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// What follows a name where its socket device is.
+const VSOCK: &str = ".vsock";
+/// What follows that in the names of its sockets.
+const VSOCK_FILES: [&str; 2] = ["", ".seqpacket"];
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 64;
 
@@ -85,6 +89,11 @@ impl Registry {
         self.path.join(format!("{name}.sock"))
     }
 
+    /// Where the socket device of `name` is if nobody says where.
+    fn vsock(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}{VSOCK}"))
+    }
+
     /// Takes `name`, or a generated one that is free, and listens on it.
     ///
     /// # Errors
@@ -97,7 +106,7 @@ impl Registry {
             let wanted = match name {
                 Some(name) => name,
                 None => {
-                    generated = generate();
+                    generated = generate_name();
                     &generated
                 }
             };
@@ -154,7 +163,12 @@ impl Registry {
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.path).map_err(failed)? {
             let file = entry.map_err(failed)?.file_name();
-            let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".sock")) else { continue };
+            let Some(file) = file.to_str() else { continue };
+            if let Some((name, _)) = file.rsplit_once(VSOCK).filter(|(_, rest)| VSOCK_FILES.contains(rest)) {
+                self.clean_up(name, file);
+                continue;
+            }
+            let Some(name) = file.strip_suffix(".sock") else { continue };
             // No name of ours, and it would be shown.
             if !name.chars().all(|c| c.is_ascii_graphic()) {
                 continue;
@@ -169,6 +183,16 @@ impl Registry {
         }
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// Removes `file`, a socket device's of `name`, if both are dead.
+    fn clean_up(&self, name: &str, file: &str) {
+        let path = self.path.join(file);
+        // One that comes to life has its name first.
+        if matches!(self.alive(name), Ok(false)) && self.try_connect(&path).err() == Some(Errno::CONNREFUSED)
+        {
+            let _ = fs::remove_file(path);
+        }
     }
 
     /// Connects to `name`. Where the directory is (`/tmp/vmm-UID`), somebody else may have been first: so directory and socket
@@ -263,7 +287,10 @@ impl Registry {
     }
 
     /// Someone listens on the socket of `name`. A full queue is a sign of life too.
-    fn alive(&self, name: &str) -> Result<bool, Error> {
+    ///
+    /// # Errors
+    /// The socket cannot be asked.
+    pub fn alive(&self, name: &str) -> Result<bool, Error> {
         let path = self.socket(name);
         match self.try_connect(&path) {
             Ok(_) | Err(Errno::AGAIN) => Ok(true),
@@ -315,6 +342,11 @@ impl Entry {
     /// The name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where its socket device is if nobody says where.
+    pub fn vsock(&self) -> PathBuf {
+        self.registry.vsock(&self.name)
     }
 
     /// The socket, which does not block.
@@ -369,7 +401,7 @@ fn address(path: &Path) -> Result<SocketAddrUnix, Errno> {
 }
 
 /// A short name that can be said aloud. Not a secret, and not unique by itself.
-fn generate() -> String {
+pub fn generate_name() -> String {
     const FIRST: [&str; 32] = [
         "amber", "bold", "brave", "brisk", "calm", "clear", "clever", "cosy", "crisp", "dapper", "eager",
         "early", "fair", "fleet", "fond", "gentle", "glad", "happy", "keen", "kind", "late", "light",
@@ -431,6 +463,17 @@ mod tests {
         leave("b");
         assert_eq!(registry.names().unwrap(), ["a"]);
         assert!(!registry.socket("b").exists());
+        // Its socket device, too; not one that lives, under whatever name.
+        leave("c.vsock");
+        fs::rename(registry.socket("c.vsock"), registry.path().join("c.vsock")).unwrap();
+        let alive = UnixListener::bind(registry.path().join("d.vsock.seqpacket")).unwrap();
+        assert_eq!(registry.names().unwrap(), ["a"]);
+        assert!(
+            !registry.path().join("c.vsock").exists() && registry.path().join("d.vsock.seqpacket").exists()
+        );
+        drop(alive);
+        assert_eq!(registry.names().unwrap(), ["a"]);
+        assert!(!registry.path().join("d.vsock.seqpacket").exists());
         // Somebody else's socket under our name is not ours to remove.
         fs::remove_file(registry.socket("a")).unwrap();
         let usurper = UnixListener::bind(registry.socket("a")).unwrap();

@@ -7,17 +7,11 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::event::Timespec;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
-};
-
-use super::protocol::{self, Answer, Command, MAX_REQUEST, MachineSample};
+use super::protocol::{self, Answer, Command, Ended, MAX_REQUEST, MachineSample};
 use super::registry::Entry;
 use super::signals::{Signals, Wish};
 use super::{Control, Error, State, Status, Watch};
@@ -25,11 +19,14 @@ use crate::bus::lock;
 use crate::event_loop::{Event, EventLoop, Handler, Interest, Registration, Sources};
 use crate::kvm::VcpuState;
 use crate::threads::{self, Role};
+use crate::timer::Timer;
 
 /// How long a client may take from one request to the end of the next.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Clients at a time; more have to wait in the socket's queue.
 const MAX_CLIENTS: usize = 64;
+/// Clients that may wait for the end of the run, for as long as that takes: the others must find room.
+const MAX_WAITING: usize = 32;
 /// From a kill to the end of the process, whatever still holds it up.
 const KILL_LIMIT: Duration = Duration::from_millis(900);
 /// Signals to stop that come this soon after the first are the same wish: `timeout` signals its child, then the child's group.
@@ -89,6 +86,8 @@ struct Client {
     until: Option<Instant>,
     /// Once it has asked for a sample. Ends with the connection, however that ends.
     watch: Option<Box<dyn Watch>>,
+    /// It wants to hear how the run ends, and nothing else any more.
+    waits: bool,
 }
 
 /// Whether a client is to be kept.
@@ -121,7 +120,7 @@ struct Orders {
     stop_timeout: Duration,
     listener: UnixListener,
     signals: Option<Signals>,
-    timer: OwnedFd,
+    timer: Timer,
     pause: Pause,
     clients: BTreeMap<u32, Client>,
     next_client: u32,
@@ -145,14 +144,13 @@ impl Orders {
     ) -> io::Result<Self> {
         let pause =
             Pause { over: Event::new()?, result: Arc::default(), under_way: false, clients: VecDeque::new() };
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         Ok(Self {
             control,
             entry: entry.clone(),
             stop_timeout,
             listener: entry.listener().try_clone()?,
             signals,
-            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
+            timer: Timer::new()?,
             pause,
             clients: BTreeMap::new(),
             next_client: FIRST_CLIENT,
@@ -182,7 +180,8 @@ impl Orders {
                 // Clients are few and short-lived: a token comes round long after its last user has gone.
                 self.next_client = self.next_client.checked_add(1).unwrap_or(FIRST_CLIENT);
                 let until = Some(Instant::now() + CLIENT_TIMEOUT);
-                self.clients.insert(token, Client { stream, input: Vec::new(), until, watch: None });
+                let client = Client { stream, input: Vec::new(), until, watch: None, waits: false };
+                self.clients.insert(token, client);
             }
         }
         // A listener that stays readable while nothing can be accepted would keep the thread busy.
@@ -250,6 +249,19 @@ impl Orders {
             Err(reason) => return answer(client, Answer::Error(reason), false),
         };
         log::debug!("control socket: {command:?}");
+        if client.waits {
+            let _ = answer(client, Answer::Error("nothing may follow a wait".to_owned()), false);
+            return Keep::No;
+        }
+        if command == Command::Wait {
+            // This client is not among them while it is being served.
+            if self.clients.values().filter(|other| other.waits).count() >= MAX_WAITING {
+                let reason = format!("{MAX_WAITING} clients wait for its end already");
+                return answer(client, Answer::Error(reason), false);
+            }
+            (client.waits, client.until) = (true, None);
+            return Keep::Yes;
+        }
         let waits = command == Command::Resume && self.pause.under_way;
         if waits || command == Command::Vcpus || (command == Command::Pause && !self.stopping) {
             return match self.begin_to_stop(command) {
@@ -358,7 +370,7 @@ impl Orders {
                 Ok(())
             }
             // The only one that comes here is refused.
-            Command::Pause | Command::Vcpus => Err("it is being stopped".to_owned()),
+            Command::Pause | Command::Vcpus | Command::Wait => Err("it is being stopped".to_owned()),
             Command::Resume => self.control.resume(),
             Command::Stop { timeout_seconds } => {
                 self.stop(timeout_seconds.map_or(self.stop_timeout, Duration::from_secs))
@@ -390,7 +402,11 @@ impl Orders {
     /// Tells the clients that it is over. Not left to closing: a child process may hold the same descriptors for longer, and so may a
     /// thread of ours that the host does not let go.
     fn dismiss(&self) {
+        let ended = self.control.exit_status().map(|code| protocol::reply(Answer::Ended(Ended { code })));
         for client in self.clients.values() {
+            if let (true, Some(ended)) = (client.waits, &ended) {
+                let _ = (&client.stream).write(ended);
+            }
             let _ = client.stream.shutdown(Shutdown::Both);
         }
     }
@@ -446,13 +462,7 @@ impl Orders {
         }
         let others = [self.stop_at, self.give_up_at, self.accept_again];
         let next = self.clients.values().map(|client| client.until).chain(others).flatten().min();
-        // Zero would disarm the timer.
-        let after = next.map(|at| at.saturating_duration_since(now).max(Duration::from_micros(1)));
-        let value = after.and_then(|after| Timespec::try_from(after).ok()).unwrap_or_default();
-        let spec = Itimerspec { it_interval: Timespec::default(), it_value: value };
-        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
-            log::error!("control thread's timer: {error}");
-        }
+        self.timer.set(next.map(|at| at.saturating_duration_since(now)));
     }
 }
 

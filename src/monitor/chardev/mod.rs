@@ -7,7 +7,6 @@ mod backlog;
 mod ends;
 mod escape;
 mod file;
-mod listener;
 mod poll;
 mod pty;
 mod pump;
@@ -27,6 +26,7 @@ use std::sync::{Arc, Mutex};
 use crate::bus::lock;
 use crate::config::CharTarget;
 use crate::event_loop::EventLoop;
+use crate::listener;
 use poll::Poll;
 use stream::{Descriptor, Stream};
 use tail::Tail;
@@ -36,7 +36,6 @@ use tail::Tail;
 pub use crate::event_loop::Interest;
 pub use ends::{Ends, LastWords};
 pub use escape::Escape;
-pub use listener::Listener;
 
 /// Why there is no host end.
 #[derive(Debug, thiserror::Error)]
@@ -51,22 +50,8 @@ pub enum Error {
         source: io::Error,
     },
     /// The listening socket.
-    #[error("cannot {what} {path}")]
-    Socket {
-        /// What was tried.
-        what: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// Something else has the socket's name, and is not ours to remove.
-    #[error("{0} exists and is not a socket")]
-    NotASocket(PathBuf),
-    /// Somebody listens there.
-    #[error("socket {0} is in use by another process")]
-    InUse(PathBuf),
+    #[error(transparent)]
+    Socket(#[from] listener::Error),
     /// The pseudo-terminal.
     #[error("cannot make a pseudo-terminal")]
     Pty(#[source] io::Error),
@@ -91,11 +76,7 @@ impl Error {
             Self::File { .. } => {
                 Some("name a file that can be written to, in a directory that exists: file=/tmp/console.log")
             }
-            Self::Socket { .. } => {
-                Some("use a path of at most 107 bytes, in a directory that exists: socket=/tmp/console.sock")
-            }
-            Self::NotASocket(_) => Some("remove it, or use another path"),
-            Self::InUse(_) => Some("stop that process (ss -xlp names it), or use another path"),
+            Self::Socket(error) => Some(error.hint()),
             Self::Pty(_) => Some(
                 "raise the host's limits: sudo sysctl -w kernel.pty.max=8192 fs.inotify.max_user_instances=1024",
             ),
@@ -109,7 +90,7 @@ impl Error {
     /// Whether the caller's request was wrong (and not the host lacking something).
     pub fn is_bad_argument(&self) -> bool {
         match self {
-            Self::File { .. } | Self::Socket { .. } | Self::NotASocket(_) | Self::InUse(_) => true,
+            Self::File { .. } | Self::Socket(_) => true,
             Self::Pty(_) | Self::Stdio(_) | Self::Poll(_) => false,
         }
     }

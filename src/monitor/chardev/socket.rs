@@ -8,12 +8,12 @@ use std::path::Path;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, SendFlags, SocketType, recv, send};
 
 use super::backlog::Backlog;
-use super::listener::Listener;
 use super::poll::{EventFlags, Poll, Watch, ready_now};
 use super::{Error, Host, Interest};
+use crate::listener::Listener;
 
 /// The listening socket and its client.
 #[derive(Debug)]
@@ -71,14 +71,14 @@ impl Client {
 impl Socket {
     /// Listens at `path`, mode 0600. A socket file that nobody listens on any more is replaced.
     pub fn listen(path: &Path) -> Result<Self, Error> {
-        let listener = Listener::bind(path)?;
+        let listener = Listener::bind(path, SocketType::STREAM)?;
         Ok(Self { listener, listening: None, client: None, backlog: Backlog::default() })
     }
 
     /// Takes the next client in, or turns it away while there is one.
     fn accept(&mut self) {
         while !self.client.as_ref().is_some_and(|c| c.gone) {
-            let Some(stream) = self.listener.accept() else { return };
+            let Ok(stream) = self.listener.accept() else { return };
             if self.client.is_some() {
                 log::info!("{}: turned a second client away", self.listener.path().display());
                 continue;

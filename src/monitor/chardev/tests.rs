@@ -170,14 +170,20 @@ fn only_a_stale_socket_is_replaced_and_ours_is_removed() {
     drop(UnixListener::bind(&path).unwrap());
     thread::sleep(OTHERS);
     let end = Endpoint::open(&place, &crate::event_loop::running()).expect("nobody listens on the old one");
-    assert!(matches!(Endpoint::open(&place, &crate::event_loop::running()), Err(Error::InUse(_))));
+    assert!(matches!(
+        Endpoint::open(&place, &crate::event_loop::running()),
+        Err(Error::Socket(listener::Error::InUse(_)))
+    ));
     let aside = end.clone();
     drop(end);
     assert!(path.exists(), "a clone keeps it");
     drop(aside);
     assert!(!path.exists());
     fs::write(&path, b"precious").unwrap();
-    assert!(matches!(Endpoint::open(&place, &crate::event_loop::running()), Err(Error::NotASocket(_))));
+    assert!(matches!(
+        Endpoint::open(&place, &crate::event_loop::running()),
+        Err(Error::Socket(listener::Error::NotASocket(_)))
+    ));
     assert_eq!(fs::read(&path).unwrap(), b"precious");
     let long = CharTarget::Socket(dir.path().join("x".repeat(200)));
     assert!(matches!(Endpoint::open(&long, &crate::event_loop::running()), Err(Error::Socket { .. })));

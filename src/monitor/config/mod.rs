@@ -8,8 +8,10 @@ mod firmware;
 pub mod host_path;
 pub(crate) mod kernel;
 mod net;
+mod net_limits;
 mod text;
 mod user_net;
+mod vsock;
 mod x86_64;
 
 use std::path::PathBuf;
@@ -19,8 +21,10 @@ use serde::{Deserialize, Serialize};
 pub use firmware::Firmware;
 pub use kernel::Kernel;
 pub use net::{Mac, Net, NetTarget};
+pub use net_limits::{Limit, NetLimits};
 pub use text::{ParseError, Size, port_number};
 pub use user_net::{Allow, Publish, Resolver, UserNet};
+pub use vsock::Vsock;
 pub use x86_64::cpu::Cpu;
 pub use x86_64::{BootProtocol, cpu, cpu_features, msr};
 
@@ -58,6 +62,11 @@ pub struct VmConfig {
     /// Network devices: eth0, eth1 ... in this order.
     #[serde(deserialize_with = "text::list")]
     pub net: Vec<Net>,
+    /// Where their frames are written to, as pcapng. Full, it becomes PATH.1 and begins anew.
+    pub net_dump: Option<OutputFile>,
+    /// A socket device.
+    #[serde(deserialize_with = "text::optional")]
+    pub vsock: Option<Vsock>,
     /// Where hvc0 goes.
     pub console: Console,
     /// Further ports of the virtio console: /dev/virtio-ports/NAME.
@@ -364,6 +373,14 @@ impl VmConfig {
             }
         }
         net::validate(&self.net)?;
+        if self.net_dump.is_some() && self.net.iter().any(|net| net.vhost) {
+            return invalid(
+                "with vhost=on the host's kernel moves the frames, and a network dump sees none",
+                "drop vhost=on, or look at the tap itself: sudo tcpdump -i tap0",
+            );
+        }
+        net::validate_dump(&self.net, self.net_dump.as_ref())?;
+        self.vsock.as_ref().map_or(Ok(()), Vsock::validate)?;
         if self.firmware.is_none() && !self.option_rom.is_empty() {
             return invalid("option ROMs need firmware that runs them", "add `firmware=FILE`");
         }
@@ -388,11 +405,11 @@ impl VmConfig {
             }
         }
         let listed = !self.disk.is_empty() || !self.net.is_empty() || !self.port.is_empty();
-        let virtio = self.console() != CharTarget::Off || self.rng || listed;
+        let virtio = self.console() != CharTarget::Off || self.rng || self.vsock.is_some() || listed;
         if self.test_device && virtio {
             return invalid(
                 "the test device's memory lies where virtio devices would be, so a machine cannot have both",
-                "use `console=off` or `serial=stdio`, and no disk, network, port or entropy device",
+                "use `console=off` or `serial=stdio`, and no disk, network, socket, port or entropy device",
             );
         }
         let ends = [self.console(), self.serial.clone()];

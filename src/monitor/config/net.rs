@@ -6,10 +6,12 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::text::{ParseError, flag, list_of_texts, optional_number};
-use super::{Allow, Invalid, Publish, Resolver, UserNet, host_path};
+use super::net_limits::{Limit, NetLimits};
+use super::text::{ParseError, Size, flag, list_of_texts, optional_number};
+use super::{Allow, Invalid, OutputFile, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `user[,ipv6=off][,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]`.
+/// A network device: `user[,ipv6=off][,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
+/// [,vhost=on|off][,bw=RATE[/BURST]][,pps=RATE[/BURST]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
 pub struct Net {
@@ -21,6 +23,10 @@ pub struct Net {
     pub mtu: Option<u16>,
     /// Pairs of queues, of a tap. Absent: one.
     pub queues: Option<u16>,
+    /// The host's kernel serves a tap's queues (vhost-net), in the monitor's place.
+    pub vhost: bool,
+    /// What may pass in a second.
+    pub limits: NetLimits,
 }
 
 /// Where frames go.
@@ -55,7 +61,14 @@ impl Net {
 
     /// A device on a user network.
     pub fn user(network: UserNet) -> Self {
-        Self { to: NetTarget::User(network), mac: None, mtu: None, queues: None }
+        Self {
+            to: NetTarget::User(network),
+            mac: None,
+            mtu: None,
+            queues: None,
+            vhost: false,
+            limits: NetLimits::default(),
+        }
     }
 
     /// The largest packet that the guest is told of; if none, it takes what it takes for Ethernet, 1500.
@@ -95,6 +108,12 @@ struct Keys {
     mtu: Option<u16>,
     #[serde(default, deserialize_with = "optional_number")]
     queues: Option<u16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    bw: Option<Limit<Size>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pps: Option<Limit<u64>>,
+    #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
+    vhost: bool,
     #[serde(default = "on", deserialize_with = "flag", skip_serializing_if = "is_on")]
     ipv6: bool,
     #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
@@ -124,13 +143,14 @@ impl TryFrom<Keys> for Net {
         if !is_plain && !keys.user {
             return Err("ipv6=, restrict=, dns=, allow= and publish= are settings of net=user");
         }
-        Ok(Self { to, mac: keys.mac, mtu: keys.mtu, queues: keys.queues })
+        let Keys { mac, mtu, queues, vhost, bw, pps, .. } = keys;
+        Ok(Self { to, mac, mtu, queues, vhost, limits: NetLimits { bw, pps } })
     }
 }
 
 impl From<Net> for Keys {
     fn from(net: Net) -> Self {
-        let Net { to, mac, mtu, queues } = net;
+        let Net { to, mac, mtu, queues, vhost, limits: NetLimits { bw, pps } } = net;
         let (mut tap, mut fd, mut socket) = (None, None, None);
         let (mut user, mut network) = (false, UserNet::default());
         match to {
@@ -140,7 +160,7 @@ impl From<Net> for Keys {
             NetTarget::Socket(path) => socket = Some(path),
         }
         let UserNet { ipv6, restrict, dns, allow, publish } = network;
-        Self { user, tap, fd, socket, mac, mtu, queues, ipv6, restrict, dns, allow, publish }
+        Self { user, tap, fd, socket, mac, mtu, queues, vhost, bw, pps, ipv6, restrict, dns, allow, publish }
     }
 }
 
@@ -227,6 +247,13 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
         if net.queues() > 1 && !matches!(net.to, NetTarget::Tap(_)) {
             return invalid("several queues need a tap".to_owned(), "drop queues=, or use tap=NAME");
         }
+        if net.vhost && !matches!(net.to, NetTarget::Tap(_)) {
+            return invalid("vhost=on needs a tap".to_owned(), "drop vhost=, or use tap=NAME");
+        }
+        if net.vhost && net.limits != NetLimits::default() {
+            let hint = "drop bw= and pps=, or vhost=on; the host limits a tap with tc";
+            return invalid("the host's kernel keeps no limits".to_owned(), hint);
+        }
         let others = &list[..i];
         if !matches!(net.to, NetTarget::Socket(_)) && others.iter().any(|other| other.to == net.to) {
             return invalid("two devices have the same end".to_owned(), "give each its own");
@@ -241,6 +268,28 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
     Ok(())
 }
 
+/// The smallest limit of a dump: a file holds its head and one of the longest frames.
+const LEAST_DUMP: Size = Size::from_bytes(256 << 10);
+
+/// Checks where the frames of the devices on the `list` are to be written.
+pub fn validate_dump(list: &[Net], dump: Option<&OutputFile>) -> Result<(), Invalid> {
+    let Some(dump) = dump else { return Ok(()) };
+    let path = dump.path.display();
+    let invalid = |what, hint: &str| Err(Invalid { what, hint: hint.to_owned() });
+    match dump.max {
+        _ if list.is_empty() => {
+            let what =
+                format!("network dump {path}: this machine has no network whose frames could be written");
+            invalid(what, "add a network: `net=user`")
+        }
+        Some(max) if max < LEAST_DUMP => {
+            let what = format!("network dump {path}: max={max} is too little for the longest frame");
+            invalid(what, "use max=256K or more")
+        }
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::VmConfig;
@@ -248,13 +297,13 @@ mod tests {
 
     #[test]
     fn a_device_is_written_as_text_or_object_and_reads_back() {
-        let json = r#"{"net": ["tap0", "tap=tap1,mac=02:00:00:00:00:0a,mtu=9000,queues=2", "fd=7",
+        let json = r#"{"net": ["tap0", "tap=tap1,mac=02:00:00:00:00:0a,mtu=9000,queues=2,vhost=on", "fd=7",
             "socket=/run/a,,b", {"socket": "/run/a,b", "mtu": 1400}]}"#;
         let config: VmConfig = serde_json::from_str(json).unwrap();
         let told: Vec<_> = config.net.iter().map(|net| net.to.to_string()).collect();
         assert_eq!(told, ["tap=tap0", "tap=tap1", "fd=7", "socket=/run/a,b", "socket=/run/a,b"]);
         let tap = &config.net[1];
-        assert_eq!((tap.mac.unwrap().0[5], tap.mtu, tap.queues()), (10, Some(9000), 2));
+        assert_eq!((tap.mac.unwrap().0[5], tap.mtu, tap.queues(), tap.vhost), (10, Some(9000), 2, true));
         assert_eq!(config.validate(), Ok(()));
         let again: VmConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
@@ -273,8 +322,29 @@ mod tests {
         assert_eq!(without.to, NetTarget::User(UserNet { ipv6: false, ..UserNet::default() }));
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&without).unwrap()).unwrap(), without);
         assert!(network.ipv6 && network.restrict && network.allow.len() == 2 && network.publish[1].udp);
+        let limited: Net = "user,bw=100M/1M,pps=5000".parse().unwrap();
+        let json = r#"{"user": true, "bw": "100M/1M", "pps": 5000}"#;
+        assert_eq!(serde_json::from_str::<Net>(json).unwrap(), limited);
+        assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&limited).unwrap()).unwrap(), limited);
+        let (bw, pps) = (limited.limits.bw.unwrap(), limited.limits.pps.unwrap());
+        assert_eq!((bw.each_second, bw.burst(), pps.burst()), (Size::mib(100), Size::mib(1), 500));
         assert_eq!((net.mtu(), "user,mtu=1500".parse::<Net>().unwrap().mtu()), (Some(65520), Some(1500)));
         assert_eq!("tap=user".parse::<Net>().unwrap().to, NetTarget::Tap("user".to_owned()));
+    }
+
+    #[test]
+    fn a_dump_reads_back_and_has_a_network_and_room_for_a_frame() {
+        let config = |json: &str| serde_json::from_str::<VmConfig>(json).unwrap();
+        for dump in ["a,b.pcapng", "frames,max=1M"] {
+            let config = config(&format!(r#"{{"net": ["user"], "net_dump": "{dump}"}}"#));
+            assert_eq!(config.validate(), Ok(()));
+            let json = serde_json::to_string(&config).unwrap();
+            assert!(json.contains(&format!("\"{dump}\"")), "{json}");
+            assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap(), config);
+        }
+        for json in [r#"{"net_dump": "f"}"#, r#"{"net": ["user"], "net_dump": "f,max=255K"}"#] {
+            assert!(config(json).validate().is_err(), "{json}");
+        }
     }
 
     #[test]
@@ -291,6 +361,12 @@ mod tests {
             ("user,publish=80", "the guest's port is missing"),
             ("user,allow=localhost", "127.0.0.1"),
             ("user,dns=one.one", "9.9.9.9"),
+            ("tap=a,bw=0", "lets nothing pass"),
+            ("tap=a,bw=1M/0", "lets nothing pass"),
+            ("tap=a,bw=fast", "bw=100M or bw=100M/1M"),
+            ("tap=a,bw=1M/", "bw=100M or bw=100M/1M"),
+            ("tap=a,pps=-1", "pps=10000 or pps=10000/500"),
+            ("tap=a,pps=1K", "pps=10000 or pps=10000/500"),
             ("fd=-1", "-1"),
             ("fd=x", "x"),
             ("tap=a,mtu=65536", "65536"),
@@ -312,6 +388,8 @@ mod tests {
             &["tap=a,queues=0"],
             &["tap=a,queues=17"],
             &["fd=3,queues=2"],
+            &["user,vhost=on"],
+            &["tap=a,vhost=on,bw=1M"],
             &["tap=a", "tap=a"],
             &["fd=3", "fd=3"],
             &["tap=a,mac=02:00:00:00:00:01", "tap=b,mac=02:00:00:00:00:01"],

@@ -13,7 +13,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
 
-use super::{CharTarget, Console, Cpus, Disk, Memory, Net, OutputFile, Port, host_path};
+use super::{CharTarget, Console, Cpus, Disk, Memory, Net, OutputFile, Port, Vsock, host_path};
 
 /// A text that does not say what it should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -270,6 +270,7 @@ macro_rules! from_text {
 }
 from_pairs!(Memory, "size");
 from_pairs!(Disk, "path");
+from_pairs!(Vsock, "path");
 from_pairs!(Net, "tap", "user", ["allow", "dns", "publish"]);
 from_text!(CharTarget);
 from_text!(Console);
@@ -380,6 +381,21 @@ impl Serialize for CharTarget {
     }
 }
 
+/// By itself, and not behind `file=`: a comma is written once, as it is read.
+impl Serialize for OutputFile {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let max = self.max.map(|max| format!(",max={max}")).unwrap_or_default();
+        host_path::serialize_bytes(&[self.path.as_os_str().as_bytes(), max.as_bytes()].concat(), serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for OutputFile {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = host_path::deserialize_text(deserializer)?;
+        text.as_os_str().try_into().map_err(ParseError::in_file)
+    }
+}
+
 impl<'de> Deserialize<'de> for CharTarget {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = host_path::deserialize_text(deserializer)?;
@@ -464,6 +480,18 @@ where
         .into_iter()
         .map(|value| text_or_object(value).map_err(de::Error::custom))
         .collect()
+}
+
+/// The same of a part that may be absent.
+pub fn optional<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: for<'a> TryFrom<&'a OsStr, Error = ParseError> + de::DeserializeOwned,
+{
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(None),
+        value => text_or_object(value).map(Some).map_err(de::Error::custom),
+    }
 }
 
 /// Texts, or one of them.

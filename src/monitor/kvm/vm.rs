@@ -4,7 +4,7 @@
 //! there are interrupt controllers, so they come first.
 
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -89,6 +89,11 @@ impl Interrupt for IrqFd {
     fn trigger(&self) {
         // Only a counter at its maximum refuses, and then an interrupt is pending anyway.
         let _ = self.0.write(1);
+    }
+
+    fn as_eventfd(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: borrowed for no longer than the EventFd lives, which closes it.
+        Some(unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) })
     }
 }
 

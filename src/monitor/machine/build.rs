@@ -13,12 +13,12 @@ use std::time::Instant;
 use super::inventory::{inventory, platform};
 use super::origin::{Contents, Origin};
 use super::{Error, Event, Handle, Machine, Phase, Shared, kvm_path};
+use crate::backends::Backends;
 use crate::boot::tables::Platform;
 use crate::boot::{self, Payload};
 use crate::bus::{Bus, Device, Kind, Place, SharedDevice, Slot, lock};
-use crate::chardev::{Ends, Escape};
+use crate::chardev::Escape;
 use crate::config::{Firmware, OnPanic, VmConfig};
-use crate::disk::Images;
 use crate::hyperv::Hypercalls;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
@@ -35,7 +35,6 @@ use crate::legacy::rtc_cmos::RtcCmos;
 use crate::legacy::serial::SerialPort;
 use crate::legacy::testdev::{hyperv::HypervTestDevice, pc};
 use crate::memory::{Memory, layout};
-use crate::net::Ports;
 use crate::recorder::{Recorder, Step, Steps};
 use crate::threads::{self, Role};
 use crate::vcpu;
@@ -46,19 +45,13 @@ use crate::virtio::mmio::Mmio;
 use crate::vm::testdev::TestVm;
 use crate::vm::{Interrupt, Vm};
 
-/// Loads the machine that `config` describes with what it starts from: ready to run. `ends` keeps the host ends of its consoles
-/// over resets of the guest, `images` its disks' images, and `ports` its network devices' links: those that are not open yet are
-/// opened here, the ends last of all that can fail for want of something that the user named. `recorder` is told of what the machine does.
+/// Loads the machine that `config` describes with what it starts from: ready to run. `backends` keeps what its
+/// devices have on the host over resets of the guest: what is not open yet is opened here, the ends of consoles last of all that can
+/// fail for want of something that the user named. `recorder` is told of what the machine does.
 ///
 /// # Errors
-/// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several `ends` that failed.
-pub fn load(
-    config: &VmConfig,
-    ends: &mut Ends,
-    images: &mut Images,
-    ports: &mut Ports,
-    recorder: &Arc<Recorder>,
-) -> Result<Machine, Error> {
+/// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several ends that failed.
+pub fn load(config: &VmConfig, backends: &mut Backends, recorder: &Arc<Recorder>) -> Result<Machine, Error> {
     let start = Instant::now();
     let mut steps = Steps::begin(recorder, "monitor");
     config.validate()?;
@@ -84,7 +77,7 @@ pub fn load(
     };
     // Until the loader is done, which has told of that itself.
     steps.skip();
-    let mut machine = build(config, list, &memory, vm, ends, images, ports, recorder, &mut steps, start)?;
+    let mut machine = build(config, list, &memory, vm, backends, recorder, &mut steps, start)?;
     if let Some(payload) = origin.payload() {
         machine.warn_of_missing_clock(payload);
     }
@@ -131,9 +124,7 @@ fn build(
     list: Vec<Slot>,
     memory: &Memory,
     vm: kvm::Vm,
-    ends: &mut Ends,
-    images: &mut Images,
-    ports: &mut Ports,
+    backends: &mut Backends,
     recorder: &Arc<Recorder>,
     steps: &mut Steps,
     start: Instant,
@@ -149,6 +140,9 @@ fn build(
     let power = Arc::new(Mutex::new(AcpiPm::new(interrupt(&vm, "power button", layout::ACPI_GSI)?)));
     let fw_cfg = Arc::new(Mutex::new(FwCfg::new(Items::default(), memory.ram().clone())));
     let virtio = virtio::Device::list(config);
+    if config.net_dump.is_some() {
+        backends.ports.note_frames();
+    }
     let mut board = Board::default();
     for slot in &list {
         let device: SharedDevice = match slot.kind {
@@ -158,8 +152,8 @@ fn build(
             Kind::PvPanic => shared(PvPanic),
             Kind::Serial => {
                 let interrupt = interrupt(&vm, "serial port", layout::COM1_GSI)?;
-                let end = ends.get("serial", &config.serial)?;
-                shared(SerialPort::new(end, interrupt, ends.events().clone()))
+                let end = backends.ends.get("serial", &config.serial)?;
+                shared(SerialPort::new(end, interrupt, backends.ends.events().clone()))
             }
             Kind::DebugExit => shared(DebugExit),
             Kind::RtcCmos => shared(RtcCmos::new(memory.size(), config.cpus.0)),
@@ -179,7 +173,7 @@ fn build(
                 device
             }
             Kind::Virtio(index) => {
-                let device = virtio[index].build(ends, images, ports)?;
+                let device = virtio[index].build(backends, recorder)?;
                 let gsi = slot.gsi.unwrap_or_default();
                 shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?)
             }
@@ -197,6 +191,11 @@ fn build(
     }
     let mut buses = Buses::new(board.pio, board.mmio);
     buses.hypercalls = board.hypercalls;
+    let networks = virtio.iter().filter_map(|device| device.network(&mut backends.ports).transpose());
+    let networks = networks.collect::<Result<Vec<_>, _>>()?;
+    if let Some(file) = &config.net_dump {
+        backends.ports.start_dump(file, &networks).map_err(virtio::Error::Net)?;
+    }
     let (events, ended) = channel();
     let serve = events.clone();
     // The receiver is gone only when the run is over.
@@ -215,6 +214,7 @@ fn build(
         threads: Mutex::default(),
         inventory: list,
         devices: board.devices,
+        networks,
         power,
         phase: Mutex::new(Phase::Running),
         events,
@@ -223,14 +223,14 @@ fn build(
     });
     // Weak, because the ends outlive the machine, and its devices hold locks on their images.
     let machine = Arc::downgrade(&shared);
-    ends.on_escape(move |escape| {
+    backends.ends.on_escape(move |escape| {
         let Some(handle) = machine.upgrade().map(Handle) else { return };
         match escape {
             Escape::Quit => handle.kill(),
             Escape::PowerButton => handle.power_button(),
         }
     });
-    let last_words = ends.last_words();
+    let last_words = backends.ends.last_words();
     Ok(Machine { shared, fw_cfg, vcpus, events: ended, built: start, last_words, later: None, vm })
 }
 

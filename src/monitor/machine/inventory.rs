@@ -108,7 +108,7 @@ mod tests {
 
     /// Everything that can be asked for, at once.
     fn everything() -> VmConfig {
-        let json = r#"{"kernel": "k", "disk": ["a", "b"], "net": ["t"], "rng": true, "serial": "stdio", "port": ["p=off"],
+        let json = r#"{"kernel": "k", "disk": ["a", "b"], "net": ["t"], "rng": true, "vsock": {}, "serial": "stdio", "port": ["p=off"],
             "debug_exit": 244, "firmware": "built-in", "rtc": true, "pit": true, "text_screen": true,
             "test_device": true, "boot_marks": true, "cpu": "host,+hyperv"}"#;
         serde_json::from_str(json).unwrap()
@@ -137,7 +137,7 @@ mod tests {
     fn the_tables_name_each_virtio_device_and_the_serial_port() {
         let list = inventory(&everything(), None).unwrap();
         let platform = platform(3, &list);
-        assert_eq!((platform.cpus, platform.com1, platform.virtio_mmio.len()), (3, true, 5));
+        assert_eq!((platform.cpus, platform.com1, platform.virtio_mmio.len()), (3, true, 6));
         assert_eq!(u64::from(platform.virtio_mmio[0].base), layout::VIRTIO_MMIO);
     }
 

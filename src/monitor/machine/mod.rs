@@ -28,6 +28,7 @@ use crate::kvm::VcpuState;
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::fw_cfg::FwCfg;
 use crate::memory::dirty::DirtyPages;
+use crate::net::traffic::Network;
 use crate::vcpu::dispatch::{Buses, End};
 use crate::vcpu::gate::{NotClosed, VcpuRequest};
 use crate::vcpu::{self, Ended};
@@ -171,6 +172,7 @@ struct Shared {
     inventory: Vec<Slot>,
     /// Every device, by name, in the order in which they are paused and saved.
     devices: Vec<(String, SharedDevice)>,
+    networks: Vec<Network>,
     power: Arc<Mutex<AcpiPm>>,
     phase: Mutex<Phase>,
     events: Sender<Event>,
@@ -553,6 +555,11 @@ impl Handle {
     /// What the machine has, and where.
     pub fn inventory(&self) -> &[Slot] {
         &self.0.inventory
+    }
+
+    /// Its network devices, and what they have carried. No device is waited for.
+    pub fn networks(&self) -> &[Network] {
+        &self.0.networks
     }
 
     /// How many vCPUs it has.

@@ -58,6 +58,7 @@ pub fn check(config: &VmConfig, inputs: &[Named], outputs: &[Named]) -> Result<(
         CharTarget::File(file) => Some((what, file)),
         _ => None,
     });
+    let files = files.chain(config.net_dump.as_ref().map(|file| ("the network dump".to_owned(), file)));
     // One with a limit takes a second name.
     let files = files.flat_map(|(what, file)| {
         let older = file.max.map(|_| (format!("{what}, when it is full,"), older(&file.path)));

@@ -57,6 +57,7 @@ fn machine() -> (Handle, Arc<Mutex<Hanging>>, Receiver<Event>) {
         threads: Mutex::default(),
         inventory: Vec::new(),
         devices: vec![("disk".to_owned(), device.clone())],
+        networks: Vec::new(),
         power: Arc::new(Mutex::new(AcpiPm::new(interrupt))),
         phase: Mutex::new(Phase::Running),
         events,

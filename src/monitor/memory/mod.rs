@@ -252,6 +252,13 @@ pub fn slots(ram: &GuestRam) -> impl Iterator<Item = (u64, *mut u8, u64)> {
     ram.iter().map(|region| (region.start_addr().0, region.as_ptr(), region.len()))
 }
 
+/// Where `len` bytes from guest address `at` are in this process, as a number for the kernel, if they are in one region of RAM.
+pub fn host_address(ram: &GuestRam, at: u64, len: u64) -> Option<u64> {
+    let end = at.checked_add(len)?;
+    let (base, host, _) = slots(ram).find(|(base, _, size)| *base <= at && end <= *base + *size)?;
+    Some(host.addr() as u64 + (at - base))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

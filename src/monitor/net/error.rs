@@ -1,7 +1,7 @@
 //! Why a network device has no end on the host.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::user;
 use crate::config::host_path::quoted;
@@ -91,6 +91,24 @@ pub enum Error {
         /// Its number.
         fd: u32,
     },
+    /// The host's kernel does not serve the rings of a guest.
+    #[error("cannot {what} /dev/vhost-net")]
+    Vhost {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// Its frames cannot be written to a file.
+    #[error("cannot create network dump {path}", path = path.display())]
+    Dump {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// The host is out of descriptors or memory.
     #[error("cannot set up a network link")]
     Host(#[source] io::Error),
@@ -140,6 +158,18 @@ impl Error {
             }
             Self::NotALink { .. } => "pass a tap, or a unix socket: stream, datagram or seqpacket".to_owned(),
             Self::PacketInfo { .. } => "open the tap with IFF_NO_PI".to_owned(),
+            Self::Vhost { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => "load the driver: sudo modprobe vhost_net".to_owned(),
+                io::ErrorKind::PermissionDenied => {
+                    "drop vhost=on, or let this user have it: sudo setfacl -m u:$USER:rw /dev/vhost-net"
+                        .to_owned()
+                }
+                _ => "drop vhost=on: vmm then serves the guest's rings itself".to_owned(),
+            },
+            Self::Dump { path, .. } => {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                format!("see who may write there: ls -ld {}", quoted(folder.unwrap_or(Path::new("."))))
+            }
             Self::Host(_) => "see what the limits are: ulimit -a".to_owned(),
         }
     }

@@ -8,10 +8,10 @@ use rustix::net::{AddressFamily, SocketType, getpeername};
 
 use super::socket::{Datagram, Stream};
 use super::tap::{self, Tap};
-use super::{Error, Link};
+use super::{Error, Link, Wire};
 
-/// The link over descriptor `number`, which this process was started with.
-pub fn inherited(number: u32) -> Result<Link, Error> {
+/// The wire over descriptor `number`, which this process was started with.
+pub fn inherited(number: u32) -> Result<Box<dyn Wire>, Error> {
     let not_passed = || Error::NotPassed { fd: number };
     let raw = i32::try_from(number).map_err(|_| not_passed())?;
     // SAFETY: only asked for its flags, and then duplicated: a number that is no descriptor is an error of those calls, and one
@@ -23,7 +23,7 @@ pub fn inherited(number: u32) -> Result<Link, Error> {
         _ => return Err(not_passed()),
     }
     let own = fcntl_dupfd_cloexec(theirs, 3).map_err(|error| Error::Host(error.into()))?;
-    from_descriptor(own, number)
+    wire(own, number)
 }
 
 /// The link over `fd`, called `number` in messages.
@@ -31,18 +31,21 @@ pub fn inherited(number: u32) -> Result<Link, Error> {
 /// # Errors
 /// It is nothing that carries frames; or the host is out of descriptors.
 pub fn from_descriptor(fd: OwnedFd, number: u32) -> Result<Link, Error> {
+    Link::boxed(wire(fd, number)?).map_err(Error::Host)
+}
+
+fn wire(fd: OwnedFd, number: u32) -> Result<Box<dyn Wire>, Error> {
     if let Some(flags) = tap::flags(&fd) {
         if flags & libc::IFF_NO_PI == 0 {
             return Err(Error::PacketInfo { fd: number });
         }
-        return Tap::passed(fd, flags).and_then(Link::new).map_err(Error::Host);
+        return Ok(Box::new(Tap::passed(fd, flags).map_err(Error::Host)?));
     }
     let is_ours = socket_domain(&fd) == Ok(AddressFamily::UNIX) && getpeername(&fd).is_ok();
-    let link = match socket_type(&fd) {
-        Ok(SocketType::STREAM) if is_ours => Stream::new(fd).and_then(Link::new),
-        Ok(SocketType::DGRAM) if is_ours => Datagram::new(fd, false).and_then(Link::new),
-        Ok(SocketType::SEQPACKET) if is_ours => Datagram::new(fd, true).and_then(Link::new),
+    Ok(match socket_type(&fd) {
+        Ok(SocketType::STREAM) if is_ours => Box::new(Stream::new(fd).map_err(Error::Host)?),
+        Ok(SocketType::DGRAM) if is_ours => Box::new(Datagram::new(fd, false).map_err(Error::Host)?),
+        Ok(SocketType::SEQPACKET) if is_ours => Box::new(Datagram::new(fd, true).map_err(Error::Host)?),
         _ => return Err(Error::NotALink { fd: number }),
-    };
-    link.map_err(Error::Host)
+    })
 }

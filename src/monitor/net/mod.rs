@@ -3,12 +3,15 @@
 //! A [`Link`] is one queue of one of the host's ends: a user network ([`user`]), a tap, or a socket with a peer behind it. Frames go straight between guest
 //! memory and its descriptor. Whoever drives it says what it waits for, and waits on the link's own descriptor.
 
+mod dump;
 mod error;
 mod fd;
 mod mac;
 mod socket;
 mod tap;
+pub mod traffic;
 pub mod user;
+mod vhost;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,11 +20,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitflags::bitflags;
 
-use crate::config::{self, NetTarget};
+use crate::config::{self, NetTarget, OutputFile};
 use crate::memory::{Buffers, Slices};
 
+use dump::{Dump, Dumped, Queue};
 pub use error::Error;
 pub use fd::from_descriptor;
+use traffic::{Network, Traffic};
+pub use vhost::{Ring, Vhost};
 
 /// Bytes of `struct virtio_net_hdr_v1`, in which a guest and a tap say what a frame still needs.
 pub const HEADER: usize = 12;
@@ -77,6 +83,10 @@ pub trait Wire: Send {
     fn set_attached(&mut self, _on: bool) {}
     /// Sends a frame whole. False if it has to wait, and is to be sent again then; true also for a frame that is dropped.
     fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool;
+    /// Whether the last frame that [`Wire::send`] took was dropped: nobody is there, or the host's side refused it. True once.
+    fn take_refused(&mut self) -> bool {
+        false
+    }
     /// Sends on what the last frame left. True if nothing is left.
     fn flush(&mut self) -> bool {
         true
@@ -106,8 +116,12 @@ impl Link {
     /// # Errors
     /// The host is out of descriptors.
     pub fn new(wire: impl Wire + 'static) -> io::Result<Self> {
+        Self::boxed(Box::new(wire))
+    }
+
+    fn boxed(wire: Box<dyn Wire>) -> io::Result<Self> {
         let fd = Arc::new(wire.fd().try_clone_to_owned()?);
-        Ok(Self { wire: Arc::new(Mutex::new(Box::new(wire))), fd })
+        Ok(Self { wire: Arc::new(Mutex::new(wire)), fd })
     }
 
     /// The host's end, for one turn.
@@ -131,13 +145,29 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Port {
     /// One for each pair of queues.
     pub links: Vec<Link>,
+    /// What serves each of these pairs in the monitor's place; none: the monitor does.
+    pub kernel: Vec<Arc<Vhost>>,
     /// The guest's address.
     pub mac: [u8; 6],
+    /// What its devices have carried, one after the other.
+    pub traffic: Arc<Traffic>,
+}
+
+impl Port {
+    /// A port of these links, for a guest that has the address `mac`.
+    pub fn new(links: Vec<Link>, mac: [u8; 6]) -> Self {
+        Self { links, kernel: Vec::new(), mac, traffic: Arc::default() }
+    }
 }
 
 /// The ports of one configuration, opened once and kept over the guest's resets: peers and the host's side notice none.
 #[derive(Debug, Default)]
-pub struct Ports(BTreeMap<usize, Port>);
+pub struct Ports {
+    ports: BTreeMap<usize, Port>,
+    /// Where the frames of all of them are noted. Only if that is asked for.
+    noted: Option<Queue>,
+    dump: Option<Dump>,
+}
 
 impl Ports {
     /// The port of the `index`th network device of the machine called `name`, opened now if it is asked for the first time.
@@ -145,24 +175,47 @@ impl Ports {
     /// # Errors
     /// [`Error`]: the host has not got what `config` names.
     pub fn get(&mut self, index: usize, config: &config::Net, name: Option<&str>) -> Result<Port, Error> {
-        if let Some(port) = self.0.get(&index) {
+        if let Some(port) = self.ports.get(&index) {
             return Ok(port.clone());
         }
         let mac = config.mac.map_or_else(|| mac::generated(name, index), |mac| mac.0);
-        let links = match &config.to {
+        let wires: Vec<Box<dyn Wire>> = match &config.to {
             NetTarget::User(network) => {
-                let stack = user::Stack::new(network, mac, config.mtu().unwrap_or(config::UserNet::MTU))?;
-                vec![Link::new(stack).map_err(Error::Host)?]
+                let mtu = config.mtu().unwrap_or(config::UserNet::MTU);
+                vec![Box::new(user::Stack::new(network, mac, mtu)?)]
             }
             NetTarget::Tap(name) => {
                 let taps = tap::open(name, config.queues(), config.mtu)?;
-                taps.into_iter().map(Link::new).collect::<io::Result<_>>().map_err(Error::Host)?
+                taps.into_iter().map(|tap| Box::new(tap) as _).collect()
             }
             NetTarget::Fd(fd) => vec![fd::inherited(*fd)?],
-            NetTarget::Socket(path) => vec![Link::new(socket::Stream::connect(path)?).map_err(Error::Host)?],
+            NetTarget::Socket(path) => vec![Box::new(socket::Stream::connect(path)?)],
         };
-        let port = Port { links, mac };
-        self.0.insert(index, port.clone());
+        let links = wires.into_iter().map(|wire| match &self.noted {
+            None => Link::boxed(wire),
+            Some(queue) => Link::new(Dumped { wire, queue: queue.clone(), interface: index as u32 }),
+        });
+        let links = links.collect::<io::Result<Vec<_>>>().map_err(Error::Host)?;
+        let kernel = links.iter().filter(|_| config.vhost).map(|_| Vhost::open().map(Arc::new));
+        let port = Port { kernel: kernel.collect::<Result<_, _>>()?, ..Port::new(links, mac) };
+        self.ports.insert(index, port.clone());
         Ok(port)
+    }
+
+    /// Has the frames of the ports that are opened from now on noted for [`Ports::start_dump`].
+    pub fn note_frames(&mut self) {
+        self.noted.get_or_insert_default();
+    }
+
+    /// Writes the noted frames to `file` from now on, those of `networks` in the order of their numbers. Nothing happens if that is
+    /// so already.
+    ///
+    /// # Errors
+    /// [`Error::Dump`]
+    pub fn start_dump(&mut self, file: &OutputFile, networks: &[Network]) -> Result<(), Error> {
+        if let (Some(queue), None) = (&self.noted, &self.dump) {
+            self.dump = Some(Dump::start(file, queue, networks)?);
+        }
+        Ok(())
     }
 }

@@ -19,6 +19,7 @@ const PREFIX: usize = 4;
 pub struct Stream {
     socket: OwnedFd,
     up: bool,
+    refused: bool,
     /// What is left of a frame that the peer has begun to take, prefix and all.
     unsent: Vec<u8>,
     /// Length of the next frame, and how many bytes of that have come.
@@ -52,7 +53,7 @@ impl Stream {
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
         let (unsent, begun) = Default::default();
-        Ok(Self { socket, up: true, unsent, prefix: [0; PREFIX], prefixed: 0, begun })
+        Ok(Self { socket, up: true, refused: false, unsent, prefix: [0; PREFIX], prefixed: 0, begun })
     }
 
     /// The peer is gone, or cannot be understood any more.
@@ -119,6 +120,7 @@ impl Wire for Stream {
         }
         let slices = Slices::of([frame], 0);
         if !self.up || !slices.is_whole() || slices.len() > MAX_FRAME {
+            self.refused = true;
             return true;
         }
         let prefix = (slices.len() as u32).to_be_bytes();
@@ -133,9 +135,16 @@ impl Wire for Stream {
             }
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
-            Err(error) => self.lose(&error.to_string()),
+            Err(error) => {
+                self.lose(&error.to_string());
+                self.refused = true;
+            }
         }
         true
+    }
+
+    fn take_refused(&mut self) -> bool {
+        std::mem::take(&mut self.refused)
     }
 
     fn flush(&mut self) -> bool {
@@ -189,13 +198,14 @@ pub struct Datagram {
     /// An empty message is the end (SOCK_SEQPACKET).
     connected: bool,
     up: bool,
+    refused: bool,
 }
 
 impl Datagram {
     /// On a socket that is connected.
     pub fn new(socket: OwnedFd, connected: bool) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        Ok(Self { socket, connected, up: true })
+        Ok(Self { socket, connected, up: true, refused: false })
     }
 
     fn lose(&mut self, why: &str) {
@@ -216,15 +226,22 @@ impl Wire for Datagram {
     fn send(&mut self, _: &[u8; HEADER], frame: &Buffers) -> bool {
         let slices = Slices::of([frame], 0);
         if !self.up || !slices.is_whole() || slices.len() > MAX_FRAME {
+            self.refused = true;
             return true;
         }
         match slices.write_to(&self.socket, &[]) {
+            Ok(_) => return true,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
             Err(error) if is_the_end(&error) => self.lose(&error.to_string()),
             // Too large for the socket, say: as on any wire, the frame is lost.
-            _ => {}
+            Err(_) => {}
         }
+        self.refused = true;
         true
+    }
+
+    fn take_refused(&mut self) -> bool {
+        std::mem::take(&mut self.refused)
     }
 
     fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {

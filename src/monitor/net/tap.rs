@@ -125,6 +125,7 @@ pub struct Tap {
     offloads: Offloads,
     attached: bool,
     up: bool,
+    refused: bool,
 }
 
 /// What the kernel calls them.
@@ -139,7 +140,8 @@ const OFFLOADS: [(Offloads, libc::c_uint); 6] = [
 
 impl Tap {
     fn new(fd: OwnedFd, header: bool) -> io::Result<Self> {
-        let mut tap = Self { fd, header, offloads: Offloads::empty(), attached: true, up: true };
+        let mut tap =
+            Self { fd, header, offloads: Offloads::empty(), attached: true, up: true, refused: false };
         if header {
             let size = HEADER as libc::c_int;
             // SAFETY: TUNSETVNETHDRSZ reads an int.
@@ -213,16 +215,22 @@ impl Wire for Tap {
     fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool {
         let slices = Slices::of([frame], 0);
         if !self.up || !self.attached || !slices.is_whole() || slices.len() > MAX_FRAME {
+            self.refused = true;
             return true;
         }
         match slices.write_to(&self.fd, if self.header { header } else { &[] }) {
+            Ok(_) => return true,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
             Err(error) if is_the_end(&error) => self.lose(&error),
             // The interface is down, or the frame makes no sense to the host: it is lost.
             Err(error) => log::debug!("tap: a frame of {} bytes is dropped: {error}", slices.len()),
-            Ok(_) => {}
         }
+        self.refused = true;
         true
+    }
+
+    fn take_refused(&mut self) -> bool {
+        std::mem::take(&mut self.refused)
     }
 
     fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {

@@ -1,5 +1,6 @@
 //! [`Event`]: one thing that happened, in 48 bytes.
 
+use super::frame::Frame;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// One thing that happened. What the fields mean depends on the [`Kind`]; those that it does not name are 0.
@@ -93,11 +94,13 @@ pub enum Kind {
     MsrWrite = 22,
     /// A hypercall of Hyper-V's: `address` is its input, `value` its status.
     Hypercall = 23,
+    /// A frame of a network device: see [`Event::frame`].
+    Frame = 24,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::PioIn,
         Self::PioOut,
         Self::MmioRead,
@@ -121,6 +124,7 @@ impl Kind {
         Self::MsrRead,
         Self::MsrWrite,
         Self::Hypercall,
+        Self::Frame,
     ];
 
     /// Whether it is an exit of a vCPU that reached the monitor.
@@ -136,5 +140,42 @@ impl Kind {
     /// Whether it belongs to another event, or to none of a guest's, and is not told by itself.
     pub fn is_detail(self) -> bool {
         matches!(self, Self::Code | Self::Registers | Self::Step)
+    }
+}
+
+/// In `address` of a [`Kind::Frame`], above its length: the guest's.
+const FROM_GUEST: u64 = 1 << 32;
+
+impl Event {
+    /// A frame that passed at `time`: the length and the direction in `address`, the ends in `rip` and `value`, the protocol in `count`
+    /// and its detail in `size`, the EtherType and the ports in `guest`.
+    pub fn frame(time: u64, frame: Frame) -> Self {
+        let ports = u64::from(frame.source_port) << 16 | u64::from(frame.destination_port);
+        Self {
+            time,
+            kind: Kind::Frame as u8,
+            address: u64::from(frame.len) | if frame.from_guest { FROM_GUEST } else { 0 },
+            rip: frame.source,
+            value: frame.destination,
+            count: frame.protocol,
+            size: frame.detail,
+            guest: u64::from(frame.kind) << 32 | ports,
+            ..Self::default()
+        }
+    }
+
+    /// Undoes [`Event::frame`].
+    pub fn as_frame(&self) -> Frame {
+        Frame {
+            from_guest: self.address & FROM_GUEST != 0,
+            len: self.address as u32,
+            kind: (self.guest >> 32) as u16,
+            source: self.rip,
+            destination: self.value,
+            protocol: self.count,
+            source_port: (self.guest >> 16) as u16,
+            destination_port: self.guest as u16,
+            detail: self.size,
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! what finds a ring full is dropped and counted. Knows no device, no file and no rendering: those are `trace`'s.
 
 pub mod event;
+pub mod frame;
 mod ring;
 mod step;
 mod x86_64;

@@ -17,7 +17,9 @@ pub(super) fn may_hang(config: &VmConfig, outputs: &[PathBuf]) -> bool {
     let mut inputs = config.kernel.iter().chain(&config.initrd).chain(firmware).chain(&config.option_rom);
     let console = config.console();
     let ends = [&console, &config.serial].into_iter().chain(config.port.iter().map(|port| &port.to));
-    let mut outputs = outputs.iter().chain(ends.filter_map(|end| match end {
+    let others = config.net_dump.iter().map(|file| &file.path);
+    let others = others.chain(config.vsock.iter().filter_map(|vsock| vsock.path.as_ref()));
+    let mut outputs = outputs.iter().chain(others).chain(ends.filter_map(|end| match end {
         CharTarget::File(file) => Some(&file.path),
         CharTarget::Socket(path) => Some(path),
         CharTarget::Stdio | CharTarget::Pty | CharTarget::Off => None,

@@ -1,7 +1,7 @@
 //! [`Session`]: a run of a machine from start to end, over its reboots.
 //!
-//! Owns what outlives a machine: the name and control socket, the signals, the host ends of its consoles, its disks' images, the
-//! recorder, the control thread. The command line, the labs, the bench and whatever else runs machines drive it; it knows none of
+//! Owns what outlives a machine: the name and control socket, the signals, what its devices have on the host, the recorder, the
+//! control thread. The command line, the labs, the bench and whatever else runs machines drive it; it knows none of
 //! them.
 
 mod defect;
@@ -17,12 +17,11 @@ use crate::api::registry::{Entry, Registry};
 use crate::api::server::Server;
 use crate::api::signals::Signals;
 use crate::api::{self, Control, Pty, Viewers};
+use crate::backends::Backends;
 use crate::chardev::{Endpoint, Ends};
 use crate::config::{OnPanic, OnReboot, VmConfig};
-use crate::disk::Images;
 use crate::event_loop::EventLoop;
 use crate::machine::{self, Machine, Outcome};
-use crate::net::Ports;
 use crate::recorder::Recorder;
 use crate::threads::{OrdersElsewhere, Role};
 use running::{Asked, Running};
@@ -108,9 +107,7 @@ pub struct Session<'a> {
     recorder: Arc<Recorder>,
     // Dropped in this order: the name is free before anybody learns of the end, and all of them are handlers of the loop.
     controlled: Option<Controlled>,
-    ends: Ends,
-    images: Images,
-    ports: Ports,
+    backends: Backends,
     events: EventLoop,
     /// How often it was told to end before its last machine ended.
     orders: u32,
@@ -123,9 +120,8 @@ impl<'a> Session<'a> {
     /// The host is out of descriptors.
     pub fn private(config: &'a VmConfig, recorder: Arc<Recorder>) -> Result<Self, Error> {
         let events = EventLoop::new().map_err(api::Error::Thread)?;
-        let ends = Ends::new(events.clone());
-        let (images, ports) = Default::default();
-        Ok(Self { config, recorder, ends, images, ports, controlled: None, events, orders: 0 })
+        let backends = Backends::new(events.clone());
+        Ok(Self { config, recorder, backends, controlled: None, events, orders: 0 })
     }
 
     /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on.
@@ -142,8 +138,9 @@ impl<'a> Session<'a> {
         let orders = OrdersElsewhere::from_now_on();
         let entry = Registry::of_user().register(config.name.as_deref())?;
         log::info!("{}: control socket registered", entry.name());
+        let vsock = entry.vsock();
         let Controls { stop_timeout, viewers, serving, killed_status, outputs } = controls;
-        let running = Arc::new(Running::new(entry.name(), config, viewers, killed_status));
+        let running = Arc::new(Running::new(entry.name(), config, &vsock, viewers, killed_status));
         let unserved = Some((entry, signals));
         let controlled = Some(Controlled {
             _orders: orders,
@@ -156,17 +153,26 @@ impl<'a> Session<'a> {
         });
         let mut session = Self::private(config, recorder)?;
         session.controlled = controlled;
+        session.backends.doors.lie_at(vsock);
         Ok(session)
     }
 
     /// Gives `role` (`console`, `serial`, `port NAME`) a host end that is open already, whatever the configuration says.
     pub fn put(&mut self, role: &str, end: Endpoint) {
-        self.ends.put(role, end);
+        self.backends.ends.put(role, end);
     }
 
     /// Whether the session was told to end once more since its last machine ended: for what its owner still has to do then.
     pub fn interrupted(&self) -> bool {
         self.orders() > self.orders
+    }
+
+    /// Tells those who wait for the end of the run that this process will exit with `status`. They hear it when the session is
+    /// dropped.
+    pub fn will_exit(&self, status: u8) {
+        if let Some(controlled) = &self.controlled {
+            controlled.running.will_exit(status);
+        }
     }
 
     fn orders(&self) -> u32 {
@@ -184,8 +190,7 @@ impl<'a> Session<'a> {
             controlled.running.over();
         }
         // The terminal is given back: Ctrl-C is a signal again.
-        self.ends = Ends::new(self.events.clone());
-        (self.images, self.ports) = Default::default();
+        self.backends = Backends::new(self.events.clone());
         result
     }
 
@@ -205,10 +210,9 @@ impl<'a> Session<'a> {
             self.serve()?;
         }
         loop {
-            let Self { ends, images, ports, .. } = self;
-            let mut machine = machine::load(self.config, ends, images, ports, &self.recorder)?;
+            let mut machine = machine::load(self.config, &mut self.backends, &self.recorder)?;
             let ptys = self.ptys();
-            let mut built = Built { machine: &mut machine, ptys: &ptys, ends: &self.ends };
+            let mut built = Built { machine: &mut machine, ptys: &ptys, ends: &self.backends.ends };
             for observer in &mut *observers {
                 observer.built(&mut built).map_err(Error::Observer)?;
             }
@@ -275,6 +279,6 @@ impl<'a> Session<'a> {
             let path = place.strip_prefix("pty=")?.into();
             Some(Pty { device: role.to_owned(), path })
         };
-        self.ends.list().filter_map(pty).collect()
+        self.backends.ends.list().filter_map(pty).collect()
     }
 }

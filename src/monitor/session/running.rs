@@ -3,6 +3,7 @@
 //! What is asked for while there is no machine (before the first, between two) is kept if it is an end, and refused
 //! otherwise.
 
+use std::path::Path;
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -37,6 +38,7 @@ struct Now {
     button: bool,
     kill: bool,
     over: bool,
+    exit_status: Option<u8>,
     ptys: Vec<Pty>,
 }
 
@@ -49,8 +51,17 @@ pub(super) enum Asked {
 }
 
 impl Running {
-    /// One that is called `name` and will be built from `config`, and that `viewers` can look at.
-    pub fn new(name: &str, config: &VmConfig, viewers: Arc<dyn Viewers>, killed_status: u8) -> Self {
+    /// One that is called `name` and will be built from `config`, and that `viewers` can look at. Its socket device, if it has one, is
+    /// at `vsock`, unless the configuration says otherwise.
+    pub fn new(
+        name: &str,
+        config: &VmConfig,
+        vsock: &Path,
+        viewers: Arc<dyn Viewers>,
+        killed_status: u8,
+    ) -> Self {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or(path.to_owned());
+        let sockets = config.vsock.as_ref().map(|config| config.path.as_deref().unwrap_or(vsock));
         let status = Status {
             name: name.to_owned(),
             pid: process::id(),
@@ -58,8 +69,10 @@ impl Running {
             uptime_seconds: 0.0,
             cpus: config.cpus.0,
             memory_bytes: config.mem.size.bytes(),
-            kernel: config.kernel.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
+            kernel: config.kernel.as_deref().map(absolute),
+            vsock: sockets.map(absolute),
             ptys: Vec::new(),
+            networks: Vec::new(),
         };
         let orders = AtomicU32::new(0);
         Self { started: Instant::now(), status, now: Arc::default(), viewers, orders, killed_status }
@@ -92,6 +105,11 @@ impl Running {
     /// No machine comes after the last; what is left to do may take a moment, and ends with the next order to end.
     pub fn over(&self) {
         self.now().over = true;
+    }
+
+    /// The process will end with `status`, whatever is left to do until then.
+    pub fn will_exit(&self, status: u8) {
+        self.now().exit_status = Some(status);
     }
 
     /// How often it was told to end, by whatever way. One more ends also what is done after the machine's end.
@@ -149,7 +167,8 @@ impl Control for Running {
             },
         };
         let uptime_seconds = self.started.elapsed().as_millis() as f64 / 1000.0;
-        Status { state, uptime_seconds, ptys: now.ptys.clone(), ..self.status.clone() }
+        let networks = now.machine.iter().flat_map(Handle::networks).map(Into::into).collect();
+        Status { state, uptime_seconds, ptys: now.ptys.clone(), networks, ..self.status.clone() }
     }
 
     fn pause(&self) -> Result<(), String> {
@@ -180,6 +199,11 @@ impl Control for Running {
         let mut now = self.now();
         now.kill = true;
         now.machine.iter().for_each(Handle::kill);
+    }
+
+    fn exit_status(&self) -> Option<u8> {
+        let now = self.now();
+        now.exit_status.or(now.kill.then_some(self.killed_status))
     }
 
     fn give_up(&self) {

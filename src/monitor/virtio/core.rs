@@ -11,7 +11,7 @@
 //! that it is not over.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::device::{Traits, VirtioDevice};
+use super::device::{Offload, OffloadedRing, Traits, VirtioDevice};
 use super::queue::{Notifier, Position, Setup, Virtqueue};
 use crate::bus::{Busy, lock};
 use crate::event_loop::{Event, Handler, Interest, Sources, Worker};
@@ -81,10 +81,13 @@ struct Parts {
     queues: Vec<Virtqueue>,
     doorbells: Vec<Event>,
     notifier: Arc<dyn Notifier>,
+    ram: Arc<GuestRam>,
     signals: Arc<Signals>,
     posted: Posted,
     /// From DRIVER_OK to a reset.
     started: bool,
+    /// Others run their queues now.
+    handed_over: bool,
     /// The configuration space as it was after the last callback.
     config: Vec<u8>,
     recorder: Arc<Recorder>,
@@ -127,8 +130,56 @@ impl Parts {
         }
     }
 
+    /// Has others begin with the queues that are theirs.
+    fn hand_over(&mut self) {
+        if !self.started || self.handed_over {
+            return;
+        }
+        let Some(offload) = self.device.offload() else { return };
+        let Some(call) = self.notifier.direct() else {
+            log::error!("{}: its interrupt cannot be raised by others", self.name);
+            return self.fail();
+        };
+        let mut rings = Vec::new();
+        for (queue, (ring, doorbell)) in self.queues.iter().zip(&self.doorbells).enumerate() {
+            if let (true, Some(setup)) = (offload.runs(queue), ring.setup()) {
+                let (position, event_idx, kick) = (ring.position(), ring.event_idx(), doorbell.as_fd());
+                rings.push(OffloadedRing { queue, setup, position, event_idx, kick, call });
+            }
+        }
+        let handed_over = offload.hand_over(&self.ram, &rings);
+        drop(rings);
+        match handed_over {
+            Ok(()) => self.handed_over = true,
+            Err(error) => {
+                log::error!("{}: hand its queues over: {error}", self.name);
+                self.fail();
+            }
+        }
+    }
+
+    /// The device cannot go on until the driver resets it.
+    fn fail(&self) {
+        if !self.signals.needs_reset.swap(true, Ordering::SeqCst) {
+            self.notifier.config_changed();
+        }
+    }
+
+    /// Undoes [`Parts::hand_over`].
+    fn take_back(&mut self) {
+        if !std::mem::take(&mut self.handed_over) {
+            return;
+        }
+        for (index, position) in self.device.offload().map(Offload::take_back).unwrap_or_default() {
+            if let Some(queue) = self.queues.get_mut(index) {
+                queue.go_on_at(position);
+            }
+        }
+    }
+
     /// What the driver has asked for is done once the device is at rest.
     fn come_to_rest(&mut self, deadline: Instant) -> Result<(), Busy> {
+        self.take_back();
         self.allow();
         let result = self.device.drain(&mut self.queues, deadline);
         self.tell_driver();
@@ -153,13 +204,23 @@ impl Parts {
     /// Undoes [`Parts::come_to_rest`], or has the worker try again.
     fn go_on(&mut self) {
         if self.signals.posted.load(Ordering::SeqCst) {
-            self.doorbells.iter().take(1).for_each(Event::signal);
+            let ours = self.offloaded().iter().position(|offloaded| !offloaded);
+            ours.and_then(|index| self.doorbells.get(index)).iter().for_each(|doorbell| doorbell.signal());
         } else {
             self.allow();
             self.device.resume(&mut self.queues);
             self.tell_driver();
+            self.hand_over();
             self.ring();
         }
+    }
+
+    /// Of each queue, whether others run it.
+    fn offloaded(&mut self) -> Vec<bool> {
+        let offload = self.device.offload();
+        (0..self.queues.len())
+            .map(|index| offload.as_ref().is_some_and(|offload| offload.runs(index)))
+            .collect()
     }
 
     /// Has the worker look at every queue: for what came while nobody looked.
@@ -215,6 +276,7 @@ impl Parts {
         let handled = u32::try_from(now.wrapping_sub(time)).unwrap_or(u32::MAX);
         let (kind, value) = (kind as u8, completed.into());
         track.write(Record { time, address, value, handled, kind, ..Record::default() });
+        self.device.take_records().into_iter().for_each(|record| track.write(record));
         if let Some(address) = interrupted {
             track.write(Record { time: now, address, kind: Kind::Interrupt as u8, ..Record::default() });
         }
@@ -232,10 +294,19 @@ impl Parts {
     }
 }
 
+impl Drop for Parts {
+    fn drop(&mut self) {
+        // Guest memory goes next.
+        self.take_back();
+    }
+}
+
 /// What the worker thread runs.
 struct Service {
     parts: Arc<Mutex<Parts>>,
     doorbells: Vec<Event>,
+    /// Of each queue, whether others wait for its doorbell.
+    offloaded: Vec<bool>,
     /// The device's own sources, and what is waited for on each.
     sources: Vec<(OwnedFd, Interest)>,
 }
@@ -261,8 +332,10 @@ impl Service {
 
 impl Handler for Service {
     fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
-        let mut doorbells = self.doorbells.iter().zip(0..);
-        doorbells.try_for_each(|(doorbell, token)| sources.add(doorbell, token, Interest::INPUT))?;
+        let doorbells = self.doorbells.iter().zip(0..).zip(&self.offloaded);
+        for ((doorbell, token), _) in doorbells.filter(|(_, offloaded)| !**offloaded) {
+            sources.add(doorbell, token, Interest::INPUT)?;
+        }
         self.adapt(sources)
     }
 
@@ -345,6 +418,8 @@ impl Core {
             signals: signals.clone(),
             posted: Posted::default(),
             started: false,
+            handed_over: false,
+            ram: ram.clone(),
             config: device.config().to_vec(),
             device,
             notifier,
@@ -593,6 +668,7 @@ impl Core {
         parts.device.start();
         parts.config_moved();
         parts.started = true;
+        parts.hand_over();
         parts.ring();
         drop(parts);
         self.running = true;
@@ -607,9 +683,7 @@ impl Core {
 
     /// The device cannot go on until the driver resets it.
     fn give_up(&self) {
-        if !self.signals.needs_reset.swap(true, Ordering::SeqCst) {
-            lock(&self.parts).notifier.config_changed();
-        }
+        lock(&self.parts).fail();
     }
 
     /// Comes to rest: the worker is gone, nothing is in flight, and what the driver had asked for is done.
@@ -651,7 +725,8 @@ impl Core {
 
     fn spawn(&self) -> io::Result<Worker> {
         let doorbells = clones(&self.doorbells)?;
-        let parts = lock(&self.parts);
+        let mut parts = lock(&self.parts);
+        let offloaded = parts.offloaded();
         // Own descriptors, because the device's can be borrowed only under the lock. epoll takes both for the same.
         let own = parts.device.event_sources().into_iter();
         let own = own.map(|fd| Ok((fd.try_clone_to_owned()?, Interest::default())));
@@ -659,7 +734,7 @@ impl Core {
         drop(parts);
         Worker::spawn(
             Role::Device(self.name.clone()),
-            Service { parts: self.parts.clone(), doorbells, sources },
+            Service { parts: self.parts.clone(), doorbells, offloaded, sources },
         )
     }
 

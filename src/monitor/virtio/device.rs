@@ -2,12 +2,15 @@
 //!
 //! [`core`](super::core) drives it, the same way for every device and transport.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
-use super::queue::Virtqueue;
+use super::queue::{Position, Setup, Virtqueue};
 use crate::bus::Busy;
 use crate::event_loop::Interest;
+use crate::memory::GuestRam;
+use crate::recorder::Event as Record;
 use crate::state::Saved;
 
 /// What a device is, as data.
@@ -66,6 +69,10 @@ pub trait VirtioDevice: Saved + Send {
     /// Source `source` of [`VirtioDevice::event_sources`] is ready. It may be so before `start` and after
     /// `reset`, too.
     fn on_event(&mut self, _source: usize, _queues: &mut [Virtqueue]) {}
+    /// What the last callbacks did, for the recorder, in order of time: only if it was on.
+    fn take_records(&mut self) -> Vec<Record> {
+        Vec::new()
+    }
     /// Comes to rest: begins nothing more, and waits until `deadline` at most for what is begun. After `Ok`
     /// no thread and no kernel request touches guest memory or the host on the device's behalf; what it has
     /// popped is completed, put back, or kept in its state to go on after `resume`.
@@ -82,4 +89,42 @@ pub trait VirtioDevice: Saved + Send {
     fn forget(&mut self, _index: usize) {}
     /// Forgets the driver: back to the state in which it was built. At rest.
     fn reset(&mut self) {}
+    /// For a device with queues that others run.
+    fn offload(&mut self) -> Option<&mut dyn Offload> {
+        None
+    }
+}
+
+/// Queues of a device that others run than the monitor: the host's kernel.
+///
+/// They get the rings themselves, with the eventfds of the driver's kicks and of its interrupts, and the device sees no requests of
+/// these queues. `hand_over` follows `start` and `resume`; `take_back` comes before `drain`, before any of these queues is disabled,
+/// and at the latest before guest memory goes.
+pub trait Offload {
+    /// Whether others run queue `index`. Constant for the device's life.
+    fn runs(&self, index: usize) -> bool;
+    /// Has them begin with `rings`, those of their queues that the driver has enabled.
+    ///
+    /// # Errors
+    /// They do not take them. Nothing is handed over then, and the device cannot go on.
+    fn hand_over(&mut self, ram: &GuestRam, rings: &[OffloadedRing<'_>]) -> io::Result<()>;
+    /// Has them stop, and waits until they touch guest memory no more. How far they have come in each queue, by its index.
+    fn take_back(&mut self) -> Vec<(usize, Position)>;
+}
+
+/// A ring that is handed over.
+#[derive(Debug)]
+pub struct OffloadedRing<'a> {
+    /// The queue's index.
+    pub queue: usize,
+    /// The ring.
+    pub setup: Setup,
+    /// Where to go on in it.
+    pub position: Position,
+    /// VIRTIO_F_EVENT_IDX is agreed on.
+    pub event_idx: bool,
+    /// What the driver's kicks signal.
+    pub kick: BorrowedFd<'a>,
+    /// What interrupts the driver.
+    pub call: BorrowedFd<'a>,
 }

@@ -4,7 +4,7 @@
 //! exit, by ioeventfds that are registered before there are vCPUs, but for queues that the vCPU is to serve itself.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
@@ -98,6 +98,8 @@ pub enum Error {
 /// The interrupt and its two reasons.
 struct Line {
     reasons: AtomicU32,
+    /// Reasons that always stand: those who interrupt the driver past this code cannot set them.
+    standing: AtomicU32,
     interrupt: Arc<dyn Interrupt>,
 }
 
@@ -116,6 +118,11 @@ impl Notifier for Line {
 
     fn config_changed(&self) {
         self.raise(INTERRUPT_CONFIG);
+    }
+
+    fn direct(&self) -> Option<BorrowedFd<'_>> {
+        self.standing.store(INTERRUPT_USED, Ordering::SeqCst);
+        self.interrupt.as_eventfd()
     }
 }
 
@@ -151,7 +158,7 @@ impl Mmio {
     ) -> Result<Self, Error> {
         let name = || name.to_owned();
         let interrupt = vm.irq_line(gsi).map_err(|source| Error::Interrupt { name: name(), gsi, source })?;
-        let line = Arc::new(Line { reasons: AtomicU32::new(0), interrupt });
+        let line = Arc::new(Line { reasons: AtomicU32::new(0), standing: AtomicU32::new(0), interrupt });
         let core = Core::new(&name(), ram, device, line.clone(), recorder)
             .map_err(|source| Error::Events { name: name(), source })?;
         let by_worker = |(queue, _): &(usize, _)| !core.served_by_vcpu(*queue);
@@ -176,7 +183,9 @@ impl Mmio {
             DEVICE_FEATURES => self.core.offered_features(self.select.device_features),
             QUEUE_SIZE_MAX => self.core.queue_max(queue).map_or(0, u32::from),
             QUEUE_READY => self.core.queue_ready(queue).into(),
-            INTERRUPT_STATUS => self.line.reasons.load(Ordering::SeqCst),
+            INTERRUPT_STATUS => {
+                self.line.reasons.load(Ordering::SeqCst) | self.line.standing.load(Ordering::SeqCst)
+            }
             STATUS => self.core.status().into(),
             CONFIG_GENERATION => self.core.config_generation(),
             // No shared memory regions: length and base read as all ones (4.2.2.1).

@@ -12,11 +12,17 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod testing;
+pub mod vsock;
 
-use crate::chardev::{self, Ends};
-use crate::config::{self, CharTarget, VmConfig};
+use std::sync::Arc;
+
+use crate::backends::Backends;
+use crate::chardev;
+use crate::config::{self, CharTarget, Mac, VmConfig};
 use crate::disk;
-use crate::net as links;
+use crate::net::{self as links, traffic::Network};
+use crate::recorder::Recorder;
+use crate::vsock as sockets;
 use device::VirtioDevice;
 
 /// A device that a configuration asks for.
@@ -28,6 +34,8 @@ pub enum Device<'a> {
     Rng,
     /// A network device, the `usize`th, of the machine of that name.
     Net(usize, &'a config::Net, Option<&'a str>),
+    /// A socket device.
+    Vsock(&'a config::Vsock),
     /// The console: where hvc0 goes, and the named ports.
     Console(&'a VmConfig),
 }
@@ -41,6 +49,9 @@ pub enum Error {
     /// Its links.
     #[error(transparent)]
     Net(#[from] links::Error),
+    /// Its sockets.
+    #[error(transparent)]
+    Vsock(#[from] sockets::Error),
     /// A host end of its.
     #[error(transparent)]
     Chardev(#[from] chardev::Error),
@@ -55,6 +66,7 @@ impl Error {
         match self {
             Self::Disk(error) => error.hint(),
             Self::Net(error) => Some(error.hint()),
+            Self::Vsock(error) => Some(error.hint()),
             Self::Chardev(error) => error.hint().map(str::to_owned),
             Self::Console(_) => None,
         }
@@ -65,6 +77,7 @@ impl Error {
         match self {
             Self::Disk(_) => true,
             Self::Net(error) => error.is_bad_argument(),
+            Self::Vsock(error) => error.is_bad_argument(),
             Self::Chardev(error) => error.is_bad_argument(),
             Self::Console(_) => false,
         }
@@ -79,6 +92,7 @@ impl<'a> Device<'a> {
             list.push(Self::Rng);
         }
         list.extend(config.net.iter().enumerate().map(|(i, net)| Self::Net(i, net, config.name.as_deref())));
+        list.extend(config.vsock.iter().map(Self::Vsock));
         // Last, because opening a host end may change it (a file is truncated), and disks may still be refused.
         if config.console() != CharTarget::Off || !config.port.is_empty() {
             list.push(Self::Console(config));
@@ -92,20 +106,32 @@ impl<'a> Device<'a> {
             Self::Block(index, _) => format!("virtio-blk{index}"),
             Self::Rng => "virtio-rng".to_owned(),
             Self::Net(index, ..) => format!("virtio-net{index}"),
+            Self::Vsock(_) => "virtio-vsock".to_owned(),
             Self::Console(_) => "virtio-console".to_owned(),
         }
     }
 
-    /// Opens what it needs of the host, and builds it; what must outlive it there is in `ends`, `images` and `ports`.
+    /// What those who look may know of it, if it is a network device.
+    ///
+    /// # Errors
+    /// [`Error`]: it is not built, and the host has not got what the configuration names.
+    pub fn network(&self, ports: &mut links::Ports) -> Result<Option<Network>, Error> {
+        let Self::Net(index, config, name) = self else { return Ok(None) };
+        let links::Port { mac, traffic, .. } = ports.get(*index, config, *name)?;
+        Ok(Some(Network { device: self.name(), to: config.to.clone(), mac: Mac(mac), traffic }))
+    }
+
+    /// Opens what it needs of the host, and builds it; what must outlive it there is in `backends`. What the core does not see of
+    /// its work it tells `recorder`.
     ///
     /// # Errors
     /// [`Error`]: the host has not got what the configuration names.
     pub fn build(
         &self,
-        ends: &mut Ends,
-        images: &mut disk::Images,
-        ports: &mut links::Ports,
+        backends: &mut Backends,
+        recorder: &Arc<Recorder>,
     ) -> Result<Box<dyn VirtioDevice>, Error> {
+        let Backends { ends, images, ports, doors } = backends;
         Ok(match self {
             Self::Block(index, disk) => {
                 let id = disk.serial.clone().unwrap_or_else(|| format!("disk{index}"));
@@ -113,8 +139,11 @@ impl<'a> Device<'a> {
             }
             Self::Rng => Box::new(rng::Rng),
             Self::Net(index, config, name) => {
-                Box::new(net::Net::new(ports.get(*index, config, *name)?, config.mtu()))
+                let device = net::Net::new(ports.get(*index, config, *name)?, config.mtu());
+                let device = device.limited(&config.limits).map_err(links::Error::Host)?;
+                Box::new(device.recorded(recorder.clone()))
             }
+            Self::Vsock(config) => Box::new(vsock::Vsock::new(doors.get(config)?, config.cid())),
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;
                 let mut named = Vec::new();

@@ -3,6 +3,7 @@
 //! Devices pop and complete; the core sets it up and looks after each callback. The ring belongs to an adversary:
 //! each index and descriptor is read once, and what breaks the rules breaks the queue, never the monitor.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -21,6 +22,11 @@ pub trait Notifier: Send + Sync {
     fn used(&self, queue: usize);
     /// The configuration space or the device status changed.
     fn config_changed(&self);
+    /// An eventfd that interrupts the driver for used buffers without coming by here, for others that run a device's queues. From
+    /// then on the driver may find at any time that there are some. `None` if there is none.
+    fn direct(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// The most descriptors that a chain may have, unless the queue itself is larger. Drivers stay below the device's
@@ -174,6 +180,36 @@ impl Virtqueue {
     /// How far the device has come.
     pub fn position(&self) -> Position {
         Position { next_available: self.queue.next_avail(), next_used: self.queue.next_used() }
+    }
+
+    /// What the driver said of it; `None` if it is not enabled.
+    pub fn setup(&self) -> Option<Setup> {
+        let (descriptors, available, used) =
+            (self.queue.desc_table(), self.queue.avail_ring(), self.queue.used_ring());
+        self.queue.ready().then(|| Setup {
+            size: self.queue.size(),
+            ready: true,
+            descriptors,
+            available,
+            used,
+        })
+    }
+
+    /// VIRTIO_F_EVENT_IDX is agreed on.
+    pub fn event_idx(&self) -> bool {
+        self.queue.event_idx_enabled()
+    }
+
+    /// Goes on at `position`: others have run the queue up to there.
+    pub fn go_on_at(&mut self, position: Position) {
+        self.queue.set_next_avail(position.next_available);
+        self.queue.set_next_used(position.next_used);
+        self.considered = position.next_used;
+    }
+
+    /// Breaks it, for who has found that the driver broke the rules.
+    pub fn give_up(&mut self) {
+        self.broken = true;
     }
 
     /// The driver has enabled the queue and has not broken it.

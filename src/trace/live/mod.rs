@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use vmm_monitor::config::host_path;
+use vmm_monitor::net::traffic::Counts;
 
 /// How often something came, and the ticks that it took in the monitor.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +63,12 @@ pub struct Device {
     pub completed: u64,
     /// Interrupts to the guest by its queues or configuration.
     pub interrupts: u64,
+    /// Of a network device: frames to the guest and from it, since the machine's first start.
+    #[serde(default)]
+    pub received: Counts,
+    /// From the guest.
+    #[serde(default)]
+    pub sent: Counts,
 }
 
 /// The sums at one moment, since somebody attached first. Differences of two say what happened between.

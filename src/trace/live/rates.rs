@@ -81,8 +81,14 @@ pub struct DeviceRates {
     pub count: u64,
     /// The same per second.
     pub exits: f64,
-    /// Bytes that those moved. What goes through queues is not counted.
+    /// Bytes that those moved, and those of a network's frames. What else goes through queues is not counted.
     pub bytes: f64,
+    /// Frames that a network device gave the guest.
+    pub received: f64,
+    /// Frames that it took from the guest.
+    pub sent: f64,
+    /// Frames that it dropped, either way.
+    pub dropped: f64,
     /// Turns of its worker at a queue that was kicked.
     pub kicks: f64,
     /// Requests completed.
@@ -154,11 +160,15 @@ impl Interval {
 
     fn device(&self, name: &str, now: &Device, before: Device) -> DeviceRates {
         let (exits, turns) = (now.exits.since(before.exits), now.turns.since(before.turns));
+        let sum = |of: fn(&Device) -> u64| since(of(now), of(&before));
         DeviceRates {
             name: name.to_owned(),
             count: exits.count,
             exits: self.rate(exits.count),
-            bytes: self.rate(since(now.bytes, before.bytes)),
+            bytes: self.rate(sum(|d| d.bytes.saturating_add(d.received.bytes).saturating_add(d.sent.bytes))),
+            received: self.rate(sum(|d| d.received.frames)),
+            sent: self.rate(sum(|d| d.sent.frames)),
+            dropped: self.rate(sum(|d| d.received.dropped.total().saturating_add(d.sent.dropped.total()))),
             kicks: self.rate(since(now.kicks, before.kicks)),
             completed: self.rate(since(now.completed, before.completed)),
             interrupts: self.rate(since(now.interrupts, before.interrupts)),
@@ -250,7 +260,9 @@ pub enum Order {
 
 impl DeviceRates {
     fn is_busy(&self) -> bool {
-        self.exits + self.kicks + self.completed + self.interrupts > 0.0 || self.busy > 0.0
+        self.exits + self.kicks + self.completed + self.interrupts > 0.0
+            || self.received + self.sent + self.dropped > 0.0
+            || self.busy > 0.0
     }
 }
 
@@ -263,6 +275,7 @@ fn hardware(name: &str, maker: &str) -> Option<Both> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmm_monitor::net::traffic::{Counts, Dropped};
 
     const SECOND: u64 = 1_000_000_000;
 
@@ -309,6 +322,27 @@ mod tests {
         assert_eq!((new.guest, new.idle, new.kvm_exits, new.exits), (None, None, None, 1.0));
         // A place whose sum had been dropped meanwhile.
         assert_eq!((rates.places[0].name.as_str(), rates.places[0].count), ("0x7", 3));
+    }
+
+    #[test]
+    fn a_networks_frames_become_rates_too() {
+        let counts = |frames, filtered| Counts {
+            frames,
+            bytes: frames * 100,
+            dropped: Dropped { filtered, ..Dropped::default() },
+        };
+        let device =
+            |n| Device { bytes: n, received: counts(10 * n, 2 * n), sent: counts(n, 0), ..Device::default() };
+        let (mut before, mut now) = (sample(10), sample(12));
+        before.devices.insert("virtio-net0".to_owned(), device(100));
+        now.devices.insert("virtio-net0".to_owned(), device(104));
+        now.devices.insert("virtio-net1".to_owned(), Device::default());
+        let rates = Rates::between(&before, &now, &Symbols::default());
+        let [net] = &rates.devices[..] else { panic!("one is idle: {rates:?}") };
+        assert_eq!((net.received, net.sent, net.dropped), (20.0, 2.0, 4.0));
+        assert_eq!(net.bytes, 2.0 + 2000.0 + 200.0);
+        now.devices.insert("virtio-net1".to_owned(), device(u64::MAX / 1000));
+        Rates::between(&before, &now, &Symbols::default());
     }
 
     #[test]

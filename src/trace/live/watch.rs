@@ -118,6 +118,11 @@ impl Viewer {
         (sample.recorded, sample.viewers) = (live.recorded, viewers);
         if let Some(machine) = machine {
             look_at_threads(machine, &mut sample);
+            for network in machine.networks() {
+                let device = sample.devices.entry(network.device.clone()).or_default();
+                device.received = network.traffic.received.counts();
+                device.sent = network.traffic.sent.counts();
+            }
         }
         sample
     }

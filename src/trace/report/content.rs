@@ -344,7 +344,7 @@ impl Report<'_> {
         let (class, exit) = match kind {
             Kind::PioIn | Kind::PioOut => (Class::Port, "KVM_EXIT_IO"),
             Kind::MmioRead | Kind::MmioWrite => (Class::Mmio, "KVM_EXIT_MMIO"),
-            Kind::Queue | Kind::Source => (Class::Worker, ""),
+            Kind::Queue | Kind::Source | Kind::Frame => (Class::Worker, ""),
             Kind::Interrupt => (Class::Notify, ""),
             Kind::Halt => (Class::Monitor, "KVM_EXIT_HLT"),
             Kind::Shutdown => (Class::Monitor, "KVM_EXIT_SHUTDOWN"),

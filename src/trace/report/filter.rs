@@ -24,7 +24,8 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// The kinds that a word of `--only` stands for: `pio`, `mmio`, `halt`, `kvm`, `virtio`, `other`.
+    /// The kinds that a word of `--only` stands for: `pio`, `mmio`, `halt`, `kvm`, `virtio`, `net`,
+    /// `other`.
     pub fn kinds(word: &str) -> Option<&'static [Kind]> {
         Some(match word {
             "pio" => &[Kind::PioIn, Kind::PioOut],
@@ -32,6 +33,7 @@ impl Filter {
             "halt" => &[Kind::Halt],
             "kvm" => &[Kind::InKernel],
             "virtio" => &[Kind::Queue, Kind::Source, Kind::Interrupt],
+            "net" => &[Kind::Frame],
             "other" => &[
                 Kind::Shutdown,
                 Kind::SystemEvent,
@@ -65,7 +67,7 @@ impl Filter {
         let header = &report.trace.header;
         let is_port = matches!(kind, Kind::PioIn | Kind::PioOut);
         let device = || match kind {
-            Kind::Queue | Kind::Source | Kind::Interrupt => Some(report.track(track)),
+            Kind::Queue | Kind::Source | Kind::Interrupt | Kind::Frame => Some(report.track(track)),
             _ => devices::name(header, event),
         };
         let symbol = || report.symbols.find(report.code.instruction(event).0).map_or("", |(name, _)| name);

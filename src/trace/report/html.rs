@@ -123,7 +123,7 @@ mod tests {
             }
         }
         let (_, odd) = page(&trace, &Filter::default());
-        assert_eq!(odd["events"]["t"].as_array().unwrap().len(), 4 * 20, "all but code");
+        assert_eq!(odd["events"]["t"].as_array().unwrap().len(), 4 * 21, "all but code");
         let filter = Filter { device: Some("nobody".to_owned()), ..Filter::default() };
         assert_eq!(page(&trace, &filter).1["totals"], serde_json::json!([16, 0, 0]));
     }

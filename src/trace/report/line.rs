@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Report, duration};
 use crate::reasons::Shown;
-use crate::{devices, reasons};
+use crate::{devices, frames, reasons};
 use vmm_monitor::config::cpu::Vendor;
 use vmm_monitor::recorder::{Event, Kind, Registers, registers};
 
@@ -34,7 +34,7 @@ impl Report<'_> {
                 ""
             );
         }
-        if kind == Kind::Interrupt {
+        if matches!(kind, Kind::Interrupt | Kind::Frame) {
             return writeln!(out, "{}", worker(kind, event));
         }
         if !kind.is_exit() {
@@ -92,6 +92,16 @@ impl Report<'_> {
         let both = kind.and_then(|kind| self.hardware(kind, event));
         let vtx = both.as_ref().and_then(|both| both.single(Vendor::Intel));
         let svm = both.as_ref().and_then(|both| both.single(Vendor::Amd));
+        if kind == Some(Kind::Frame) {
+            return json!({
+                "track": self.track(track),
+                "ns": self.trace.since_start(event.time),
+                "kind": "frame",
+                "bytes": event.as_frame().len,
+                "from_guest": event.as_frame().from_guest,
+                "answer": frames::tell(event),
+            });
+        }
         let (rip, instruction) = self.code.instruction(event);
         json!({
             "track": self.track(track),
@@ -126,6 +136,7 @@ pub(super) fn worker(kind: Kind, event: &Event) -> String {
             "interrupts the guest: configuration changed".to_owned()
         }
         Kind::Interrupt => format!("interrupts the guest: queue {} has used buffers", event.address),
+        Kind::Frame => frames::tell(event),
         _ => plain_name(kind).to_owned(),
     }
 }
@@ -165,5 +176,6 @@ pub fn plain_name(kind: Kind) -> &'static str {
         Kind::MsrRead => "msr read",
         Kind::MsrWrite => "msr write",
         Kind::Hypercall => "hypercall",
+        Kind::Frame => "frame",
     }
 }

@@ -212,6 +212,7 @@ pub fn of_kind(kind: Kind) -> &'static str {
         Kind::Interrupt => {
             "The device told the guest that there is something to fetch: an eventfd that KVM turns into an interrupt (irqfd)."
         }
+        Kind::Frame => "A frame of Ethernet passed between the guest's buffers and the device's host end.",
         _ => "A reason that this version of vmm does not know.",
     }
 }

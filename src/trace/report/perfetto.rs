@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::before;
 use super::line::plain_name;
 use super::{Filter, Report};
-use crate::devices;
+use crate::{devices, frames};
 use vmm_monitor::recorder::{Event, Kind};
 
 /// One process: the machine.
@@ -58,6 +58,11 @@ impl Report<'_> {
             return vec![
                 json!({"name": "interrupt", "ph": "i", "s": "t", "pid": PROCESS, "tid": track, "ts": us(start),
                                "args": {"queue": event.address}}),
+            ];
+        }
+        if kind == Kind::Frame {
+            return vec![
+                json!({"name": frames::tell(event), "ph": "i", "s": "t", "pid": PROCESS, "tid": track, "ts": us(start)}),
             ];
         }
         if kind == Kind::InKernel {

@@ -11,6 +11,7 @@ mod life;
 mod net;
 mod registers;
 mod rings;
+mod vsock;
 
 use std::thread;
 
@@ -115,4 +116,9 @@ fn entropy() {
 #[test]
 fn net() {
     run(|name| name.starts_with("net"), net::TABLE);
+}
+
+#[test]
+fn vsock() {
+    run(|name| name == "vsock", vsock::TABLE);
 }

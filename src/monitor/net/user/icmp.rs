@@ -11,11 +11,11 @@ use rustix::net::{
 };
 use smoltcp::wire::{Icmpv4Packet, Icmpv6Packet, IpProtocol, IpRepr};
 
-use super::Context;
 use super::addresses::{gateway, is_ours};
 use super::ip::Packet;
-use super::poller::{Ready, Source};
 use super::table::Table;
+use super::{Context, Ready, Source};
+use crate::event_loop::Interest;
 
 /// Flows at once.
 const FLOWS: usize = 32;
@@ -165,7 +165,7 @@ impl Ping {
             }
             let id = self.flows.next_id();
             let opened = open(packet.to).and_then(|socket| {
-                context.poller.add(&socket, Source::Ping, id)?;
+                context.poller.add(&socket, Source::Ping, id, Interest::BOTH)?;
                 Ok(socket)
             });
             match opened {

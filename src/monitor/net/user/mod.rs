@@ -15,7 +15,6 @@ mod ip;
 mod ndp;
 mod offload;
 mod policy;
-mod poller;
 mod publish;
 mod recovery;
 mod room;
@@ -27,20 +26,17 @@ mod tests;
 mod udp;
 mod wire;
 
-use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use rustix::event::Timespec;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
-};
 use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol};
 
 use crate::config::UserNet;
-use crate::event_loop::Event;
+use crate::event_loop::{Event, Interest};
 use crate::net::Offloads;
+use crate::poller::{self, Poller};
+use crate::timer::Timer;
 
 use addresses::{GATEWAY, is_guests};
 use dns::Resolvers;
@@ -49,7 +45,6 @@ use icmp::{Ping, Unreachable};
 use ip::Packet;
 use ndp::Router;
 use policy::Policy;
-use poller::{Poller, Source};
 use publish::Listeners;
 use route::Routes;
 use tcp::Tcp;
@@ -61,6 +56,24 @@ pub use publish::Error;
 const SWEEP: Duration = Duration::from_secs(5);
 /// Rounds of events before whoever drives the stack has its turn.
 const ROUNDS: usize = 16;
+
+/// Whose descriptor can go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Tcp,
+    Udp,
+    Ping,
+    Listener,
+    Timer,
+    Wake,
+}
+
+impl poller::Source for Source {
+    const ALL: &'static [Self] = &[Self::Tcp, Self::Udp, Self::Ping, Self::Listener, Self::Timer, Self::Wake];
+}
+
+/// What it can do.
+type Ready = poller::Ready<Source>;
 
 /// The two ends of a flow, as the guest names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -122,7 +135,7 @@ impl Clock {
 /// What all protocols share.
 struct Context {
     frames: Frames,
-    poller: Poller,
+    poller: Poller<Source>,
     policy: Policy,
     /// The guest may have IPv6.
     ipv6: bool,
@@ -140,7 +153,7 @@ pub struct Stack {
     ping: Ping,
     listeners: Listeners,
     router: Router,
-    timer: OwnedFd,
+    timer: Timer,
     /// When the timer will be readable.
     armed: Option<Instant>,
     swept: Option<Instant>,
@@ -169,11 +182,10 @@ impl Stack {
             now,
         };
         let resolvers = Resolvers::new(&config.dns.iter().map(|resolver| resolver.0).collect::<Vec<_>>());
-        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK);
-        let timer = timer.map_err(io::Error::from)?;
+        let timer = Timer::new()?;
         let wake = Event::new()?;
-        context.poller.add(&timer, Source::Timer, 0)?;
-        context.poller.add(&wake, Source::Wake, 0)?;
+        context.poller.add(&timer, Source::Timer, 0, Interest::INPUT)?;
+        context.poller.add_steady(&wake, Source::Wake, 0)?;
         Ok(Self {
             udp: Udp::new(&context, udp)?,
             listeners: Listeners::new(&context, tcp)?,
@@ -327,14 +339,8 @@ impl Stack {
         let deadlines = [self.tcp.deadline(), self.router.deadline(), self.swept];
         let Some(deadline) = deadlines.into_iter().flatten().min() else { return };
         if self.armed.is_none_or(|armed| deadline < armed) {
-            // Zero would disarm it.
-            let wait = deadline.saturating_duration_since(self.context.now).max(Duration::from_micros(1));
-            let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
-            let once = Itimerspec { it_interval: Timespec::default(), it_value: wait };
-            match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once) {
-                Ok(_) => self.armed = Some(deadline),
-                Err(error) => log::error!("user network: timer: {error}"),
-            }
+            self.timer.set(Some(deadline.saturating_duration_since(self.context.now)));
+            self.armed = Some(deadline);
         }
     }
 }

@@ -4,10 +4,10 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 
 use crate::config::Publish;
+use crate::event_loop::Interest;
 
-use super::Context;
-use super::poller::Source;
 use super::tcp::Tcp;
+use super::{Context, Source};
 
 /// Why there is no network for the guest.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +92,7 @@ impl Listeners {
         let own = |(socket, port)| Listener { socket, port, ready: false, more: false };
         let list: Vec<_> = sockets.into_iter().map(own).collect();
         for (number, listener) in (0..).zip(&list) {
-            context.poller.add(&listener.socket, Source::Listener, number)?;
+            context.poller.add(&listener.socket, Source::Listener, number, Interest::INPUT)?;
         }
         Ok(Self(list))
     }

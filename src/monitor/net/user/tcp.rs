@@ -17,9 +17,9 @@ use super::dns::Resolvers;
 use super::guest_end::{BUFFER, BUFFER_OF_MANY, GuestEnd, unchecked};
 use super::icmp::Unreachable;
 use super::ip::Packet;
-use super::poller::{Ready, Source};
 use super::table::Table;
-use super::{Context, Key, Ports, icmp};
+use super::{Context, Key, Ports, Ready, Source, icmp};
+use crate::event_loop::Interest;
 
 /// Flows at once.
 const FLOWS: usize = 512;
@@ -302,7 +302,7 @@ impl Tcp {
         }
         // What goes over this socket was put together by somebody else already.
         let _ = host.set_nodelay(true);
-        context.poller.add(&host, Source::Tcp, self.flows.next_id())?;
+        context.poller.add(&host, Source::Tcp, self.flows.next_id(), Interest::BOTH)?;
         self.flows.insert(key, context.now, Flow::new(state, host));
         Ok(())
     }

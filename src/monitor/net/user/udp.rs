@@ -14,9 +14,9 @@ use super::dns::{self, Resolvers};
 use super::ethernet::Frames;
 use super::icmp::Unreachable;
 use super::ip::Packet;
-use super::poller::{Ready, Source};
 use super::table::Table;
-use super::{Context, Key, Ports, icmp};
+use super::{Context, Key, Ports, Ready, Source, icmp};
+use crate::event_loop::Interest;
 
 /// Flows at once.
 const FLOWS: usize = 256;
@@ -98,7 +98,7 @@ impl Udp {
         let own = |(socket, port)| Published { socket, port, peers: HashMap::new() };
         let published: Vec<_> = published.into_iter().map(own).collect();
         for (number, published) in (0..).zip(&published) {
-            context.poller.add(&published.socket, Source::Udp, PUBLISHED + number)?;
+            context.poller.add(&published.socket, Source::Udp, PUBLISHED + number, Interest::BOTH)?;
         }
         let (flows, buffer) = (Table::new(FLOWS), vec![0; LONGEST]);
         Ok(Self { flows, published, waiting: false, ports: Ports::default(), buffer })
@@ -139,7 +139,7 @@ impl Udp {
             self.make_room();
             let id = self.flows.next_id();
             let opened = connected(target).and_then(|socket| {
-                context.poller.add(&socket, Source::Udp, id)?;
+                context.poller.add(&socket, Source::Udp, id, Interest::BOTH)?;
                 Ok(socket)
             });
             let behind = match opened {

@@ -6,12 +6,10 @@
 //! holds input back until then.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
+use crate::timer::Timer;
 
 /// A pause this long ends the wait.
 pub const PAUSE: Duration = Duration::from_millis(50);
@@ -21,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(1);
 /// A timer that runs out when the driver has come to rest for the first time. Readable then.
 #[derive(Debug)]
 pub struct Settle {
-    timer: OwnedFd,
+    timer: Timer,
     deadline: Option<Instant>,
 }
 
@@ -31,32 +29,20 @@ impl Settle {
     /// # Errors
     /// The host is out of descriptors.
     pub fn new() -> io::Result<Self> {
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        Ok(Self { timer: timerfd_create(TimerfdClockId::Monotonic, flags)?, deadline: None })
+        Ok(Self { timer: Timer::new()?, deadline: None })
     }
 
     /// The driver did something: the pause starts again.
     pub fn touch(&mut self) {
         let now = Instant::now();
         let deadline = *self.deadline.get_or_insert(now + LIMIT);
-        // Zero would stop the timer.
-        self.set(PAUSE.min(deadline.saturating_duration_since(now)).max(Duration::from_nanos(1)));
+        self.timer.set(Some(PAUSE.min(deadline.saturating_duration_since(now))));
     }
 
     /// Stops the timer, and takes down what it has signalled.
     pub fn stop(&mut self) {
         self.deadline = None;
-        self.set(Duration::ZERO);
-    }
-
-    fn set(&self, after: Duration) {
-        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let value = Timespec { tv_sec: after.as_secs().cast_signed(), tv_nsec: after.subsec_nanos().into() };
-        let spec = Itimerspec { it_interval: zero, it_value: value };
-        // Fails only for times that are none.
-        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
-            log::error!("console: set a timer: {error}");
-        }
+        self.timer.set(None);
     }
 }
 

@@ -78,6 +78,9 @@ pub const SEGMENTS: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_USO4 | GUEST_USO6;
 /// What CTRL_GUEST_OFFLOADS turns on and off.
 pub const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_ECN | SEGMENTS;
 
+/// What only the monitor does when it serves the queues: it looks at each frame.
+pub const FILTERS: u64 = CTRL_RX | CTRL_RX_EXTRA | CTRL_VLAN;
+
 /// What is offered for a link with `offloads`.
 pub fn offered(offloads: Offloads, mtu: bool, several: bool) -> u64 {
     let mut features = MAC

@@ -1,16 +1,22 @@
 //! virtio-net: a network device on the links of a [`Port`] (virtio 1.3, 5.1). Knows no taps and no sockets.
 //!
 //! Frames go between the driver's buffers and a link by one system call each. Where the link takes no more, they stay in their
-//! queue; where the driver gives no buffers, the link is not waited for.
+//! queue; where the driver gives no buffers, the link is not waited for. A rate limit ([`limit`]) is a third reason to wait.
 
+mod bucket;
 mod control;
 mod features;
 mod filter;
+mod frames;
 mod header;
+mod kernel;
+mod limit;
 mod receive;
 mod transmit;
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -18,13 +24,18 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 use zerocopy::{Immutable, IntoBytes, KnownLayout, little_endian as le};
 
-use super::device::{Traits, VirtioDevice};
+use super::device::{Offload, Traits, VirtioDevice};
 use super::queue::Virtqueue;
 use crate::bus::Busy;
+use crate::config::NetLimits;
 use crate::event_loop::Interest;
+use crate::net::traffic::Way;
 use crate::net::{HEADER, MAX_FRAME, Offloads, Port, START};
+use crate::recorder::{Event as Record, Recorder};
 use crate::state::{StateError, Stateful};
 use filter::Filter;
+use frames::Frames;
+use limit::{Gate, Limiter};
 use receive::{Receiver, Terms};
 
 const QUEUE_SIZE: u16 = 256;
@@ -40,6 +51,13 @@ struct Config {
     status: le::U16,
     max_virtqueue_pairs: le::U16,
     mtu: le::U16,
+}
+
+/// What a frame passes on its way, either way: what may hold it up, and who hears of it.
+struct Lane<'a> {
+    gate: &'a mut Gate,
+    counts: &'a Way,
+    frames: &'a mut Frames,
 }
 
 /// A network device.
@@ -63,6 +81,8 @@ pub struct Net {
     receivers: Vec<Receiver>,
     /// What each link is waited for.
     interests: Vec<Interest>,
+    limiter: Limiter,
+    frames: Frames,
 }
 
 /// [`Net`]'s saved state.
@@ -88,10 +108,14 @@ impl Net {
             mtu: mtu.unwrap_or(ETHERNET_MTU).into(),
             ..Config::default()
         };
+        let mut offered = features::offered(able, mtu.is_some(), pairs > 1);
+        if let Some(kernel) = port.kernel.first() {
+            offered &= kernel::able(kernel);
+        }
         let mut net = Self {
             port,
             config,
-            offered: features::offered(able, mtu.is_some(), pairs > 1),
+            offered,
             features: 0,
             running: false,
             pairs: 1,
@@ -101,10 +125,25 @@ impl Net {
             moved: false,
             receivers: (0..pairs).map(|_| Receiver::default()).collect(),
             interests: vec![Interest::default(); pairs],
+            limiter: Limiter::default(),
+            frames: Frames::default(),
         };
         // The links may have served another device before.
         net.reset();
         net
+    }
+
+    /// The same device with `limits`, for each way by itself and all pairs together.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn limited(self, limits: &NetLimits) -> io::Result<Self> {
+        Ok(Self { limiter: Limiter::new(limits)?, ..self })
+    }
+
+    /// The same device, which tells `recorder` of each frame.
+    pub fn recorded(self, recorder: Arc<Recorder>) -> Self {
+        Self { frames: Frames::new(recorder), ..self }
     }
 
     fn most_pairs(&self) -> u16 {
@@ -136,7 +175,7 @@ impl Net {
 
     /// A turn for pair `pair`.
     fn serve(&mut self, pair: usize, queues: &mut [Virtqueue], receive: bool, transmit: bool) {
-        let used = pair < usize::from(self.pairs);
+        let used = pair < usize::from(self.pairs) && self.port.kernel.is_empty();
         let (Some(link), Some(receiver), Some(interest)) =
             (self.port.links.get(pair), self.receivers.get_mut(pair), self.interests.get_mut(pair))
         else {
@@ -147,8 +186,12 @@ impl Net {
             return;
         }
         let mut wire = link.wire();
+        let traffic = &self.port.traffic;
         if transmit {
-            interest.output = transmit::serve(&mut **wire, &mut queues[2 * pair + 1], self.features);
+            let (gate, frames) = (&mut self.limiter.transmit, &mut self.frames);
+            let mut lane = Lane { gate, frames, counts: &traffic.sent };
+            let queue = &mut queues[2 * pair + 1];
+            interest.output = transmit::serve(&mut **wire, queue, self.features, &mut lane);
         }
         if receive {
             let segments = self.offloads & features::SEGMENTS != 0;
@@ -160,17 +203,27 @@ impl Net {
                 mergeable: self.features & features::MRG_RXBUF != 0,
                 guest_csum: self.offloads & features::GUEST_CSUM != 0,
             };
-            interest.input = receiver.serve(&mut **wire, &mut queues[2 * pair], &terms);
+            let (gate, frames) = (&mut self.limiter.receive, &mut self.frames);
+            let mut lane = Lane { gate, frames, counts: &traffic.received };
+            interest.input = receiver.serve(&mut **wire, &mut queues[2 * pair], &terms, &mut lane);
         }
         // One whose peer is gone would be ready for ever.
         if !wire.is_up() {
             *interest = Interest::default();
+        }
+        self.limiter.set_timer();
+    }
+
+    fn serve_all(&mut self, queues: &mut [Virtqueue]) {
+        for pair in 0..self.port.links.len() {
+            self.serve(pair, queues, true, true);
         }
     }
 
     /// The configuration space's status, as it is now.
     fn look(&mut self) {
         let up = self.port.links.iter().all(|link| link.wire().is_up());
+        self.port.traffic.set_up(up);
         let part = |on, bit: u32| if on { bit as u16 } else { 0 };
         self.config.status =
             (part(up, VIRTIO_NET_S_LINK_UP) | part(self.announce, VIRTIO_NET_S_ANNOUNCE)).into();
@@ -206,9 +259,7 @@ impl VirtioDevice for Net {
             if self.features & features::CTRL_VQ != 0 {
                 control::serve(self, &mut queues[index]);
                 // There may be more pairs than before, and more that is wanted.
-                for pair in 0..self.port.links.len() {
-                    self.serve(pair, queues, true, true);
-                }
+                self.serve_all(queues);
             }
         } else {
             self.serve(index / 2, queues, index & 1 == 0, index & 1 == 1);
@@ -217,16 +268,34 @@ impl VirtioDevice for Net {
     }
 
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
-        self.port.links.iter().map(AsFd::as_fd).collect()
+        let kernel = self.port.kernel.iter().map(|kernel| kernel.broken().as_fd());
+        // The monitor does not wait for links that the kernel serves.
+        let links = self.port.links.iter().skip(self.port.kernel.len()).map(AsFd::as_fd);
+        kernel.chain(links).chain(self.limiter.timer()).collect()
     }
 
     fn interest(&self, source: usize) -> Interest {
-        self.interests.get(source).copied().unwrap_or_default()
+        match self.interests.get(source) {
+            Some(interest) if self.port.kernel.is_empty() => *interest,
+            // What the kernel says, and behind the links the timer.
+            _ => Interest::INPUT,
+        }
     }
 
     fn on_event(&mut self, source: usize, queues: &mut [Virtqueue]) {
-        self.serve(source, queues, true, true);
+        if let Some(kernel) = self.port.kernel.get(source) {
+            kernel::broken(kernel, source, queues);
+        } else if source < self.port.links.len() {
+            self.serve(source, queues, true, true);
+        } else {
+            self.limiter.take_alarm();
+            self.serve_all(queues);
+        }
         self.look();
+    }
+
+    fn take_records(&mut self) -> Vec<Record> {
+        self.frames.take()
     }
 
     fn drain(&mut self, queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {
@@ -254,6 +323,10 @@ impl VirtioDevice for Net {
         self.set_pairs(1);
         self.set_offloads(0);
         self.look();
+    }
+
+    fn offload(&mut self) -> Option<&mut dyn Offload> {
+        if self.port.kernel.is_empty() { None } else { Some(self) }
     }
 }
 

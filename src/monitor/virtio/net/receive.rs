@@ -6,10 +6,12 @@
 use std::collections::VecDeque;
 use std::io::Write;
 
+use super::Lane;
 use super::filter::Filter;
 use super::header::{ETHERNET, received};
 use crate::guest_warn;
 use crate::memory::Slices;
+use crate::net::traffic::Drop;
 use crate::net::{HEADER, Head, START, Wire};
 use crate::virtio::queue::{Chain, Virtqueue};
 
@@ -39,19 +41,36 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Moves what has come, as far as there are buffers. True if more frames can be used: the link is to be waited for.
-    pub fn serve(&mut self, wire: &mut dyn Wire, queue: &mut Virtqueue, terms: &Terms) -> bool {
+    /// Moves what has come, as far as there are buffers and the gate of `lane` allows it. True if more frames can be used: the link is to be
+    /// waited for.
+    pub(super) fn serve(
+        &mut self,
+        wire: &mut dyn Wire,
+        queue: &mut Virtqueue,
+        terms: &Terms,
+        lane: &mut Lane<'_>,
+    ) -> bool {
         for _ in 0..TURN {
             // Having seen that there is none, the queue asks for a kick when there is one.
-            if !self.gather(queue, terms) {
+            if !self.gather(queue, terms) || !lane.gate.admits() {
                 return false;
             }
             let mut head = Head::default();
             let slices = Slices::of(self.held.iter().map(|chain| &chain.writable), HEADER + START);
             let Some(len) = wire.receive(&mut head, &slices) else { return true };
-            if len < ETHERNET || HEADER + len > self.room {
-                log::debug!("network: no room for a frame of {len} bytes");
-            } else if terms.filter.passes(&head.start, terms.mac) {
+            if len < ETHERNET {
+                lane.counts.dropped(Drop::Malformed, 1);
+            } else if HEADER + len > self.room {
+                lane.counts.dropped(Drop::NoRoom, 1);
+            } else if !terms.filter.passes(&head.start, terms.mac) {
+                lane.counts.dropped(Drop::Filtered, 1);
+            } else {
+                lane.gate.take(len);
+                lane.counts.carried(len);
+                lane.frames.note(false, len, |first| {
+                    first[..START].copy_from_slice(&head.start);
+                    (START + slices.copy_to(0, &mut first[START..])).min(len)
+                });
                 self.deliver(&head, len, queue, terms.guest_csum);
             }
         }

@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use gdbstub::conn::Connection;
 
-use vmm_monitor::chardev::{self, Listener};
+use rustix::net::SocketType;
+use vmm_monitor::listener::{self, Listener};
 
 /// A gdb that takes nothing for so long is gone.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -63,7 +64,7 @@ impl TryFrom<&OsStr> for Place {
 pub enum Error {
     /// The unix socket.
     #[error(transparent)]
-    Unix(#[from] chardev::Error),
+    Unix(#[from] listener::Error),
     /// The TCP port.
     #[error("cannot listen on {address}")]
     Tcp {
@@ -92,7 +93,7 @@ impl Error {
     /// What to try.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Unix(error) => error.hint(),
+            Self::Unix(error) => Some(error.hint()),
             Self::Tcp { .. } => Some("choose a free port, or a unix socket: `gdb=unix:PATH`"),
             Self::Exposed { .. } => {
                 Some("use `gdb=unix:PATH` and ssh, or add ,public if everybody there may have the guest")
@@ -118,7 +119,7 @@ impl Door {
     /// Opens it.
     pub fn open(place: &Place) -> Result<Self, Error> {
         match place {
-            Place::Unix(path) => Ok(Self::Unix(Listener::bind(path)?)),
+            Place::Unix(path) => Ok(Self::Unix(Listener::bind(path, SocketType::STREAM)?)),
             Place::Tcp { address, public } => {
                 let failed = |source| Error::Tcp { address: address.clone(), source };
                 let places: Vec<_> = address.to_socket_addrs().map_err(failed)?.collect();
@@ -148,7 +149,7 @@ impl Door {
     /// The next who wants to connect.
     pub fn accept(&self) -> Option<Line> {
         let line = match self {
-            Self::Unix(listener) => Stream::Unix(listener.accept()?.into()),
+            Self::Unix(listener) => Stream::Unix(listener.accept().ok()?.into()),
             Self::Tcp(listener) => Stream::Tcp(listener.accept().ok()?.0),
         };
         line.prepare().ok()?;

@@ -11,7 +11,41 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
 };
 
-use super::Error;
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// Why nobody listens there.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host refuses.
+    #[error("cannot {what} {path}", path = path.display())]
+    Socket {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Something else has the socket's name, and is not ours to remove.
+    #[error("{path} exists and is not a socket", path = _0.display())]
+    NotASocket(PathBuf),
+    /// Somebody listens there.
+    #[error("socket {path} is in use by another process", path = _0.display())]
+    InUse(PathBuf),
+}
+
+impl Error {
+    /// What to try.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Socket { .. } => "use a path of at most 107 bytes, in a directory that exists and is yours",
+            Self::NotASocket(_) => "remove it, or use another path",
+            Self::InUse(_) => "stop that process (ss -xlp names it), or use another path",
+        }
+    }
+}
 
 /// The socket and its file.
 #[derive(Debug)]
@@ -23,21 +57,21 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at `path`, mode 0600. A socket file that nobody listens on any more is replaced.
+    /// Listens at `path` for connections of type `kind`, mode 0600. A socket file that nobody listens on any more is replaced.
     ///
     /// # Errors
     /// Something else is there, or the host refuses.
-    pub fn bind(path: &Path) -> Result<Self, Error> {
+    pub fn bind(path: &Path, kind: SocketType) -> Result<Self, Error> {
         let failed = |what| move |source| Error::Socket { what, path: path.to_owned(), source };
         let address = SocketAddrUnix::new(path).map_err(|e| failed("listen on")(e.into()))?;
         remove_stale(path, &address)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let start = || -> io::Result<OwnedFd> {
-            let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            let listener = socket_with(AddressFamily::UNIX, kind, flags, None)?;
             // Before bind, this is the mode that the file gets: there is no moment in which others may connect.
             fchmod(&listener, Mode::RUSR | Mode::WUSR)?;
             bind(&listener, &address)?;
-            listen(&listener, 4)?;
+            listen(&listener, BACKLOG)?;
             Ok(listener)
         };
         let fd = start().map_err(failed("listen on"))?;
@@ -46,9 +80,12 @@ impl Listener {
         Ok(Self { fd, path, identity })
     }
 
-    /// The next who wants to connect, if somebody does.
-    pub fn accept(&self) -> Option<OwnedFd> {
-        accept_with(&self.fd, SocketFlags::CLOEXEC).ok()
+    /// The next who wants to connect.
+    ///
+    /// # Errors
+    /// [`Errno::AGAIN`]: nobody does. Others: the host is out of descriptors, and somebody may wait.
+    pub fn accept(&self) -> Result<OwnedFd, Errno> {
+        accept_with(&self.fd, SocketFlags::CLOEXEC)
     }
 
     /// Where it listens.

@@ -1,0 +1,153 @@
+//! `vmm run -d`: a run in a process of its own session, which stays when the terminal goes.
+//!
+//! [`start`] is the command's own process: it starts the same program once more and waits until that says, by its standard output,
+//! that the guest runs. Until then errors go to the terminal; from then on there is the [`record`].
+
+pub mod record;
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+
+use vmm_command::{Code, Failure, log_output, print};
+use vmm_monitor::api::registry::Registry;
+use vmm_monitor::config::{CharTarget, Console, OutputFile, Size, VmConfig};
+use vmm_monitor::output::Rotating;
+use vmm_monitor::session::{Built, End, Observer};
+
+use record::{Record, Records};
+
+/// Bytes of the console, and of what the monitor said, that one file keeps; there are two of each.
+const KEPT: Size = Size::mib(1);
+/// Names are shorter.
+const LONGEST_NAME: u64 = 256;
+
+/// Starts what this process was asked to run in another one. Prints the name of the virtual machine when it runs.
+///
+/// # Errors
+/// There can be no process. Why it does not run is told by the other one.
+pub fn start() -> Result<Code, Failure> {
+    let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == "run") {
+        arguments.remove(0);
+    }
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("vmm").args(["run", "--detached"]).args(arguments).stdout(Stdio::piped());
+    let failed = |error: io::Error| {
+        Failure::new(
+            Code::Host,
+            anyhow::Error::new(error).context("cannot start a process for the virtual machine"),
+        )
+    };
+    let mut child = command.spawn().map_err(failed)?;
+    let mut name = String::new();
+    if let Some(said) = child.stdout.take() {
+        BufReader::new(said.take(LONGEST_NAME)).read_line(&mut name).map_err(failed)?;
+    }
+    if name.ends_with('\n') {
+        print(&name)?;
+        return Ok(Code::Success);
+    }
+    let status = child.wait().map_err(failed)?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(Code::Host, Code::Other))
+}
+
+/// The run in the background, as its own process sees it.
+#[derive(Debug)]
+pub struct Background {
+    records: Records,
+    record: Record,
+    /// What is in the record is this run's.
+    ours: bool,
+    /// The record goes when the run is over.
+    remove: bool,
+    running: bool,
+}
+
+impl Background {
+    /// Leaves the terminal's session, and has the consoles that were to be on the terminal kept in a record.
+    ///
+    /// # Errors
+    /// There is no place for records.
+    pub fn new(config: &mut VmConfig, remove: bool) -> Result<Self, Failure> {
+        // Fails for who leads one already.
+        let _ = rustix::process::setsid();
+        let records = Records::of_user()?;
+        let record = match &config.name {
+            Some(name) => records.of(name),
+            None => records.reserve(&Registry::of_user())?,
+        };
+        let ours = config.name.is_none();
+        config.name = Some(record.name().to_owned());
+        let console = || CharTarget::File(OutputFile { path: record.console(), max: Some(KEPT) });
+        if config.console() == CharTarget::Stdio {
+            config.console = Console(Some(console()));
+        } else if config.serial == CharTarget::Stdio {
+            // Without a word of its own the console would take the terminal's place.
+            config.console = Console(Some(config.console()));
+            config.serial = console();
+        }
+        for port in config.port.iter_mut().filter(|port| port.to == CharTarget::Stdio) {
+            port.to = console();
+        }
+        Ok(Self { records, record, ours, remove, running: false })
+    }
+
+    /// The name is ours: the record of an earlier run of this name goes.
+    ///
+    /// # Errors
+    /// It stays, or there can be no other.
+    pub fn named(&mut self) -> Result<(), Failure> {
+        self.records.begin(&self.record)?;
+        self.ours = true;
+        Ok(())
+    }
+
+    /// The run is over, and this process ends with `code`.
+    pub fn over(&mut self, code: Code) {
+        if self.remove || !self.running {
+            return;
+        }
+        if let Err(error) = self.record.set_end(code.number()) {
+            log::warn!("{error:#}");
+        }
+    }
+
+    /// Says that the guest runs, and gives the terminal up.
+    fn leave(&mut self) -> anyhow::Result<()> {
+        let said = writeln!(io::stdout(), "{}", self.record.name()).and_then(|()| io::stdout().flush());
+        said.context("the command that started it is gone")?;
+        let messages = Rotating::create(&self.record.messages(), KEPT.bytes());
+        log_output::move_to(
+            messages.with_context(|| format!("cannot create {}", self.record.messages().display()))?,
+        );
+        let nothing =
+            File::options().read(true).write(true).open("/dev/null").context("cannot open /dev/null")?;
+        rustix::stdio::dup2_stdin(&nothing)?;
+        rustix::stdio::dup2_stdout(&nothing)?;
+        rustix::stdio::dup2_stderr(&nothing)?;
+        self.running = true;
+        Ok(())
+    }
+}
+
+impl Observer for Background {
+    fn built(&mut self, _: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        // A reboot's machine is not news.
+        if self.running { Ok(()) } else { Ok(self.leave()?) }
+    }
+
+    fn ended(&mut self, _: &End<'_>) {}
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if self.ours && (self.remove || !self.running) {
+            let _ = self.record.remove();
+        }
+    }
+}

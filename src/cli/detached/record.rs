@@ -1,0 +1,177 @@
+//! What is kept of a detached virtual machine: its console, what its monitor said, and how it ended.
+//!
+//! A folder each, in the user's state directory. Whoever has the name in the registry may change its record; of one whose name
+//! nobody has, the run is over.
+
+use std::fs::{self, DirBuilder};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+use std::{env, process};
+
+use anyhow::{Context, anyhow};
+use serde::{Deserialize, Serialize};
+
+use vmm_command::{Code, Failure};
+use vmm_monitor::api::registry::{Registry, generate_name};
+use vmm_monitor::output;
+
+/// All records of this user.
+#[derive(Debug)]
+pub struct Records {
+    path: PathBuf,
+}
+
+/// The record of one virtual machine. Need not be there.
+#[derive(Debug)]
+pub struct Record {
+    name: String,
+    folder: PathBuf,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// The exit code of its monitor.
+    pub code: u8,
+    /// When: seconds since 1970.
+    pub at: u64,
+}
+
+impl Records {
+    /// Those in `$XDG_STATE_HOME/vmm` or `~/.local/state/vmm`; root without a home has `/var/lib/vmm`.
+    ///
+    /// # Errors
+    /// This user has no home.
+    pub fn of_user() -> Result<Self, Failure> {
+        let place = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let home = || place("HOME").map(|home| home.join(".local/state"));
+        let of_root = || rustix::process::geteuid().is_root().then(|| PathBuf::from("/var/lib"));
+        let state = place("XDG_STATE_HOME").or_else(home).or_else(of_root);
+        let state = state.ok_or_else(|| {
+            let error = anyhow!("there is no place for what is kept of detached virtual machines: no HOME");
+            Failure::new(Code::Host, error)
+                .hint(Some("name a directory: export XDG_STATE_HOME=/var/tmp/vmm-$UID"))
+        })?;
+        Ok(Self { path: state.join("vmm") })
+    }
+
+    /// That of `name`.
+    pub fn of(&self, name: &str) -> Record {
+        Record { name: name.to_owned(), folder: self.path.join(name) }
+    }
+
+    /// That of `name`, if there is one.
+    pub fn find(&self, name: &str) -> Option<Record> {
+        let fine = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
+        Some(self.of(name)).filter(|record| fine && record.folder.is_dir())
+    }
+
+    /// All, by name.
+    ///
+    /// # Errors
+    /// They are there and cannot be read.
+    pub fn list(&self) -> Result<Vec<Record>, Failure> {
+        let entries = match fs::read_dir(&self.path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(|error| self.failure(error))?,
+        };
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut names: Vec<_> = names.filter(|name| name.chars().all(|c| c.is_ascii_graphic())).collect();
+        names.sort_unstable();
+        Ok(names.iter().filter_map(|name| self.find(name)).collect())
+    }
+
+    /// A new one, under a name that no other record and no running virtual machine has.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn reserve(&self, registry: &Registry) -> Result<Record, Failure> {
+        loop {
+            let record = self.of(&generate_name());
+            if registry.alive(&record.name)? {
+                continue;
+            }
+            match self.make(&record) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                made => return made.map(|()| record).map_err(|error| self.failure(error)),
+            }
+        }
+    }
+
+    /// Begins that of `name` anew, for who has this name now.
+    ///
+    /// # Errors
+    /// It cannot be made, or what is there cannot be removed.
+    pub fn begin(&self, record: &Record) -> Result<(), Failure> {
+        record.remove()?;
+        self.make(record).map_err(|error| self.failure(error))
+    }
+
+    fn make(&self, record: &Record) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
+        output::folder(&record.folder)
+    }
+
+    fn failure(&self, error: io::Error) -> Failure {
+        let what = format!("cannot keep a record in {}", self.path.display());
+        let hint = "name a directory of your own: export XDG_STATE_HOME=/var/tmp/vmm-$UID";
+        Failure::new(Code::Host, anyhow::Error::new(error).context(what)).hint(Some(hint))
+    }
+}
+
+impl Record {
+    /// Whose it is.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the guest wrote to its console; what is older is in [`output::older`] of it.
+    pub fn console(&self) -> PathBuf {
+        self.folder.join("console.log")
+    }
+
+    /// What the monitor said.
+    pub fn messages(&self) -> PathBuf {
+        self.folder.join("vmm.log")
+    }
+
+    fn end_file(&self) -> PathBuf {
+        self.folder.join("end.json")
+    }
+
+    /// How the run ended; `None` if it runs, or ended without a word (SIGKILL).
+    pub fn end(&self) -> Option<End> {
+        serde_json::from_slice(&fs::read(self.end_file()).ok()?).ok()
+    }
+
+    /// Keeps that the run ended with `code`, now.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn set_end(&self, code: u8) -> anyhow::Result<()> {
+        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        // Whoever reads it finds all of it or nothing.
+        let part = self.folder.join(format!("end.{}", process::id()));
+        let write = |path: &Path| {
+            fs::write(path, serde_json::to_vec(&End { code, at })?)?;
+            fs::rename(path, self.end_file())
+        };
+        write(&part).with_context(|| format!("cannot write {}", self.end_file().display()))
+    }
+
+    /// Removes it. Nothing happens if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn remove(&self) -> Result<(), Failure> {
+        match fs::remove_dir_all(&self.folder) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                let what = format!("cannot remove {}", self.folder.display());
+                Err(Failure::new(Code::Host, anyhow::Error::new(error).context(what)))
+            }
+            _ => Ok(()),
+        }
+    }
+}

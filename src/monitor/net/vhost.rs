@@ -1,0 +1,235 @@
+//! vhost-net: the host's kernel itself moves frames between a guest's rings and a tap (linux/vhost.h).
+//!
+//! One [`Vhost`] for each pair of queues, with a thread of the kernel's behind it. It is told where guest memory is mapped, and uses
+//! that from [`Vhost::start`] until [`Vhost::stop`]: whoever starts it keeps the memory mapped until then.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use rustix::ioctl::{Opcode, opcode};
+
+use super::Error;
+use crate::event_loop::Event;
+use crate::memory::{self, GuestRam};
+
+/// Where the driver is.
+const DEVICE: &str = "/dev/vhost-net";
+/// The magic number of its requests.
+const VHOST: u8 = 0xaf;
+
+/// `struct vhost_vring_state`: a number, of a ring.
+#[repr(C)]
+struct State {
+    index: u32,
+    num: u32,
+}
+
+/// `struct vhost_vring_file`: a descriptor, of a ring. -1 is none.
+#[repr(C)]
+struct File {
+    index: u32,
+    fd: RawFd,
+}
+
+/// `struct vhost_vring_addr`: a ring's parts, where they are in this process.
+#[repr(C)]
+struct Addresses {
+    index: u32,
+    flags: u32,
+    descriptors: u64,
+    used: u64,
+    available: u64,
+    log: u64,
+}
+
+/// `struct vhost_memory_region`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    guest_address: u64,
+    size: u64,
+    host_address: u64,
+    padding: u64,
+}
+
+/// `struct vhost_memory` with room for as many regions as guest memory has at most; its request's number knows of none.
+#[repr(C)]
+struct Regions {
+    count: u32,
+    padding: u32,
+    regions: [Region; 4],
+}
+
+const GET_FEATURES: Opcode = opcode::read::<u64>(VHOST, 0x00);
+const SET_FEATURES: Opcode = opcode::write::<u64>(VHOST, 0x00);
+const SET_OWNER: Opcode = opcode::none(VHOST, 0x01);
+const SET_MEM_TABLE: Opcode = opcode::write::<u64>(VHOST, 0x03);
+const SET_VRING_NUM: Opcode = opcode::write::<State>(VHOST, 0x10);
+const SET_VRING_ADDR: Opcode = opcode::write::<Addresses>(VHOST, 0x11);
+const SET_VRING_BASE: Opcode = opcode::write::<State>(VHOST, 0x12);
+const GET_VRING_BASE: Opcode = opcode::read_write::<State>(VHOST, 0x12);
+const SET_VRING_KICK: Opcode = opcode::write::<File>(VHOST, 0x20);
+const SET_VRING_CALL: Opcode = opcode::write::<File>(VHOST, 0x21);
+const SET_VRING_ERR: Opcode = opcode::write::<File>(VHOST, 0x22);
+const NET_SET_BACKEND: Opcode = opcode::write::<File>(VHOST, 0x30);
+
+/// A ring as the kernel takes it over.
+#[derive(Debug)]
+pub struct Ring<'a> {
+    /// Number of descriptors.
+    pub size: u16,
+    /// Guest address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest address of the available ring.
+    pub available: u64,
+    /// Guest address of the used ring.
+    pub used: u64,
+    /// Index of the next available entry to take.
+    pub next: u16,
+    /// Signalled when there is something in it.
+    pub kick: BorrowedFd<'a>,
+    /// To be signalled when something of it is used.
+    pub call: BorrowedFd<'a>,
+}
+
+/// The kernel's end of one pair of queues.
+#[derive(Debug)]
+pub struct Vhost {
+    fd: OwnedFd,
+    features: u64,
+    /// Set when the kernel finds a ring that breaks the rules.
+    broken: Event,
+}
+
+impl Vhost {
+    /// One for the memory of this process.
+    ///
+    /// # Errors
+    /// The host has no vhost-net, or not for this user.
+    pub fn open() -> Result<Self, Error> {
+        let failed = |what| move |source| Error::Vhost { what, source };
+        let file = OpenOptions::new().read(true).write(true).open(DEVICE).map_err(failed("open"))?;
+        let broken = Event::new().map_err(Error::Host)?;
+        let mut vhost = Self { fd: file.into(), features: 0, broken };
+        let mut features = 0u64;
+        // SAFETY: SET_OWNER takes nothing.
+        unsafe { vhost.issue(SET_OWNER, std::ptr::null_mut::<u8>()) }.map_err(failed("own"))?;
+        // SAFETY: GET_FEATURES writes a u64.
+        unsafe { vhost.issue(GET_FEATURES, &raw mut features) }.map_err(failed("ask"))?;
+        vhost.features = features;
+        Ok(vhost)
+    }
+
+    /// The feature bits of virtio and of its rings that the kernel knows here.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Readable when a ring has been found broken.
+    pub fn broken(&self) -> &Event {
+        &self.broken
+    }
+
+    /// Has the kernel serve `rings`, the pair's receiving one first, as agreed by `features`, between `ram` and `tap`. Of a pair that
+    /// the driver does not use, none is served.
+    ///
+    /// # Errors
+    /// The kernel refuses: a ring outside of guest memory, say. Nothing is served then.
+    pub fn start(
+        &self,
+        ram: &GuestRam,
+        features: u64,
+        rings: &[Option<Ring<'_>>; 2],
+        tap: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        let started = self.try_start(ram, features, rings, tap);
+        if started.is_err() {
+            let _ = self.set_tap(0, -1).and(self.set_tap(1, -1));
+        }
+        started
+    }
+
+    fn try_start(
+        &self,
+        ram: &GuestRam,
+        features: u64,
+        rings: &[Option<Ring<'_>>; 2],
+        tap: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        let features = features & self.features;
+        self.set(SET_FEATURES, &features)?;
+        self.set_memory(ram)?;
+        for (ring, index) in rings.iter().zip(0..) {
+            let Some(ring) = ring else { continue };
+            let Ring { size, descriptors, available, used, next, kick, call } = *ring;
+            // Sizes of virtio 1.3, 2.7, event indices included.
+            let entries = u64::from(size);
+            let at =
+                |address, len| memory::host_address(ram, address, len).ok_or(io::ErrorKind::InvalidInput);
+            let addresses = Addresses {
+                index,
+                flags: 0,
+                descriptors: at(descriptors, 16 * entries)?,
+                used: at(used, 6 + 8 * entries)?,
+                available: at(available, 6 + 2 * entries)?,
+                log: 0,
+            };
+            self.set(SET_VRING_NUM, &State { index, num: size.into() })?;
+            self.set(SET_VRING_BASE, &State { index, num: next.into() })?;
+            self.set(SET_VRING_ADDR, &addresses)?;
+            self.set(SET_VRING_ERR, &File { index, fd: self.broken.as_fd().as_raw_fd() })?;
+            self.set(SET_VRING_CALL, &File { index, fd: call.as_raw_fd() })?;
+            self.set(SET_VRING_KICK, &File { index, fd: kick.as_raw_fd() })?;
+        }
+        for (index, _) in (0..).zip(rings).filter(|(_, ring)| ring.is_some()) {
+            self.set_tap(index, tap.as_raw_fd())?;
+        }
+        Ok(())
+    }
+
+    /// Takes the rings back, when the kernel has let go of them: nothing is in flight then. Where it has come to in each: the index
+    /// of the next available entry, which all before have been used.
+    ///
+    /// # Errors
+    /// The kernel refuses: never seen.
+    pub fn stop(&self) -> io::Result<[u16; 2]> {
+        let mut next = [0; 2];
+        for (next, index) in next.iter_mut().zip(0..) {
+            self.set_tap(index, -1)?;
+            let mut state = State { index, num: 0 };
+            // SAFETY: GET_VRING_BASE reads and writes a struct vhost_vring_state.
+            unsafe { self.issue(GET_VRING_BASE, &raw mut state) }?;
+            *next = state.num as u16;
+        }
+        Ok(next)
+    }
+
+    fn set_tap(&self, index: u32, fd: RawFd) -> io::Result<()> {
+        self.set(NET_SET_BACKEND, &File { index, fd })
+    }
+
+    fn set_memory(&self, ram: &GuestRam) -> io::Result<()> {
+        let mut table = Regions { count: 0, padding: 0, regions: Default::default() };
+        for (guest_address, host, size) in memory::slots(ram) {
+            let region = table.regions.get_mut(table.count as usize).ok_or(io::ErrorKind::OutOfMemory)?;
+            *region = Region { guest_address, size, host_address: host.addr() as u64, padding: 0 };
+            table.count += 1;
+        }
+        self.set(SET_MEM_TABLE, &table)
+    }
+
+    /// A request that reads `value`, which is of its type.
+    fn set<T>(&self, request: Opcode, value: &T) -> io::Result<()> {
+        // SAFETY: the callers, all in this file, pass what linux/vhost.h says that the request reads.
+        unsafe { self.issue(request, std::ptr::from_ref(value).cast_mut()) }
+    }
+
+    /// # Safety
+    /// `value` is what the request reads and writes.
+    unsafe fn issue<T>(&self, request: Opcode, value: *mut T) -> io::Result<()> {
+        // SAFETY: as the caller says.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), request as libc::Ioctl, value) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,239 @@
+//! virtio-vsock: connections between ports of the guest and sockets of the host (virtio 1.3, 5.10).
+//!
+//! Data goes between the driver's buffers and a socket by one system call each; what the host's program does not take at once waits
+//! here, within the room that the guest was told of. A connection that stands still holds up no other. What the guest is to be told
+//! waits for its buffers as one bit for each thing, or as a reset, and a guest that lets resets pile up is not listened to.
+
+mod connection;
+mod credit;
+mod header;
+mod receive;
+mod rooms;
+mod share;
+mod table;
+mod transmit;
+
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use zerocopy::{Immutable, IntoBytes, KnownLayout, little_endian as le};
+
+use super::device::{Traits, VirtioDevice};
+use super::queue::Virtqueue;
+use crate::bus::Busy;
+use crate::event_loop::Interest;
+use crate::state::{StateError, Stateful};
+use crate::vsock::{Event, Host, Sockets};
+use connection::{Connection, Fate};
+use receive::Message;
+use rooms::Rooms;
+use table::Table;
+
+// Feature bits (5.10.3).
+const F_STREAM: u64 = 1 << 0;
+const F_SEQPACKET: u64 = 1 << 1;
+const F_NO_IMPLIED_STREAM: u64 = 1 << 2;
+const FEATURES: u64 = F_STREAM | F_SEQPACKET | F_NO_IMPLIED_STREAM;
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const EVENT: usize = 2;
+const QUEUE_SIZE: u16 = 256;
+const EVENT_QUEUE_SIZE: u16 = 16;
+
+/// All connections are gone, and the guest's address may be another (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, 5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
+
+/// `struct virtio_vsock_config` (5.10.4).
+#[derive(Debug, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Config {
+    guest_cid: le::U64,
+}
+
+/// A socket device.
+pub struct Vsock {
+    sockets: Sockets,
+    config: Config,
+    /// Those that the driver has accepted.
+    features: u64,
+    /// The driver is ready.
+    running: bool,
+    table: Table,
+    rooms: Rooms,
+    /// One that goes to the guest in pieces.
+    message: Option<Message>,
+    /// Packets of the guest's wait in their queue until it has taken some resets.
+    held_back: bool,
+    /// The guest is to be told that its connections are gone.
+    reset_due: bool,
+}
+
+/// [`Vsock`]'s saved state. Connections are not: their other ends stay on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    features: u64,
+    running: bool,
+}
+
+impl Vsock {
+    /// A device of the guest at address `cid`, whose connections lead to and from `sockets`.
+    pub fn new(sockets: Sockets, cid: u32) -> Self {
+        Self {
+            sockets,
+            config: Config { guest_cid: u64::from(cid).into() },
+            features: 0,
+            running: false,
+            table: Table::default(),
+            rooms: Rooms::default(),
+            message: None,
+            held_back: false,
+            reset_due: false,
+        }
+    }
+
+    fn cid(&self) -> u64 {
+        self.config.guest_cid.get()
+    }
+
+    /// A turn: takes up what has happened on the host, and what the driver has sent; then the driver gets what there is for it.
+    fn serve(&mut self, queues: &mut [Virtqueue], has_events: bool, has_packets: bool) {
+        let [receive, transmit, event, ..] = queues else { return };
+        if !self.running {
+            return;
+        }
+        let sockets = self.sockets.clone();
+        let mut host = sockets.host();
+        self.tell_reset(event);
+        if has_events {
+            self.take_events(&mut host);
+        }
+        if has_packets {
+            self.transmit(&mut host, transmit);
+        }
+        self.receive(&host, receive);
+        while self.held_back && !self.table.is_full() {
+            self.transmit(&mut host, transmit);
+            self.receive(&host, receive);
+        }
+        host.wake_at(self.table.deadline());
+    }
+
+    fn take_events(&mut self, host: &mut Host) {
+        let cid = self.cid();
+        for event in host.events() {
+            match event {
+                Event::Call(end, port) => {
+                    let carries = self.carries(end.kind());
+                    // Without a place for one more it is closed.
+                    if let Some(share) = carries.then(|| self.table.admit(host.limit())).flatten() {
+                        let key = self.table.free_key(port);
+                        self.table.insert(Connection::calling(key, end, share));
+                    }
+                }
+                Event::Ready { id, input, output, hung_up } => {
+                    self.table.update(id, cid, host, |connection| {
+                        match if output { connection.flush(hung_up) } else { Fate::Stays } {
+                            Fate::Stays => connection.host_is_ready(input, hung_up),
+                            fate => fate,
+                        }
+                    });
+                }
+            }
+        }
+        for id in self.table.expired() {
+            self.table.update(id, cid, host, |_| Fate::Reset);
+        }
+    }
+
+    /// Tells the driver of what was lost by a restore.
+    fn tell_reset(&mut self, queue: &mut Virtqueue) {
+        while self.reset_due
+            && let Some(mut chain) = queue.pop()
+        {
+            let event = TRANSPORT_RESET.to_le_bytes();
+            let fits = chain.writable.len() >= event.len();
+            let written = if fits { chain.writable.write(&event).unwrap_or(0) } else { 0 };
+            queue.complete(chain.head, written as u32);
+            self.reset_due = !fits;
+        }
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn traits(&self) -> Traits {
+        let queues = vec![QUEUE_SIZE, QUEUE_SIZE, EVENT_QUEUE_SIZE];
+        Traits { kind: VIRTIO_ID_VSOCK, features: FEATURES, queues }
+    }
+
+    fn config(&self) -> &[u8] {
+        self.config.as_bytes()
+    }
+
+    fn accept(&mut self, features: u64) {
+        self.features = features & FEATURES;
+    }
+
+    fn start(&mut self) {
+        self.running = true;
+    }
+
+    fn on_queue(&mut self, index: usize, queues: &mut [Virtqueue]) {
+        self.serve(queues, false, index == TRANSMIT);
+    }
+
+    fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.sockets.as_fd()]
+    }
+
+    /// Until the driver is ready, the host's programs wait in their sockets' queues.
+    fn interest(&self, _source: usize) -> Interest {
+        if self.running { Interest::INPUT } else { Interest::default() }
+    }
+
+    fn on_event(&mut self, _source: usize, queues: &mut [Virtqueue]) {
+        self.serve(queues, true, false);
+    }
+
+    fn drain(&mut self, queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {
+        if let Some(queue) = queues.get_mut(RECEIVE) {
+            self.rooms.put_back(queue);
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self, queues: &mut [Virtqueue]) {
+        if let Some(queue) = queues.get_mut(EVENT) {
+            self.tell_reset(queue);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.features = 0;
+        self.running = false;
+        self.table.clear();
+        self.message = None;
+        (self.held_back, self.reset_due) = (false, false);
+    }
+}
+
+impl Stateful for Vsock {
+    type State = State;
+
+    fn save(&self) -> State {
+        State { features: self.features, running: self.running }
+    }
+
+    fn restore(&mut self, State { features, running }: State) -> Result<(), StateError> {
+        if features & !FEATURES != 0 {
+            return Err(StateError::Invalid(format!("socket: features {features:#x}")));
+        }
+        (self.features, self.running) = (features, running);
+        self.table.clear();
+        self.reset_due = running;
+        Ok(())
+    }
+}

@@ -1,0 +1,319 @@
+//! Sockets: where a guest's connections leave for the host, and come from. They know no virtio.
+//!
+//! The host's side is unix sockets in Firecracker's manner. Whoever connects to PATH and says `CONNECT PORT` reaches that port of the
+//! guest; the guest reaches on port N of the host whoever listens at PATH_N. Messages (SOCK_SEQPACKET) have PATH.seqpacket, and
+//! sockets of their own type.
+
+mod callers;
+mod end;
+mod error;
+mod limit;
+#[cfg(test)]
+mod tests;
+mod unsent;
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use crate::config::Vsock;
+use crate::event_loop::Interest;
+use crate::listener::Listener;
+use crate::poller::{self, Poller};
+use crate::timer::Timer;
+use callers::Callers;
+
+pub use end::{End, Input};
+pub use error::Error;
+pub use limit::MAX_CONNECTIONS;
+
+/// What goes over a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Bytes.
+    Stream,
+    /// Messages.
+    Seqpacket,
+}
+
+impl Kind {
+    fn socket_type(self) -> SocketType {
+        match self {
+            Self::Stream => SocketType::STREAM,
+            Self::Seqpacket => SocketType::SEQPACKET,
+        }
+    }
+
+    /// What is waited for where nothing waits to be sent. That a stream's reader takes no more shows in nothing else than that there
+    /// is, all of a sudden, room ([`End::is_read`]).
+    fn interest(self) -> Interest {
+        match self {
+            Self::Stream => Interest::BOTH,
+            Self::Seqpacket => Interest::INPUT,
+        }
+    }
+}
+
+/// What happens on the host's side.
+#[derive(Debug)]
+pub enum Event {
+    /// A program of the host calls this port of the guest, and waits at this end.
+    Call(End, u32),
+    /// A connection can go on.
+    Ready {
+        /// The end's.
+        id: u64,
+        /// There is something to read, or the end of it.
+        input: bool,
+        /// There is room to write, or nobody to write to.
+        output: bool,
+        /// The program on the host is gone.
+        hung_up: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Listener,
+    Caller,
+    Connection,
+    Timer,
+}
+
+impl poller::Source for Source {
+    const ALL: &'static [Self] = &[Self::Listener, Self::Caller, Self::Connection, Self::Timer];
+}
+
+/// Connections taken from one socket before others have their turn.
+const TURN: usize = 64;
+/// How long until a host that was out of descriptors is asked again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The host's side of one guest. Never blocks.
+#[derive(Debug)]
+pub struct Host {
+    path: PathBuf,
+    listeners: [(Listener, Kind); 2],
+    callers: Callers,
+    poller: Poller<Source>,
+    timer: Timer,
+    /// When the timer runs out.
+    armed: Option<Instant>,
+    /// The host was out of descriptors: nobody is taken in before.
+    retry_at: Option<Instant>,
+    next_id: u64,
+    limit: usize,
+}
+
+impl Host {
+    fn open(path: &Path) -> Result<Self, Error> {
+        // The longest that lies beside it: `_` and ten digits, or `.seqpacket`.
+        const LONGEST: usize = 107 - 11;
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        if path.as_os_str().len() > LONGEST {
+            return Err(Error::TooLong { path, most: LONGEST });
+        }
+        let listener = |path: &Path, kind: Kind| Ok((Listener::bind(path, kind.socket_type())?, kind));
+        let listeners = [
+            listener(&path, Kind::Stream)?,
+            listener(&beside(&path, ".seqpacket"), Kind::Seqpacket).map_err(Error::Listen)?,
+        ];
+        let host = Self {
+            path,
+            listeners,
+            callers: Callers::default(),
+            poller: Poller::new()?,
+            timer: Timer::new()?,
+            armed: None,
+            retry_at: None,
+            next_id: 0,
+            limit: limit::raise(),
+        };
+        host.poller.add(&host.timer, Source::Timer, 0, Interest::INPUT)?;
+        host.listen()?;
+        Ok(host)
+    }
+
+    /// Takes in who connects.
+    fn listen(&self) -> io::Result<()> {
+        let mut listeners = self.listeners.iter().zip(0..);
+        listeners.try_for_each(|((listener, _), id)| self.poller.add_steady(listener, Source::Listener, id))
+    }
+
+    /// The most connections at a time.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    fn next_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// What has happened. There may be more, and the set is readable then.
+    pub fn events(&mut self) -> Vec<Event> {
+        if self.retry_at.is_some_and(|at| at <= Instant::now()) {
+            self.retry_at = None;
+            if let Err(error) = self.listen() {
+                log::error!("{}: wait for clients: {error}", self.path.display());
+            }
+        }
+        let mut events = Vec::new();
+        for ready in self.poller.ready() {
+            match ready.source {
+                Source::Listener => self.accept(ready.id as usize),
+                Source::Caller => events.extend(self.hear(ready.id)),
+                Source::Connection => events.push(Event::Ready {
+                    id: ready.id,
+                    input: ready.input,
+                    output: ready.output,
+                    hung_up: ready.hung_up,
+                }),
+                Source::Timer => self.armed = None,
+            }
+        }
+        events
+    }
+
+    fn accept(&mut self, number: usize) {
+        for _ in 0..TURN {
+            let Some((listener, kind)) = self.listeners.get(number) else { return };
+            let kind = *kind;
+            match listener.accept() {
+                Ok(fd) => {
+                    let id = self.next_id();
+                    match self.poller.add(&fd, Source::Caller, id, Interest::INPUT) {
+                        Ok(()) => self.callers.add(id, fd, kind),
+                        Err(error) => log::warn!("{}: wait for a client: {error}", self.path.display()),
+                    }
+                }
+                Err(Errno::AGAIN) => return,
+                // One who is gone already.
+                Err(Errno::CONNABORTED | Errno::INTR) => {}
+                Err(error) => {
+                    log::warn!("{}: take in a client: {error}", self.path.display());
+                    // They wait in the socket's queue, and nobody is woken for them meanwhile.
+                    self.listeners.iter().for_each(|(listener, _)| drop(self.poller.remove(listener)));
+                    self.retry_at = Some(Instant::now() + RETRY);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn hear(&mut self, id: u64) -> Option<Event> {
+        let call = self.callers.ready(id)?;
+        let end = self.poller.change(&call.fd, Source::Connection, id, call.kind.interest());
+        match end.and_then(|()| End::new(call.fd, id, call.kind)) {
+            Ok(end) => Some(Event::Call(end, call.port)),
+            Err(error) => {
+                log::warn!("{}: a client: {error}", self.path.display());
+                None
+            }
+        }
+    }
+
+    /// Connects to who listens for the guest on `port`.
+    ///
+    /// # Errors
+    /// Nobody does, or not for this kind, or too many wait there already.
+    pub fn connect(&mut self, port: u32, kind: Kind) -> io::Result<End> {
+        let address = SocketAddrUnix::new(beside(&self.path, &format!("_{port}")))?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let fd = socket_with(AddressFamily::UNIX, kind.socket_type(), flags, None)?;
+        connect(&fd, &address)?;
+        let id = self.next_id();
+        self.poller.add(&fd, Source::Connection, id, kind.interest())?;
+        End::new(fd, id, kind)
+    }
+
+    /// From now on it is told, or not, when `end` takes more. Of streams it always is.
+    pub fn wait_for_room(&self, end: &End, on: bool) {
+        let interest = if on { Interest::BOTH } else { end.kind().interest() };
+        if let Err(error) = self.poller.change(end, Source::Connection, end.id(), interest) {
+            log::error!("{}: wait for a client: {error}", self.path.display());
+        }
+    }
+
+    /// The set is readable at `deadline` at the latest.
+    pub fn wake_at(&mut self, deadline: Option<Instant>) {
+        let next = deadline.into_iter().chain(self.retry_at).min();
+        // One that comes too early only looks around in vain.
+        if let Some(next) = next.filter(|next| self.armed.is_none_or(|armed| *next < armed)) {
+            self.timer.set(Some(next.saturating_duration_since(Instant::now())));
+            self.armed = Some(next);
+        }
+    }
+}
+
+/// The path that `suffix` makes of `path`.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = OsString::from(path);
+    path.push(suffix);
+    path.into()
+}
+
+/// The host's side, shared by the device and who keeps it over the guest's resets. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Sockets {
+    host: Arc<Mutex<Host>>,
+    /// Its set once more: to be waited on without a lock.
+    fd: Arc<OwnedFd>,
+}
+
+impl Sockets {
+    /// Listens at `path`.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let host = Host::open(path)?;
+        let fd = Arc::new(host.poller.as_fd().try_clone_to_owned()?);
+        Ok(Self { host: Arc::new(Mutex::new(host)), fd })
+    }
+
+    /// The host's side, for one turn.
+    pub fn host(&self) -> MutexGuard<'_, Host> {
+        self.host.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsFd for Sockets {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// The sockets of one configuration, opened once and kept over the guest's resets.
+#[derive(Debug, Default)]
+pub struct Doors {
+    open: Option<Sockets>,
+    default: Option<PathBuf>,
+}
+
+impl Doors {
+    /// Where they are if the configuration does not say.
+    pub fn lie_at(&mut self, path: PathBuf) {
+        self.default = Some(path);
+    }
+
+    /// The sockets, opened now if they are asked for the first time.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn get(&mut self, config: &Vsock) -> Result<Sockets, Error> {
+        if let Some(open) = &self.open {
+            return Ok(open.clone());
+        }
+        let path = config.path.as_ref().or(self.default.as_ref()).ok_or(Error::NoPath)?;
+        let sockets = Sockets::open(path)?;
+        self.open = Some(sockets.clone());
+        Ok(sockets)
+    }
+}

@@ -1,0 +1,259 @@
+//! Virtual machines in the background: `vmm run -d`, and what is kept of them for `logs`, `wait`, `list --all` and `rm`.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use serde_json::Value;
+
+use crate::images::*;
+use crate::place::*;
+
+/// A place with guests whose console is the serial port.
+fn place() -> Place {
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    // mov dx, 0x3f8; mov ecx, N; 1: mov al, cl; and al, 0xf; add al, 'A'; out dx, al; loop 1b; halt
+    let mut talk = vec![0x66, 0xba, 0xf8, 0x03, 0xb9];
+    talk.extend(TALK.to_le_bytes());
+    talk.extend([0x88, 0xc8, 0x24, 0x0f, 0x04, 0x41, 0xee, 0xe2, 0xf7]);
+    talk.extend(HALT);
+    place.file("talk", kernel(&talk));
+    place.file("crash", kernel(&[0x0f, 0x0b]));
+    place.file("exit", kernel(&out(0xf4, 3)));
+    place
+}
+
+/// Bytes that the talking guest says.
+const TALK: u32 = 3000;
+
+/// What it says.
+fn talk() -> String {
+    (1..=TALK).rev().map(|left| char::from(b'A' + (left & 0xf) as u8)).collect()
+}
+
+impl Place {
+    #[track_caller]
+    fn says(&self, arguments: &str) -> String {
+        let output = self.vmm(arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// Starts `kernel` in the background; its name.
+    #[track_caller]
+    fn detach(&self, kernel: &str, arguments: &str) -> String {
+        self.says(&format!("run -d --kernel {kernel} --serial stdio {arguments}")).trim().to_owned()
+    }
+
+    fn pid(&self, name: &str) -> rustix::process::Pid {
+        let status: Value = serde_json::from_str(&self.says(&format!("status {name} --json"))).unwrap();
+        rustix::process::Pid::from_raw(status["pid"].as_i64().unwrap() as i32).unwrap()
+    }
+
+    /// A `vmm wait NAME` that has asked.
+    fn wait_for(&self, name: &str) -> Child {
+        let child = self.command(&format!("wait {name}")).spawn().unwrap();
+        let process = PathBuf::from(format!("/proc/{}", child.id()));
+        let asleep = || {
+            let open = fs::read_dir(process.join("fd")).unwrap();
+            let connected = open.flatten().any(|entry| {
+                fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:"))
+            });
+            let stat = fs::read_to_string(process.join("stat")).unwrap();
+            connected && stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"))
+        };
+        // It never sleeps between connecting and waiting for the answer.
+        let deadline = Instant::now() + PATIENCE;
+        while !asleep() {
+            assert!(Instant::now() < deadline, "it does not wait");
+            thread::sleep(Duration::from_millis(2));
+        }
+        child
+    }
+
+    fn all(&self) -> Vec<Value> {
+        serde_json::from_str(&self.says("list --all --json")).unwrap()
+    }
+
+    /// Waits for `logs NAME` to have `wanted` at its end.
+    #[track_caller]
+    fn await_log(&self, name: &str, wanted: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.says(&format!("logs {name}")).ends_with(wanted) {
+            assert!(Instant::now() < deadline, "{}", self.says(&format!("logs {name}")));
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+#[test]
+fn it_runs_on_and_what_it_said_and_how_it_ended_are_kept() {
+    if !has_kvm("it_runs_on_and_what_it_said_and_how_it_ended_are_kept") {
+        return;
+    }
+    let place = place();
+    assert_eq!(place.detach("talk", "--name web"), "web");
+    let session = |pid| rustix::process::getsid(pid).unwrap();
+    let monitor = place.pid("web");
+    assert_eq!(session(Some(monitor)), monitor, "a session of its own");
+    for fd in 0..3 {
+        let open = fs::read_link(format!("/proc/{}/fd/{fd}", monitor.as_raw_nonzero()));
+        // Only root may look.
+        if let Ok(open) = open {
+            assert_eq!(open.to_str(), Some("/dev/null"));
+        }
+    }
+    place.await_log("web", &talk());
+    assert_eq!(place.says("logs web"), talk());
+    assert!(place.says("ps").contains("running"));
+    refused(&place, "rm web", HOST, &["is running"]);
+    place.says("kill web");
+    assert_eq!(place.says("wait web"), "10\n");
+    assert_eq!(place.says("logs web"), talk(), "also of one that has ended");
+    let all = place.all();
+    assert_eq!((all.len(), &all[0]["state"], &all[0]["exit_code"]), (1, &"ended".into(), &10.into()));
+    assert!(place.says("ps -a").contains("exit 10"));
+    assert_eq!(place.says("list").lines().count(), 1);
+    // A new one of this name takes the place of what is kept.
+    place.detach("halt", "--name web");
+    assert_eq!(place.says("logs web"), "");
+    place.says("kill web");
+    place.says("rm web");
+    assert!(place.all().is_empty());
+    assert_eq!(fs::read_dir(place.path("state/vmm")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_wait_ends_with_the_run_and_tells_its_exit_code() {
+    if !has_kvm("a_wait_ends_with_the_run_and_tells_its_exit_code") {
+        return;
+    }
+    let place = place();
+    place.detach("halt", "--name a --rm");
+    // In the foreground, too.
+    let mut front = place.command("--kernel halt --console off --name b").spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !place.says("list").contains("b  ") {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(5));
+    }
+    let waiting = ["a", "b"].map(|name| place.wait_for(name));
+    place.says("kill b");
+    place.says("kill a");
+    for waiting in waiting {
+        assert_eq!(text(&finish(waiting).stdout), "10\n");
+    }
+    assert_eq!(wait(&mut front).code(), Some(KILLED));
+    assert!(place.all().is_empty(), "--rm keeps nothing");
+    refused(&place, "wait a", HOST, &["no virtual machine called \"a\""]);
+    // Short ones may be over before anybody asks.
+    assert_eq!(place.detach("exit", "--name c --debug-exit"), "c");
+    assert_eq!(place.says("wait c"), "7\n");
+    place.detach("crash", "--name d");
+    assert_eq!(place.says("wait d"), "6\n");
+    assert!(place.says("logs d --monitor").contains("vmm: error: vcpu0: triple fault"));
+    place.says("rm --all");
+    assert!(place.all().is_empty());
+}
+
+#[test]
+fn a_follower_sees_everything_and_leaves_with_the_guest() {
+    if !has_kvm("a_follower_sees_everything_and_leaves_with_the_guest") {
+        return;
+    }
+    let place = place();
+    place.detach("talk", "--name web");
+    let mut follower = place.command("logs -f web").spawn().unwrap();
+    let mut said = BufReader::new(follower.stdout.take().unwrap());
+    let mut seen = Vec::new();
+    // The last that it says is said once in 16.
+    while seen.len() < TALK as usize {
+        let part = said.fill_buf().unwrap();
+        assert!(!part.is_empty(), "it left before the guest");
+        seen.extend_from_slice(part);
+        let count = part.len();
+        said.consume(count);
+    }
+    assert_eq!(text(&seen), talk());
+    assert!(follower.try_wait().unwrap().is_none(), "the guest is still there");
+    place.says("kill web");
+    assert_eq!(wait(&mut follower).code(), Some(0));
+    // Of one that has ended there is no more to come.
+    assert_eq!(place.says("logs -f -n 1 web"), talk());
+    assert_eq!(place.says("logs -n 0 web"), "");
+}
+
+#[test]
+fn one_that_does_not_start_says_why_and_leaves_nothing() {
+    if !has_kvm("one_that_does_not_start_says_why_and_leaves_nothing") {
+        return;
+    }
+    let place = place();
+    fs::create_dir_all(place.path("state/vmm")).unwrap();
+    refused(&place, "run -d --kernel nothing", BAD_ARGUMENT, &["cannot open kernel nothing"]);
+    refused(&place, "run -d --name web --kernel nothing", BAD_ARGUMENT, &["cannot open kernel nothing"]);
+    refused(&place, "run --kernel halt --rm", BAD_ARGUMENT, &["--detach"]);
+    refused(&place, "run -d --dry-run --kernel halt", BAD_ARGUMENT, &["--dry-run"]);
+    refused(&place, "logs web", HOST, &["no virtual machine called \"web\""]);
+    refused(&place, "rm web", HOST, &["nothing is kept"]);
+    for evil in ["..", "../../run", ".", ""] {
+        let mut command = place.command("rm");
+        command.arg(evil);
+        refused_command(&place, command, HOST, &["nothing is kept"]);
+    }
+    place.detach("halt", "--name web");
+    let mut again = place.command("run -d --name web --kernel halt --serial stdio");
+    again.stdin(std::process::Stdio::null());
+    refused_command(&place, again, HOST, &["already running"]);
+    assert_eq!(place.says("list").lines().count(), 2, "the first runs on");
+    place.says("kill web");
+    // Whose console is elsewhere has no log.
+    place.says("run -d --name mute --kernel halt --console off --serial file=log");
+    refused(&place, "logs mute", BAD_ARGUMENT, &["goes elsewhere"]);
+    place.says("kill mute");
+    // No place to keep anything.
+    fs::remove_dir_all(place.path("state")).unwrap();
+    place.file("state", "a file");
+    refused(&place, "run -d --kernel halt", HOST, &["cannot keep a record"]);
+}
+
+#[test]
+fn a_monitor_that_is_killed_leaves_a_record_that_says_so() {
+    if !has_kvm("a_monitor_that_is_killed_leaves_a_record_that_says_so") {
+        return;
+    }
+    let place = place();
+    place.detach("halt", "--name web");
+    let waiting = place.wait_for("web");
+    rustix::process::kill_process(place.pid("web"), rustix::process::Signal::KILL).unwrap();
+    let output = finish(waiting);
+    assert_eq!(output.status.code(), Some(HOST));
+    assert!(text(&output.stderr).contains("ended without saying how"), "{}", text(&output.stderr));
+    let all = place.all();
+    assert_eq!((&all[0]["state"], &all[0]["exit_code"]), (&"ended".into(), &Value::Null));
+    place.says("rm web");
+}
+
+#[test]
+fn many_start_at_once_each_under_a_name_of_its_own() {
+    if !has_kvm("many_start_at_once_each_under_a_name_of_its_own") {
+        return;
+    }
+    let place = place();
+    let starting: Vec<_> = (0..20)
+        .map(|_| place.command("run -d --kernel halt --console off --mem 32M").spawn().unwrap())
+        .collect();
+    let outputs = starting.into_iter().map(finish);
+    let names: BTreeSet<_> = outputs.map(|output| text(&output.stdout).trim().to_owned()).collect();
+    assert_eq!(names.len(), 20, "{names:?}");
+    assert_eq!(place.says("list").lines().count(), 21);
+    for name in &names {
+        place.says(&format!("kill {name}"));
+    }
+    let codes: String = place.says(&format!("wait {}", names.into_iter().collect::<Vec<_>>().join(" ")));
+    assert_eq!(codes, "10\n".repeat(20));
+}

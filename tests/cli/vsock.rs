@@ -1,0 +1,137 @@
+//! The socket device: sockets that cannot be, and what is left of those that were.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::images::*;
+use crate::place::*;
+
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a guest called `web` that stands still, and waits until it runs.
+fn start(place: &Place, arguments: &str) -> Running {
+    let arguments = format!("--kernel halt --console off --name web {arguments}");
+    let running = Running(place.command(&arguments).spawn().unwrap());
+    let end = Instant::now() + PATIENCE;
+    while !text(&place.vmm("list").stdout).contains("running") {
+        assert!(Instant::now() < end, "no guest with {arguments}");
+        thread::sleep(Duration::from_millis(5));
+    }
+    running
+}
+
+/// The path that `vmm status` tells.
+fn told(place: &Place) -> PathBuf {
+    let status: serde_json::Value = serde_json::from_slice(&place.vmm("status web --json").stdout).unwrap();
+    status["vsock"].as_str().expect("a path").into()
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[test]
+fn sockets_that_cannot_be() {
+    let test = "sockets_that_cannot_be";
+    if !has_kvm(test) {
+        return;
+    }
+    let place = Place::new();
+    place.file("kernel", kernel(&HALT));
+    place.file("file", "");
+    let _live = UnixListener::bind(place.path("live")).unwrap();
+    let _messages = UnixListener::bind(place.path("half.seqpacket")).unwrap();
+    let long = "x".repeat(120);
+    for (vsock, words) in [
+        ("cid=0", &["cid=0", "hypervisor"][..]),
+        ("cid=1", &["cid=1", "itself"]),
+        ("cid=2", &["cid=2", "host"]),
+        ("v,cid=4294967295", &["4294967295", "any"]),
+        ("v,cid=4294967296", &["4294967296"]),
+        ("v,cid=x", &["x", "not a number"]),
+        ("v,port=3", &["port"]),
+        ("file", &["file", "not a socket"]),
+        ("live", &["live", "in use"]),
+        ("half", &["half.seqpacket", "in use"]),
+        ("missing/v", &["missing/v", "No such file"]),
+        (&long, &["too long", "96 bytes"]),
+        ("/dev/null/v", &["/dev/null/v", "Not a directory"]),
+    ] {
+        refused(&place, &format!("--kernel kernel --console off --vsock {vsock}"), BAD_ARGUMENT, words);
+    }
+    // A folder that is not ours to write in, for root without its privilege.
+    fs::create_dir(place.path("closed")).unwrap();
+    fs::set_permissions(place.path("closed"), fs::Permissions::from_mode(0o500)).unwrap();
+    let mut command = Command::new("setpriv");
+    if !command.arg("--version").output().is_ok_and(|output| output.status.success()) {
+        return eprintln!("SKIP: {test}: a folder without permission: needs setpriv");
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--inh-caps=-dac_override", "--bounding-set=-dac_override", crate::PROGRAM]);
+    command.args("--kernel kernel --console off --vsock closed/v".split(' '));
+    place.set_up(&mut command);
+    refused_command(&place, command, BAD_ARGUMENT, &["closed/v", "Permission denied"]);
+}
+
+#[test]
+fn sockets_lie_beside_the_control_socket_and_go_with_the_guest() {
+    if !has_kvm("sockets_lie_beside_the_control_socket_and_go_with_the_guest") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    for ends_by in ["stop web --timeout 0", "kill web"] {
+        let mut running = start(&place, "--vsock");
+        let path = told(&place);
+        assert_eq!(path, place.path("run/vmm/web.vsock"));
+        let messages = place.path("run/vmm/web.vsock.seqpacket");
+        assert_eq!([mode(&path), mode(&messages)], [0o600; 2]);
+        drop(UnixStream::connect(&path).unwrap());
+        assert!(place.vmm(ends_by).status.success());
+        wait(&mut running.0);
+        assert!(!path.exists() && !messages.exists(), "{ends_by} leaves them");
+        assert!(!place.path("run/vmm").exists());
+    }
+    let running = start(&place, "");
+    let status = text(&place.vmm("status web").stdout);
+    assert!(!status.contains("vsock"), "there is none: {status}");
+    drop(running);
+}
+
+#[test]
+fn what_a_killed_monitor_left_is_replaced_and_cleaned_up() {
+    if !has_kvm("what_a_killed_monitor_left_is_replaced_and_cleaned_up") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    for vsock in ["my.sock,cid=9", ""] {
+        drop(start(&place, &format!("--vsock {vsock}")));
+        let path = if vsock.is_empty() { place.path("run/vmm/web.vsock") } else { place.path("my.sock") };
+        assert!(path.exists(), "SIGKILL cleans up nothing");
+        let running = start(&place, &format!("--vsock {vsock}"));
+        assert_eq!(told(&place), path);
+        UnixStream::connect(&path).unwrap();
+        // The next one cannot have it.
+        if !vsock.is_empty() {
+            let arguments = format!("--kernel halt --console off --vsock {vsock}");
+            refused(&place, &arguments, BAD_ARGUMENT, &["my.sock", "in use"]);
+        }
+        drop(running);
+    }
+    assert!(place.path("run/vmm/web.vsock").exists());
+    assert!(text(&place.vmm("list --json").stdout).contains("[]"));
+    assert!(!place.path("run/vmm/web.vsock").exists() && !place.path("run/vmm/web.vsock.seqpacket").exists());
+}
