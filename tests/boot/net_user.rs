@@ -112,8 +112,8 @@ fn a_stock_guest_has_ipv6_and_moves_100_mb_each_way() {
     }
     const SIZE: usize = 100_000_000;
     const NOISE: usize = 1_000_000;
-    let block = noise(NOISE);
     const GATEWAY: &str = "fd76:6d6d:6e65:74::2";
+    let block = noise(NOISE);
     let body =
         (0..SIZE / NOISE).flat_map(|n| [&n.to_le_bytes()[..], &block[8..]].concat()).collect::<Vec<_>>();
     let sum = sha256(&body);
@@ -126,7 +126,7 @@ fn a_stock_guest_has_ipv6_and_moves_100_mb_each_way() {
     let script = format!(
         "mkdir -p /d /etc; mount -t tmpfs none /d; ip link set lo up; ip link set eth0 up; \
          until ip -6 addr show dev eth0 scope global | grep -q inet6; do sleep 0.1; done; echo BEGIN; \
-         ip -6 addr show dev eth0 scope global | grep -o 'fd76:6d6d:6e65:74:.*/64'  | grep -o /64; \
+         ip -6 addr show dev eth0 scope global | grep -o 'fd76:6d6d:6e65:74:.*/64' | grep -o /64; \
          ip -6 route | grep -o 'default via fe80::2'; \
          echo nameserver fd76:6d6d:6e65:74::3 >/etc/resolv.conf; \
          ping -6 -q -c 3 -W 20 host.vmm.internal | grep -o -e '{GATEWAY}' -e '3 packets received'; \
