@@ -125,7 +125,8 @@ fn a_stock_guest_has_ipv6_and_moves_100_mb_each_way() {
     let refused = |to: &str, port: u16| format!("nc -w 9 {to} {port} </dev/null 2>&1 | grep -o ': [A-Z].*'");
     let script = format!(
         "mkdir -p /d /etc; mount -t tmpfs none /d; ip link set lo up; ip link set eth0 up; \
-         until ip -6 addr show dev eth0 scope global | grep -q inet6; do sleep 0.1; done; echo BEGIN; \
+         until ip -6 addr show dev eth0 scope global | grep -q inet6; do sleep 0.1; done; \
+         while ip -6 addr show dev eth0 | grep -q tentative; do sleep 0.1; done; echo BEGIN; \
          ip -6 addr show dev eth0 scope global | grep -o 'fd76:6d6d:6e65:74:.*/64' | grep -o /64; \
          ip -6 route | grep -o 'default via fe80::2'; \
          echo nameserver fd76:6d6d:6e65:74::3 >/etc/resolv.conf; \
