@@ -28,7 +28,8 @@
 //! log's queue, whose thread alone waits for standard error) and `cli` (the program `vmm`, one file per command).
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
-//! (its clock), `memory`, `kvm`, `disk` and `net` (ioctls of taps and of vhost-net) alone. `tests/architecture.rs` holds the code against it.
+//! (its clock), `memory`, `kvm`, `disk` and `net` (ioctls of taps and of vhost-net, pages of
+//! connections) alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
 //! threads event_loop poller timer listener state config guest_log output printable recorder

@@ -30,6 +30,15 @@ fn sha256(bytes: &[u8]) -> String {
     String::from_utf8(output.stdout).unwrap().split(' ').next().unwrap().to_owned()
 }
 
+/// Takes everything, and tells its sum.
+fn take(listener: TcpListener) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut all = Vec::new();
+        listener.accept().unwrap().0.read_to_end(&mut all).unwrap();
+        sha256(&all)
+    })
+}
+
 /// Serves `body` over HTTP, once.
 fn serve(listener: TcpListener, body: Vec<u8>) -> thread::JoinHandle<()> {
     thread::spawn(move || {
@@ -92,6 +101,58 @@ fn a_guest_has_all_that_a_network_has() {
     assert!(body[7] == "closed" && body[6].contains("No route to host"), "{}", ended.text);
     not_for_guests.set_nonblocking(true).unwrap();
     assert!(not_for_guests.accept().is_err(), "nobody has come");
+}
+
+/// Debian's kernel with its IPv6: it makes itself an address, finds the way and the resolver, pings, gets a
+/// file of 100 MB by either version, and sends it back. What leads nowhere, or to the host, it hears of at once.
+#[test]
+fn a_stock_guest_has_ipv6_and_moves_100_mb_each_way() {
+    if !available("user network, IPv6") {
+        return;
+    }
+    const SIZE: usize = 100_000_000;
+    const NOISE: usize = 1_000_000;
+    const GATEWAY: &str = "fd76:6d6d:6e65:74::2";
+    let block = noise(NOISE);
+    let body =
+        (0..SIZE / NOISE).flat_map(|n| [&n.to_le_bytes()[..], &block[8..]].concat()).collect::<Vec<_>>();
+    let sum = sha256(&body);
+    let listeners = ["127.0.0.1:0", "[::1]:0"].map(|at| [(); 2].map(|()| TcpListener::bind(at).unwrap()));
+    let ports = listeners.each_ref().map(|two| two.each_ref().map(|one| one.local_addr().unwrap().port()));
+    let closed = TcpListener::bind("[::]:0").unwrap();
+    let [[four, back_four], [six, back_six]] = ports;
+    let ends = listeners.map(|[from, to]| (serve(from, body.clone()), take(to)));
+    let refused = |to: &str, port: u16| format!("nc -w 9 {to} {port} </dev/null 2>&1 | grep -o ': [A-Z].*'");
+    let script = format!(
+        "mkdir -p /d /etc; mount -t tmpfs none /d; ip link set lo up; ip link set eth0 up; \
+         until ip -6 addr show dev eth0 scope global | grep -q inet6; do sleep 0.1; done; \
+         while ip -6 addr show dev eth0 | grep -q tentative; do sleep 0.1; done; echo BEGIN; \
+         ip -6 addr show dev eth0 scope global | grep -o 'fd76:6d6d:6e65:74:.*/64' | grep -o /64; \
+         ip -6 route | grep -o 'default via fe80::2'; \
+         echo nameserver fd76:6d6d:6e65:74::3 >/etc/resolv.conf; \
+         ping -6 -q -c 3 -W 20 host.vmm.internal | grep -o -e '{GATEWAY}' -e '3 packets received'; \
+         {}; {}; set -f; \
+         ip addr add 10.0.2.15/24 dev eth0; \
+         for at in '10.0.2.2 {four} {back_four} 10.0.2.2' '{GATEWAY} {six} {back_six} [{GATEWAY}]'; do \
+         set -- $at; wget -q -O /d/f http://$4:$2/; sha256sum </d/f; nc $1 $3 </d/f; done; echo END",
+        refused(GATEWAY, closed.local_addr().unwrap().port()),
+        refused("2001:db8::1", 80),
+    );
+    let mut command = vmm(Kernel::Stock, &script);
+    command.args(["--mem", "768M", "--net"]);
+    let allow = [four, back_four].map(|port| format!(",allow=127.0.0.1:{port}"));
+    let allow6 = [six, back_six].map(|port| format!(",allow=[::1]:{port}"));
+    command.arg(format!("user{}{}", allow.concat(), allow6.concat()));
+    let ended = Guest::start(command).finish();
+    let body = ended.body();
+    let ways = ["/64", "default via fe80::2", GATEWAY, "3 packets received"];
+    assert_eq!(body[..4], ways, "{}", ended.text);
+    assert!(body[4].contains("denied") && body[5].contains("unreachable"), "{}", ended.text);
+    assert_eq!(body[6..], [format!("{sum}  -"), format!("{sum}  -")], "{}", ended.text);
+    for (server, taker) in ends {
+        server.join().unwrap();
+        assert_eq!(taker.join().unwrap(), sum, "what came back is what was sent");
+    }
 }
 
 /// A guest that reaches nothing serves on a published port: 4 MiB go in, and come back.

@@ -10,7 +10,7 @@ use super::net_limits::{Limit, NetLimits};
 use super::text::{ParseError, Size, flag, list_of_texts, optional_number};
 use super::{Allow, Invalid, OutputFile, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `user[,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
+/// A network device: `user[,ipv6=off][,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
 /// [,vhost=on|off][,bw=RATE[/BURST]][,pps=RATE[/BURST]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
@@ -82,6 +82,14 @@ impl Net {
     }
 }
 
+fn on() -> bool {
+    true
+}
+
+fn is_on(flag: &bool) -> bool {
+    *flag
+}
+
 /// [`Net`] as it is written.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -106,6 +114,8 @@ struct Keys {
     pps: Option<Limit<u64>>,
     #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
     vhost: bool,
+    #[serde(default = "on", deserialize_with = "flag", skip_serializing_if = "is_on")]
+    ipv6: bool,
     #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
     restrict: bool,
     #[serde(default, deserialize_with = "list_of_texts", skip_serializing_if = "Vec::is_empty")]
@@ -120,8 +130,8 @@ impl TryFrom<Keys> for Net {
     type Error = &'static str;
 
     fn try_from(keys: Keys) -> Result<Self, &'static str> {
-        let Keys { restrict, dns, allow, publish, .. } = keys;
-        let network = UserNet { restrict, dns, allow, publish };
+        let Keys { ipv6, restrict, dns, allow, publish, .. } = keys;
+        let network = UserNet { ipv6, restrict, dns, allow, publish };
         let is_plain = network == UserNet::default();
         let to = match (keys.user, keys.tap, keys.fd, keys.socket) {
             (true, None, None, None) => NetTarget::User(network),
@@ -131,7 +141,7 @@ impl TryFrom<Keys> for Net {
             _ => return Err("a network device has one of user, tap=NAME, fd=N and socket=PATH"),
         };
         if !is_plain && !keys.user {
-            return Err("restrict=, dns=, allow= and publish= are settings of net=user");
+            return Err("ipv6=, restrict=, dns=, allow= and publish= are settings of net=user");
         }
         let Keys { mac, mtu, queues, vhost, bw, pps, .. } = keys;
         Ok(Self { to, mac, mtu, queues, vhost, limits: NetLimits { bw, pps } })
@@ -149,8 +159,8 @@ impl From<Net> for Keys {
             NetTarget::Fd(number) => fd = Some(number),
             NetTarget::Socket(path) => socket = Some(path),
         }
-        let UserNet { restrict, dns, allow, publish } = network;
-        Self { user, tap, fd, socket, mac, mtu, queues, vhost, bw, pps, restrict, dns, allow, publish }
+        let UserNet { ipv6, restrict, dns, allow, publish } = network;
+        Self { user, tap, fd, socket, mac, mtu, queues, vhost, bw, pps, ipv6, restrict, dns, allow, publish }
     }
 }
 
@@ -308,7 +318,10 @@ mod tests {
         assert_eq!(serde_json::from_str::<Net>(json).unwrap(), net);
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&net).unwrap()).unwrap(), net);
         let NetTarget::User(network) = &net.to else { panic!("{net:?}") };
-        assert!(network.restrict && network.allow.len() == 2 && network.publish[1].udp);
+        let without: Net = "user,ipv6=off".parse().unwrap();
+        assert_eq!(without.to, NetTarget::User(UserNet { ipv6: false, ..UserNet::default() }));
+        assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&without).unwrap()).unwrap(), without);
+        assert!(network.ipv6 && network.restrict && network.allow.len() == 2 && network.publish[1].udp);
         let limited: Net = "user,bw=100M/1M,pps=5000".parse().unwrap();
         let json = r#"{"user": true, "bw": "100M/1M", "pps": 5000}"#;
         assert_eq!(serde_json::from_str::<Net>(json).unwrap(), limited);
@@ -342,6 +355,8 @@ mod tests {
             ("tap=a,speed=9", "speed"),
             ("user,tap=a", "one of user"),
             ("tap=a,restrict=on", "settings of net=user"),
+            ("tap=a,ipv6=off", "settings of net=user"),
+            ("user,ipv6=6", "off"),
             ("tap=a,publish=8080:80", "settings of net=user"),
             ("user,publish=80", "the guest's port is missing"),
             ("user,allow=localhost", "127.0.0.1"),

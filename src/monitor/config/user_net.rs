@@ -9,8 +9,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::text::ParseError;
 
 /// A network of the guest and the monitor, behind which are the host's sockets.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserNet {
+    /// IPv6 beside IPv4. It takes an MTU of [`UserNet::MIN_MTU_IPV6`].
+    pub ipv6: bool,
     /// Nothing but published ports, and what `allow` has.
     pub restrict: bool,
     /// Who answers questions for names. Empty: the host's resolvers.
@@ -21,34 +23,100 @@ pub struct UserNet {
     pub publish: Vec<Publish>,
 }
 
+impl Default for UserNet {
+    fn default() -> Self {
+        Self { ipv6: true, restrict: false, dns: Vec::new(), allow: Vec::new(), publish: Vec::new() }
+    }
+}
+
 impl UserNet {
     /// The largest packet, where the configuration has none: 64 KiB go in one piece.
     pub const MTU: u16 = 65520;
     /// The smallest: what every host takes (RFC 791, 3.2).
     pub const MIN_MTU: u16 = 576;
+    /// The smallest for IPv6 (RFC 8200, 5).
+    pub const MIN_MTU_IPV6: u16 = 1280;
 }
 
-/// Addresses that may be reached: `ADDR[/BITS][:PORT]`.
+/// Addresses that may be reached: `ADDR[/BITS][:PORT]`; one of IPv6 is in brackets if a port follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allow {
     /// One of them; its first `prefix` bits are those of all.
-    pub address: Ipv4Addr,
-    /// 0 to 32.
+    pub address: IpAddr,
+    /// Up to 32, or 128 for IPv6.
     pub prefix: u8,
     /// The port of TCP or UDP. Absent: all, and ping.
     pub port: Option<u16>,
 }
 
+/// Bits of an address like this one.
+fn width(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
+/// Which family, and its bits from the top of a number.
+fn bits(address: IpAddr) -> (u8, u128) {
+    let bits = match address {
+        IpAddr::V4(address) => u128::from(address.to_bits()) << 96,
+        IpAddr::V6(address) => address.to_bits(),
+    };
+    (width(address), bits)
+}
+
 impl Allow {
     /// Whether all addresses of this range are in the range of `address` and `prefix`.
-    pub fn is_within(&self, address: Ipv4Addr, prefix: u8) -> bool {
-        let bits = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or_default();
-        self.prefix >= prefix && (self.address.to_bits() ^ address.to_bits()) & bits == 0
+    pub fn is_within(&self, address: IpAddr, prefix: u8) -> bool {
+        let (family, theirs) = bits(address);
+        let (own_family, own) = bits(self.address);
+        let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or_default();
+        family == own_family && self.prefix >= prefix && (own ^ theirs) & mask == 0
     }
 
     /// Whether `address` is in the range.
-    pub fn contains(&self, address: Ipv4Addr) -> bool {
-        Self { address, prefix: 32, port: None }.is_within(self.address, self.prefix)
+    pub fn contains(&self, address: IpAddr) -> bool {
+        Self::one(address).is_within(self.address, self.prefix)
+    }
+
+    /// The range of `address` alone.
+    pub fn one(address: IpAddr) -> Self {
+        Self { address, prefix: width(address), port: None }
+    }
+
+    /// Whether it is one address, and no more.
+    pub fn is_one(&self) -> bool {
+        self.prefix == width(self.address)
+    }
+
+    /// Address, bits and port as they are written.
+    fn parts(text: &str) -> Option<(&str, Option<&str>, Option<&str>)> {
+        let (address, rest) = match text.strip_prefix('[') {
+            Some(rest) => rest.split_once(']').filter(|(address, _)| address.contains(':'))?,
+            // An address of IPv6 without brackets has colons, and no port.
+            None => match text.find(if text.matches(':').count() > 1 { &['/'][..] } else { &['/', ':'] }) {
+                Some(at) => text.split_at(at),
+                None => (text, ""),
+            },
+        };
+        let (range, port) = match rest.split_once(':') {
+            Some((range, port)) => (range, Some(port)),
+            None => (rest, None),
+        };
+        match range {
+            "" => Some((address, None, port)),
+            range => Some((address, Some(range.strip_prefix('/')?), port)),
+        }
+    }
+
+    fn read(text: &str) -> Option<Self> {
+        let (address, prefix, port) = Self::parts(text)?;
+        let mut allow = Self::one(address.parse().ok()?);
+        if let Some(prefix) = prefix {
+            allow.prefix = number(prefix).filter(|prefix| *prefix <= allow.prefix.into())? as u8;
+        }
+        if let Some(port) = port {
+            allow.port = Some(number(port).filter(|port| *port > 0)?);
+        }
+        Some(allow)
     }
 }
 
@@ -56,29 +124,21 @@ impl FromStr for Allow {
     type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        let wrong = || {
+        Self::read(text).ok_or_else(|| {
             ParseError::new(format!(
-                "{text:?} is not an address or range like 127.0.0.1, 127.0.0.1:8080 or 192.168.0.0/16"
+                "{text:?} is not an address or range like 127.0.0.1, 127.0.0.1:8080, 192.168.0.0/16 or [::1]:8080"
             ))
-        };
-        let (range, port) = match text.split_once(':') {
-            Some((range, port)) => (range, Some(number(port).filter(|port| *port > 0).ok_or_else(wrong)?)),
-            None => (text, None),
-        };
-        let (address, prefix) = match range.split_once('/') {
-            Some((address, prefix)) => {
-                (address, number(prefix).filter(|prefix| *prefix <= 32).ok_or_else(wrong)? as u8)
-            }
-            None => (range, 32),
-        };
-        Ok(Self { address: address.parse().map_err(|_| wrong())?, prefix, port })
+        })
     }
 }
 
 impl fmt::Display for Allow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.address)?;
-        if self.prefix < 32 {
+        match (self.address, self.port) {
+            (IpAddr::V6(address), Some(_)) => write!(f, "[{address}]")?,
+            (address, _) => write!(f, "{address}")?,
+        }
+        if !self.is_one() {
             write!(f, "/{}", self.prefix)?;
         }
         self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
@@ -270,12 +330,36 @@ mod tests {
 
     #[test]
     fn what_is_allowed_reads_as_it_is_written() {
-        for text in ["127.0.0.1", "127.0.0.1:8080", "192.168.0.0/16", "0.0.0.0/0:443"] {
+        for text in [
+            "127.0.0.1",
+            "127.0.0.1:8080",
+            "192.168.0.0/16",
+            "0.0.0.0/0:443",
+            "::1",
+            "[::1]:8080",
+            "2001:db8::/32",
+            "[2001:db8::]/32:443",
+            "::/0",
+        ] {
             assert_eq!(text.parse::<Allow>().unwrap().to_string(), text);
         }
-        for wrong in
-            ["", "localhost", "127.0.0.1:", "127.0.0.1:0", "1.2.3.4/33", "1.2.3.4/", "::1", "1.2.3.4/+8"]
-        {
+        assert_eq!("[::1]".parse::<Allow>().unwrap().to_string(), "::1");
+        for wrong in [
+            "",
+            "localhost",
+            "127.0.0.1:",
+            "127.0.0.1:0",
+            "1.2.3.4/33",
+            "1.2.3.4/",
+            "1.2.3.4/+8",
+            "::1/129",
+            "[::1",
+            "[::1]:",
+            "[::1]8",
+            "[1.2.3.4]:80",
+            "fe80::1%eth0",
+            "]::1",
+        ] {
             assert!(wrong.parse::<Allow>().is_err(), "{wrong}");
         }
     }
@@ -283,11 +367,14 @@ mod tests {
     #[test]
     fn ranges_hold_addresses_and_other_ranges() {
         let allow = |text: &str| text.parse::<Allow>().unwrap();
-        let address = |text: &str| text.parse::<Ipv4Addr>().unwrap();
+        let address = |text: &str| text.parse::<IpAddr>().unwrap();
         assert!(allow("10.0.0.0/8").contains(address("10.255.0.1")));
         assert!(!allow("10.0.0.0/8").contains(address("11.0.0.0")));
         assert!(allow("0.0.0.0/0").contains(address("255.255.255.255")));
         assert!(!allow("0.0.0.0/0").is_within(address("127.0.0.0"), 8));
         assert!(allow("127.1.0.0/16").is_within(address("127.0.0.0"), 8));
+        assert!(allow("2001:db8::/32").contains(address("2001:db8:ffff::")));
+        assert!(!allow("2001:db8::/32").contains(address("2001:db9::")));
+        assert!(!allow("::/0").contains(address("1.2.3.4")) && !allow("0.0.0.0/0").contains(address("::")));
     }
 }

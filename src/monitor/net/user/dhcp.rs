@@ -1,19 +1,37 @@
 //! The one lease: 10.0.2.15 for whoever asks (RFC 2131).
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 
-use smoltcp::wire::{DHCP_CLIENT_PORT, DHCP_SERVER_PORT, DhcpMessageType, DhcpOption, DhcpPacket, DhcpRepr};
+use smoltcp::wire::{
+    DHCP_CLIENT_PORT, DHCP_SERVER_PORT, DhcpMessageType, DhcpOption, DhcpPacket, DhcpRepr, IpProtocol,
+    UdpPacket,
+};
 
+use super::Context;
+use super::addresses::{DNS, GATEWAY, GUEST};
+use super::ip::Packet;
 use super::udp::put;
-use super::{Context, DNS, GATEWAY, GUEST};
 
 /// A day, in seconds.
 const LEASE: u32 = 24 * 60 * 60;
 /// The largest packet of IP on this link (RFC 2132, 5.1).
 const OPTION_MTU: u8 = 26;
 
-/// Answers what a client of DHCP says.
-pub fn answer(context: &mut Context, message: &[u8]) {
+/// Takes what is for the server. False if the packet is something else.
+pub fn input(context: &mut Context, packet: &Packet<'_>) -> bool {
+    let is_here = packet.to == GATEWAY || packet.to == Ipv4Addr::BROADCAST;
+    let Some(Ok(udp)) = (is_here && packet.protocol == IpProtocol::Udp)
+        .then(|| UdpPacket::new_checked(packet.payload))
+        .filter(|udp| udp.as_ref().is_ok_and(|udp| udp.dst_port() == DHCP_SERVER_PORT))
+    else {
+        return false;
+    };
+    answer(context, udp.payload());
+    true
+}
+
+/// Answers what a client says.
+fn answer(context: &mut Context, message: &[u8]) {
     let Ok(packet) = DhcpPacket::new_checked(message) else { return };
     let Ok(query) = DhcpRepr::parse(&packet) else { return };
     let is_for_another = query.server_identifier.is_some_and(|server| server != GATEWAY);
@@ -55,5 +73,5 @@ pub fn answer(context: &mut Context, message: &[u8]) {
     }
     // By broadcast: the client may have no address yet, and nobody else listens.
     let (from, to) = ((GATEWAY, DHCP_SERVER_PORT), (Ipv4Addr::BROADCAST, DHCP_CLIENT_PORT));
-    put(&mut context.frames, from, to, &bytes);
+    put(&mut context.frames, SocketAddr::from(from), SocketAddr::from(to), &bytes);
 }

@@ -4,19 +4,21 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use super::GATEWAY;
+use super::addresses::{GATEWAY, GATEWAY6};
 
 /// The host, as the guest calls it, in the wire's form.
 const HOST_NAME: &[u8] = b"\x04host\x03vmm\x08internal\x00";
 /// Bytes of a message's header (RFC 1035, 4.1.1).
 const HEADER: usize = 12;
 const TYPE_A: u16 = 1;
+const TYPE_AAAA: u16 = 28;
 const CLASS_IN: u16 = 1;
 /// The name's address may be kept for so many seconds.
 const TTL: u32 = 60;
 
-/// The answer to a query for the host's name. `None` for queries that resolvers answer.
-pub fn own_answer(query: &[u8]) -> Option<Vec<u8>> {
+/// The answer to a query for the host's name, with its address in IPv6 if that is `ipv6`. `None` for queries that resolvers
+/// answer.
+pub fn own_answer(query: &[u8], ipv6: bool) -> Option<Vec<u8>> {
     let (header, question) = query.split_at_checked(HEADER)?;
     let (name, rest) = question.split_at_checked(HOST_NAME.len())?;
     let kind: [u8; 4] = *rest.first_chunk()?;
@@ -25,17 +27,21 @@ pub fn own_answer(query: &[u8]) -> Option<Vec<u8>> {
         return None;
     }
     let kind = (u16::from_be_bytes([kind[0], kind[1]]), u16::from_be_bytes([kind[2], kind[3]]));
-    let answers = u8::from(kind == (TYPE_A, CLASS_IN));
+    let address = match kind {
+        (TYPE_A, CLASS_IN) => Some(GATEWAY.octets().to_vec()),
+        (TYPE_AAAA, CLASS_IN) if ipv6 => Some(GATEWAY6.octets().to_vec()),
+        _ => None,
+    };
     let mut answer = header[..2].to_vec();
     // A response with authority, recursion desired as asked, and available; no error. One question, the answers, nothing else.
-    answer.extend([0x84 | header[2] & 1, 0x80, 0, 1, 0, answers, 0, 0, 0, 0]);
+    answer.extend([0x84 | header[2] & 1, 0x80, 0, 1, 0, address.is_some().into(), 0, 0, 0, 0]);
     answer.extend(&question[..HOST_NAME.len() + 4]);
-    if answers > 0 {
+    if let Some(address) = address {
         // The name is that of the question, at byte 12.
-        answer.extend([0xc0, HEADER as u8, 0, TYPE_A as u8, 0, CLASS_IN as u8]);
+        answer.extend([0xc0, HEADER as u8, 0, kind.0 as u8, 0, CLASS_IN as u8]);
         answer.extend(TTL.to_be_bytes());
-        answer.extend([0, 4]);
-        answer.extend(GATEWAY.octets());
+        answer.extend([0, address.len() as u8]);
+        answer.extend(address);
     }
     Some(answer)
 }
@@ -95,15 +101,21 @@ mod tests {
 
     #[test]
     fn the_hosts_name_has_the_gateways_address() {
-        let answer = own_answer(&query(b"\x04HOST\x03vmm\x08internal\x00", 1)).unwrap();
+        let answer = own_answer(&query(b"\x04HOST\x03vmm\x08internal\x00", 1), true).unwrap();
         assert_eq!(answer[..12], [0x12, 0x34, 0x85, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
         assert!(answer.ends_with(&[0, 4, 10, 0, 2, 2]));
-        let no_such_type = own_answer(&query(HOST_NAME, 28)).unwrap();
-        assert_eq!((no_such_type[7], no_such_type.len()), (0, 12 + HOST_NAME.len() + 4));
-        assert_eq!(own_answer(&query(b"\x05guest\x03vmm\x08internal\x00", 1)), None);
+        let six = own_answer(&query(HOST_NAME, 28), true).unwrap();
+        assert!(six[7] == 1 && six.ends_with(&GATEWAY6.octets()) && six[six.len() - 18..][..2] == [0, 16]);
+        for no_such_type in [
+            own_answer(&query(HOST_NAME, 28), false).unwrap(),
+            own_answer(&query(HOST_NAME, 16), true).unwrap(),
+        ] {
+            assert_eq!((no_such_type[7], no_such_type.len()), (0, 12 + HOST_NAME.len() + 4));
+        }
+        assert_eq!(own_answer(&query(b"\x05guest\x03vmm\x08internal\x00", 1), true), None);
         let whole = query(HOST_NAME, 1);
         for len in 0..whole.len() {
-            assert_eq!(own_answer(&whole[..len]), None, "{len} bytes");
+            assert_eq!(own_answer(&whole[..len], true), None, "{len} bytes");
         }
     }
 

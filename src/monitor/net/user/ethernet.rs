@@ -1,21 +1,21 @@
 //! Ethernet and ARP: frames on their way to the guest, and who answers for which address.
 
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, IpAddress,
-    IpProtocol, Ipv4Packet, Ipv4Repr, TcpPacket,
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, IpAddress, IpRepr,
 };
 
-use super::super::HEADER;
-use super::{DNS, GATEWAY};
+use super::addresses::{DNS, GATEWAY};
+use super::offload;
+use crate::net::{HEADER, Offloads};
 
 /// The address of all that is not the guest.
 pub const OUR_MAC: EthernetAddress = EthernetAddress([0x52, 0x55, 0x0a, 0x00, 0x02, 0x02]);
 /// Bytes of Ethernet's header.
-const ETHERNET: usize = 14;
+pub const ETHERNET: usize = 14;
 /// Frames and bytes above which what can wait does.
 const ROOM: (usize, usize) = (64, 2 << 20);
 /// Frames and bytes above which answers are lost.
@@ -35,13 +35,13 @@ pub struct Frames {
     guest: EthernetAddress,
     /// The largest packet of IP.
     pub mtu: usize,
-    /// The guest takes TCP's checksums that are yet to be computed.
-    pub checksums_left: bool,
+    /// What the guest does to TCP's segments itself.
+    pub left: Offloads,
 }
 
 impl Frames {
     pub fn new(guest: [u8; 6], mtu: usize) -> Self {
-        Self { queue: VecDeque::new(), bytes: 0, guest: EthernetAddress(guest), mtu, checksums_left: false }
+        Self { queue: VecDeque::new(), bytes: 0, guest: EthernetAddress(guest), mtu, left: Offloads::empty() }
     }
 
     /// The guest calls itself `address` now.
@@ -84,39 +84,38 @@ impl Frames {
         self.queue.push_back(Frame { header, bytes });
     }
 
-    /// A packet of `payload` bytes, which `fill` writes, from `from` to `to`.
-    pub fn ipv4(
-        &mut self,
-        (from, to): (Ipv4Addr, Ipv4Addr),
-        protocol: IpProtocol,
-        payload: usize,
-        fill: impl FnOnce(&mut [u8]),
-    ) {
-        let repr = Ipv4Repr {
-            src_addr: from,
-            dst_addr: to,
-            next_header: protocol,
-            payload_len: payload,
-            hop_limit: 64,
-        };
-        if repr.buffer_len() + payload > self.mtu {
-            log::debug!("user network: a packet of {payload} bytes for the guest is too long");
+    /// A packet with `header`, whose payload `fill` writes.
+    pub fn ip(&mut self, header: &IpRepr, fill: impl FnOnce(&mut [u8])) {
+        if header.buffer_len() > self.mtu {
+            let len = header.payload_len();
+            log::debug!("user network: a packet of {len} bytes for the guest is too long");
             return;
         }
-        let mut bytes = vec![0; ETHERNET + repr.buffer_len() + payload];
-        let mut packet = Ipv4Packet::new_unchecked(&mut bytes[ETHERNET..]);
-        repr.emit(&mut packet, &ChecksumCapabilities::default());
-        fill(packet.payload_mut());
-        let mac = if to.is_broadcast() { EthernetAddress::BROADCAST } else { self.guest };
-        self.push(mac, EthernetProtocol::Ipv4, bytes, [0; HEADER]);
+        let mut bytes = vec![0; ETHERNET + header.buffer_len()];
+        header.emit(&mut bytes[ETHERNET..], &ChecksumCapabilities::default());
+        fill(&mut bytes[ETHERNET + header.header_len()..]);
+        let to = match header.dst_addr() {
+            IpAddress::Ipv4(to) if to.is_broadcast() => EthernetAddress::BROADCAST,
+            IpAddress::Ipv6(to) if to.is_multicast() => group(to),
+            _ => self.guest,
+        };
+        self.push(to, protocol(header.dst_addr().into()), bytes, [0; HEADER]);
     }
 
-    /// A packet of `len` bytes with TCP in it, which `fill` writes but for TCP's checksum.
-    pub fn tcp<R>(&mut self, len: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
+    /// A packet of `len` bytes with TCP for `to` in it, which `fill` writes but for TCP's checksum. The guest's segments have `mss`
+    /// bytes of data, if that is known; it may have more.
+    pub fn tcp<R>(
+        &mut self,
+        to: IpAddr,
+        mss: Option<usize>,
+        len: usize,
+        fill: impl FnOnce(&mut [u8]) -> R,
+    ) -> R {
         let mut bytes = vec![0; ETHERNET + len];
         let result = fill(&mut bytes[ETHERNET..]);
-        let header = finish_tcp(&mut bytes[ETHERNET..], self.checksums_left).unwrap_or([0; HEADER]);
-        self.push(self.guest, EthernetProtocol::Ipv4, bytes, header);
+        for (header, bytes) in offload::finish(bytes, self.left, mss) {
+            self.push(self.guest, protocol(to), bytes, header);
+        }
         result
     }
 
@@ -149,29 +148,12 @@ impl Frames {
     }
 }
 
-/// Puts TCP's checksum into `packet`, or, if that is `left` to the guest, what it needs to compute it: the sum over the
-/// pseudo-header, and where it starts and goes (virtio 1.3, 5.1.6.2).
-fn finish_tcp(packet: &mut [u8], left: bool) -> Option<[u8; HEADER]> {
-    const NEEDS_CSUM: u8 = 1;
-    let mut ip = Ipv4Packet::new_checked(packet).ok()?;
-    let (from, to) = (ip.src_addr(), ip.dst_addr());
-    let start = ip.header_len();
-    let mut header = [0; HEADER];
-    if !left {
-        TcpPacket::new_checked(ip.payload_mut())
-            .ok()?
-            .fill_checksum(&IpAddress::Ipv4(from), &IpAddress::Ipv4(to));
-        return Some(header);
-    }
-    let len = ip.total_len() - u16::from(start);
-    let words = [from.octets(), to.octets()].concat();
-    let words = words.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
-    let sum = words.sum::<u32>() + u32::from(u8::from(IpProtocol::Tcp)) + u32::from(len);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    TcpPacket::new_checked(ip.payload_mut()).ok()?.set_checksum(sum as u16);
-    header[0] = NEEDS_CSUM;
-    header[6..8].copy_from_slice(&(ETHERNET as u16 + u16::from(start)).to_le_bytes());
-    header[8..10].copy_from_slice(&16u16.to_le_bytes());
-    Some(header)
+/// The address of a group's frames (RFC 2464, 7).
+fn group(to: Ipv6Addr) -> EthernetAddress {
+    let [.., a, b, c, d] = to.octets();
+    EthernetAddress([0x33, 0x33, a, b, c, d])
+}
+
+fn protocol(to: IpAddr) -> EthernetProtocol {
+    if to.is_ipv4() { EthernetProtocol::Ipv4 } else { EthernetProtocol::Ipv6 }
 }

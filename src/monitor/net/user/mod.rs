@@ -4,12 +4,20 @@
 //! [`Stack`] takes the guest's frames and gives those for the guest. It never blocks: [`Stack::readable`] is so when there may be a
 //! frame. It knows no virtio; `wire.rs` makes a network device's end of it. What it holds is bounded: flows, frames, bytes of each.
 
+mod addresses;
 mod dhcp;
+mod dhcpv6;
 mod dns;
 mod ethernet;
+mod guest_end;
 mod icmp;
+mod ip;
+mod ndp;
+mod offload;
 mod policy;
 mod publish;
+mod recovery;
+mod room;
 mod route;
 mod table;
 mod tcp;
@@ -18,20 +26,24 @@ mod tests;
 mod udp;
 mod wire;
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use smoltcp::wire::{DHCP_SERVER_PORT, EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, UdpPacket};
+use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol};
 
 use crate::config::UserNet;
 use crate::event_loop::{Event, Interest};
+use crate::net::Offloads;
 use crate::poller::{self, Poller};
 use crate::timer::Timer;
 
+use addresses::{GATEWAY, is_guests};
 use dns::Resolvers;
 use ethernet::{Frame, Frames, OUR_MAC};
-use icmp::Ping;
+use icmp::{Ping, Unreachable};
+use ip::Packet;
+use ndp::Router;
 use policy::Policy;
 use publish::Listeners;
 use route::Routes;
@@ -40,14 +52,6 @@ use udp::Udp;
 
 pub use publish::Error;
 
-/// The gateway, and the host as the guest calls it.
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-/// Who answers questions for names.
-const DNS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
-/// The guest.
-const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-/// Bits of the network's address.
-const PREFIX: u8 = 24;
 /// How often flows are looked at that may have been idle for too long.
 const SWEEP: Duration = Duration::from_secs(5);
 /// Rounds of events before whoever drives the stack has its turn.
@@ -74,15 +78,15 @@ type Ready = poller::Ready<Source>;
 /// The two ends of a flow, as the guest names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Key {
-    guest: SocketAddrV4,
-    remote: SocketAddrV4,
+    guest: SocketAddr,
+    remote: SocketAddr,
 }
 
 impl Key {
     /// None comes behind it.
-    const LAST: Self = Self {
-        guest: SocketAddrV4::new(Ipv4Addr::BROADCAST, u16::MAX),
-        remote: SocketAddrV4::new(Ipv4Addr::BROADCAST, u16::MAX),
+    const LAST: Self = {
+        let last = SocketAddr::new(IpAddr::V6(Ipv6Addr::from_bits(u128::MAX)), u16::MAX);
+        Self { guest: last, remote: last }
     };
 }
 
@@ -101,9 +105,9 @@ impl Ports {
     const FIRST: u16 = 49152;
 
     /// A key for a flow to `guest` that is not `taken`: flows are fewer than ports.
-    fn free(&mut self, guest: SocketAddrV4, taken: impl Fn(&Key) -> bool) -> Key {
+    fn free(&mut self, guest: SocketAddr, taken: impl Fn(&Key) -> bool) -> Key {
         loop {
-            let key = Key { guest, remote: SocketAddrV4::new(GATEWAY, self.0) };
+            let key = Key { guest, remote: SocketAddr::new(GATEWAY.into(), self.0) };
             self.0 = self.0.checked_add(1).unwrap_or(Self::FIRST);
             if !taken(&key) {
                 return key;
@@ -133,6 +137,8 @@ struct Context {
     frames: Frames,
     poller: Poller<Source>,
     policy: Policy,
+    /// The guest may have IPv6.
+    ipv6: bool,
     clock: Clock,
     /// When this turn began.
     now: Instant,
@@ -146,6 +152,7 @@ pub struct Stack {
     udp: Udp,
     ping: Ping,
     listeners: Listeners,
+    router: Router,
     timer: Timer,
     /// When the timer will be readable.
     armed: Option<Instant>,
@@ -170,6 +177,7 @@ impl Stack {
             frames: Frames::new(guest, mtu.into()),
             poller: Poller::new()?,
             policy: Policy::new(config, Routes::new()?),
+            ipv6: config.ipv6 && mtu >= UserNet::MIN_MTU_IPV6,
             clock: Clock { start: now },
             now,
         };
@@ -185,6 +193,7 @@ impl Stack {
             resolvers,
             tcp: Tcp::new(),
             ping: Ping::new(),
+            router: Router::default(),
             timer,
             armed: None,
             swept: None,
@@ -200,9 +209,10 @@ impl Stack {
         self.context.poller.as_fd()
     }
 
-    /// From now on the guest takes, or does not take, TCP whose checksum it has to compute.
-    pub fn leave_checksums(&mut self, on: bool) {
-        self.context.frames.checksums_left = on;
+    /// From now on the guest does `offloads` to TCP's segments itself. Another guest may have begun.
+    pub fn leave(&mut self, offloads: Offloads) {
+        self.context.frames.left = offloads;
+        self.router = Router::default();
     }
 
     fn read_clock(&mut self) {
@@ -213,7 +223,7 @@ impl Stack {
         }
     }
 
-    /// The guest sends `frame`. What is not understood is dropped.
+    /// The guest sends `frame`, one of a batch perhaps. What is not understood is dropped.
     pub fn input(&mut self, frame: &[u8]) {
         self.read_clock();
         self.dispatch(frame);
@@ -222,42 +232,44 @@ impl Stack {
 
     fn dispatch(&mut self, frame: &[u8]) {
         let Ok(frame) = EthernetFrame::new_checked(frame) else { return };
-        if frame.dst_addr() != OUR_MAC && !frame.dst_addr().is_broadcast() {
+        if frame.dst_addr() != OUR_MAC && !frame.dst_addr().is_multicast() {
             return;
         }
         self.context.frames.is_from(frame.src_addr());
         match frame.ethertype() {
             EthernetProtocol::Arp => self.context.frames.answer_arp(frame.payload()),
-            EthernetProtocol::Ipv4 => self.ipv4(frame.payload()),
+            EthernetProtocol::Ipv4 | EthernetProtocol::Ipv6 => self.ip(frame.payload()),
             _ => {}
         }
     }
 
-    fn ipv4(&mut self, packet: &[u8]) {
-        let Ok(ip) = Ipv4Packet::new_checked(packet) else { return };
-        // Behind the packet there may be Ethernet's padding.
-        let packet = &packet[..usize::from(ip.total_len())];
-        let is_part = ip.more_frags() || ip.frag_offset() > 0;
-        if ip.version() != 4 || ip.header_len() < 20 || is_part {
-            return;
-        }
-        let (from, to) = (ip.src_addr(), ip.dst_addr());
+    fn ip(&mut self, bytes: &[u8]) {
+        let Some(packet) = Packet::parse(bytes) else { return };
         let context = &mut self.context;
-        if ip.next_header() == IpProtocol::Udp && (to == GATEWAY || to.is_broadcast()) {
-            let Ok(udp) = UdpPacket::new_checked(ip.payload()) else { return };
-            if udp.dst_port() == DHCP_SERVER_PORT {
-                return dhcp::answer(context, udp.payload());
+        let is_for_link = match packet.to {
+            IpAddr::V4(to) => dhcp::input(context, &packet) || to.is_broadcast() || to.is_multicast(),
+            IpAddr::V6(_) if !context.ipv6 => true,
+            IpAddr::V6(to) => {
+                self.router.hear(context);
+                ndp::input(context, &packet) || dhcpv6::input(context, &packet) || to.is_multicast()
             }
-        }
-        let is_neighbor = from.to_bits() >> (32 - PREFIX) == GATEWAY.to_bits() >> (32 - PREFIX);
-        if !is_neighbor || policy::is_ours(from.into()) || to.is_broadcast() || to.is_multicast() {
+        };
+        if is_for_link || !is_guests(packet.from, packet.to) {
             return;
         }
-        match ip.next_header() {
-            IpProtocol::Tcp => self.tcp.input(context, &mut self.resolvers, packet),
-            IpProtocol::Udp => self.udp.input(context, &mut self.resolvers, packet),
-            IpProtocol::Icmp => self.ping.input(context, packet),
-            _ => icmp::unreachable(context, packet, smoltcp::wire::Icmpv4DstUnreachable::ProtoUnreachable),
+        match packet.protocol {
+            IpProtocol::Tcp => self.tcp.input(context, &mut self.resolvers, &packet),
+            IpProtocol::Udp => self.udp.input(context, &mut self.resolvers, &packet),
+            protocol if protocol == icmp::protocol(packet.to) => self.ping.input(context, &packet),
+            _ => icmp::refuse(context, &packet, Unreachable::Protocol),
+        }
+    }
+
+    /// The guest's batch is at its end: what it has sent goes on, and is acknowledged once.
+    pub fn settle(&mut self) {
+        if self.tcp.is_waiting() && self.context.frames.has_room() {
+            self.tcp.resume(&mut self.context);
+            self.rest();
         }
     }
 
@@ -298,6 +310,7 @@ impl Stack {
         if self.tcp.deadline().is_some_and(|at| at <= context.now) {
             self.tcp.on_time(context);
         }
+        self.router.on_time(context);
         if self.swept.is_some_and(|at| at <= context.now) {
             self.tcp.expire(context);
             self.udp.expire(context);
@@ -323,7 +336,8 @@ impl Stack {
         {
             self.swept = Some(self.context.now + SWEEP);
         }
-        let Some(deadline) = self.tcp.deadline().into_iter().chain(self.swept).min() else { return };
+        let deadlines = [self.tcp.deadline(), self.router.deadline(), self.swept];
+        let Some(deadline) = deadlines.into_iter().flatten().min() else { return };
         if self.armed.is_none_or(|armed| deadline < armed) {
             self.timer.set(Some(deadline.saturating_duration_since(self.context.now)));
             self.armed = Some(deadline);

@@ -1,22 +1,43 @@
 //! What the guest may reach: a pure decision but for one question, whether an address is the host's own.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use super::addresses::{DNS, DNS6, GATEWAY, GATEWAY6, NETWORK6, PREFIX, PREFIX6};
 use super::route::Routes;
-use super::{DNS, GATEWAY};
 use crate::config::{Allow, UserNet};
 
 /// Ranges that no configuration but one that names part of them opens: this host and its network, link-local addresses (and
-/// with them a cloud's metadata), groups, and what is reserved.
-const CLOSED: [(Ipv4Addr, u8); 6] = [
-    (Ipv4Addr::new(0, 0, 0, 0), 8),
-    (Ipv4Addr::new(127, 0, 0, 0), 8),
-    (Ipv4Addr::new(169, 254, 0, 0), 16),
-    (Ipv4Addr::new(224, 0, 0, 0), 4),
-    (Ipv4Addr::new(240, 0, 0, 0), 4),
+/// with them a cloud's metadata), groups, what is reserved, and addresses of IPv6 that stand for others of IPv4, which
+/// whoever translates may bring back here.
+const CLOSED: [(IpAddr, u8); 14] = [
+    (v4(0, 0, 0, 0), 8),
+    (v4(127, 0, 0, 0), 8),
+    (v4(169, 254, 0, 0), 16),
+    (v4(224, 0, 0, 0), 4),
+    (v4(240, 0, 0, 0), 4),
     // The guest's own network: what is in it the monitor answers for.
-    (Ipv4Addr::new(10, 0, 2, 0), 24),
+    (v4(10, 0, 2, 0), PREFIX),
+    // Nobody's address, the loopback, addresses of IPv4 as they are and for NAT64 (64:ff9b::/96, RFC 6052).
+    (v6(0, 0), 8),
+    // What is to be discarded (RFC 6666).
+    (v6(0x0100, 0), 64),
+    // Teredo and 6to4, with addresses of IPv4 inside (RFC 4380, RFC 3056).
+    (v6(0x2001, 0), 32),
+    (v6(0x2002, 0), 16),
+    // The link, and the site, as it once was.
+    (v6(0xfe80, 0), 10),
+    (v6(0xfec0, 0), 10),
+    (v6(0xff00, 0), 8),
+    (IpAddr::V6(NETWORK6), PREFIX6),
 ];
+
+const fn v4(a: u8, b: u8, c: u8, d: u8) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+}
+
+const fn v6(a: u16, b: u16) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::new(a, b, 0, 0, 0, 0, 0, 0))
+}
 
 pub struct Policy {
     restrict: bool,
@@ -37,10 +58,11 @@ impl Policy {
     }
 
     /// Where on the host's side a flow to `target` goes, port 0 for ping. `None`: nowhere.
-    pub fn target(&mut self, target: SocketAddrV4) -> Option<SocketAddrV4> {
-        let host = host_side(target);
+    pub fn target(&mut self, target: SocketAddr) -> Option<SocketAddr> {
         let routes = &mut self.routes;
-        is_open(self.restrict, &self.allow, host, |ip| routes.leaves_the_host(ip.into())).then_some(host)
+        let mut is_open =
+            |host: &SocketAddr| is_open(self.restrict, &self.allow, *host, |ip| routes.leaves_the_host(ip));
+        host_sides(target).into_iter().flatten().find(|host| is_open(host))
     }
 
     /// Whether the guest may ask for names.
@@ -49,40 +71,38 @@ impl Policy {
     }
 }
 
-/// What the guest calls the gateway is the host's loopback.
-fn host_side(target: SocketAddrV4) -> SocketAddrV4 {
-    let ip = if *target.ip() == GATEWAY { Ipv4Addr::LOCALHOST } else { *target.ip() };
-    SocketAddrV4::new(ip, target.port())
+/// What the guest calls the gateway is the host's loopback, whose address of the same version comes first.
+fn host_sides(target: SocketAddr) -> [Option<SocketAddr>; 2] {
+    let at = |ip: IpAddr| Some(SocketAddr::new(ip, target.port()));
+    let (four, six) = (at(Ipv4Addr::LOCALHOST.into()), at(Ipv6Addr::LOCALHOST.into()));
+    match target.ip() {
+        ip if ip == GATEWAY => [four, six],
+        ip if ip == GATEWAY6 => [six, four],
+        ip => [at(ip), None],
+    }
 }
 
 fn is_open(
     restrict: bool,
     allow: &[Allow],
-    target: SocketAddrV4,
-    leaves_the_host: impl FnOnce(Ipv4Addr) -> bool,
+    target: SocketAddr,
+    leaves_the_host: impl FnOnce(IpAddr) -> bool,
 ) -> bool {
-    let ip = *target.ip();
+    let ip = target.ip();
+    let is_mapped = matches!(ip, IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some());
+    // Sockets of IPv6 take the one for IPv4, past what is closed of that.
+    if is_mapped || ip == DNS || ip == DNS6 {
+        return false;
+    }
     let mut allowed = allow
         .iter()
         .filter(|allow| allow.contains(ip) && allow.port.is_none_or(|port| port == target.port()));
-    let closed = CLOSED
-        .iter()
-        .find(|(address, prefix)| Allow { address: ip, prefix: 32, port: None }.is_within(*address, *prefix));
+    let closed = CLOSED.iter().find(|(address, prefix)| Allow::one(ip).is_within(*address, *prefix));
     if let Some((address, prefix)) = closed {
-        return ip != DNS && allowed.any(|allow| allow.is_within(*address, *prefix));
+        return allowed.any(|allow| allow.is_within(*address, *prefix));
     }
-    let by_name = allowed.clone().any(|allow| allow.prefix == 32);
+    let by_name = allowed.clone().any(Allow::is_one);
     by_name || (!restrict || allowed.next().is_some()) && leaves_the_host(ip)
-}
-
-/// What names of the guest's network mean to a resolver of the host: only the DNS server's address is served there.
-pub fn is_dns(target: SocketAddrV4) -> bool {
-    *target.ip() == DNS && target.port() == 53
-}
-
-/// The addresses that the monitor answers for itself.
-pub fn is_ours(ip: IpAddr) -> bool {
-    ip == GATEWAY || ip == DNS
 }
 
 #[cfg(test)]
@@ -91,8 +111,9 @@ mod tests {
 
     fn open(config: &[&str], restrict: bool, target: &str, own: &str) -> bool {
         let allow: Vec<Allow> = config.iter().map(|text| text.parse().unwrap()).collect();
-        let own: Ipv4Addr = own.parse().unwrap();
-        is_open(restrict, &allow, host_side(target.parse().unwrap()), |ip| ip != own)
+        let own: IpAddr = own.parse().unwrap();
+        let sides = host_sides(target.parse().unwrap());
+        sides.into_iter().flatten().any(|side| is_open(restrict, &allow, side, |ip| ip != own))
     }
 
     #[test]
@@ -114,6 +135,52 @@ mod tests {
         ] {
             assert!(!plain(closed), "{closed}");
         }
+    }
+
+    #[test]
+    fn ipv6_leads_no_further_than_ipv4() {
+        let plain = |target| open(&[], false, target, "2a00::5");
+        assert!(plain("[2606:4700::1]:443") && plain("[2a00::6]:22") && plain("[fd00::1]:1"));
+        for closed in [
+            "[::]:22",
+            "[::1]:22",
+            "[::127.0.0.1]:22",
+            "[::ffff:127.0.0.1]:22",
+            "[::ffff:1.1.1.1]:443",
+            "[64:ff9b::7f00:1]:22",
+            "[64:ff9b:1::7f00:1]:22",
+            "[100::1]:1",
+            "[2001::1]:1",
+            "[2002:7f00:1::]:22",
+            "[fe80::1]:22",
+            "[febf::1]:22",
+            "[fec0::1]:22",
+            "[ff02::1]:22",
+            "[2a00::5]:22",
+            "[fd76:6d6d:6e65:74::2]:22",
+            "[fd76:6d6d:6e65:74::3]:80",
+            "[fd76:6d6d:6e65:74::15]:80",
+        ] {
+            assert!(!plain(closed), "{closed}");
+            assert!(!open(&["::/0", "0.0.0.0/0"], false, closed, "2a00::5"), "{closed} by a wide range");
+        }
+        assert!(!open(&["::ffff:127.0.0.1"], false, "[::ffff:127.0.0.1]:22", "::"), "not by any name");
+        assert!(open(&["2a00::5"], false, "[2a00::5]:22", "2a00::5"));
+        assert!(open(&["64:ff9b::/96"], false, "[64:ff9b::808:808]:53", "::"));
+        assert!(open(&["2001:db8::/32"], true, "[2001:db8::1]:80", "::"));
+        assert!(!open(&["2001:db8::/32"], true, "[2001:db9::1]:80", "::"));
+    }
+
+    #[test]
+    fn the_gateway_is_the_loopback_of_either_version() {
+        for gateway in ["10.0.2.2:22", "[fd76:6d6d:6e65:74::2]:22"] {
+            for allow in ["127.0.0.1:22", "[::1]:22"] {
+                assert!(open(&[allow], false, gateway, "::"), "{gateway}, {allow}");
+            }
+            assert!(!open(&["127.0.0.1:23", "[::1]:23"], false, gateway, "::"), "{gateway}");
+        }
+        let own = host_sides("[fd76:6d6d:6e65:74::2]:22".parse().unwrap());
+        assert_eq!(own[0].map(|side| side.to_string()), Some("[::1]:22".to_owned()));
     }
 
     #[test]

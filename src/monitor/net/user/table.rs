@@ -26,7 +26,6 @@ impl<K: Copy + Eq + Hash, F> Table<K, F> {
         Self { flows: HashMap::new(), keys: HashMap::new(), next: 0, limit, waiting: VecDeque::new() }
     }
 
-    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.flows.len()
     }

@@ -1,33 +1,30 @@
 //! TCP: each connection is two, the guest's with a socket of smoltcp's and the host's with one of the kernel's, and a buffer each
 //! way. A buffer that is full closes the window of the side that fills it.
 //!
-//! The guest's SYN is answered when the host's connection is there, and refused when that is. Each flow has an interface of
-//! smoltcp's to itself, so that a packet costs the same however many flows there are.
+//! The guest's SYN is answered when the host's connection is there, and refused when that is.
 
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, SocketAddrV4, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
-use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
-use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
-use smoltcp::wire::{
-    HardwareAddress, Icmpv4DstUnreachable, IpAddress, IpCidr, IpListenEndpoint, IpProtocol, Ipv4Packet,
-    Ipv4Repr, TcpControl, TcpPacket, TcpRepr,
-};
+use smoltcp::wire::{IpProtocol, IpRepr, TcpControl, TcpPacket, TcpRepr};
 
+use super::addresses::{GUEST, is_dns};
 use super::dns::Resolvers;
-use super::ethernet::Frames;
+use super::guest_end::{BUFFER, BUFFER_OF_MANY, GuestEnd, unchecked};
+use super::icmp::Unreachable;
+use super::ip::Packet;
 use super::table::Table;
-use super::{Context, GUEST, Key, Ports, Ready, Source, icmp, policy};
+use super::{Context, Key, Ports, Ready, Source, icmp};
 use crate::event_loop::Interest;
 
 /// Flows at once.
 const FLOWS: usize = 512;
-/// Bytes that wait for the other side, each way.
-pub const BUFFER: usize = 256 << 10;
+/// Beyond these, a flow is one of many.
+const FEW: usize = 64;
 /// How long an open connection may be idle (RFC 5382, 5).
 const IDLE: Duration = Duration::from_secs(2 * 60 * 60 + 4 * 60);
 /// The same for one that is only half open.
@@ -37,104 +34,6 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// When to look again at what cannot go on for no reason that is known.
 const SOON: Duration = Duration::from_millis(1);
-
-/// The guest's end.
-struct GuestEnd {
-    interface: Interface,
-    sockets: SocketSet<'static>,
-    socket: SocketHandle,
-}
-
-/// What smoltcp takes for a network device: one packet in, frames out.
-struct Packets<'a> {
-    input: Option<&'a [u8]>,
-    frames: &'a mut Frames,
-}
-
-struct Input<'a>(&'a [u8]);
-struct Output<'a>(&'a mut Frames);
-
-impl RxToken for Input<'_> {
-    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        f(self.0)
-    }
-}
-
-impl TxToken for Output<'_> {
-    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        self.0.tcp(len, f)
-    }
-}
-
-impl Device for Packets<'_> {
-    type RxToken<'a>
-        = Input<'a>
-    where
-        Self: 'a;
-    type TxToken<'a>
-        = Output<'a>
-    where
-        Self: 'a;
-
-    fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(Input<'_>, Output<'_>)> {
-        Some((Input(self.input.take()?), Output(self.frames)))
-    }
-
-    fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<Output<'_>> {
-        self.frames.has_room().then_some(Output(self.frames))
-    }
-
-    fn capabilities(&self) -> DeviceCapabilities {
-        let mut capabilities = DeviceCapabilities::default();
-        capabilities.medium = Medium::Ip;
-        capabilities.max_transmission_unit = self.frames.mtu;
-        // Nothing on this wire changes a bit, and the guest may have left sums to us. `Frames` has its own way with TCP's.
-        capabilities.checksum = unchecked();
-        capabilities
-    }
-}
-
-fn unchecked() -> ChecksumCapabilities {
-    let mut sums = ChecksumCapabilities::ignored();
-    sums.ipv4 = Checksum::Tx;
-    sums
-}
-
-impl GuestEnd {
-    fn new(context: &mut Context, remote: SocketAddrV4) -> Self {
-        let mut seed = [0; 8];
-        let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
-        let mut config = Config::new(HardwareAddress::Ip);
-        config.random_seed = u64::from_ne_bytes(seed);
-        let mut packets = Packets { input: None, frames: &mut context.frames };
-        let mut interface = Interface::new(config, &mut packets, context.clock.smoltcp(context.now));
-        // It is the remote end, and everybody else is behind the guest. There is room for both.
-        interface.update_ip_addrs(|own| _ = own.push(IpCidr::new(IpAddress::Ipv4(*remote.ip()), 32)));
-        let _ = interface.routes_mut().add_default_ipv4_route(*remote.ip());
-        let buffer = || tcp::SocketBuffer::new(vec![0; BUFFER]);
-        let mut socket = tcp::Socket::new(buffer(), buffer());
-        socket.set_ack_delay(None);
-        socket.set_nagle_enabled(false);
-        let mut sockets = SocketSet::new(Vec::with_capacity(1));
-        let socket = sockets.add(socket);
-        Self { interface, sockets, socket }
-    }
-
-    fn socket(&mut self) -> &mut tcp::Socket<'static> {
-        self.sockets.get_mut(self.socket)
-    }
-
-    /// Takes a packet of the guest's, and sends what is to be sent.
-    fn poll(&mut self, context: &mut Context, input: Option<&[u8]>) {
-        let now = context.clock.smoltcp(context.now);
-        let mut packets = Packets { input, frames: &mut context.frames };
-        self.interface.poll(now, &mut packets, &mut self.sockets);
-        // Each call sends one packet of a socket at most.
-        while packets.frames.has_room()
-            && self.interface.poll_egress(now, &mut packets, &mut self.sockets) != PollResult::None
-        {}
-    }
-}
 
 enum State {
     /// The host connects; the guest's SYN waits.
@@ -172,38 +71,38 @@ impl Flow {
         Self { state, host, readable, writable, host_ended, guest_ended, told_host, deadline: None }
     }
 
-    /// Moves what can be moved, both ways, after the guest's packet `input` or a change on the host's side.
-    fn turn(&mut self, context: &mut Context, mut input: Option<&[u8]>) -> Fate {
+    /// Moves what can be moved, both ways, after packets of the guest's or a change on the host's side.
+    fn turn(&mut self, context: &mut Context) -> Fate {
         let guest = match &mut self.state {
             State::Connecting(_) => return Fate::Lives,
             State::Closing(rest) => return drain(&mut self.host, rest),
             State::Open(guest) => guest,
         };
         loop {
-            guest.poll(context, input.take());
-            let state = guest.socket().state();
+            let moved = to_host(&mut self.host, &mut self.writable, guest.socket()).and_then(|out| {
+                let into = to_guest(&mut self.host, &mut self.readable, &mut self.host_ended, guest.socket());
+                into.map(|into| out || into)
+            });
+            // The host's peer has reset the connection; the guest's goes the same way.
+            let Ok(moved) = moved else {
+                guest.socket().abort();
+                guest.poll(context);
+                return Fate::Breaks;
+            };
+            // What is acknowledged now has made room for as much.
+            guest.poll(context);
+            let socket = guest.socket();
+            let state = socket.state();
             self.guest_ended |= matches!(
                 state,
                 tcp::State::CloseWait | tcp::State::LastAck | tcp::State::Closing | tcp::State::TimeWait
             );
             if state == tcp::State::Established {
-                guest.socket().set_timeout(None);
+                socket.set_timeout(None);
             }
-            let moved = to_host(&mut self.host, &mut self.writable, guest.socket()).and_then(|out| {
-                let into = to_guest(&mut self.host, &mut self.readable, &mut self.host_ended, guest.socket());
-                into.map(|into| out || into)
-            });
-            match moved {
-                Ok(true) => continue,
-                Ok(false) => {}
-                // The host's peer has reset the connection; the guest's goes the same way.
-                Err(_) => {
-                    guest.socket().abort();
-                    guest.poll(context, None);
-                    return Fate::Breaks;
-                }
+            if moved {
+                continue;
             }
-            let socket = guest.socket();
             if self.guest_ended && !self.told_host && socket.recv_queue() == 0 {
                 self.told_host = true;
                 let _ = self.host.shutdown(Shutdown::Write);
@@ -254,7 +153,8 @@ fn to_host(host: &mut TcpStream, writable: &mut bool, guest: &mut tcp::Socket<'_
     Ok(moved)
 }
 
-/// What the host has, as far as the guest's buffer takes it. True if there was something.
+/// What the host has, as far as the guest's buffer takes it. True if there was something. A buffer that is full is read into
+/// again when a half of it is free: with less, pieces get ever smaller.
 fn to_guest(
     host: &mut TcpStream,
     readable: &mut bool,
@@ -262,6 +162,9 @@ fn to_guest(
     guest: &mut tcp::Socket<'_>,
 ) -> io::Result<bool> {
     let mut moved = false;
+    if guest.send_queue() > guest.send_capacity() / 2 {
+        return Ok(false);
+    }
     while *readable && !*ended && guest.can_send() {
         let read = guest.send(|room| match host.read(room) {
             Ok(n) => (n, Ok(n)),
@@ -314,6 +217,11 @@ impl Tcp {
         Self { flows: Table::new(FLOWS), deadlines: BTreeSet::new(), ports: Ports::default() }
     }
 
+    /// Bytes for each way of a flow that begins now.
+    fn buffer(&self) -> usize {
+        if self.flows.len() <= FEW { BUFFER } else { BUFFER_OF_MANY }
+    }
+
     #[cfg(test)]
     pub fn flows(&self) -> usize {
         self.flows.len()
@@ -325,19 +233,21 @@ impl Tcp {
     }
 
     /// The guest sends a segment.
-    pub fn input(&mut self, context: &mut Context, resolvers: &mut Resolvers, packet: &[u8]) {
-        let ip = Ipv4Packet::new_unchecked(packet);
-        let (from, to) = (ip.src_addr(), ip.dst_addr());
-        let Ok(segment) = TcpPacket::new_checked(ip.payload()) else { return };
-        let Ok(segment) = TcpRepr::parse(&segment, &from.into(), &to.into(), &unchecked()) else { return };
-        let guest = SocketAddrV4::new(from, segment.src_port);
-        let key = Key { guest, remote: SocketAddrV4::new(to, segment.dst_port) };
+    pub fn input(&mut self, context: &mut Context, resolvers: &mut Resolvers, packet: &Packet<'_>) {
+        let Some(segment) = parse(packet) else { return };
+        let guest = SocketAddr::new(packet.from, segment.src_port);
+        let key = Key { guest, remote: SocketAddr::new(packet.to, segment.dst_port) };
         if let Some(flow) = self.flows.touch(&key, context.now) {
-            match &flow.state {
+            match &mut flow.state {
                 // The same SYN again, or the guest has thought better of it.
                 State::Connecting(_) if segment.control == TcpControl::Rst => self.remove(&key, Fate::Breaks),
                 State::Connecting(_) => {}
-                _ => self.turn(context, key, Some(packet)),
+                State::Open(guest) => {
+                    guest.take(context, packet.bytes);
+                    // Others of the same batch come first.
+                    self.flows.wait(key);
+                }
+                State::Closing(_) => {}
             }
             return;
         }
@@ -356,18 +266,18 @@ impl Tcp {
         context: &mut Context,
         resolvers: &mut Resolvers,
         key: Key,
-        packet: &[u8],
+        packet: &Packet<'_>,
         segment: &TcpRepr<'_>,
     ) {
-        let target = match policy::is_dns(key.remote) && context.policy.has_names() {
+        let target = match is_dns(key.remote) && context.policy.has_names() {
             true => resolvers.pick(0, context.now),
-            false => context.policy.target(key.remote).map(SocketAddr::V4),
+            false => context.policy.target(key.remote),
         };
         let Some(target) = target else {
-            return icmp::unreachable(context, packet, Icmpv4DstUnreachable::CommProhibited);
+            return icmp::refuse(context, packet, Unreachable::Prohibited);
         };
         let begun = begin(target)
-            .and_then(|host| self.insert(context, key, State::Connecting(packet.to_vec()), host));
+            .and_then(|host| self.insert(context, key, State::Connecting(packet.bytes.to_vec()), host));
         if let Err(error) = begun {
             fail(context, key, packet, segment, &error);
         }
@@ -375,20 +285,14 @@ impl Tcp {
 
     /// Somebody has connected to a published port, behind which is the guest's `port`.
     pub fn accept(&mut self, context: &mut Context, host: TcpStream, port: u16) {
-        let guest = SocketAddrV4::new(GUEST, port);
+        let guest = SocketAddr::new(GUEST.into(), port);
         let key = self.ports.free(guest, |key| self.flows.contains(key));
-        let mut end = GuestEnd::new(context, key.remote);
-        let (remote, local) =
-            ((IpAddress::Ipv4(GUEST), port), (IpAddress::Ipv4(*key.remote.ip()), key.remote.port()));
-        let GuestEnd { interface, sockets, socket } = &mut end;
-        let socket = sockets.get_mut::<tcp::Socket<'_>>(*socket);
-        socket.set_timeout(Some(smoltcp::time::Duration::from_millis(ANSWER.as_millis() as u64)));
-        if socket.connect(interface.context(), remote, local).is_err() || host.set_nonblocking(true).is_err()
-        {
+        let Ok(mut end) = GuestEnd::new(context, &key, self.buffer()) else { return };
+        if !end.connect(&key, ANSWER) || host.set_nonblocking(true).is_err() {
             return;
         }
         if self.insert(context, key, State::Open(Box::new(end)), host).is_ok() {
-            self.turn(context, key, None);
+            self.turn(context, key);
         }
     }
 
@@ -406,11 +310,12 @@ impl Tcp {
     /// A flow's socket can go on.
     pub fn ready(&mut self, context: &mut Context, ready: Ready) {
         let Some(key) = self.flows.key(ready.id) else { return };
+        let buffer = self.buffer();
         let Some(flow) = self.flows.touch(&key, context.now) else { return };
         flow.readable |= ready.input;
         flow.writable |= ready.output;
         let State::Connecting(syn) = &mut flow.state else {
-            return self.turn(context, key, None);
+            return self.turn(context, key);
         };
         if !ready.output {
             return;
@@ -419,32 +324,30 @@ impl Tcp {
         let connected = sockopt::socket_error(&flow.host).unwrap_or_else(Err);
         if let Err(error) = connected {
             self.remove(&key, Fate::Ends);
-            let ip = Ipv4Packet::new_unchecked(syn.as_slice());
-            let ends = (ip.src_addr().into(), ip.dst_addr().into());
-            // It was parsed before.
-            let Ok(segment) = TcpPacket::new_checked(ip.payload()) else { return };
-            let Ok(segment) = TcpRepr::parse(&segment, &ends.0, &ends.1, &unchecked()) else { return };
-            return fail(context, key, &syn, &segment, &error.into());
+            // They were read before.
+            let Some(packet) = Packet::parse(&syn) else { return };
+            let Some(segment) = parse(&packet) else { return };
+            return fail(context, key, &packet, &segment, &error.into());
         }
-        let mut guest = GuestEnd::new(context, key.remote);
-        let (addr, port) = (Some(IpAddress::Ipv4(*key.remote.ip())), key.remote.port());
-        if guest.socket().listen(IpListenEndpoint { addr, port }).is_err() {
+        let mut guest = GuestEnd::new(context, &key, buffer).ok();
+        let Some(mut guest) = guest.take_if(|guest| guest.listen(&key)) else {
             return self.remove(&key, Fate::Breaks);
-        }
+        };
+        guest.take(context, &syn);
         flow.state = State::Open(Box::new(guest));
-        self.turn(context, key, Some(&syn));
+        self.turn(context, key);
     }
 
     /// Lets a flow do what it can, and sees to what follows from that.
-    fn turn(&mut self, context: &mut Context, key: Key, input: Option<&[u8]>) {
+    fn turn(&mut self, context: &mut Context, key: Key) {
         let Some(flow) = self.flows.get_mut(&key) else { return };
-        let fate = flow.turn(context, input);
+        let fate = flow.turn(context);
         if fate != Fate::Lives {
             return self.remove(&key, fate);
         }
         let now = context.clock.smoltcp(context.now);
         let next = match &mut flow.state {
-            State::Open(guest) => guest.interface.poll_at(now, &guest.sockets),
+            State::Open(guest) => guest.poll_at(now),
             _ => None,
         };
         let is_due = next.is_some_and(|at| at <= now);
@@ -465,10 +368,10 @@ impl Tcp {
         }
     }
 
-    /// There is room for frames again.
+    /// There is room for frames again, or what the guest has sent is all there.
     pub fn resume(&mut self, context: &mut Context) {
         for key in self.flows.take_waiting() {
-            self.turn(context, key, None);
+            self.turn(context, key);
         }
     }
 
@@ -483,7 +386,7 @@ impl Tcp {
         for (_, key) in std::mem::replace(&mut self.deadlines, later) {
             if let Some(flow) = self.flows.get_mut(&key) {
                 flow.deadline = None;
-                self.turn(context, key, None);
+                self.turn(context, key);
             }
         }
     }
@@ -508,7 +411,7 @@ impl Tcp {
     fn abort(&mut self, context: &mut Context, key: Key) {
         if let Some(Flow { state: State::Open(guest), .. }) = self.flows.get_mut(&key) {
             guest.socket().abort();
-            guest.poll(context, None);
+            guest.poll(context);
         }
         self.remove(&key, Fate::Breaks);
     }
@@ -531,15 +434,17 @@ impl Drop for Tcp {
     }
 }
 
+fn parse<'a>(packet: &Packet<'a>) -> Option<TcpRepr<'a>> {
+    let segment = TcpPacket::new_checked(packet.payload).ok()?;
+    TcpRepr::parse(&segment, &packet.from.into(), &packet.to.into(), &unchecked()).ok()
+}
+
 /// The host could not connect: the guest's kernel hears it as it would of its own network.
-fn fail(context: &mut Context, key: Key, packet: &[u8], segment: &TcpRepr<'_>, error: &io::Error) {
+fn fail(context: &mut Context, key: Key, packet: &Packet<'_>, segment: &TcpRepr<'_>, error: &io::Error) {
     log::debug!("user network: TCP to {}: {error}", key.remote);
     match error.kind() {
         ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => refuse(context, key, segment),
-        ErrorKind::NetworkUnreachable => {
-            icmp::unreachable(context, packet, Icmpv4DstUnreachable::NetUnreachable);
-        }
-        _ => icmp::unreachable(context, packet, Icmpv4DstUnreachable::HostUnreachable),
+        _ => icmp::refuse(context, packet, error.into()),
     }
 }
 
@@ -564,22 +469,11 @@ fn refuse(context: &mut Context, key: Key, segment: &TcpRepr<'_>) {
         timestamp: None,
         payload: &[],
     };
-    let (from, to) = (*key.remote.ip(), *key.guest.ip());
-    let ip = Ipv4Repr {
-        src_addr: from,
-        dst_addr: to,
-        next_header: IpProtocol::Tcp,
-        payload_len: reset.buffer_len(),
-        hop_limit: 64,
-    };
-    context.frames.tcp(ip.buffer_len() + reset.buffer_len(), |bytes| {
-        let mut packet = Ipv4Packet::new_unchecked(&mut bytes[..]);
-        ip.emit(&mut packet, &unchecked());
-        reset.emit(
-            &mut TcpPacket::new_unchecked(packet.payload_mut()),
-            &from.into(),
-            &to.into(),
-            &unchecked(),
-        );
+    let (from, to) = (key.remote.ip().into(), key.guest.ip().into());
+    let ip = IpRepr::new(from, to, IpProtocol::Tcp, reset.buffer_len(), 64);
+    context.frames.tcp(key.guest.ip(), None, ip.buffer_len(), |bytes| {
+        ip.emit(&mut bytes[..], &unchecked());
+        let mut segment = TcpPacket::new_unchecked(&mut bytes[ip.header_len()..]);
+        reset.emit(&mut segment, &from, &to, &unchecked());
     });
 }

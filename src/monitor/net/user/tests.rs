@@ -15,8 +15,11 @@ use smoltcp::wire::{
     EthernetAddress, HardwareAddress, Icmpv4Packet, Icmpv4Repr, IpAddress, IpCidr, IpEndpoint,
 };
 
-use super::{DNS, GATEWAY, GUEST, Stack};
+use super::Stack;
+use super::addresses::{DNS, DNS6, GATEWAY, GATEWAY6, GUEST, GUEST6, PREFIX6};
 use crate::config::{Net, NetTarget, UserNet};
+
+mod ipv6;
 
 const MTU: u16 = UserNet::MTU;
 
@@ -83,8 +86,12 @@ impl Guest {
         let mut card = Card::default();
         let hardware = HardwareAddress::Ethernet(EthernetAddress(MAC));
         let mut interface = Interface::new(Config::new(hardware), &mut card, smoltcp::time::Instant::now());
-        interface.update_ip_addrs(|own| own.push(IpCidr::new(IpAddress::Ipv4(GUEST), 24)).unwrap());
+        interface.update_ip_addrs(|own| {
+            own.push(IpCidr::new(IpAddress::Ipv4(GUEST), 24)).unwrap();
+            own.push(IpCidr::new(IpAddress::Ipv6(GUEST6), PREFIX6)).unwrap();
+        });
         interface.routes_mut().add_default_ipv4_route(GATEWAY).unwrap();
+        interface.routes_mut().add_default_ipv6_route(GATEWAY6).unwrap();
         Self { stack, card, interface, sockets: SocketSet::new(Vec::new()), next_port: 40000 }
     }
 
@@ -133,16 +140,16 @@ impl Guest {
         self.sockets.add(tcp::Socket::new(buffer(), buffer()))
     }
 
-    fn connect_with(&mut self, to: (Ipv4Addr, u16), buffer: usize) -> SocketHandle {
+    fn connect_with(&mut self, to: (impl Into<IpAddress>, u16), buffer: usize) -> SocketHandle {
         let handle = self.tcp(buffer);
         self.next_port += 1;
         let socket = self.sockets.get_mut::<tcp::Socket<'_>>(handle);
-        let to: IpEndpoint = (IpAddress::Ipv4(to.0), to.1).into();
+        let to = IpEndpoint::new(to.0.into(), to.1);
         socket.connect(self.interface.context(), to, self.next_port).unwrap();
         handle
     }
 
-    fn connect(&mut self, to: (Ipv4Addr, u16)) -> SocketHandle {
+    fn connect(&mut self, to: (impl Into<IpAddress>, u16)) -> SocketHandle {
         self.connect_with(to, 128 << 10)
     }
 
@@ -189,8 +196,8 @@ impl Guest {
         self.sockets.add(socket)
     }
 
-    fn send_to(&mut self, handle: SocketHandle, to: (Ipv4Addr, u16), bytes: &[u8]) {
-        let to: IpEndpoint = (IpAddress::Ipv4(to.0), to.1).into();
+    fn send_to(&mut self, handle: SocketHandle, to: (impl Into<IpAddress>, u16), bytes: &[u8]) {
+        let to = IpEndpoint::new(to.0.into(), to.1);
         self.socket::<udp::Socket<'_>>(handle).send_slice(bytes, to).unwrap();
     }
 

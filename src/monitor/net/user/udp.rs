@@ -3,16 +3,19 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use smoltcp::phy::ChecksumCapabilities;
-use smoltcp::wire::{Icmpv4DstUnreachable, IpAddress, IpProtocol, Ipv4Packet, UdpPacket, UdpRepr};
+use smoltcp::wire::{IpProtocol, IpRepr, UdpPacket, UdpRepr};
 
+use super::addresses::{GUEST, is_dns};
 use super::dns::{self, Resolvers};
 use super::ethernet::Frames;
+use super::icmp::Unreachable;
+use super::ip::Packet;
 use super::table::Table;
-use super::{Context, GATEWAY, GUEST, Key, Ports, Ready, Source, icmp, policy};
+use super::{Context, Key, Ports, Ready, Source, icmp};
 use crate::event_loop::Interest;
 
 /// Flows at once.
@@ -63,25 +66,25 @@ pub struct Udp {
     buffer: Vec<u8>,
 }
 
-/// A datagram to the guest.
-pub fn put(frames: &mut Frames, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), payload: &[u8]) {
-    let repr = UdpRepr { src_port: from.1, dst_port: to.1 };
+/// A datagram to the guest, between addresses of the same version.
+pub fn put(frames: &mut Frames, from: SocketAddr, to: SocketAddr, payload: &[u8]) {
+    let repr = UdpRepr { src_port: from.port(), dst_port: to.port() };
     let len = repr.header_len() + payload.len();
     if len > LONGEST {
         return;
     }
-    frames.ipv4((from.0, to.0), IpProtocol::Udp, len, |bytes| {
-        let (from, to) = (IpAddress::Ipv4(from.0), IpAddress::Ipv4(to.0));
+    let (src, dst) = (from.ip().into(), to.ip().into());
+    frames.ip(&IpRepr::new(src, dst, IpProtocol::Udp, len, 64), |bytes| {
         let fill = |bytes: &mut [u8]| bytes.copy_from_slice(payload);
         let mut packet = UdpPacket::new_unchecked(bytes);
-        repr.emit(&mut packet, &from, &to, payload.len(), fill, &ChecksumCapabilities::default());
+        repr.emit(&mut packet, &src, &dst, payload.len(), fill, &ChecksumCapabilities::default());
     });
 }
 
 fn connected(to: SocketAddr) -> io::Result<UdpSocket> {
     let any: SocketAddr = match to {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     };
     let socket = UdpSocket::bind(any)?;
     socket.connect(to)?;
@@ -107,19 +110,17 @@ impl Udp {
     }
 
     /// The guest sends a datagram.
-    pub fn input(&mut self, context: &mut Context, resolvers: &mut Resolvers, packet: &[u8]) {
-        let ip = Ipv4Packet::new_unchecked(packet);
-        let Ok(udp) = UdpPacket::new_checked(ip.payload()) else { return };
+    pub fn input(&mut self, context: &mut Context, resolvers: &mut Resolvers, packet: &Packet<'_>) {
+        let Ok(udp) = UdpPacket::new_checked(packet.payload) else { return };
         if udp.src_port() == 0 || udp.dst_port() == 0 {
             return;
         }
-        let guest = SocketAddrV4::new(ip.src_addr(), udp.src_port());
-        let remote = SocketAddrV4::new(ip.dst_addr(), udp.dst_port());
+        let guest = SocketAddr::new(packet.from, udp.src_port());
+        let remote = SocketAddr::new(packet.to, udp.dst_port());
         let (key, payload) = (Key { guest, remote }, udp.payload());
-        let is_dns = policy::is_dns(remote) && context.policy.has_names();
-        if let Some(answer) = is_dns.then(|| dns::own_answer(payload)).flatten() {
-            put(&mut context.frames, (*remote.ip(), remote.port()), (*guest.ip(), guest.port()), &answer);
-            return;
+        let is_dns = is_dns(remote) && context.policy.has_names();
+        if let Some(answer) = is_dns.then(|| dns::own_answer(payload, context.ipv6)).flatten() {
+            return put(&mut context.frames, remote, guest, &answer);
         }
         let attempt = match self.flows.get_mut(&key) {
             None => Some(0),
@@ -129,10 +130,10 @@ impl Udp {
         if let Some(attempt) = attempt {
             let target = match is_dns {
                 true => resolvers.pick(attempt, context.now),
-                false => context.policy.target(remote).map(SocketAddr::V4),
+                false => context.policy.target(remote),
             };
             let Some(target) = target else {
-                return icmp::unreachable(context, packet, Icmpv4DstUnreachable::CommProhibited);
+                return icmp::refuse(context, packet, Unreachable::Prohibited);
             };
             self.remove(&key);
             self.make_room();
@@ -146,10 +147,10 @@ impl Udp {
                 Ok(socket) => Behind::Socket(socket),
                 Err(error) => {
                     log::debug!("user network: UDP to {target}: {error}");
-                    return icmp::unreachable(context, packet, Icmpv4DstUnreachable::HostUnreachable);
+                    return icmp::refuse(context, packet, (&error).into());
                 }
             };
-            self.flows.insert(key, context.now, Flow { behind, quote: icmp::quote(packet).to_vec() });
+            self.flows.insert(key, context.now, Flow { behind, quote: packet.quote().to_vec() });
         }
         let Some(flow) = self.flows.touch(&key, context.now) else { return };
         if let Behind::Names { answered, .. } = &mut flow.behind {
@@ -204,12 +205,10 @@ impl Udp {
                     if let Behind::Names { answered, .. } = &mut flow.behind {
                         *answered = true;
                     }
-                    let (from, to) = (key.remote, key.guest);
-                    let (from, to) = ((*from.ip(), from.port()), (*to.ip(), to.port()));
-                    put(&mut context.frames, from, to, &self.buffer[..n]);
+                    put(&mut context.frames, key.remote, key.guest, &self.buffer[..n]);
                 }
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    icmp::unreachable(context, &flow.quote, Icmpv4DstUnreachable::PortUnreachable);
+                    icmp::unreachable(context, key.guest.ip(), &flow.quote, Unreachable::Port);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => {}
@@ -230,9 +229,8 @@ impl Udp {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => continue,
             };
-            let (guest, known) =
-                (SocketAddrV4::new(GUEST, published.port), published.peers.get(&peer).copied());
-            let key = match known {
+            let guest = SocketAddr::new(GUEST.into(), published.port);
+            let key = match published.peers.get(&peer).copied() {
                 Some(key) => key,
                 None => {
                     self.make_room();
@@ -244,7 +242,7 @@ impl Udp {
                 }
             };
             self.flows.touch(&key, context.now);
-            put(&mut context.frames, (GATEWAY, key.remote.port()), (GUEST, guest.port()), &self.buffer[..n]);
+            put(&mut context.frames, key.remote, key.guest, &self.buffer[..n]);
         }
         self.waiting = true;
     }

@@ -7,7 +7,7 @@ use crate::memory::{Buffers, Slices};
 use crate::net::{HEADER, Head, MAX_FRAME, Offloads, START, Wire};
 
 /// The guest may leave checksums to us, which nothing looks at, and TCP to be cut into segments, which goes into a stream whole.
-const OFFLOADS: Offloads = Offloads::CSUM.union(Offloads::TSO4);
+const OFFLOADS: Offloads = Offloads::CSUM.union(Offloads::TSO4).union(Offloads::TSO6);
 
 impl Wire for Stack {
     fn fd(&self) -> BorrowedFd<'_> {
@@ -23,7 +23,7 @@ impl Wire for Stack {
     }
 
     fn accept(&mut self, offloads: Offloads) {
-        self.leave_checksums(offloads.contains(Offloads::CSUM));
+        self.leave(offloads);
     }
 
     fn send(&mut self, _: &[u8; HEADER], frame: &Buffers) -> bool {
@@ -34,6 +34,11 @@ impl Wire for Stack {
             slices.copy_to(0, &mut bytes);
             self.input(&bytes);
         }
+        true
+    }
+
+    fn flush(&mut self) -> bool {
+        self.settle();
         true
     }
 
