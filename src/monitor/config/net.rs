@@ -10,7 +10,7 @@ use super::net_limits::{Limit, NetLimits};
 use super::text::{ParseError, Size, flag, list_of_texts, optional_number};
 use super::{Allow, Invalid, OutputFile, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `user[,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
+/// A network device: `user[,restrict=on][,dns=ADDR]...|switch=NAME|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
 /// [,vhost=on|off][,bw=RATE[/BURST]][,pps=RATE[/BURST]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
@@ -36,6 +36,8 @@ pub enum NetTarget {
     User(UserNet),
     /// A tap, by name: one that is there, or one that is made and goes with the VM.
     Tap(String),
+    /// A segment that machines of this user share, by name.
+    Switch(String),
     /// A descriptor that this process was started with: a tap, or a unix socket.
     Fd(u32),
     /// A unix socket on which somebody listens for streams of frames.
@@ -47,6 +49,7 @@ impl fmt::Display for NetTarget {
         match self {
             Self::User(_) => f.write_str("user"),
             Self::Tap(name) => write!(f, "tap={name}"),
+            Self::Switch(name) => write!(f, "switch={name}"),
             Self::Fd(fd) => write!(f, "fd={fd}"),
             Self::Socket(path) => write!(f, "socket={}", path.display()),
         }
@@ -73,7 +76,10 @@ impl Net {
 
     /// The largest packet that the guest is told of; if none, it takes what it takes for Ethernet, 1500.
     pub fn mtu(&self) -> Option<u16> {
-        self.mtu.or(matches!(self.to, NetTarget::User(_)).then_some(UserNet::MTU))
+        match self.to {
+            NetTarget::User(_) | NetTarget::Switch(_) => self.mtu.or(Some(UserNet::MTU)),
+            _ => self.mtu,
+        }
     }
 
     /// Pairs of queues.
@@ -90,6 +96,8 @@ struct Keys {
     user: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tap: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    switch: Option<String>,
     #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
     fd: Option<u32>,
     #[serde(default, with = "host_path::optional", skip_serializing_if = "Option::is_none")]
@@ -123,12 +131,16 @@ impl TryFrom<Keys> for Net {
         let Keys { restrict, dns, allow, publish, .. } = keys;
         let network = UserNet { restrict, dns, allow, publish };
         let is_plain = network == UserNet::default();
-        let to = match (keys.user, keys.tap, keys.fd, keys.socket) {
-            (true, None, None, None) => NetTarget::User(network),
-            (false, Some(name), None, None) => NetTarget::Tap(name),
-            (false, None, Some(fd), None) => NetTarget::Fd(fd),
-            (false, None, None, Some(path)) => NetTarget::Socket(path),
-            _ => return Err("a network device has one of user, tap=NAME, fd=N and socket=PATH"),
+        let ends = [
+            keys.user.then_some(NetTarget::User(network)),
+            keys.switch.map(NetTarget::Switch),
+            keys.tap.map(NetTarget::Tap),
+            keys.fd.map(NetTarget::Fd),
+            keys.socket.map(NetTarget::Socket),
+        ];
+        let mut ends = ends.into_iter().flatten();
+        let (Some(to), None) = (ends.next(), ends.next()) else {
+            return Err("a network device has one of user, switch=NAME, tap=NAME, fd=N and socket=PATH");
         };
         if !is_plain && !keys.user {
             return Err("restrict=, dns=, allow= and publish= are settings of net=user");
@@ -141,16 +153,33 @@ impl TryFrom<Keys> for Net {
 impl From<Net> for Keys {
     fn from(net: Net) -> Self {
         let Net { to, mac, mtu, queues, vhost, limits: NetLimits { bw, pps } } = net;
-        let (mut tap, mut fd, mut socket) = (None, None, None);
+        let (mut switch, mut tap, mut fd, mut socket) = (None, None, None, None);
         let (mut user, mut network) = (false, UserNet::default());
         match to {
             NetTarget::User(given) => (user, network) = (true, given),
+            NetTarget::Switch(name) => switch = Some(name),
             NetTarget::Tap(name) => tap = Some(name),
             NetTarget::Fd(number) => fd = Some(number),
             NetTarget::Socket(path) => socket = Some(path),
         }
         let UserNet { restrict, dns, allow, publish } = network;
-        Self { user, tap, fd, socket, mac, mtu, queues, vhost, bw, pps, restrict, dns, allow, publish }
+        Self {
+            user,
+            switch,
+            tap,
+            fd,
+            socket,
+            mac,
+            mtu,
+            queues,
+            vhost,
+            bw,
+            pps,
+            restrict,
+            dns,
+            allow,
+            publish,
+        }
     }
 }
 
@@ -211,6 +240,15 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
                 return invalid(
                     format!("{name:?} cannot be the name of a network interface"),
                     "use 1 to 15 letters and digits: `net=tap=tap0`",
+                );
+            }
+        }
+        if let NetTarget::Switch(name) = &net.to {
+            let fine = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+            if name.is_empty() || name.len() > 32 || !name.chars().all(fine) {
+                return invalid(
+                    format!("{name:?} cannot be the name of a network segment"),
+                    "use 1 to 32 letters, digits, '_', '.' and '-': `net=switch=lab`",
                 );
             }
         }
@@ -309,6 +347,9 @@ mod tests {
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&net).unwrap()).unwrap(), net);
         let NetTarget::User(network) = &net.to else { panic!("{net:?}") };
         assert!(network.restrict && network.allow.len() == 2 && network.publish[1].udp);
+        let switch: Net = "switch=lab".parse().unwrap();
+        assert_eq!((switch.to.to_string(), switch.mtu()), ("switch=lab".to_owned(), Some(65520)));
+        assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&switch).unwrap()).unwrap(), switch);
         let limited: Net = "user,bw=100M/1M,pps=5000".parse().unwrap();
         let json = r#"{"user": true, "bw": "100M/1M", "pps": 5000}"#;
         assert_eq!(serde_json::from_str::<Net>(json).unwrap(), limited);
@@ -337,7 +378,9 @@ mod tests {
     #[test]
     fn impossible_devices_are_refused() {
         for (text, word) in [
-            ("mtu=1500", "one of user, tap=NAME"),
+            ("mtu=1500", "one of user, switch=NAME, tap=NAME"),
+            ("switch=a,tap=b", "one of user"),
+            ("switch=a,restrict=on", "settings of net=user"),
             ("tap=a,fd=3", "one of user"),
             ("tap=a,speed=9", "speed"),
             ("user,tap=a", "one of user"),
@@ -366,6 +409,10 @@ mod tests {
             &["tap=a/b"][..],
             &["tap=tap%d"],
             &["tap=0123456789abcdef"],
+            &["switch=a/b"],
+            &["switch=0123456789abcdef0123456789abcdef0"],
+            &["switch=a,queues=2"],
+            &["switch=a", "switch=a"],
             &["tap=a,mtu=67"],
             &["user,mtu=575"],
             &["user,queues=2"],

@@ -100,6 +100,17 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// There is no such segment, and none can be made.
+    #[error("cannot join network segment {name} in {folder}", folder = folder.display())]
+    Switch {
+        /// The segment.
+        name: String,
+        /// Where its folder is.
+        folder: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// Its frames cannot be written to a file.
     #[error("cannot create network dump {path}", path = path.display())]
     Dump {
@@ -166,6 +177,13 @@ impl Error {
                 }
                 _ => "drop vhost=on: vmm then serves the guest's rings itself".to_owned(),
             },
+            Self::Switch { source, .. } if source.kind() == io::ErrorKind::InvalidInput => {
+                "the path is too long for a socket: choose a shorter name, or a shorter XDG_RUNTIME_DIR"
+                    .to_owned()
+            }
+            Self::Switch { .. } => {
+                "use a directory of your own: export XDG_RUNTIME_DIR=$(mktemp -d)".to_owned()
+            }
             Self::Dump { path, .. } => {
                 let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
                 format!("see who may write there: ls -ld {}", quoted(folder.unwrap_or(Path::new("."))))

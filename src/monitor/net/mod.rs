@@ -8,6 +8,7 @@ mod error;
 mod fd;
 mod mac;
 mod socket;
+pub mod switch;
 mod tap;
 pub mod traffic;
 pub mod user;
@@ -22,6 +23,7 @@ use bitflags::bitflags;
 
 use crate::config::{self, NetTarget, OutputFile};
 use crate::memory::{Buffers, Slices};
+use crate::runtime_dir;
 
 use dump::{Dump, Dumped, Queue};
 pub use error::Error;
@@ -188,6 +190,7 @@ impl Ports {
                 let taps = tap::open(name, config.queues(), config.mtu)?;
                 taps.into_iter().map(|tap| Box::new(tap) as _).collect()
             }
+            NetTarget::Switch(name) => vec![Box::new(switch::Switch::join(&runtime_dir::of_user(), name)?)],
             NetTarget::Fd(fd) => vec![fd::inherited(*fd)?],
             NetTarget::Socket(path) => vec![Box::new(socket::Stream::connect(path)?)],
         };
