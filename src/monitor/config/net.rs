@@ -10,7 +10,7 @@ use super::net_limits::{Limit, NetLimits};
 use super::text::{ParseError, Size, flag, list_of_texts, optional_number};
 use super::{Allow, Invalid, OutputFile, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `user[,restrict=on][,dns=ADDR]...|switch=NAME|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
+/// A network device: `user[,restrict=on][,dns=ADDR]...|switch=NAME|tap=NAME|macvtap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
 /// [,vhost=on|off][,bw=RATE[/BURST]][,pps=RATE[/BURST]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
@@ -36,6 +36,8 @@ pub enum NetTarget {
     User(UserNet),
     /// A tap, by name: one that is there, or one that is made and goes with the VM.
     Tap(String),
+    /// A macvtap, by name, which is there: the guest has its address.
+    Macvtap(String),
     /// A segment that machines of this user share, by name.
     Switch(String),
     /// A descriptor that this process was started with: a tap, or a unix socket.
@@ -49,6 +51,7 @@ impl fmt::Display for NetTarget {
         match self {
             Self::User(_) => f.write_str("user"),
             Self::Tap(name) => write!(f, "tap={name}"),
+            Self::Macvtap(name) => write!(f, "macvtap={name}"),
             Self::Switch(name) => write!(f, "switch={name}"),
             Self::Fd(fd) => write!(f, "fd={fd}"),
             Self::Socket(path) => write!(f, "socket={}", path.display()),
@@ -98,6 +101,8 @@ struct Keys {
     tap: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     switch: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    macvtap: Option<String>,
     #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
     fd: Option<u32>,
     #[serde(default, with = "host_path::optional", skip_serializing_if = "Option::is_none")]
@@ -135,12 +140,15 @@ impl TryFrom<Keys> for Net {
             keys.user.then_some(NetTarget::User(network)),
             keys.switch.map(NetTarget::Switch),
             keys.tap.map(NetTarget::Tap),
+            keys.macvtap.map(NetTarget::Macvtap),
             keys.fd.map(NetTarget::Fd),
             keys.socket.map(NetTarget::Socket),
         ];
         let mut ends = ends.into_iter().flatten();
         let (Some(to), None) = (ends.next(), ends.next()) else {
-            return Err("a network device has one of user, switch=NAME, tap=NAME, fd=N and socket=PATH");
+            return Err(
+                "a network device has one of user, switch=NAME, tap=NAME, macvtap=NAME, fd=N and socket=PATH",
+            );
         };
         if !is_plain && !keys.user {
             return Err("restrict=, dns=, allow= and publish= are settings of net=user");
@@ -153,11 +161,12 @@ impl TryFrom<Keys> for Net {
 impl From<Net> for Keys {
     fn from(net: Net) -> Self {
         let Net { to, mac, mtu, queues, vhost, limits: NetLimits { bw, pps } } = net;
-        let (mut switch, mut tap, mut fd, mut socket) = (None, None, None, None);
+        let (mut switch, mut tap, mut macvtap, mut fd, mut socket) = (None, None, None, None, None);
         let (mut user, mut network) = (false, UserNet::default());
         match to {
             NetTarget::User(given) => (user, network) = (true, given),
             NetTarget::Switch(name) => switch = Some(name),
+            NetTarget::Macvtap(name) => macvtap = Some(name),
             NetTarget::Tap(name) => tap = Some(name),
             NetTarget::Fd(number) => fd = Some(number),
             NetTarget::Socket(path) => socket = Some(path),
@@ -167,6 +176,7 @@ impl From<Net> for Keys {
             user,
             switch,
             tap,
+            macvtap,
             fd,
             socket,
             mac,
@@ -234,7 +244,7 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
         let invalid = |what: String, hint: &str| {
             Err(Invalid { what: format!("network device `net={}`: {what}", net.to), hint: hint.to_owned() })
         };
-        if let NetTarget::Tap(name) = &net.to {
+        if let NetTarget::Tap(name) | NetTarget::Macvtap(name) = &net.to {
             let plain = |c: char| c.is_ascii_graphic() && !"/%:".contains(c);
             if name.is_empty() || name.len() > 15 || !name.chars().all(plain) || name.starts_with('.') {
                 return invalid(
@@ -242,6 +252,12 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
                     "use 1 to 15 letters and digits: `net=tap=tap0`",
                 );
             }
+        }
+        if matches!(net.to, NetTarget::Macvtap(_)) && net.mac.is_some() {
+            return invalid(
+                "the interface has an address of its own, which is the guest's".to_owned(),
+                "drop mac=, or give the interface another: sudo ip link set NAME address XX:XX:XX:XX:XX:XX",
+            );
         }
         if let NetTarget::Switch(name) = &net.to {
             let fine = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
@@ -272,7 +288,7 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
         if !(1..=Net::MAX_QUEUES).contains(&net.queues()) {
             return invalid(format!("{} pairs of queues", net.queues()), "use queues=1 to queues=16");
         }
-        if net.queues() > 1 && !matches!(net.to, NetTarget::Tap(_)) {
+        if net.queues() > 1 && !matches!(net.to, NetTarget::Tap(_) | NetTarget::Macvtap(_)) {
             return invalid("several queues need a tap".to_owned(), "drop queues=, or use tap=NAME");
         }
         if net.vhost && !matches!(net.to, NetTarget::Tap(_)) {
@@ -347,6 +363,9 @@ mod tests {
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&net).unwrap()).unwrap(), net);
         let NetTarget::User(network) = &net.to else { panic!("{net:?}") };
         assert!(network.restrict && network.allow.len() == 2 && network.publish[1].udp);
+        let macvtap: Net = "macvtap=mv0,queues=2".parse().unwrap();
+        assert_eq!((macvtap.to.to_string(), macvtap.queues()), ("macvtap=mv0".to_owned(), 2));
+        assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&macvtap).unwrap()).unwrap(), macvtap);
         let switch: Net = "switch=lab".parse().unwrap();
         assert_eq!((switch.to.to_string(), switch.mtu()), ("switch=lab".to_owned(), Some(65520)));
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&switch).unwrap()).unwrap(), switch);
@@ -409,6 +428,8 @@ mod tests {
             &["tap=a/b"][..],
             &["tap=tap%d"],
             &["tap=0123456789abcdef"],
+            &["macvtap=a/b"],
+            &["macvtap=a,mac=02:00:00:00:00:01"],
             &["switch=a/b"],
             &["switch=0123456789abcdef0123456789abcdef0"],
             &["switch=a,queues=2"],
