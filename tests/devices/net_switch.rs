@@ -180,7 +180,21 @@ fn a_machine_that_fetches_nothing_loses_frames_and_holds_nobody_up() {
     }
     let counts = one.traffic.sent.counts();
     assert!(counts.dropped.refused > 900 && counts.frames + counts.dropped.refused == 1000, "{counts:?}");
+    // To that one alone: it is waited for, but not for long, and not again.
+    let mut third = Machine::start(dir.path(), "lab", 3, 0);
+    third.guest.pause();
+    let start = std::time::Instant::now();
+    third.guest.resume();
+    third.send(ALL, b"here");
+    two.receive();
+    third.guest.pause();
+    for _ in 0..200 {
+        one.send(third.mac, &[7; 500]);
+    }
+    assert!(start.elapsed() < std::time::Duration::from_secs(5), "{:?}", start.elapsed());
+    assert!(one.traffic.sent.counts().dropped.refused > counts.dropped.refused + 150);
     drop(stalled);
+    assert!(one.receive().ends_with(b"here"));
     two.send(ALL, b"still there");
     assert!(one.receive().ends_with(b"still there"));
 }

@@ -62,6 +62,9 @@ impl fmt::Display for NetTarget {
 impl Net {
     /// The most pairs of queues: a guest uses one for each vCPU.
     pub const MAX_QUEUES: u16 = 16;
+    /// The MTU of a segment that machines share: large, for what is not cut, and small enough that a receiver's first window has
+    /// several (with one, it waits with each acknowledgement).
+    const SWITCH_MTU: u16 = 9000;
     /// The smallest MTU: any packet of IPv4 passes (virtio 1.3, 5.1.4.1).
     const MIN_MTU: u16 = 68;
 
@@ -80,7 +83,8 @@ impl Net {
     /// The largest packet that the guest is told of; if none, it takes what it takes for Ethernet, 1500.
     pub fn mtu(&self) -> Option<u16> {
         match self.to {
-            NetTarget::User(_) | NetTarget::Switch(_) => self.mtu.or(Some(UserNet::MTU)),
+            NetTarget::User(_) => self.mtu.or(Some(UserNet::MTU)),
+            NetTarget::Switch(_) => self.mtu.or(Some(Self::SWITCH_MTU)),
             _ => self.mtu,
         }
     }
@@ -367,7 +371,7 @@ mod tests {
         assert_eq!((macvtap.to.to_string(), macvtap.queues()), ("macvtap=mv0".to_owned(), 2));
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&macvtap).unwrap()).unwrap(), macvtap);
         let switch: Net = "switch=lab".parse().unwrap();
-        assert_eq!((switch.to.to_string(), switch.mtu()), ("switch=lab".to_owned(), Some(65520)));
+        assert_eq!((switch.to.to_string(), switch.mtu()), ("switch=lab".to_owned(), Some(9000)));
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&switch).unwrap()).unwrap(), switch);
         let limited: Net = "user,bw=100M/1M,pps=5000".parse().unwrap();
         let json = r#"{"user": true, "bw": "100M/1M", "pps": 5000}"#;

@@ -2,19 +2,22 @@
 //!
 //! Each machine has a socket in the segment's folder ([`segment`]), and sends frames straight to the socket of the port that has the
 //! address ([`table`]); to all, where that is not known. A message is the sender's number, the frame's header of virtio-net, and
-//! the frame; one without a frame says that somebody is new. Whoever does not fetch loses frames, and holds nobody up.
+//! the frame; one without a frame says that somebody is new. A frame for one port that is full waits ([`room`]),
+//! as long as that port fetches at all; whoever does not, loses frames, and holds nobody up.
 
 mod checksum;
+mod room;
 mod segment;
 mod table;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use super::{Error, HEADER, Head, MAX_FRAME, Offloads, START, Wire};
 use crate::memory::{Buffers, Slices};
+use room::Room;
 use segment::{Id, Segment};
 use table::{Address, Table};
 
@@ -31,6 +34,7 @@ pub struct Switch {
     /// Where the others' messages come.
     socket: OwnedFd,
     others: BTreeMap<Id, OwnedFd>,
+    room: Room,
     table: Table,
     /// The guest completes checksums itself.
     takes_sums: bool,
@@ -41,7 +45,9 @@ pub struct Switch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sent {
     Yes,
-    /// There is no room, or it is too long.
+    /// There is no room.
+    Full,
+    /// It is too long, or the host is out of memory.
     Lost,
     /// Nobody is there any more.
     Gone,
@@ -56,7 +62,8 @@ impl Switch {
         let failed = |source| Error::Switch { name: name.to_owned(), folder: runtime.to_owned(), source };
         let (segment, socket) = Segment::enter(runtime, name).map_err(failed)?;
         let (others, table) = Default::default();
-        let mut switch = Self { segment, socket, others, table, takes_sums: false, refused: false };
+        let room = Room::new(&socket).map_err(failed)?;
+        let mut switch = Self { segment, socket, others, room, table, takes_sums: false, refused: false };
         let hello = switch.segment.id.to_ne_bytes();
         for id in switch.segment.others() {
             if switch.meet(id)
@@ -85,22 +92,29 @@ impl Switch {
 
     fn lose(&mut self, id: Id) {
         self.others.remove(&id);
+        self.room.forget(id);
         self.table.forget(id);
         self.segment.bury(id);
     }
 
-    /// Sends to those with these numbers. True if all have it who are there.
-    fn send_to(&mut self, ids: &[Id], front: &[u8], frame: &Slices) -> bool {
-        let mut all = true;
-        for id in ids {
-            let Some(socket) = self.others.get(id) else { continue };
-            match sent(frame.write_to(socket, front)) {
-                Sent::Yes => {}
-                Sent::Lost => all = false,
-                Sent::Gone => self.lose(*id),
-            }
+    /// Sends to everybody. True if all have it who are there.
+    fn send_to_all(&mut self, front: &[u8], frame: &Slices) -> bool {
+        let sent = |(id, socket): (&Id, &OwnedFd)| (*id, sent(frame.write_to(socket, front)));
+        let all: Vec<_> = self.others.iter().map(sent).collect();
+        all.iter().filter(|(_, sent)| *sent == Sent::Gone).for_each(|(id, _)| self.lose(*id));
+        all.iter().all(|(_, sent)| matches!(sent, Sent::Yes | Sent::Gone))
+    }
+
+    /// Sends to port `id`. `None` if the frame has to wait; else whether that port has it, or is not there.
+    fn send_to(&mut self, id: Id, front: &[u8], frame: &Slices) -> Option<bool> {
+        let Some(socket) = self.others.get(&id) else { return Some(true) };
+        match sent(frame.write_to(socket, front)) {
+            Sent::Yes => self.room.has_taken(id, socket),
+            Sent::Full if self.room.wait_for(id, socket) => return None,
+            Sent::Full | Sent::Lost => return Some(false),
+            Sent::Gone => self.lose(id),
         }
-        all
+        Some(true)
     }
 }
 
@@ -108,6 +122,7 @@ fn sent(result: io::Result<usize>) -> Sent {
     use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotConnected};
     match result {
         Ok(_) => Sent::Yes,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Sent::Full,
         Err(error) if matches!(error.kind(), ConnectionRefused | ConnectionReset | NotConnected) => {
             Sent::Gone
         }
@@ -117,7 +132,7 @@ fn sent(result: io::Result<usize>) -> Sent {
 
 impl Wire for Switch {
     fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.room.fd()
     }
 
     fn is_up(&self) -> bool {
@@ -143,9 +158,12 @@ impl Wire for Switch {
         front[..size_of::<Id>()].copy_from_slice(&self.segment.id.to_ne_bytes());
         front[size_of::<Id>()..].copy_from_slice(header);
         let known = if to[0] & 1 == 0 { self.table.find(&to) } else { None };
-        let ids = known.map_or_else(|| self.others.keys().copied().collect(), |id| vec![id]);
-        self.refused = !self.send_to(&ids, &front, &slices);
-        true
+        let arrived = match known {
+            Some(id) => self.send_to(id, &front, &slices),
+            None => Some(self.send_to_all(&front, &slices)),
+        };
+        self.refused = arrived == Some(false);
+        arrived.is_some()
     }
 
     fn take_refused(&mut self) -> bool {
@@ -153,6 +171,7 @@ impl Wire for Switch {
     }
 
     fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
+        self.room.look();
         for _ in 0..GREETINGS {
             *head = Head::default();
             let Head { header, start } = head;
