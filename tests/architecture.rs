@@ -19,6 +19,7 @@ const LAYERS: [&[&str]; 9] = [
         "output",
         "printable",
         "recorder",
+        "runtime_dir",
     ],
     &["memory", "vm", "bus", "hyperv"],
     &["disk", "net", "vsock", "chardev", "backends"],

@@ -10,11 +10,12 @@
 //! | [`threads`], [`event_loop`] | the one place where threads are made, each with its role; loops that wait for descriptors and call handlers |
 //! | [`poller`], [`timer`], [`listener`] | many descriptors behind one; a moment as a descriptor; a unix socket that only its owner can open |
 //! | [`guest_log`] | rate-limited warnings about the guest |
+//! | [`runtime_dir`] | where the sockets of this user's machines are |
 //! | [`output`], [`printable`] | how files are made that a run writes; text of others that a terminal may show |
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
-//! | [`disk`], [`net`], [`vsock`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, and a network of ours ([`net::user`]); unix sockets behind a guest's connections; terminals, pipes, sockets. They know no virtio |
+//! | [`disk`], [`net`], [`vsock`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, a segment that machines share ([`net::switch`]), and a network of ours ([`net::user`]); unix sockets behind a guest's connections; terminals, pipes, sockets. They know no virtio |
 //! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
@@ -32,7 +33,7 @@
 //! connections) alone. `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
-//! threads event_loop poller timer listener state config guest_log output printable recorder
+//! threads event_loop poller timer listener state config guest_log output printable recorder runtime_dir
 //! memory vm bus hyperv
 //! disk net vsock chardev backends
 //! kvm
@@ -94,6 +95,7 @@ pub mod output;
 pub mod poller;
 pub mod printable;
 pub mod recorder;
+pub mod runtime_dir;
 pub mod session;
 pub mod state;
 pub mod threads;

@@ -239,3 +239,65 @@ fn a_guests_frames_are_in_the_trace_and_in_the_dump() {
     }
     assert_eq!(packets, told.lines().filter(|line| line.starts_with("virtio-net0")).count(), "{told}");
 }
+
+/// Two VMs on a segment of their own: 4 MiB go from one to the other, with checksums that are left to the other side.
+#[test]
+fn two_guests_reach_each_other_on_a_switch() {
+    if !available("switch") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let receiver = "ip addr add 10.7.0.1/24 dev eth0; ip link set eth0 up; cat /sys/class/net/eth0/mtu; \
+                    echo BEGIN; nc -l -p 7000 | sha256sum; echo END";
+    let sender = format!(
+        "ip addr add 10.7.0.2/24 dev eth0; ip link set eth0 up; {FOUR_MIB}; \
+         until nc 10.7.0.1 7000 </d 2>/dev/null; do true; done; echo END"
+    );
+    let start = |script: &str| {
+        let mut command = vmm(Kernel::TunedPvh, script);
+        command.args(["--mem", "256M", "--net", "switch=boot-test"]);
+        Guest::start_in(command, dir.path())
+    };
+    let (receiver, sender) = (start(receiver), start(&sender));
+    let (sent, got) = (sender.finish(), receiver.finish());
+    assert_eq!(got.body(), sent.body(), "{}\n{}", got.text, sent.text);
+    assert_eq!(got.body()[0].len(), 64 + "  -".len());
+    assert!(got.text.contains("9000"), "{}", got.text);
+    assert!(!dir.path().join("vmm/switch-boot-test").exists(), "the segment goes with its last machine");
+}
+
+/// On a macvtap the guest has the interface's address, and reaches another interface on the same card of the host's.
+#[test]
+fn a_guest_on_a_macvtap_has_its_address_and_reaches_its_neighbour() {
+    if !available("network over a macvtap") {
+        return;
+    }
+    ip("link add vmmcard type veth peer name vmmcable");
+    ip("link set vmmcable up");
+    ip("link set vmmcard up");
+    ip("link add link vmmcard name vmmmv0 address 02:00:00:00:00:4d type macvtap mode bridge");
+    ip("link set vmmmv0 up");
+    ip("link add link vmmcard name vmmmv1 type macvlan mode bridge");
+    ip("addr add 10.98.9.1/24 dev vmmmv1");
+    ip("link set vmmmv1 up");
+    let listener = TcpListener::bind("10.98.9.1:7000").unwrap();
+    let echo = thread::spawn(move || {
+        let (mut guest, _) = listener.accept().unwrap();
+        let mut all = Vec::new();
+        guest.read_to_end(&mut all).unwrap();
+        guest.write_all(&all).unwrap();
+        guest.shutdown(Shutdown::Write).unwrap();
+    });
+    let script = format!(
+        "ip addr add 10.98.9.2/24 dev eth0; ip link set eth0 up; {FOUR_MIB}; nc 10.98.9.1 7000 </d | sha256sum; \
+         cat /sys/class/net/eth0/address; cut -c 1,12 /sys/class/net/eth0/device/features; echo END"
+    );
+    let mut command = vmm(Kernel::TunedPvh, &script);
+    command.args(["--mem", "256M", "--cpus", "2", "--net", "macvtap=vmmmv0,queues=2"]);
+    let ended = Guest::start(command).finish();
+    let body = ended.body();
+    assert_eq!(body[0], body[1], "what came back is what was sent: {}", ended.text);
+    assert_eq!(body[2..], ["02:00:00:00:00:4d", "11"], "CSUM and HOST_TSO4: {}", ended.text);
+    echo.join().unwrap();
+    ip("link delete vmmcard");
+}

@@ -86,6 +86,22 @@ fn ends_that_cannot_be() {
     refused(&place, &arguments, BAD_ARGUMENT, &["cannot publish", &port, "in use"]);
     let arguments = "--kernel kernel --console off --net user,publish=192.0.2.1:8080:80/udp";
     refused(&place, arguments, BAD_ARGUMENT, &["192.0.2.1:8080/udp", "cannot publish"]);
+    std::fs::create_dir_all(place.path("run/vmm")).unwrap();
+    std::fs::set_permissions(place.path("run/vmm"), std::os::unix::fs::PermissionsExt::from_mode(0o700))
+        .unwrap();
+    place.file("run/vmm/switch-taken", "");
+    std::fs::create_dir(place.path("run/vmm/switch-open")).unwrap();
+    for (arguments, words) in [
+        ("--net switch=taken", &["segment taken", "Not a directory"][..]),
+        ("--net switch=open", &["segment open", "open to other users"]),
+        ("--net switch=a/b", &["a/b", "name of a network segment"]),
+        ("--net switch=a,queues=2", &["several queues"]),
+        ("--net macvtap=lo", &["lo", "no macvtap"]),
+        ("--net macvtap=none", &["none", "no network interface"]),
+        ("--net macvtap=a,mac=02:00:00:00:00:01", &["address of its own"]),
+    ] {
+        refused(&place, &format!("--kernel kernel --console off {arguments}"), BAD_ARGUMENT, words);
+    }
     std::os::unix::fs::symlink("elsewhere", place.path("link")).unwrap();
     for (arguments, words) in [
         ("--net-dump frames", &["no network"][..]),

@@ -12,6 +12,7 @@ mod guest;
 mod hostile;
 mod net;
 mod net_dump;
+mod net_switch;
 mod net_traffic;
 mod subjects;
 mod turns;

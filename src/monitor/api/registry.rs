@@ -3,13 +3,11 @@
 //! A name is alive if something listens on its socket; what is left of a killed monitor is cleaned up by whoever meets
 //! it. Every change to the directory happens under its lock, so that two starts cannot both clean up and take one name.
 
-use std::env;
 use std::fs;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -26,6 +24,7 @@ use rustix::net::{
 use rustix::process::geteuid;
 
 use super::Error;
+use crate::runtime_dir;
 
 /// How long to wait for another process to let go of the directory, or for room in a socket's queue.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -62,16 +61,9 @@ impl Drop for Locked {
 }
 
 impl Registry {
-    /// The user's: `$XDG_RUNTIME_DIR/vmm`, `/run/user/UID/vmm` or `/tmp/vmm-UID`, the first that can be.
+    /// The user's: see [`runtime_dir::of_user`].
     pub fn of_user() -> Self {
-        let uid = geteuid().as_raw();
-        let own = |path: &Path| fs::metadata(path).is_ok_and(|m| m.is_dir() && m.uid() == uid);
-        let given = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|p| p.is_absolute());
-        let candidates = [given, Some(format!("/run/user/{uid}").into())];
-        match candidates.into_iter().flatten().find(|path| own(path)) {
-            Some(runtime) => Self::at(runtime.join("vmm")),
-            None => Self::at(format!("/tmp/vmm-{uid}")),
-        }
+        Self::at(runtime_dir::of_user())
     }
 
     /// The one in `path`, which need not exist yet.

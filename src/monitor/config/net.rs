@@ -10,7 +10,8 @@ use super::net_limits::{Limit, NetLimits};
 use super::text::{ParseError, Size, flag, list_of_texts, optional_number};
 use super::{Allow, Invalid, OutputFile, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `user[,ipv6=off][,restrict=on][,dns=ADDR]...|tap=NAME|fd=N|socket=PATH[,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
+/// A network device: `user[,ipv6=off][,restrict=on][,dns=ADDR]...|switch=NAME|tap=NAME|macvtap=NAME|fd=N|socket=PATH
+/// [,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
 /// [,vhost=on|off][,bw=RATE[/BURST]][,pps=RATE[/BURST]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
@@ -36,6 +37,10 @@ pub enum NetTarget {
     User(UserNet),
     /// A tap, by name: one that is there, or one that is made and goes with the VM.
     Tap(String),
+    /// A macvtap, by name, which is there: the guest has its address.
+    Macvtap(String),
+    /// A segment that machines of this user share, by name.
+    Switch(String),
     /// A descriptor that this process was started with: a tap, or a unix socket.
     Fd(u32),
     /// A unix socket on which somebody listens for streams of frames.
@@ -47,6 +52,8 @@ impl fmt::Display for NetTarget {
         match self {
             Self::User(_) => f.write_str("user"),
             Self::Tap(name) => write!(f, "tap={name}"),
+            Self::Macvtap(name) => write!(f, "macvtap={name}"),
+            Self::Switch(name) => write!(f, "switch={name}"),
             Self::Fd(fd) => write!(f, "fd={fd}"),
             Self::Socket(path) => write!(f, "socket={}", path.display()),
         }
@@ -56,6 +63,9 @@ impl fmt::Display for NetTarget {
 impl Net {
     /// The most pairs of queues: a guest uses one for each vCPU.
     pub const MAX_QUEUES: u16 = 16;
+    /// The MTU of a segment that machines share: large, for what is not cut, and small enough that a receiver's first window has
+    /// several (with one, it waits with each acknowledgement).
+    const SWITCH_MTU: u16 = 9000;
     /// The smallest MTU: any packet of IPv4 passes (virtio 1.3, 5.1.4.1).
     const MIN_MTU: u16 = 68;
 
@@ -73,7 +83,11 @@ impl Net {
 
     /// The largest packet that the guest is told of; if none, it takes what it takes for Ethernet, 1500.
     pub fn mtu(&self) -> Option<u16> {
-        self.mtu.or(matches!(self.to, NetTarget::User(_)).then_some(UserNet::MTU))
+        match self.to {
+            NetTarget::User(_) => self.mtu.or(Some(UserNet::MTU)),
+            NetTarget::Switch(_) => self.mtu.or(Some(Self::SWITCH_MTU)),
+            _ => self.mtu,
+        }
     }
 
     /// Pairs of queues.
@@ -98,6 +112,10 @@ struct Keys {
     user: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tap: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    switch: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    macvtap: Option<String>,
     #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
     fd: Option<u32>,
     #[serde(default, with = "host_path::optional", skip_serializing_if = "Option::is_none")]
@@ -133,12 +151,19 @@ impl TryFrom<Keys> for Net {
         let Keys { ipv6, restrict, dns, allow, publish, .. } = keys;
         let network = UserNet { ipv6, restrict, dns, allow, publish };
         let is_plain = network == UserNet::default();
-        let to = match (keys.user, keys.tap, keys.fd, keys.socket) {
-            (true, None, None, None) => NetTarget::User(network),
-            (false, Some(name), None, None) => NetTarget::Tap(name),
-            (false, None, Some(fd), None) => NetTarget::Fd(fd),
-            (false, None, None, Some(path)) => NetTarget::Socket(path),
-            _ => return Err("a network device has one of user, tap=NAME, fd=N and socket=PATH"),
+        let ends = [
+            keys.user.then_some(NetTarget::User(network)),
+            keys.switch.map(NetTarget::Switch),
+            keys.tap.map(NetTarget::Tap),
+            keys.macvtap.map(NetTarget::Macvtap),
+            keys.fd.map(NetTarget::Fd),
+            keys.socket.map(NetTarget::Socket),
+        ];
+        let mut ends = ends.into_iter().flatten();
+        let (Some(to), None) = (ends.next(), ends.next()) else {
+            return Err(
+                "a network device has one of user, switch=NAME, tap=NAME, macvtap=NAME, fd=N and socket=PATH",
+            );
         };
         if !is_plain && !keys.user {
             return Err("ipv6=, restrict=, dns=, allow= and publish= are settings of net=user");
@@ -151,16 +176,36 @@ impl TryFrom<Keys> for Net {
 impl From<Net> for Keys {
     fn from(net: Net) -> Self {
         let Net { to, mac, mtu, queues, vhost, limits: NetLimits { bw, pps } } = net;
-        let (mut tap, mut fd, mut socket) = (None, None, None);
+        let (mut switch, mut tap, mut macvtap, mut fd, mut socket) = (None, None, None, None, None);
         let (mut user, mut network) = (false, UserNet::default());
         match to {
             NetTarget::User(given) => (user, network) = (true, given),
+            NetTarget::Switch(name) => switch = Some(name),
+            NetTarget::Macvtap(name) => macvtap = Some(name),
             NetTarget::Tap(name) => tap = Some(name),
             NetTarget::Fd(number) => fd = Some(number),
             NetTarget::Socket(path) => socket = Some(path),
         }
         let UserNet { ipv6, restrict, dns, allow, publish } = network;
-        Self { user, tap, fd, socket, mac, mtu, queues, vhost, bw, pps, ipv6, restrict, dns, allow, publish }
+        Self {
+            user,
+            switch,
+            tap,
+            macvtap,
+            fd,
+            socket,
+            mac,
+            mtu,
+            queues,
+            vhost,
+            bw,
+            pps,
+            ipv6,
+            restrict,
+            dns,
+            allow,
+            publish,
+        }
     }
 }
 
@@ -215,12 +260,27 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
         let invalid = |what: String, hint: &str| {
             Err(Invalid { what: format!("network device `net={}`: {what}", net.to), hint: hint.to_owned() })
         };
-        if let NetTarget::Tap(name) = &net.to {
+        if let NetTarget::Tap(name) | NetTarget::Macvtap(name) = &net.to {
             let plain = |c: char| c.is_ascii_graphic() && !"/%:".contains(c);
             if name.is_empty() || name.len() > 15 || !name.chars().all(plain) || name.starts_with('.') {
                 return invalid(
                     format!("{name:?} cannot be the name of a network interface"),
                     "use 1 to 15 letters and digits: `net=tap=tap0`",
+                );
+            }
+        }
+        if matches!(net.to, NetTarget::Macvtap(_)) && net.mac.is_some() {
+            return invalid(
+                "the interface has an address of its own, which is the guest's".to_owned(),
+                "drop mac=, or give the interface another: sudo ip link set NAME address XX:XX:XX:XX:XX:XX",
+            );
+        }
+        if let NetTarget::Switch(name) = &net.to {
+            let fine = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+            if name.is_empty() || name.len() > 32 || !name.chars().all(fine) {
+                return invalid(
+                    format!("{name:?} cannot be the name of a network segment"),
+                    "use 1 to 32 letters, digits, '_', '.' and '-': `net=switch=lab`",
                 );
             }
         }
@@ -244,7 +304,7 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
         if !(1..=Net::MAX_QUEUES).contains(&net.queues()) {
             return invalid(format!("{} pairs of queues", net.queues()), "use queues=1 to queues=16");
         }
-        if net.queues() > 1 && !matches!(net.to, NetTarget::Tap(_)) {
+        if net.queues() > 1 && !matches!(net.to, NetTarget::Tap(_) | NetTarget::Macvtap(_)) {
             return invalid("several queues need a tap".to_owned(), "drop queues=, or use tap=NAME");
         }
         if net.vhost && !matches!(net.to, NetTarget::Tap(_)) {
@@ -322,6 +382,12 @@ mod tests {
         assert_eq!(without.to, NetTarget::User(UserNet { ipv6: false, ..UserNet::default() }));
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&without).unwrap()).unwrap(), without);
         assert!(network.ipv6 && network.restrict && network.allow.len() == 2 && network.publish[1].udp);
+        let macvtap: Net = "macvtap=mv0,queues=2".parse().unwrap();
+        assert_eq!((macvtap.to.to_string(), macvtap.queues()), ("macvtap=mv0".to_owned(), 2));
+        assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&macvtap).unwrap()).unwrap(), macvtap);
+        let switch: Net = "switch=lab".parse().unwrap();
+        assert_eq!((switch.to.to_string(), switch.mtu()), ("switch=lab".to_owned(), Some(9000)));
+        assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&switch).unwrap()).unwrap(), switch);
         let limited: Net = "user,bw=100M/1M,pps=5000".parse().unwrap();
         let json = r#"{"user": true, "bw": "100M/1M", "pps": 5000}"#;
         assert_eq!(serde_json::from_str::<Net>(json).unwrap(), limited);
@@ -350,7 +416,9 @@ mod tests {
     #[test]
     fn impossible_devices_are_refused() {
         for (text, word) in [
-            ("mtu=1500", "one of user, tap=NAME"),
+            ("mtu=1500", "one of user, switch=NAME, tap=NAME"),
+            ("switch=a,tap=b", "one of user"),
+            ("switch=a,restrict=on", "settings of net=user"),
             ("tap=a,fd=3", "one of user"),
             ("tap=a,speed=9", "speed"),
             ("user,tap=a", "one of user"),
@@ -381,6 +449,12 @@ mod tests {
             &["tap=a/b"][..],
             &["tap=tap%d"],
             &["tap=0123456789abcdef"],
+            &["macvtap=a/b"],
+            &["macvtap=a,mac=02:00:00:00:00:01"],
+            &["switch=a/b"],
+            &["switch=0123456789abcdef0123456789abcdef0"],
+            &["switch=a,queues=2"],
+            &["switch=a", "switch=a"],
             &["tap=a,mtu=67"],
             &["user,mtu=575"],
             &["user,queues=2"],

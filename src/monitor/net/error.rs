@@ -53,6 +53,31 @@ pub enum Error {
         /// Pairs of queues.
         queues: u16,
     },
+    /// There is an interface of that name, of another kind.
+    #[error("{name} is a network interface, but no macvtap")]
+    NotAMacvtap {
+        /// The interface.
+        name: String,
+    },
+    /// There is no such interface.
+    #[error("there is no network interface {name}")]
+    NoMacvtap {
+        /// Its name.
+        name: String,
+    },
+    /// Its device file.
+    #[error("cannot open {path} of macvtap {name}", path = path.display())]
+    Macvtap {
+        /// The macvtap.
+        name: String,
+        /// Its device file.
+        path: PathBuf,
+        /// The device's numbers, as mknod(1) takes them.
+        device: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// The host refused something else.
     #[error("cannot {what} tap {name}")]
     Tap {
@@ -100,6 +125,17 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// There is no such segment, and none can be made.
+    #[error("cannot join network segment {name} in {folder}", folder = folder.display())]
+    Switch {
+        /// The segment.
+        name: String,
+        /// Where its folder is.
+        folder: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// Its frames cannot be written to a file.
     #[error("cannot create network dump {path}", path = path.display())]
     Dump {
@@ -139,6 +175,18 @@ impl Error {
             Self::NotATap { name } => {
                 format!("use a tap, in a bridge with {name}, say; these are there: ip -d link show type tun")
             }
+            Self::NotAMacvtap { .. } => "these are there: ip -d link show type macvtap".to_owned(),
+            Self::NoMacvtap { name } => format!(
+                "make it once: sudo ip link add link eth0 name {name} type macvtap mode bridge && sudo ip link set {name} up"
+            ),
+            Self::Macvtap { path, source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                format!("make it yours: sudo chown $USER {}", quoted(path))
+            }
+            Self::Macvtap { path, device, source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                let path = quoted(path);
+                format!("no udev has made it: sudo mknod {path} c {device} && sudo chown $USER {path}")
+            }
+            Self::Macvtap { name, .. } => format!("see what it is: ip -d link show {name}"),
             Self::OneQueue { name, .. } => {
                 format!(
                     "drop queues=, or make it anew: sudo ip link delete {name} && {}",
@@ -166,6 +214,13 @@ impl Error {
                 }
                 _ => "drop vhost=on: vmm then serves the guest's rings itself".to_owned(),
             },
+            Self::Switch { source, .. } if source.kind() == io::ErrorKind::InvalidInput => {
+                "the path is too long for a socket: choose a shorter name, or a shorter XDG_RUNTIME_DIR"
+                    .to_owned()
+            }
+            Self::Switch { .. } => {
+                "use a directory of your own: export XDG_RUNTIME_DIR=$(mktemp -d)".to_owned()
+            }
             Self::Dump { path, .. } => {
                 let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
                 format!("see who may write there: ls -ld {}", quoted(folder.unwrap_or(Path::new("."))))

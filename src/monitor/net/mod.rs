@@ -7,7 +7,9 @@ mod dump;
 mod error;
 mod fd;
 mod mac;
+mod macvtap;
 mod socket;
+pub mod switch;
 mod tap;
 pub mod traffic;
 pub mod user;
@@ -22,6 +24,7 @@ use bitflags::bitflags;
 
 use crate::config::{self, NetTarget, OutputFile};
 use crate::memory::{Buffers, Slices};
+use crate::runtime_dir;
 
 use dump::{Dump, Dumped, Queue};
 pub use error::Error;
@@ -178,7 +181,7 @@ impl Ports {
         if let Some(port) = self.ports.get(&index) {
             return Ok(port.clone());
         }
-        let mac = config.mac.map_or_else(|| mac::generated(name, index), |mac| mac.0);
+        let mut mac = config.mac.map_or_else(|| mac::generated(name, index), |mac| mac.0);
         let wires: Vec<Box<dyn Wire>> = match &config.to {
             NetTarget::User(network) => {
                 let mtu = config.mtu().unwrap_or(config::UserNet::MTU);
@@ -188,6 +191,12 @@ impl Ports {
                 let taps = tap::open(name, config.queues(), config.mtu)?;
                 taps.into_iter().map(|tap| Box::new(tap) as _).collect()
             }
+            NetTarget::Macvtap(name) => {
+                let opened = macvtap::open(name, config.queues())?;
+                mac = opened.mac.0;
+                opened.queues.into_iter().map(|tap| Box::new(tap) as _).collect()
+            }
+            NetTarget::Switch(name) => vec![Box::new(switch::Switch::join(&runtime_dir::of_user(), name)?)],
             NetTarget::Fd(fd) => vec![fd::inherited(*fd)?],
             NetTarget::Socket(path) => vec![Box::new(socket::Stream::connect(path)?)],
         };

@@ -17,8 +17,19 @@ const INIT: &[u8] = include_bytes!(env!("RIG_INIT"));
 
 /// Modules to load, after those that they need. The first is what the rig is for; the others
 /// are there for networks, sockets and file systems of tests.
-const MODULES: [&str; 10] =
-    ["kvm_amd", "tun", "vhost_net", "vhost_vsock", "overlay", "erofs", "loop", "nbd", "bridge", "veth"];
+const MODULES: [&str; 11] = [
+    "kvm_amd",
+    "tun",
+    "vhost_net",
+    "vhost_vsock",
+    "overlay",
+    "erofs",
+    "loop",
+    "nbd",
+    "bridge",
+    "veth",
+    "macvtap",
+];
 
 /// A kernel and its modules in the cache.
 #[derive(Debug)]
@@ -60,7 +71,7 @@ pub fn prepare(options: &Options) -> Result<BootFiles> {
     unpack_modules(&root.join("lib/modules").join(&release), &fresh.join("modules"))?;
     fs::remove_dir_all(&root)?;
     fs::remove_file(&package)?;
-    fs::rename(&fresh, cache.join(format!("kernel-{release}")))?;
+    fs::rename(&fresh, cache.join(format!("kernel-{release}{}", suffix())))?;
     find(&cache)?.context("the kernel that was just unpacked is not there")
 }
 
@@ -128,11 +139,22 @@ fn cache_folder() -> Result<PathBuf> {
     Ok(base.join("vmm/rig"))
 }
 
+/// The end of the name of a folder with these modules: one with others is not taken for it.
+fn suffix() -> String {
+    let names = MODULES.join(" ");
+    let hash =
+        names.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    format!("-{hash:08x}")
+}
+
 /// The newest kernel in the cache.
 fn find(cache: &Path) -> Result<Option<BootFiles>> {
     let kernels = fs::read_dir(cache).into_iter().flatten().flatten();
     let folder = kernels
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with("kernel-"))
+        .filter(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            name.starts_with("kernel-") && name.ends_with(&suffix())
+        })
         .max_by_key(|entry| entry.metadata().and_then(|data| data.modified()).ok());
     let Some(folder) = folder.map(|entry| entry.path()) else {
         return Ok(None);

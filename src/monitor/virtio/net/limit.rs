@@ -3,15 +3,12 @@
 //! What finds its gate closed is not dropped: the guest's frames stay in their queue, and those for the guest in the link.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
-
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
 
 use super::bucket::Bucket;
 use crate::config::NetLimits;
+use crate::timer::Timer;
 
 /// One way of a device, all of its queues together.
 #[derive(Debug, Default)]
@@ -65,7 +62,7 @@ pub struct Limiter {
     /// Frames of the guest.
     pub transmit: Gate,
     /// Readable when a gate opens. Only where there are limits.
-    timer: Option<OwnedFd>,
+    timer: Option<Timer>,
     /// What it is set to.
     alarm: Option<Instant>,
 }
@@ -80,8 +77,7 @@ impl Limiter {
             return Ok(Self::default());
         }
         let now = Instant::now();
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = Some(timerfd_create(TimerfdClockId::Monotonic, flags)?);
+        let timer = Some(Timer::new()?);
         Ok(Self { receive: Gate::new(limits, now), transmit: Gate::new(limits, now), timer, alarm: None })
     }
 
@@ -98,22 +94,13 @@ impl Limiter {
             return;
         }
         self.alarm = alarm;
-        let after = alarm.map(|alarm| alarm.saturating_duration_since(Instant::now()));
-        // Zero would stop it.
-        let after = after.map_or(Duration::ZERO, |after| after.max(Duration::from_nanos(1)));
-        let value = Timespec { tv_sec: after.as_secs().cast_signed(), tv_nsec: after.subsec_nanos().into() };
-        let spec = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-        // Fails only for times that are none.
-        if let Err(error) = timerfd_settime(timer, TimerfdTimerFlags::empty(), &spec) {
-            log::error!("network: set the timer of a rate limit: {error}");
-        }
+        timer.set(alarm.map(|alarm| alarm.saturating_duration_since(Instant::now())));
     }
 
     /// The timer has run out: every way may be tried again.
     pub fn take_alarm(&mut self) {
         if let Some(timer) = &self.timer {
-            // Fails only where it has not run out.
-            let _ = rustix::io::read(timer, &mut [0u8; 8]);
+            timer.set(None);
         }
         (self.receive.opens, self.transmit.opens, self.alarm) = (None, None, None);
     }

@@ -1,0 +1,212 @@
+//! A segment of Ethernet that machines of one user share, without root and without a process of its own.
+//!
+//! Each machine has a socket in the segment's folder ([`segment`]), and sends frames straight to the socket of the port that has the
+//! address ([`table`]); to all, where that is not known. A message is the sender's number, the frame's header of virtio-net, and
+//! the frame; one without a frame says that somebody is new. A frame for one port that is full waits ([`room`]),
+//! as long as that port fetches at all; whoever does not, loses frames, and holds nobody up.
+
+mod checksum;
+mod room;
+mod segment;
+mod table;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use super::{Error, HEADER, Head, MAX_FRAME, Offloads, START, Wire};
+use crate::memory::{Buffers, Slices};
+use room::Room;
+use segment::{Id, Segment};
+use table::{Address, Table};
+
+/// Others that one port knows: each costs a descriptor.
+const MOST: usize = 64;
+/// Messages without a frame that are read in one go.
+const GREETINGS: usize = 16;
+/// Bytes in front of a frame.
+const FRONT: usize = size_of::<Id>() + HEADER;
+
+/// A port of a segment.
+pub struct Switch {
+    segment: Segment,
+    /// Where the others' messages come.
+    socket: OwnedFd,
+    others: BTreeMap<Id, OwnedFd>,
+    room: Room,
+    table: Table,
+    /// The guest completes checksums itself.
+    takes_sums: bool,
+    refused: bool,
+}
+
+/// What became of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sent {
+    Yes,
+    /// There is no room.
+    Full,
+    /// It is too long, or the host is out of memory.
+    Lost,
+    /// Nobody is there any more.
+    Gone,
+}
+
+impl Switch {
+    /// A port of the segment called `name`, in the folder `runtime` of this user's.
+    ///
+    /// # Errors
+    /// [`Error::Switch`]: the folder cannot be used.
+    pub fn join(runtime: &Path, name: &str) -> Result<Self, Error> {
+        let failed = |source| Error::Switch { name: name.to_owned(), folder: runtime.to_owned(), source };
+        let (segment, socket) = Segment::enter(runtime, name).map_err(failed)?;
+        let (others, table) = Default::default();
+        let room = Room::new(&socket).map_err(failed)?;
+        let mut switch = Self { segment, socket, others, room, table, takes_sums: false, refused: false };
+        let hello = switch.segment.id.to_ne_bytes();
+        for id in switch.segment.others() {
+            if switch.meet(id)
+                && let Some(other) = switch.others.get(&id)
+            {
+                // Who does not hear of us now does with our first frame.
+                let _ = rustix::io::write(other, &hello);
+            }
+        }
+        Ok(switch)
+    }
+
+    /// True if port `id` is there, and known from now on.
+    fn meet(&mut self, id: Id) -> bool {
+        if id == self.segment.id || self.others.contains_key(&id) {
+            return id != self.segment.id;
+        }
+        if self.others.len() >= MOST {
+            log::warn!("switch: more than {MOST} others: one is left out");
+            return false;
+        }
+        let Some(socket) = self.segment.reach(id) else { return false };
+        self.others.insert(id, socket);
+        true
+    }
+
+    fn lose(&mut self, id: Id) {
+        self.others.remove(&id);
+        self.room.forget(id);
+        self.table.forget(id);
+        self.segment.bury(id);
+    }
+
+    /// Sends to everybody. True if all have it who are there.
+    fn send_to_all(&mut self, front: &[u8], frame: &Slices) -> bool {
+        let sent = |(id, socket): (&Id, &OwnedFd)| (*id, sent(frame.write_to(socket, front)));
+        let all: Vec<_> = self.others.iter().map(sent).collect();
+        all.iter().filter(|(_, sent)| *sent == Sent::Gone).for_each(|(id, _)| self.lose(*id));
+        all.iter().all(|(_, sent)| matches!(sent, Sent::Yes | Sent::Gone))
+    }
+
+    /// Sends to port `id`. `None` if the frame has to wait; else whether that port has it, or is not there.
+    fn send_to(&mut self, id: Id, front: &[u8], frame: &Slices) -> Option<bool> {
+        let Some(socket) = self.others.get(&id) else { return Some(true) };
+        match sent(frame.write_to(socket, front)) {
+            Sent::Yes => self.room.has_taken(id, socket),
+            Sent::Full if self.room.wait_for(id, socket) => return None,
+            Sent::Full | Sent::Lost => return Some(false),
+            Sent::Gone => self.lose(id),
+        }
+        Some(true)
+    }
+}
+
+fn sent(result: io::Result<usize>) -> Sent {
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotConnected};
+    match result {
+        Ok(_) => Sent::Yes,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Sent::Full,
+        Err(error) if matches!(error.kind(), ConnectionRefused | ConnectionReset | NotConnected) => {
+            Sent::Gone
+        }
+        Err(_) => Sent::Lost,
+    }
+}
+
+impl Wire for Switch {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.room.fd()
+    }
+
+    fn is_up(&self) -> bool {
+        true
+    }
+
+    fn offloads(&self) -> Offloads {
+        Offloads::CSUM
+    }
+
+    fn accept(&mut self, offloads: Offloads) {
+        self.takes_sums = offloads.contains(Offloads::CSUM);
+    }
+
+    fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool {
+        let slices = Slices::of([frame], 0);
+        let mut to: Address = [0; 6];
+        if !slices.is_whole() || slices.len() > MAX_FRAME || slices.copy_to(0, &mut to) < to.len() {
+            self.refused = true;
+            return true;
+        }
+        let mut front = [0; FRONT];
+        front[..size_of::<Id>()].copy_from_slice(&self.segment.id.to_ne_bytes());
+        front[size_of::<Id>()..].copy_from_slice(header);
+        let known = if to[0] & 1 == 0 { self.table.find(&to) } else { None };
+        let arrived = match known {
+            Some(id) => self.send_to(id, &front, &slices),
+            None => Some(self.send_to_all(&front, &slices)),
+        };
+        self.refused = arrived == Some(false);
+        arrived.is_some()
+    }
+
+    fn take_refused(&mut self) -> bool {
+        std::mem::take(&mut self.refused)
+    }
+
+    fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
+        self.room.look();
+        for _ in 0..GREETINGS {
+            *head = Head::default();
+            let Head { header, start } = head;
+            // A byte more than there is room for tells a frame that was cut from one that fits.
+            let (mut from, mut over) = ([0; size_of::<Id>()], [0]);
+            let read = rest.read_from(&self.socket, &mut [&mut from, header, start], usize::MAX, &mut over);
+            // Errors are of the moment: it is our own socket, and not connected.
+            let n = read.ok()?;
+            let id = Id::from_ne_bytes(from);
+            if n < from.len() || !self.meet(id) {
+                continue;
+            }
+            let Some(len) = n.checked_sub(FRONT).filter(|len| *len >= 2 * size_of::<Address>()) else {
+                continue;
+            };
+            let Some(fine) = checksum::checked(head.header, len) else { continue };
+            self.table.learn(std::array::from_fn(|at| head.start[6 + at]), id);
+            head.header = fine;
+            if fine[0] & checksum::NEEDED != 0 && !self.takes_sums && len <= START + rest.len() {
+                complete(head, rest, len);
+            }
+            return Some(len);
+        }
+        None
+    }
+}
+
+/// Completes the checksum of a frame that lies in the guest's buffers: the rare case in which it is copied.
+fn complete(head: &mut Head, rest: &Slices, len: usize) {
+    let mut frame = vec![0; len];
+    let own = len.min(START);
+    frame[..own].copy_from_slice(&head.start[..own]);
+    rest.copy_to(0, &mut frame[own..]);
+    checksum::complete(&head.header, &mut frame);
+    head.start[..own].copy_from_slice(&frame[..own]);
+    rest.copy_from(&frame[own..]);
+    head.header = [0; HEADER];
+}

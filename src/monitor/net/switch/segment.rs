@@ -1,0 +1,111 @@
+//! The folder of a segment: a socket of each port, named by the port's number in hexadecimal digits.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, fchmod, rmdir, unlink};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, socket_with, sockopt,
+};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::runtime_dir;
+
+/// A port's number.
+pub type Id = u64;
+
+/// Bytes that may be on the way from one port to another, as far as the host allows (net.core.wmem_max).
+const BUFFER: usize = 4 << 20;
+/// Somebody may leave, and take the folder away, while we enter.
+const TRIES: usize = 10;
+
+/// Our place in it. Dropping it leaves.
+#[derive(Debug)]
+pub struct Segment {
+    folder: PathBuf,
+    /// Ours.
+    pub id: Id,
+}
+
+fn socket() -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)
+}
+
+fn path(folder: &Path, id: Id) -> PathBuf {
+    folder.join(format!("{id:016x}"))
+}
+
+impl Segment {
+    /// Enters the segment called `name` of those in `runtime`, and makes it if nobody is there; with the socket on which the others
+    /// reach us.
+    pub fn enter(runtime: &Path, name: &str) -> io::Result<(Self, OwnedFd)> {
+        runtime_dir::make_private(runtime)?;
+        let folder = runtime.join(format!("switch-{name}"));
+        let mut bytes = [0; 8];
+        getrandom(&mut bytes, GetRandomFlags::empty())?;
+        let id = Id::from_ne_bytes(bytes);
+        let address = SocketAddrUnix::new(path(&folder, id))?;
+        let socket = socket()?;
+        // The file that bind makes takes its mode from the socket.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        for _ in 0..TRIES {
+            runtime_dir::make_private(&folder)?;
+            match bind(&socket, &address) {
+                Err(Errno::NOENT) => {}
+                result => return Ok(result.map(|()| (Self { folder, id }, socket))?),
+            }
+        }
+        Err(Errno::NOENT.into())
+    }
+
+    fn path(&self, id: Id) -> PathBuf {
+        path(&self.folder, id)
+    }
+
+    /// The others that are there.
+    pub fn others(&self) -> Vec<Id> {
+        let Ok(list) = fs::read_dir(&self.folder) else { return Vec::new() };
+        let names = list.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let ids = names.filter(|name| name.len() == 16).filter_map(|name| Id::from_str_radix(&name, 16).ok());
+        ids.filter(|id| *id != self.id).collect()
+    }
+
+    /// A socket whose messages go to the port `id`. `None` if it is gone, and then nothing is left of it.
+    pub fn reach(&self, id: Id) -> Option<OwnedFd> {
+        let open = || {
+            let socket = socket()?;
+            // What one port does not fetch is none of the others' room: so each has a socket.
+            let _ = sockopt::set_socket_send_buffer_size(&socket, BUFFER);
+            connect(&socket, &SocketAddrUnix::new(self.path(id))?)?;
+            Ok::<_, Errno>(socket)
+        };
+        match open() {
+            Ok(socket) => Some(socket),
+            Err(Errno::CONNREFUSED) => {
+                self.bury(id);
+                None
+            }
+            Err(error) => {
+                log::debug!("switch: port {id:016x}: {error}");
+                None
+            }
+        }
+    }
+
+    /// The port `id` was killed: nobody else takes its socket away.
+    pub fn bury(&self, id: Id) {
+        let _ = unlink(self.path(id));
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        let _ = unlink(self.path(self.id));
+        // Fails unless we were the last.
+        let _ = rmdir(&self.folder);
+    }
+}
