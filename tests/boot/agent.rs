@@ -1,8 +1,13 @@
 //! The agent where it belongs: in a guest, reached over its socket device. What it does with commands is tested by tests/cli/agent.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
+
+use vmm_agent::client::{self, Patience, Session, dial};
+use vmm_agent::protocol::{PORT, Reason, Request};
 
 use crate::guest::{Guest, Kernel, available, vmm};
 
@@ -46,12 +51,53 @@ fn works(kernel: Kernel) {
         let output = child.wait_with_output().unwrap();
         assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{number}\n"));
     }
+    // Files, there and back.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, &bytes).unwrap();
+    let (file, back) = (file.to_str().unwrap(), dir.path().join("back"));
+    assert_eq!(guest.control(&["cp", file, "web:/tmp"]).0, Some(0));
+    assert_eq!(guest.control(&["cp", "web:/tmp/file", back.to_str().unwrap()]).0, Some(0));
+    assert!(std::fs::read(back).unwrap() == bytes);
+
+    // A server in it, without a network.
+    let script = "echo through | nc -l -p 4711 -s 127.0.0.1 >/tmp/got & sleep 1000";
+    let mut server = guest.command(&["exec", "web", "sh", "-c", script]).spawn().unwrap();
+    let mut said = String::new();
+    while said.is_empty() {
+        said = guest.control(&["ssh-proxy", "web", "4711"]).1;
+    }
+    assert_eq!(said, "through\n");
+    server.kill().unwrap();
+    server.wait().unwrap();
+
+    orders(&guest);
     // PID 1 reaps what they left.
     let left = "sleep 0.2 & exit 0";
     assert_eq!(guest.control(&["exec", "web", "sh", "-c", left]).0, Some(0));
     let zombies = "sleep 0.5; grep -l '^State:.*zombie' /proc/[0-9]*/status | wc -l";
     assert_eq!(guest.control(&["exec", "web", "sh", "-c", zombies]).1, "0\n");
     assert_eq!(guest.control(&["kill", "web"]).0, Some(0));
+}
+
+/// What the host says to a guest that was copied while it ran.
+fn orders(guest: &Guest) {
+    let status: serde_json::Value = serde_json::from_str(&guest.control(&["status", "web", "--json"]).1).unwrap();
+    let path = Path::new(status["vsock"].as_str().unwrap()).to_owned();
+    let later = Instant::now() + Duration::from_secs(60);
+    let dial = || dial(&path, PORT, Patience { boot: later, answer: later }).unwrap();
+    let order = |request| Session::order(dial(), request, later);
+    order(Request::SetTime(1_234_567_890_500_000_000)).unwrap();
+    let (_, seconds) = guest.control(&["exec", "web", "date", "+%s"]);
+    let seconds: u64 = seconds.trim().parse().unwrap();
+    assert!((1_234_567_890..1_234_567_890 + 60).contains(&seconds), "{seconds}");
+    order(Request::SetHostname(b"copy".to_vec())).unwrap();
+    order(Request::Reseed(vec![7; 64])).unwrap();
+    let error = order(Request::Reseed(vec![7; 513])).unwrap_err();
+    assert!(matches!(error, client::Error::Failed { reason: Reason::Refused, .. }), "{error}");
+    let facts = Session::facts(dial(), later).unwrap();
+    assert_eq!(facts.hostname, b"copy");
+    assert!(facts.kernel.starts_with(b"6.1.") && facts.sessions >= 1, "{facts:?}");
 }
 
 #[test]
