@@ -76,6 +76,7 @@ impl Recipe {
         if self.busybox {
             add_busybox(&mut archive)?;
             add_program(&mut archive, "sbin/guest-vsock", &programs::init(Init::Vsock)?)?;
+            add_program(&mut archive, "sbin/vmm-agent", &programs::agent()?)?;
         }
         if let Some(kind) = self.kernel.filter(|kind| kind.is_debians()) {
             self.add_modules(&mut archive, &Kernel::get(kind, false)?)?;

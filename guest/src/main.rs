@@ -32,6 +32,12 @@ enum Command {
     Rootfs(RootfsArgs),
     /// Build a disk with Debian and an installed kernel, which boots by itself
     Disk(DiskArgs),
+    /// Build the agent, by which the host runs commands in a guest
+    Agent {
+        /// The file to write
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
     /// Everything that the tests and `make run` boot, in one folder
     Bundle(BundleArgs),
 }
@@ -141,6 +147,12 @@ fn run(cli: Cli) -> Result<()> {
             [] => bundle::write(&args.out, &[Kind::Stock, Kind::Tuned], true)?,
             only => bundle::write(&args.out, only, false)?,
         },
+        Command::Agent { out } => {
+            let program = std::fs::read(guest::programs::agent()?)?;
+            initramfs::write_whole(&out, &program)?;
+            std::fs::set_permissions(&out, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+            println!("agent {}", out.display());
+        }
         Command::Disk(args) => {
             disk::write(&args.out, args.size, &args.include)?;
             println!("disk {}", args.out.display());

@@ -1,13 +1,19 @@
-//! The programs that go into guests: our own PID 1, built from `guest/init`, and busybox from Debian's static package.
+//! The programs that go into guests: our own PID 1, built from `guest/init`, the agent, and busybox from Debian's static package.
 
 use crate::cache::Cache;
 use crate::debian;
 use crate::run::{Tool, say};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// With this C library a static program is half as large.
+const AGENT_TARGET: &str = "x86_64-unknown-linux-musl";
+
+/// The most that the agent may have in bytes: it goes into every initramfs.
+const MAX_AGENT: u64 = 1 << 20;
 
 /// Which of `guest/init`'s programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,20 +36,8 @@ pub fn init(which: Init) -> Result<PathBuf> {
         Init::Kexec => "guest-kexec",
         Init::Vsock => "guest-vsock",
     };
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace's folder")?;
-    // A target folder of its own: other flags, and no waiting for whoever builds the monitor meanwhile.
-    let target = match std::env::var_os("CARGO_TARGET_DIR") {
-        Some(folder) => workspace.join(folder),
-        None => workspace.join("target"),
-    }
-    .join("guest-init");
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    Tool::new(&cargo)
-        .args(["rustc", "--quiet", "--release", "--package", "guest-init", "--bin", name])
-        .args(["--features", "freestanding", "--target", TARGET, "--target-dir"])
-        .arg(&target)
-        .args(["--config", "profile.release.panic='abort'", "--config", "profile.release.opt-level='s'"])
-        .args(["--config", "profile.release.debug=0", "--config", "profile.release.strip='symbols'"])
+    let (tool, target) = cargo(TARGET, "s")?;
+    tool.args(["--package", "guest-init", "--bin", name, "--features", "freestanding"])
         .args(["--", "-C", "relocation-model=static"])
         .args([
             "-C",
@@ -52,10 +46,54 @@ pub fn init(which: Init) -> Result<PathBuf> {
         // What flags the caller set for their own programs (sanitizers, coverage) cannot work here.
         .env("RUSTFLAGS", "")
         .env("CARGO_ENCODED_RUSTFLAGS", "")
-        .dir(workspace)
         .quiet()
         .with_context(|| format!("build {name}"))?;
     Ok(target.join(TARGET).join("release").join(name))
+}
+
+/// Builds the agent: one static program. The path of it.
+///
+/// # Errors
+/// It does not build, or it is larger than it may be.
+pub fn agent() -> Result<PathBuf> {
+    let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
+    let libraries = Tool::new(&rustc).args(["--print", "target-libdir", "--target", AGENT_TARGET]).output();
+    if !libraries.is_ok_and(|path| Path::new(path.trim()).exists()) {
+        say(format_args!("adding Rust's target {AGENT_TARGET}"));
+        Tool::new("rustup").args(["target", "add", AGENT_TARGET]).quiet().with_context(|| {
+            format!("the agent needs Rust's target {AGENT_TARGET}; add it: rustup target add {AGENT_TARGET}")
+        })?;
+    }
+    let (tool, target) = cargo(AGENT_TARGET, "z")?;
+    tool.args(["--package", "guest-agent", "--bin", "vmm-agent", "--config", "profile.release.lto='fat'"])
+        .env("RUSTFLAGS", "-Crelocation-model=static")
+        .env("CARGO_ENCODED_RUSTFLAGS", "-Crelocation-model=static")
+        .quiet()
+        .context("build the agent")?;
+    let program = target.join(AGENT_TARGET).join("release/vmm-agent");
+    let size = fs::metadata(&program).context("the agent was not built")?.len();
+    ensure!(size <= MAX_AGENT, "the agent has {size} bytes; {MAX_AGENT} is what it may have");
+    Ok(program)
+}
+
+/// Cargo as it builds one small program for `platform`, and the folder that it does that in: one of its own, for other flags, and so
+/// that nobody waits for whoever builds the monitor meanwhile.
+fn cargo(platform: &str, optimize: &str) -> Result<(Tool, PathBuf)> {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace's folder")?;
+    let target = match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(folder) => workspace.join(folder),
+        None => workspace.join("target"),
+    }
+    .join("guest-init");
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let tool = Tool::new(&cargo)
+        .args(["rustc", "--quiet", "--release", "--target", platform, "--target-dir"])
+        .arg(&target)
+        .args(["--config", "profile.release.panic='abort'", "--config"])
+        .arg(format!("profile.release.opt-level='{optimize}'"))
+        .args(["--config", "profile.release.debug=0", "--config", "profile.release.strip='symbols'"])
+        .dir(workspace);
+    Ok((tool, target))
 }
 
 /// Debian's static busybox, unpacked into the cache.

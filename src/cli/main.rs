@@ -3,10 +3,14 @@
 //! `main` picks the command, starts logging, runs it and turns what comes back into an exit code. Everything that
 //! must be put back (terminal, control socket) is put back by destructors before the error is printed.
 
+mod agent;
 mod bench;
 mod control;
+mod cp;
 mod detached;
+mod exec;
 mod flags;
+mod forward;
 mod lab;
 mod list;
 mod logs;
@@ -54,6 +58,8 @@ Examples:
       debug it from its first instruction: gdb vmlinux -ex 'target remote gdb.sock'
   vmm run -d --name web --disk debian.img --mem 1G; vmm logs -f web
       run it in the background, and follow its console
+  vmm exec -it web top; vmm cp web:/etc/hosts .; vmm forward web 8080:80
+      work in it, if it has the agent and --vsock (docs/agent.md)
   vmm list; vmm pause web; vmm resume web; vmm stop web
       control it from another terminal
 ";
@@ -108,6 +114,16 @@ enum Command {
     Wait(wait::Options),
     /// Remove what is kept of virtual machines that ran in the background
     Rm(wait::RemoveOptions),
+    /// Run a command in a guest that has the agent, with streams, terminal, signals and exit code
+    Exec(exec::Options),
+    /// Open a login shell in a guest that has the agent
+    Shell(exec::ShellOptions),
+    /// Copy files into a guest that has the agent, or out of it
+    Cp(cp::Options),
+    /// Forward ports of this host to a guest that has the agent, until it is interrupted
+    Forward(forward::Options),
+    /// Connect standard input and output to a guest's ssh server: ssh -o ProxyCommand='vmm ssh-proxy NAME' root@NAME
+    SshProxy(forward::ProxyOptions),
 }
 
 /// Runs the command that the process was started with.
@@ -134,6 +150,11 @@ fn main() -> ExitCode {
         Command::Logs(options) => logs::logs(options),
         Command::Wait(options) => wait::wait(options),
         Command::Rm(options) => wait::remove(options),
+        Command::Exec(options) => exec::exec(options),
+        Command::Shell(options) => exec::shell(options),
+        Command::Cp(options) => cp::cp(options),
+        Command::Forward(options) => forward::forward(options),
+        Command::SshProxy(options) => forward::ssh_proxy(options),
     };
     let code = result.unwrap_or_else(|failure| {
         failure.print(flags::with_flags);

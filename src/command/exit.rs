@@ -34,6 +34,8 @@ pub enum Code {
     /// Not ours to choose: what the guest wrote to the debug-exit port, as the device makes it (odd), or the code of the process that
     /// did the work.
     Other(u8),
+    /// What a command in the guest ended with, or why it was not run, as shells and docker have it.
+    Command(u8),
 }
 
 impl Code {
@@ -51,6 +53,13 @@ impl Code {
         (Self::Worse, "vmm bench --compare: more than 5% worse than the baseline"),
         (Self::GuestPanic, "the guest's kernel panicked"),
     ];
+
+    /// Of `vmm exec`: the command was not run, or how it ended is not known.
+    pub const NOT_RUN: u8 = 125;
+    /// Of `vmm exec`: the command cannot be run.
+    pub const CANNOT_RUN: u8 = 126;
+    /// Of `vmm exec`: there is no such command.
+    pub const NOT_FOUND: u8 = 127;
 
     /// What a run that ended so is to the shell.
     pub fn of(outcome: &Result<Outcome, machine::Error>) -> Self {
@@ -78,7 +87,7 @@ impl Code {
             Self::Killed => 10,
             Self::Worse => 12,
             Self::GuestPanic => 14,
-            Self::Other(code) => code,
+            Self::Other(code) | Self::Command(code) => code,
         }
     }
 }
@@ -96,6 +105,15 @@ pub fn table() -> String {
         text.push_str(&format!("  {:<3} {meaning}\n", code.number()));
     }
     text.push_str("  odd with --debug-exit: what the guest wrote, times two, plus one\n");
+    text.push_str("vmm exec and vmm shell have the command's own, 128 + N where signal N ended it, and\n");
+    let own = [
+        (Code::NOT_RUN, "the command was not run, or the connection to it was lost"),
+        (Code::CANNOT_RUN, "the command cannot be run: no permission, no such user or folder"),
+        (Code::NOT_FOUND, "the guest has no such command"),
+    ];
+    for (code, meaning) in own {
+        text.push_str(&format!("  {code} {meaning}\n"));
+    }
     text
 }
 

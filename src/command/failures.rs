@@ -1,5 +1,7 @@
 //! Maps each library's errors to an exit code and a hint.
 
+use vmm_agent::client;
+use vmm_agent::protocol::Reason;
 use vmm_monitor::{api, config, machine, session};
 use vmm_trace::debug::gdb;
 use vmm_trace::{file, lab, symbols};
@@ -86,5 +88,39 @@ impl From<session::Error> for Failure {
                 },
             },
         }
+    }
+}
+
+impl From<client::Error> for Failure {
+    fn from(error: client::Error) -> Self {
+        let (code, hint) = match &error {
+            client::Error::Failed { reason: Reason::NotFound, .. } => (Code::Command(Code::NOT_FOUND), None),
+            client::Error::Failed { reason: Reason::CannotRun, .. } => {
+                (Code::Command(Code::CANNOT_RUN), None)
+            }
+            client::Error::Failed { reason: Reason::Busy, .. } => {
+                (Code::Host, Some("try again when some of them have ended"))
+            }
+            client::Error::NobodyListens(_) => (
+                Code::Host,
+                Some(
+                    "install the agent in it (docs/agent.md); if it is still booting, wait for it: --timeout 60",
+                ),
+            ),
+            client::Error::NoAnswer { .. } => (
+                Code::Host,
+                Some("vmm status --vcpus NAME shows what the guest does; wait longer: --timeout 60"),
+            ),
+            client::Error::Version { .. } | client::Error::NoAgent(_) => {
+                (Code::Host, Some("install the agent that came with this vmm (docs/agent.md)"))
+            }
+            client::Error::Lost(_) => (Code::Host, Some("see whether it still runs: vmm list")),
+            client::Error::Socket { .. } => (Code::Host, Some("see whether it still runs: vmm list")),
+            client::Error::TooLong(_) => {
+                (Code::BadArgument, Some("pass them in a file, or on standard input: -i"))
+            }
+            _ => (Code::Host, None),
+        };
+        Self::new(code, error).hint(hint)
     }
 }

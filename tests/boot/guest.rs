@@ -183,10 +183,16 @@ impl Guest {
         }
     }
 
-    /// Another `vmm` command about this guest, to its end: exit code and standard output.
-    pub fn control(&self, arguments: &[&str]) -> (Option<i32>, String) {
+    /// Another `vmm` command about this guest.
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
-        let output = command.args(arguments).env("XDG_RUNTIME_DIR", self.dir.path()).output().unwrap();
+        command.args(arguments).env("XDG_RUNTIME_DIR", self.dir.path());
+        command
+    }
+
+    /// The same, to its end: exit code and standard output.
+    pub fn control(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = self.command(arguments).output().unwrap();
         (output.status.code(), String::from_utf8(output.stdout).unwrap())
     }
 

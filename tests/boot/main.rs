@@ -2,6 +2,7 @@
 //! a host, or with its runner set to the rig. Elsewhere each test is skipped, loudly, or fails if
 //! `VMM_REQUIRE_LINUX_GUESTS=1`. What it boots is made by `cargo guest bundle --out target/guests`.
 
+mod agent;
 mod bootdisk;
 mod console;
 mod debug;

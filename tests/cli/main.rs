@@ -1,5 +1,6 @@
 //! The `vmm` command as a user meets it: a table of input that cannot work, and tiny guests from start to end.
 
+mod agent;
 mod bad_input;
 mod detached;
 mod fuse;

@@ -137,6 +137,20 @@ pub fn has_power_key(device: impl AsFd) -> bool {
     got.is_ok() && keys[KEY_POWER / 8] & (1 << (KEY_POWER % 8)) != 0
 }
 
+/// Whether a socket device leads to the host: the guest has an address of its own then. `device` is `/dev/vsock`.
+pub fn has_vsock(device: impl AsFd) -> bool {
+    /// IOCTL_VM_SOCKETS_GET_LOCAL_CID
+    const GET_LOCAL_CID: usize = 0x7b9;
+    /// The first that is no well-known one; VMADDR_CID_ANY says that there is none.
+    const FIRST: u32 = 3;
+    let mut cid = u32::MAX;
+    // SAFETY: the kernel writes one number of 32 bits, which lives over the call.
+    let got = unsafe {
+        syscall4(SYS_IOCTL, device.as_fd().as_raw_fd() as usize, GET_LOCAL_CID, &raw mut cid as usize, 0)
+    };
+    got.is_ok() && (FIRST..u32::MAX).contains(&cid)
+}
+
 /// Writes one byte to an I/O port; false if the kernel does not let us.
 pub fn write_port(port: u16, value: u8) -> bool {
     // SAFETY: ioperm touches no memory of ours.

@@ -3,13 +3,14 @@
 //! formatting: it should cost a booting guest as few pages and instructions as it can.
 //!
 //! A run, top to bottom: mount what every program expects, read the orders from the kernel command line, load modules,
-//! open the console, switch to another root if asked, run the command (or a shell), wait for its end or for the power
+//! open the console, switch to another root if asked, start the agent if there is one, run the command (or a shell), wait for its end or for the power
 //! button, report the exit code, end the machine.
 #![no_std]
 
 #[cfg(test)]
 extern crate std;
 
+pub mod agent;
 pub mod console;
 pub mod finish;
 pub mod kernel;
@@ -19,6 +20,7 @@ pub mod program;
 pub mod vsock;
 pub mod watch;
 
+use agent::Agent;
 use finish::Outcome;
 use orders::Orders;
 use watch::Watch;
@@ -59,7 +61,12 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
         mounts::set_up_network(ip);
     }
     let watch = Watch::start();
+    let agent = Agent::find();
     let rooted = orders.root.is_none_or(|root| mounts::switch_root(root, &orders));
+    if let Some(agent) = agent.filter(|_| rooted) {
+        // SAFETY: this function's own contract.
+        unsafe { agent.start() };
+    }
     let child = match rooted {
         // SAFETY: this function's own contract.
         true => unsafe { program::start(orders.command, environment) },

@@ -1,0 +1,62 @@
+//! The agent in a guest: runs commands for `vmm exec` and its like on the host, by the protocol of src/agent
+//! (docs/agent.md). One thread for each session, and one process; a session that is stuck holds up no other.
+//!
+//! `vmm-agent` listens on vsock; `vmm-agent --unix PATH` on a unix socket, for tests and containers. It says what it has to
+//! say on stderr before it listens, and nothing after: an agent that waits for its own log is none.
+
+mod job;
+mod listen;
+mod orders;
+mod output;
+mod process;
+mod session;
+mod users;
+mod vsock;
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+use std::process::ExitCode;
+
+use vmm_agent::protocol::PORT;
+use vmm_agent::tar;
+
+const USAGE: &str = "usage: vmm-agent [--unix PATH]";
+
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.as_bytes()).collect();
+    let result = match arguments[..] {
+        [] => vsock::listen(PORT).map_err(|error| format!("listen on vsock port {PORT}: {error}")),
+        [b"--unix", path] => {
+            listen::unix(path).map_err(|error| format!("listen on {}: {error}", path.escape_ascii()))
+        }
+        // What the agent runs itself as, for each archive: its streams are then pipes like any command's.
+        [process::PACK, path, name] => return archive(tar::pack(path, name, std::io::stdout())),
+        [process::UNPACK, path, owners, rename] => {
+            let (owners, rename) = (owners == process::YES, rename == process::YES);
+            let policy = tar::Policy { owners, devices: true, rename };
+            return archive(tar::unpack(std::io::stdin(), path, policy));
+        }
+        _ => Err(USAGE.to_owned()),
+    };
+    match result {
+        Ok(listener) => {
+            listen::serve(&listener);
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("vmm-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn archive(result: Result<(), tar::Error>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! Requests that are done at once: facts, time, randomness, the host name.
+
+use std::io;
+
+use rustix::fd::AsFd;
+use rustix::fs::{Mode, OFlags, open};
+use rustix::ioctl::{self, Setter, opcode};
+use rustix::system::{sethostname, sysinfo, uname};
+use rustix::time::{ClockId, Timespec, clock_settime};
+use std::sync::atomic::Ordering;
+use vmm_agent::protocol::Facts;
+
+use crate::listen::SESSIONS;
+
+/// The most that is mixed in at once: the pool has 256 bits, so this is more than enough.
+const MAX_SEED: usize = 512;
+
+pub fn facts() -> Facts {
+    let names = uname();
+    Facts {
+        kernel: names.release().to_bytes().to_vec(),
+        hostname: names.nodename().to_bytes().to_vec(),
+        uptime: u64::try_from(sysinfo().uptime).unwrap_or(0),
+        sessions: SESSIONS.load(Ordering::Relaxed),
+    }
+}
+
+pub fn set_time(nanoseconds: u64) -> io::Result<()> {
+    const SECOND: u64 = 1_000_000_000;
+    let time = Timespec {
+        tv_sec: i64::try_from(nanoseconds / SECOND).unwrap_or(i64::MAX),
+        tv_nsec: (nanoseconds % SECOND) as i64,
+    };
+    Ok(clock_settime(ClockId::Realtime, time)?)
+}
+
+pub fn set_hostname(name: &[u8]) -> io::Result<()> {
+    Ok(sethostname(name)?)
+}
+
+/// `struct rand_pool_info` (linux/random.h), with its buffer at the full size.
+#[repr(C)]
+struct PoolInfo {
+    entropy_bits: i32,
+    size: i32,
+    buffer: [u8; MAX_SEED],
+}
+
+/// Mixes `seed` into the pool as full entropy and has the generator begin anew with it: what a guest needs that was copied while it
+/// ran.
+pub fn reseed(seed: &[u8]) -> io::Result<()> {
+    const ADD_ENTROPY: ioctl::Opcode = opcode::write::<[i32; 2]>(b'R', 0x03);
+    const RESEED: ioctl::Opcode = opcode::none(b'R', 0x07);
+    let mut info = PoolInfo { entropy_bits: 0, size: 0, buffer: [0; MAX_SEED] };
+    let Some(buffer) = info.buffer.get_mut(..seed.len()) else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("more than {MAX_SEED} bytes")));
+    };
+    buffer.copy_from_slice(seed);
+    info.size = seed.len() as i32;
+    info.entropy_bits = info.size * 8;
+    let pool = open("/dev/urandom", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    // SAFETY: RNDADDENTROPY takes a rand_pool_info and reads as many bytes after its head as that says, which are there.
+    unsafe { ioctl::ioctl(pool.as_fd(), Setter::<ADD_ENTROPY, PoolInfo>::new(info)) }?;
+    // SAFETY: RNDRESEEDCRNG takes nothing.
+    unsafe { ioctl::ioctl(pool.as_fd(), ioctl::NoArg::<RESEED>::new()) }?;
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! What the commands on the agent in a guest share: how they reach it, and the terminal.
+
+pub mod terminal;
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+
+use vmm_agent::client::{self, Patience, Session};
+use vmm_agent::protocol::{Facts, PORT, Request};
+use vmm_command::{Code, Failure};
+use vmm_monitor::api::State;
+use vmm_monitor::api::client::Client;
+use vmm_monitor::api::protocol::Command;
+use vmm_monitor::api::registry::Registry;
+
+/// For an agent to answer, and for a virtual machine that has just started to have one.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Whose agent, and how long to wait for it.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Reach {
+    /// Wait so many seconds for the agent of a guest that is booting, or does not answer [default: 10, from the VM's start on]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+}
+
+/// A guest whose agent may be asked, once for each connection.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    path: PathBuf,
+    patience: Patience,
+}
+
+impl Reach {
+    /// The guest of the virtual machine called `name`.
+    ///
+    /// # Errors
+    /// There is none, or it is paused, or has no socket device.
+    pub fn guest(&self, name: &str) -> Result<Guest, Failure> {
+        let status = Client::connect(&Registry::of_user(), name)?.ask(Command::Status)?;
+        if status.state == State::Paused {
+            let hint = format!("let it run on: vmm resume {name}");
+            return Err(Failure::new(Code::Host, anyhow!("{name:?} is paused")).hint(Some(hint)));
+        }
+        let Some(path) = status.vsock else {
+            let hint = "start it with one: vmm run --vsock --kernel ...";
+            let error = anyhow!("{name:?} has no vsock device, by which its agent is reached");
+            return Err(Failure::new(Code::Host, error).hint(Some(hint)));
+        };
+        let now = Instant::now();
+        let all = self.timeout.map_or(PATIENCE, Duration::from_secs);
+        let up = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
+        // One that has had its time to boot has no agent, unless the user knows better.
+        let boot = if self.timeout.is_some() { all } else { all.saturating_sub(up) };
+        let later = |time| now.checked_add(time).unwrap_or(now + PATIENCE);
+        Ok(Guest { path, patience: Patience { boot: later(boot), answer: later(all) } })
+    }
+}
+
+impl Guest {
+    /// Has the agent do `request`.
+    ///
+    /// # Errors
+    /// There is no agent, or it cannot.
+    pub fn start(&self, request: Request) -> Result<Session, client::Error> {
+        Session::start(self.dial(PORT)?, request, self.patience.answer)
+    }
+
+    /// What the agent tells about its guest.
+    ///
+    /// # Errors
+    /// There is no agent.
+    pub fn facts(&self) -> Result<Facts, client::Error> {
+        Session::facts(self.dial(PORT)?, self.patience.answer)
+    }
+
+    /// A connection to a vsock port of the guest.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn dial(&self, port: u32) -> Result<UnixStream, client::Error> {
+        client::dial(&self.path, port, self.patience)
+    }
+
+    /// The same guest for a connection that is made now, by whoever runs on.
+    pub fn again(&self) -> Self {
+        let now = Instant::now();
+        Self { path: self.path.clone(), patience: Patience { boot: now, answer: now + PATIENCE } }
+    }
+}
+
+/// Arguments as the agent takes them.
+pub fn bytes(arguments: Vec<OsString>) -> Vec<Vec<u8>> {
+    arguments.into_iter().map(OsString::into_vec).collect()
+}

@@ -1,0 +1,175 @@
+//! `vmm exec` and `vmm shell`: a command in a guest, with this process's streams, terminal and signals.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use signal_hook::consts::{SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use signal_hook::iterator::Signals;
+
+use super::agent::terminal::{self, Raw};
+use super::agent::{Reach, bytes};
+use vmm_agent::client::{Sender, Streams, run};
+use vmm_agent::protocol::{Exec, Request};
+use vmm_command::{Code, Failure};
+
+/// What goes on to the command.
+const FORWARDED: [i32; 6] = [SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGALRM];
+
+/// So many SIGINT or SIGTERM within [`IMPATIENCE`] are for vmm itself: the command, or the guest, does not heed them.
+const INSISTENT: usize = 3;
+const IMPATIENCE: Duration = Duration::from_secs(1);
+
+/// The options of `vmm exec`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Pass standard input on; else the command reads nothing
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the command a terminal, which is this one
+    #[arg(short, long)]
+    tty: bool,
+    /// Set a variable; NAME alone has the value that it has here. Repeatable
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    env: Vec<OsString>,
+    /// Run it in this folder of the guest [default: /]
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<OsString>,
+    /// Run it as this user of the guest, by name or number, and with this group [default: root]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<OsString>,
+    #[command(flatten)]
+    reach: Reach,
+    /// The virtual machine's name, as vmm list shows it
+    name: String,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+/// The options of `vmm shell`.
+#[derive(Debug, clap::Args)]
+pub struct ShellOptions {
+    /// As this user of the guest, by name or number, and with this group [default: root]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<OsString>,
+    #[command(flatten)]
+    reach: Reach,
+    /// The virtual machine's name, as vmm list shows it
+    name: String,
+}
+
+/// `vmm exec`.
+///
+/// # Errors
+/// The command was not run, or its end is not known.
+pub fn exec(options: Options) -> Result<Code, Failure> {
+    let Options { interactive, tty, env, workdir, user, reach, name, command } = options;
+    if tty && interactive && !terminal::is_there() {
+        let error = anyhow!("standard input is no terminal");
+        return Err(not_run(Failure::new(Code::Host, error).hint(Some("drop -t"))));
+    }
+    let exec = Exec {
+        argv: bytes(command),
+        env: env.into_iter().filter_map(variable).collect(),
+        cwd: bytes(workdir.into_iter().collect()).concat(),
+        user: bytes(user.into_iter().collect()).concat(),
+        tty: tty.then(terminal::size),
+        stdin: interactive,
+    };
+    carry(exec, &reach, &name).map_err(not_run)
+}
+
+/// `vmm shell`.
+///
+/// # Errors
+/// As for [`exec`].
+pub fn shell(options: ShellOptions) -> Result<Code, Failure> {
+    let ShellOptions { user, reach, name } = options;
+    let user = bytes(user.into_iter().collect()).concat();
+    let tty = terminal::is_there().then(terminal::size);
+    carry(Exec { user, tty, stdin: true, ..Exec::default() }, &reach, &name).map_err(not_run)
+}
+
+/// What was the failure of a command that did not come to run, or of what carried it, has docker's code for that; those of a
+/// command that there is not, or that cannot be run, are shells' own.
+fn not_run(mut failure: Failure) -> Failure {
+    if !matches!(failure.code, Code::Command(_)) {
+        failure.code = Code::Command(Code::NOT_RUN);
+    }
+    failure
+}
+
+/// `NAME=VALUE`; of a name alone what it is here, if it is set.
+fn variable(text: OsString) -> Option<Vec<u8>> {
+    if text.as_encoded_bytes().contains(&b'=') {
+        return Some(text.into_encoded_bytes());
+    }
+    let value = std::env::var_os(&text)?;
+    Some([text.as_encoded_bytes(), b"=", value.as_encoded_bytes()].concat())
+}
+
+fn carry(mut exec: Exec, reach: &Reach, name: &str) -> Result<Code, Failure> {
+    let (has_tty, has_stdin) = (exec.tty.is_some(), exec.stdin);
+    if has_tty {
+        // Programs on a terminal want to know which; what the user says of it counts.
+        exec.env.splice(0..0, variable("TERM".into()));
+    }
+    let guest = reach.guest(name)?;
+    let session = guest.start(Request::Exec(exec))?;
+    let host = |error| Failure::new(Code::Host, error);
+    pass_signals_on(session.sender(), has_tty).context("handle signals").map_err(host)?;
+    let _raw = match has_tty && has_stdin {
+        true => Some(Raw::take().context("make the terminal raw").map_err(host)?),
+        false => None,
+    };
+    let file = |fd: &dyn AsFd| {
+        fd.as_fd().try_clone_to_owned().map(File::from).context("open a stream").map_err(host)
+    };
+    let streams = Streams {
+        // By the descriptors themselves: what the library would buffer is not the command's yet, or no more.
+        stdin: if has_stdin { Some(Box::new(file(&std::io::stdin())?)) } else { None },
+        stdout: Box::new(file(&std::io::stdout())?),
+        stderr: Box::new(file(&std::io::stderr())?),
+    };
+    Ok(Code::Command(run(session, streams)?.code()))
+}
+
+/// Starts the thread that hands signals to the command. From here on they are no longer this process's own.
+fn pass_signals_on(sender: Sender, has_tty: bool) -> std::io::Result<()> {
+    let mut signals = Signals::new(FORWARDED.into_iter().chain([SIGWINCH, SIGCONT, SIGHUP]))?;
+    thread::spawn(move || {
+        let mut insisted: Vec<Instant> = Vec::new();
+        for number in signals.forever() {
+            match number {
+                SIGWINCH if has_tty => sender.resize(terminal::size()),
+                SIGCONT if has_tty => {
+                    let _ = terminal::set_raw();
+                    sender.resize(terminal::size());
+                }
+                SIGWINCH | SIGCONT => {}
+                // Nobody is there any more. The agent hangs the command up when its client is gone.
+                SIGHUP => leave(number),
+                _ => {
+                    if [SIGINT, SIGTERM].contains(&number) {
+                        insisted.retain(|at| at.elapsed() < IMPATIENCE);
+                        insisted.push(Instant::now());
+                        if insisted.len() >= INSISTENT {
+                            leave(number);
+                        }
+                    }
+                    sender.signal(number as u8);
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+fn leave(signal: i32) -> ! {
+    terminal::restore();
+    std::process::exit(128 + signal);
+}

@@ -1,0 +1,131 @@
+//! The agent where it belongs: in a guest, reached over its socket device. What it does with commands is tested by tests/cli/agent.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmm_agent::client::{self, Patience, Session, dial};
+use vmm_agent::protocol::{PORT, Reason, Request};
+
+use crate::guest::{Guest, Kernel, available, vmm};
+
+fn start(kernel: Kernel) -> Guest {
+    let mut command = vmm(kernel, "echo up; while :; do sleep 1; done");
+    command.args(["--name", "web", "--vsock", "--rng"]);
+    let guest = Guest::start(command);
+    guest.wait_for("up", 1);
+    guest
+}
+
+fn works(kernel: Kernel) {
+    let guest = start(kernel);
+    let (code, said) = guest.control(&["exec", "web", "sh", "-c", "uname -s; id -u; tty; hostname; exit 42"]);
+    assert_eq!((code, &*said), (Some(42), "Linux\n0\nnot a tty\nguest\n"));
+    assert_eq!(guest.control(&["exec", "web", "nosuch"]).0, Some(127));
+    assert_eq!(guest.control(&["exec", "web", "sh", "-c", "kill -9 $$"]).0, Some(137));
+    let (code, said) = guest.control(&["exec", "-t", "web", "stty", "size"]);
+    assert_eq!((code, &*said), (Some(0), "24 80\r\n"));
+
+    // Binary, both ways, and more than any window.
+    let bytes: Vec<u8> = (0..2_000_000u32).flat_map(u32::to_le_bytes).collect();
+    let mut command = guest.command(&["exec", "-i", "web", "cat"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut stdin, input) = (child.stdin.take().unwrap(), bytes.clone());
+    let writer = thread::spawn(move || stdin.write_all(&input).unwrap());
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    assert!(output.stdout == bytes, "{} of {} bytes", output.stdout.len(), bytes.len());
+
+    // Several at once.
+    let all: Vec<_> = (0..20)
+        .map(|number| {
+            let number = number.to_string();
+            let mut command =
+                guest.command(&["exec", "web", "sh", "-c", &format!("sleep 0.3; echo {number}")]);
+            (number, command.stdout(Stdio::piped()).spawn().unwrap())
+        })
+        .collect();
+    for (number, child) in all {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{number}\n"));
+    }
+    // Files, there and back.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, &bytes).unwrap();
+    let (file, back) = (file.to_str().unwrap(), dir.path().join("back"));
+    assert_eq!(guest.control(&["cp", file, "web:/tmp"]).0, Some(0));
+    assert_eq!(guest.control(&["cp", "web:/tmp/file", back.to_str().unwrap()]).0, Some(0));
+    assert!(std::fs::read(back).unwrap() == bytes);
+
+    // A server in it, without a network.
+    let script = "echo through | nc -l -p 4711 -s 127.0.0.1 >/tmp/got & sleep 1000";
+    let mut server = guest.command(&["exec", "web", "sh", "-c", script]).spawn().unwrap();
+    let mut said = String::new();
+    while said.is_empty() {
+        said = guest.control(&["ssh-proxy", "web", "4711"]).1;
+    }
+    assert_eq!(said, "through\n");
+    server.kill().unwrap();
+    server.wait().unwrap();
+
+    orders(&guest);
+    // PID 1 reaps what they left.
+    let left = "sleep 0.2 & exit 0";
+    assert_eq!(guest.control(&["exec", "web", "sh", "-c", left]).0, Some(0));
+    let zombies = "sleep 0.5; grep -l '^State:.*zombie' /proc/[0-9]*/status | wc -l";
+    assert_eq!(guest.control(&["exec", "web", "sh", "-c", zombies]).1, "0\n");
+    assert_eq!(guest.control(&["kill", "web"]).0, Some(0));
+}
+
+/// What the host says to a guest that was copied while it ran.
+fn orders(guest: &Guest) {
+    let status: serde_json::Value = serde_json::from_str(&guest.control(&["status", "web", "--json"]).1).unwrap();
+    let path = Path::new(status["vsock"].as_str().unwrap()).to_owned();
+    let later = Instant::now() + Duration::from_secs(60);
+    let dial = || dial(&path, PORT, Patience { boot: later, answer: later }).unwrap();
+    let order = |request| Session::order(dial(), request, later);
+    order(Request::SetTime(1_234_567_890_500_000_000)).unwrap();
+    let (_, seconds) = guest.control(&["exec", "web", "date", "+%s"]);
+    let seconds: u64 = seconds.trim().parse().unwrap();
+    assert!((1_234_567_890..1_234_567_890 + 60).contains(&seconds), "{seconds}");
+    order(Request::SetHostname(b"copy".to_vec())).unwrap();
+    order(Request::Reseed(vec![7; 64])).unwrap();
+    let error = order(Request::Reseed(vec![7; 513])).unwrap_err();
+    assert!(matches!(error, client::Error::Failed { reason: Reason::Refused, .. }), "{error}");
+    let facts = Session::facts(dial(), later).unwrap();
+    assert_eq!(facts.hostname, b"copy");
+    assert!(facts.kernel.starts_with(b"6.1.") && facts.sessions >= 1, "{facts:?}");
+}
+
+#[test]
+fn commands_run_in_a_tuned_guest() {
+    if available("commands_run_in_a_tuned_guest") {
+        works(Kernel::TunedPvh);
+    }
+}
+
+#[test]
+fn commands_run_in_a_stock_guest() {
+    if available("commands_run_in_a_stock_guest") {
+        works(Kernel::Stock);
+    }
+}
+
+#[test]
+fn a_guest_that_is_killed_ends_the_commands_in_it() {
+    if !available("a_guest_that_is_killed_ends_the_commands_in_it") {
+        return;
+    }
+    let guest = start(Kernel::TunedPvh);
+    let mut command: Command = guest.command(&["exec", "web", "sh", "-c", "echo ready; sleep 1000"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut ready = [0; 6];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+    assert_eq!(guest.control(&["kill", "web"]).0, Some(0));
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("lost"));
+}
