@@ -13,16 +13,18 @@ const HEADERS: [u8; 34] = [
 ];
 /// The same in IPv6.
 const HEADERS6: [u8; 54] = [
-    0x52, 0x55, 10, 0, 2, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd, 0x60, 0, 0, 0, 0, 0, 0, 255, 0xfd, 0x76, 0x6d, 0x6d,
-    0x6e, 0x65, 0, 0x74, 0, 0, 0, 0, 0, 0, 0, 0x15, 0xfd, 0x76, 0x6d, 0x6d, 0x6e, 0x65, 0, 0x74, 0, 0, 0, 0, 0,
-    0, 0, 2,
+    0x52, 0x55, 10, 0, 2, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd, 0x60, 0, 0, 0, 0, 0, 0, 255, 0xfd, 0x76, 0x6d,
+    0x6d, 0x6e, 0x65, 0, 0x74, 0, 0, 0, 0, 0, 0, 0, 0x15, 0xfd, 0x76, 0x6d, 0x6d, 0x6e, 0x65, 0, 0x74, 0, 0,
+    0, 0, 0, 0, 0, 2,
 ];
 /// ICMP, TCP, UDP.
 const PROTOCOLS: [u8; 3] = [1, 6, 17];
 const PROTOCOLS6: [u8; 3] = [58, 6, 17];
 /// The group of routers, and that of DHCPv6's servers (RFC 4861, 4.1; RFC 8415, 7.1).
-const GROUPS: [[u8; 16]; 2] =
-    [[0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2], [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 2]];
+const GROUPS: [[u8; 16]; 2] = [
+    [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2],
+    [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 2],
+];
 
 fuzz_target!(|data: &[u8]| {
     // The one port that is open has nobody: flows begin, and are refused.

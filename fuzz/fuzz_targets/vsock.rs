@@ -34,6 +34,10 @@ fuzz_target!(|data: &[u8]| {
     let Some((head, mut rest)) = data.split_at_checked(4) else { return };
     let (sockets, listener, path) = &*HOST;
     while listener.accept().is_ok() {}
+    // Who called and was not taken in before: the queue of the socket is short, and a call waits for room there.
+    while !sockets.host().events().is_empty() {}
+    (0..4).for_each(|_| drop(sockets.host().events()));
+    let mut calls = 0;
     let mut programs: Vec<UnixStream> = Vec::new();
     let mut vsock = Vsock::new(sockets.clone(), 3);
 
@@ -67,7 +71,8 @@ fuzz_target!(|data: &[u8]| {
         let len = usize::from(patch[2]).min(more.len());
         RAM.write_slice(&more[..len], GuestAddress(area + 2 * u64::from(patch[1]))).unwrap();
         rest = &more[len..];
-        if patch[3] & 1 != 0 {
+        if patch[3] & 1 != 0 && calls < 64 {
+            calls += 1;
             match programs.len() {
                 0..8 => programs.extend(UnixStream::connect(path).ok().inspect(|program| {
                     program.set_nonblocking(true).unwrap();
