@@ -61,10 +61,11 @@ fn works(kernel: Kernel) {
     assert!(std::fs::read(back).unwrap() == bytes);
 
     // A server in it, without a network.
-    let script = "echo through | nc -l -p 4711 -s 127.0.0.1 >/tmp/got & sleep 1000";
+    let script = "echo through | nc -l -p 4711 >/tmp/got & sleep 1000";
     let mut server = guest.command(&["exec", "web", "sh", "-c", script]).spawn().unwrap();
-    let mut said = String::new();
+    let (mut said, end) = (String::new(), Instant::now() + Duration::from_secs(60));
     while said.is_empty() {
+        assert!(Instant::now() < end, "no server");
         said = guest.control(&["ssh-proxy", "web", "4711"]).1;
     }
     assert_eq!(said, "through\n");
@@ -82,7 +83,8 @@ fn works(kernel: Kernel) {
 
 /// What the host says to a guest that was copied while it ran.
 fn orders(guest: &Guest) {
-    let status: serde_json::Value = serde_json::from_str(&guest.control(&["status", "web", "--json"]).1).unwrap();
+    let status: serde_json::Value =
+        serde_json::from_str(&guest.control(&["status", "web", "--json"]).1).unwrap();
     let path = Path::new(status["vsock"].as_str().unwrap()).to_owned();
     let later = Instant::now() + Duration::from_secs(60);
     let dial = || dial(&path, PORT, Patience { boot: later, answer: later }).unwrap();

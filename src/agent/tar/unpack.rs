@@ -83,6 +83,9 @@ fn target(path: &Path, policy: Policy) -> Result<(OwnedFd, PathBuf, Option<Vec<u
     Ok((root, parent.to_owned(), Some(name)))
 }
 
+/// A folder below the root, and a name in it.
+type Place<'a> = (Vec<u8>, &'a [u8]);
+
 struct Unpacker {
     root: OwnedFd,
     /// The path of that, for errors.
@@ -97,7 +100,7 @@ struct Unpacker {
 
 impl Unpacker {
     /// An entry's folder and name in it; none for the root itself.
-    fn components<'a>(&'a self, path: &'a [u8]) -> Result<Option<(Vec<u8>, &'a [u8])>, Error> {
+    fn components<'a>(&'a self, path: &'a [u8]) -> Result<Option<Place<'a>>, Error> {
         let mut parts: Vec<&[u8]> =
             path.split(|byte| *byte == b'/').filter(|part| !part.is_empty()).collect();
         if let (Some(name), Some(first)) = (&self.name, parts.first_mut()) {
