@@ -36,7 +36,7 @@ compilers:
 	@command -v cc >/dev/null || { echo 'cc is missing: installing gcc'; apt-get install -qq -y gcc libc6-dev; }
 
 # What the tests call. The rig and the guest builder install what they need by themselves.
-TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck dosfstools:mkfs.vfat mtools:mcopy fdisk:sfdisk xfsprogs:mkfs.xfs btrfs-progs:mkfs.btrfs grub-common:grub-editenv binutils:objcopy zstd:zstd acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium gdb:gdb socat:socat tshark:tshark \
+TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck dosfstools:mkfs.vfat mtools:mcopy fdisk:sfdisk xfsprogs:mkfs.xfs btrfs-progs:mkfs.btrfs grub-common:grub-editenv binutils:objcopy zstd:zstd acpica-tools:iasl cpio:cpio crun:crun runc:runc bubblewrap:bwrap chromium:chromium gdb:gdb tmux:tmux socat:socat tshark:tshark \
 	memtest86+:/boot/memtest86+x64.bin ipxe:/boot/ipxe.lkrn seabios:/usr/share/seabios/bios-microvm.bin
 # Installs the packages of PACKAGE:PROGRAM pairs whose program, or file, is missing.
 install = missing=; for pair in $(1); do command -v "$${pair\#*:}" >/dev/null || [ -e "$${pair\#*:}" ] || missing="$$missing $${pair%:*}"; done; \

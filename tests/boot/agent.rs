@@ -131,3 +131,87 @@ fn a_guest_that_is_killed_ends_the_commands_in_it() {
     assert_eq!(output.status.code(), Some(125));
     assert!(String::from_utf8_lossy(&output.stderr).contains("lost"));
 }
+
+/// A screen of 80 columns and 24 lines, with what runs on it.
+struct Tmux(tempfile::TempDir);
+
+impl Tmux {
+    fn run(&self, arguments: &[&str]) -> String {
+        let mut command = Command::new("tmux");
+        command.arg("-S").arg(self.0.path().join("socket")).args(["-f", "/dev/null"]).args(arguments);
+        let output = command.env("TERM", "xterm").env("LC_ALL", "C.UTF-8").output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[track_caller]
+    fn wait_for(&self, text: &str) {
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let screen = self.run(&["capture-pane", "-p"]);
+            if screen.contains(text) {
+                return;
+            }
+            assert!(Instant::now() < end, "no {text:?} on:\n{screen}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Tmux {
+    fn drop(&mut self) {
+        self.run(&["kill-server"]);
+    }
+}
+
+#[test]
+fn programs_with_a_screen_are_usable() {
+    let test = "programs_with_a_screen_are_usable";
+    if !available(test) {
+        return;
+    }
+    if Command::new("tmux").arg("-V").output().is_err() {
+        eprintln!("SKIP: {test}: no tmux");
+        return;
+    }
+    let guest = start(Kernel::TunedPvh);
+    let tmux = Tmux(tempfile::tempdir().unwrap());
+    let command = guest.command(&[]);
+    let runtime = command.get_envs().find(|(name, _)| *name == "XDG_RUNTIME_DIR").unwrap().1.unwrap();
+    let line = format!(
+        "XDG_RUNTIME_DIR={} {} exec -it web sh; echo ended",
+        runtime.display(),
+        env!("CARGO_BIN_EXE_vmm")
+    );
+    tmux.run(&["new-session", "-d", "-x", "80", "-y", "24", "sh"]);
+    let press = |keys: &[&str]| tmux.run(&[&["send-keys"][..], keys].concat());
+    press(&[&line, "Enter"]);
+    tmux.wait_for("/ #");
+    press(&["top", "Enter"]);
+    tmux.wait_for("PPID");
+    press(&["q"]);
+    press(&["vi /tmp/file", "Enter"]);
+    tmux.wait_for("/tmp/file");
+    press(&["iwritten in vi", "Escape"]);
+    // Its mode is in its last line. What follows at once would belong to the escape.
+    tmux.wait_for("- /tmp/file [Modified]");
+    press(&[":wq", "Enter"]);
+    tmux.wait_for("/ #");
+    press(&["clear; cat /tmp/file; stty size", "Enter"]);
+    tmux.wait_for("written in vi\n24 80");
+    tmux.run(&["resize-window", "-x", "100", "-y", "30"]);
+    press(&["clear; sleep 1; stty size", "Enter"]);
+    tmux.wait_for("30 100");
+    // Ctrl-C ends what runs, and Ctrl-D the shell; then the terminal is as it was.
+    press(&["cat", "Enter"]);
+    let end = Instant::now() + Duration::from_secs(60);
+    while guest.control(&["exec", "web", "pidof", "cat"]).0 != Some(0) {
+        assert!(Instant::now() < end, "the command does not run");
+    }
+    press(&["C-c"]);
+    press(&["echo still", "Enter"]);
+    tmux.wait_for("\nstill");
+    press(&["C-d"]);
+    tmux.wait_for("ended");
+    press(&["stty -a | grep -c -- ' -icanon'", "Enter"]);
+    tmux.wait_for("\n0\n");
+}
