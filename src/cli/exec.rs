@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -119,9 +120,12 @@ fn carry(mut exec: Exec, reach: &Reach, name: &str) -> Result<Code, Failure> {
         exec.env.splice(0..0, variable("TERM".into()));
     }
     let guest = reach.guest(name)?;
-    let session = guest.start(Request::Exec(exec))?;
     let host = |error| Failure::new(Code::Host, error);
-    pass_signals_on(session.sender(), has_tty).context("handle signals").map_err(host)?;
+    // Before the command can run: one that runs is not to miss a signal.
+    let to = Arc::new(OnceLock::new());
+    pass_signals_on(to.clone(), has_tty).context("handle signals").map_err(host)?;
+    let session = guest.start(Request::Exec(exec))?;
+    let _ = to.set(session.sender());
     let _raw = match has_tty && has_stdin {
         true => Some(Raw::take().context("make the terminal raw").map_err(host)?),
         false => None,
@@ -138,12 +142,19 @@ fn carry(mut exec: Exec, reach: &Reach, name: &str) -> Result<Code, Failure> {
     Ok(Code::Command(run(session, streams)?.code()))
 }
 
-/// Starts the thread that hands signals to the command. From here on they are no longer this process's own.
-fn pass_signals_on(sender: Sender, has_tty: bool) -> std::io::Result<()> {
+/// Starts the thread that hands signals to the command. Until there is a session they end this process, and by that what it asked
+/// for.
+fn pass_signals_on(to: Arc<OnceLock<Sender>>, has_tty: bool) -> std::io::Result<()> {
     let mut signals = Signals::new(FORWARDED.into_iter().chain([SIGWINCH, SIGCONT, SIGHUP]))?;
     thread::spawn(move || {
         let mut insisted: Vec<Instant> = Vec::new();
         for number in signals.forever() {
+            let Some(sender) = to.get() else {
+                if ![SIGWINCH, SIGCONT].contains(&number) {
+                    leave(number);
+                }
+                continue;
+            };
             match number {
                 SIGWINCH if has_tty => sender.resize(terminal::size()),
                 SIGCONT if has_tty => {
