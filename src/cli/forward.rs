@@ -1,5 +1,8 @@
 //! `vmm forward` and `vmm ssh-proxy`: connections into a guest by its agent. The guest needs no network for them.
 
+// The doc comments are the text of --help, where brackets mark what may be left out.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};

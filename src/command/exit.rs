@@ -212,7 +212,7 @@ pub fn print(text: &str) -> Result<(), Failure> {
 /// The same for what is no text. False if the reader has gone away.
 ///
 /// # Errors
-/// As for [`print`].
+/// As for [`print()`].
 pub fn print_bytes(bytes: &[u8]) -> Result<bool, Failure> {
     let mut stdout = std::io::stdout();
     match stdout.write_all(bytes).and_then(|()| stdout.flush()) {

@@ -1,8 +1,8 @@
 //! A segment of Ethernet that machines of one user share, without root and without a process of its own.
 //!
-//! Each machine has a socket in the segment's folder ([`segment`]), and sends frames straight to the socket of the port that has the
-//! address ([`table`]); to all, where that is not known. A message is the sender's number, the frame's header of virtio-net, and
-//! the frame; one without a frame says that somebody is new. A frame for one port that is full waits ([`room`]),
+//! Each machine has a socket in the segment's folder (`segment`), and sends frames straight to the socket of the port that has the
+//! address (`table`); to all, where that is not known. A message is the sender's number, the frame's header of virtio-net, and
+//! the frame; one without a frame says that somebody is new. A frame for one port that is full waits (`room`),
 //! as long as that port fetches at all; whoever does not, loses frames, and holds nobody up.
 
 mod checksum;

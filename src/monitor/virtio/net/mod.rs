@@ -1,7 +1,7 @@
 //! virtio-net: a network device on the links of a [`Port`] (virtio 1.3, 5.1). Knows no taps and no sockets.
 //!
 //! Frames go between the driver's buffers and a link by one system call each. Where the link takes no more, they stay in their
-//! queue; where the driver gives no buffers, the link is not waited for. A rate limit ([`limit`]) is a third reason to wait.
+//! queue; where the driver gives no buffers, the link is not waited for. A rate limit (`limit`) is a third reason to wait.
 
 mod bucket;
 mod control;
