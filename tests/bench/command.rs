@@ -89,7 +89,10 @@ fn help_and_list_tell_what_there_is() {
     }
     let list = text(&place.vmm("--list").stdout);
     let suites: Vec<_> = list.lines().filter_map(|line| line.split_once(' ')).map(|(name, _)| name).collect();
-    assert_eq!(suites, ["boot", "memory", "image", "exits", "cpu", "mem", "block", "console", "scale"]);
+    assert_eq!(
+        suites,
+        ["boot", "memory", "image", "exits", "cpu", "mem", "block", "net", "console", "scale"]
+    );
 }
 
 #[test]

@@ -111,9 +111,11 @@ fn the_proxy_carries_a_connection_to_its_end() {
 fn the_proxy_prefers_what_listens_on_vsock() {
     let guest = Guest::without_agent(600.0);
     guest.take_connections(|port| {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        thread::spawn(move || write!(theirs, "port {port}").unwrap());
-        (port == 22).then_some(ours)
+        (port == 22).then(|| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            thread::spawn(move || write!(theirs, "port {port}").unwrap());
+            ours
+        })
     });
     assert_eq!(text(&guest.vmm("ssh-proxy web").stdout), "port 22");
     let output = guest.vmm("ssh-proxy web 2222");
