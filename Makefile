@@ -40,7 +40,7 @@ TOOLS := qemu-system-x86:qemu-system-x86_64 e2fsprogs:e2fsck dosfstools:mkfs.vfa
 	memtest86+:/boot/memtest86+x64.bin ipxe:/boot/ipxe.lkrn seabios:/usr/share/seabios/bios-microvm.bin
 # Installs the packages of PACKAGE:PROGRAM pairs whose program, or file, is missing.
 install = missing=; for pair in $(1); do command -v "$${pair\#*:}" >/dev/null || [ -e "$${pair\#*:}" ] || missing="$$missing $${pair%:*}"; done; \
-	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; fi
+	if [ -n "$$missing" ]; then echo "installing$$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; fi
 tools:
 	$(SAY) 'tools for the tests'
 	@$(call install,$(TOOLS))

@@ -63,7 +63,7 @@ fn a_namespace_is_measured_where_one_can_be_made_and_the_others_say_why_not() {
     }
     let container = &suite.contenders.iter().find(|contender| contender.name == "container: veth").unwrap();
     if let Some(why) = &container.failure {
-        eprintln!("SKIP: net: a network namespace cannot be made here: {why}");
+        eprintln!("SKIP: a network namespace that is measured: {why}");
         return;
     }
     check(&suite);

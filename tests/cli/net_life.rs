@@ -30,7 +30,7 @@ fn networks(suffix: &str) -> (String, Vec<String>) {
         let _ = Command::new("ip").args(["link", "delete", &tap]).output();
         networks.push(format!("tap={tap}"));
     } else {
-        eprintln!("SKIP: tap of {tap}: needs the right to make taps (root, iproute2, /dev/net/tun)");
+        eprintln!("SKIP: taps over many lives: needs the right to make them (root, iproute2, /dev/net/tun)");
     }
     (tap, networks)
 }
