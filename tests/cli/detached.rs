@@ -211,6 +211,9 @@ fn one_that_does_not_start_says_why_and_leaves_nothing() {
     refused_command(&place, again, HOST, &["already running"]);
     assert_eq!(place.says("list").lines().count(), 2, "the first runs on");
     place.says("kill web");
+    // What is kept of an earlier run outlasts a start that fails.
+    refused(&place, "run -d --name web --kernel nothing", BAD_ARGUMENT, &["cannot open kernel nothing"]);
+    assert_eq!(place.says("wait web"), "10\n");
     // Whose console is elsewhere has no log.
     place.says("run -d --name mute --kernel halt --console off --serial file=log");
     refused(&place, "logs mute", BAD_ARGUMENT, &["goes elsewhere"]);

@@ -17,17 +17,20 @@ const ALL: [u8; 6] = [0xff; 6];
 const GUEST_CSUM: u64 = 1 << 1;
 
 /// A user's folder for the sockets of machines.
-struct Runtime(#[allow(dead_code, reason = "it goes with it")] tempfile::TempDir, PathBuf);
+struct Runtime {
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
 
 impl Runtime {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vmm");
-        Self(dir, path)
+        Self { path, _dir: dir }
     }
 
     fn path(&self) -> &Path {
-        &self.1
+        &self.path
     }
 }
 

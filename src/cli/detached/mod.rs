@@ -97,13 +97,16 @@ impl Background {
         Ok(Self { records, record, ours, remove, running: false })
     }
 
-    /// The name is ours: the record of an earlier run of this name goes.
+    /// The name is ours: an earlier record of it makes room, and goes when the guest runs.
     ///
     /// # Errors
     /// It stays, or there can be no other.
     pub fn named(&mut self) -> Result<(), Failure> {
-        self.records.begin(&self.record)?;
-        self.ours = true;
+        // A name that was chosen here has a new record since then.
+        if !self.ours {
+            self.records.begin(&self.record)?;
+            self.ours = true;
+        }
         Ok(())
     }
 
@@ -131,6 +134,9 @@ impl Background {
         rustix::stdio::dup2_stdout(&nothing)?;
         rustix::stdio::dup2_stderr(&nothing)?;
         self.running = true;
+        if self.record.keep().is_err() {
+            log::warn!("{}: the record of an earlier run of this name is still there", self.record.name());
+        }
         Ok(())
     }
 }
@@ -146,8 +152,10 @@ impl Observer for Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        if self.ours && (self.remove || !self.running) {
-            let _ = self.record.remove();
+        match self.running {
+            false if self.ours => self.record.give_up(),
+            true if self.remove => drop(self.record.remove()),
+            _ => {}
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 use std::{env, process};
@@ -51,8 +51,7 @@ impl Records {
         let state = place("XDG_STATE_HOME").or_else(home).or_else(of_root);
         let state = state.ok_or_else(|| {
             let error = anyhow!("there is no place for what is kept of detached virtual machines: no HOME");
-            Failure::new(Code::Host, error)
-                .hint(Some("name a directory: export XDG_STATE_HOME=/var/tmp/vmm-$UID"))
+            Failure::new(Code::Host, error).hint(Some("name a directory: export XDG_STATE_HOME=$(mktemp -d)"))
         })?;
         Ok(Self { path: state.join("vmm") })
     }
@@ -100,23 +99,35 @@ impl Records {
         }
     }
 
-    /// Begins that of `name` anew, for who has this name now.
+    /// Begins `record` anew, for who has its name now. What is there is kept aside, until [`Record::keep`] or [`Record::give_up`].
     ///
     /// # Errors
-    /// It cannot be made, or what is there cannot be removed.
+    /// It cannot be made, or what is there cannot be moved.
     pub fn begin(&self, record: &Record) -> Result<(), Failure> {
-        record.remove()?;
-        self.make(record).map_err(|error| self.failure(error))
+        record.keep()?;
+        match fs::rename(&record.folder, record.earlier()) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(self.failure(error)),
+            _ => {}
+        }
+        self.make(record).map_err(|error| {
+            record.give_up();
+            self.failure(error)
+        })
     }
 
     fn make(&self, record: &Record) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
+        // Where others may write, somebody else may have been first.
+        let folder = fs::metadata(&self.path)?;
+        if folder.uid() != rustix::process::geteuid().as_raw() || folder.mode() & 0o022 != 0 {
+            return Err(io::Error::other("it belongs to another user, or others may write to it"));
+        }
         output::folder(&record.folder)
     }
 
     fn failure(&self, error: io::Error) -> Failure {
         let what = format!("cannot keep a record in {}", self.path.display());
-        let hint = "name a directory of your own: export XDG_STATE_HOME=/var/tmp/vmm-$UID";
+        let hint = "name a directory of your own: export XDG_STATE_HOME=$(mktemp -d)";
         Failure::new(Code::Host, anyhow::Error::new(error).context(what)).hint(Some(hint))
     }
 }
@@ -166,12 +177,36 @@ impl Record {
     /// # Errors
     /// It cannot be removed.
     pub fn remove(&self) -> Result<(), Failure> {
-        match fs::remove_dir_all(&self.folder) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                let what = format!("cannot remove {}", self.folder.display());
-                Err(Failure::new(Code::Host, anyhow::Error::new(error).context(what)))
-            }
-            _ => Ok(()),
+        remove(&self.folder)
+    }
+
+    /// Where an earlier record of this name is while this one is not sure to stay: no name of a virtual machine begins so.
+    fn earlier(&self) -> PathBuf {
+        self.folder.with_file_name(format!(".{}", self.name))
+    }
+
+    /// It stays: the earlier one goes.
+    ///
+    /// # Errors
+    /// That cannot be removed.
+    pub fn keep(&self) -> Result<(), Failure> {
+        remove(&self.earlier())
+    }
+
+    /// Removes it, and brings an earlier one of this name back.
+    pub fn give_up(&self) {
+        if self.remove().is_ok() {
+            let _ = fs::rename(self.earlier(), &self.folder);
         }
+    }
+}
+
+fn remove(folder: &Path) -> Result<(), Failure> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            let what = format!("cannot remove {}", folder.display());
+            Err(Failure::new(Code::Host, anyhow::Error::new(error).context(what)))
+        }
+        _ => Ok(()),
     }
 }

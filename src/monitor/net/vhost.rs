@@ -145,7 +145,7 @@ impl Vhost {
     ) -> io::Result<()> {
         let started = self.try_start(ram, features, rings, tap);
         if started.is_err() {
-            let _ = self.set_tap(0, -1).and(self.set_tap(1, -1));
+            let _ = [0, 1].map(|index| self.set_tap(index, -1));
         }
         started
     }
@@ -194,9 +194,11 @@ impl Vhost {
     /// # Errors
     /// The kernel refuses: never seen.
     pub fn stop(&self) -> io::Result<[u16; 2]> {
+        // Both, whatever the kernel says of the first: what is still served still touches memory.
+        let [first, second] = [0, 1].map(|index| self.set_tap(index, -1));
+        first.and(second)?;
         let mut next = [0; 2];
         for (next, index) in next.iter_mut().zip(0..) {
-            self.set_tap(index, -1)?;
             let mut state = State { index, num: 0 };
             // SAFETY: GET_VRING_BASE reads and writes a struct vhost_vring_state.
             unsafe { self.issue(GET_VRING_BASE, &raw mut state) }?;
