@@ -26,11 +26,12 @@
 //!
 //! Above it are crates of their own, each in its folder of `src`: `trace` (vmm-trace: records in files, told as sentences; labs; a
 //! stub for gdb and single steps), `bench` (vmm-bench: what is compared, and with whom), `command` (vmm-command: exit codes and the
-//! log's queue, whose thread alone waits for standard error) and `cli` (the program `vmm`, one file per command).
+//! log's queue, whose thread alone waits for standard error), `agent` (vmm-agent: what `vmm exec` and the agent in a guest say to
+//! each other; it needs nothing of the monitor) and `cli` (the program `vmm`, one file per command).
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
-//! (its clock), `memory`, `kvm`, `disk` and `net` (ioctls of taps and of vhost-net, pages of
-//! connections) alone. `tests/architecture.rs` holds the code against it.
+//! (its clock), `memory`, `kvm`, `disk` and `net` (ioctls of taps and of vhost-net, pages of connections) alone.
+//! `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
 //! threads event_loop poller timer listener state config guest_log output printable recorder runtime_dir
