@@ -13,7 +13,8 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test bench bench-net tuned bench-compare weight start-order tools build compilers vtx vsock-tests reboots net-whole clean-guests
+.PHONY: run test lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips bench bench-net tuned bench-compare weight \
+	start-order tools build compilers vtx vsock-tests reboots net-whole clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -45,30 +46,50 @@ tools:
 	$(SAY) 'tools for the tests'
 	@$(call install,$(TOOLS))
 
+# Each part is tried, whatever became of those before it: one run tells all that fails.
 test: tools
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips
+
+lints:
 	$(SAY) 'format, lints, docs'
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps
+
+bundle:
 	$(SAY) 'the guests: Debian stock kernel, tuned kernel (built once: 5 minutes or so), initramfs, root disk'
 	cargo guest bundle --out $(GUESTS)
+
+tests-here:
 	$(SAY) 'unit tests, device tests, and tests on this /dev/kvm'
 	@# In the background a shell has its commands ignore some signals; the tests send them.
 	@mkdir -p $(LOGS)
-	set -o pipefail; env --default-signal cargo test --workspace -- --show-output 2>&1 | tee $(LOGS)/here.log
+	set -o pipefail; env --default-signal cargo test --workspace --no-fail-fast -- --show-output 2>&1 | tee $(LOGS)/here.log
+
+tests-of-guests:
 	$(SAY) 'Linux guests, where KVM can run them'
+	@mkdir -p $(LOGS)
 	cargo build --quiet --package rig
-	tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot --test micro 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p') \
-		2>&1 | tee $(LOGS)/guests.log; exit $${PIPESTATUS[0]}
+	set -o pipefail; tests/linux-guests.sh target/debug/rig $$(cargo test --no-run --package vmm --test boot --test micro 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p') \
+		2>&1 | tee $(LOGS)/guests.log
+
+kvm-unit-tests:
 	$(SAY) 'kvm-unit-tests, against QEMU'
-	@if [ -n "$(KVM_UNIT_TESTS)" ]; then tests/kvm-unit-tests/run --rig target/debug/rig $(KVM_UNIT_TESTS); \
+	@mkdir -p $(LOGS)
+	@set -o pipefail; if [ -n "$(KVM_UNIT_TESTS)" ]; then tests/kvm-unit-tests/run --rig target/debug/rig $(KVM_UNIT_TESTS); \
 		else echo 'SKIP: kvm-unit-tests: no suite: build one and give its path, make test KVM_UNIT_TESTS=PATH (tests/kvm-unit-tests/README.md); ours is tests/micro.rs'; fi \
-		2>&1 | tee $(LOGS)/kvm-unit-tests.log; exit $${PIPESTATUS[0]}
+		2>&1 | tee $(LOGS)/kvm-unit-tests.log
+
+compared:
 	$(SAY) 'the work of a boot, counted, against the last baseline'
 	@$(MAKE) --no-print-directory bench-compare
+
+weighed:
 	$(SAY) 'the weight of a VM, and whether what a start needs still lies side by side'
 	@mkdir -p $(LOGS)
 	@set -o pipefail; $(MAKE) --no-print-directory weight 2>&1 | tee $(LOGS)/weight.log
+
+skips:
 	$(SAY) 'what did not run, and why'
 	@tests/skips $(LOGS)/*.log
 

@@ -2,6 +2,7 @@
 # Runs each test of the given test binaries in a rig of its own, two at a time, and each once:
 #     tests/linux-guests.sh RIG BINARY...
 set -u
+[ $# -gt 1 ] || { echo 'no test binaries' >&2; exit 1; }
 rig=$1
 shift
 logs=$(mktemp -d)
