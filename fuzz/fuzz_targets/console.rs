@@ -12,10 +12,8 @@ use vmm_monitor::chardev::Endpoint;
 use vmm_monitor::memory::GuestRam;
 use vmm_monitor::virtio::console::Console;
 use vmm_monitor::virtio::device::VirtioDevice;
-use vmm_monitor::virtio::queue::{Position, Setup, Virtqueue};
-use vmm_monitor::virtio::testing::{CountingNotifier, ram};
+use vmm_monitor::virtio::testing::{RING, RINGS, queues, ram};
 
-const QUEUE: u64 = 0x400;
 static RAM: LazyLock<Arc<GuestRam>> = LazyLock::new(|| ram(0x8000));
 
 fuzz_target!(|data: &[u8]| {
@@ -31,25 +29,12 @@ fuzz_target!(|data: &[u8]| {
     let named = if head[0] & 1 != 0 { vec![("log".to_owned(), named)] } else { Vec::new() };
     let mut console = Console::new(end, named).expect("a timer");
 
-    RAM.write_slice(&[0; 0x8000], GuestAddress(0)).unwrap();
-    let notifier = Arc::new(CountingNotifier::default());
-    let sizes = console.traits().queues;
-    let mut queues: Vec<_> = sizes
-        .iter()
-        .enumerate()
-        .map(|(i, size)| Virtqueue::new(RAM.clone(), notifier.clone(), i, *size))
-        .collect();
-    for (i, queue) in queues.iter_mut().enumerate() {
-        let base = 0x1000 + QUEUE * i as u64;
-        let setup =
-            Setup { size: 16, ready: true, descriptors: base, available: base + 0x100, used: base + 0x200 };
-        assert!(queue.enable(&setup, Position::default(), head[0] & 2 != 0));
-    }
+    let mut queues = queues(&RAM, &console.traits().queues, head[0] & 2 != 0);
     console.accept(if head[0] & 4 != 0 { u64::MAX } else { 0 });
     console.start();
     while let Some((patch, more)) = rest.split_at_checked(4) {
         let index = usize::from(patch[0]) % queues.len();
-        let at = 0xf00 + QUEUE * index as u64 + 2 * u64::from(patch[1]);
+        let at = RINGS - 0x100 + RING * index as u64 + 2 * u64::from(patch[1]);
         let len = usize::from(patch[2]).min(more.len());
         RAM.write_slice(&more[..len], GuestAddress(at)).unwrap();
         rest = &more[len..];

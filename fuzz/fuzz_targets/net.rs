@@ -13,10 +13,8 @@ use vmm_monitor::net::{Port, from_descriptor};
 use vmm_monitor::state::Saved;
 use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::net::Net;
-use vmm_monitor::virtio::queue::{Position, Setup, Virtqueue};
-use vmm_monitor::virtio::testing::{CountingNotifier, ram};
+use vmm_monitor::virtio::testing::{RING, RINGS, queues, ram};
 
-const QUEUE: u64 = 0x400;
 static RAM: LazyLock<Arc<GuestRam>> = LazyLock::new(|| ram(0x8000));
 
 fuzz_target!(|data: &[u8]| {
@@ -30,26 +28,13 @@ fuzz_target!(|data: &[u8]| {
     let port = Port::new(vec![one, two], [2, 0, 0, 0, 0, 1]);
     let mut net = Net::new(port.clone(), Some(1500));
 
-    RAM.write_slice(&[0; 0x8000], GuestAddress(0)).unwrap();
-    let notifier = Arc::new(CountingNotifier::default());
-    let sizes = net.traits().queues;
-    let mut queues: Vec<_> = sizes
-        .iter()
-        .enumerate()
-        .map(|(i, size)| Virtqueue::new(RAM.clone(), notifier.clone(), i, *size))
-        .collect();
-    for (i, queue) in queues.iter_mut().enumerate() {
-        let base = 0x1000 + QUEUE * i as u64;
-        let setup =
-            Setup { size: 16, ready: true, descriptors: base, available: base + 0x100, used: base + 0x200 };
-        assert!(queue.enable(&setup, Position::default(), head[0] & 1 != 0));
-    }
+    let mut queues = queues(&RAM, &net.traits().queues, head[0] & 1 != 0);
     let features = u64::from_le_bytes(std::array::from_fn(|i| head[1 + i % 3]));
     net.accept(if head[0] & 2 != 0 { u64::MAX } else { features });
     net.start();
     while let Some((patch, more)) = rest.split_at_checked(4) {
         let index = usize::from(patch[0]) % queues.len();
-        let at = 0xf00 + QUEUE * index as u64 + 2 * u64::from(patch[1]);
+        let at = RINGS - 0x100 + RING * index as u64 + 2 * u64::from(patch[1]);
         let len = usize::from(patch[2]).min(more.len());
         RAM.write_slice(&more[..len], GuestAddress(at)).unwrap();
         rest = &more[len..];

@@ -12,12 +12,10 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_monitor::memory::GuestRam;
 use vmm_monitor::state::Saved;
 use vmm_monitor::virtio::device::VirtioDevice;
-use vmm_monitor::virtio::queue::{Position, Setup, Virtqueue};
-use vmm_monitor::virtio::testing::{CountingNotifier, ram};
+use vmm_monitor::virtio::testing::{RING, RINGS, queues, ram};
 use vmm_monitor::virtio::vsock::Vsock;
 use vmm_monitor::vsock::Sockets;
 
-const QUEUE: u64 = 0x400;
 static RAM: LazyLock<Arc<GuestRam>> = LazyLock::new(|| ram(0x8000));
 /// The sockets of the guest, which outlive its devices, and who listens on port 1.
 static HOST: LazyLock<(Sockets, UnixListener, PathBuf)> = LazyLock::new(|| {
@@ -41,20 +39,7 @@ fuzz_target!(|data: &[u8]| {
     let mut programs: Vec<UnixStream> = Vec::new();
     let mut vsock = Vsock::new(sockets.clone(), 3);
 
-    RAM.write_slice(&[0; 0x8000], GuestAddress(0)).unwrap();
-    let notifier = Arc::new(CountingNotifier::default());
-    let sizes = vsock.traits().queues;
-    let mut queues: Vec<_> = sizes
-        .iter()
-        .enumerate()
-        .map(|(i, size)| Virtqueue::new(RAM.clone(), notifier.clone(), i, *size))
-        .collect();
-    for (i, queue) in queues.iter_mut().enumerate() {
-        let base = 0x1000 + QUEUE * i as u64;
-        let setup =
-            Setup { size: 16, ready: true, descriptors: base, available: base + 0x100, used: base + 0x200 };
-        assert!(queue.enable(&setup, Position::default(), head[0] & 1 != 0));
-    }
+    let mut queues = queues(&RAM, &vsock.traits().queues, head[0] & 1 != 0);
     // Packets that reach further than arbitrary bytes: to the port that somebody listens on.
     let mut packet = [0; 44];
     (packet[0], packet[8], packet[16], packet[20], packet[28], packet[30]) = (3, 2, 9, 1, 1, 1);
@@ -67,7 +52,7 @@ fuzz_target!(|data: &[u8]| {
     vsock.start();
     while let Some((patch, more)) = rest.split_at_checked(4) {
         let index = usize::from(patch[0]) % queues.len();
-        let area = if patch[3] & 64 != 0 { 0x4000 } else { 0xf00 + QUEUE * index as u64 };
+        let area = if patch[3] & 64 != 0 { 0x4000 } else { RINGS - 0x100 + RING * index as u64 };
         let len = usize::from(patch[2]).min(more.len());
         RAM.write_slice(&more[..len], GuestAddress(area + 2 * u64::from(patch[1]))).unwrap();
         rest = &more[len..];

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::queue::{Notifier, Position, Setup, Virtqueue};
 use crate::memory::GuestRam;
@@ -52,6 +52,31 @@ impl Notifier for CountingNotifier {
     fn config_changed(&self) {
         self.config.fetch_add(1, Ordering::SeqCst);
     }
+}
+
+/// Guest address of the first ring that [`queues`] lays out; each of the others is [`RING`] further.
+pub const RINGS: u64 = 0x1000;
+/// From one ring of [`queues`] to the next.
+pub const RING: u64 = 0x400;
+
+/// The device's side of a device's queues, without a core: for whoever fills rings with any content. Each has 16 descriptors, its
+/// available ring 0x100 bytes behind them, and its used ring 0x200. `ram` is zeroed. `most` is what the device offers of each.
+///
+/// # Panics
+/// If the rings do not fit in RAM.
+pub fn queues(ram: &Arc<GuestRam>, most: &[u16], event_idx: bool) -> Vec<Virtqueue> {
+    let end = ram.last_addr().0 as usize + 1;
+    ram.write_slice(&vec![0; end], GuestAddress(0)).expect("RAM at 0");
+    let notifier = Arc::new(CountingNotifier::default());
+    let queue = |(index, most): (usize, &u16)| {
+        let mut queue = Virtqueue::new(ram.clone(), notifier.clone(), index, *most);
+        let descriptors = RINGS + RING * index as u64;
+        let (available, used) = (descriptors + 0x100, descriptors + 0x200);
+        let setup = Setup { size: 16, ready: true, descriptors, available, used };
+        assert!(queue.enable(&setup, Position::default(), event_idx), "the ring is in RAM");
+        queue
+    };
+    most.iter().enumerate().map(queue).collect()
 }
 
 /// A driver's virtqueue: descriptor table, available ring and used ring, one behind the other from `base`.
