@@ -53,6 +53,14 @@ pub trait Device: Saved + Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// The guest writes `data` at `offset`.
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect;
+    /// The guest is gone: passes on what it had handed over before, to those on the host who take it by `deadline`. Comes before the
+    /// last [`Device::pause`].
+    ///
+    /// # Errors
+    /// [`Busy`] at `deadline`: somebody has yet to take some of it, which is lost unless this is called again.
+    fn finish(&mut self, _deadline: Instant) -> Result<(), Busy> {
+        Ok(())
+    }
     /// Comes to rest: once it returns `Ok`, no thread or kernel work of this device touches guest memory or
     /// host files until [`Device::resume`]. The vCPUs are parked. Idempotent.
     ///

@@ -169,6 +169,38 @@ fn stock_clients_reach_a_guest() {
     assert_eq!(guest.finish().code, Some(0));
 }
 
+/// Whether the monitor `pid` has a guest that runs.
+fn has_vcpu(pid: u32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let name = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("comm")).ok();
+    threads.flatten().filter_map(name).any(|name| name.starts_with("vcpu"))
+}
+
+#[test]
+fn what_a_guest_sent_right_before_it_powered_off_arrives() {
+    if !available("vsock before a power-off") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v");
+    let listener = UnixListener::bind(dir.path().join("v_1")).unwrap();
+    // More than a socket takes of a reader who stands still, and less than the guest is held up for.
+    let len = 384 << 10;
+    let mut command = vmm(Kernel::TunedPvh, "guest-vsock send 1 384");
+    command.arg("--vsock").arg(&path);
+    let guest = Guest::start(command);
+    let (mut stream, _) = listener.accept().unwrap();
+    // Its program waits for a word, or the end, before it goes.
+    stream.write_all(b"x").unwrap();
+    while has_vcpu(guest.pid()) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let mut all = Vec::new();
+    let _ = stream.read_to_end(&mut all);
+    let ended = guest.finish();
+    assert!(ended.code == Some(0) && all.len() == len, "{} of {len} bytes: {}", all.len(), ended.text);
+}
+
 #[test]
 fn a_reboot_ends_connections_and_leaves_the_sockets() {
     if !available("vsock over a reboot") {

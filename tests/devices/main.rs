@@ -17,4 +17,6 @@ mod net_traffic;
 mod subjects;
 mod turns;
 mod vsock;
+mod vsock_crowd;
 mod vsock_driver;
+mod vsock_last;

@@ -195,6 +195,9 @@ impl VirtioDevice for Counted {
         self.1.fetch_add(1, Ordering::SeqCst);
         self.0.on_event(source, queues);
     }
+    fn finish(&mut self, queues: &mut [Virtqueue], deadline: Instant) -> Result<(), Busy> {
+        self.0.finish(queues, deadline)
+    }
     fn drain(&mut self, queues: &mut [Virtqueue], deadline: Instant) -> Result<(), Busy> {
         self.0.drain(queues, deadline)
     }

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::bus::{Busy, Overlap, SharedDevice, Slot, lock};
+use crate::bus::{Busy, Device, Overlap, SharedDevice, Slot, lock};
 use crate::config;
 use crate::kvm::VcpuState;
 use crate::legacy::acpi_pm::AcpiPm;
@@ -223,13 +223,22 @@ impl Shared {
 
     /// Brings all devices to rest; gives up after `limit`, or when the machine is killed.
     fn pause_devices(&self, limit: Duration) -> Result<(), NotAtRest> {
+        self.each_device(limit, |device, deadline| device.pause(deadline))
+    }
+
+    /// Has each device do `what`, one after the other; gives up as [`Shared::pause_devices`].
+    fn each_device(
+        &self,
+        limit: Duration,
+        what: fn(&mut dyn Device, Instant) -> Result<(), Busy>,
+    ) -> Result<(), NotAtRest> {
         /// Between two looks whether the machine was killed.
         const SLICE: Duration = Duration::from_millis(50);
         let deadline = Instant::now() + limit;
         let mut result = Ok(());
         for (name, device) in &self.devices {
-            log::debug!("pause {name}");
-            while let Err(busy) = lock(device).pause(deadline.min(Instant::now() + SLICE)) {
+            log::debug!("{name} comes to rest");
+            while let Err(busy) = what(&mut *lock(device), deadline.min(Instant::now() + SLICE)) {
                 if Instant::now() >= deadline || self.killed.load(Ordering::SeqCst) {
                     result = result.and(Err(NotAtRest { device: name.clone(), busy }));
                     break;
@@ -260,6 +269,8 @@ const SHORT: Duration = Duration::from_millis(5);
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 /// What devices owe the host after the run's end is waited for this long.
 const LAST_LIMIT: Duration = Duration::from_secs(10);
+/// Readers on the host, who may stand still, have so long after the run's end for what the guest sent them.
+const READERS_LIMIT: Duration = Duration::from_secs(2);
 
 /// A VM that was built longer ago than this closes at once (see [`kvm::Vm::close_later`]).
 const YOUNG: Duration = Duration::from_millis(50);
@@ -301,6 +312,9 @@ impl Machine {
         self.shared.vcpus.gate.shut(|| self.shared.kick_all());
         lock(&self.shared.threads).drain(..).for_each(vcpu::Thread::join);
         *lock(&self.shared.phase) = Phase::Ended;
+        if !matches!(event, Event::Kill) {
+            self.finish_devices(meanwhile);
+        }
         let rest = self.shared.pause_devices(SHORT);
         let rest = rest.or_else(|_| {
             // Whoever wants to end what is waited for must be heard.
@@ -312,6 +326,19 @@ impl Machine {
         }
         started?;
         outcome(event, &self.last_words)
+    }
+
+    /// What the guest sent last goes on to the host: it may have been gone before anybody looked.
+    fn finish_devices(&self, meanwhile: &mut dyn FnMut()) {
+        let finish = |limit| self.shared.each_device(limit, |device, deadline| device.finish(deadline));
+        let rest = finish(SHORT).or_else(|_| {
+            // Whoever wants to end what is waited for must be heard.
+            meanwhile();
+            finish(READERS_LIMIT)
+        });
+        if let Err(NotAtRest { device, busy }) = rest {
+            log::warn!("{device}: {busy}: it is lost");
+        }
     }
 
     fn serve_devices(&self) {

@@ -181,6 +181,10 @@ impl Parts {
     fn come_to_rest(&mut self, deadline: Instant) -> Result<(), Busy> {
         self.take_back();
         self.allow();
+        // The driver may have kicked a moment ago, before it had enough: nobody else looks at its rings again.
+        if self.posted.reset {
+            let _ = self.device.finish(&mut self.queues, Instant::now());
+        }
         let result = self.device.drain(&mut self.queues, deadline);
         self.tell_driver();
         result?;
@@ -684,6 +688,17 @@ impl Core {
     /// The device cannot go on until the driver resets it.
     fn give_up(&self) {
         lock(&self.parts).fail();
+    }
+
+    /// The guest is gone: see [`Device::finish`](crate::bus::Device::finish). The worker goes, too.
+    ///
+    /// # Errors
+    /// [`Busy`] at `deadline`.
+    pub fn finish(&mut self, deadline: Instant) -> Result<(), Busy> {
+        self.worker = None;
+        let parts = &mut *lock(&self.parts);
+        parts.allow();
+        parts.device.finish(&mut parts.queues, deadline)
     }
 
     /// Comes to rest: the worker is gone, nothing is in flight, and what the driver had asked for is done.

@@ -73,6 +73,15 @@ pub trait VirtioDevice: Saved + Send {
     fn take_records(&mut self) -> Vec<Record> {
         Vec::new()
     }
+    /// The guest is gone, or its driver wants a reset: takes what was handed over before, kicked or not, and passes it on to those on
+    /// the host who take it by `deadline`. For devices whose drivers do not wait until what they sent has arrived. Before `drain`, at
+    /// any time.
+    ///
+    /// # Errors
+    /// [`Busy`] at `deadline`: somebody has yet to take some of it. It may be called again.
+    fn finish(&mut self, _queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {
+        Ok(())
+    }
     /// Comes to rest: begins nothing more, and waits until `deadline` at most for what is begun. After `Ok`
     /// no thread and no kernel request touches guest memory or the host on the device's behalf; what it has
     /// popped is completed, put back, or kept in its state to go on after `resume`.

@@ -268,6 +268,10 @@ impl Device for Mmio {
         if self.core.wants_worker() { Effect::Serve } else { Effect::None }
     }
 
+    fn finish(&mut self, deadline: Instant) -> Result<(), Busy> {
+        self.core.finish(deadline)
+    }
+
     fn pause(&mut self, deadline: Instant) -> Result<(), Busy> {
         self.core.pause(deadline)
     }

@@ -298,6 +298,12 @@ impl VirtioDevice for Net {
         self.frames.take()
     }
 
+    fn finish(&mut self, queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {
+        // A link that takes no more is not waited for: as on any wire, frames may be lost.
+        (0..self.port.links.len()).for_each(|pair| self.serve(pair, queues, false, true));
+        Ok(())
+    }
+
     fn drain(&mut self, queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {
         for (pair, receiver) in self.receivers.iter_mut().enumerate() {
             if let Some(queue) = queues.get_mut(2 * pair) {

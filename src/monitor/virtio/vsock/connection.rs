@@ -303,6 +303,16 @@ impl Connection {
         }
     }
 
+    /// The guest knows nothing of it any more. Whether what it sent still waits for the host's program: nothing else is left of it
+    /// then.
+    pub fn cut_off(&mut self) -> bool {
+        let Some(end) = self.end.as_ref().filter(|end| end.is_stalled()) else { return false };
+        end.end_input();
+        (self.phase, self.guest) = (Phase::Draining, Shut::all());
+        (self.owed, self.deadline, self.queued) = (Owed::empty(), None, false);
+        true
+    }
+
     /// Something has happened at the host's end.
     pub fn host_is_ready(&mut self, input: bool, hung_up: bool) -> Fate {
         self.readable |= input;

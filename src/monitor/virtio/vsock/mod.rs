@@ -17,6 +17,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use zerocopy::{Immutable, IntoBytes, KnownLayout, little_endian as le};
@@ -196,6 +197,35 @@ impl VirtioDevice for Vsock {
 
     fn on_event(&mut self, _source: usize, queues: &mut [Virtqueue]) {
         self.serve(queues, true, false);
+    }
+
+    fn finish(&mut self, queues: &mut [Virtqueue], deadline: Instant) -> Result<(), Busy> {
+        let Some(queue) = queues.get_mut(TRANSMIT) else { return Ok(()) };
+        let sockets = self.sockets.clone();
+        let mut host = sockets.host();
+        while {
+            // Nobody is left to hear of resets, and they hold up no packet.
+            self.table.forget_resets();
+            self.transmit(&mut host, queue);
+            self.held_back
+        } {}
+        loop {
+            self.table.flush(self.cid(), &host);
+            let stalled: Vec<_> =
+                self.table.stalled().map(|(_, end)| PollFd::new(end, PollFlags::OUT)).collect();
+            let left = deadline.saturating_duration_since(Instant::now());
+            match stalled.len() {
+                0 => return Ok(()),
+                n if left.is_zero() => {
+                    return Err(Busy(format!(
+                        "{n} connections whose readers have yet to take what the guest sent"
+                    )));
+                }
+                _ => {}
+            }
+            let mut stalled = stalled;
+            let _ = poll(&mut stalled, Timespec::try_from(left).ok().as_ref());
+        }
     }
 
     fn drain(&mut self, queues: &mut [Virtqueue], _deadline: Instant) -> Result<(), Busy> {

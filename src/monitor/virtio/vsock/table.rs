@@ -144,6 +144,24 @@ impl Table {
         self.resets.pop_front()
     }
 
+    /// The guest is gone.
+    pub fn forget_resets(&mut self) {
+        self.resets.clear();
+    }
+
+    /// Connections whose readers on the host have to take something before more goes on, with their ends.
+    pub fn stalled(&self) -> impl Iterator<Item = (u64, &End)> {
+        let ends =
+            self.connections.iter().filter_map(|(id, connection)| Some((*id, connection.end.as_ref()?)));
+        ends.filter(|(_, end)| end.is_stalled())
+    }
+
+    /// Has all of those take what they can.
+    pub fn flush(&mut self, cid: u64, host: &Host) {
+        let stalled: Vec<_> = self.stalled().map(|(id, _)| id).collect();
+        stalled.into_iter().for_each(|id| self.update(id, cid, host, |connection| connection.flush(false)));
+    }
+
     /// Whether so many resets wait that no more may come of what the guest sends.
     pub fn is_full(&self) -> bool {
         self.resets.len() >= MAX_RESETS
@@ -159,8 +177,17 @@ impl Table {
         self.deadlines.first().map(|(at, _)| *at)
     }
 
-    /// Ends all connections, of which the guest learns by other means.
+    /// Ends all connections, of which the guest learns by other means. Those stay for which something of the guest's waits, until the
+    /// host's programs have taken it.
     pub fn clear(&mut self) {
-        *self = Self { calls: self.calls, ..Self::default() };
+        (self.keys, self.deadlines, self.turns, self.resets) = Default::default();
+        let shares = &mut self.shares;
+        self.connections.retain(|_, connection| {
+            let drains = connection.cut_off();
+            if !drains {
+                shares.give_back(connection.share);
+            }
+            drains
+        });
     }
 }
