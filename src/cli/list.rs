@@ -63,7 +63,7 @@ fn json(rows: &[Listed], ended: &[Record]) -> Result<String, Failure> {
         let (name, end) = (record.name(), record.end());
         Row::Ended {
             name,
-            state: "ended",
+            state: record.fate(),
             exit_code: end.map(|end| end.code),
             ended_at: end.map(|end| end.at),
         }
@@ -99,7 +99,7 @@ fn table(rows: &[Listed], ended: &[Record]) -> String {
         };
     }
     for record in ended {
-        let state = record.end().map_or("ended".to_owned(), |end| format!("exit {}", end.code));
+        let state = record.end().map_or(record.fate().to_owned(), |end| format!("exit {}", end.code));
         let _ =
             writeln!(text, "{:<24} {:>8} {state:<9} {:>9} {:>4} {:>7}  -", record.name(), "-", "-", "-", "-");
     }

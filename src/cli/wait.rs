@@ -63,7 +63,7 @@ pub fn remove(options: RemoveOptions) -> Result<Code, Failure> {
     let (records, registry) = (Records::of_user()?, Registry::of_user());
     for record in if options.all { records.list()? } else { Vec::new() } {
         if !registry.alive(record.name())? {
-            record.remove()?;
+            record.remove_all()?;
         }
     }
     for name in &options.names {
@@ -75,7 +75,7 @@ pub fn remove(options: RemoveOptions) -> Result<Code, Failure> {
             let error = anyhow!("{name:?} is running");
             return Err(Failure::new(Code::Host, error).hint(Some(format!("stop it first: vmm stop {name}"))));
         }
-        record.remove()?;
+        record.remove_all()?;
     }
     Ok(Code::Success)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -237,8 +238,51 @@ fn a_monitor_that_is_killed_leaves_a_record_that_says_so() {
     assert_eq!(output.status.code(), Some(HOST));
     assert!(text(&output.stderr).contains("ended without saying how"), "{}", text(&output.stderr));
     let all = place.all();
-    assert_eq!((&all[0]["state"], &all[0]["exit_code"]), (&"ended".into(), &Value::Null));
+    let row = ["state", "exit_code", "ended_at"].map(|key| &all[0][key]);
+    assert_eq!(row, [&"killed".into(), &Value::Null, &Value::Null]);
+    assert!(place.says("ps -a").lines().any(|line| line.starts_with("web ") && line.contains(" killed ")));
+    refused(&place, "wait web", HOST, &["ended without saying how", "was killed"]);
+    place.says("logs web");
+    place.says("logs -f --monitor web");
+    // The name is free: a new run takes the place of what is kept.
+    place.detach("halt", "--name web");
+    place.says("kill web");
+    assert_eq!(place.says("wait web"), "10\n");
     place.says("rm web");
+    assert!(place.all().is_empty());
+}
+
+#[test]
+fn a_start_that_is_killed_leaves_nothing_that_rm_does_not_remove() {
+    let place = place();
+    // The record that it has begun, and an earlier one that was to make room for it.
+    fs::create_dir_all(place.path("state/vmm/web")).unwrap();
+    fs::create_dir_all(place.path("state/vmm/.web")).unwrap();
+    let all = place.all();
+    assert_eq!((all.len(), &all[0]["state"]), (1, &"unstarted".into()));
+    place.says("rm web");
+    assert_eq!(fs::read_dir(place.path("state/vmm")).unwrap().count(), 0);
+}
+
+#[test]
+fn records_are_not_kept_where_others_could_change_them() {
+    let place = place();
+    let folder = place.path("state/vmm");
+    fs::create_dir_all(&folder).unwrap();
+    for mode in [0o720, 0o702, 0o777] {
+        fs::set_permissions(&folder, fs::Permissions::from_mode(mode)).unwrap();
+        let words = ["cannot keep a record in", "belongs to another user, or others may write to it"];
+        refused(&place, "run -d --kernel halt", HOST, &words);
+        refused(&place, "run -d --name web --kernel halt", HOST, &words);
+    }
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).unwrap();
+    // Only root can give a folder away.
+    match std::os::unix::fs::chown(&folder, Some(65534), None) {
+        Ok(()) => refused(&place, "run -d --kernel halt", HOST, &["belongs to another user"]),
+        Err(error) => {
+            eprintln!("SKIP: records_are_not_kept_where_others_could_change_them: of another user: {error}")
+        }
+    }
 }
 
 #[test]

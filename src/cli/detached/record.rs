@@ -157,6 +157,16 @@ impl Record {
         serde_json::from_slice(&fs::read(self.end_file()).ok()?).ok()
     }
 
+    /// What became of a run that is over, in a word.
+    pub fn fate(&self) -> &'static str {
+        match self.end() {
+            Some(_) => "ended",
+            // The first that a monitor does once its guest runs is to have its messages kept.
+            None if self.messages().exists() => "killed",
+            None => "unstarted",
+        }
+    }
+
     /// Keeps that the run ended with `code`, now.
     ///
     /// # Errors
@@ -178,6 +188,15 @@ impl Record {
     /// It cannot be removed.
     pub fn remove(&self) -> Result<(), Failure> {
         remove(&self.folder)
+    }
+
+    /// [`Record::remove`], and an earlier record that a start which was killed has left aside.
+    ///
+    /// # Errors
+    /// One of them cannot be removed.
+    pub fn remove_all(&self) -> Result<(), Failure> {
+        self.remove()?;
+        self.keep()
     }
 
     /// Where an earlier record of this name is while this one is not sure to stay: no name of a virtual machine begins so.
