@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output};
+use std::process::Command;
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,54 +17,7 @@ use serde_json::Value;
 use crate::images::*;
 use crate::place::*;
 
-/// A command that runs while the test goes on, and is ended when the test is over.
-struct Running(Option<Child>);
-
-impl Running {
-    fn pid(&self) -> i32 {
-        self.0.as_ref().unwrap().id() as i32
-    }
-
-    fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_raw(self.pid()).unwrap();
-        rustix::process::kill_process(pid, signal).unwrap();
-    }
-
-    fn finish(mut self) -> Output {
-        finish(self.0.take().unwrap())
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.0.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
 impl Place {
-    /// Starts a guest under a name and waits until its vCPU runs.
-    fn start(&self, name: &str, arguments: &str) -> Running {
-        let child = self.command(&format!("--kernel halt --console off --name {name} {arguments}")).spawn();
-        let running = Running(Some(child.unwrap()));
-        self.await_running(name);
-        running
-    }
-
-    fn await_running(&self, name: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.status(name)["state"] != "running" {
-            assert!(Instant::now() < deadline, "{name} does not start");
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    fn status(&self, name: &str) -> Value {
-        serde_json::from_slice(&self.vmm(&format!("status {name} --json")).stdout).unwrap_or_default()
-    }
-
     #[track_caller]
     fn done(&self, arguments: &str) -> String {
         let output = self.vmm(arguments);
@@ -124,7 +77,7 @@ fn a_panicked_guest_ends_starts_again_or_waits_as_it_is() {
         let mut command =
             place.command(&format!("-v --kernel panic --mem 64M --console off --name again {how}"));
         command.stderr(fs::File::create(&log).unwrap());
-        let guest = Running(Some(command.spawn().unwrap()));
+        let guest = Running::new(command);
         let deadline = Instant::now() + PATIENCE;
         while fs::read_to_string(&log).unwrap().matches("starting it again").count() < 3 {
             assert!(Instant::now() < deadline, "{how}: {}", fs::read_to_string(&log).unwrap());
@@ -134,7 +87,7 @@ fn a_panicked_guest_ends_starts_again_or_waits_as_it_is() {
         assert_eq!(guest.finish().status.code(), Some(KILLED), "{how}");
     }
     let command = "--kernel panic --mem 64M --console off --cpus 2 --name waits --on-panic pause";
-    let guest = Running(Some(place.command(command).spawn().unwrap()));
+    let guest = Running::new(place.command(command));
     let deadline = Instant::now() + PATIENCE;
     while place.status("waits")["state"] != "paused" {
         assert!(Instant::now() < deadline, "it is not paused");
@@ -273,7 +226,7 @@ fn signals_stop_a_guest() {
     nohup.args(["-c", "trap '' HUP; exec \"$0\" --kernel halt --console off --name guest"]);
     nohup.arg(env!("CARGO_BIN_EXE_vmm"));
     place.set_up(&mut nohup);
-    let guest = Running(Some(nohup.spawn().unwrap()));
+    let guest = Running::new(nohup);
     place.await_running("guest");
     guest.signal(Signal::HUP);
     thread::sleep(Duration::from_millis(300));
@@ -317,11 +270,11 @@ fn a_console_that_nobody_opens_is_told() {
         "--kernel silent --console off",
         "--kernel silent --console file=out",
     ];
-    let quiet = quiet.map(|arguments| Running(Some(place.command(arguments).spawn().unwrap())));
+    let quiet = quiet.map(|arguments| Running::new(place.command(arguments)));
     let silent = ["--kernel silent", "--kernel silent --serial stdio"];
-    let mut silent = silent.map(|arguments| Running(Some(place.command(arguments).spawn().unwrap())));
+    let mut silent = silent.map(|arguments| Running::new(place.command(arguments)));
     for (guest, word) in silent.iter_mut().zip(["(hvc0)", "(ttyS0)"]) {
-        let stderr = guest.0.as_mut().unwrap().stderr.take().unwrap();
+        let stderr = guest.take_stderr();
         let (send, lines) = channel();
         thread::spawn(move || {
             send.send(BufReader::new(stderr).lines().take(2).flatten().collect::<Vec<_>>())
@@ -359,7 +312,7 @@ fn a_reboot_really_restarts_if_asked_to() {
     let wire = UnixListener::bind(place.path("wire")).unwrap();
     let arguments =
         "--kernel halt --console off --serial file=out --net socket=wire --on-reboot reset --name guest";
-    let guest = Running(Some(place.command(arguments).spawn().unwrap()));
+    let guest = Running::new(place.command(arguments));
     let deadline = Instant::now() + PATIENCE;
     while fs::metadata(place.path("out")).map_or(0, |meta| meta.len()) < 5 {
         assert!(Instant::now() < deadline, "it does not restart");
@@ -426,7 +379,8 @@ fn a_path_that_is_not_utf_8_has_a_status() {
     let name = OsStr::from_bytes(b"k\xff");
     fs::write(place.dir.path().join(name), kernel(&HALT)).unwrap();
     let mut command = place.command("--console off --name odd");
-    let guest = Running(Some(command.arg("--kernel").arg(name).spawn().unwrap()));
+    command.arg("--kernel").arg(name);
+    let guest = Running::new(command);
     place.await_running("odd");
     let status = place.status("odd");
     let bytes = status["kernel"].as_array().unwrap_or_else(|| panic!("{status}"));

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -38,27 +38,6 @@ impl Drop for Interface {
     fn drop(&mut self) {
         ip(&format!("link delete {}", self.0));
     }
-}
-
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Starts a guest with `arguments` that stands still, and waits until it runs.
-fn start(place: &Place, arguments: &str) -> Running {
-    let running =
-        Running(place.command(&format!("--kernel halt --console off {arguments}")).spawn().unwrap());
-    let end = Instant::now() + PATIENCE;
-    while !text(&place.vmm("list").stdout).contains("running") {
-        assert!(Instant::now() < end, "no guest with {arguments}");
-        thread::sleep(Duration::from_millis(5));
-    }
-    running
 }
 
 #[test]
@@ -138,10 +117,9 @@ fn a_status_tells_of_each_network_device() {
     let place = Place::new();
     place.file("halt", kernel(&HALT));
     let listener = UnixListener::bind(place.path("wire")).unwrap();
-    let _running =
-        start(&place, "--name web --net user --net socket=wire,mac=02:00:00:00:00:07,bw=1M,pps=100");
+    let _running = place.start("web", "--net user --net socket=wire,mac=02:00:00:00:00:07,bw=1M,pps=100");
     let (peer, _) = listener.accept().unwrap();
-    let status: serde_json::Value = serde_json::from_slice(&place.vmm("status web --json").stdout).unwrap();
+    let status = place.status("web");
     let [user, socket] = &status["networks"].as_array().unwrap()[..] else { panic!("{status}") };
     assert_eq!((&user["device"], &user["to"]), (&"virtio-net0".into(), &"user".into()));
     let nothing = serde_json::json!({"frames": 0, "bytes": 0,
@@ -207,7 +185,7 @@ fn taps_that_cannot_be_and_what_is_left_of_one() {
 
     // In use; and one that was made goes with its VM, also where that is killed.
     for kill in [false, true] {
-        let running = start(&place, &format!("--name web --net tap={missing} --net tap={}", single.0));
+        let running = place.start("web", &format!("--net tap={missing} --net tap={}", single.0));
         let flags = fs::read_to_string(interface(&missing).join("flags")).unwrap();
         let flags = u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16).unwrap();
         assert_eq!(flags & 1, 1, "it is up: {flags:#x}");

@@ -3,21 +3,12 @@
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::images::*;
 use crate::place::*;
-
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// The back ends that this user may have here.
 fn networks(suffix: &str) -> (String, Vec<String>) {
@@ -36,7 +27,7 @@ fn networks(suffix: &str) -> (String, Vec<String>) {
 }
 
 /// Open descriptors, threads, and KiB of memory of a process.
-fn weight(pid: u32) -> [usize; 3] {
+fn weight(pid: i32) -> [usize; 3] {
     let entries = |folder: &str| fs::read_dir(format!("/proc/{pid}/{folder}")).unwrap().count();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let resident = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
@@ -58,7 +49,7 @@ fn a_guest_that_resets_hundreds_of_times_costs_no_more_than_one_that_does_so_twe
             "-v --dumpable --kernel reset --mem 32M --console off --on-reboot reset --net {network}"
         ));
         command.stderr(fs::File::create(&log).unwrap()).stdout(Stdio::null());
-        let running = Running(command.spawn().unwrap());
+        let running = Running::new(command);
         let await_resets = |count: usize| {
             let deadline = Instant::now() + 2 * PATIENCE;
             while fs::read_to_string(&log).unwrap().matches("starting it again").count() < count {
@@ -71,7 +62,7 @@ fn a_guest_that_resets_hundreds_of_times_costs_no_more_than_one_that_does_so_twe
         let most = || {
             let looks = (0..20).map(|_| {
                 thread::sleep(Duration::from_millis(3));
-                weight(running.0.id())
+                weight(running.pid())
             });
             looks.reduce(|a, b| [0, 1, 2].map(|at| a[at].max(b[at]))).unwrap()
         };

@@ -5,9 +5,11 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use serde_json::Value;
 
 pub const BAD_ARGUMENT: i32 = 2;
 pub const HOST: i32 = 4;
@@ -58,6 +60,27 @@ impl Place {
         finish(self.command(arguments).spawn().unwrap())
     }
 
+    /// Starts a guest that stands still, called `name`, and waits until its vCPU runs.
+    pub fn start(&self, name: &str, arguments: &str) -> Running {
+        let command = self.command(&format!("--kernel halt --console off --name {name} {arguments}"));
+        let running = Running::new(command);
+        self.await_running(name);
+        running
+    }
+
+    pub fn await_running(&self, name: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.status(name)["state"] != "running" {
+            assert!(Instant::now() < deadline, "{name} does not start");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What `vmm status` says of `name`; null if there is none.
+    pub fn status(&self, name: &str) -> Value {
+        serde_json::from_slice(&self.vmm(&format!("status {name} --json")).stdout).unwrap_or_default()
+    }
+
     /// Every file, with its kind, mode, size, time of change and content.
     pub fn contents(&self) -> BTreeMap<PathBuf, String> {
         let mut all = BTreeMap::new();
@@ -84,6 +107,42 @@ impl Place {
             }
         }
         all
+    }
+}
+
+/// A command that runs while the test goes on, and is killed when the test is over.
+pub struct Running(Option<Child>);
+
+impl Running {
+    pub fn new(mut command: Command) -> Self {
+        Self(Some(command.spawn().unwrap()))
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.0.as_ref().unwrap().id() as i32
+    }
+
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.pid()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// What it says as it runs, and [`Running::finish`] then lacks.
+    pub fn take_stderr(&mut self) -> ChildStderr {
+        self.0.as_mut().unwrap().stderr.take().unwrap()
+    }
+
+    pub fn finish(mut self) -> Output {
+        finish(self.0.take().unwrap())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 

@@ -4,38 +4,14 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use crate::images::*;
 use crate::place::*;
 
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Starts a guest called `web` that stands still, and waits until it runs.
-fn start(place: &Place, arguments: &str) -> Running {
-    let arguments = format!("--kernel halt --console off --name web {arguments}");
-    let running = Running(place.command(&arguments).spawn().unwrap());
-    let end = Instant::now() + PATIENCE;
-    while !text(&place.vmm("list").stdout).contains("running") {
-        assert!(Instant::now() < end, "no guest with {arguments}");
-        thread::sleep(Duration::from_millis(5));
-    }
-    running
-}
-
 /// The path that `vmm status` tells.
 fn told(place: &Place) -> PathBuf {
-    let status: serde_json::Value = serde_json::from_slice(&place.vmm("status web --json").stdout).unwrap();
-    status["vsock"].as_str().expect("a path").into()
+    place.status("web")["vsock"].as_str().expect("a path").into()
 }
 
 fn mode(path: &Path) -> u32 {
@@ -93,18 +69,18 @@ fn sockets_lie_beside_the_control_socket_and_go_with_the_guest() {
     let place = Place::new();
     place.file("halt", kernel(&HALT));
     for ends_by in ["stop web --timeout 0", "kill web"] {
-        let mut running = start(&place, "--vsock");
+        let running = place.start("web", "--vsock");
         let path = told(&place);
         assert_eq!(path, place.path("run/vmm/web.vsock"));
         let messages = place.path("run/vmm/web.vsock.seqpacket");
         assert_eq!([mode(&path), mode(&messages)], [0o600; 2]);
         drop(UnixStream::connect(&path).unwrap());
         assert!(place.vmm(ends_by).status.success());
-        wait(&mut running.0);
+        running.finish();
         assert!(!path.exists() && !messages.exists(), "{ends_by} leaves them");
         assert!(!place.path("run/vmm").exists());
     }
-    let running = start(&place, "");
+    let running = place.start("web", "");
     let status = text(&place.vmm("status web").stdout);
     assert!(!status.contains("vsock"), "there is none: {status}");
     drop(running);
@@ -118,10 +94,10 @@ fn what_a_killed_monitor_left_is_replaced_and_cleaned_up() {
     let place = Place::new();
     place.file("halt", kernel(&HALT));
     for vsock in ["my.sock,cid=9", ""] {
-        drop(start(&place, &format!("--vsock {vsock}")));
+        drop(place.start("web", &format!("--vsock {vsock}")));
         let path = if vsock.is_empty() { place.path("run/vmm/web.vsock") } else { place.path("my.sock") };
         assert!(path.exists(), "SIGKILL cleans up nothing");
-        let running = start(&place, &format!("--vsock {vsock}"));
+        let running = place.start("web", &format!("--vsock {vsock}"));
         assert_eq!(told(&place), path);
         UnixStream::connect(&path).unwrap();
         // The next one cannot have it.
