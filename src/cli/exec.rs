@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use signal_hook::iterator::Signals;
 use super::agent::terminal::{self, Raw};
 use super::agent::{Reach, bytes};
 use vmm_agent::client::{Sender, Streams, run};
-use vmm_agent::protocol::{Exec, Request};
+use vmm_agent::protocol::{Exec, Message, Request};
 use vmm_command::{Code, Failure};
 
 /// What goes on to the command.
@@ -148,6 +148,7 @@ fn pass_signals_on(to: Arc<OnceLock<Sender>>, has_tty: bool) -> std::io::Result<
     let mut signals = Signals::new(FORWARDED.into_iter().chain([SIGWINCH, SIGCONT, SIGHUP]))?;
     thread::spawn(move || {
         let mut insisted: Vec<Instant> = Vec::new();
+        let mut passed_on = None;
         for number in signals.forever() {
             let Some(sender) = to.get() else {
                 if ![SIGWINCH, SIGCONT].contains(&number) {
@@ -155,11 +156,14 @@ fn pass_signals_on(to: Arc<OnceLock<Sender>>, has_tty: bool) -> std::io::Result<
                 }
                 continue;
             };
+            let mut pass_on = |message| {
+                let _ = passed_on.get_or_insert_with(|| queue(sender.clone())).send(message);
+            };
             match number {
-                SIGWINCH if has_tty => sender.resize(terminal::size()),
+                SIGWINCH if has_tty => pass_on(Message::Resize(terminal::size())),
                 SIGCONT if has_tty => {
                     let _ = terminal::set_raw();
-                    sender.resize(terminal::size());
+                    pass_on(Message::Resize(terminal::size()));
                 }
                 SIGWINCH | SIGCONT => {}
                 // Nobody is there any more. The agent hangs the command up when its client is gone.
@@ -172,12 +176,19 @@ fn pass_signals_on(to: Arc<OnceLock<Sender>>, has_tty: bool) -> std::io::Result<
                             leave(number);
                         }
                     }
-                    sender.signal(number as u8);
+                    pass_on(Message::Signal(number as u8));
                 }
             }
         }
     });
     Ok(())
+}
+
+/// What is sent in its turn, on a thread of its own: a guest that hangs takes nothing, and who insists is heard all the same.
+fn queue(to: Sender) -> mpsc::Sender<Message<'static>> {
+    let (give, take) = mpsc::channel();
+    thread::spawn(move || take.iter().try_for_each(|message| to.send(&message)));
+    give
 }
 
 fn leave(signal: i32) -> ! {

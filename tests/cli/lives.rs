@@ -274,7 +274,7 @@ fn a_console_that_nobody_opens_is_told() {
     let silent = ["--kernel silent", "--kernel silent --serial stdio"];
     let mut silent = silent.map(|arguments| Running::new(place.command(arguments)));
     for (guest, word) in silent.iter_mut().zip(["(hvc0)", "(ttyS0)"]) {
-        let stderr = guest.take_stderr();
+        let stderr = guest.child().stderr.take().unwrap();
         let (send, lines) = channel();
         thread::spawn(move || {
             send.send(BufReader::new(stderr).lines().take(2).flatten().collect::<Vec<_>>())

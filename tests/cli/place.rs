@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
-use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -127,9 +127,9 @@ impl Running {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
-    /// What it says as it runs, and [`Running::finish`] then lacks.
-    pub fn take_stderr(&mut self) -> ChildStderr {
-        self.0.as_mut().unwrap().stderr.take().unwrap()
+    /// The process, for what it is asked while it runs.
+    pub fn child(&mut self) -> &mut Child {
+        self.0.as_mut().unwrap()
     }
 
     pub fn finish(mut self) -> Output {

@@ -37,7 +37,7 @@ fn garbage_ends_a_connection_and_nothing_else() {
     }
     let place = Place::new();
     place.file("counter", counter());
-    let mut guest = Running::start(&place, "--kernel counter");
+    let mut guest = start(&place, "--kernel counter");
     let noise: Vec<u8> = (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let huge = [&b"$m"[..], &[b'f'; 20_000], b"#00"].concat();
     let packets = [
@@ -79,7 +79,11 @@ fn garbage_ends_a_connection_and_nothing_else() {
     all.extend(packets.iter().map(|body| [packet("?"), packet(body)].concat()));
     for bytes in &all {
         send(&place, bytes);
-        assert!(!guest.is_over(), "after {:?}", String::from_utf8_lossy(&bytes[..bytes.len().min(60)]));
+        assert!(
+            guest.child().try_wait().unwrap().is_none(),
+            "after {:?}",
+            String::from_utf8_lossy(&bytes[..bytes.len().min(60)])
+        );
     }
     // One of them may have let it run, as gdb may; so this asks what is so either way.
     let answer = send(&place, &packet("m1000000,3"));
@@ -98,7 +102,7 @@ fn a_second_one_is_turned_away_and_one_who_does_not_read_is_dropped() {
     }
     let place = Place::new();
     place.file("counter", counter());
-    let guest = Running::start(&place, "--kernel counter");
+    let guest = start(&place, "--kernel counter");
     let mut first = UnixStream::connect(place.path("gdb")).unwrap();
     first.write_all(&packet("?")).unwrap();
     let mut buf = [0; 64];

@@ -29,7 +29,7 @@ fn registers_memory_steps_and_the_exit_code() {
     }
     let place = Place::new();
     place.file("up", up());
-    let guest = Running::start(&place, "--kernel up");
+    let guest = start(&place, "--kernel up");
     let said = ask(
         &place,
         &[
@@ -99,7 +99,7 @@ fn breakpoints_in_memory_hide_and_leave_no_trace() {
     }
     let place = Place::new();
     place.file("counter", counter());
-    let mut guest = Running::start(&place, "--kernel counter");
+    let mut guest = start(&place, "--kernel counter");
     let again = format!("break *{LOOP:#x}");
     let (look, count) = (format!("x/3xb {LOOP:#x}"), format!("p *(long*){COUNT:#x}"));
     let said =
@@ -109,7 +109,7 @@ fn breakpoints_in_memory_hide_and_leave_no_trace() {
         &["Breakpoint 1, ", "0x48\t0xff\t0xc0", "Breakpoint 1, ", "Breakpoint 1, ", "= 3", "detached"],
     );
     // It runs on, and over the place where the breakpoint was.
-    assert!(!guest.is_over());
+    assert!(guest.child().try_wait().unwrap().is_none());
     let said = ask(&place, &[&look, &count, "stepi 3", &count, "kill"]);
     in_order(&said, &["0x48\t0xff\t0xc0", "= ", "= "]);
     let count = |n: usize| -> u64 {
@@ -131,7 +131,7 @@ fn control_c_stops_all_cpus() {
     }
     let place = Place::new();
     place.file("counter", counter());
-    let guest = Running::start(&place, "--kernel counter --cpus 2");
+    let guest = start(&place, "--kernel counter --cpus 2");
     let mut child =
         gdb(&place, "gdb", &["continue", "info threads", "p $rax > 0", "thread 2", "p/x $rip", "kill"]);
     let child = child.spawn().expect("gdb is there: make tools");
@@ -153,7 +153,7 @@ fn a_gdb_that_vanishes_leaves_the_guest_to_itself() {
     }
     let place = Place::new();
     place.file("counter", counter());
-    let mut guest = Running::start(&place, "--kernel counter");
+    let mut guest = start(&place, "--kernel counter");
     let again = format!("break *{LOOP:#x}");
     let mut child =
         gdb(&place, "gdb", &[&again, "continue", "python import time; time.sleep(60)"]).spawn().unwrap();
@@ -163,7 +163,7 @@ fn a_gdb_that_vanishes_leaves_the_guest_to_itself() {
     child.wait().unwrap();
     let count = format!("p *(long*){COUNT:#x} > 1000");
     thread::sleep(Duration::from_millis(300));
-    assert!(!guest.is_over());
+    assert!(guest.child().try_wait().unwrap().is_none());
     in_order(&ask(&place, &[&count, "detach"]), &["= 1", "detached"]);
     // Ended from the monitor's side, nobody being there.
     guest.signal(Signal::HUP);
@@ -178,7 +178,7 @@ fn a_guest_ended_from_outside_while_gdb_looks_at_it() {
     }
     let place = Place::new();
     place.file("counter", counter());
-    let guest = Running::start(&place, "--kernel counter --name looked-at");
+    let guest = start(&place, "--kernel counter --name looked-at");
     // Paused and resumed by others, it stays where gdb has it; killed, it is gone for gdb too.
     let vmm = env!("CARGO_BIN_EXE_vmm");
     let shell = |what: &str| format!("shell {vmm} {what} looked-at");
@@ -198,7 +198,7 @@ fn a_reboot_stops_at_the_first_instruction_again() {
     }
     let place = Place::new();
     place.file("reset", kernel(&out(0x602, 1)));
-    let guest = Running::start(&place, "--kernel reset --on-reboot reset");
+    let guest = start(&place, "--kernel reset --on-reboot reset");
     let said =
         ask(&place, &["hbreak *0x1000006", "continue", "continue", "p/x $rip", "continue", "delete", "kill"]);
     in_order(
@@ -212,7 +212,7 @@ fn a_reboot_stops_at_the_first_instruction_again() {
     );
     assert_eq!(guest.finish().status.code(), Some(KILLED));
 
-    let guest = Running::start(&place, "--kernel reset");
+    let guest = start(&place, "--kernel reset");
     in_order(&ask(&place, &["continue"]), &["exited normally"]);
     assert_eq!(guest.finish().status.code(), Some(0));
 }

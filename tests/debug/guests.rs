@@ -112,39 +112,13 @@ pub const LOOP: u64 = LOAD + 9;
 /// Where it counts.
 pub const COUNT: u64 = 0x110_0000;
 
-/// `vmm` that runs while the test goes on, ended when the test is over.
-pub struct Running(Option<Child>);
-
-impl Running {
-    /// With `arguments`, waiting for gdb at the unix socket `gdb` in `place`.
-    pub fn start(place: &Place, arguments: &str) -> Self {
-        let socket = place.path("gdb").display().to_string();
-        let command = format!("--gdb unix:{socket} --console off --serial file=out --debug-exit {arguments}");
-        let running = Self(Some(place.command(&command).spawn().unwrap()));
-        until("the socket", || is_listening(&socket));
-        running
-    }
-
-    pub fn signal(&self, signal: rustix::process::Signal) {
-        signal_child(self.0.as_ref().unwrap(), signal);
-    }
-
-    pub fn is_over(&mut self) -> bool {
-        self.0.as_mut().unwrap().try_wait().unwrap().is_some()
-    }
-
-    pub fn finish(mut self) -> Output {
-        finish(self.0.take().unwrap())
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.0.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
+/// `vmm` with `arguments`, waiting for gdb at the unix socket `gdb` in `place`.
+pub fn start(place: &Place, arguments: &str) -> Running {
+    let socket = place.path("gdb").display().to_string();
+    let command = format!("--gdb unix:{socket} --console off --serial file=out --debug-exit {arguments}");
+    let running = Running::new(place.command(&command));
+    until("the socket", || is_listening(&socket));
+    running
 }
 
 pub fn signal_child(child: &Child, signal: rustix::process::Signal) {

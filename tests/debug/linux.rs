@@ -20,7 +20,7 @@ fn breakpoints_find_linux_at_its_first_function() {
         return;
     }
     let place = Place::new();
-    let guest = Running::start(&place, &format!("--kernel {} --mem 128M", vmlinux.display()));
+    let guest = start(&place, &format!("--kernel {} --mem 128M", vmlinux.display()));
     let file = format!("symbol-file {}", vmlinux.display());
     let said = ask(
         &place,

@@ -9,9 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::protocol::{
-    Decoder, Facts, MAX_REQUEST, Malformed, Message, PORT, Reason, Request, Size, VERSION,
-};
+use crate::protocol::{Decoder, Facts, MAX_REQUEST, Malformed, Message, PORT, Reason, Request, VERSION};
 
 pub use dial::{Patience, dial};
 pub use run::{Streams, run};
@@ -93,16 +91,6 @@ impl Sender {
     /// Sends one message. That the connection is gone is for the receiver to say.
     pub fn send(&self, message: &Message<'_>) -> io::Result<()> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).write_all(&message.to_vec())
-    }
-
-    /// A signal for the command.
-    pub fn signal(&self, number: u8) {
-        let _ = self.send(&Message::Signal(number));
-    }
-
-    /// The terminal's new size.
-    pub fn resize(&self, size: Size) {
-        let _ = self.send(&Message::Resize(size));
     }
 }
 

@@ -1,10 +1,12 @@
 //! Agents that are none, and clients that are none: each is an error, and costs nobody else anything.
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Stdio;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use vmm_agent::protocol::{Exec, Exit, Message, Request, Stream, VERSION, WINDOW};
 
 use super::Guest;
@@ -95,6 +97,34 @@ fn an_agent_that_floods_meets_the_window() {
     assert!(peak < 64 << 10, "{peak} KiB");
     drop(stdout);
     assert_eq!(wait(&mut child).code(), Some(125));
+}
+
+#[test]
+fn a_guest_that_hangs_midway_is_left_by_who_insists() {
+    let guest = Guest::without_agent(600.0);
+    let listener = UnixListener::bind(guest.place.path("vsock")).unwrap();
+    let mut command = guest.command("exec -i web true");
+    command.stdin(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut opening = [0; 13];
+    stream.read_exact(&mut opening).unwrap();
+    assert_eq!(&opening, b"CONNECT 1023\n");
+    stream.write_all(b"OK 1073741824\n").unwrap();
+    let mut hello = [0; 22];
+    stream.read_exact(&mut hello).unwrap();
+    stream.write_all(&welcome(u64::from_le_bytes(hello[14..].try_into().unwrap()))).unwrap();
+    // From now on it takes nothing: more is typed than any socket holds.
+    let mut stdin = child.stdin.take().unwrap();
+    let flood = thread::spawn(move || while stdin.write_all(&[b'x'; 1 << 16]).is_ok() {});
+    let end = Instant::now() + PATIENCE;
+    while child.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < end, "it cannot be left");
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(wait(&mut child).code(), Some(128 + 15));
+    flood.join().unwrap();
 }
 
 #[test]
