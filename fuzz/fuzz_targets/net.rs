@@ -66,6 +66,7 @@ fuzz_target!(|data: &[u8]| {
             let _ = host.read(&mut [0; 4096]);
         }
     }
+    net.finish(&mut queues, Instant::now()).expect("never waits");
     net.drain(&mut queues, Instant::now()).expect("never waits");
     net.reset();
 });

@@ -88,10 +88,18 @@ fuzz_target!(|data: &[u8]| {
             assert_eq!(vsock.save_bytes(), saved);
             vsock.resume(&mut queues);
         }
+        if patch[3] & 128 != 0 {
+            let _ = vsock.finish(&mut queues, Instant::now());
+            vsock.reset();
+            vsock.accept(u64::from(head[1]));
+            vsock.start();
+        }
         if patch[3] & 16 != 0 {
             programs.iter_mut().for_each(|program| drop(program.read(&mut [0; 4096])));
         }
     }
+    // Readers who stand still are not waited for here.
+    let _ = vsock.finish(&mut queues, Instant::now());
     vsock.drain(&mut queues, Instant::now()).expect("never waits");
     vsock.reset();
 });

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use vmm_monitor::event_loop::Event;
 use vmm_monitor::memory::{Buffers, Slices};
-use vmm_monitor::net::{HEADER, Head, Link, MAX_FRAME, Offloads, START, Wire, from_descriptor};
+use vmm_monitor::net::{HEADER, Head, Link, MAX_FRAME, Offloads, Port, START, Wire, from_descriptor};
 use vmm_monitor::state::Saved;
+use vmm_monitor::virtio::net::Net;
 use zerocopy::IntoBytes;
 
 use crate::guest::{DATA, Guest};
@@ -270,6 +271,24 @@ fn queues_beyond_those_that_the_driver_asked_for_are_silent() {
     send(&mut guest, 3, [0; HEADER], &frame(TO_HOST, &[2; 50]));
     guest.settle();
     assert_eq!(guest.rings[3].used(), None);
+}
+
+#[test]
+fn the_mtu_is_told_where_there_is_one_and_longer_frames_are_the_drivers_own_affair() {
+    const MTU: u64 = 1 << 3;
+    let (link, mut peer) = link(NetSocket::Stream);
+    for mtu in [None, Some(1280), Some(u16::MAX)] {
+        let port = Port::new(vec![link.clone()], MAC);
+        let mut guest = Guest::new(Box::new(Net::new(port, mtu)));
+        guest.start(0);
+        assert_eq!(guest.features & MTU != 0, mtu.is_some());
+        assert_eq!(guest.config::<2>(10), mtu.unwrap_or(1500).to_le_bytes());
+        for len in [14, 1280 + 14, 1280 + 15, 1280 + 18, 9000] {
+            send(&mut guest, TRANSMIT, [0; HEADER], &numbered(len, len));
+            assert_eq!(peer.receive(), numbered(len, len));
+            guest.rings[TRANSMIT].wait_used(10);
+        }
+    }
 }
 
 #[test]

@@ -180,6 +180,23 @@ pub const TABLE: &[Fault] = &[
         let full = [&[1, 0][..], &1000u32.to_le_bytes(), &[2; 6000], &[0; 4]].concat();
         assert_eq!(command(guest, &full), 0, "more than are kept");
     }),
+    Fault("commands: hashes, RSS, coalescing and counters, of which none is offered", |guest, _| {
+        guest.start(0);
+        // RSS_CONFIG and HASH_CONFIG: their fields, a table of queues and a key, each as it should be and as it cannot be.
+        for (mask, pairs, key) in [(0, 1, 40), (1, 1, 40), (2, 0, 0), (127, 0xffff, 255)] {
+            for code in [1, 2] {
+                let table = vec![7; 2 * (mask + 1)];
+                let head = [&[4, code, 0xff, 0, 0, 0][..], &(mask as u16).to_le_bytes(), &[0, 0]].concat();
+                let tail = [&[pairs as u8, (pairs >> 8) as u8, key][..], &vec![0; usize::from(key)]].concat();
+                assert_eq!(command(guest, &[head, table, tail].concat()), 1, "{mask} {pairs} {key}");
+            }
+        }
+        for (class, codes, len) in [(6, 0..4, 8), (6, 0..4, 16), (7, 0..2, 8), (8, 0..2, 24)] {
+            for code in codes {
+                assert_eq!(command(guest, &[&[class, code][..], &vec![0xff; len]].concat()), 1);
+            }
+        }
+    }),
     Fault("commands: several in flight", |guest, _| {
         guest.start(0);
         guest.store(DATA, &[0, 0, 0]);

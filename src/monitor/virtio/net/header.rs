@@ -161,6 +161,22 @@ mod tests {
     }
 
     #[test]
+    fn no_kind_of_segments_passes_but_those_that_there_are_features_for() {
+        let fine: Vec<u8> = (0..=u8::MAX)
+            .filter(|kind| {
+                // Where TCP has its checksum, and where UDP has it: tunnels are kinds of segments, too, with bits of their own.
+                [16, 6]
+                    .iter()
+                    .any(|offset| check(header(*kind, Some((34, *offset)), 9, 54), 9000, u64::MAX).is_ok())
+            })
+            .collect();
+        let tcp = [GSO_TCP4, GSO_TCP6, GSO_TCP4 | GSO_ECN, GSO_TCP6 | GSO_ECN];
+        let mut known = [&[GSO_NONE, GSO_UDP][..], &tcp].concat();
+        known.sort_unstable();
+        assert_eq!(fine, known);
+    }
+
+    #[test]
     fn a_driver_hears_of_checksums_only_if_it_wants_to() {
         let bytes = [0xff; HEADER];
         assert_eq!(received(bytes, true, 3)[0], NEEDS_CSUM | DATA_VALID);
