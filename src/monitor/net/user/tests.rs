@@ -19,6 +19,7 @@ use super::Stack;
 use super::addresses::{DNS, DNS6, GATEWAY, GATEWAY6, GUEST, GUEST6, PREFIX6};
 use crate::config::{Net, NetTarget, UserNet};
 
+mod closed;
 mod ipv6;
 
 const MTU: u16 = UserNet::MTU;
@@ -298,30 +299,6 @@ fn a_connection_that_the_host_refuses_is_refused() {
     let socket = guest.connect((GATEWAY, port));
     guest.until_state(socket, tcp::State::Closed);
     assert_eq!(guest.stack.tcp.flows(), 0);
-}
-
-#[test]
-fn the_hosts_loopback_and_own_addresses_are_closed() {
-    let (listener, port) = listener();
-    listener.set_nonblocking(true).unwrap();
-    let probe = UdpSocket::bind("0.0.0.0:0").unwrap();
-    let own = probe.connect("192.0.2.1:9").and_then(|()| probe.local_addr()).map(|own| own.ip());
-    let mut closed =
-        vec![GATEWAY, Ipv4Addr::LOCALHOST, Ipv4Addr::UNSPECIFIED, DNS, GUEST, Ipv4Addr::new(10, 0, 2, 77)];
-    if let Ok(std::net::IpAddr::V4(own)) = own {
-        closed.push(own);
-    }
-    for address in closed {
-        for config in [UserNet::default(), UserNet { restrict: true, ..UserNet::default() }] {
-            let mut guest = Guest::new(config);
-            for frame in [syn(address, port), datagram(address, port)] {
-                guest.stack.input(&frame);
-                assert_eq!(guest.icmp_error(), (3, 13), "{address}: administratively prohibited");
-            }
-            assert_eq!((guest.stack.tcp.flows(), guest.stack.udp.flows()), (0, 0), "{address}");
-        }
-    }
-    assert!(listener.accept().is_err(), "nobody has come");
 }
 
 /// A frame of the guest's that opens a connection.
