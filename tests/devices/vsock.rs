@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -11,6 +12,8 @@ use rustix::net::{
     listen, recv, send as send_message, socket_with,
 };
 use vmm_monitor::state::Saved;
+use vmm_monitor::virtio::vsock::Vsock;
+use vmm_monitor::vsock::Sockets;
 
 use crate::guest::{DATA, Guest};
 use crate::vsock_driver::*;
@@ -517,8 +520,6 @@ fn exchange_after(host: &Host, guest: &mut Guest) {
 
 #[test]
 fn sockets_are_their_owners_alone_and_go_with_the_device() {
-    use std::os::unix::fs::PermissionsExt;
-    use vmm_monitor::vsock::Sockets;
     let host = Host::new();
     let files = ["v", "v.seqpacket"].map(|name| host.path(name));
     for file in &files {
@@ -538,4 +539,54 @@ fn sockets_are_their_owners_alone_and_go_with_the_device() {
     assert!(Sockets::open(&path).is_err());
     assert!(!path.exists() && host.path("w.seqpacket").exists());
     assert!(Sockets::open(Path::new(&format!("/tmp/{}", "x".repeat(92)))).is_err(), "too long");
+}
+
+/// A folder `mode` that holds the host's sockets, and port 1's listener.
+fn folder(mode: u32) -> (tempfile::TempDir, UnixListener, Guest) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+    let sockets = Sockets::open(&dir.path().join("v")).unwrap();
+    let listener = UnixListener::bind(dir.path().join("v_1")).unwrap();
+    let mut guest = Guest::new(Box::new(Vsock::new(sockets, CID as u32)));
+    guest.start(0);
+    (dir, listener, guest)
+}
+
+/// What the guest is answered when it calls `port`.
+fn answer(guest: &mut Guest, port: u32) -> u16 {
+    let line = Line::new(7, port);
+    send(guest, &line, REQUEST, 0);
+    let (header, _) = receive(guest);
+    if header.op == RESPONSE {
+        send(guest, &line, RST, 0);
+    }
+    header.op
+}
+
+#[test]
+fn where_others_may_put_sockets_a_guest_reaches_this_users_alone() {
+    // Something that listens, and that nobody has offered to guests.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let private = elsewhere.path().join("private");
+    let _private = UnixListener::bind(&private).unwrap();
+    for (mode, is_shared) in [(0o700, false), (0o755, false), (0o1777, true), (0o770, true)] {
+        let (dir, _listener, mut guest) = folder(mode);
+        assert_eq!(answer(&mut guest, 1), RESPONSE, "{mode:o}");
+        assert_eq!(answer(&mut guest, 2), RST, "nobody is there");
+        // Who can put a link there could have any socket of this user's answer.
+        std::os::unix::fs::symlink(&private, dir.path().join("v_2")).unwrap();
+        let linked = if is_shared { RST } else { RESPONSE };
+        assert_eq!(answer(&mut guest, 2), linked, "{mode:o}");
+        std::fs::write(dir.path().join("v_3"), "a file").unwrap();
+        assert_eq!(answer(&mut guest, 3), RST);
+        let _other = UnixListener::bind(dir.path().join("v_4")).unwrap();
+        // Only root can give one away.
+        match std::os::unix::fs::chown(dir.path().join("v_4"), Some(65534), None) {
+            Ok(()) => assert_eq!(answer(&mut guest, 4), linked, "{mode:o}"),
+            Err(error) => eprintln!(
+                "SKIP: where_others_may_put_sockets_a_guest_reaches_this_users_alone: another user's: {error}"
+            ),
+        }
+        assert_eq!(answer(&mut guest, 1), RESPONSE, "{mode:o}");
+    }
 }

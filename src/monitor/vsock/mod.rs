@@ -8,6 +8,7 @@ mod callers;
 mod end;
 mod error;
 mod limit;
+mod owner;
 mod unsent;
 
 use std::ffi::OsString;
@@ -97,6 +98,8 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Host {
     path: PathBuf,
+    /// Others may put sockets beside ours.
+    is_shared: bool,
     listeners: [(Listener, Kind); 2],
     callers: Callers,
     poller: Poller<Source>,
@@ -123,6 +126,7 @@ impl Host {
             listener(&beside(&path, ".seqpacket"), Kind::Seqpacket).map_err(Error::Listen)?,
         ];
         let host = Self {
+            is_shared: owner::is_shared(&path),
             path,
             listeners,
             callers: Callers::default(),
@@ -220,9 +224,13 @@ impl Host {
     /// Connects to who listens for the guest on `port`.
     ///
     /// # Errors
-    /// Nobody does, or not for this kind, or too many wait there already.
+    /// Nobody does, or not for this kind, or too many wait there already; or, of kind [`io::ErrorKind::PermissionDenied`], it is
+    /// somebody whom this user may not reach, or not by this path.
     pub fn connect(&mut self, port: u32, kind: Kind) -> io::Result<End> {
-        let address = SocketAddrUnix::new(beside(&self.path, &format!("_{port}")))?;
+        let path = beside(&self.path, &format!("_{port}"));
+        // Held until there is a connection.
+        let (path, _own) = if self.is_shared { owner::own(&path)? } else { (path, None) };
+        let address = SocketAddrUnix::new(path)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let fd = socket_with(AddressFamily::UNIX, kind.socket_type(), flags, None)?;
         connect(&fd, &address)?;

@@ -1,6 +1,6 @@
 //! The way out: packets from the driver, each read once, and what they do.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -96,7 +96,13 @@ impl Vsock {
                 self.table.insert(connection);
             }
             Err(error) => {
-                log::debug!("socket: port {} of the host: {error}", key.host);
+                match error.kind() {
+                    // Somebody listens there: why the guest does not get through is not to be guessed.
+                    ErrorKind::PermissionDenied => {
+                        guest_warn!("socket: port {} of the host: {error}", key.host)
+                    }
+                    _ => log::debug!("socket: port {} of the host: {error}", key.host),
+                }
                 self.table.give_back(share);
                 self.refuse(header);
             }
