@@ -28,11 +28,16 @@ pub const TO_HOST: [u8; 6] = [2; 6];
 /// A running device on a link of `socket`, whose turns are counted.
 pub fn guest(socket: NetSocket) -> (Guest, Link, Peer, Turns) {
     let (link, peer) = link(socket);
-    let turns = Turns::default();
-    let link = Link::new(Counted(link, turns.clone())).unwrap();
+    let (link, turns) = counted(link);
     let mut guest = Guest::new(net_on(std::slice::from_ref(&link)));
     guest.start(0);
     (guest, link, peer, turns)
+}
+
+/// The same link, on which the turns of its device are counted.
+pub fn counted(link: Link) -> (Link, Turns) {
+    let turns = Turns::default();
+    (Link::new(Counted(link, turns.clone())).unwrap(), turns)
 }
 
 /// Turns that a device has had.
@@ -40,6 +45,11 @@ pub fn guest(socket: NetSocket) -> (Guest, Link, Peer, Turns) {
 pub struct Turns(Arc<AtomicUsize>);
 
 impl Turns {
+    /// How many looks at the link those were: two or three for each.
+    pub fn count(&self) -> usize {
+        self.0.load(Ordering::SeqCst)
+    }
+
     /// Whether the worker comes to sleep.
     pub fn are_over(&self) -> bool {
         (0..200).any(|_| {

@@ -9,7 +9,7 @@ use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::net::Net;
 
 use crate::guest::{DATA, Guest};
-use crate::net::{RECEIVE, TO_HOST, TRANSMIT, command, numbered, offer, send};
+use crate::net::{RECEIVE, TO_HOST, TRANSMIT, command, counted, numbered, offer, send};
 use crate::subjects::{MAC, NetSocket, Peer, frame, link};
 
 /// A running device with these limits on `link`, and its port.
@@ -136,6 +136,39 @@ fn bytes_are_limited_each_way_and_nothing_is_lost() {
     sender.join().unwrap();
     let all = counts(30, 300_000, Dropped::default());
     assert_eq!((port.traffic.sent.counts(), port.traffic.received.counts()), (all, all));
+}
+
+#[test]
+fn a_limited_guest_costs_no_more_turns_than_it_has_frames() {
+    let (link, mut peer) = link(NetSocket::Stream);
+    let (link, turns) = counted(link);
+    let (mut guest, _) = guest(&link, ",pps=40/1");
+    offer(&mut guest, 10, 2048);
+    guest.settle();
+    let before = turns.count();
+    // Both ways at once: what has come stays in the link, which can be read all the time.
+    (0..10).for_each(|number| peer.send(&numbered(number, 100)));
+    send_long(&mut guest, 10);
+    for _ in 0..10 {
+        assert_eq!(peer.receive().len(), LONG);
+        guest.rings[RECEIVE].wait_used(10);
+    }
+    let used = turns.count() - before;
+    assert!(used < 200, "{used} turns for 20 frames within a quarter of a second");
+}
+
+#[test]
+fn a_driver_that_resets_its_device_gets_no_other_burst() {
+    let (link, _peer) = link(NetSocket::Stream);
+    let (mut guest, port) = guest(&link, ",pps=1/5");
+    let start = Instant::now();
+    for _ in 0..20 {
+        send_long(&mut guest, 5);
+        guest.start(0);
+    }
+    let sent = port.traffic.sent.counts().frames;
+    let most = 5 + start.elapsed().as_secs() + 1;
+    assert!((5..=most).contains(&sent), "{sent} frames passed");
 }
 
 #[test]
