@@ -3,6 +3,7 @@
 //! A back end (raw file, later image formats and faster engines) implements [`Disk`]; virtio-blk is one front end.
 
 mod foreign;
+mod image;
 mod raw;
 
 use std::io;
