@@ -9,6 +9,7 @@ use super::*;
 use crate::bus::{Bus, Device, Effect};
 use crate::memory::GuestRam;
 use crate::state::Stateless;
+use crate::vcpu::dispatch::Buses;
 use crate::vcpu::gate::Gate;
 use crate::vm::Vm;
 use crate::vm::fake::FakeVm;
