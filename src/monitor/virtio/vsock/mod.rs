@@ -190,7 +190,7 @@ impl VirtioDevice for Vsock {
         vec![self.sockets.as_fd()]
     }
 
-    /// Until the driver is ready, the host's programs wait in their sockets' queues.
+    /// Until the driver is ready, the host's programs wait in their sockets' queues, and what an earlier driver sent waits for them.
     fn interest(&self, _source: usize) -> Interest {
         if self.running { Interest::INPUT } else { Interest::default() }
     }
