@@ -345,18 +345,17 @@ impl Tcp {
         if fate != Fate::Lives {
             return self.remove(&key, fate);
         }
-        let now = context.clock.smoltcp(context.now);
         let next = match &mut flow.state {
-            State::Open(guest) => guest.poll_at(now),
+            State::Open(guest) => guest.deadline(context),
             _ => None,
         };
-        let is_due = next.is_some_and(|at| at <= now);
+        let is_due = next.is_some_and(|at| at <= context.now);
         let waits = is_due && !context.frames.has_room();
         // What is due although all has been sent that could be is looked at again soon, and not at once.
         let deadline = match next {
             _ if waits => None,
             Some(_) if is_due => Some(context.now + SOON),
-            next => next.map(|at| context.clock.std(at)),
+            next => next,
         };
         let before = std::mem::replace(&mut flow.deadline, deadline);
         if before != deadline {
