@@ -32,6 +32,8 @@ pub struct Frame {
 pub struct Frames {
     queue: VecDeque<Frame>,
     bytes: usize,
+    /// Frames that were ever in the queue.
+    queued: u64,
     guest: EthernetAddress,
     /// The largest packet of IP.
     pub mtu: usize,
@@ -41,7 +43,14 @@ pub struct Frames {
 
 impl Frames {
     pub fn new(guest: [u8; 6], mtu: usize) -> Self {
-        Self { queue: VecDeque::new(), bytes: 0, guest: EthernetAddress(guest), mtu, left: Offloads::empty() }
+        Self {
+            queue: VecDeque::new(),
+            bytes: 0,
+            queued: 0,
+            guest: EthernetAddress(guest),
+            mtu,
+            left: Offloads::empty(),
+        }
     }
 
     /// The guest calls itself `address` now.
@@ -58,6 +67,16 @@ impl Frames {
     /// Whether there is room for what can wait.
     pub fn has_room(&self) -> bool {
         self.queue.len() < ROOM.0 && self.bytes < ROOM.1
+    }
+
+    /// How many frames there have been.
+    pub fn queued(&self) -> u64 {
+        self.queued
+    }
+
+    /// How many of those the guest has.
+    pub fn taken(&self) -> u64 {
+        self.queued - self.queue.len() as u64
     }
 
     pub fn pop(&mut self) -> Option<Frame> {
@@ -81,6 +100,7 @@ impl Frames {
         frame.set_src_addr(OUR_MAC);
         frame.set_ethertype(protocol);
         self.bytes += bytes.len();
+        self.queued += 1;
         self.queue.push_back(Frame { header, bytes });
     }
 

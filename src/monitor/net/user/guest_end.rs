@@ -60,9 +60,10 @@ impl RxToken for Input<'_> {
 
 impl TxToken for &mut Output<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        self.frames.tcp(self.guest, self.mss, len, |bytes| {
+        let Output { frames, guest, mss, recovery, now } = self;
+        frames.tcp(*guest, *mss, len, |bytes| {
             let result = f(bytes);
-            self.recovery.sends(bytes, self.now);
+            recovery.sends(bytes, *now);
             result
         })
     }
@@ -180,7 +181,9 @@ impl GuestEnd {
         self.send(context);
         let is_late = self.recovery.deadline().is_some_and(|at| at <= context.now);
         if is_late && self.is_open() && context.frames.has_room() {
-            self.recovery.resends(context.now);
+            if !self.recovery.resends(context.now, context.frames.taken()) {
+                return;
+            }
             let due = self.interface.poll_at(self.time, &self.sockets);
             self.time = due.map_or(self.time, |due| due.max(self.time));
             self.send(context);
@@ -189,10 +192,15 @@ impl GuestEnd {
 
     fn send(&mut self, context: &mut Context) {
         let (time, mut packets, interface, sockets) = self.parts(context);
+        let before = packets.output.frames.queued();
         // Each call sends one packet of a socket at most.
         while packets.output.frames.has_room()
             && interface.poll_egress(time, &mut packets, sockets) != PollResult::None
         {}
+        let queued = packets.output.frames.queued();
+        if queued > before {
+            self.recovery.queued(queued);
+        }
     }
 
     /// What a call of smoltcp's takes.

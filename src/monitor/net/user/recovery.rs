@@ -2,7 +2,8 @@
 //!
 //! Its timer starts with the first segment that is on its way and starts anew only when nothing is, so it runs out in the middle of
 //! every long stream; 10 ms may be all that it has, and each time it runs out while there is more to send it doubles. Then all that
-//! is on its way goes again. So an open connection's socket has a clock that stands still until [`Recovery::deadline`].
+//! is on its way goes again. So an open connection's socket has a clock that stands still until [`Recovery::deadline`], and the time
+//! that frames wait here for the guest to take them does not count.
 //!
 //! What is sent again although it had arrived is acknowledged once more, piece by piece; whoever takes those for a loss sends all
 //! again, and so on without an end. So they count only for what was sent after (RFC 6582, 3.2, step 2).
@@ -18,6 +19,8 @@ use super::ip::Packet;
 const PATIENCE: Duration = Duration::from_millis(300);
 /// How often that doubles while it goes on saying nothing.
 const DOUBLINGS: u32 = 5;
+/// How often it doubles for good, each time that it was too short.
+const LESSONS: u32 = 3;
 
 /// One way of a connection: the one to the guest.
 #[derive(Debug, Default)]
@@ -32,6 +35,11 @@ pub struct Recovery {
     since: Option<Instant>,
     /// How often it was sent again since.
     again: u32,
+    /// It was sent again, and has not said yet that it had all of that.
+    is_lesson: bool,
+    lessons: u32,
+    /// How many frames all connections had put into the queue when this one last did.
+    queued: u64,
 }
 
 /// A packet's segment of TCP.
@@ -68,18 +76,33 @@ impl Recovery {
         if self.recover.is_some_and(|recover| ack > recover) {
             self.recover = None;
         }
-        is_plain && before == Some((ack, window)) && self.recover.is_some()
+        let is_echo = is_plain && before == Some((ack, window)) && self.recover.is_some();
+        if is_echo && std::mem::take(&mut self.is_lesson) {
+            self.lessons = (self.lessons + 1).min(LESSONS);
+        }
+        is_echo
     }
 
     /// When what is on its way is to be sent again.
     pub fn deadline(&self) -> Option<Instant> {
-        self.since.map(|since| since + PATIENCE * (1 << self.again))
+        self.since.map(|since| since + PATIENCE * (1 << (self.again + self.lessons)))
     }
 
-    /// It is sent again now.
-    pub fn resends(&mut self, now: Instant) {
+    /// That time has come, and the guest has `taken` as many frames of the queue. False if it does not have all yet: then it is
+    /// given the time once more.
+    pub fn resends(&mut self, now: Instant, taken: u64) -> bool {
         self.since = Some(now);
+        if taken < self.queued {
+            return false;
+        }
         self.again = (self.again + 1).min(DOUBLINGS);
+        self.is_lesson = true;
+        true
+    }
+
+    /// The queue for the guest has had as many frames, the last of them of this connection.
+    pub fn queued(&mut self, queued: u64) {
+        self.queued = queued;
     }
 }
 

@@ -113,3 +113,34 @@ fn what_is_lost_comes_again_soon_however_long_the_stream_was() {
     end.hear_only();
     assert_eq!(end.again - before, 2 * lost);
 }
+
+#[test]
+fn what_the_guest_has_not_taken_is_not_sent_again() {
+    let mut end = End::connect();
+    while end.server.write(&[0; 1 << 16]).is_ok() {}
+    end.guest.until("frames", |guest| guest.stack.turn() | !guest.stack.context.frames.is_empty());
+    for _ in 0..20 {
+        end.guest.wait(Duration::from_secs(1));
+    }
+    end.hear_only();
+    assert_eq!(end.again, 0, "bytes came again");
+}
+
+#[test]
+fn who_was_sent_something_too_soon_is_given_more_time() {
+    let mut end = End::connect();
+    end.hear();
+    end.guest.wait(Duration::from_millis(400));
+    end.hear_only();
+    let first = end.again;
+    assert!(first > 0, "it comes again");
+    // It had all of that.
+    (0..3).for_each(|_| end.acknowledge(end.seen));
+    end.hear();
+    end.guest.wait(Duration::from_millis(400));
+    end.hear_only();
+    assert_eq!(end.again, first, "too soon again");
+    end.guest.wait(Duration::from_millis(400));
+    end.hear_only();
+    assert!(end.again > first, "it comes again");
+}
