@@ -14,13 +14,12 @@ use smoltcp::wire::{TcpPacket, TcpSeqNumber};
 
 use super::ip::Packet;
 
-/// How long the guest may say nothing new of what is on its way to it. It is on this machine: there is no distance to measure, only
-/// a vCPU that waits for a processor, and a loss is a packet that the guest itself had no room for.
-const PATIENCE: Duration = Duration::from_millis(300);
+/// How long the guest may say nothing new of what it has taken (RFC 6298, 2.4). It is on this machine: there is no distance to
+/// measure, only a vCPU that waits for a processor, and a loss is a packet that the guest itself had no room for, which the
+/// acknowledgements of those behind it show sooner.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How often that doubles while it goes on saying nothing.
 const DOUBLINGS: u32 = 5;
-/// How often it doubles for good, each time that it was too short.
-const LESSONS: u32 = 3;
 
 /// One way of a connection: the one to the guest.
 #[derive(Debug, Default)]
@@ -35,9 +34,6 @@ pub struct Recovery {
     since: Option<Instant>,
     /// How often it was sent again since.
     again: u32,
-    /// It was sent again, and has not said yet that it had all of that.
-    is_lesson: bool,
-    lessons: u32,
     /// How many frames all connections had put into the queue when this one last did.
     queued: u64,
 }
@@ -76,16 +72,12 @@ impl Recovery {
         if self.recover.is_some_and(|recover| ack > recover) {
             self.recover = None;
         }
-        let is_echo = is_plain && before == Some((ack, window)) && self.recover.is_some();
-        if is_echo && std::mem::take(&mut self.is_lesson) {
-            self.lessons = (self.lessons + 1).min(LESSONS);
-        }
-        is_echo
+        is_plain && before == Some((ack, window)) && self.recover.is_some()
     }
 
     /// When what is on its way is to be sent again.
     pub fn deadline(&self) -> Option<Instant> {
-        self.since.map(|since| since + PATIENCE * (1 << (self.again + self.lessons)))
+        self.since.map(|since| since + PATIENCE * (1 << self.again))
     }
 
     /// That time has come, and the guest has `taken` as many frames of the queue. False if it does not have all yet: then it is
@@ -96,7 +88,6 @@ impl Recovery {
             return false;
         }
         self.again = (self.again + 1).min(DOUBLINGS);
-        self.is_lesson = true;
         true
     }
 

@@ -87,7 +87,7 @@ fn a_guest_that_is_slow_for_a_moment_is_sent_nothing_twice() {
         end.acknowledge(end.seen);
     }
     end.hear();
-    end.guest.wait(Duration::from_millis(150));
+    end.guest.wait(Duration::from_millis(900));
     end.hear_only();
     assert_eq!(end.again, 0, "bytes came again");
 }
@@ -105,11 +105,11 @@ fn what_is_lost_comes_again_soon_however_long_the_stream_was() {
     end.hear();
     let (lost, before) = (end.seen.wrapping_sub(end.acknowledged) as usize, end.again);
     assert!(lost > 1000, "{lost} bytes");
-    end.guest.wait(Duration::from_millis(400));
+    end.guest.wait(Duration::from_millis(1100));
     end.hear_only();
     assert_eq!(end.again - before, lost, "all of it, once");
     // And once more, for nobody answers.
-    end.guest.wait(Duration::from_millis(800));
+    end.guest.wait(Duration::from_millis(2100));
     end.hear_only();
     assert_eq!(end.again - before, 2 * lost);
 }
@@ -124,23 +124,4 @@ fn what_the_guest_has_not_taken_is_not_sent_again() {
     }
     end.hear_only();
     assert_eq!(end.again, 0, "bytes came again");
-}
-
-#[test]
-fn who_was_sent_something_too_soon_is_given_more_time() {
-    let mut end = End::connect();
-    end.hear();
-    end.guest.wait(Duration::from_millis(400));
-    end.hear_only();
-    let first = end.again;
-    assert!(first > 0, "it comes again");
-    // It had all of that.
-    (0..3).for_each(|_| end.acknowledge(end.seen));
-    end.hear();
-    end.guest.wait(Duration::from_millis(400));
-    end.hear_only();
-    assert_eq!(end.again, first, "too soon again");
-    end.guest.wait(Duration::from_millis(400));
-    end.hear_only();
-    assert!(end.again > first, "it comes again");
 }
