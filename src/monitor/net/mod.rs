@@ -70,7 +70,8 @@ pub struct Head {
 /// One of the host's ends.
 ///
 /// Called with its mutex held, never blocks. It never holds more than one frame each way, and of those only what the host's side
-/// has begun to take or to give. The user network makes its frames itself, and bounds them.
+/// has begun to take or to give; a stream socket also holds the short frames of a batch. The user network makes its frames itself,
+/// and bounds them.
 pub trait Wire: Send {
     /// The descriptor to wait on.
     fn fd(&self) -> BorrowedFd<'_>;
@@ -90,7 +91,7 @@ pub trait Wire: Send {
     fn take_refused(&mut self) -> bool {
         false
     }
-    /// Sends on what the last frame left. True if nothing is left.
+    /// The batch is at its end: sends on what the frames left. True if nothing is left.
     fn flush(&mut self) -> bool {
         true
     }
