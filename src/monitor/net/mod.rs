@@ -95,6 +95,10 @@ pub trait Wire: Send {
     fn flush(&mut self) -> bool {
         true
     }
+    /// How many frames for the guest this end has dropped by itself since this was last asked.
+    fn take_lost(&mut self) -> u64 {
+        0
+    }
     /// Receives a frame: its first bytes into `head`, what follows into `rest`. Returns its length; what does not fit is dropped.
     /// `None` if there is none, or no end of it, for now.
     fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize>;

@@ -34,6 +34,8 @@ pub struct Frames {
     bytes: usize,
     /// Frames that were ever in the queue.
     queued: u64,
+    /// Frames that the guest does not get.
+    lost: u64,
     guest: EthernetAddress,
     /// The largest packet of IP.
     pub mtu: usize,
@@ -47,6 +49,7 @@ impl Frames {
             queue: VecDeque::new(),
             bytes: 0,
             queued: 0,
+            lost: 0,
             guest: EthernetAddress(guest),
             mtu,
             left: Offloads::empty(),
@@ -67,6 +70,11 @@ impl Frames {
     /// Whether there is room for what can wait.
     pub fn has_room(&self) -> bool {
         self.queue.len() < ROOM.0 && self.bytes < ROOM.1
+    }
+
+    /// Frames that there was no room for, or that are too long, since this was last asked.
+    pub fn take_lost(&mut self) -> u64 {
+        std::mem::take(&mut self.lost)
     }
 
     /// How many frames there have been.
@@ -93,6 +101,7 @@ impl Frames {
         header: [u8; HEADER],
     ) {
         if self.queue.len() >= LIMIT.0 || self.bytes >= LIMIT.1 {
+            self.lost += 1;
             return;
         }
         let mut frame = EthernetFrame::new_unchecked(&mut bytes);
@@ -109,6 +118,7 @@ impl Frames {
         if header.buffer_len() > self.mtu {
             let len = header.payload_len();
             log::debug!("user network: a packet of {len} bytes for the guest is too long");
+            self.lost += 1;
             return;
         }
         let mut bytes = vec![0; ETHERNET + header.buffer_len()];
