@@ -4,8 +4,8 @@
 //! leaves them to the device, and an acknowledgement for each that comes. The host's end is another thread on the loopback. So
 //! the time of this thread is what the monitor's thread would spend: for the guest's frames, and for the host's socket.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -311,15 +311,16 @@ fn round_trip(version: &str, mtu: u16, time: Duration) {
 /// A connection for each request.
 fn requests(mtu: u16, time: Duration) {
     let (listener, address) = listener("127.0.0.1:0");
-    thread::spawn(move || {
-        while let Ok((mut stream, _)) = listener.accept() {
-            stream.read_exact(&mut [0; 64]).unwrap();
-            stream.write_all(&[0; 1024]).unwrap();
-            stream.shutdown(Shutdown::Write).unwrap();
-            // The guest's end comes; nothing else may.
-            assert_eq!(stream.read(&mut [0]).unwrap(), 0);
-        }
-    });
+    let answer = |mut stream: TcpStream| -> io::Result<()> {
+        stream.read_exact(&mut [0; 64])?;
+        stream.write_all(&[0; 1024])?;
+        stream.shutdown(Shutdown::Write)?;
+        // The guest's end comes; nothing else may.
+        assert_eq!(stream.read(&mut [0])?, 0);
+        Ok(())
+    };
+    // Until one connection is cut off: the last.
+    thread::spawn(move || while listener.accept().and_then(|(stream, _)| answer(stream)).is_ok() {});
     let mut peer = Peer::connect(address, mtu);
     let (start, mut count) = ((Instant::now(), cpu()), 0u32);
     while start.0.elapsed() < time || count == 0 {

@@ -89,6 +89,12 @@ impl Flow {
                 guest.poll(context);
                 return Fate::Breaks;
             };
+            // With the last bytes, if they are still to go.
+            if self.host_ended
+                && matches!(guest.socket().state(), tcp::State::Established | tcp::State::CloseWait)
+            {
+                guest.socket().close();
+            }
             // What is acknowledged now has made room for as much.
             guest.poll(context);
             let socket = guest.socket();
@@ -106,13 +112,6 @@ impl Flow {
             if self.guest_ended && !self.told_host && socket.recv_queue() == 0 {
                 self.told_host = true;
                 let _ = self.host.shutdown(Shutdown::Write);
-            }
-            if self.host_ended
-                && socket.may_send()
-                && matches!(state, tcp::State::Established | tcp::State::CloseWait)
-            {
-                socket.close();
-                continue;
             }
             break;
         }

@@ -20,7 +20,7 @@ use super::addresses::{DNS, DNS6, GATEWAY, GATEWAY6, GUEST, GUEST6, PREFIX6};
 use crate::config::{Net, NetTarget, UserNet};
 
 mod ipv6;
-mod losses;
+mod segments;
 
 const MTU: u16 = UserNet::MTU;
 

@@ -1,4 +1,4 @@
-//! What is sent to the guest again, and when: a guest of a few lines, which says when it has heard what.
+//! Which segments the guest is sent, and which again: it is a few lines here, and says when it has heard what.
 
 use smoltcp::wire::{EthernetFrame, Ipv4Packet, TcpPacket};
 
@@ -124,4 +124,20 @@ fn what_the_guest_has_not_taken_is_not_sent_again() {
     }
     end.hear_only();
     assert_eq!(end.again, 0, "bytes came again");
+}
+
+#[test]
+fn the_last_bytes_and_the_end_are_one_segment() {
+    let mut end = End::connect();
+    end.server.write_all(b"answer").unwrap();
+    end.server.shutdown(Shutdown::Write).unwrap();
+    let mut frames = Vec::new();
+    end.guest.until("the end", |guest| {
+        frames.extend(std::iter::from_fn(|| guest.stack.output()));
+        !frames.is_empty()
+    });
+    let [frame] = &frames[..] else { panic!("{} frames", frames.len()) };
+    let (ethernet, headers, flags, fin) = (14, 40, 47, 1);
+    assert_eq!(&frame.bytes[ethernet + headers..], b"answer");
+    assert_eq!(frame.bytes[flags] & fin, fin);
 }
