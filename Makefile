@@ -171,7 +171,7 @@ reboots:
 
 # Each back end of a network for minutes, with iperf3 in a Debian guest, and gigabytes whose checksums the guest computes
 # (VMM_NET_MEGABYTES each way, 1000 unless said). Half an hour and more in the rig; no part of `make test`.
-NET_WHOLE := user tap vhost socket switch
+NET_WHOLE := user streams tap vhost socket switch
 net-whole:
 	@$(call install,iperf3:iperf3 passt:passt iproute2:ip debootstrap:debootstrap)
 	@cargo guest bundle --out $(GUESTS) --only tuned

@@ -4,8 +4,8 @@
 //! leaves them to the device, and an acknowledgement for each that comes. The host's end is another thread on the loopback. So
 //! the time of this thread is what the monitor's thread would spend: for the guest's frames, and for the host's socket.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -48,6 +48,8 @@ struct Peer {
     frames: u64,
     /// Of those, the ones that had come before.
     again: u64,
+    /// The other side has said all.
+    ended: bool,
 }
 
 impl Peer {
@@ -76,12 +78,18 @@ impl Peer {
             received: 0,
             frames: 0,
             again: 0,
+            ended: false,
         };
-        peer.send(SYN, &[]);
-        while peer.limit == 1 {
-            peer.take(true);
-        }
+        peer.open();
         peer
+    }
+
+    fn open(&mut self) {
+        (self.next, self.acknowledged, self.limit, self.ended) = (1, 1, 1, false);
+        self.send(SYN, &[]);
+        while self.limit == 1 {
+            self.take(true);
+        }
     }
 
     fn ip_header(&self) -> usize {
@@ -143,6 +151,9 @@ impl Peer {
             }
             self.frames += 1;
             let segment = &frame.bytes[at..];
+            if segment[2..4] != self.own_port.to_be_bytes() {
+                continue;
+            }
             let word = |at: usize| u32::from_be_bytes(segment[at..at + 4].try_into().unwrap());
             let (flags, data) = (segment[13], segment.len() - usize::from(segment[12] >> 4) * 4);
             assert!(flags & 4 == 0, "a reset");
@@ -162,7 +173,11 @@ impl Peer {
             } else if data > 0 {
                 self.again += 1;
             }
-            if data > 0 || flags & SYN != 0 {
+            if flags & FIN != 0 && !self.ended {
+                self.ended = true;
+                self.expected = self.expected.wrapping_add(1);
+            }
+            if data > 0 || flags & (SYN | FIN) != 0 {
                 self.send(ACK, &[]);
             }
         }
@@ -293,6 +308,40 @@ fn round_trip(version: &str, mtu: u16, time: Duration) {
     println!("round trip             mtu {mtu:<5}  {:>6.1} us, 99 of 100 below {:.1} us", at(50), at(99));
 }
 
+/// A connection for each request.
+fn requests(mtu: u16, time: Duration) {
+    let (listener, address) = listener("127.0.0.1:0");
+    let answer = |mut stream: TcpStream| -> io::Result<()> {
+        stream.read_exact(&mut [0; 64])?;
+        stream.write_all(&[0; 1024])?;
+        stream.shutdown(Shutdown::Write)?;
+        // The guest's end comes; nothing else may.
+        assert_eq!(stream.read(&mut [0])?, 0);
+        Ok(())
+    };
+    // Until one connection is cut off: the last.
+    thread::spawn(move || while listener.accept().and_then(|(stream, _)| answer(stream)).is_ok() {});
+    let mut peer = Peer::connect(address, mtu);
+    let (start, mut count) = ((Instant::now(), cpu()), 0u32);
+    while start.0.elapsed() < time || count == 0 {
+        peer.send(ACK, &[0; 64]);
+        while !peer.ended {
+            peer.take(true);
+        }
+        peer.send(FIN | ACK, &[]);
+        peer.take(false);
+        count += 1;
+        peer.own_port = PORT + (count % 20000) as u16;
+        peer.open();
+    }
+    let each = |time: Duration| time.as_secs_f64() * 1e6 / f64::from(count);
+    println!(
+        "a request              mtu {mtu:<5}  {:>6.1} us, {:.1} us of CPU",
+        each(start.0.elapsed()),
+        each(cpu() - start.1)
+    );
+}
+
 /// Bytes of memory that this process has.
 fn memory() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
@@ -310,12 +359,7 @@ fn idle() {
     for round in 1..=3u16 {
         for number in 0..CONNECTIONS {
             peer.own_port = PORT + round * CONNECTIONS + number;
-            peer.next = 1;
-            let frames = peer.frames;
-            peer.send(SYN, &[]);
-            while peer.frames == frames {
-                peer.take(true);
-            }
+            peer.open();
             accepted.push(listener.accept().unwrap());
         }
         let each = memory().saturating_sub(before) / u64::from(CONNECTIONS) / 1024;
@@ -341,5 +385,6 @@ fn main() {
             to_guest(version, mtu, time);
         }
         round_trip("127.0.0.1:0", mtu, time);
+        requests(mtu, time);
     }
 }

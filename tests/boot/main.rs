@@ -13,6 +13,7 @@ mod kernels;
 mod labs;
 mod life;
 mod net;
+mod net_apt;
 mod net_user;
 mod net_whole;
 mod others;

@@ -14,7 +14,7 @@ const LEASE: &str = "echo 'test $1 = bound || exit 0; echo lease $ip/$mask $rout
      mkdir -p /etc; echo BEGIN; ip link set eth0 up; cat /sys/class/net/eth0/mtu; \
      printf '%s\\n' '#!/bin/sh' | cat - /u >/v; chmod +x /v; udhcpc -q -n -O mtu -i eth0 -s /v 2>/dev/null";
 
-fn noise(len: usize) -> Vec<u8> {
+pub fn noise(len: usize) -> Vec<u8> {
     let mut state = 7u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -23,7 +23,7 @@ fn noise(len: usize) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-fn sha256(bytes: &[u8]) -> String {
+pub fn sha256(bytes: &[u8]) -> String {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
     let output = Command::new("sha256sum").arg(file.path()).output().unwrap();

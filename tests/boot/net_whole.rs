@@ -118,6 +118,28 @@ fn whole_user() {
     }
 }
 
+/// Four connections to the guest at once, five times: next to nothing comes twice, however busy the guest's one processor is.
+#[test]
+#[ignore = "minutes"]
+fn whole_streams() {
+    const SOME: u32 = 20;
+    if !available("connections side by side") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = disk(dir.path());
+    let _server = server(Ipv4Addr::LOCALHOST);
+    let script = "for n in 1 2 3 4 5; do iperf3 -c 10.0.2.2 -p 5201 -R -P 4 -t 5 >/tmp/o; grep SUM.*receiver /tmp/o; done; \
+         nstat -az TcpExtTCPDSACKOldSent | grep Old; echo over";
+    let address = "10.0.2.15::10.0.2.2:255.255.255.0::eth0:off:10.0.2.3";
+    let ended = guest(&image, "user,mtu=1500,allow=127.0.0.1:5201", address, script, 1).finish();
+    eprintln!("{}", ended.text);
+    assert_eq!(ended.text.matches("receiver").count(), 5, "{}", ended.text);
+    let again = ended.text.lines().find_map(|line| line.strip_prefix("TcpExtTCPDSACKOldSent"));
+    let again = again.and_then(|line| line.split_whitespace().next()?.parse::<u32>().ok());
+    assert!(again.is_some_and(|again| again < SOME), "{again:?} segments came twice: {}", ended.text);
+}
+
 /// Taps of one and of four queues, served by the monitor or by the host's kernel.
 fn taps(more: &str, number: u8) {
     let dir = tempfile::tempdir().unwrap();

@@ -95,7 +95,8 @@ fn ends_that_cannot_be() {
     }
     assert!(!place.path("frames").exists() && !place.path("elsewhere").exists());
     let said = text(&place.vmm("--kernel kernel --net socket=missing").stderr);
-    assert!(said.contains("passt -s missing"), "{said}");
+    assert!(said.contains("passt -s missing") && said.contains("apt-get install passt"), "{said}");
+    what_root_may_not_without_its_privileges(&place);
     let mut shell = Command::new("sh");
     place.set_up(&mut shell);
     shell.args(["-c", &format!("exec {} --kernel kernel --net fd=5 5<file", crate::PROGRAM)]);
@@ -107,6 +108,33 @@ fn ends_that_cannot_be() {
         clients.push(client);
     }
     refused(&place, "--kernel kernel --net socket=full", BAD_ARGUMENT, &["full", "temporarily unavailable"]);
+}
+
+/// A port of the system's own, and a socket that we may not write to.
+fn what_root_may_not_without_its_privileges(place: &Place) {
+    if !run(Command::new("setpriv").arg("--version")) {
+        return eprintln!("SKIP: ends_that_cannot_be: privileges of root: needs setpriv");
+    }
+    let without = |privilege: &str, arguments: &str| {
+        let mut command = Command::new("setpriv");
+        let of = |set: &str| format!("--{set}=-{privilege}");
+        command.args([of("inh-caps"), of("bounding-set")]).arg(crate::PROGRAM);
+        command.args(["--kernel", "kernel", "--console", "off"]).args(arguments.split(' '));
+        place.set_up(&mut command);
+        command
+    };
+    let lowest = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
+    if lowest.trim().parse::<u16>().unwrap() > 7 {
+        let command = || without("net_bind_service", "-p 7:80");
+        refused_command(place, command(), BAD_ARGUMENT, &["127.0.0.1:7/tcp", "Permission denied"]);
+        let hint = text(&command().output().unwrap().stderr);
+        assert!(hint.contains("ip_unprivileged_port_start=7"), "{hint}");
+    }
+    let closed = place.path("closed");
+    let _listener = UnixListener::bind(&closed).unwrap();
+    fs::set_permissions(&closed, std::os::unix::fs::PermissionsExt::from_mode(0o400)).unwrap();
+    let command = without("dac_override", "--net socket=closed");
+    refused_command(place, command, BAD_ARGUMENT, &["closed", "Permission denied"]);
 }
 
 #[test]
@@ -182,6 +210,15 @@ fn taps_that_cannot_be_and_what_is_left_of_one() {
         assert!(hint.contains(&format!("sudo ip tuntap add dev {missing} mode tap")), "{hint}");
     }
     assert!(!interface(&missing).exists());
+
+    // One that was made for a start that fails goes again, and ports are free.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let all = format!(
+        "--kernel kernel --console off --net tap={missing} --net user -p {port}:80 --net socket=none"
+    );
+    refused(&place, &all, BAD_ARGUMENT, &["none", "No such file"]);
+    assert!(!interface(&missing).exists(), "{missing} is left behind");
+    drop(std::net::TcpListener::bind(("127.0.0.1", port)).unwrap());
 
     // In use; and one that was made goes with its VM, also where that is killed.
     for kill in [false, true] {

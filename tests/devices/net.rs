@@ -1,7 +1,7 @@
 //! The network device and its links beyond single requests: who waits for whom, and what is lost when.
 
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -170,6 +170,63 @@ fn a_peer_that_does_not_read_stalls_the_guest_and_nobody_spins() {
         guest.rings[TRANSMIT].wait_used(10);
     }
     assert_eq!(guest.rings[TRANSMIT].used(), None);
+}
+
+/// A link that notes how many bytes its peer has to read before and after each end of a batch.
+struct Batched {
+    link: Link,
+    peer: UnixStream,
+    noted: Arc<Mutex<Vec<(u64, u64)>>>,
+}
+
+impl Wire for Batched {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.link.as_fd()
+    }
+    fn is_up(&self) -> bool {
+        self.link.wire().is_up()
+    }
+    fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool {
+        self.link.wire().send(header, frame)
+    }
+    fn flush(&mut self) -> bool {
+        let waits = || rustix::io::ioctl_fionread(&self.peer).unwrap();
+        let before = waits();
+        let done = self.link.wire().flush();
+        self.noted.lock().unwrap().push((before, waits()));
+        done
+    }
+    fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
+        self.link.wire().receive(head, rest)
+    }
+}
+
+#[test]
+fn short_frames_of_one_batch_go_to_a_stream_at_its_end() {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let link = from_descriptor(ours.into(), 3).unwrap();
+    let noted = Arc::default();
+    let link =
+        Link::new(Batched { link, peer: peer.try_clone().unwrap(), noted: Arc::clone(&noted) }).unwrap();
+    let mut guest = Guest::new(net_on(&[link]));
+    guest.start(0);
+    guest.settle();
+    noted.lock().unwrap().clear();
+    let all: Vec<_> = (0..10).map(|number| frame(TO_HOST, &[number; 1000])).collect();
+    let old = guest.rings[TRANSMIT].available();
+    for (frame, at) in all.iter().zip((DATA..).step_by(0x800)) {
+        guest.store(at, &[&[0; HEADER][..], frame].concat());
+        guest.rings[TRANSMIT].add(&[(at, (HEADER + frame.len()) as u32)], &[]);
+    }
+    guest.kick(TRANSMIT, old);
+    for expect in &all {
+        let mut bytes = vec![0; 4 + expect.len()];
+        peer.read_exact(&mut bytes).unwrap();
+        assert!(bytes[..4] == (expect.len() as u32).to_be_bytes() && bytes[4..] == **expect);
+    }
+    guest.settle();
+    let first = noted.lock().unwrap()[0];
+    assert_eq!(first, (0, 10 * (4 + all[0].len() as u64)), "none before, all after");
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! What a network device counts, and how much it lets pass.
 
+use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
-use vmm_monitor::config::{Net as Config, NetLimits};
+use vmm_monitor::config::{Net as Config, NetLimits, NetTarget};
 use vmm_monitor::net::traffic::{Counts, Dropped};
+use vmm_monitor::net::user::Stack;
 use vmm_monitor::net::{HEADER, Link, MAX_FRAME, Port};
 use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::net::Net;
@@ -68,6 +70,24 @@ fn frames_are_counted_by_what_became_of_them() {
     // A reset of the device is none of its port's.
     guest.start(0);
     assert_eq!((port.traffic.sent.counts().frames, port.traffic.received.counts().frames), (2, 2));
+}
+
+#[test]
+fn what_the_user_network_drops_itself_is_counted() {
+    let own = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let free = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let net: Config = format!("user,publish={free}:9/udp").parse().unwrap();
+    let NetTarget::User(config) = net.to else { unreachable!() };
+    let link = Link::new(Stack::new(&config, MAC, 1500).unwrap()).unwrap();
+    let (mut guest, port) = guest(&link, "");
+    offer(&mut guest, 4, 2048);
+    // With its headers it is longer than a packet may be.
+    own.send_to(&[1; 1480], free).unwrap();
+    own.send_to(&[2; 100], free).unwrap();
+    let (ethernet, headers) = (14, 28);
+    assert_eq!(guest.rings[RECEIVE].wait_used(10).1, HEADER as u32 + ethernet + headers + 100);
+    let dropped = Dropped { no_room: 1, ..Dropped::default() };
+    guest.wait_for("the count", |_| port.traffic.received.counts().dropped == dropped);
 }
 
 /// Bytes of a long frame.

@@ -196,7 +196,10 @@ impl Error {
             Self::Tap { name, .. } => format!("see what it is: ip -d link show {name}"),
             Self::Connect { path, source } => match source.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                    format!("start what listens there first: passt -s {}, for example", quoted(path))
+                    let path = quoted(path);
+                    format!(
+                        "start what listens there first: passt -s {path}, for example (apt-get install passt)"
+                    )
                 }
                 io::ErrorKind::PermissionDenied => format!("see who may use it: ls -l {}", quoted(path)),
                 _ => format!("see who listens there, and whether it answers: ss -xlp src {}", quoted(path)),

@@ -70,7 +70,8 @@ pub struct Head {
 /// One of the host's ends.
 ///
 /// Called with its mutex held, never blocks. It never holds more than one frame each way, and of those only what the host's side
-/// has begun to take or to give. The user network makes its frames itself, and bounds them.
+/// has begun to take or to give; a stream socket also holds the short frames of a batch. The user network makes its frames itself,
+/// and bounds them.
 pub trait Wire: Send {
     /// The descriptor to wait on.
     fn fd(&self) -> BorrowedFd<'_>;
@@ -90,9 +91,13 @@ pub trait Wire: Send {
     fn take_refused(&mut self) -> bool {
         false
     }
-    /// Sends on what the last frame left. True if nothing is left.
+    /// The batch is at its end: sends on what the frames left. True if nothing is left.
     fn flush(&mut self) -> bool {
         true
+    }
+    /// How many frames for the guest this end has dropped by itself since this was last asked.
+    fn take_lost(&mut self) -> u64 {
+        0
     }
     /// Receives a frame: its first bytes into `head`, what follows into `rest`. Returns its length; what does not fit is dropped.
     /// `None` if there is none, or no end of it, for now.

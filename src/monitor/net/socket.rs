@@ -1,7 +1,8 @@
 //! Frames over a unix socket: a stream as QEMU's `-netdev stream` has it, or datagrams.
 //!
 //! In a stream each frame has its length in front, four bytes, the most significant first: what passt, gvproxy, socket_vmnet and
-//! QEMU itself speak. A frame of which the socket takes or gives only a part stays here, and nothing else does.
+//! QEMU itself speak. Short frames of one batch go together: a write wakes the peer, which costs more than copying them. Beside
+//! those, a frame of which the socket takes or gives only a part stays here, and nothing else does.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,12 +16,16 @@ use crate::memory::{Buffers, Slices};
 /// Bytes of a frame's length in a stream.
 const PREFIX: usize = 4;
 
+/// Bytes of the longest frame that waits for others, and of all that wait.
+const SHORT: usize = 2 << 10;
+const BATCH: usize = 32 << 10;
+
 /// A stream socket.
 pub struct Stream {
     socket: OwnedFd,
     up: bool,
     refused: bool,
-    /// What is left of a frame that the peer has begun to take, prefix and all.
+    /// Short frames of this batch, and what is left of a frame that the peer has begun to take, prefixes and all.
     unsent: Vec<u8>,
     /// Length of the next frame, and how many bytes of that have come.
     prefix: [u8; PREFIX],
@@ -115,16 +120,22 @@ impl Wire for Stream {
     }
 
     fn send(&mut self, _: &[u8; HEADER], frame: &Buffers) -> bool {
-        if !self.flush() {
-            return false;
-        }
         let slices = Slices::of([frame], 0);
         if !self.up || !slices.is_whole() || slices.len() > MAX_FRAME {
             self.refused = true;
             return true;
         }
         let prefix = (slices.len() as u32).to_be_bytes();
-        let all = PREFIX + slices.len();
+        let (held, all) = (self.unsent.len(), PREFIX + slices.len());
+        if all <= SHORT && held + all <= BATCH {
+            self.unsent.resize(held + all, 0);
+            self.unsent[held..held + PREFIX].copy_from_slice(&prefix);
+            slices.copy_to(0, &mut self.unsent[held + PREFIX..]);
+            return true;
+        }
+        if !self.flush() {
+            return false;
+        }
         match slices.write_to(&self.socket, &prefix) {
             Ok(n) if n < all => {
                 // The rare case in which a frame is copied: where the socket has taken a part, the rest has to follow.

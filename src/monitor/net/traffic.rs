@@ -58,7 +58,7 @@ pub struct Way {
 pub enum Drop {
     /// The driver's receive modes, addresses or VLANs exclude it.
     Filtered,
-    /// It is longer than the driver's buffers.
+    /// It is longer than the driver's buffers; or the user network had no room for it, or no packet that is long enough.
     NoRoom,
     /// Shorter than Ethernet's header; or a header of virtio-net that cannot be right.
     Malformed,

@@ -57,6 +57,10 @@ impl Wire for Dumped {
         self.wire.flush()
     }
 
+    fn take_lost(&mut self) -> u64 {
+        self.wire.take_lost()
+    }
+
     fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
         let len = self.wire.receive(head, rest)?;
         // What the guest's buffers have no room for is not here either.

@@ -32,6 +32,10 @@ pub struct Frame {
 pub struct Frames {
     queue: VecDeque<Frame>,
     bytes: usize,
+    /// Frames that were ever in the queue.
+    queued: u64,
+    /// Frames that the guest does not get.
+    lost: u64,
     guest: EthernetAddress,
     /// The largest packet of IP.
     pub mtu: usize,
@@ -41,7 +45,15 @@ pub struct Frames {
 
 impl Frames {
     pub fn new(guest: [u8; 6], mtu: usize) -> Self {
-        Self { queue: VecDeque::new(), bytes: 0, guest: EthernetAddress(guest), mtu, left: Offloads::empty() }
+        Self {
+            queue: VecDeque::new(),
+            bytes: 0,
+            queued: 0,
+            lost: 0,
+            guest: EthernetAddress(guest),
+            mtu,
+            left: Offloads::empty(),
+        }
     }
 
     /// The guest calls itself `address` now.
@@ -60,6 +72,21 @@ impl Frames {
         self.queue.len() < ROOM.0 && self.bytes < ROOM.1
     }
 
+    /// Frames that there was no room for, or that are too long, since this was last asked.
+    pub fn take_lost(&mut self) -> u64 {
+        std::mem::take(&mut self.lost)
+    }
+
+    /// How many frames there have been.
+    pub fn queued(&self) -> u64 {
+        self.queued
+    }
+
+    /// How many of those the guest has.
+    pub fn taken(&self) -> u64 {
+        self.queued - self.queue.len() as u64
+    }
+
     pub fn pop(&mut self) -> Option<Frame> {
         let frame = self.queue.pop_front()?;
         self.bytes -= frame.bytes.len();
@@ -74,6 +101,7 @@ impl Frames {
         header: [u8; HEADER],
     ) {
         if self.queue.len() >= LIMIT.0 || self.bytes >= LIMIT.1 {
+            self.lost += 1;
             return;
         }
         let mut frame = EthernetFrame::new_unchecked(&mut bytes);
@@ -81,6 +109,7 @@ impl Frames {
         frame.set_src_addr(OUR_MAC);
         frame.set_ethertype(protocol);
         self.bytes += bytes.len();
+        self.queued += 1;
         self.queue.push_back(Frame { header, bytes });
     }
 
@@ -89,6 +118,7 @@ impl Frames {
         if header.buffer_len() > self.mtu {
             let len = header.payload_len();
             log::debug!("user network: a packet of {len} bytes for the guest is too long");
+            self.lost += 1;
             return;
         }
         let mut bytes = vec![0; ETHERNET + header.buffer_len()];

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -27,6 +27,8 @@ pub struct GuestEnd {
     /// Bytes of data that its segments have.
     mss: Option<usize>,
     recovery: Recovery,
+    /// The socket's time: it stands still while the connection is open, but for what `recovery` says.
+    time: smoltcp::time::Instant,
     interface: Interface,
     sockets: SocketSet<'static>,
     socket: SocketHandle,
@@ -47,6 +49,7 @@ struct Output<'a> {
     guest: IpAddr,
     mss: Option<usize>,
     recovery: &'a mut Recovery,
+    now: Instant,
 }
 
 impl RxToken for Input<'_> {
@@ -57,9 +60,10 @@ impl RxToken for Input<'_> {
 
 impl TxToken for &mut Output<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        self.frames.tcp(self.guest, self.mss, len, |bytes| {
+        let Output { frames, guest, mss, recovery, now } = self;
+        frames.tcp(*guest, *mss, len, |bytes| {
             let result = f(bytes);
-            self.recovery.sends(bytes);
+            recovery.sends(bytes, *now);
             result
         })
     }
@@ -113,9 +117,11 @@ impl GuestEnd {
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = u64::from_ne_bytes(seed);
         let mut recovery = Recovery::default();
-        let output = Output { frames: &mut context.frames, guest, mss: None, recovery: &mut recovery };
+        let now = context.now;
+        let output = Output { frames: &mut context.frames, guest, mss: None, recovery: &mut recovery, now };
         let mut packets = Packets { input: None, output };
-        let mut interface = Interface::new(config, &mut packets, context.clock.smoltcp(context.now));
+        let time = context.clock.smoltcp(now);
+        let mut interface = Interface::new(config, &mut packets, time);
         // It is the remote end, and everybody else is behind the guest. There is room for both.
         let all = if remote.is_ipv4() { 32 } else { 128 };
         interface.update_ip_addrs(|own| _ = own.push(IpCidr::new(remote.into(), all)));
@@ -131,7 +137,7 @@ impl GuestEnd {
         socket.set_nagle_enabled(false);
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let socket = sockets.add(socket);
-        Ok(Self { guest, mss: None, recovery, interface, sockets, socket, _room: room })
+        Ok(Self { guest, mss: None, recovery, time, interface, sockets, socket, _room: room })
     }
 
     pub fn socket(&mut self) -> &mut tcp::Socket<'static> {
@@ -160,29 +166,72 @@ impl GuestEnd {
             }
             None => input,
         };
-        if self.recovery.is_echo(input) {
+        if self.recovery.hears(input, context.now) {
             return;
         }
-        let Self { guest, mss, recovery, interface, sockets, .. } = self;
-        let now = context.clock.smoltcp(context.now);
-        let output = Output { frames: &mut context.frames, guest: *guest, mss: *mss, recovery };
-        interface.poll_ingress_single(now, &mut Packets { input: Some(input), output }, sockets);
+        self.run_clock(context);
+        let (time, mut packets, interface, sockets) = self.parts(context);
+        packets.input = Some(input);
+        interface.poll_ingress_single(time, &mut packets, sockets);
     }
 
-    /// Sends what is to be sent.
+    /// Sends what is to be sent, and then what is to be sent again.
     pub fn poll(&mut self, context: &mut Context) {
-        let Self { guest, mss, recovery, interface, sockets, .. } = self;
-        let now = context.clock.smoltcp(context.now);
-        let output = Output { frames: &mut context.frames, guest: *guest, mss: *mss, recovery };
-        let mut packets = Packets { input: None, output };
+        self.run_clock(context);
+        self.send(context);
+        let is_late = self.recovery.deadline().is_some_and(|at| at <= context.now);
+        if is_late && self.is_open() && context.frames.has_room() {
+            if !self.recovery.resends(context.now, context.frames.taken()) {
+                return;
+            }
+            let due = self.interface.poll_at(self.time, &self.sockets);
+            self.time = due.map_or(self.time, |due| due.max(self.time));
+            self.send(context);
+        }
+    }
+
+    fn send(&mut self, context: &mut Context) {
+        let (time, mut packets, interface, sockets) = self.parts(context);
+        let before = packets.output.frames.queued();
         // Each call sends one packet of a socket at most.
         while packets.output.frames.has_room()
-            && interface.poll_egress(now, &mut packets, sockets) != PollResult::None
+            && interface.poll_egress(time, &mut packets, sockets) != PollResult::None
         {}
+        let queued = packets.output.frames.queued();
+        if queued > before {
+            self.recovery.queued(queued);
+        }
+    }
+
+    /// What a call of smoltcp's takes.
+    fn parts<'a>(
+        &'a mut self,
+        context: &'a mut Context,
+    ) -> (smoltcp::time::Instant, Packets<'a>, &'a mut Interface, &'a mut SocketSet<'static>) {
+        let Self { guest, mss, recovery, time, interface, sockets, .. } = self;
+        let (guest, mss, now) = (*guest, *mss, context.now);
+        let output = Output { frames: &mut context.frames, guest, mss, recovery, now };
+        (*time, Packets { input: None, output }, interface, sockets)
+    }
+
+    /// Both sides have said that they are there.
+    fn is_open(&mut self) -> bool {
+        use tcp::State::{Listen, SynReceived, SynSent};
+        !matches!(self.socket().state(), Listen | SynSent | SynReceived)
+    }
+
+    fn run_clock(&mut self, context: &Context) {
+        if !self.is_open() {
+            self.time = context.clock.smoltcp(context.now);
+        }
     }
 
     /// When there is something to do although nobody has said a word.
-    pub fn poll_at(&mut self, now: smoltcp::time::Instant) -> Option<smoltcp::time::Instant> {
-        self.interface.poll_at(now, &self.sockets)
+    pub fn deadline(&mut self, context: &Context) -> Option<Instant> {
+        match self.interface.poll_at(self.time, &self.sockets) {
+            Some(at) if at <= self.time => Some(context.now),
+            at if !self.is_open() => at.map(|at| context.clock.std(at)),
+            _ => self.recovery.deadline(),
+        }
     }
 }

@@ -89,6 +89,12 @@ impl Flow {
                 guest.poll(context);
                 return Fate::Breaks;
             };
+            // With the last bytes, if they are still to go.
+            if self.host_ended
+                && matches!(guest.socket().state(), tcp::State::Established | tcp::State::CloseWait)
+            {
+                guest.socket().close();
+            }
             // What is acknowledged now has made room for as much.
             guest.poll(context);
             let socket = guest.socket();
@@ -106,13 +112,6 @@ impl Flow {
             if self.guest_ended && !self.told_host && socket.recv_queue() == 0 {
                 self.told_host = true;
                 let _ = self.host.shutdown(Shutdown::Write);
-            }
-            if self.host_ended
-                && socket.may_send()
-                && matches!(state, tcp::State::Established | tcp::State::CloseWait)
-            {
-                socket.close();
-                continue;
             }
             break;
         }
@@ -345,18 +344,17 @@ impl Tcp {
         if fate != Fate::Lives {
             return self.remove(&key, fate);
         }
-        let now = context.clock.smoltcp(context.now);
         let next = match &mut flow.state {
-            State::Open(guest) => guest.poll_at(now),
+            State::Open(guest) => guest.deadline(context),
             _ => None,
         };
-        let is_due = next.is_some_and(|at| at <= now);
+        let is_due = next.is_some_and(|at| at <= context.now);
         let waits = is_due && !context.frames.has_room();
         // What is due although all has been sent that could be is looked at again soon, and not at once.
         let deadline = match next {
             _ if waits => None,
             Some(_) if is_due => Some(context.now + SOON),
-            next => next.map(|at| context.clock.std(at)),
+            next => next,
         };
         let before = std::mem::replace(&mut flow.deadline, deadline);
         if before != deadline {

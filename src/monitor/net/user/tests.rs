@@ -21,6 +21,7 @@ use crate::config::{Net, NetTarget, UserNet};
 
 mod closed;
 mod ipv6;
+mod segments;
 
 const MTU: u16 = UserNet::MTU;
 

@@ -42,6 +42,10 @@ impl Wire for Stack {
         true
     }
 
+    fn take_lost(&mut self) -> u64 {
+        self.context.frames.take_lost()
+    }
+
     fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
         let frame = self.output()?;
         let (start, behind) = frame.bytes.split_at(frame.bytes.len().min(START));

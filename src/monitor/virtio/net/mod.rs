@@ -29,7 +29,7 @@ use super::queue::Virtqueue;
 use crate::bus::Busy;
 use crate::config::NetLimits;
 use crate::event_loop::Interest;
-use crate::net::traffic::Way;
+use crate::net::traffic::{Drop, Way};
 use crate::net::{HEADER, MAX_FRAME, Offloads, Port, START};
 use crate::recorder::{Event as Record, Recorder};
 use crate::state::{StateError, Stateful};
@@ -206,6 +206,7 @@ impl Net {
             let (gate, frames) = (&mut self.limiter.receive, &mut self.frames);
             let mut lane = Lane { gate, frames, counts: &traffic.received };
             interest.input = receiver.serve(&mut **wire, &mut queues[2 * pair], &terms, &mut lane);
+            traffic.received.dropped(Drop::NoRoom, wire.take_lost());
         }
         // One whose peer is gone would be ready for ever.
         if !wire.is_up() {
