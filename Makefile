@@ -31,6 +31,7 @@ run: build
 build: compilers
 	$(SAY) 'build vmm (release; a minute or two the first time)'
 	@cargo static --quiet
+	@$(BIN)/guest agent --out $(BIN)/vmm-agent >/dev/null
 
 compilers:
 	@command -v cargo >/dev/null || { echo 'cargo is missing: install Rust 1.90 or later (https://rustup.rs)'; exit 1; }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use vmm_agent::client::{self, Patience, Session, dial};
 use vmm_agent::protocol::{PORT, Reason, Request};
 
-use crate::guest::{Guest, Kernel, available, vmm};
+use crate::guest::{Guest, Kernel, available, bundle, vmm};
 
 fn start(kernel: Kernel) -> Guest {
     let mut command = vmm(kernel, "echo up; while :; do sleep 1; done");
@@ -130,6 +130,45 @@ fn a_guest_that_is_killed_ends_the_commands_in_it() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(125));
     assert!(String::from_utf8_lossy(&output.stderr).contains("lost"));
+}
+
+/// Debian as debootstrap makes it, with its own kernel and modules: nothing was prepared for the agent.
+#[test]
+fn an_agent_that_was_installed_serves_a_stock_debian() {
+    if !available("an_agent_that_was_installed_serves_a_stock_debian") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    let copied =
+        Command::new("cp").arg("--sparse=always").arg(bundle("debian-stock.img")).arg(&disk).status();
+    assert!(copied.unwrap().success(), "no disk to copy: cargo guest bundle --out target/guests makes it");
+    let vmm = || Command::new(env!("CARGO_BIN_EXE_vmm"));
+    let mut install = vmm();
+    install.args(["agent", "install", "--disk"]).arg(&disk).arg("--agent").arg(bundle("vmm-agent"));
+    let output = install.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    let mut command = vmm();
+    command.arg("--disk").arg(&disk).args(["--mem", "1G", "--name", "debian", "--vsock"]);
+    let mut guest = Guest::start({
+        command.stdin(Stdio::null());
+        command
+    });
+    // 75 seconds on an idle machine.
+    guest.patience = Duration::from_secs(500);
+    guest.wait_for("login: ", 1);
+    let (code, said) =
+        guest.control(&["exec", "--timeout", "200", "debian", "sh", "-c", "id -u; cat /etc/issue"]);
+    assert!(code == Some(0) && said.starts_with("0\nDebian"), "{code:?}: {said}");
+    let (_, said) = guest.control(&["exec", "debian", "systemctl", "is-active", "vmm-agent"]);
+    assert_eq!(said, "active\n");
+    assert_eq!(guest.control(&["stop", "debian"]).0, Some(0));
+    // It was shut down cleanly, so that a newer one could be put in.
+    let mut again = vmm();
+    again.args(["agent", "install", "--disk"]).arg(&disk).arg("--agent").arg(bundle("vmm-agent"));
+    let output = again.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// A screen of 80 columns and 24 lines, with what runs on it.

@@ -1,5 +1,7 @@
 //! What the commands on the agent in a guest share: how they reach it, and the terminal.
 
+pub mod command;
+mod install;
 pub mod terminal;
 
 use std::ffi::OsString;

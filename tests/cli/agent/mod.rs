@@ -5,6 +5,7 @@ mod copy;
 mod exec;
 mod forward;
 mod hostile;
+mod install;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
