@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use vmm_agent::client::{self, Patience, Session, dial};
 use vmm_agent::protocol::{PORT, Reason, Request};
@@ -13,7 +13,7 @@ use crate::guest::{Guest, Kernel, available, bundle, vmm};
 
 fn start(kernel: Kernel) -> Guest {
     let mut command = vmm(kernel, "echo up; while :; do sleep 1; done");
-    command.args(["--name", "web", "--vsock", "--rng"]);
+    command.args(["--name", "web", "--vsock", "--rng", "--net", "user"]);
     let guest = Guest::start(command);
     guest.wait_for("up", 1);
     guest
@@ -83,19 +83,34 @@ fn works(kernel: Kernel) {
 
 /// What the host says to a guest that was copied while it ran.
 fn orders(guest: &Guest) {
+    let told = |arguments: &[&str]| assert_eq!(guest.control(arguments).0, Some(0), "{arguments:?}");
+    let said = |script: &str| guest.control(&["exec", "web", "sh", "-c", script]).1;
+    said("date -s @1234567890");
+    told(&["agent", "time", "web"]);
+    let seconds: u64 = said("date +%s").trim().parse().unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    assert!((now.saturating_sub(60)..=now + 1).contains(&seconds), "{seconds}, and here {now}");
+    told(&["agent", "hostname", "web", "copy"]);
+    told(&["agent", "reseed", "web"]);
+    for (address, gateway) in [("10.9.8.7/24", "10.9.8.1"), ("10.9.7.7/16", "10.9.0.1")] {
+        told(&["agent", "network", "web", address, "--gateway", gateway, "--dns", "10.9.8.3"]);
+        let (plain, bits) = address.split_once('/').unwrap();
+        let mask = if bits == "24" { "255.255.255.0" } else { "255.255.0.0" };
+        let shown = said("ifconfig eth0; route -n; cat /etc/resolv.conf");
+        for part in [&*format!("addr:{plain}"), &format!("Mask:{mask}"), gateway, "nameserver 10.9.8.3\n"] {
+            assert!(shown.contains(part), "{part}: {shown}");
+        }
+        assert_eq!(shown.matches("UG").count(), 1, "one way to all others: {shown}");
+    }
+    let missing = ["agent", "network", "web", "10.9.8.7/24", "--device", "nosuch0"];
+    assert_eq!(guest.control(&missing).0, Some(4));
+
     let status: serde_json::Value =
         serde_json::from_str(&guest.control(&["status", "web", "--json"]).1).unwrap();
     let path = Path::new(status["vsock"].as_str().unwrap()).to_owned();
     let later = Instant::now() + Duration::from_secs(60);
     let dial = || dial(&path, PORT, Patience { boot: later, answer: later }).unwrap();
-    let order = |request| Session::order(dial(), request, later);
-    order(Request::SetTime(1_234_567_890_500_000_000)).unwrap();
-    let (_, seconds) = guest.control(&["exec", "web", "date", "+%s"]);
-    let seconds: u64 = seconds.trim().parse().unwrap();
-    assert!((1_234_567_890..1_234_567_890 + 60).contains(&seconds), "{seconds}");
-    order(Request::SetHostname(b"copy".to_vec())).unwrap();
-    order(Request::Reseed(vec![7; 64])).unwrap();
-    let error = order(Request::Reseed(vec![7; 513])).unwrap_err();
+    let error = Session::order(dial(), Request::Reseed(vec![7; 513]), later).unwrap_err();
     assert!(matches!(error, client::Error::Failed { reason: Reason::Refused, .. }), "{error}");
     let facts = Session::facts(dial(), later).unwrap();
     assert_eq!(facts.hostname, b"copy");
@@ -163,7 +178,9 @@ fn an_agent_that_was_installed_serves_a_stock_debian() {
     assert!(code == Some(0) && said.starts_with("0\nDebian"), "{code:?}: {said}");
     let (_, said) = guest.control(&["exec", "debian", "systemctl", "is-active", "vmm-agent"]);
     assert_eq!(said, "active\n");
-    assert_eq!(guest.control(&["stop", "debian"]).0, Some(0));
+    // Nothing in this Debian heeds a power button.
+    assert_eq!(guest.control(&["stop", "--timeout", "200", "debian"]).0, Some(0));
+    assert_eq!(guest.finish().code, Some(0), "by the agent");
     // It was shut down cleanly, so that a newer one could be put in.
     let mut again = vmm();
     again.args(["agent", "install", "--disk"]).arg(&disk).arg("--agent").arg(bundle("vmm-agent"));

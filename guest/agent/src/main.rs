@@ -11,7 +11,6 @@ mod output;
 mod process;
 mod session;
 mod users;
-mod vsock;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -26,7 +25,7 @@ fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.as_bytes()).collect();
     let result = match arguments[..] {
-        [] => vsock::listen(PORT).map_err(|error| format!("listen on vsock port {PORT}: {error}")),
+        [] => listen::vsock(PORT).map_err(|error| format!("listen on vsock port {PORT}: {error}")),
         [b"--unix", path] => {
             listen::unix(path).map_err(|error| format!("listen on {}: {error}", path.escape_ascii()))
         }

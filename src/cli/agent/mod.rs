@@ -2,6 +2,7 @@
 
 pub mod command;
 mod install;
+mod order;
 pub mod terminal;
 
 use std::ffi::OsString;
@@ -24,7 +25,7 @@ use vmm_monitor::api::registry::Registry;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whose agent, and how long to wait for it.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, Default, clap::Args)]
 pub struct Reach {
     /// Wait so many seconds for the agent of a guest that is booting, or does not answer [default: 10, from the VM's start on]
     #[arg(long, value_name = "SECONDS")]
@@ -71,6 +72,14 @@ impl Guest {
     /// There is no agent, or it cannot.
     pub fn start(&self, request: Request) -> Result<Session, client::Error> {
         Session::start(self.dial(PORT)?, request, self.patience.answer)
+    }
+
+    /// Has the agent do what has no streams.
+    ///
+    /// # Errors
+    /// There is no agent, or it cannot.
+    pub fn order(&self, request: Request) -> Result<(), client::Error> {
+        Session::order(self.dial(PORT)?, request, self.patience.answer)
     }
 
     /// What the agent tells about its guest.

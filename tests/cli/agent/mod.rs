@@ -6,6 +6,7 @@ mod exec;
 mod forward;
 mod hostile;
 mod install;
+mod orders;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -72,12 +73,14 @@ impl Guest {
         thread::spawn(move || {
             entry.listener().set_nonblocking(false).unwrap();
             for stream in entry.listener().incoming() {
-                let (mut stream, mut byte) = (stream.unwrap(), [0]);
-                while stream.read(&mut byte).is_ok_and(|count| count == 1) {
-                    if byte == *b"\n" {
-                        let _ = stream.write_all(&reply(Answer::Status(status.clone())));
+                let (mut stream, mut byte, status) = (stream.unwrap(), [0], status.clone());
+                thread::spawn(move || {
+                    while stream.read(&mut byte).is_ok_and(|count| count == 1) {
+                        if byte == *b"\n" {
+                            let _ = stream.write_all(&reply(Answer::Status(status.clone())));
+                        }
                     }
-                }
+                });
             }
         });
         Self { place, agent: None }
