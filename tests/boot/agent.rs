@@ -271,3 +271,75 @@ fn programs_with_a_screen_are_usable() {
     press(&["stty -a | grep -c -- ' -icanon'", "Enter"]);
     tmux.wait_for("\n0\n");
 }
+
+/// A guest without vsock, over whose console port one command runs at a time.
+fn works_by_a_port(kernel: Kernel) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = vmm(kernel, "echo up; while :; do sleep 1; done");
+    let port = format!("vmm.agent=socket={}", dir.path().join("agent").display());
+    let guest = Guest::start({
+        command.args(["--name", "web", "--port", &port]);
+        command
+    });
+    guest.wait_for("up", 1);
+    let exec = |script: &str| guest.command(&["exec", "--timeout", "60", "-i", "web", "sh", "-c", script]);
+    let output = exec("id -u; exit 42").stdin(Stdio::null()).output().unwrap();
+    assert_eq!((output.status.code(), &*output.stdout), (Some(42), &b"0\n"[..]), "{output:?}");
+
+    // Every byte, both ways, and more than any window.
+    let bytes: Vec<u8> = (0..500_000u32).flat_map(u32::to_le_bytes).collect();
+    let mut child = exec("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut stdin, input) = (child.stdin.take().unwrap(), bytes.clone());
+    let writer = thread::spawn(move || stdin.write_all(&input).unwrap());
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    assert!(output.stdout == bytes, "{} of {} bytes", output.stdout.len(), bytes.len());
+
+    // Clients that are killed while both sides talk.
+    for _ in 0..5 {
+        let mut child = exec("cat /dev/zero").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0; 100_000]).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let output = exec("echo next").stdin(Stdio::null()).output().unwrap();
+        assert_eq!(&*output.stdout, b"next\n", "{output:?}");
+    }
+    // Each waits for its turn.
+    let all: Vec<_> = (0..5)
+        .map(|number| {
+            let mut command = exec(&format!("sleep 0.2; echo {number}"));
+            (number, command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap())
+        })
+        .collect();
+    for (number, child) in all {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{number}\n"));
+    }
+    let mut long =
+        exec("echo ready; sleep 1000").stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    std::io::Read::read_exact(long.stdout.as_mut().unwrap(), &mut [0; 6]).unwrap();
+    let output = guest.command(&["exec", "--timeout", "1", "web", "true"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("in use by another command"), "{output:?}");
+    long.kill().unwrap();
+    long.wait().unwrap();
+    // Nothing of those that were killed is left.
+    let mut left = exec(
+        "for i in 1 2 3 4 5 6 7 8 9; do grep -aqs '[c]at./dev/zero\\|[s]leep.1000' /proc/[0-9]*/cmdline || exit 0; sleep 1; done; exit 1",
+    );
+    assert_eq!(left.stdin(Stdio::null()).status().unwrap().code(), Some(0));
+}
+
+#[test]
+fn commands_run_by_a_console_port_in_a_tuned_guest_without_vsock() {
+    if available("commands_run_by_a_console_port_in_a_tuned_guest_without_vsock") {
+        works_by_a_port(Kernel::TunedPvh);
+    }
+}
+
+#[test]
+fn commands_run_by_a_console_port_in_a_stock_guest_without_vsock() {
+    if available("commands_run_by_a_console_port_in_a_stock_guest_without_vsock") {
+        works_by_a_port(Kernel::Stock);
+    }
+}

@@ -67,7 +67,8 @@ pub fn serve(listener: &OwnedFd) {
     }
 }
 
-fn start(connection: OwnedFd) {
+/// Serves a connection, which must not block.
+pub fn start(connection: OwnedFd) {
     let (place, before) = Place::take();
     if before >= MAX_SESSIONS + MAX_REFUSED {
         return;

@@ -50,6 +50,8 @@ pub fn set_network(network: &Network) -> io::Result<()> {
     let &Network { address, gateway, dns, .. } = network;
     Ip { address, mask: mask.into(), gateway, device: &network.device, dns }.set_up()?;
     let Some(dns) = dns else { return Ok(()) };
+    // An initramfs may have none.
+    fs::create_dir_all("/etc")?;
     // In place of a link, too: what it leads to belongs to a service.
     fs::write(RESOLVERS_NEW, format!("nameserver {dns}\n"))?;
     fs::rename(RESOLVERS_NEW, RESOLVERS)
@@ -59,8 +61,10 @@ pub fn set_network(network: &Network) -> io::Result<()> {
 pub fn shut_down() -> io::Result<()> {
     let exec = Exec { argv: vec![b"poweroff".to_vec()], ..Exec::default() };
     match process::start(&exec) {
-        Ok(mut started) => {
+        Ok(started) => {
+            // With its streams, whose ends it may not find closed: it has something to say about systems without D-Bus.
             let reap = move || {
+                let mut started = started;
                 let _ = started.child.wait();
             };
             thread::Builder::new().stack_size(STACK).spawn(reap).map(drop)

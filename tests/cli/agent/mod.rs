@@ -2,11 +2,13 @@
 //! device. What a guest's kernel does about it is tested by tests/boot/agent.rs.
 
 mod copy;
+mod cost;
 mod exec;
 mod forward;
 mod hostile;
 mod install;
 mod orders;
+mod podman;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -67,6 +69,7 @@ impl Guest {
             kernel: None,
             vsock: Some(place.path("vsock")),
             ptys: Vec::new(),
+            ports: Vec::new(),
             networks: Vec::new(),
         };
         // Ends with the test: the thread has the entry's socket.
