@@ -188,6 +188,6 @@ fn whole_ssh() {
     drop(dial(socket, 22, Patience { boot: later, answer: later }).unwrap());
     log_in("by vmm ssh-proxy and vsock", &ours);
     // And by what systemd's ssh-proxy says to a `vsock-mux` socket.
-    let mux = format!("{{ echo CONNECT 22; cat; }} | socat - UNIX-CONNECT:{}", socket.display());
+    let mux = format!("sh -c '(echo CONNECT 22; cat) | socat - UNIX-CONNECT:{}'", socket.display());
     log_in("by CONNECT 22 and socat", &mux);
 }
