@@ -21,7 +21,7 @@ const MAX_PROGRAM: u64 = 4 << 20;
 const UNIT: &[u8] = include_bytes!("../../../../guest/agent/vmm-agent.service");
 const OPENRC: &[u8] = include_bytes!("../../../../guest/agent/vmm-agent.openrc");
 
-/// The options of `vmm agent install`.
+/// What to install into.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false, id = "target")]
 pub struct Target {
