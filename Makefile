@@ -14,7 +14,7 @@ SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers;
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
 .PHONY: run test lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips bench bench-net tuned bench-compare weight \
-	start-order tools build compilers vtx vsock-tests reboots net-whole clean-guests
+	start-order tools build compilers vtx vsock-tests reboots net-whole agent-whole clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -31,6 +31,7 @@ run: build
 build: compilers
 	$(SAY) 'build vmm (release; a minute or two the first time)'
 	@cargo static --quiet
+	@$(BIN)/guest agent --out $(BIN)/vmm-agent >/dev/null
 
 compilers:
 	@command -v cargo >/dev/null || { echo 'cargo is missing: install Rust 1.90 or later (https://rustup.rs)'; exit 1; }
@@ -182,6 +183,20 @@ net-whole:
 		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 3600 -- \
 			"$$boot" --exact net_whole::whole_$$way --ignored --nocapture >target/net-whole.log 2>&1 || { failed=1; tail -40 target/net-whole.log; }; \
 		grep -a '^==\|^ok \|Csum\|^test result' target/net-whole.log; \
+	done; exit $$failed
+
+# The agent for minutes: a gigabyte through a command, a thousand commands, a stock ssh server. In the rig; no part of `make test`.
+AGENT_WHOLE := gigabyte thousand ssh
+agent-whole:
+	@$(call install,openssh-client:ssh socat:socat debootstrap:debootstrap)
+	@cargo guest bundle --out $(GUESTS) --only tuned
+	@[ -e $(GUESTS)/ssh.ext4 ] || cargo guest -- rootfs --from debian --include openssh-server,socat --size 1G --out $(GUESTS)/ssh.ext4
+	@cargo build --quiet --package rig
+	@boot=$$(cargo test --release --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p'); failed=0; \
+	for way in $(AGENT_WHOLE); do \
+		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 1800 -- \
+			"$$boot" --exact agent_whole::whole_$$way --ignored --nocapture >target/agent-whole.log 2>&1 || { failed=1; tail -40 target/agent-whole.log; }; \
+		grep -a '^==\|^test result' target/agent-whole.log; \
 	done; exit $$failed
 
 clean-guests:

@@ -55,6 +55,7 @@ impl Control for Fake {
             kernel: Some("/boot/vmlinux".into()),
             vsock: None,
             ptys: Vec::new(),
+            ports: Vec::new(),
             networks: Vec::new(),
         }
     }

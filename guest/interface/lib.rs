@@ -1,4 +1,5 @@
-//! Sets up a guest's network interfaces from inside, without programs or a libc: what PID 1 does before anything else runs.
+//! Sets up a guest's network interfaces from inside, without programs or a libc: what PID 1 does before anything else runs, and
+//! the agent when the host says so. And [`vsock`], the sockets by which the guest's programs meet the host's.
 //!
 //! [`Ip`] is the kernel's own `ip=` parameter (Documentation/admin-guide/nfs/nfsroot.rst), which kernels without CONFIG_IP_PNP
 //! leave to user space. By the classic ioctls of sockets (netdevice(7)); IPv4 alone. No heap.
@@ -6,6 +7,8 @@
 
 #[cfg(test)]
 extern crate std;
+
+pub mod vsock;
 
 use core::net::Ipv4Addr;
 
@@ -16,6 +19,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 // linux/sockios.h
 const SIOCADDRT: Opcode = 0x890b;
+const SIOCDELRT: Opcode = 0x890c;
 const SIOCGIFFLAGS: Opcode = 0x8913;
 const SIOCSIFFLAGS: Opcode = 0x8914;
 const SIOCSIFADDR: Opcode = 0x8916;
@@ -50,7 +54,7 @@ struct Request {
 
 /// `struct rtentry` (linux/route.h).
 #[repr(C)]
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Route {
     pad1: u64,
     destination: Address,
@@ -101,7 +105,8 @@ impl<'a> Ip<'a> {
         Some(Self { address, mask, gateway: self::address(gateway), device, dns: self::address(dns) })
     }
 
-    /// Gives the interface its address, brings it up, and adds the route. What the kernel has done already is no error.
+    /// Gives the interface its address, brings it up, and has its way to all others lead to the gateway, if there is one. What the
+    /// kernel has done already is no error.
     ///
     /// # Errors
     /// There is no such interface, or the kernel refuses.
@@ -116,6 +121,10 @@ impl<'a> Ip<'a> {
         bring_up(&socket, self.device)?;
         let Some(gateway) = self.gateway else { return Ok(()) };
         let any = Address::new(Ipv4Addr::UNSPECIFIED);
+        let device = Request::new(self.device, any).name;
+        let old = Route { destination: any, mask: any, device: device.as_ptr() as u64, ..Route::default() };
+        // SAFETY: SIOCDELRT reads a struct rtentry, and by its pointer a name that ends with NUL and lives over the call.
+        while unsafe { ioctl(&socket, Setter::<SIOCDELRT, _>::new(old)) }.is_ok() {}
         let gateway = Address::new(gateway);
         let route = Route { destination: any, gateway, mask: any, flags: RTF_UP_GATEWAY, ..Route::default() };
         // SAFETY: SIOCADDRT reads a struct rtentry; without a device's name its pointer is null.

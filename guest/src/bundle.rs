@@ -9,13 +9,14 @@ use anyhow::{Context, Result};
 use crate::disk;
 use crate::initramfs::{self, Compression};
 use crate::kernel::{Kernel, Kind};
+use crate::programs;
 use crate::rootfs;
 
 /// What the Debian root has beyond the minimum: a disk test that verifies what it wrote, and tools to look around.
 const ROOT_PACKAGES: [&str; 3] = ["fio", "procps", "util-linux"];
 
 /// Fills `out` with `NAME-bzImage`, `NAME-vmlinux` and `NAME.cpio` (busybox) for each of `kinds`,
-/// `tiny.cpio`, and, if `root`, two of Debian: `debian.ext4`, a root file system, and `debian-stock.img`, a
+/// `tiny.cpio`, the agent as `vmm-agent`, and, if `root`, two of Debian: `debian.ext4`, a root file system, and `debian-stock.img`, a
 /// disk as debootstrap makes it. Those are made once; remove them to have them made anew.
 ///
 /// # Errors
@@ -31,6 +32,7 @@ pub fn write(out: &Path, kinds: &[Kind], root: bool) -> Result<()> {
     }
     let tiny = initramfs::Recipe { tiny: true, busybox: false, ..recipe(None) };
     tiny.write(&out.join("tiny.cpio"), Compression::default())?;
+    programs::write_agent(&out.join("vmm-agent"))?;
     let disk = out.join("debian.ext4");
     if root && !disk.exists() {
         let source = rootfs::Source::Debian { include: ROOT_PACKAGES.map(str::to_owned).to_vec() };

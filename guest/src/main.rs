@@ -148,9 +148,7 @@ fn run(cli: Cli) -> Result<()> {
             only => bundle::write(&args.out, only, false)?,
         },
         Command::Agent { out } => {
-            let program = std::fs::read(guest::programs::agent()?)?;
-            initramfs::write_whole(&out, &program)?;
-            std::fs::set_permissions(&out, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+            guest::programs::write_agent(&out)?;
             println!("agent {}", out.display());
         }
         Command::Disk(args) => {

@@ -2,9 +2,11 @@
 
 use crate::cache::Cache;
 use crate::debian;
+use crate::initramfs;
 use crate::run::{Tool, say};
 use anyhow::{Context, Result, ensure};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -78,6 +80,17 @@ pub fn agent() -> Result<PathBuf> {
     let most = if platform == AGENT_TARGET { MAX_AGENT } else { 2 * MAX_AGENT };
     ensure!(size <= most, "the agent has {size} bytes; {most} is what it may have");
     Ok(program)
+}
+
+/// Builds the agent, and writes it to `out`.
+///
+/// # Errors
+/// As [`agent`], or `out` cannot be written.
+pub fn write_agent(out: &Path) -> Result<()> {
+    let program = fs::read(agent()?).context("read the agent")?;
+    initramfs::write_whole(out, &program)?;
+    fs::set_permissions(out, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("make {} a program", out.display()))
 }
 
 /// Cargo as it builds one small program for `platform`, and the folder that it does that in: one of its own, for other flags, and so

@@ -5,6 +5,7 @@
 //! what makes no sense ends the session with a reason.
 
 pub mod client;
+pub mod port;
 pub mod protocol;
 pub mod tar;
 mod wire;

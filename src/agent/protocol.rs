@@ -4,6 +4,8 @@
 //! window of its own: a sender sends what it was given credit for, and no more, so that a stream that nobody reads fills up alone,
 //! and neither the other streams nor what is no stream (signals, sizes, the exit) wait for it.
 
+use std::net::Ipv4Addr;
+
 use crate::wire::{Reader, put_bytes, put_list};
 
 /// The version of the protocol. Another one is refused.
@@ -100,6 +102,25 @@ pub enum Request {
     Reseed(Vec<u8>),
     /// Set the guest's host name.
     SetHostname(Vec<u8>),
+    /// Set up a network interface.
+    SetNetwork(Network),
+    /// Have the guest power off, as if somebody had pressed its button. Answered before it does.
+    ShutDown,
+}
+
+/// The set-up of one network interface, IPv4.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// The interface's name.
+    pub device: Vec<u8>,
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Leading bits of it that are its network's: 32 at most.
+    pub bits: u8,
+    /// The way to all others.
+    pub gateway: Option<Ipv4Addr>,
+    /// Who resolves names.
+    pub dns: Option<Ipv4Addr>,
 }
 
 /// How a command ended.
@@ -216,6 +237,8 @@ const FACTS: u8 = 20;
 const SET_TIME: u8 = 21;
 const RESEED: u8 = 22;
 const SET_HOSTNAME: u8 = 23;
+const SET_NETWORK: u8 = 24;
+const SHUT_DOWN: u8 = 25;
 const SIGNAL: u8 = 32;
 const RESIZE: u8 = 33;
 const DATA: u8 = 48;
@@ -313,6 +336,15 @@ impl Request {
             Self::SetTime(time) => framed(out, SET_TIME, |out| out.extend_from_slice(&time.to_le_bytes())),
             Self::Reseed(bytes) => framed(out, RESEED, |out| put_bytes(out, bytes)),
             Self::SetHostname(name) => framed(out, SET_HOSTNAME, |out| put_bytes(out, name)),
+            Self::SetNetwork(network) => framed(out, SET_NETWORK, |out| {
+                put_bytes(out, &network.device);
+                out.extend_from_slice(&network.address.octets());
+                out.push(network.bits);
+                for address in [network.gateway, network.dns] {
+                    out.extend_from_slice(&address.unwrap_or(Ipv4Addr::UNSPECIFIED).octets());
+                }
+            }),
+            Self::ShutDown => framed(out, SHUT_DOWN, |_| ()),
         }
     }
 
@@ -331,6 +363,14 @@ impl Request {
             SET_TIME => Self::SetTime(r.u64()?),
             RESEED => Self::Reseed(r.bytes()?.to_vec()),
             SET_HOSTNAME => Self::SetHostname(r.text()?),
+            SET_NETWORK => Self::SetNetwork(Network {
+                device: r.text()?,
+                address: address(r)?,
+                bits: r.u8().filter(|bits| *bits <= 32)?,
+                gateway: Some(address(r)?).filter(|address| !address.is_unspecified()),
+                dns: Some(address(r)?).filter(|address| !address.is_unspecified()),
+            }),
+            SHUT_DOWN => Self::ShutDown,
             _ => return None,
         })
     }
@@ -343,6 +383,10 @@ fn put_size(out: &mut Vec<u8>, size: Size) {
 
 fn size(r: &mut Reader<'_>) -> Option<Size> {
     Some(Size { rows: r.u16()?, columns: r.u16()? })
+}
+
+fn address(r: &mut Reader<'_>) -> Option<Ipv4Addr> {
+    r.take(4)?.first_chunk::<4>().map(|octets| Ipv4Addr::from(*octets))
 }
 
 fn boolean(r: &mut Reader<'_>) -> Option<bool> {
@@ -416,8 +460,7 @@ impl Decoder {
         let Some(rest) = self.bytes.get(self.taken..) else { return Ok(None) };
         let Some((&[kind, a, b, c], rest)) = rest.split_first_chunk::<HEADER>() else { return Ok(None) };
         let length = u32::from_le_bytes([a, b, c, 0]) as usize;
-        let known =
-            matches!(kind, HELLO | EXEC..=SET_HOSTNAME | SIGNAL | RESIZE | DATA..=STOP | STARTED..=TOLD);
+        let known = matches!(kind, HELLO | EXEC..=SHUT_DOWN | SIGNAL | RESIZE | DATA..=STOP | STARTED..=TOLD);
         if !known {
             return Err(Malformed::Kind(kind));
         }
@@ -487,6 +530,15 @@ mod tests {
             any::<u64>().prop_map(Request::SetTime),
             bytes().prop_map(Request::Reseed),
             bytes().prop_map(Request::SetHostname),
+            (bytes(), any::<u32>(), 0u8..=32, any::<u32>(), any::<u32>()).prop_map(
+                |(device, address, bits, gateway, dns)| {
+                    let other = |number| Some(Ipv4Addr::from_bits(number)).filter(|a| !a.is_unspecified());
+                    let (gateway, dns) = (other(gateway), other(dns));
+                    let address = Ipv4Addr::from_bits(address);
+                    Request::SetNetwork(Network { device, address, bits, gateway, dns })
+                }
+            ),
+            Just(Request::ShutDown),
         ]
     }
 
@@ -532,7 +584,7 @@ mod tests {
         #[test]
         fn no_bytes_make_the_decoder_panic_or_say_more_than_was_there(
             bytes in proptest::collection::vec(any::<u8>(), 0..400),
-            kind in prop_oneof![Just(HELLO), EXEC..=SET_HOSTNAME, DATA..=STOP, STARTED..=TOLD],
+            kind in prop_oneof![Just(HELLO), EXEC..=SHUT_DOWN, DATA..=STOP, STARTED..=TOLD],
         ) {
             for start in [vec![], vec![kind, bytes.len() as u8, (bytes.len() >> 8) as u8, 0]] {
                 let mut decoder = Decoder::default();

@@ -1,9 +1,12 @@
 //! `vmm status`, `pause`, `resume`, `stop`, `kill`: one command to one running virtual machine.
 
 use std::fmt::Write;
+use std::thread;
 use std::time::Duration;
 
+use super::agent::Reach;
 use super::list::uptime;
+use vmm_agent::protocol::Request;
 use vmm_command::{Code, Failure, pretty, print};
 use vmm_monitor::api::client::Client;
 use vmm_monitor::api::protocol::Command;
@@ -15,6 +18,9 @@ use vmm_monitor::net::traffic::Counts;
 
 /// How much longer than the guest's own time to wait for the monitor's end.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// How long a guest has to heed its power button, before its agent is asked.
+const BUTTON: Duration = Duration::from_secs(3);
 
 /// The options of a command to one virtual machine.
 #[derive(Debug, clap::Args)]
@@ -83,7 +89,19 @@ pub fn stop(options: StopOptions) -> Result<Code, Failure> {
         return kill(options.options);
     }
     let timeout_seconds = options.timeout;
+    ask_in_a_while(&options.options.name);
     end(options.options, Command::Stop { timeout_seconds }, timeout_seconds.map(Duration::from_secs))
+}
+
+/// Has the agent of a guest that does not heed its power button shut it down, if it has one: by a thread, so that the machine's end
+/// is waited for as before.
+fn ask_in_a_while(name: &str) {
+    let name = name.to_owned();
+    thread::spawn(move || {
+        thread::sleep(BUTTON);
+        // Whatever is wrong with the agent, the timeout of the stop will do.
+        let _ = Reach::default().guest(&name).map(|guest| guest.again().order(Request::ShutDown));
+    });
 }
 
 fn connect(options: &Options) -> Result<Client, Error> {

@@ -122,6 +122,8 @@ enum Command {
     Cp(cp::Options),
     /// Forward ports of this host to a guest that has the agent, until it is interrupted
     Forward(forward::Options),
+    /// Put the agent into a guest's disk image, or set a running guest's clock, seed, names and network
+    Agent(agent::command::Options),
     /// Connect standard input and output to a guest's ssh server: ssh -o ProxyCommand='vmm ssh-proxy NAME' root@NAME
     SshProxy(forward::ProxyOptions),
 }
@@ -154,6 +156,7 @@ fn main() -> ExitCode {
         Command::Shell(options) => exec::shell(options),
         Command::Cp(options) => cp::cp(options),
         Command::Forward(options) => forward::forward(options),
+        Command::Agent(options) => agent::command::agent(options),
         Command::SshProxy(options) => forward::ssh_proxy(options),
     };
     let code = result.unwrap_or_else(|failure| {

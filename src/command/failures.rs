@@ -107,7 +107,17 @@ impl From<client::Error> for Failure {
                     "install the agent in it (docs/agent.md); if it is still booting, wait for it: --timeout 60",
                 ),
             ),
-            client::Error::NoAnswer { .. } => (
+            client::Error::PortTaken { .. } => (
+                Code::Host,
+                Some("the port serves one command at a time; start the VM with --vsock for many"),
+            ),
+            client::Error::PortSilent { .. } => (
+                Code::Host,
+                Some(
+                    "install the agent in it (docs/agent.md); if it is still booting, wait for it: --timeout 60",
+                ),
+            ),
+            client::Error::NoAnswer { .. } | client::Error::Silent { .. } => (
                 Code::Host,
                 Some("vmm status --vcpus NAME shows what the guest does; wait longer: --timeout 60"),
             ),

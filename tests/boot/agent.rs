@@ -4,16 +4,16 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use vmm_agent::client::{self, Patience, Session, dial};
 use vmm_agent::protocol::{PORT, Reason, Request};
 
-use crate::guest::{Guest, Kernel, available, vmm};
+use crate::guest::{Guest, Kernel, available, bundle, vmm};
 
 fn start(kernel: Kernel) -> Guest {
     let mut command = vmm(kernel, "echo up; while :; do sleep 1; done");
-    command.args(["--name", "web", "--vsock", "--rng"]);
+    command.args(["--name", "web", "--vsock", "--rng", "--net", "user"]);
     let guest = Guest::start(command);
     guest.wait_for("up", 1);
     guest
@@ -83,19 +83,34 @@ fn works(kernel: Kernel) {
 
 /// What the host says to a guest that was copied while it ran.
 fn orders(guest: &Guest) {
+    let told = |arguments: &[&str]| assert_eq!(guest.control(arguments).0, Some(0), "{arguments:?}");
+    let said = |script: &str| guest.control(&["exec", "web", "sh", "-c", script]).1;
+    said("date -s @1234567890");
+    told(&["agent", "time", "web"]);
+    let seconds: u64 = said("date +%s").trim().parse().unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    assert!((now.saturating_sub(60)..=now + 1).contains(&seconds), "{seconds}, and here {now}");
+    told(&["agent", "hostname", "web", "copy"]);
+    told(&["agent", "reseed", "web"]);
+    for (address, gateway) in [("10.9.8.7/24", "10.9.8.1"), ("10.9.7.7/16", "10.9.0.1")] {
+        told(&["agent", "network", "web", address, "--gateway", gateway, "--dns", "10.9.8.3"]);
+        let (plain, bits) = address.split_once('/').unwrap();
+        let mask = if bits == "24" { "255.255.255.0" } else { "255.255.0.0" };
+        let shown = said("ifconfig eth0; route -n; cat /etc/resolv.conf");
+        for part in [&*format!("addr:{plain}"), &format!("Mask:{mask}"), gateway, "nameserver 10.9.8.3\n"] {
+            assert!(shown.contains(part), "{part}: {shown}");
+        }
+        assert_eq!(shown.matches("UG").count(), 1, "one way to all others: {shown}");
+    }
+    let missing = ["agent", "network", "web", "10.9.8.7/24", "--device", "nosuch0"];
+    assert_eq!(guest.control(&missing).0, Some(4));
+
     let status: serde_json::Value =
         serde_json::from_str(&guest.control(&["status", "web", "--json"]).1).unwrap();
     let path = Path::new(status["vsock"].as_str().unwrap()).to_owned();
     let later = Instant::now() + Duration::from_secs(60);
     let dial = || dial(&path, PORT, Patience { boot: later, answer: later }).unwrap();
-    let order = |request| Session::order(dial(), request, later);
-    order(Request::SetTime(1_234_567_890_500_000_000)).unwrap();
-    let (_, seconds) = guest.control(&["exec", "web", "date", "+%s"]);
-    let seconds: u64 = seconds.trim().parse().unwrap();
-    assert!((1_234_567_890..1_234_567_890 + 60).contains(&seconds), "{seconds}");
-    order(Request::SetHostname(b"copy".to_vec())).unwrap();
-    order(Request::Reseed(vec![7; 64])).unwrap();
-    let error = order(Request::Reseed(vec![7; 513])).unwrap_err();
+    let error = Session::order(dial(), Request::Reseed(vec![7; 513]), later).unwrap_err();
     assert!(matches!(error, client::Error::Failed { reason: Reason::Refused, .. }), "{error}");
     let facts = Session::facts(dial(), later).unwrap();
     assert_eq!(facts.hostname, b"copy");
@@ -130,6 +145,47 @@ fn a_guest_that_is_killed_ends_the_commands_in_it() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(125));
     assert!(String::from_utf8_lossy(&output.stderr).contains("lost"));
+}
+
+/// Debian as debootstrap makes it, with its own kernel and modules: nothing was prepared for the agent.
+#[test]
+fn an_agent_that_was_installed_serves_a_stock_debian() {
+    if !available("an_agent_that_was_installed_serves_a_stock_debian") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    let copied =
+        Command::new("cp").arg("--sparse=always").arg(bundle("debian-stock.img")).arg(&disk).status();
+    assert!(copied.unwrap().success(), "no disk to copy: cargo guest bundle --out target/guests makes it");
+    let vmm = || Command::new(env!("CARGO_BIN_EXE_vmm"));
+    let mut install = vmm();
+    install.args(["agent", "install", "--disk"]).arg(&disk).arg("--agent").arg(bundle("vmm-agent"));
+    let output = install.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    let mut command = vmm();
+    command.arg("--disk").arg(&disk).args(["--mem", "1G", "--name", "debian", "--vsock"]);
+    let mut guest = Guest::start({
+        command.stdin(Stdio::null());
+        command
+    });
+    // 75 seconds on an idle machine.
+    guest.patience = Duration::from_secs(500);
+    guest.wait_for("login: ", 1);
+    let (code, said) =
+        guest.control(&["exec", "--timeout", "200", "debian", "sh", "-c", "id -u; cat /etc/issue"]);
+    assert!(code == Some(0) && said.starts_with("0\nDebian"), "{code:?}: {said}");
+    let (_, said) = guest.control(&["exec", "debian", "systemctl", "is-active", "vmm-agent"]);
+    assert_eq!(said, "active\n");
+    // Nothing in this Debian heeds a power button.
+    assert_eq!(guest.control(&["stop", "--timeout", "200", "debian"]).0, Some(0));
+    assert_eq!(guest.finish().code, Some(0), "by the agent");
+    // It was shut down cleanly, so that a newer one could be put in.
+    let mut again = vmm();
+    again.args(["agent", "install", "--disk"]).arg(&disk).arg("--agent").arg(bundle("vmm-agent"));
+    let output = again.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// A screen of 80 columns and 24 lines, with what runs on it.
@@ -214,4 +270,76 @@ fn programs_with_a_screen_are_usable() {
     tmux.wait_for("ended");
     press(&["stty -a | grep -c -- ' -icanon'", "Enter"]);
     tmux.wait_for("\n0\n");
+}
+
+/// A guest without vsock, over whose console port one command runs at a time.
+fn works_by_a_port(kernel: Kernel) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = vmm(kernel, "echo up; while :; do sleep 1; done");
+    let port = format!("vmm.agent=socket={}", dir.path().join("agent").display());
+    let guest = Guest::start({
+        command.args(["--name", "web", "--port", &port]);
+        command
+    });
+    guest.wait_for("up", 1);
+    let exec = |script: &str| guest.command(&["exec", "--timeout", "60", "-i", "web", "sh", "-c", script]);
+    let output = exec("id -u; exit 42").stdin(Stdio::null()).output().unwrap();
+    assert_eq!((output.status.code(), &*output.stdout), (Some(42), &b"0\n"[..]), "{output:?}");
+
+    // Every byte, both ways, and more than any window.
+    let bytes: Vec<u8> = (0..500_000u32).flat_map(u32::to_le_bytes).collect();
+    let mut child = exec("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut stdin, input) = (child.stdin.take().unwrap(), bytes.clone());
+    let writer = thread::spawn(move || stdin.write_all(&input).unwrap());
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    assert!(output.stdout == bytes, "{} of {} bytes", output.stdout.len(), bytes.len());
+
+    // Clients that are killed while both sides talk.
+    for _ in 0..5 {
+        let mut child = exec("cat /dev/zero").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0; 100_000]).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let output = exec("echo next").stdin(Stdio::null()).output().unwrap();
+        assert_eq!(&*output.stdout, b"next\n", "{output:?}");
+    }
+    // Each waits for its turn.
+    let all: Vec<_> = (0..5)
+        .map(|number| {
+            let mut command = exec(&format!("sleep 0.2; echo {number}"));
+            (number, command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap())
+        })
+        .collect();
+    for (number, child) in all {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{number}\n"));
+    }
+    let mut long =
+        exec("echo ready; sleep 1000").stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    std::io::Read::read_exact(long.stdout.as_mut().unwrap(), &mut [0; 6]).unwrap();
+    let output = guest.command(&["exec", "--timeout", "1", "web", "true"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("in use by another command"), "{output:?}");
+    long.kill().unwrap();
+    long.wait().unwrap();
+    // Nothing of those that were killed is left.
+    let mut left = exec(
+        "for i in 1 2 3 4 5 6 7 8 9; do grep -aqs '[c]at./dev/zero\\|[s]leep.1000' /proc/[0-9]*/cmdline || exit 0; sleep 1; done; exit 1",
+    );
+    assert_eq!(left.stdin(Stdio::null()).status().unwrap().code(), Some(0));
+}
+
+#[test]
+fn commands_run_by_a_console_port_in_a_tuned_guest_without_vsock() {
+    if available("commands_run_by_a_console_port_in_a_tuned_guest_without_vsock") {
+        works_by_a_port(Kernel::TunedPvh);
+    }
+}
+
+#[test]
+fn commands_run_by_a_console_port_in_a_stock_guest_without_vsock() {
+    if available("commands_run_by_a_console_port_in_a_stock_guest_without_vsock") {
+        works_by_a_port(Kernel::Stock);
+    }
 }

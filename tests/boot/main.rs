@@ -3,6 +3,7 @@
 //! `VMM_REQUIRE_LINUX_GUESTS=1`. What it boots is made by `cargo guest bundle --out target/guests`.
 
 mod agent;
+mod agent_whole;
 mod bootdisk;
 mod console;
 mod debug;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, accept_with};
+use rustix::net::{SocketFlags, SocketType, accept_with};
 
 use crate::session::Session;
 
@@ -21,7 +21,7 @@ pub const MAX_SESSIONS: u32 = 512;
 const MAX_REFUSED: u32 = 32;
 
 /// A session's thread keeps its buffers on the heap.
-const STACK: usize = 128 << 10;
+pub const STACK: usize = 128 << 10;
 
 /// To wait before the next attempt, when the guest has no memory or descriptors for a connection.
 const EXHAUSTED: Duration = Duration::from_millis(100);
@@ -44,6 +44,11 @@ impl Drop for Place {
     }
 }
 
+/// Listens on a vsock port, whatever the guest's own address is.
+pub fn vsock(port: u32) -> io::Result<OwnedFd> {
+    Ok(interface::vsock::listen(port, SocketType::STREAM)?)
+}
+
 /// Listens on a unix socket at `path`.
 pub fn unix(path: &[u8]) -> io::Result<OwnedFd> {
     Ok(UnixListener::bind(OsStr::from_bytes(path))?.into())
@@ -62,7 +67,8 @@ pub fn serve(listener: &OwnedFd) {
     }
 }
 
-fn start(connection: OwnedFd) {
+/// Serves a connection, which must not block.
+pub fn start(connection: OwnedFd) {
     let (place, before) = Place::take();
     if before >= MAX_SESSIONS + MAX_REFUSED {
         return;

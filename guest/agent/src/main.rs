@@ -1,22 +1,25 @@
 //! The agent in a guest: runs commands for `vmm exec` and its like on the host, by the protocol of src/agent
 //! (docs/agent.md). One thread for each session, and one process; a session that is stuck holds up no other.
 //!
-//! `vmm-agent` listens on vsock; `vmm-agent --unix PATH` on a unix socket, for tests and containers. It says what it has to
+//! `vmm-agent` listens on vsock, and on the console port `vmm.agent` if the guest has it; `vmm-agent --unix PATH` on a unix socket,
+//! for tests and containers. It says what it has to
 //! say on stderr before it listens, and nothing after: an agent that waits for its own log is none.
 
 mod job;
 mod listen;
 mod orders;
 mod output;
+mod port;
 mod process;
 mod session;
 mod users;
-mod vsock;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
+use std::thread;
 
+use vmm_agent::port::NAME;
 use vmm_agent::protocol::PORT;
 use vmm_agent::tar;
 
@@ -26,7 +29,22 @@ fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.as_bytes()).collect();
     let result = match arguments[..] {
-        [] => vsock::listen(PORT).map_err(|error| format!("listen on vsock port {PORT}: {error}")),
+        [] => match (listen::vsock(PORT), port::find()) {
+            (Err(error), None) => {
+                Err(format!("no console port {NAME}, and no way to listen on vsock port {PORT}: {error}"))
+            }
+            (Err(_), Some(port)) => {
+                port::serve(port);
+                return ExitCode::FAILURE;
+            }
+            (Ok(listener), port) => {
+                if let Some(port) = port {
+                    // Without a thread for it there is the other way.
+                    let _ = thread::Builder::new().stack_size(listen::STACK).spawn(|| port::serve(port));
+                }
+                Ok(listener)
+            }
+        },
         [b"--unix", path] => {
             listen::unix(path).map_err(|error| format!("listen on {}: {error}", path.escape_ascii()))
         }

@@ -1,16 +1,22 @@
-//! Requests that are done at once: facts, time, randomness, the host name.
+//! Requests that are done at once: facts, time, randomness, the host name, a network interface, the end.
 
-use std::io;
+use std::{fs, io, thread};
 
+use interface::Ip;
 use rustix::fd::AsFd;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::ioctl::{self, Setter, opcode};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::system::{sethostname, sysinfo, uname};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use std::sync::atomic::Ordering;
-use vmm_agent::protocol::Facts;
+use vmm_agent::protocol::{Exec, Facts, Network};
 
-use crate::listen::SESSIONS;
+use crate::listen::{SESSIONS, STACK};
+use crate::process;
+
+const RESOLVERS: &str = "/etc/resolv.conf";
+const RESOLVERS_NEW: &str = "/etc/resolv.conf.vmm-agent";
 
 /// The most that is mixed in at once: the pool has 256 bits, so this is more than enough.
 const MAX_SEED: usize = 512;
@@ -36,6 +42,35 @@ pub fn set_time(nanoseconds: u64) -> io::Result<()> {
 
 pub fn set_hostname(name: &[u8]) -> io::Result<()> {
     Ok(sethostname(name)?)
+}
+
+/// Sets an interface up, and who resolves names. What was there of either is gone.
+pub fn set_network(network: &Network) -> io::Result<()> {
+    let mask = u32::MAX.checked_shl(32 - u32::from(network.bits)).unwrap_or(0);
+    let &Network { address, gateway, dns, .. } = network;
+    Ip { address, mask: mask.into(), gateway, device: &network.device, dns }.set_up()?;
+    let Some(dns) = dns else { return Ok(()) };
+    // An initramfs may have none.
+    fs::create_dir_all("/etc")?;
+    // In place of a link, too: what it leads to belongs to a service.
+    fs::write(RESOLVERS_NEW, format!("nameserver {dns}\n"))?;
+    fs::rename(RESOLVERS_NEW, RESOLVERS)
+}
+
+/// Has the guest's init power off: by its own program, which each has, else as busybox's init takes it.
+pub fn shut_down() -> io::Result<()> {
+    let exec = Exec { argv: vec![b"poweroff".to_vec()], ..Exec::default() };
+    match process::start(&exec) {
+        Ok(started) => {
+            // With its streams, whose ends it may not find closed: it has something to say about systems without D-Bus.
+            let reap = move || {
+                let mut started = started;
+                let _ = started.child.wait();
+            };
+            thread::Builder::new().stack_size(STACK).spawn(reap).map(drop)
+        }
+        Err(_) => Ok(kill_process(Pid::INIT, Signal::USR2)?),
+    }
 }
 
 /// `struct rand_pool_info` (linux/random.h), with its buffer at the full size.

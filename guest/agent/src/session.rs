@@ -195,6 +195,11 @@ fn begin(request: Request, job: &mut Option<Job>, output: &mut Output) {
         Request::SetHostname(name) => {
             return answer(done(orders::set_hostname(&name), "set its host name"), output);
         }
+        Request::SetNetwork(network) => {
+            let what = format!("set up {}", network.device.escape_ascii());
+            return answer(done(orders::set_network(&network), &what), output);
+        }
+        Request::ShutDown => return answer(done(orders::shut_down(), "power off"), output),
     };
     match started {
         Ok(started) => {

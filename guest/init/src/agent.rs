@@ -1,4 +1,5 @@
-//! Starts the agent, if the initramfs has it and there is a socket device by which the host can reach it (docs/agent.md).
+//! Starts the agent, if the initramfs has it and there is a socket device or a console port by which the host can reach it
+//! (docs/agent.md).
 
 use core::ffi::CStr;
 
@@ -6,11 +7,14 @@ use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, open};
 
 use crate::console::complain;
+use crate::finish::virtio_port;
 use crate::kernel;
 use crate::mounts::Text;
 
 const PROGRAM: &CStr = c"/sbin/vmm-agent";
 const NAME: &CStr = c"vmm-agent";
+/// The console port that is the agent's, where there is no socket device.
+const PORT: &[u8] = b"vmm.agent";
 
 /// What a shell returns when it cannot find the program.
 const NOT_FOUND: u8 = 127;
@@ -22,8 +26,8 @@ pub struct Agent(OwnedFd);
 impl Agent {
     /// `None` where there is no agent, or no way to it.
     pub fn find() -> Option<Self> {
-        let device = open(c"/dev/vsock", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-        if !kernel::has_vsock(&device) {
+        let vsock = open(c"/dev/vsock", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        if !vsock.is_ok_and(|device| kernel::has_vsock(&device)) && virtio_port(PORT).is_none() {
             return None;
         }
         open(PROGRAM, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok().map(Self)

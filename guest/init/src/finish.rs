@@ -126,7 +126,7 @@ fn send(report: Report<'_>, code: i32) {
 }
 
 /// The device of a named virtio console port. No udev makes /dev/virtio-ports here, so sysfs is asked for the names.
-fn virtio_port(name: &[u8]) -> Option<Text<64>> {
+pub fn virtio_port(name: &[u8]) -> Option<Text<64>> {
     let names = open(c"/sys/class/virtio-ports", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).ok()?;
     let mut buffer = [core::mem::MaybeUninit::uninit(); 1024];
     let mut entries = rustix::fs::RawDir::new(&names, &mut buffer);

@@ -12,6 +12,10 @@ use super::{Error, is_timeout, left};
 /// Between two attempts to reach a guest that is still booting.
 const AGAIN: Duration = Duration::from_millis(20);
 
+/// A refusal of the guest's kernel comes at once. One that takes so long is the monitor's, for want of any answer: that gives a guest 2 s,
+/// which one on a busy host may need longer for.
+const SILENCE: Duration = Duration::from_millis(1500);
+
 /// The longest answer to `CONNECT`: `OK`, a number of 32 bits, and the end of the line.
 const MAX_ANSWER: usize = 32;
 
@@ -33,10 +37,16 @@ pub fn dial(path: &Path, port: u32, patience: Patience) -> Result<UnixStream, Er
     loop {
         let failed = |source| Error::Socket { path: path.to_owned(), source };
         let mut stream = UnixStream::connect(path).map_err(failed)?;
+        let asked = Instant::now();
         match ask(&mut stream, port, patience.answer) {
             Ok(true) => {
                 stream.set_read_timeout(None).map_err(failed)?;
                 return Ok(stream);
+            }
+            Ok(false) if asked.elapsed() >= SILENCE => {
+                if Instant::now() >= patience.answer {
+                    return Err(Error::NoAnswer { port, waited: started.elapsed() });
+                }
             }
             Ok(false) if Instant::now() < patience.boot => thread::sleep(AGAIN),
             Ok(false) => return Err(Error::NobodyListens(port)),

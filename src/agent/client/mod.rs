@@ -1,6 +1,7 @@
 //! The host's end: reaches an agent, has it do one thing, and carries the streams.
 
 mod dial;
+mod port;
 mod run;
 
 use std::io::{self, Read, Write};
@@ -11,14 +12,17 @@ use std::time::{Duration, Instant};
 
 use crate::protocol::{Decoder, Facts, MAX_REQUEST, Malformed, Message, PORT, Reason, Request, VERSION};
 
+use crate::port::NAME;
+
 pub use dial::{Patience, dial};
+pub use port::dial_port;
 pub use run::{Streams, run};
 
 /// Why an agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The socket of the virtual machine's socket device does not take connections.
-    #[error("cannot connect to the vsock socket {}", path.display())]
+    /// The socket that leads to the virtual machine's socket device or console port does not take connections.
+    #[error("cannot connect to the guest's socket {}", path.display())]
     Socket {
         /// Where it should be.
         path: PathBuf,
@@ -29,12 +33,30 @@ pub enum Error {
     /// The guest's kernel refuses connections to the port.
     #[error("{}", nobody_listens(*.0))]
     NobodyListens(u32),
-    /// Neither accepted nor refused, or accepted and then silent.
+    /// Neither accepted nor refused.
     #[error("the guest did not answer on vsock port {port} within {} s", waited.as_secs_f32())]
     NoAnswer {
         /// The port.
         port: u32,
         /// The time that it had.
+        waited: Duration,
+    },
+    /// The agent has taken the connection, and is silent.
+    #[error("the agent in the guest did not answer within {} s", waited.as_secs_f32())]
+    Silent {
+        /// The time that it had.
+        waited: Duration,
+    },
+    /// Nobody in the guest answers by the console port.
+    #[error("no agent in the guest answered on the console port {NAME} within {} s", waited.as_secs_f32())]
+    PortSilent {
+        /// The time that it had.
+        waited: Duration,
+    },
+    /// The console port serves one client at a time.
+    #[error("the console port {NAME} was in use by another command for {} s", waited.as_secs_f32())]
+    PortTaken {
+        /// How long this one has waited.
         waited: Duration,
     },
     /// An agent of another version.
@@ -176,7 +198,7 @@ impl Session {
                     return Err(Error::Lost(sent.err()));
                 }
                 Err(Error::Lost(Some(error))) if is_timeout(&error) => {
-                    return Err(Error::NoAnswer { port: PORT, waited: started.elapsed() });
+                    return Err(Error::Silent { waited: started.elapsed() });
                 }
                 Err(Error::Malformed(malformed)) if !greeted => return Err(Error::NoAgent(malformed)),
                 Err(error) => return Err(error),

@@ -1,5 +1,8 @@
 //! What the commands on the agent in a guest share: how they reach it, and the terminal.
 
+pub mod command;
+mod install;
+mod order;
 pub mod terminal;
 
 use std::ffi::OsString;
@@ -11,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 
 use vmm_agent::client::{self, Patience, Session};
+use vmm_agent::port::NAME;
 use vmm_agent::protocol::{Facts, PORT, Request};
 use vmm_command::{Code, Failure};
 use vmm_monitor::api::State;
@@ -22,17 +26,26 @@ use vmm_monitor::api::registry::Registry;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whose agent, and how long to wait for it.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, Default, clap::Args)]
 pub struct Reach {
     /// Wait so many seconds for the agent of a guest that is booting, or does not answer [default: 10, from the VM's start on]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
 }
 
+/// The unix socket that leads to the agent.
+#[derive(Debug, Clone)]
+enum Way {
+    /// By the socket device: any number of connections.
+    Vsock(PathBuf),
+    /// By a port of the console: one at a time.
+    Port(PathBuf),
+}
+
 /// A guest whose agent may be asked, once for each connection.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    path: PathBuf,
+    way: Way,
     patience: Patience,
 }
 
@@ -47,7 +60,8 @@ impl Reach {
             let hint = format!("let it run on: vmm resume {name}");
             return Err(Failure::new(Code::Host, anyhow!("{name:?} is paused")).hint(Some(hint)));
         }
-        let Some(path) = status.vsock else {
+        let port = status.ports.into_iter().find(|port| port.name == NAME).map(|port| Way::Port(port.path));
+        let Some(way) = status.vsock.map(Way::Vsock).or(port) else {
             let hint = "start it with one: vmm run --vsock --kernel ...";
             let error = anyhow!("{name:?} has no vsock device, by which its agent is reached");
             return Err(Failure::new(Code::Host, error).hint(Some(hint)));
@@ -58,7 +72,7 @@ impl Reach {
         // One that has had its time to boot has no agent, unless the user knows better.
         let boot = if self.timeout.is_some() { all } else { all.saturating_sub(up) };
         let later = |time| now.checked_add(time).unwrap_or(now + PATIENCE);
-        Ok(Guest { path, patience: Patience { boot: later(boot), answer: later(all) } })
+        Ok(Guest { way, patience: Patience { boot: later(boot), answer: later(all) } })
     }
 }
 
@@ -68,7 +82,15 @@ impl Guest {
     /// # Errors
     /// There is no agent, or it cannot.
     pub fn start(&self, request: Request) -> Result<Session, client::Error> {
-        Session::start(self.dial(PORT)?, request, self.patience.answer)
+        Session::start(self.agent()?, request, self.patience.answer)
+    }
+
+    /// Has the agent do what has no streams.
+    ///
+    /// # Errors
+    /// There is no agent, or it cannot.
+    pub fn order(&self, request: Request) -> Result<(), client::Error> {
+        Session::order(self.agent()?, request, self.patience.answer)
     }
 
     /// What the agent tells about its guest.
@@ -76,21 +98,32 @@ impl Guest {
     /// # Errors
     /// There is no agent.
     pub fn facts(&self) -> Result<Facts, client::Error> {
-        Session::facts(self.dial(PORT)?, self.patience.answer)
+        Session::facts(self.agent()?, self.patience.answer)
+    }
+
+    /// A connection to the agent.
+    fn agent(&self) -> Result<UnixStream, client::Error> {
+        match &self.way {
+            Way::Vsock(path) => client::dial(path, PORT, self.patience),
+            Way::Port(path) => client::dial_port(path, self.patience),
+        }
     }
 
     /// A connection to a vsock port of the guest.
     ///
     /// # Errors
-    /// Nobody listens there.
+    /// Nobody listens there, or it has no vsock.
     pub fn dial(&self, port: u32) -> Result<UnixStream, client::Error> {
-        client::dial(&self.path, port, self.patience)
+        match &self.way {
+            Way::Vsock(path) => client::dial(path, port, self.patience),
+            Way::Port(_) => Err(client::Error::NobodyListens(port)),
+        }
     }
 
     /// The same guest for a connection that is made now, by whoever runs on.
     pub fn again(&self) -> Self {
         let now = Instant::now();
-        Self { path: self.path.clone(), patience: Patience { boot: now, answer: now + PATIENCE } }
+        Self { way: self.way.clone(), patience: Patience { boot: now, answer: now + PATIENCE } }
     }
 }
 

@@ -376,6 +376,7 @@ mod tests {
             kernel: None,
             vsock: None,
             ptys: Vec::new(),
+            ports: Vec::new(),
             networks: Vec::new(),
         };
         Look { status, recorded: true, viewers: 2, symbols: "no symbols".to_owned(), rates }

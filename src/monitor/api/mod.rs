@@ -71,6 +71,9 @@ pub struct Status {
     pub vsock: Option<PathBuf>,
     /// Pseudo-terminals that lead into it.
     pub ptys: Vec<Pty>,
+    /// Unix sockets that lead to named ports of its console.
+    #[serde(default)]
+    pub ports: Vec<PortSocket>,
     /// Its network devices; none while it starts.
     #[serde(default)]
     pub networks: Vec<Network>,
@@ -82,6 +85,16 @@ pub struct Pty {
     /// The device: `console`, `serial`, or a port's name.
     pub device: String,
     /// What to open on the host.
+    #[serde(with = "host_path")]
+    pub path: PathBuf,
+}
+
+/// A unix socket that leads to a named port of the guest's console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortSocket {
+    /// The port's name.
+    pub name: String,
+    /// What to connect to: one client at a time.
     #[serde(with = "host_path")]
     pub path: PathBuf,
 }

@@ -194,6 +194,7 @@ mod tests {
             kernel: Some(text.into()),
             vsock: Some(text.into()),
             ptys: vec![crate::api::Pty { device: text.to_owned(), path: text.into() }],
+            ports: vec![crate::api::PortSocket { name: text.to_owned(), path: text.into() }],
             networks: Vec::new(),
         };
         let sample = serde_json::json!({"kernel": evil, "reasons": {evil: [evil, 1]}});

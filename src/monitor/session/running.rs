@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::api::{Control, Pty, Sample, State, Status, Viewer, Viewers, Watch};
+use crate::api::{Control, PortSocket, Pty, Sample, State, Status, Viewer, Viewers, Watch};
 use crate::chardev::terminal;
-use crate::config::VmConfig;
+use crate::config::{CharTarget, VmConfig};
 use crate::error_chain;
 use crate::kvm::VcpuState;
 use crate::machine::{Handle, Phase};
@@ -62,6 +62,11 @@ impl Running {
     ) -> Self {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or(path.to_owned());
         let sockets = config.vsock.as_ref().map(|config| config.path.as_deref().unwrap_or(vsock));
+        let ports = config.port.iter().filter_map(|port| match &port.to {
+            CharTarget::Socket(path) => Some(PortSocket { name: port.name.clone(), path: absolute(path) }),
+            _ => None,
+        });
+        let ports = ports.collect();
         let status = Status {
             name: name.to_owned(),
             pid: process::id(),
@@ -72,6 +77,7 @@ impl Running {
             kernel: config.kernel.as_deref().map(absolute),
             vsock: sockets.map(absolute),
             ptys: Vec::new(),
+            ports,
             networks: Vec::new(),
         };
         let orders = AtomicU32::new(0);

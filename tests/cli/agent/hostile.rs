@@ -143,15 +143,7 @@ fn a_guest_without_an_agent_is_told_from_one_that_hangs_and_one_that_boots() {
         if asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst) < 5 {
             return None;
         }
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        thread::spawn(move || {
-            let mut hello = [0; 22];
-            theirs.read_exact(&mut hello).unwrap();
-            let mut answer = welcome(u64::from_le_bytes(hello[14..].try_into().unwrap()));
-            Message::Exit(Exit::Code(77)).put(&mut answer);
-            theirs.write_all(&answer).unwrap();
-        });
-        Some(ours)
+        Some(exits(77))
     });
     assert_eq!(guest.vmm("exec web true").status.code(), Some(77));
 
@@ -166,6 +158,35 @@ fn a_guest_without_an_agent_is_told_from_one_that_hangs_and_one_that_boots() {
     let output = guest.vmm("exec --timeout 1 web true");
     drop(held);
     assert!(text(&output.stderr).contains("did not answer"), "{}", text(&output.stderr));
+
+    // A guest that is too busy to answer within the two seconds for which a monitor asks it: it is asked again.
+    for (silent, code, words) in [(1, 77, ""), (u32::MAX, 125, "did not answer")] {
+        let guest = Guest::without_agent(600.0);
+        let asked = std::sync::atomic::AtomicU32::new(0);
+        guest.take_connections(move |_| {
+            if asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst) < silent {
+                thread::sleep(Duration::from_secs(2));
+                return None;
+            }
+            Some(exits(77))
+        });
+        let output = guest.vmm("exec --timeout 5 web true");
+        assert_eq!(output.status.code(), Some(code));
+        assert!(text(&output.stderr).contains(words), "{}", text(&output.stderr));
+    }
+}
+
+/// An agent whose every command ends with `code`.
+fn exits(code: u8) -> UnixStream {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    thread::spawn(move || {
+        let mut hello = [0; 22];
+        theirs.read_exact(&mut hello).unwrap();
+        let mut answer = welcome(u64::from_le_bytes(hello[14..].try_into().unwrap()));
+        Message::Exit(Exit::Code(code)).put(&mut answer);
+        theirs.write_all(&answer).unwrap();
+    });
+    ours
 }
 
 /// What the agent says to `bytes`; it closes the connection.

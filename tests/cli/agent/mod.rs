@@ -2,9 +2,13 @@
 //! device. What a guest's kernel does about it is tested by tests/boot/agent.rs.
 
 mod copy;
+mod cost;
 mod exec;
 mod forward;
 mod hostile;
+mod install;
+mod orders;
+mod podman;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -65,18 +69,21 @@ impl Guest {
             kernel: None,
             vsock: Some(place.path("vsock")),
             ptys: Vec::new(),
+            ports: Vec::new(),
             networks: Vec::new(),
         };
         // Ends with the test: the thread has the entry's socket.
         thread::spawn(move || {
             entry.listener().set_nonblocking(false).unwrap();
             for stream in entry.listener().incoming() {
-                let (mut stream, mut byte) = (stream.unwrap(), [0]);
-                while stream.read(&mut byte).is_ok_and(|count| count == 1) {
-                    if byte == *b"\n" {
-                        let _ = stream.write_all(&reply(Answer::Status(status.clone())));
+                let (mut stream, mut byte, status) = (stream.unwrap(), [0], status.clone());
+                thread::spawn(move || {
+                    while stream.read(&mut byte).is_ok_and(|count| count == 1) {
+                        if byte == *b"\n" {
+                            let _ = stream.write_all(&reply(Answer::Status(status.clone())));
+                        }
                     }
-                }
+                });
             }
         });
         Self { place, agent: None }

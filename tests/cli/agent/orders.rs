@@ -1,0 +1,103 @@
+//! What `vmm agent` and `vmm stop` ask of an agent. What a guest makes of it is tested by tests/boot/agent.rs: the agent that runs on
+//! this host is not to be told such things.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use vmm_agent::protocol::{Decoder, Exit, Facts, Message, Network, Reason, Request, VERSION};
+
+use super::Guest;
+use crate::place::*;
+
+/// A guest with an agent that does nothing, but says what it was asked.
+fn guest(answer: Message<'static>) -> (Guest, Receiver<Request>) {
+    let guest = Guest::without_agent(600.0);
+    let (asked, requests) = channel();
+    guest.take_connections(move |_| {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (asked, answer) = (asked.clone(), answer.clone());
+        thread::spawn(move || {
+            let (mut decoder, mut bytes) = (Decoder::default(), [0; 4096]);
+            while let Ok(count @ 1..) = theirs.read(&mut bytes) {
+                decoder.feed(&bytes[..count]);
+                while let Some(message) = decoder.next().unwrap() {
+                    let reply = match message {
+                        Message::Hello { nonce, .. } => Message::Hello { version: VERSION, nonce },
+                        Message::Request(Request::Facts) => Message::Facts(Facts::default()),
+                        Message::Request(request) => {
+                            asked.send(request).unwrap();
+                            answer.clone()
+                        }
+                        other => panic!("{other:?}"),
+                    };
+                    theirs.write_all(&reply.to_vec()).unwrap();
+                }
+            }
+        });
+        Some(ours)
+    });
+    (guest, requests)
+}
+
+#[test]
+fn a_guest_is_told_the_time_a_seed_its_name_and_its_network() {
+    let (guest, requests) = guest(Message::Exit(Exit::Code(0)));
+    let asked = |arguments: &str| {
+        let output = guest.vmm(arguments);
+        assert!(output.status.success(), "{arguments}: {}", text(&output.stderr));
+        requests.try_recv().unwrap()
+    };
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
+    let before = now();
+    let Request::SetTime(told) = asked("agent time web") else { panic!("another request") };
+    assert!((before..now()).contains(&u128::from(told)), "{told}");
+    let seeds = [(); 2].map(|()| asked("agent reseed web"));
+    assert!(matches!(&seeds[0], Request::Reseed(seed) if seed.len() == 32) && seeds[0] != seeds[1]);
+    assert_eq!(asked("agent hostname web copy"), Request::SetHostname(b"copy".to_vec()));
+    let address = |text: &str| text.parse().unwrap();
+    let network = Network {
+        device: b"eth0".to_vec(),
+        address: address("10.0.2.16"),
+        bits: 24,
+        gateway: None,
+        dns: None,
+    };
+    assert_eq!(asked("agent network web 10.0.2.16/24"), Request::SetNetwork(network.clone()));
+    let all = Network {
+        device: b"ens3".to_vec(),
+        gateway: Some(address("10.0.2.2")),
+        dns: Some(address("10.0.2.3")),
+        ..network
+    };
+    let arguments = "agent network web 10.0.2.16/24 --gateway 10.0.2.2 --dns 10.0.2.3 --device ens3";
+    assert_eq!(asked(arguments), Request::SetNetwork(all));
+}
+
+#[test]
+fn what_the_guest_refuses_and_what_makes_no_sense_is_told() {
+    let (guest, requests) =
+        guest(Message::Failed(Reason::Refused, b"the guest cannot set up eth0: no such device"));
+    let output = guest.vmm("agent network web 10.0.2.16/24");
+    assert_eq!(output.status.code(), Some(HOST));
+    assert!(text(&output.stderr).contains("cannot set up eth0"), "{}", text(&output.stderr));
+    assert!(requests.try_recv().is_ok());
+    for address in ["10.0.2.16", "10.0.2/24", "10.0.2.16/33", "fe80::1/64"] {
+        let output = guest.vmm(&format!("agent network web {address}"));
+        assert_eq!(output.status.code(), Some(BAD_ARGUMENT), "{address}");
+        assert!(text(&output.stderr).contains("10.0.2.15/24"), "{address}: {}", text(&output.stderr));
+    }
+    assert!(requests.try_recv().is_err(), "nothing was asked");
+}
+
+/// The virtual machine here does not heed any button.
+#[test]
+fn an_agent_shuts_down_the_guest_whose_power_button_does_nothing() {
+    let (guest, requests) = guest(Message::Exit(Exit::Code(0)));
+    let mut stop = guest.command("stop web").spawn().unwrap();
+    assert_eq!(requests.recv_timeout(PATIENCE).unwrap(), Request::ShutDown);
+    stop.kill().unwrap();
+    stop.wait().unwrap();
+}
