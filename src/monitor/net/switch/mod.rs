@@ -65,7 +65,7 @@ impl Switch {
         let room = Room::new(&socket).map_err(failed)?;
         let mut switch = Self { segment, socket, others, room, table, takes_sums: false, refused: false };
         let hello = switch.segment.id.to_ne_bytes();
-        for id in switch.segment.others() {
+        for id in switch.segment.news() {
             if switch.meet(id)
                 && let Some(other) = switch.others.get(&id)
             {
@@ -97,8 +97,11 @@ impl Switch {
         self.segment.bury(id);
     }
 
-    /// Sends to everybody. True if all have it who are there.
+    /// Sends to everybody, also to those who have come since and whose greeting is not read yet. True if all have it who are there.
     fn send_to_all(&mut self, front: &[u8], frame: &Slices) -> bool {
+        for id in self.segment.news() {
+            self.meet(id);
+        }
         let sent = |(id, socket): (&Id, &OwnedFd)| (*id, sent(frame.write_to(socket, front)));
         let all: Vec<_> = self.others.iter().map(sent).collect();
         all.iter().filter(|(_, sent)| *sent == Sent::Gone).for_each(|(id, _)| self.lose(*id));

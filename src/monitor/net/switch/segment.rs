@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Mode, fchmod, rmdir, unlink};
 use rustix::io::Errno;
@@ -19,6 +20,8 @@ pub type Id = u64;
 
 /// Bytes that may be on the way from one port to another, as far as the host allows (net.core.wmem_max).
 const BUFFER: usize = 4 << 20;
+/// A folder's time is no finer than a tick of the host's kernel (10 ms at most): of two changes this close, the second may not show.
+const COARSE: Duration = Duration::from_millis(20);
 /// Somebody may leave, and take the folder away, while we enter.
 const TRIES: usize = 10;
 
@@ -28,6 +31,8 @@ pub struct Segment {
     folder: PathBuf,
     /// Ours.
     pub id: Id,
+    /// When the folder had been changed last as it was looked at last.
+    seen: Option<SystemTime>,
 }
 
 fn socket() -> rustix::io::Result<OwnedFd> {
@@ -56,7 +61,7 @@ impl Segment {
             runtime_dir::make_private(&folder)?;
             match bind(&socket, &address) {
                 Err(Errno::NOENT) => {}
-                result => return Ok(result.map(|()| (Self { folder, id }, socket))?),
+                result => return Ok(result.map(|()| (Self { folder, id, seen: None }, socket))?),
             }
         }
         Err(Errno::NOENT.into())
@@ -66,8 +71,20 @@ impl Segment {
         path(&self.folder, id)
     }
 
+    /// The others that are there, if they may be others than when this was asked before: a look at the folder's time tells.
+    pub fn news(&mut self) -> Vec<Id> {
+        let changed = fs::metadata(&self.folder).and_then(|folder| folder.modified()).ok();
+        let settled = changed.is_some_and(|changed| changed.elapsed().is_ok_and(|age| age > COARSE));
+        if settled && changed == self.seen {
+            return Vec::new();
+        }
+        // A folder that may change again within the same tick is looked at again.
+        self.seen = changed.filter(|_| settled);
+        self.others()
+    }
+
     /// The others that are there.
-    pub fn others(&self) -> Vec<Id> {
+    fn others(&self) -> Vec<Id> {
         let Ok(list) = fs::read_dir(&self.folder) else { return Vec::new() };
         let names = list.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let ids = names.filter(|name| name.len() == 16).filter_map(|name| Id::from_str_radix(&name, 16).ok());
