@@ -331,7 +331,10 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
         }
         if net.is_served_elsewhere() && net.limits != NetLimits::default() {
             let (what, hint) = if net.vhost {
-                ("the host's kernel keeps no limits", "drop bw= and pps=, or vhost=on; the host limits a tap with tc")
+                (
+                    "the host's kernel keeps no limits",
+                    "drop bw= and pps=, or vhost=on; the host limits a tap with tc",
+                )
             } else {
                 ("a vhost-user back end keeps no limits", "drop bw= and pps=")
             };

@@ -60,7 +60,8 @@ impl Server {
             Self::Monitor => Ok(()),
             Self::Kernel(pairs) => {
                 let all = pairs.iter().zip(&rings).zip(links);
-                let started = all.map(|((vhost, rings), link)| vhost.start(ram, features, rings, link.as_fd()));
+                let started =
+                    all.map(|((vhost, rings), link)| vhost.start(ram, features, rings, link.as_fd()));
                 let started = started.collect::<io::Result<()>>();
                 if started.is_err() {
                     self.stop();
