@@ -2,6 +2,8 @@
 //!
 //! Written against QEMU's docs/interop/vhost-user.rst and virtio 1.3, 2.7, and with nothing of the monitor's.
 
+#![allow(dead_code, reason = "some want faults, and some a network")]
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
@@ -55,7 +57,6 @@ pub enum Wire {
     /// Back to the guest.
     Echo,
     /// A descriptor that takes and gives a frame at a time.
-    #[allow(dead_code, reason = "for those who have a guest that speaks")]
     Host(File),
 }
 
