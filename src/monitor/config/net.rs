@@ -414,6 +414,15 @@ mod tests {
         let switch: Net = "switch=lab".parse().unwrap();
         assert_eq!((switch.to.to_string(), switch.mtu()), ("switch=lab".to_owned(), Some(9000)));
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&switch).unwrap()).unwrap(), switch);
+        let vhost_user: Net = "vhost-user=/run/a,,b,mtu=1400".parse().unwrap();
+        assert_eq!(
+            (vhost_user.to.to_string(), vhost_user.mtu()),
+            ("vhost-user=/run/a,b".to_owned(), Some(1400))
+        );
+        assert_eq!(
+            serde_json::from_str::<Net>(&serde_json::to_string(&vhost_user).unwrap()).unwrap(),
+            vhost_user
+        );
         let limited: Net = "user,bw=100M/1M,pps=5000".parse().unwrap();
         let json = r#"{"user": true, "bw": "100M/1M", "pps": 5000}"#;
         assert_eq!(serde_json::from_str::<Net>(json).unwrap(), limited);
@@ -490,6 +499,9 @@ mod tests {
             &["fd=3,queues=2"],
             &["user,vhost=on"],
             &["tap=a,vhost=on,bw=1M"],
+            &["vhost-user=a,pps=9"],
+            &["vhost-user=a,queues=2"],
+            &["vhost-user=a", "vhost-user=a"],
             &["tap=a", "tap=a"],
             &["fd=3", "fd=3"],
             &["tap=a,mac=02:00:00:00:00:01", "tap=b,mac=02:00:00:00:00:01"],
