@@ -311,8 +311,11 @@ fn message(mut connection: &UnixStream) -> Option<(u32, u32, Vec<u8>, Vec<OwnedF
     Some((word(0), word(4), payload, descriptors))
 }
 
-/// The next chain: its head, and address, length and flags of each part.
-fn take(ram: &GuestMemoryMmap<()>, ring: &mut Ring) -> Option<(u16, Vec<(u64, u32, u16)>)> {
+/// A chain: its head, and address, length and flags of each part.
+type Chain = (u16, Vec<(u64, u32, u16)>);
+
+/// The next chain.
+fn take(ram: &GuestMemoryMmap<()>, ring: &mut Ring) -> Option<Chain> {
     let index: u16 = ram.load(GuestAddress(ring.available + 2), Ordering::Acquire).unwrap();
     if index == ring.next {
         return None;

@@ -230,7 +230,7 @@ fn a_back_end_that_does_not_keep_to_the_protocol_is_cut_off_in_time() {
 fn a_back_end_that_cannot_be_used_is_one_clear_error() {
     let mut place = Place::new();
     let told = place.refusal();
-    assert!(told.contains("No such file") && told.contains("passt --vhost-user -s"), "{told}");
+    assert!(told.contains("No such file") && told.contains("start the back end first"), "{told}");
     File::create(place.path()).unwrap();
     assert!(place.refusal().contains("this is no socket"));
     std::fs::remove_file(place.path()).unwrap();

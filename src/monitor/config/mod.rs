@@ -391,7 +391,7 @@ impl VmConfig {
             } else {
                 (
                     "with vhost-user= another process moves the frames, and a network dump sees none",
-                    "have the back end write one: passt --pcap FILE, for example",
+                    "have the back end write one, as passt can",
                 )
             };
             return invalid(what, hint);
