@@ -391,7 +391,7 @@ impl VmConfig {
             } else {
                 (
                     "with vhost-user= another process moves the frames, and a network dump sees none",
-                    "have the back end write one, as passt can",
+                    "have the back end write one",
                 )
             };
             return invalid(what, hint);

@@ -50,10 +50,7 @@ impl Error {
             Self::NotASocket { path } => format!("see what it is: ls -l {}", quoted(path)),
             Self::Connect { path, source } => match source.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                    format!(
-                        "start the back end first, a passt for vhost-user, say, that listens at {}",
-                        quoted(path)
-                    )
+                    format!("start the back end first, so that it listens at {}", quoted(path))
                 }
                 io::ErrorKind::PermissionDenied => format!("see who may use it: ls -l {}", quoted(path)),
                 _ => format!("see who listens there, and whether it answers: ss -xlp src {}", quoted(path)),
