@@ -22,7 +22,7 @@ const LAYERS: [&[&str]; 9] = [
         "runtime_dir",
     ],
     &["memory", "vm", "bus", "hyperv"],
-    &["disk", "net", "vsock", "chardev", "backends"],
+    &["vhost", "disk", "net", "vsock", "chardev", "backends"],
     &["kvm"],
     &["legacy", "pci", "virtio"],
     &["boot", "vcpu"],

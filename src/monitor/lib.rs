@@ -16,6 +16,7 @@
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
 //! | [`disk`], [`net`], [`vsock`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, a segment that machines share ([`net::switch`]), and a network of ours ([`net::user`]); unix sockets behind a guest's connections; terminals, pipes, sockets. They know no virtio |
+//! | [`vhost`] | rings that another process serves (vhost-user), whatever the device |
 //! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
@@ -36,7 +37,7 @@
 //! ```text
 //! threads event_loop poller timer listener state config guest_log output printable recorder runtime_dir
 //! memory vm bus hyperv
-//! disk net vsock chardev backends
+//! vhost disk net vsock chardev backends
 //! kvm
 //! legacy virtio        never kvm, machine, or another family of devices
 //! boot vcpu
@@ -64,7 +65,7 @@
 //! 3. **Block**: ioeventfd → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
 //!    `on_event` → status byte → used ring → irqfd.
 //! 4. **Net**: the guest's buffers ↔ [`net::Link`] (a tap, a socket, the user network) by one system call a frame, on the device's worker;
-//!    or the host's kernel does it, with the rings ([`virtio::device::Offload`]).
+//!    or the host's kernel does it, or another process, with the rings ([`virtio::device::Offload`]).
 //! 5. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and comes to
 //!    rest → nothing moves. Every part can then give its state ([`state::Saved`]). If a device is not at rest
 //!    in time (its disk hangs), the pause fails and the machine runs on.
@@ -102,6 +103,7 @@ pub mod state;
 pub mod threads;
 pub mod timer;
 pub mod vcpu;
+pub mod vhost;
 pub mod virtio;
 pub mod vm;
 pub mod vsock;

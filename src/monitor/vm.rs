@@ -65,24 +65,39 @@ pub trait Vm: Send + Sync {
 /// A [`Vm`] that only takes notes. For tests, inside and outside this crate.
 pub mod fake {
     use super::*;
-    use std::os::fd::{AsRawFd, OwnedFd};
+    use rustix::event::{EventfdFlags, eventfd};
+    use std::os::fd::{AsFd, AsRawFd, OwnedFd};
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// An interrupt that counts how often it was raised.
-    #[derive(Debug, Default)]
-    pub struct FakeInterrupt(AtomicUsize);
+    /// An interrupt that counts how often it was raised: by code, and by the eventfd.
+    #[derive(Debug)]
+    pub struct FakeInterrupt(AtomicUsize, OwnedFd);
+
+    impl Default for FakeInterrupt {
+        fn default() -> Self {
+            let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+            Self(AtomicUsize::default(), event.expect("a descriptor"))
+        }
+    }
 
     impl FakeInterrupt {
         /// How often it was raised.
         pub fn count(&self) -> usize {
-            self.0.load(Ordering::SeqCst)
+            let mut signals = [0; 8];
+            // Nothing to read: not signalled since.
+            let signals = rustix::io::read(&self.1, &mut signals).map_or(0, |_| u64::from_ne_bytes(signals));
+            self.0.fetch_add(signals as usize, Ordering::SeqCst) + signals as usize
         }
     }
 
     impl Interrupt for FakeInterrupt {
         fn trigger(&self) {
             self.0.fetch_add(1, Ordering::SeqCst);
+        }
+
+        fn as_eventfd(&self) -> Option<BorrowedFd<'_>> {
+            Some(self.1.as_fd())
         }
     }
 

@@ -4,6 +4,8 @@
 
 mod agent;
 mod agent_whole;
+#[path = "../back_end/mod.rs"]
+mod back_end;
 mod bootdisk;
 mod console;
 mod debug;
@@ -21,5 +23,6 @@ mod others;
 mod reboot;
 mod trace;
 mod vhost;
+mod vhost_user;
 mod vsock;
 mod without;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 use vmm_monitor::bus::{Device, Effect};
-use vmm_monitor::memory::GuestRam;
+use vmm_monitor::memory::{GuestRam, Memory};
 use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::mmio::Mmio;
 use vmm_monitor::virtio::queue::Setup;
@@ -111,6 +111,15 @@ impl Guest {
         let regions = vec![guards[0].region(0), guards[1].region(HIGH)];
         let ram = Arc::new(GuestRam::from_regions(regions).unwrap());
         Self::on(Rest { rings: Vec::new(), features: 0, ram, guards }, device)
+    }
+
+    /// A guest whose memory other processes can map.
+    pub fn shared(device: Box<dyn VirtioDevice>) -> Self {
+        let memory = Memory::new(&"4M,backing=memfd".parse().unwrap()).unwrap();
+        Self::on(
+            Rest { rings: Vec::new(), features: 0, ram: memory.ram().clone(), guards: Vec::new() },
+            device,
+        )
     }
 
     /// A fresh device in the place of another, with the guest's memory as it was.

@@ -3,6 +3,8 @@
 //! `subjects` lists every virtio device once; `conformance`, `faults` and `hostile` run over that list, so a
 //! new device is tested by adding it there. What is not virtio has a file of its own.
 
+#[path = "../back_end/mod.rs"]
+mod back_end;
 mod block;
 mod busy;
 mod conformance;
@@ -14,6 +16,7 @@ mod net;
 mod net_dump;
 mod net_switch;
 mod net_traffic;
+mod net_vhost_user;
 mod subjects;
 mod turns;
 mod vsock;

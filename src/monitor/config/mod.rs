@@ -290,6 +290,13 @@ impl Port {
 }
 
 impl VmConfig {
+    /// The RAM, with the rule that other processes can map it where one of them serves a device.
+    pub fn memory(&self) -> Memory {
+        let shared = self.net.iter().any(|net| matches!(net.to, NetTarget::VhostUser(_)));
+        let backing = if shared { Backing::Memfd } else { self.mem.backing };
+        Memory { backing, ..self.mem.clone() }
+    }
+
     /// The console's end, with the rule that it gives stdio up to a serial port that wants it.
     pub fn console(&self) -> CharTarget {
         match (&self.console.0, &self.serial) {
@@ -373,11 +380,21 @@ impl VmConfig {
             }
         }
         net::validate(&self.net)?;
-        if self.net_dump.is_some() && self.net.iter().any(|net| net.vhost) {
-            return invalid(
-                "with vhost=on the host's kernel moves the frames, and a network dump sees none",
-                "drop vhost=on, or look at the tap itself: sudo tcpdump -i tap0",
-            );
+        if self.net_dump.is_some()
+            && let Some(net) = self.net.iter().find(|net| net.is_served_elsewhere())
+        {
+            let (what, hint) = if net.vhost {
+                (
+                    "with vhost=on the host's kernel moves the frames, and a network dump sees none",
+                    "drop vhost=on, or look at the tap itself: sudo tcpdump -i tap0",
+                )
+            } else {
+                (
+                    "with vhost-user= another process moves the frames, and a network dump sees none",
+                    "have the back end write one",
+                )
+            };
+            return invalid(what, hint);
         }
         net::validate_dump(&self.net, self.net_dump.as_ref())?;
         self.vsock.as_ref().map_or(Ok(()), Vsock::validate)?;

@@ -10,7 +10,7 @@ use super::net_limits::{Limit, NetLimits};
 use super::text::{ParseError, Size, flag, list_of_texts, optional_number};
 use super::{Allow, Invalid, OutputFile, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `user[,ipv6=off][,restrict=on][,dns=ADDR]...|switch=NAME|tap=NAME|macvtap=NAME|fd=N|socket=PATH
+/// A network device: `user[,ipv6=off][,restrict=on][,dns=ADDR]...|switch=NAME|tap=NAME|macvtap=NAME|fd=N|socket=PATH|vhost-user=PATH
 /// [,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
 /// [,vhost=on|off][,bw=RATE[/BURST]][,pps=RATE[/BURST]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +45,8 @@ pub enum NetTarget {
     Fd(u32),
     /// A unix socket on which somebody listens for streams of frames.
     Socket(PathBuf),
+    /// A unix socket of a process that serves the guest's queues by itself (vhost-user).
+    VhostUser(PathBuf),
 }
 
 impl fmt::Display for NetTarget {
@@ -56,6 +58,7 @@ impl fmt::Display for NetTarget {
             Self::Switch(name) => write!(f, "switch={name}"),
             Self::Fd(fd) => write!(f, "fd={fd}"),
             Self::Socket(path) => write!(f, "socket={}", path.display()),
+            Self::VhostUser(path) => write!(f, "vhost-user={}", path.display()),
         }
     }
 }
@@ -90,6 +93,11 @@ impl Net {
         }
     }
 
+    /// Whether others than the monitor move its frames, which does not see them then.
+    pub fn is_served_elsewhere(&self) -> bool {
+        self.vhost || matches!(self.to, NetTarget::VhostUser(_))
+    }
+
     /// Pairs of queues.
     pub fn queues(&self) -> u16 {
         self.queues.unwrap_or(1)
@@ -120,6 +128,13 @@ struct Keys {
     fd: Option<u32>,
     #[serde(default, with = "host_path::optional", skip_serializing_if = "Option::is_none")]
     socket: Option<PathBuf>,
+    #[serde(
+        default,
+        rename = "vhost-user",
+        with = "host_path::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    vhost_user: Option<PathBuf>,
     #[serde(default)]
     mac: Option<Mac>,
     #[serde(default, deserialize_with = "optional_number")]
@@ -158,11 +173,12 @@ impl TryFrom<Keys> for Net {
             keys.macvtap.map(NetTarget::Macvtap),
             keys.fd.map(NetTarget::Fd),
             keys.socket.map(NetTarget::Socket),
+            keys.vhost_user.map(NetTarget::VhostUser),
         ];
         let mut ends = ends.into_iter().flatten();
         let (Some(to), None) = (ends.next(), ends.next()) else {
             return Err(
-                "a network device has one of user, switch=NAME, tap=NAME, macvtap=NAME, fd=N and socket=PATH",
+                "a network device has one of user, switch=NAME, tap=NAME, macvtap=NAME, fd=N, socket=PATH and vhost-user=PATH",
             );
         };
         if !is_plain && !keys.user {
@@ -176,7 +192,8 @@ impl TryFrom<Keys> for Net {
 impl From<Net> for Keys {
     fn from(net: Net) -> Self {
         let Net { to, mac, mtu, queues, vhost, limits: NetLimits { bw, pps } } = net;
-        let (mut switch, mut tap, mut macvtap, mut fd, mut socket) = (None, None, None, None, None);
+        let (mut switch, mut tap, mut macvtap, mut fd) = (None, None, None, None);
+        let (mut socket, mut vhost_user) = (None, None);
         let (mut user, mut network) = (false, UserNet::default());
         match to {
             NetTarget::User(given) => (user, network) = (true, given),
@@ -185,6 +202,7 @@ impl From<Net> for Keys {
             NetTarget::Tap(name) => tap = Some(name),
             NetTarget::Fd(number) => fd = Some(number),
             NetTarget::Socket(path) => socket = Some(path),
+            NetTarget::VhostUser(path) => vhost_user = Some(path),
         }
         let UserNet { ipv6, restrict, dns, allow, publish } = network;
         Self {
@@ -194,6 +212,7 @@ impl From<Net> for Keys {
             macvtap,
             fd,
             socket,
+            vhost_user,
             mac,
             mtu,
             queues,
@@ -310,9 +329,16 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
         if net.vhost && !matches!(net.to, NetTarget::Tap(_)) {
             return invalid("vhost=on needs a tap".to_owned(), "drop vhost=, or use tap=NAME");
         }
-        if net.vhost && net.limits != NetLimits::default() {
-            let hint = "drop bw= and pps=, or vhost=on; the host limits a tap with tc";
-            return invalid("the host's kernel keeps no limits".to_owned(), hint);
+        if net.is_served_elsewhere() && net.limits != NetLimits::default() {
+            let (what, hint) = if net.vhost {
+                (
+                    "the host's kernel keeps no limits",
+                    "drop bw= and pps=, or vhost=on; the host limits a tap with tc",
+                )
+            } else {
+                ("a vhost-user back end keeps no limits", "drop bw= and pps=")
+            };
+            return invalid(what.to_owned(), hint);
         }
         let others = &list[..i];
         if !matches!(net.to, NetTarget::Socket(_)) && others.iter().any(|other| other.to == net.to) {
@@ -388,6 +414,15 @@ mod tests {
         let switch: Net = "switch=lab".parse().unwrap();
         assert_eq!((switch.to.to_string(), switch.mtu()), ("switch=lab".to_owned(), Some(9000)));
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&switch).unwrap()).unwrap(), switch);
+        let vhost_user: Net = "vhost-user=/run/a,,b,mtu=1400".parse().unwrap();
+        assert_eq!(
+            (vhost_user.to.to_string(), vhost_user.mtu()),
+            ("vhost-user=/run/a,b".to_owned(), Some(1400))
+        );
+        assert_eq!(
+            serde_json::from_str::<Net>(&serde_json::to_string(&vhost_user).unwrap()).unwrap(),
+            vhost_user
+        );
         let limited: Net = "user,bw=100M/1M,pps=5000".parse().unwrap();
         let json = r#"{"user": true, "bw": "100M/1M", "pps": 5000}"#;
         assert_eq!(serde_json::from_str::<Net>(json).unwrap(), limited);
@@ -464,6 +499,9 @@ mod tests {
             &["fd=3,queues=2"],
             &["user,vhost=on"],
             &["tap=a,vhost=on,bw=1M"],
+            &["vhost-user=a,pps=9"],
+            &["vhost-user=a,queues=2"],
+            &["vhost-user=a", "vhost-user=a"],
             &["tap=a", "tap=a"],
             &["fd=3", "fd=3"],
             &["tap=a,mac=02:00:00:00:00:01", "tap=b,mac=02:00:00:00:00:01"],

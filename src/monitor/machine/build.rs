@@ -62,7 +62,7 @@ pub fn load(config: &VmConfig, backends: &mut Backends, recorder: &Arc<Recorder>
         return Err(Error::TooManyCpus { wanted: cpus, possible: kvm.max_vcpus() });
     }
     steps.done(Step::Open);
-    let mut memory = Memory::new(&config.mem)?;
+    let mut memory = Memory::new(&config.memory())?;
     if let Some(rom) = origin.rom()? {
         memory.set_rom(&rom)?;
     }

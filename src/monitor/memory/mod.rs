@@ -14,7 +14,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -176,8 +176,10 @@ fn backing_file(config: &config::Memory) -> io::Result<Option<Arc<File>>> {
         Some(config::HugePages::TwoMiB) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
         Some(config::HugePages::OneGiB) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
     };
-    let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC | huge)?;
+    let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge)?;
     ftruncate(&fd, config.size.bytes())?;
+    // Who shares it could otherwise cut it short, which ends this process at its next look (SIGBUS).
+    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(Some(Arc::new(File::from(fd))))
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::user;
 use crate::config::host_path::quoted;
+use crate::vhost;
 
 /// Why a link could not be opened. Nothing is left behind on the host then.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +126,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Another process does not serve the rings of a guest.
+    #[error(transparent)]
+    VhostUser(#[from] vhost::Error),
     /// There is no such segment, and none can be made.
     #[error("cannot join network segment {name} in {folder}", folder = folder.display())]
     Switch {
@@ -160,6 +164,7 @@ impl Error {
     pub fn hint(&self) -> String {
         match self {
             Self::User(error) => error.hint(),
+            Self::VhostUser(error) => error.hint(),
             Self::Tun { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 "load the driver: sudo modprobe tun".to_owned()
             }
@@ -234,6 +239,9 @@ impl Error {
 
     /// Whether the caller's request was wrong (and not the host lacking something).
     pub fn is_bad_argument(&self) -> bool {
-        !matches!(self, Self::Host(_) | Self::User(user::Error::Host(_)))
+        !matches!(
+            self,
+            Self::Host(_) | Self::User(user::Error::Host(_)) | Self::VhostUser(vhost::Error::Host(_))
+        )
     }
 }

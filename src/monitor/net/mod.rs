@@ -8,6 +8,7 @@ mod error;
 mod fd;
 mod mac;
 mod macvtap;
+mod server;
 mod socket;
 pub mod switch;
 mod tap;
@@ -25,12 +26,14 @@ use bitflags::bitflags;
 use crate::config::{self, NetTarget, OutputFile};
 use crate::memory::{Buffers, Slices};
 use crate::runtime_dir;
+use crate::vhost::FrontEnd;
 
 use dump::{Dump, Dumped, Queue};
 pub use error::Error;
 pub use fd::from_descriptor;
+pub use server::Server;
 use traffic::{Network, Traffic};
-pub use vhost::{Ring, Vhost};
+pub use vhost::Vhost;
 
 /// Bytes of `struct virtio_net_hdr_v1`, in which a guest and a tap say what a frame still needs.
 pub const HEADER: usize = 12;
@@ -153,8 +156,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Port {
     /// One for each pair of queues.
     pub links: Vec<Link>,
-    /// What serves each of these pairs in the monitor's place; none: the monitor does.
-    pub kernel: Vec<Arc<Vhost>>,
+    /// What serves these pairs.
+    pub server: Server,
     /// The guest's address.
     pub mac: [u8; 6],
     /// What its devices have carried, one after the other.
@@ -164,7 +167,7 @@ pub struct Port {
 impl Port {
     /// A port of these links, for a guest that has the address `mac`.
     pub fn new(links: Vec<Link>, mac: [u8; 6]) -> Self {
-        Self { links, kernel: Vec::new(), mac, traffic: Arc::default() }
+        Self { links, server: Server::default(), mac, traffic: Arc::default() }
     }
 }
 
@@ -178,14 +181,24 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// The port of the `index`th network device of the machine called `name`, opened now if it is asked for the first time.
+    /// The port of the `index`th network device of the machine called `name`, opened now if it is asked for the first time, or if the
+    /// process that served it is gone: one that has come back is found by a reboot.
     ///
     /// # Errors
     /// [`Error`]: the host has not got what `config` names.
     pub fn get(&mut self, index: usize, config: &config::Net, name: Option<&str>) -> Result<Port, Error> {
         if let Some(port) = self.ports.get(&index) {
-            return Ok(port.clone());
+            if !port.server.is_gone() {
+                return Ok(port.clone());
+            }
+            let port = port.clone();
+            return Ok(self.open(index, config, name).unwrap_or(port));
         }
+        self.open(index, config, name)
+    }
+
+    fn open(&mut self, index: usize, config: &config::Net, name: Option<&str>) -> Result<Port, Error> {
+        let mut server = Server::default();
         let mut mac = config.mac.map_or_else(|| mac::generated(name, index), |mac| mac.0);
         let wires: Vec<Box<dyn Wire>> = match &config.to {
             NetTarget::User(network) => {
@@ -204,14 +217,22 @@ impl Ports {
             NetTarget::Switch(name) => vec![Box::new(switch::Switch::join(&runtime_dir::of_user(), name)?)],
             NetTarget::Fd(fd) => vec![fd::inherited(*fd)?],
             NetTarget::Socket(path) => vec![Box::new(socket::Stream::connect(path)?)],
+            NetTarget::VhostUser(path) => {
+                let back_end = Arc::new(FrontEnd::connect(path)?);
+                server = Server::BackEnd(back_end.clone());
+                vec![Box::new(server::Unseen(back_end))]
+            }
         };
         let links = wires.into_iter().map(|wire| match &self.noted {
             None => Link::boxed(wire),
             Some(queue) => Link::new(Dumped { wire, queue: queue.clone(), interface: index as u32 }),
         });
         let links = links.collect::<io::Result<Vec<_>>>().map_err(Error::Host)?;
-        let kernel = links.iter().filter(|_| config.vhost).map(|_| Vhost::open().map(Arc::new));
-        let port = Port { kernel: kernel.collect::<Result<_, _>>()?, ..Port::new(links, mac) };
+        if config.vhost {
+            let kernel = links.iter().map(|_| Vhost::open().map(Arc::new));
+            server = Server::Kernel(kernel.collect::<Result<_, _>>()?);
+        }
+        let port = Port { server, ..Port::new(links, mac) };
         self.ports.insert(index, port.clone());
         Ok(port)
     }

@@ -12,6 +12,7 @@ use rustix::ioctl::{Opcode, opcode};
 use super::Error;
 use crate::event_loop::Event;
 use crate::memory::{self, GuestRam};
+use crate::vhost::Ring;
 
 /// Where the driver is.
 const DEVICE: &str = "/dev/vhost-net";
@@ -73,25 +74,6 @@ const SET_VRING_KICK: Opcode = opcode::write::<File>(VHOST, 0x20);
 const SET_VRING_CALL: Opcode = opcode::write::<File>(VHOST, 0x21);
 const SET_VRING_ERR: Opcode = opcode::write::<File>(VHOST, 0x22);
 const NET_SET_BACKEND: Opcode = opcode::write::<File>(VHOST, 0x30);
-
-/// A ring as the kernel takes it over.
-#[derive(Debug)]
-pub struct Ring<'a> {
-    /// Number of descriptors.
-    pub size: u16,
-    /// Guest address of the descriptor table.
-    pub descriptors: u64,
-    /// Guest address of the available ring.
-    pub available: u64,
-    /// Guest address of the used ring.
-    pub used: u64,
-    /// Index of the next available entry to take.
-    pub next: u16,
-    /// Signalled when there is something in it.
-    pub kick: BorrowedFd<'a>,
-    /// To be signalled when something of it is used.
-    pub call: BorrowedFd<'a>,
-}
 
 /// The kernel's end of one pair of queues.
 #[derive(Debug)]
@@ -162,19 +144,19 @@ impl Vhost {
         self.set_memory(ram)?;
         for (ring, index) in rings.iter().zip(0..) {
             let Some(ring) = ring else { continue };
-            let Ring { size, descriptors, available, used, next, kick, call } = *ring;
-            // Sizes of virtio 1.3, 2.7, event indices included.
-            let entries = u64::from(size);
-            let at =
-                |address, len| memory::host_address(ram, address, len).ok_or(io::ErrorKind::InvalidInput);
+            let at = |(address, len)| {
+                memory::host_address(ram, address, len).ok_or(io::Error::from(io::ErrorKind::InvalidInput))
+            };
+            let [descriptors, used, available] = ring.parts().map(at);
             let addresses = Addresses {
                 index,
                 flags: 0,
-                descriptors: at(descriptors, 16 * entries)?,
-                used: at(used, 6 + 8 * entries)?,
-                available: at(available, 6 + 2 * entries)?,
+                descriptors: descriptors?,
+                used: used?,
+                available: available?,
                 log: 0,
             };
+            let Ring { size, next, kick, call, .. } = *ring;
             self.set(SET_VRING_NUM, &State { index, num: size.into() })?;
             self.set(SET_VRING_BASE, &State { index, num: next.into() })?;
             self.set(SET_VRING_ADDR, &addresses)?;

@@ -407,11 +407,12 @@ impl Core {
     pub fn new(
         name: &str,
         ram: &Arc<GuestRam>,
-        device: Box<dyn VirtioDevice>,
+        mut device: Box<dyn VirtioDevice>,
         notifier: Arc<dyn Notifier>,
         recorder: &Arc<Recorder>,
     ) -> io::Result<Self> {
-        let traits = device.traits();
+        let mut traits = device.traits();
+        traits.features |= RING_FEATURES & device.offload().map_or(!0, |offload| offload.ring_features());
         let doorbell = |_: &u16| Event::new();
         let doorbells = traits.queues.iter().map(doorbell).collect::<io::Result<Vec<_>>>()?;
         let queue = |(i, size): (usize, &u16)| Virtqueue::new(ram.clone(), notifier.clone(), i, *size);
@@ -477,7 +478,7 @@ impl Core {
     }
 
     fn offered(&self) -> u64 {
-        self.traits.features | RING_FEATURES
+        self.traits.features
     }
 
     /// Offered features: 32 of them, from bit 32 * `page`.

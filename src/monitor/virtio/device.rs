@@ -104,7 +104,7 @@ pub trait VirtioDevice: Saved + Send {
     }
 }
 
-/// Queues of a device that others run than the monitor: the host's kernel.
+/// Queues of a device that others run than the monitor: the host's kernel, or another process.
 ///
 /// They get the rings themselves, with the eventfds of the driver's kicks and of its interrupts, and the device sees no requests of
 /// these queues. `hand_over` follows `start` and `resume`; `take_back` comes before `drain`, before any of these queues is disabled,
@@ -112,6 +112,8 @@ pub trait VirtioDevice: Saved + Send {
 pub trait Offload {
     /// Whether others run queue `index`. Constant for the device's life.
     fn runs(&self, index: usize) -> bool;
+    /// The features of rings that they know. Constant for the device's life, and offered for all of its queues.
+    fn ring_features(&self) -> u64;
     /// Has them begin with `rings`, those of their queues that the driver has enabled.
     ///
     /// # Errors

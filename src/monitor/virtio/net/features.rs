@@ -78,6 +78,9 @@ pub const SEGMENTS: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_USO4 | GUEST_USO6;
 /// What CTRL_GUEST_OFFLOADS turns on and off.
 pub const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_ECN | SEGMENTS;
 
+/// What frames look like in the queues: the concern of who serves these.
+pub const OF_FRAMES: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | HOST_USO | GUEST_OFFLOADS | MRG_RXBUF;
+
 /// What only the monitor does when it serves the queues: it looks at each frame.
 pub const FILTERS: u64 = CTRL_RX | CTRL_RX_EXTRA | CTRL_VLAN;
 

@@ -9,9 +9,9 @@ mod features;
 mod filter;
 mod frames;
 mod header;
-mod kernel;
 mod limit;
 mod receive;
+mod served;
 mod transmit;
 
 use std::io;
@@ -28,9 +28,9 @@ use super::device::{Offload, Traits, VirtioDevice};
 use super::queue::Virtqueue;
 use crate::bus::Busy;
 use crate::config::NetLimits;
-use crate::event_loop::Interest;
+use crate::event_loop::{Event, Interest};
 use crate::net::traffic::{Drop, Way};
-use crate::net::{HEADER, MAX_FRAME, Offloads, Port, START};
+use crate::net::{HEADER, MAX_FRAME, Offloads, Port, START, Server};
 use crate::recorder::{Event as Record, Recorder};
 use crate::state::{StateError, Stateful};
 use filter::Filter;
@@ -108,10 +108,8 @@ impl Net {
             mtu: mtu.unwrap_or(ETHERNET_MTU).into(),
             ..Config::default()
         };
-        let mut offered = features::offered(able, mtu.is_some(), pairs > 1);
-        if let Some(kernel) = port.kernel.first() {
-            offered &= kernel::able(kernel);
-        }
+        let offered = features::offered(able, mtu.is_some(), pairs > 1);
+        let offered = features::sound(offered & served::able(&port.server));
         let mut net = Self {
             port,
             config,
@@ -175,7 +173,7 @@ impl Net {
 
     /// A turn for pair `pair`.
     fn serve(&mut self, pair: usize, queues: &mut [Virtqueue], receive: bool, transmit: bool) {
-        let used = pair < usize::from(self.pairs) && self.port.kernel.is_empty();
+        let used = pair < usize::from(self.pairs) && self.port.server.pairs() == 0;
         let (Some(link), Some(receiver), Some(interest)) =
             (self.port.links.get(pair), self.receivers.get_mut(pair), self.interests.get_mut(pair))
         else {
@@ -219,6 +217,11 @@ impl Net {
         for pair in 0..self.port.links.len() {
             self.serve(pair, queues, true, true);
         }
+    }
+
+    /// Whether the driver is told that the link is up.
+    fn is_up(&self) -> bool {
+        u32::from(self.config.status.get()) & VIRTIO_NET_S_LINK_UP != 0
     }
 
     /// The configuration space's status, as it is now.
@@ -269,23 +272,28 @@ impl VirtioDevice for Net {
     }
 
     fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
-        let kernel = self.port.kernel.iter().map(|kernel| kernel.broken().as_fd());
+        let broken = self.port.server.broken().into_iter().map(Event::as_fd);
+        let links = self.port.links.iter().map(AsFd::as_fd);
         // The monitor does not wait for links that the kernel serves.
-        let links = self.port.links.iter().skip(self.port.kernel.len()).map(AsFd::as_fd);
-        kernel.chain(links).chain(self.limiter.timer()).collect()
+        let links = links.filter(|_| !matches!(self.port.server, Server::Kernel(_)));
+        broken.chain(links).chain(self.limiter.timer()).collect()
     }
 
     fn interest(&self, source: usize) -> Interest {
-        match self.interests.get(source) {
-            Some(interest) if self.port.kernel.is_empty() => *interest,
-            // What the kernel says, and behind the links the timer.
+        match (&self.port.server, self.interests.get(source)) {
+            (Server::Monitor, Some(interest)) => *interest,
+            // Behind what tells of broken rings: the end of who serves them, until it has been noticed.
+            (Server::BackEnd(_), None) if !self.is_up() => Interest::default(),
+            // What tells of broken rings, and behind the links the timer.
             _ => Interest::INPUT,
         }
     }
 
     fn on_event(&mut self, source: usize, queues: &mut [Virtqueue]) {
-        if let Some(kernel) = self.port.kernel.get(source) {
-            kernel::broken(kernel, source, queues);
+        if source < self.port.server.pairs() {
+            served::broken(&self.port.server, source, queues);
+        } else if let Server::BackEnd(back_end) = &self.port.server {
+            back_end.look();
         } else if source < self.port.links.len() {
             self.serve(source, queues, true, true);
         } else {
@@ -333,7 +341,7 @@ impl VirtioDevice for Net {
     }
 
     fn offload(&mut self) -> Option<&mut dyn Offload> {
-        if self.port.kernel.is_empty() { None } else { Some(self) }
+        if self.port.server.pairs() == 0 { None } else { Some(self) }
     }
 }
 
