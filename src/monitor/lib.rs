@@ -93,6 +93,7 @@ pub mod machine;
 pub mod memory;
 pub mod net;
 pub mod output;
+pub mod pci;
 pub mod poller;
 pub mod printable;
 pub mod recorder;

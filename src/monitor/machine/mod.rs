@@ -64,7 +64,7 @@ pub enum Error {
     Device(#[from] virtio::Error),
     /// A device could not be wired up.
     #[error(transparent)]
-    Transport(#[from] virtio::mmio::Error),
+    Transport(#[from] virtio::transport::Error),
     /// It has ended.
     #[error(transparent)]
     Ended(#[from] AlreadyEnded),
