@@ -12,6 +12,8 @@ pub mod host_bridge;
 pub mod intx;
 pub mod msix;
 pub mod segment;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 

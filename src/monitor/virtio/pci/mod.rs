@@ -6,6 +6,8 @@
 
 mod common;
 mod interrupts;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::AsFd;
