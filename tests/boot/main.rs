@@ -16,6 +16,7 @@ mod net;
 mod net_user;
 mod net_whole;
 mod others;
+mod pci;
 mod reboot;
 mod trace;
 mod vhost;

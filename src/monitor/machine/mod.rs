@@ -71,8 +71,8 @@ pub enum Error {
     /// Two devices want the same address: a mistake in the layout.
     #[error(transparent)]
     Layout(#[from] Overlap),
-    /// More devices than there are interrupts for.
-    #[error("too many virtio devices: {wanted}, with interrupts for {possible}")]
+    /// More devices than there is room for.
+    #[error("too many virtio devices: {wanted}, with room for {possible}")]
     TooManyDevices {
         /// How many the configuration asks for.
         wanted: usize,

@@ -155,11 +155,11 @@ impl Msix {
             .filter(|(entry, _)| all && !entry.masked && entry.routed != Some(entry.message))
             .map(|(entry, vector)| (vector, entry.message))
             .collect();
-        if !moved.is_empty() {
-            if let Err(error) = vm.route(&moved) {
-                log::error!("routes of message-signalled interrupts: {error}");
-                return;
-            }
+        if !moved.is_empty()
+            && let Err(error) = vm.route(&moved)
+        {
+            log::error!("routes of message-signalled interrupts: {error}");
+            return;
         }
         for (entry, vector) in self.table.iter_mut().zip(vectors).filter(|(entry, _)| all && !entry.masked) {
             entry.routed = Some(entry.message);

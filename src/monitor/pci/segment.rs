@@ -15,8 +15,6 @@ use crate::state::{StateError, Stateful, Stateless};
 
 /// Functions that a bus has room for: each is its device's number 0.
 pub const DEVICES: u8 = 32;
-/// Bytes of configuration space of a function in [`Ecam`] (PCI Express 5.0, 7.2.2).
-const ECAM_FUNCTION: u64 = 0x1000;
 /// Bytes of [`Ecam`] for one bus.
 pub const ECAM_BUS: u64 = 0x10_0000;
 /// Ports from CONFIG_ADDRESS to the end of CONFIG_DATA.
@@ -147,8 +145,7 @@ impl Ecam {
         let aligned = offset.is_multiple_of(len.max(1) as u64) && len.is_power_of_two();
         (0..len).step_by(step).map(move |at| {
             let address = offset + at as u64;
-            let register =
-                Register::new(address >> 20, address / ECAM_FUNCTION & 0xff, address % ECAM_FUNCTION);
+            let register = Register::new(address >> 20, address >> 12 & 0xff, address & 0xfff);
             (register.filter(|_| aligned), at..at + step)
         })
     }

@@ -3,7 +3,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use proptest::prelude::*;
 
-use super::segment::{ECAM_BUS, PORTS};
+use super::segment::PORTS;
 use super::*;
 use crate::bus::lock;
 use crate::state::{Saved, StateError, Stateful};
@@ -464,5 +464,4 @@ fn the_bridge_is_found_and_has_nothing_to_decode() {
     let mut bars = [[0xff; 4]; 6];
     bars.iter_mut().zip((0x10..).step_by(4)).for_each(|(bar, at)| ecam.read(at, bar));
     assert_eq!(bars, [[0; 4]; 6]);
-    assert!(ECAM_BUS >= 32 << 15);
 }

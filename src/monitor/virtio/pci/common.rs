@@ -89,11 +89,9 @@ pub fn write(pci: &mut Pci, offset: u64, data: &[u8]) {
         (DRIVER_FEATURE_SELECT, 4) => pci.select.driver_features = value as u32,
         (DRIVER_FEATURE, 4) => pci.core.accept_features(pci.select.driver_features, value as u32),
         (CONFIG_MSIX_VECTOR, 2) => pci.interrupts.set_config_vector(value as u16, pci.msix.count()),
-        (DEVICE_STATUS, 1) => {
-            if pci.core.write_status(value as u32) {
-                pci.interrupts.reset();
-                pci.select = Selectors::default();
-            }
+        (DEVICE_STATUS, 1) if pci.core.write_status(value as u32) => {
+            pci.interrupts.reset();
+            pci.select = Selectors::default();
         }
         (QUEUE_SELECT, 2) => pci.select.queue = value as u16,
         (QUEUE_SIZE, 2) => set_up(pci, |queue| queue.size = value as u16),

@@ -266,7 +266,8 @@ mod tests {
         let slots = (0u32..).zip(layout::VIRTIO_GSIS);
         let base = |slot| (layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE) as u32;
         let virtio_mmio = slots.map(|(slot, gsi)| VirtioMmio { base: base(slot), gsi }).collect();
-        Platform { cpus, virtio_mmio, com1: true, pci: None }
+        let pci = Some((1..32).zip(layout::PCI_GSIS.into_iter().cycle()).collect());
+        Platform { cpus, virtio_mmio, com1: true, pci }
     }
 
     fn int(bytes: &[u8], at: usize, len: usize) -> u64 {
@@ -382,7 +383,7 @@ mod tests {
         assert!(text.contains("0 Errors, 0 Warnings, 0 Remarks"), "{text}");
         let source = std::fs::read_to_string(folder.path().join("DSDT.dsl")).unwrap();
         assert_eq!(source.matches("LNRO0005").count(), layout::VIRTIO_GSIS.len());
-        for device in ["PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001"] {
+        for device in ["PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001", "PNP0A08", "PNP0C02", "_PRT", "_OSC"] {
             assert!(source.contains(device), "{device}");
         }
     }
