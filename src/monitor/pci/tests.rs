@@ -1,3 +1,5 @@
+//! A bus with functions that only remember: where they are decoded, what a guest can change, and what interrupts come to.
+
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, Weak};
 

@@ -1,3 +1,5 @@
+//! An entropy device, found and driven as virtio 1.3, 4.1 says, and otherwise.
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
