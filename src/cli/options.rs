@@ -19,7 +19,7 @@ use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
     BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, Net, NetTarget, OnPanic, OnReboot,
-    OutputFile, Port, Publish, UserNet, VmConfig, Vsock, port_number,
+    OutputFile, Port, Publish, Transport, UserNet, VmConfig, Vsock, port_number,
 };
 use vmm_monitor::machine::outputs;
 use vmm_trace::debug::gdb::Place;
@@ -102,6 +102,9 @@ pub struct Options {
     /// Option ROM for the firmware to run (SeaBIOS needs QEMU's linuxboot_dma.bin to boot a kernel); repeatable
     #[arg(long, value_name = "FILE")]
     option_rom: Vec<PathBuf>,
+    /// How the guest finds virtio devices: mmio or pci, with message-signalled interrupts [default: mmio]
+    #[arg(long, value_name = "mmio|pci", value_parser = keyword::<Transport>)]
+    transport: Option<Transport>,
     /// What to do when the guest reboots: exit or reset [default: exit]
     #[arg(long, value_name = "WHAT", value_parser = keyword::<OnReboot>)]
     on_reboot: Option<OnReboot>,
@@ -231,6 +234,7 @@ impl Options {
         set(&mut config.text_screen, self.text_screen);
         set(&mut config.test_device, self.test_device);
         set(&mut config.boot_marks, self.boot_marks);
+        set(&mut config.transport, self.transport);
         set(&mut config.on_reboot, self.on_reboot);
         config.on_panic = self.on_panic.or(config.on_panic);
         publish(self.publish, &mut config.net)

@@ -38,13 +38,13 @@ pub fn plan(mut config: VmConfig) -> Result<String, Failure> {
     let cmdline = boot::cmdline::default_for(&config);
     config.cmdline.get_or_insert(cmdline);
     config.console = Console(Some(config.console()));
-    let rows = |place, mut more: Vec<(u64, u64, String)>| {
-        let slots = list.iter().filter(|slot| slot.place == place);
+    let rows = |ports, mut more: Vec<(u64, u64, String)>| {
+        let slots = list.iter().filter(|slot| (slot.place == Place::Pio) == ports);
         more.extend(slots.map(|slot| (slot.base, slot.size, told(slot, &config))));
         more.sort_unstable();
         more.into_iter().map(row).collect()
     };
-    let (ports, memory_map) = (rows(Place::Pio, Vec::new()), rows(Place::Mmio, ram(&config)));
+    let (ports, memory_map) = (rows(true, Vec::new()), rows(false, ram(&config)));
     pretty(&Plan { memory_map, ports, config })
 }
 
@@ -66,9 +66,11 @@ fn told(slot: &Slot, config: &VmConfig) -> String {
         _ => None,
     };
     let file = file.map(|file| format!(" ({file})")).unwrap_or_default();
+    let pci =
+        if let Place::Pci(number) = slot.place { format!(", PCI 00:{number:02x}.0") } else { String::new() };
     let gsi = slot.gsi.map(|gsi| format!(", interrupt {gsi}")).unwrap_or_default();
     let kvm = if slot.kind == Kind::InKernel { ", in the kernel" } else { "" };
-    format!("{}{file}{gsi}{kvm}", slot.name)
+    format!("{}{file}{pci}{gsi}{kvm}", slot.name)
 }
 
 /// The parts of RAM.

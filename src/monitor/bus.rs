@@ -97,6 +97,12 @@ pub enum Kind {
     HypervTest,
     /// The `usize`th virtio device.
     Virtio(usize),
+    /// PCI configuration space by ports, with the reset control register between them.
+    PciPorts,
+    /// PCI configuration space by memory.
+    PciEcam,
+    /// The window in which PCI functions' memory is.
+    PciMemory,
     /// KVM's own: it answers without the monitor.
     InKernel,
 }
@@ -108,6 +114,8 @@ pub enum Place {
     Pio,
     /// Physical memory.
     Mmio,
+    /// Physical memory of a PCI function of this device number: the guest can move it.
+    Pci(u8),
 }
 
 /// One entry of a machine's inventory: a device, and where the guest finds it.

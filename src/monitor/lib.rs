@@ -20,6 +20,7 @@
 //! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
+//! | [`pci`] | a PCI bus: configuration space, memory that moves, MSI-X. One of the two transports of `virtio` is a function on it |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::inventory`] lists what a configuration amounts to, [`machine::load`] builds that and fills it from its [`Origin`](machine::Origin), [`Machine`](machine::Machine) runs it |
 //! | [`api`] | names, control sockets, signals |
@@ -39,7 +40,7 @@
 //! memory vm bus hyperv
 //! vhost disk net vsock chardev backends
 //! kvm
-//! legacy virtio        never kvm, machine, or another family of devices
+//! legacy virtio pci    never kvm, machine, or another family of devices, but that virtio may be on PCI
 //! boot vcpu
 //! machine
 //! session api
@@ -94,6 +95,7 @@ pub mod machine;
 pub mod memory;
 pub mod net;
 pub mod output;
+pub mod pci;
 pub mod poller;
 pub mod printable;
 pub mod recorder;

@@ -4,8 +4,12 @@
 //! without `/dev/kvm`. Devices must not know more of KVM than this file.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::event_loop::Event;
 
 pub mod testdev;
 
@@ -30,6 +34,54 @@ pub struct Msi {
     pub data: u32,
 }
 
+/// A message-signalled interrupt of a device's own. What is raised while it is not [open](Vm::open) is kept, as one.
+#[derive(Debug)]
+pub struct Vector {
+    gsi: u32,
+    event: Event,
+}
+
+impl Vector {
+    /// For implementors of [`Vm`]: it is known as global system interrupt `gsi`.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn new(gsi: u32) -> io::Result<Self> {
+        Ok(Self { gsi, event: Event::new()? })
+    }
+
+    /// The number under which the hypervisor knows it.
+    pub fn gsi(&self) -> u32 {
+        self.gsi
+    }
+
+    /// The eventfd that raises it.
+    pub fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// Whether it was raised while it was not open.
+    pub fn is_pending(&self) -> bool {
+        let mut event = [PollFd::new(&self.event, PollFlags::IN)];
+        poll(&mut event, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Forgets that.
+    pub fn clear(&self) {
+        self.event.clear();
+    }
+}
+
+impl Interrupt for Vector {
+    fn trigger(&self) {
+        self.event.signal();
+    }
+
+    fn as_eventfd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.event())
+    }
+}
+
 /// A guest write that the kernel turns into an eventfd signal instead of an exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IoEventAddress {
@@ -50,6 +102,28 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// The hypervisor refused the line.
     fn irq_line(&self, gsi: u32) -> io::Result<Arc<dyn Interrupt>>;
+    /// Sets the level of global system interrupt `gsi` (an I/O APIC pin).
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()>;
+    /// Interrupts of a device's own, `count` of them, which go nowhere yet.
+    ///
+    /// # Errors
+    /// The host is out of descriptors, or the hypervisor of numbers.
+    fn vectors(&self, count: usize) -> io::Result<Vec<Vector>>;
+    /// Has each of these interrupts come as the message beside it. One call for many costs as much as for one.
+    ///
+    /// # Errors
+    /// The hypervisor refused; all is as before.
+    fn route(&self, routes: &[(&Vector, Msi)]) -> io::Result<()>;
+    /// Delivers `vector` from now on, and at once if it was raised meanwhile.
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn open(&self, vector: &Vector) -> io::Result<()>;
+    /// Undoes [`Vm::open`].
+    fn close(&self, vector: &Vector);
     /// Makes writes to `at` signal `event`, an eventfd.
     ///
     /// # Errors
@@ -106,9 +180,34 @@ pub mod fake {
     pub struct FakeVm {
         lines: Mutex<Vec<(u32, Arc<FakeInterrupt>)>>,
         doorbells: Mutex<Vec<(IoEventAddress, i32, OwnedFd)>>,
+        levels: Mutex<Vec<(u32, bool)>>,
+        vectors: Mutex<Vec<FakeVector>>,
+    }
+
+    /// A [`Vector`] that [`Vm::vectors`] gave out.
+    #[derive(Debug)]
+    struct FakeVector {
+        event: OwnedFd,
+        route: Option<Msi>,
+        open: bool,
     }
 
     impl FakeVm {
+        /// The messages that were sent and not taken yet, each once: those of open vectors that were raised.
+        pub fn take_messages(&self) -> Vec<Msi> {
+            let vectors = self.vectors.lock().expect("not poisoned");
+            let raised = vectors
+                .iter()
+                .filter(|vector| vector.open)
+                .filter(|vector| rustix::io::read(&vector.event, &mut [0u8; 8]).is_ok());
+            raised.filter_map(|vector| vector.route).collect()
+        }
+
+        /// Every [`Vm::set_irq_level`], in order.
+        pub fn levels(&self) -> Vec<(u32, bool)> {
+            self.levels.lock().expect("not poisoned").clone()
+        }
+
         /// The interrupt that [`Vm::irq_line`] gave out for `gsi`.
         pub fn line(&self, gsi: u32) -> Option<Arc<FakeInterrupt>> {
             let lines = self.lines.lock().expect("not poisoned");
@@ -137,6 +236,38 @@ pub mod fake {
             let line = Arc::new(FakeInterrupt::default());
             self.lines.lock().expect("not poisoned").push((gsi, line.clone()));
             Ok(line)
+        }
+
+        fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
+            self.levels.lock().expect("not poisoned").push((gsi, high));
+            Ok(())
+        }
+
+        fn vectors(&self, count: usize) -> io::Result<Vec<Vector>> {
+            let mut all = self.vectors.lock().expect("not poisoned");
+            let new = (all.len() as u32..).take(count).map(Vector::new).collect::<io::Result<Vec<_>>>()?;
+            for vector in &new {
+                let event = vector.event.as_fd().try_clone_to_owned()?;
+                all.push(FakeVector { event, route: None, open: false });
+            }
+            Ok(new)
+        }
+
+        fn route(&self, routes: &[(&Vector, Msi)]) -> io::Result<()> {
+            let mut all = self.vectors.lock().expect("not poisoned");
+            for (vector, message) in routes {
+                all[vector.gsi as usize].route = Some(*message);
+            }
+            Ok(())
+        }
+
+        fn open(&self, vector: &Vector) -> io::Result<()> {
+            self.vectors.lock().expect("not poisoned")[vector.gsi as usize].open = true;
+            Ok(())
+        }
+
+        fn close(&self, vector: &Vector) {
+            self.vectors.lock().expect("not poisoned")[vector.gsi as usize].open = false;
         }
 
         fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {

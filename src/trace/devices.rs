@@ -3,6 +3,8 @@
 //! By the device's name and the offset; where nothing better is known, the plain numbers.
 
 use super::file::Header;
+use super::pci;
+use vmm_monitor::memory::layout;
 use vmm_monitor::recorder::{Event, Kind};
 
 /// Who answered `event`, and what it was to them. `None` for an exit that no device is asked about.
@@ -28,6 +30,9 @@ pub fn tell(header: &Header, event: &Event) -> Option<String> {
         "acpi-pm" => access(acpi_pm(offset), read, event),
         "fw-cfg" => access(fw_cfg(offset), read, event),
         "debug-exit" | "boot-marks" | "reset-control" | "pvpanic" => access("", read, event),
+        "pci-ports" => pci::ports(offset, read, event),
+        "pci-ecam" => pci::ecam(offset, read, event),
+        _ if layout::PCI_MEMORY.contains(&event.address) => pci::virtio(offset, read, event),
         _ if name.starts_with("virtio-") => virtio_mmio(offset, read, event),
         _ => access(&format!("+{offset:#x}"), read, event),
     };
@@ -45,7 +50,7 @@ pub fn name<'a>(header: &'a Header, event: &Event) -> Option<&'a str> {
 }
 
 /// `register -> value` for a read, `register <- value` for a write.
-fn access(register: &str, read: bool, event: &Event) -> String {
+pub(super) fn access(register: &str, read: bool, event: &Event) -> String {
     let arrow = if read { "->" } else { "<-" };
     let more = if event.count > 1 { format!(" and {} more", event.count - 1) } else { String::new() };
     format!("{register} {arrow} {:#x}{more}", event.value)
@@ -141,7 +146,7 @@ fn virtio_mmio(offset: u64, read: bool, event: &Event) -> String {
 }
 
 /// Bits of the device status (virtio 1.3, 2.1).
-fn status(value: u64) -> String {
+pub(super) fn status(value: u64) -> String {
     let bits = [
         (1, "ACKNOWLEDGE"),
         (2, "DRIVER"),

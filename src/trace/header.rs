@@ -9,12 +9,12 @@ use vmm_monitor::config::{Kernel, VmConfig};
 impl Header {
     /// For the machine that `config` describes, which has what is on the `inventory`, on this host.
     pub fn of(config: &VmConfig, inventory: &[Slot]) -> Self {
-        let ranges = |place| {
-            let ours =
-                inventory.iter().filter(move |slot| slot.place == place && slot.kind != Kind::InKernel);
+        let ranges = |ports| {
+            let here = move |slot: &&Slot| (slot.place == Place::Pio) == ports && slot.kind != Kind::InKernel;
             let range = |slot: &Slot| Range { name: slot.name.clone(), base: slot.base, size: slot.size };
-            let mut ranges: Vec<_> = ours.map(range).collect();
-            ranges.sort_unstable_by_key(|range| range.base);
+            let mut ranges: Vec<_> = inventory.iter().filter(here).map(range).collect();
+            // Of PCI functions' memory and the window around it, the one that ends first is the one to find.
+            ranges.sort_unstable_by_key(|range| (range.base, std::cmp::Reverse(range.size)));
             ranges
         };
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -30,8 +30,8 @@ impl Header {
             boots_disk: matches!(config.to_boot(), Ok(Some(Kernel::BootDisk))),
             cmdline: config.cmdline.clone(),
             vendor: vendor.map_or("", |(_, vendor)| vendor).to_owned(),
-            ports: ranges(Place::Pio),
-            addresses: ranges(Place::Mmio),
+            ports: ranges(true),
+            addresses: ranges(false),
             ..Self::default()
         }
     }

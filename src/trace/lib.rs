@@ -16,6 +16,7 @@ pub mod kallsyms;
 pub mod kernel;
 pub mod lab;
 pub mod live;
+mod pci;
 pub mod reasons;
 pub mod recorded;
 pub mod recording;

@@ -20,6 +20,7 @@ mod net_apt;
 mod net_user;
 mod net_whole;
 mod others;
+mod pci;
 mod reboot;
 mod trace;
 mod vhost;

@@ -98,7 +98,9 @@ fn the_hosts_kernel_serves_a_taps_queues_over_pauses_and_reboots() {
     if !available("vhost-net") {
         return;
     }
-    for (kernel, name, net) in [(Kernel::TunedPvh, "vmmtest2", 9), (Kernel::Stock, "vmmtest3", 10)] {
+    for (kernel, transport, name, net) in
+        [(Kernel::TunedPvh, "mmio", "vmmtest2", 9), (Kernel::Stock, "pci", "vmmtest3", 10)]
+    {
         tap(name, net);
         let listener = TcpListener::bind(format!("10.98.{net}.1:7000")).unwrap();
         let script = format!(
@@ -109,7 +111,7 @@ fn the_hosts_kernel_serves_a_taps_queues_over_pauses_and_reboots() {
         );
         let mut command = vmm(kernel, &script);
         command.args(["--mem", "512M", "--cpus", "2", "--name", "v", "--on-reboot", "reset"]);
-        command.args(["--net", &format!("tap={name},queues=2,vhost=on")]);
+        command.args(["--transport", transport, "--net", &format!("tap={name},queues=2,vhost=on")]);
         let guest = Guest::start(command);
         for round in 1..=2 {
             guest.wait_for("sends", round);

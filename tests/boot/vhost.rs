@@ -32,7 +32,7 @@ impl Notifier for Line {
 
     fn config_changed(&self) {}
 
-    fn direct(&self) -> Option<BorrowedFd<'_>> {
+    fn direct(&self, _queue: usize) -> Option<BorrowedFd<'_>> {
         Some(self.0.as_fd())
     }
 }

@@ -95,10 +95,23 @@ pub struct VmConfig {
     /// Log the guest's writes to port 0x80 (POST codes) with their time.
     #[serde(deserialize_with = "text::flag")]
     pub boot_marks: bool,
+    /// How the guest finds virtio devices, and how they interrupt it.
+    pub transport: Transport,
     /// What a guest's reboot does.
     pub on_reboot: OnReboot,
     /// What a panic of the guest's kernel does. Absent: as `on_reboot`.
     pub on_panic: Option<OnPanic>,
+}
+
+/// How a guest finds virtio devices, and how they interrupt it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Registers at addresses that the ACPI tables tell, and an interrupt line each.
+    #[default]
+    Mmio,
+    /// Functions on a PCI bus, with message-signalled interrupts.
+    Pci,
 }
 
 /// What a guest's reboot does.

@@ -11,11 +11,11 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memo
 use kvm_ioctls::{Cap, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::x86_64::Arch;
+use super::x86_64::{Arch, Route};
 use super::{Error, ioctl};
 use crate::memory::dirty::DirtyPages;
 use crate::memory::{self, GuestRam, Memory};
-use crate::vm::{Interrupt, IoEventAddress};
+use crate::vm::{Interrupt, IoEventAddress, Msi, Vector};
 
 /// A virtual machine in the kernel.
 #[derive(Debug)]
@@ -114,6 +114,34 @@ impl crate::vm::Vm for Vm {
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         self.fd.register_irqfd(&event, gsi).map_err(errno)?;
         Ok(Arc::new(IrqFd(event)))
+    }
+
+    fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
+        self.fd.set_irq_line(gsi, high).map_err(errno)
+    }
+
+    fn vectors(&self, count: usize) -> io::Result<Vec<Vector>> {
+        self.new_routes(count).into_iter().map(Vector::new).collect()
+    }
+
+    fn route(&self, routes: &[(&Vector, Msi)]) -> io::Result<()> {
+        self.change_routes(|all| {
+            for (vector, message) in routes {
+                all.set(vector.gsi(), Route::Msi(*message));
+            }
+        })
+    }
+
+    fn open(&self, vector: &Vector) -> io::Result<()> {
+        self.fd.register_irqfd(&eventfd(vector.event())?, vector.gsi()).map_err(errno)
+    }
+
+    fn close(&self, vector: &Vector) {
+        let undone = eventfd(vector.event())
+            .and_then(|event| self.fd.unregister_irqfd(&event, vector.gsi()).map_err(errno));
+        if let Err(error) = undone {
+            log::error!("interrupt {}: {error}", vector.gsi());
+        }
     }
 
     fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {

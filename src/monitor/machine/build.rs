@@ -4,6 +4,7 @@
 //! vCPUs. A kernel of some size is loaded by a thread of its own while KVM sets up, because it needs only the memory and the
 //! plan.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -18,7 +19,7 @@ use crate::boot::tables::Platform;
 use crate::boot::{self, Payload};
 use crate::bus::{Bus, Device, Kind, Place, SharedDevice, Slot, lock};
 use crate::chardev::Escape;
-use crate::config::{Firmware, OnPanic, VmConfig};
+use crate::config::{Firmware, OnPanic, Transport, VmConfig};
 use crate::hyperv::Hypercalls;
 use crate::kvm::{self, Kvm};
 use crate::legacy::acpi_pm::AcpiPm;
@@ -35,6 +36,7 @@ use crate::legacy::rtc_cmos::RtcCmos;
 use crate::legacy::serial::SerialPort;
 use crate::legacy::testdev::{hyperv::HypervTestDevice, pc};
 use crate::memory::{Memory, layout};
+use crate::pci;
 use crate::recorder::{Recorder, Step, Steps};
 use crate::threads::{self, Role};
 use crate::vcpu;
@@ -42,7 +44,6 @@ use crate::vcpu::dispatch::Buses;
 use crate::vcpu::gate::Gate;
 use crate::virtio;
 use crate::virtio::mmio::Mmio;
-use crate::vm::testdev::TestVm;
 use crate::vm::{Interrupt, Vm};
 
 /// Loads the machine that `config` describes with what it starts from: ready to run. `backends` keeps what its
@@ -144,6 +145,14 @@ fn build(
         backends.ports.note_frames();
     }
     let mut board = Board::default();
+    let segment = Arc::new(pci::Segment::new(layout::PCI_MEMORY));
+    let mut lines = BTreeMap::new();
+    if config.transport == Transport::Pci {
+        let bridge = Arc::new(Mutex::new(pci::HostBridge::default()));
+        board.devices.push(("pci-host-bridge".to_owned(), bridge.clone()));
+        // It has no doorbells that could be refused.
+        let _ = segment.insert(0, bridge, 0..0);
+    }
     for slot in &list {
         let device: SharedDevice = match slot.kind {
             Kind::AcpiPm => power.clone(),
@@ -166,16 +175,37 @@ fn build(
             Kind::TestLines => shared(pc::IrqLines::new(weak(&vm))),
             Kind::TestMemory => shared(pc::IoRam::default()),
             Kind::HypervTest => {
-                let device = HypervTestDevice::new(weak(&vm), memory.ram().clone(), config.cpus.0);
+                let vm: Weak<kvm::Vm> = Arc::downgrade(&vm);
+                let device = HypervTestDevice::new(vm, memory.ram().clone(), config.cpus.0);
                 let failed = |source| Error::Host { what: "the test device".to_owned(), source };
                 let device = device.map_err(failed)?;
                 board.hypercalls = Some(device.clone());
                 device
             }
+            Kind::PciPorts => {
+                shared(pci::ConfigPorts::new(segment.clone(), Box::new(ResetControl::default())))
+            }
+            Kind::PciEcam => shared(pci::Ecam(segment.clone())),
+            Kind::PciMemory => shared(pci::Memory(segment.clone())),
             Kind::Virtio(index) => {
                 let device = virtio[index].build(backends, recorder)?;
                 let gsi = slot.gsi.unwrap_or_default();
-                shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?)
+                match slot.place {
+                    Place::Pci(number) => {
+                        let line =
+                            lines.entry(gsi).or_insert_with(|| Arc::new(pci::Line::new(weak(&vm), gsi)));
+                        let place = virtio::pci::Place { number, base: slot.base, line: line.clone() };
+                        let weak = weak(&vm);
+                        let function =
+                            virtio::pci::Pci::new(weak, memory.ram(), place, &slot.name, device, recorder)?;
+                        let function = Arc::new(Mutex::new(function));
+                        segment.insert(number, function.clone(), slot.base..slot.base + slot.size).map_err(
+                            |source| Error::Host { what: format!("the doorbells of {}", slot.name), source },
+                        )?;
+                        function
+                    }
+                    _ => shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?),
+                }
             }
             Kind::InKernel => continue,
         };
@@ -258,7 +288,7 @@ fn shared(device: impl Device + 'static) -> SharedDevice {
     Arc::new(Mutex::new(device))
 }
 
-fn weak(vm: &Arc<kvm::Vm>) -> Weak<dyn TestVm> {
+fn weak(vm: &Arc<kvm::Vm>) -> Weak<dyn Vm> {
     let weak: Weak<kvm::Vm> = Arc::downgrade(vm);
     weak
 }
@@ -282,6 +312,11 @@ impl Board {
         let bus = match slot.place {
             Place::Pio => &mut self.pio,
             Place::Mmio => &mut self.mmio,
+            // Behind its window.
+            Place::Pci(_) => {
+                self.devices.push((slot.name.clone(), device));
+                return Ok(());
+            }
         };
         bus.insert(&slot.name, slot.base, slot.size, device.clone())?;
         self.devices.push((slot.name.clone(), device));

@@ -3,13 +3,16 @@
 //! The assembly walks the list, the dry run prints it, the ACPI tables are made from it and a trace's header carries it: a device
 //! that is not here does not exist, and where it is is decided here alone.
 
+use std::ops::Range;
+
 use super::Error;
 use crate::boot::tables::{Platform, VirtioMmio};
 use crate::bus::{Kind, Place, Slot};
-use crate::config::{CharTarget, VmConfig};
+use crate::config::{CharTarget, Transport, VmConfig};
 use crate::legacy::{crtc, debug_exit, fw_cfg, rtc_cmos, testdev};
 use crate::memory::layout;
-use crate::virtio;
+use crate::pci::segment;
+use crate::virtio::{self, pci};
 
 /// Everything that answers at an address of the machine that `config` describes, in the order in which it is built. `rom` is
 /// the size of its firmware in bytes.
@@ -20,7 +23,17 @@ pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error
     let mut list = List::default();
     list.port("acpi-pm", Kind::AcpiPm, layout::ACPI_PM, layout::ACPI_PM_SIZE).gsi = Some(layout::ACPI_GSI);
     list.port("i8042", Kind::I8042, layout::I8042, layout::I8042_SIZE);
-    list.port("reset-control", Kind::ResetControl, layout::RESET_CONTROL, 1);
+    match config.transport {
+        Transport::Mmio => {
+            list.port("reset-control", Kind::ResetControl, layout::RESET_CONTROL, 1);
+        }
+        Transport::Pci => {
+            list.port("pci-ports", Kind::PciPorts, layout::PCI_CONFIG, segment::PORTS);
+            list.memory("pci-ecam", Kind::PciEcam, layout::PCI_ECAM, segment::ECAM_BUS);
+            let Range { start, end } = layout::PCI_MEMORY;
+            list.memory("pci-memory", Kind::PciMemory, start, end - start);
+        }
+    }
     list.port("pvpanic", Kind::PvPanic, layout::PVPANIC, 1);
     if let Some(port) = config.debug_exit {
         list.port("debug-exit", Kind::DebugExit, port.into(), debug_exit::SIZE);
@@ -54,13 +67,31 @@ pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error
         list.memory("rom", Kind::Rom, layout::ROM_END.saturating_sub(size), size);
     }
     let virtio = virtio::Device::list(config);
-    let (wanted, possible) = (virtio.len(), layout::VIRTIO_GSIS.len());
+    let possible = match config.transport {
+        Transport::Mmio => layout::VIRTIO_GSIS.len(),
+        // Number 0 is the host bridge.
+        Transport::Pci => usize::from(segment::DEVICES) - 1,
+    };
+    let wanted = virtio.len();
     if wanted > possible {
         return Err(Error::TooManyDevices { wanted, possible });
     }
-    for (index, (device, gsi)) in virtio.iter().zip(layout::VIRTIO_GSIS).enumerate() {
-        let base = layout::VIRTIO_MMIO + index as u64 * layout::VIRTIO_MMIO_SIZE;
-        list.memory(&device.name(), Kind::Virtio(index), base, layout::VIRTIO_MMIO_SIZE).gsi = Some(gsi);
+    for (index, device) in virtio.iter().enumerate() {
+        let (name, kind, at) = (device.name(), Kind::Virtio(index), index as u64);
+        let slot = match config.transport {
+            Transport::Mmio => {
+                let base = layout::VIRTIO_MMIO + at * layout::VIRTIO_MMIO_SIZE;
+                list.memory(&name, kind, base, layout::VIRTIO_MMIO_SIZE)
+            }
+            Transport::Pci => {
+                let place = Place::Pci(index as u8 + 1);
+                list.add(&name, kind, place, layout::PCI_MEMORY.start + at * pci::SIZE, pci::SIZE)
+            }
+        };
+        slot.gsi = match slot.place {
+            Place::Pci(number) => Some(layout::PCI_GSIS[usize::from(number) % layout::PCI_GSIS.len()]),
+            _ => layout::VIRTIO_GSIS.get(index).copied(),
+        };
     }
     if config.serial != CharTarget::Off {
         list.port("serial", Kind::Serial, layout::COM1, layout::COM1_SIZE).gsi = Some(layout::COM1_GSI);
@@ -73,13 +104,22 @@ pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error
 
 /// What the guest's tables say of the machine with `cpus` vCPUs and what is on the `list`.
 pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
-    let virtio = |slot: &Slot| match (slot.kind, slot.gsi) {
+    let virtio = |slot: &Slot| match (slot.kind, slot.place, slot.gsi) {
         // The layout puts these below 4 GiB.
-        (Kind::Virtio(_), Some(gsi)) => Some(VirtioMmio { base: slot.base as u32, gsi }),
+        (Kind::Virtio(_), Place::Mmio, Some(gsi)) => Some(VirtioMmio { base: slot.base as u32, gsi }),
         _ => None,
     };
-    let com1 = list.iter().any(|slot| slot.kind == Kind::Serial);
-    Platform { cpus, virtio_mmio: list.iter().filter_map(virtio).collect(), com1 }
+    let line = |slot: &Slot| match (slot.place, slot.gsi) {
+        (Place::Pci(number), Some(gsi)) => Some((number, gsi)),
+        _ => None,
+    };
+    let has = |kind| list.iter().any(|slot| slot.kind == kind);
+    Platform {
+        cpus,
+        virtio_mmio: list.iter().filter_map(virtio).collect(),
+        com1: has(Kind::Serial),
+        pci: has(Kind::PciEcam).then(|| list.iter().filter_map(line).collect()),
+    }
 }
 
 #[derive(Default)]
@@ -116,10 +156,19 @@ mod tests {
 
     #[test]
     fn nothing_overlaps_and_nothing_has_another_things_name_or_interrupt() {
-        for rom in [None, Some(4096), Some(layout::ROM_MAX - layout::ROM_MAX / 4)] {
-            let list = inventory(&everything(), rom).unwrap();
-            for place in [Place::Pio, Place::Mmio] {
-                let mut ranges: Vec<_> = list.iter().filter(|s| s.place == place).collect();
+        let roms = [None, Some(4096), Some(layout::ROM_MAX - layout::ROM_MAX / 4)];
+        for (rom, transport) in
+            roms.into_iter().flat_map(|rom| [(rom, Transport::Mmio), (rom, Transport::Pci)])
+        {
+            let list = inventory(&VmConfig { transport, ..everything() }, rom).unwrap();
+            type Here = fn(&&Slot) -> bool;
+            let places: [Here; 3] = [
+                |slot| slot.place == Place::Pio,
+                |slot| slot.place == Place::Mmio,
+                |slot| matches!(slot.place, Place::Pci(_)),
+            ];
+            for here in places {
+                let mut ranges: Vec<_> = list.iter().filter(here).collect();
                 ranges.sort_by_key(|slot| slot.base);
                 for pair in ranges.windows(2) {
                     assert!(pair[0].base + pair[0].size <= pair[1].base, "{pair:x?}");
@@ -128,7 +177,9 @@ mod tests {
             for (at, slot) in list.iter().enumerate() {
                 let others = &list[..at];
                 assert!(others.iter().all(|other| other.name != slot.name), "{slot:?}");
-                assert!(slot.gsi.is_none() || others.iter().all(|other| other.gsi != slot.gsi), "{slot:?}");
+                // Functions share the lines that they raise by level.
+                let alone = !matches!(slot.place, Place::Pci(_)) && slot.gsi.is_some();
+                assert!(!alone || others.iter().all(|other| other.gsi != slot.gsi), "{slot:?}");
             }
         }
     }
@@ -139,12 +190,24 @@ mod tests {
         let platform = platform(3, &list);
         assert_eq!((platform.cpus, platform.com1, platform.virtio_mmio.len()), (3, true, 6));
         assert_eq!(u64::from(platform.virtio_mmio[0].base), layout::VIRTIO_MMIO);
+        assert_eq!(platform.pci, None);
+        let list = inventory(&VmConfig { transport: Transport::Pci, ..everything() }, None).unwrap();
+        let platform = super::platform(3, &list);
+        assert_eq!(platform.virtio_mmio, []);
+        assert_eq!(platform.pci.unwrap(), [(1, 17), (2, 18), (3, 19), (4, 20), (5, 21), (6, 22)]);
     }
 
     #[test]
-    fn more_devices_than_interrupts_are_refused() {
+    fn more_devices_than_there_is_room_for_are_refused() {
         let config = VmConfig { disk: vec!["d".parse().unwrap(); 18], ..VmConfig::default() };
         let refused = inventory(&config, None).unwrap_err();
         assert!(matches!(refused, Error::TooManyDevices { wanted: 19, possible: 18 }), "{refused}");
+        let config = VmConfig {
+            disk: vec!["d".parse().unwrap(); 31],
+            transport: Transport::Pci,
+            ..VmConfig::default()
+        };
+        let refused = inventory(&config, None).unwrap_err();
+        assert!(matches!(refused, Error::TooManyDevices { wanted: 32, possible: 31 }), "{refused}");
     }
 }

@@ -61,15 +61,15 @@ pub enum Error {
     Device(#[from] virtio::Error),
     /// A device could not be wired up.
     #[error(transparent)]
-    Transport(#[from] virtio::mmio::Error),
+    Transport(#[from] virtio::transport::Error),
     /// It has ended.
     #[error(transparent)]
     Ended(#[from] AlreadyEnded),
     /// Two devices want the same address: a mistake in the layout.
     #[error(transparent)]
     Layout(#[from] Overlap),
-    /// More devices than there are interrupts for.
-    #[error("too many virtio devices: {wanted}, with interrupts for {possible}")]
+    /// More devices than there is room for.
+    #[error("too many virtio devices: {wanted}, with room for {possible}")]
     TooManyDevices {
         /// How many the configuration asks for.
         wanted: usize,

@@ -136,13 +136,13 @@ impl Parts {
             return;
         }
         let Some(offload) = self.device.offload() else { return };
-        let Some(call) = self.notifier.direct() else {
-            log::error!("{}: its interrupt cannot be raised by others", self.name);
-            return self.fail();
-        };
         let mut rings = Vec::new();
         for (queue, (ring, doorbell)) in self.queues.iter().zip(&self.doorbells).enumerate() {
             if let (true, Some(setup)) = (offload.runs(queue), ring.setup()) {
+                let Some(call) = self.notifier.direct(queue) else {
+                    log::error!("{}: its interrupts cannot be raised by others", self.name);
+                    return self.fail();
+                };
                 let (position, event_idx, kick) = (ring.position(), ring.event_idx(), doorbell.as_fd());
                 rings.push(OffloadedRing { queue, setup, position, event_idx, kick, call });
             }
@@ -501,6 +501,11 @@ impl Core {
         }
     }
 
+    /// Accepted features, likewise.
+    pub fn accepted_features(&self, page: u32) -> u32 {
+        self.features.checked_shr(page.saturating_mul(32)).unwrap_or(0) as u32
+    }
+
     /// The device status as the driver reads it.
     pub fn status(&self) -> u8 {
         let status = self.leaving.filter(|_| self.is_posted()).unwrap_or(self.status);
@@ -571,6 +576,20 @@ impl Core {
     /// The largest size of queue `index`; `None` if there is no such queue.
     pub fn queue_max(&self, index: usize) -> Option<u16> {
         self.traits.queues.get(index).copied()
+    }
+
+    /// What the driver has set up of queue `index`.
+    pub fn queue_setup(&self, index: usize) -> Option<&Setup> {
+        self.queues.get(index)
+    }
+
+    /// Queues that others run are to interrupt the driver in another way from now on.
+    pub fn interrupts_moved(&self) {
+        let mut parts = lock(&self.parts);
+        if parts.handed_over {
+            parts.take_back();
+            parts.hand_over();
+        }
     }
 
     /// Whether queue `index` is enabled: it is until the device has let go of it (4.2.2.2).

@@ -3,7 +3,6 @@
 //! One on the MMIO bus per device, each with an interrupt of its own. Kicks reach the device's worker without an
 //! exit, by ioeventfds that are registered before there are vCPUs, but for queues that the vCPU is to serve itself.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::core::{self, Core};
 use super::device::VirtioDevice;
 use super::queue::{Notifier, Setup};
+use super::transport::Error;
 use crate::bus::{Busy, Device, Effect};
 use crate::guest_warn;
 use crate::memory::GuestRam;
@@ -59,42 +59,6 @@ const INTERRUPT_USED: u32 = 1;
 /// InterruptStatus: configuration or device status changed.
 const INTERRUPT_CONFIG: u32 = 2;
 
-/// Why a device could not be put on the bus.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The hypervisor gave no interrupt.
-    #[error("cannot get interrupt {gsi} for {name}")]
-    Interrupt {
-        /// The device.
-        name: String,
-        /// The interrupt line.
-        gsi: u32,
-        /// What the hypervisor said.
-        #[source]
-        source: io::Error,
-    },
-    /// The hypervisor registered no doorbell.
-    #[error("cannot register the doorbell of {name}'s queue {queue}")]
-    Doorbell {
-        /// The device.
-        name: String,
-        /// Its queue.
-        queue: usize,
-        /// What the hypervisor said.
-        #[source]
-        source: io::Error,
-    },
-    /// The host is out of descriptors.
-    #[error("cannot create the queue events of {name}")]
-    Events {
-        /// The device.
-        name: String,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-}
-
 /// The interrupt and its two reasons.
 struct Line {
     reasons: AtomicU32,
@@ -120,7 +84,7 @@ impl Notifier for Line {
         self.raise(INTERRUPT_CONFIG);
     }
 
-    fn direct(&self) -> Option<BorrowedFd<'_>> {
+    fn direct(&self, _queue: usize) -> Option<BorrowedFd<'_>> {
         self.standing.store(INTERRUPT_USED, Ordering::SeqCst);
         self.interrupt.as_eventfd()
     }

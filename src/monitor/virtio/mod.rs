@@ -9,9 +9,11 @@ pub mod core;
 pub mod device;
 pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod testing;
+pub mod transport;
 pub mod vsock;
 
 use std::sync::Arc;

@@ -22,9 +22,9 @@ pub trait Notifier: Send + Sync {
     fn used(&self, queue: usize);
     /// The configuration space or the device status changed.
     fn config_changed(&self);
-    /// An eventfd that interrupts the driver for used buffers without coming by here, for others that run a device's queues. From
+    /// An eventfd that interrupts the driver for used buffers in queue `queue` without coming by here, for others that run it. From
     /// then on the driver may find at any time that there are some. `None` if there is none.
-    fn direct(&self) -> Option<BorrowedFd<'_>> {
+    fn direct(&self, _queue: usize) -> Option<BorrowedFd<'_>> {
         None
     }
 }

@@ -1,5 +1,4 @@
-//! What the devices of test suites ask of the hypervisor beside what all may: interrupt lines with a level, and Hyper-V's
-//! synthetic interrupts.
+//! What the devices of test suites ask of the hypervisor beside what all may: Hyper-V's synthetic interrupts.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -9,11 +8,6 @@ use super::Interrupt;
 
 /// `kvm::Vm` for [`legacy::testdev`](crate::legacy::testdev). Thread-safe; called by vCPU threads.
 pub trait TestVm: Send + Sync {
-    /// Sets the level of global system interrupt `gsi` (an I/O APIC pin).
-    ///
-    /// # Errors
-    /// The hypervisor refused.
-    fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()>;
     /// Interrupt source `sint` of vCPU `vcpu`'s interrupt controller of Hyper-V's (TLFS, SynIC): the guest gives it a vector.
     /// `eoi`, an eventfd, is signalled when the guest has ended the interrupt, or says that it has read its messages.
     ///
@@ -36,19 +30,13 @@ pub mod fake {
     use std::collections::btree_map::Entry;
     use std::sync::Mutex;
 
-    /// Remembers levels, and hands out [`FakeInterrupt`]s.
+    /// Hands out [`FakeInterrupt`]s.
     #[derive(Debug, Default)]
     pub struct FakeTestVm {
-        levels: Mutex<Vec<(u32, bool)>>,
         sints: Mutex<BTreeMap<(u32, u32), Arc<FakeInterrupt>>>,
     }
 
     impl FakeTestVm {
-        /// Every [`TestVm::set_irq_level`], in order.
-        pub fn levels(&self) -> Vec<(u32, bool)> {
-            self.levels.lock().expect("not poisoned").clone()
-        }
-
         /// The interrupt that [`TestVm::sint`] gave out, until it is removed.
         pub fn synthetic(&self, vcpu: u32, sint: u32) -> Option<Arc<FakeInterrupt>> {
             self.sints.lock().expect("not poisoned").get(&(vcpu, sint)).cloned()
@@ -56,11 +44,6 @@ pub mod fake {
     }
 
     impl TestVm for FakeTestVm {
-        fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
-            self.levels.lock().expect("not poisoned").push((gsi, high));
-            Ok(())
-        }
-
         fn sint(&self, vcpu: u32, sint: u32, _: BorrowedFd<'_>) -> io::Result<Arc<dyn Interrupt>> {
             match self.sints.lock().expect("not poisoned").entry((vcpu, sint)) {
                 Entry::Occupied(_) => Err(io::ErrorKind::AlreadyExists.into()),

@@ -7,6 +7,7 @@ pub mod exit;
 mod hyperv;
 mod look;
 pub mod regs;
+mod routes;
 mod testdev;
 mod vcpu;
 mod vm;
@@ -14,6 +15,7 @@ mod vm;
 use kvm_ioctls::Cap;
 
 pub use look::VcpuState;
+pub(super) use routes::Route;
 pub(super) use vm::Arch;
 
 /// What a machine of this architecture cannot be built without, beside what all need.

@@ -1,18 +1,23 @@
 //! A PC's share of a VM descriptor: interrupt controllers, timer, MSRs, and vCPUs with their CPUID.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::sync::Mutex;
 
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MSR_EXIT_REASON_FILTER,
-    KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state,
-    kvm_pit_config,
+    KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_enable_cap, kvm_irqchip, kvm_irqchip__bindgen_ty_1,
+    kvm_pic_state, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::testdev::Routes;
+use super::routes::{Route, Routes};
 use super::{cpu_model, cpuid, hyperv};
+use crate::bus::lock;
 use crate::config::Cpu;
 use crate::config::msr::Window;
+use crate::kvm::vm::errno;
 use crate::kvm::{Error, Vcpu, Vm, ioctl};
 use crate::memory::layout;
 
@@ -22,7 +27,9 @@ pub(in crate::kvm) struct Arch {
     supported: kvm_bindings::CpuId,
     tsc_deadline: bool,
     sync_registers: bool,
-    pub(super) routes: Mutex<Routes>,
+    routes: Mutex<Routes>,
+    /// Synthetic interrupts by vCPU and source: their numbers, and what raises them.
+    pub(super) sints: Mutex<BTreeMap<(u32, u32), (u32, EventFd)>>,
 }
 
 impl Arch {
@@ -36,7 +43,13 @@ impl Arch {
         let supported = ioctl("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(max))?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let sync_registers = kvm.check_extension(Cap::SyncRegs);
-        Ok(Self { supported, tsc_deadline, sync_registers, routes: Mutex::default() })
+        Ok(Self {
+            supported,
+            tsc_deadline,
+            sync_registers,
+            routes: Mutex::default(),
+            sints: Mutex::default(),
+        })
     }
 }
 
@@ -49,6 +62,23 @@ impl Vm {
         // Port 0x61 too: its bits gate the timer's channel 2 and tell its output.
         let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         ioctl("KVM_CREATE_PIT2", self.fd.create_pit2(config))
+    }
+
+    /// Changes the interrupt routes, all at once or, if KVM refuses, not at all.
+    pub(in crate::kvm) fn change_routes(&self, change: impl FnOnce(&mut Routes)) -> io::Result<()> {
+        let mut routes = lock(&self.arch.routes);
+        let mut new = routes.clone();
+        change(&mut new);
+        let table = KvmIrqRouting::from_entries(&new.table()).map_err(|_| io::ErrorKind::StorageFull)?;
+        self.fd.set_gsi_routing(&table).map_err(errno)?;
+        *routes = new;
+        Ok(())
+    }
+
+    /// Numbers for `count` interrupts that go nowhere yet.
+    pub(in crate::kvm) fn new_routes(&self, count: usize) -> Vec<u32> {
+        let mut routes = lock(&self.arch.routes);
+        (0..count).map(|_| routes.add(Route::Nowhere)).collect()
     }
 
     /// Whether the processor is Intel's.

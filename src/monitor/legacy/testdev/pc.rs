@@ -12,7 +12,7 @@ use crate::guest_warn;
 use crate::memory::GuestRam;
 use crate::memory::testdev::unmap_briefly;
 use crate::state::{StateError, Stateful};
-use crate::vm::testdev::TestVm;
+use crate::vm::Vm;
 
 /// Ports of [`Ports`], from [`layout::TEST_PORTS`](crate::memory::layout::TEST_PORTS).
 pub const PORTS: u64 = 12;
@@ -86,7 +86,7 @@ pub struct IrqLines {
     /// A bit per line.
     high: u32,
     /// Weak, because the VM must not outlive the machine in a device that somebody still holds.
-    vm: Weak<dyn TestVm>,
+    vm: Weak<dyn Vm>,
 }
 
 /// What the guest could tell apart.
@@ -98,7 +98,7 @@ pub struct Lines {
 
 impl IrqLines {
     /// The lines are those of `vm`, all low.
-    pub fn new(vm: Weak<dyn TestVm>) -> Self {
+    pub fn new(vm: Weak<dyn Vm>) -> Self {
         Self { high: 0, vm }
     }
 }
@@ -181,7 +181,7 @@ impl Stateful for IoRam {
 mod tests {
     use super::*;
     use crate::state::Saved;
-    use crate::vm::testdev::fake::FakeTestVm;
+    use crate::vm::fake::FakeVm;
 
     fn ram() -> Arc<GuestRam> {
         crate::memory::Memory::new(&"2M".parse().unwrap()).unwrap().ram().clone()
@@ -218,8 +218,8 @@ mod tests {
 
     #[test]
     fn lines_have_levels() {
-        let vm = Arc::new(FakeTestVm::default());
-        let weak: Weak<FakeTestVm> = Arc::downgrade(&vm);
+        let vm = Arc::new(FakeVm::default());
+        let weak: Weak<FakeVm> = Arc::downgrade(&vm);
         let mut lines = IrqLines::new(weak);
         lines.write(5, &[1]);
         lines.write(23, &[1, 0, 0, 0]);

@@ -7,6 +7,8 @@
 //!                   last 16 bytes the reset vector as 16-bit code jumps to it
 //! 0x0010_0000  RAM  kernel, then free memory, initrd as high as it may be
 //! 0xc000_0000  ---  the hole below 4 GiB: devices, no RAM
+//!   0xe000_0000  memory of PCI functions    384 MiB; only with `transport=pci`, as the next
+//!   0xf800_0000  PCI configuration space    1 MiB
 //!   0xfe00_0000  virtio-mmio slots          4 KiB each
 //!   0xfec0_0000  I/O APIC                   (in the kernel)
 //!   0xfee0_0000  local APIC                 (in the kernel)
@@ -56,6 +58,10 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 
 /// The hole below 4 GiB in which there is no RAM.
 pub const HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
+/// Where PCI functions' memory is. Firmware that knows no better way (SeaBIOS) puts it there, too.
+pub const PCI_MEMORY: Range<u64> = 0xe000_0000..0xf800_0000;
+/// PCI configuration space by memory (ECAM), for bus 0.
+pub const PCI_ECAM: u64 = 0xf800_0000;
 /// First virtio-mmio slot.
 pub const VIRTIO_MMIO: u64 = 0xfe00_0000;
 /// The I/O APIC's base; its identifier is 0 and its first interrupt GSI 0.
@@ -78,6 +84,8 @@ pub const ROM_MAX: u64 = 16 << 20;
 /// As much of the firmware's end lies below 1 MiB, too, where 16-bit code reaches it: a copy in RAM.
 pub const ROM_SHADOW_MAX: u64 = 128 << 10;
 
+/// PCI's CONFIG_ADDRESS; CONFIG_DATA follows at 0xcfc.
+pub const PCI_CONFIG: u64 = 0xcf8;
 /// The chipset's reset control register.
 pub const RESET_CONTROL: u64 = 0xcf9;
 /// Where a guest says that its kernel panicked.
@@ -126,6 +134,9 @@ pub const DEBUG_EXIT: u64 = 0xf4;
 /// The interrupts that virtio-mmio devices get, in order: those above the legacy range first.
 pub const VIRTIO_GSIS: [u32; 18] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15];
 
+/// The interrupts that the INTA# pins of PCI functions are wired to, in turn by their device number.
+pub const PCI_GSIS: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
+
 /// Where `size` bytes of RAM lie: below the hole, and above 4 GiB if they do not fit there.
 pub fn ram(size: u64) -> Vec<Range<u64>> {
     let low = size.min(HOLE.start);
@@ -165,6 +176,8 @@ mod tests {
             MP_TABLES_END - MP_TABLES_SIZE..MP_TABLES_END,
             RESET_VECTOR..HIGH_RAM,
             HIGH_RAM..HOLE.start,
+            PCI_MEMORY,
+            PCI_ECAM..PCI_ECAM + 0x10_0000,
             VIRTIO_MMIO..VIRTIO_MMIO + VIRTIO_MMIO_SIZE * VIRTIO_GSIS.len() as u64,
             IO_APIC..IO_APIC + 0x1000,
             LOCAL_APIC..LOCAL_APIC + 0x10_0000 - 0x4000,

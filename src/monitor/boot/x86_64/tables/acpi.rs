@@ -3,6 +3,8 @@
 //! [`write()`](super::write) puts them into guest memory. What is not described does not exist for the guest, which
 //! saves it the search.
 
+mod pci;
+
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
     Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path,
@@ -64,9 +66,12 @@ pub fn tables(platform: &Platform, base: u64) -> Vec<u8> {
         at
     };
     let dsdt = put(dsdt(platform).as_slice());
-    let fadt = put(&bytes_of(&fadt(platform, dsdt)));
-    let madt = put(madt(platform.cpus).as_slice());
-    let xsdt = put(sdt(*b"XSDT", 1, &[fadt, madt].map(u64::to_le_bytes).concat()).as_slice());
+    let mut list = vec![put(&bytes_of(&fadt(platform, dsdt))), put(madt(platform.cpus).as_slice())];
+    if platform.pci.is_some() {
+        list.push(put(pci::mcfg().as_slice()));
+    }
+    let list: Vec<u8> = list.into_iter().flat_map(u64::to_le_bytes).collect();
+    let xsdt = put(sdt(*b"XSDT", 1, &list).as_slice());
     let rsdp = bytes_of(&Rsdp::new(OEM_ID, xsdt));
     bytes[..rsdp.len()].copy_from_slice(&rsdp);
     bytes
@@ -134,6 +139,9 @@ fn dsdt(platform: &Platform) -> Sdt {
     let mut devices = Vec::new();
     for (index, device) in (0u32..).zip(&platform.virtio_mmio) {
         virtio_mmio(index, *device, &mut devices);
+    }
+    if let Some(lines) = &platform.pci {
+        pci::host_bridge(lines, &mut devices);
     }
     if platform.com1 {
         com1(&mut devices);
@@ -258,7 +266,8 @@ mod tests {
         let slots = (0u32..).zip(layout::VIRTIO_GSIS);
         let base = |slot| (layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE) as u32;
         let virtio_mmio = slots.map(|(slot, gsi)| VirtioMmio { base: base(slot), gsi }).collect();
-        Platform { cpus, virtio_mmio, com1: true }
+        let pci = Some((1..32).zip(layout::PCI_GSIS.into_iter().cycle()).collect());
+        Platform { cpus, virtio_mmio, com1: true, pci }
     }
 
     fn int(bytes: &[u8], at: usize, len: usize) -> u64 {
@@ -374,7 +383,7 @@ mod tests {
         assert!(text.contains("0 Errors, 0 Warnings, 0 Remarks"), "{text}");
         let source = std::fs::read_to_string(folder.path().join("DSDT.dsl")).unwrap();
         assert_eq!(source.matches("LNRO0005").count(), layout::VIRTIO_GSIS.len());
-        for device in ["PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001"] {
+        for device in ["PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001", "PNP0A08", "PNP0C02", "_PRT", "_OSC"] {
             assert!(source.contains(device), "{device}");
         }
     }

@@ -22,6 +22,8 @@ pub struct Platform {
     pub virtio_mmio: Vec<VirtioMmio>,
     /// There is a 16550 at [`layout::COM1`].
     pub com1: bool,
+    /// There is a PCI bus, whose functions of these device numbers have their INTA# wired to these global system interrupts.
+    pub pci: Option<Vec<(u8, u32)>>,
 }
 
 /// A virtio-mmio device: [`layout::VIRTIO_MMIO_SIZE`] bytes of registers and an edge-triggered interrupt.

@@ -1,0 +1,113 @@
+//! What an access to PCI configuration space, or to a virtio function's memory, meant: `00:02.0 BAR0 <- 0xe0008000`.
+
+use vmm_monitor::recorder::Event;
+
+use super::devices::{access, status};
+
+/// Configuration space by memory (PCI Express 5.0, 7.2.2).
+pub fn ecam(offset: u64, read: bool, event: &Event) -> String {
+    let function = function(offset >> 12);
+    access(&format!("{function} {}", register(offset & 0xfff)), read, event)
+}
+
+/// Configuration space by ports (PCI 3.0, 3.2.2.3.2): an address, and then data whose address the record does not have.
+pub fn ports(offset: u64, read: bool, event: &Event) -> String {
+    match offset {
+        0 if !read && event.size == 4 => {
+            let at = event.value;
+            format!("CONFIG_ADDRESS <- {:#x}: {} {}", at, function(at >> 8), register(at & 0xfc))
+        }
+        0 => access("CONFIG_ADDRESS", read, event),
+        1 => access("reset control", read, event),
+        _ => access("CONFIG_DATA", read, event),
+    }
+}
+
+fn function(routing: u64) -> String {
+    format!("{:02x}:{:02x}.{}", routing >> 8 & 0xff, routing >> 3 & 0x1f, routing & 7)
+}
+
+/// A register of a type 0 header (PCI 3.0, 6.1).
+fn register(offset: u64) -> String {
+    let name = match offset {
+        0x00 => "vendor ID",
+        0x02 => "device ID",
+        0x04 => "command",
+        0x06 => "status",
+        0x08..0x0c => "class and revision",
+        0x0c => "cache line size",
+        0x0e => "header type",
+        0x10..0x28 => return format!("BAR{}", (offset - 0x10) / 4),
+        0x2c..0x30 => "subsystem",
+        0x34 => "capabilities pointer",
+        0x3c => "interrupt line",
+        0x3d => "interrupt pin",
+        0x40..0x100 => return format!("capability +{offset:#x}"),
+        _ => return format!("+{offset:#x}"),
+    };
+    name.to_owned()
+}
+
+/// The memory of a virtio function, as our monitor lays it out (virtio 1.3, 4.1.4).
+pub fn virtio(offset: u64, read: bool, event: &Event) -> String {
+    let within = offset & 0xfff;
+    match offset >> 12 {
+        0 => common(within, read, event),
+        1 => access("ISR status", read, event),
+        2 => access(&format!("config+{within:#x}"), read, event),
+        3 => format!("notify queue {}: kick", within / 4),
+        4 => {
+            let field = ["address", "address high", "data", "vector control"][(within / 4 % 4) as usize];
+            access(&format!("MSI-X {} {field}", within / 16), read, event)
+        }
+        5 => access("MSI-X pending bits", read, event),
+        _ => access(&format!("+{offset:#x}"), read, event),
+    }
+}
+
+/// The common configuration structure (4.1.4.3).
+fn common(offset: u64, read: bool, event: &Event) -> String {
+    let field = match offset {
+        0x00 => "device_feature_select",
+        0x04 => "device_feature",
+        0x08 => "driver_feature_select",
+        0x0c => "driver_feature",
+        0x10 => "config_msix_vector",
+        0x12 => "num_queues",
+        0x14 => return format!("{}{}", access("device_status", read, event), status(event.value)),
+        0x15 => "config_generation",
+        0x16 => "queue_select",
+        0x18 => "queue_size",
+        0x1a => "queue_msix_vector",
+        0x1c => "queue_enable",
+        0x1e => "queue_notify_off",
+        0x20..0x28 => "queue_desc",
+        0x28..0x30 => "queue_driver",
+        0x30..0x38 => "queue_device",
+        _ => return access(&format!("+{offset:#x}"), read, event),
+    };
+    access(field, read, event)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configuration_and_structures_read_as_sentences() {
+        let event = |value, size| Event { value, size, ..Event::default() };
+        for (told, expected) in [
+            (ecam(2 << 15 | 0x14, false, &event(0, 4)), "00:02.0 BAR1 <- 0x0"),
+            (ecam(31 << 15, true, &event(u64::from(u32::MAX), 4)), "00:1f.0 vendor ID -> 0xffffffff"),
+            (ports(0, false, &event(0x8000_1004, 4)), "CONFIG_ADDRESS <- 0x80001004: 00:02.0 command"),
+            (ports(6, true, &event(0x10, 2)), "CONFIG_DATA -> 0x10"),
+            (ports(1, false, &event(6, 1)), "reset control <- 0x6"),
+            (virtio(0x14, false, &event(3, 1)), "device_status <- 0x3: ACKNOWLEDGE DRIVER"),
+            (virtio(0x3008, false, &event(2, 2)), "notify queue 2: kick"),
+            (virtio(0x401c, false, &event(0, 4)), "MSI-X 1 vector control <- 0x0"),
+            (virtio(0x2004, true, &event(7, 4)), "config+0x4 -> 0x7"),
+        ] {
+            assert_eq!(told, expected);
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! virtio over PCI in Debian's kernels: what they find and how it interrupts, drivers that come and go, and what they complain of.
+
+use std::fs;
+use std::process::{Command, Stdio};
+
+use crate::guest::{Guest, Kernel, available, bundle, run, ticking, vmm};
+use crate::kernels::{LOOK, complaints};
+
+/// With `--rng`, the terminal, a disk, a network and sockets.
+const DEVICES: [&str; 8] = ["--mem", "512M", "--transport", "pci", "--rng", "--net", "user", "--vsock"];
+
+#[test]
+fn a_stock_kernel_finds_every_device_and_each_queue_has_a_message() {
+    if !available("PCI, stock kernel") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    fs::write(&disk, vec![0; 8 << 20]).unwrap();
+    for cpus in [1, 4] {
+        // Messages: all vectors that the kernel has taken, those of them that are virtio's, and what else is virtio's.
+        let script = "echo BEGIN; cat /sys/bus/pci/devices/*/vendor | sort | uniq -c; \
+            for d in /sys/bus/virtio/devices/*; do basename $(readlink $d/driver); done; \
+            dd if=/dev/urandom of=/d bs=1M count=4 2>/dev/null; dd if=/d of=/dev/vda bs=64k oflag=direct 2>/dev/null; \
+            dd if=/dev/vda bs=64k count=64 iflag=direct 2>/dev/null | cmp /d - && echo disk-same; \
+            dd if=/dev/hwrng bs=64 count=4 2>/dev/null | wc -c; nproc; \
+            ls /sys/bus/pci/devices/*/msi_irqs/ | grep -c [0-9]$; \
+            grep -c 'MSI.*virtio' /proc/interrupts; grep -c 'IO-APIC.*virtio' /proc/interrupts; echo END";
+        let mut arguments = DEVICES.to_vec();
+        let (cpus, disk) = (cpus.to_string(), format!("path={}", disk.display()));
+        arguments.extend(["--cpus", &cpus, "--disk", &disk]);
+        let ended = run(Kernel::Stock, &arguments, script);
+        let body: Vec<_> = ended.body().into_iter().map(str::trim).collect();
+        let drivers =
+            ["virtio_blk", "virtio_rng", "virtio_net", "vmw_vsock_virtio_transport", "virtio_console"];
+        let found = [&["5 0x1af4", "1 0x1b36"], &drivers[..], &["disk-same", "256", &cpus]].concat();
+        assert_eq!(body[..found.len()], found, "{body:#?}");
+        let counts: Vec<usize> = body[found.len()..].iter().map(|count| count.parse().unwrap()).collect();
+        // Block and entropy 1 each, network 2, sockets and console 3 or more.
+        assert!(counts[1] >= 10 && counts[0] >= counts[1] && counts[2] == 0, "{cpus} CPUs: {counts:?}");
+    }
+}
+
+#[test]
+fn drivers_come_and_go_under_traffic() {
+    if !available("PCI, unbind and bind") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    fs::write(&disk, vec![0; 8 << 20]).unwrap();
+    // Everything but the console, which says how it went. Traffic on each while its driver goes.
+    let script = "echo BEGIN; cd /sys/bus/pci/drivers/virtio-pci; ip link set eth0 up; \
+        for round in $(seq 8); do for f in 0000:00:01.0 0000:00:02.0 0000:00:03.0 0000:00:04.0; do \
+        dd if=/dev/vda of=/dev/null bs=64k iflag=direct 2>/dev/null & dd if=/dev/hwrng of=/dev/null bs=64 count=4 2>/dev/null & \
+        ping -c 1 -W 1 10.0.2.2 >/dev/null 2>&1 & \
+        echo $f >unbind; echo $f >bind; wait; done; ip link set eth0 up; done; \
+        ls -d 0000:* | wc -l; dd if=/dev/vda bs=64k iflag=direct 2>/dev/null | wc -c; \
+        dd if=/dev/hwrng bs=64 count=4 2>/dev/null | wc -c; dmesg | grep -v 'ommand line' | grep -E 'BUG:|Oops|hung task|virtio.*(failed|error)'; echo END";
+    let disk = format!("path={}", disk.display());
+    let arguments = [&DEVICES[..], &["--cpus", "2", "--disk", &disk]].concat();
+    let ended = run(Kernel::Stock, &arguments, script);
+    assert_eq!(ended.body(), ["5", "8388608", "256"], "{}", ended.text);
+}
+
+#[test]
+fn a_guest_on_pci_resets_in_each_way_and_starts_again() {
+    if !available("PCI, reset") {
+        return;
+    }
+    for way in ["acpi", "pci"] {
+        let script = format!("echo up; echo {way} >/sys/kernel/reboot/type; reboot -f");
+        let mut command = vmm(Kernel::Stock, &script);
+        command.args(["--on-reboot", "reset", "--name", "v"]).args(DEVICES);
+        let guest = Guest::start(command);
+        guest.wait_for("up", 3);
+        assert_eq!(guest.control(&["kill", "v"]).0, Some(0));
+    }
+}
+
+/// What Debian's kernel complains of on QEMU's microvm with PCI Express, with the same KVM and devices.
+fn on_microvm() -> std::collections::BTreeSet<String> {
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(
+        "-M microvm,acpi=on,pcie=on,pit=off,pic=off,rtc=off,isa-serial=off -enable-kvm -cpu host".split(' '),
+    );
+    command.args(
+        "-m 512 -smp 2 -nodefaults -no-user-config -display none -no-reboot -chardev stdio,id=c".split(' '),
+    );
+    command.args("-device virtio-serial-pci -device virtconsole,chardev=c -device virtio-rng-pci".split(' '));
+    command.arg("-kernel").arg(bundle("stock-bzImage")).arg("-initrd").arg(bundle("stock.cpio"));
+    let cmdline = format!("console=hvc0 quiet panic=-1 vmm.run=\"{LOOK}\"");
+    command.args(["-append", &ticking(&cmdline)]).stdin(Stdio::null());
+    complaints(&Guest::start(command).finish().body())
+}
+
+#[test]
+fn a_stock_kernel_complains_of_nothing_on_pci_that_it_does_not_complain_of_on_qemus() {
+    if !available("PCI, complaints") {
+        return;
+    }
+    let arguments = [&DEVICES[..], &["--cpus", "2"]].concat();
+    let ours = complaints(&run(Kernel::Stock, &arguments, LOOK).body());
+    let theirs = on_microvm();
+    let new: Vec<_> = ours.difference(&theirs).collect();
+    assert!(new.is_empty(), "{new:#?}\nmicrovm: {theirs:#?}");
+}
