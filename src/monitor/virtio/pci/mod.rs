@@ -310,6 +310,10 @@ impl Device for Pci {
     fn resume(&mut self) {
         self.core.resume();
     }
+
+    fn finish(&mut self, deadline: Instant) -> Result<(), Busy> {
+        self.core.finish(deadline)
+    }
 }
 
 /// [`Pci`]'s saved state.
