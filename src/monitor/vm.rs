@@ -182,6 +182,7 @@ pub mod fake {
         doorbells: Mutex<Vec<(IoEventAddress, i32, OwnedFd)>>,
         levels: Mutex<Vec<(u32, bool)>>,
         vectors: Mutex<Vec<FakeVector>>,
+        messages: AtomicUsize,
     }
 
     /// A [`Vector`] that [`Vm::vectors`] gave out.
@@ -201,6 +202,18 @@ pub mod fake {
                 .filter(|vector| vector.open)
                 .filter(|vector| rustix::io::read(&vector.event, &mut [0u8; 8]).is_ok());
             raised.filter_map(|vector| vector.route).collect()
+        }
+
+        /// How many messages were sent so far, each as often as it was. Takes them.
+        pub fn messages(&self) -> usize {
+            let vectors = self.vectors.lock().expect("not poisoned");
+            for vector in vectors.iter().filter(|vector| vector.open) {
+                let mut count = [0; 8];
+                if rustix::io::read(&vector.event, &mut count).is_ok() {
+                    self.messages.fetch_add(u64::from_ne_bytes(count) as usize, Ordering::SeqCst);
+                }
+            }
+            self.messages.load(Ordering::SeqCst)
         }
 
         /// Every [`Vm::set_irq_level`], in order.

@@ -6,11 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use vmm_monitor::backends::Backends;
-use vmm_monitor::bus::Device;
 use vmm_monitor::config;
 use vmm_monitor::disk::{Error, Raw};
 use vmm_monitor::event_loop::EventLoop;
-use vmm_monitor::state::Saved;
 
 use crate::guest::{DATA, Guest, HIGH};
 use crate::subjects::{header, image, open};
@@ -189,10 +187,10 @@ fn a_request_that_nobody_saw_before_the_save_is_served_after_the_restore() {
     header(&vm, DATA, IN, 9);
     let head = vm.rings[0].add(&[(DATA, 16)], &[(BUFFER, 512), (STATUS_BYTE, 1)]);
     // The driver's kick went to the old device's doorbell, which is gone.
-    let saved = vm.mmio.save_bytes();
+    let saved = vm.device.save_bytes();
     let mut vm = Guest::on(vm.unplug(), open(&disk));
-    vm.mmio.restore_bytes(&saved).unwrap();
-    vm.mmio.resume();
+    vm.device.restore_bytes(&saved).unwrap();
+    vm.device.resume();
     assert_eq!(vm.rings[0].wait_used(10), (head, 513));
     assert_eq!(vm.load(BUFFER, 512), [9; 512]);
 }

@@ -7,10 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use vmm_monitor::bus::Device;
 use vmm_monitor::disk::{Disk, Info, Io};
 use vmm_monitor::event_loop::Event;
-use vmm_monitor::state::Saved;
 use vmm_monitor::virtio::block::Block;
 
 use crate::guest::{DATA, Guest, STATUS};
@@ -242,10 +240,10 @@ fn a_pause_keeps_its_deadline_and_may_be_taken_back() {
             guest.write(STATUS, 0);
         }
         for _ in 0..2 {
-            let busy = at_once(|| guest.mmio.pause(Instant::now() + Duration::from_millis(20)));
+            let busy = at_once(|| guest.device.pause(Instant::now() + Duration::from_millis(20)));
             assert!(busy.unwrap_err().to_string().contains("3 disk requests"), "it says what it waits for");
         }
-        at_once(|| guest.mmio.resume());
+        at_once(|| guest.device.resume());
         assert_eq!(guest.read(STATUS), 15);
         disk.release();
         if reset {
@@ -268,15 +266,15 @@ fn a_pause_that_succeeds_has_done_the_reset_and_can_be_saved() {
         guest.pause();
     });
     assert_eq!(guest.read(STATUS), 0);
-    let saved = guest.mmio.save_bytes();
-    guest.mmio.resume();
+    let saved = guest.device.save_bytes();
+    guest.device.resume();
     guest.start(0);
     let heads = offer(&mut guest);
     collect(&mut guest, &heads);
 
     let disk = Fake::new(Stuck::No);
     let mut guest = Guest::on(guest.unplug(), Box::new(Block::new(Box::new(disk), "busy")));
-    guest.mmio.restore_bytes(&saved).unwrap();
+    guest.device.restore_bytes(&saved).unwrap();
     assert_eq!(guest.read(STATUS), 0);
     guest.start(0);
 }
@@ -337,21 +335,21 @@ fn what_was_not_begun_at_a_pause_goes_on_after_resume_or_restore() {
     for restore in [false, true] {
         let (disk, mut guest, heads) = stuck(Stuck::Waiting);
         at_once(|| guest.pause());
-        let saved = guest.mmio.save_bytes();
+        let saved = guest.device.save_bytes();
         if restore {
             let fresh = Fake::new(Stuck::No);
             let device = Box::new(Block::new(Box::new(fresh.clone()), "busy"));
             guest = Guest::on(guest.unplug(), device);
-            guest.mmio.restore_bytes(&saved).unwrap();
-            assert_eq!(guest.mmio.save_bytes(), saved, "restored is as saved");
+            guest.device.restore_bytes(&saved).unwrap();
+            assert_eq!(guest.device.save_bytes(), saved, "restored is as saved");
             guest.pause();
-            assert_eq!(guest.mmio.save_bytes(), saved, "also before it has gone on");
+            assert_eq!(guest.device.save_bytes(), saved, "also before it has gone on");
             disk.release();
         } else {
             disk.release();
             assert_eq!(disk.work().count, 0, "a paused disk begins nothing");
         }
-        guest.mmio.resume();
+        guest.device.resume();
         collect(&mut guest, &heads);
         let heads = offer(&mut guest);
         collect(&mut guest, &heads);
@@ -362,12 +360,12 @@ fn what_was_not_begun_at_a_pause_goes_on_after_resume_or_restore() {
 fn unfinished_requests_of_a_damaged_snapshot_are_refused_or_break_the_queue() {
     let (_, mut guest, heads) = stuck(Stuck::Waiting);
     guest.pause();
-    let saved = guest.mmio.save_bytes();
+    let saved = guest.device.save_bytes();
     // Meanwhile, or in the snapshot's memory: a chain that loops.
     guest.rings[0].write_descriptor(heads[1], DATA, 16, 1, heads[1]);
     let mut guest = Guest::on(guest.unplug(), Box::new(Block::new(Box::new(Fake::new(Stuck::No)), "busy")));
-    guest.mmio.restore_bytes(&saved).unwrap();
-    guest.mmio.resume();
+    guest.device.restore_bytes(&saved).unwrap();
+    guest.device.resume();
     guest.wait_for("NEEDS_RESET", |guest| guest.read(STATUS) & 64 != 0);
     guest.start(0);
     let heads = offer(&mut guest);

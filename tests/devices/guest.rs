@@ -1,5 +1,6 @@
-//! [`Guest`]: RAM between guard pages, one virtio-mmio device, and a driver that follows the specification.
+//! [`Guest`]: RAM between guard pages, one virtio device, and a driver that follows the specification.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,28 @@ use vmm_monitor::virtio::mmio::Mmio;
 use vmm_monitor::virtio::queue::Setup;
 use vmm_monitor::virtio::testing::DriverRing;
 use vmm_monitor::vm::fake::FakeVm;
+
+use crate::on_pci::OnPci;
+
+/// How guests of this thread find their devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    Mmio,
+    Pci,
+}
+
+thread_local! {
+    static TRANSPORT: Cell<Transport> = const { Cell::new(Transport::Mmio) };
+}
+
+/// Runs `test` with each transport.
+pub fn with_each_transport(mut test: impl FnMut(Transport)) {
+    for transport in [Transport::Mmio, Transport::Pci] {
+        TRANSPORT.set(transport);
+        test(transport);
+    }
+    TRANSPORT.set(Transport::Mmio);
+}
 
 /// Where the device is.
 pub const BASE: u64 = 0xfe00_0000;
@@ -86,8 +109,10 @@ impl Drop for Guarded {
 
 /// A guest with one device.
 pub struct Guest {
-    pub mmio: Mmio,
-    pub vm: FakeVm,
+    /// The device, by the register numbers of virtio over MMIO.
+    pub device: Box<dyn Device>,
+    transport: Transport,
+    pub vm: Arc<FakeVm>,
     pub rings: Vec<DriverRing>,
     /// Negotiated.
     pub features: u64,
@@ -124,21 +149,27 @@ impl Guest {
 
     /// A fresh device in the place of another, with the guest's memory as it was.
     pub fn on(rest: Rest, device: Box<dyn VirtioDevice>) -> Self {
-        let vm = FakeVm::default();
-        let mmio = Mmio::new(&vm, &rest.ram, BASE, GSI, "virtio-test", device, &Arc::default()).unwrap();
+        let (vm, transport) = (Arc::new(FakeVm::default()), TRANSPORT.get());
+        let device: Box<dyn Device> = match transport {
+            Transport::Mmio => {
+                let name = "virtio-test";
+                Box::new(Mmio::new(&*vm, &rest.ram, BASE, GSI, name, device, &Arc::default()).unwrap())
+            }
+            Transport::Pci => Box::new(OnPci::new(&vm, &rest.ram, device)),
+        };
         let Rest { rings, features, ram, guards } = rest;
-        Self { mmio, vm, rings, features, ram, guards }
+        Self { device, transport, vm, rings, features, ram, guards }
     }
 
     /// Takes the device away.
     pub fn unplug(self) -> Rest {
-        drop(self.mmio);
+        drop(self.device);
         Rest { rings: self.rings, features: self.features, ram: self.ram, guards: self.guards }
     }
 
     pub fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0xff; 4];
-        self.mmio.read(offset, &mut data);
+        self.device.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
@@ -148,8 +179,8 @@ impl Guest {
 
     /// A write of any width. A device that wants a worker gets it, as a machine gives it.
     pub fn write_bytes(&mut self, offset: u64, data: &[u8]) {
-        if self.mmio.write(offset, data) == Effect::Serve {
-            self.mmio.resume();
+        if self.device.write(offset, data) == Effect::Serve {
+            self.device.resume();
         }
     }
 
@@ -170,12 +201,12 @@ impl Guest {
 
     /// Brings the device to rest.
     pub fn pause(&mut self) {
-        self.mmio.pause(Instant::now() + Duration::from_secs(20)).unwrap();
+        self.device.pause(Instant::now() + Duration::from_secs(20)).unwrap();
     }
 
     /// Undoes [`Guest::pause`].
     pub fn resume(&mut self) {
-        self.mmio.resume();
+        self.device.resume();
     }
 
     /// Waits until no callback is under way, so that what has not happened by now does not happen.
@@ -187,12 +218,15 @@ impl Guest {
     /// The configuration space's first `N` bytes.
     pub fn config<const N: usize>(&mut self, offset: u64) -> [u8; N] {
         let mut data = [0xff; N];
-        self.mmio.read(0x100 + offset, &mut data);
+        self.device.read(0x100 + offset, &mut data);
         data
     }
 
     pub fn interrupts(&self) -> usize {
-        self.vm.line(GSI).map_or(0, |line| line.count())
+        match self.transport {
+            Transport::Mmio => self.vm.line(GSI).map_or(0, |line| line.count()),
+            Transport::Pci => self.vm.messages(),
+        }
     }
 
     /// The device's features.
@@ -274,9 +308,23 @@ impl Guest {
 
     /// Writes to the notification register: to a doorbell if there is one, else as an exit.
     pub fn notify(&mut self, queue: usize) {
-        if !self.vm.ring(BASE + QUEUE_NOTIFY, queue as u32) {
+        if !self.ring(queue as u32) {
             self.write(QUEUE_NOTIFY, queue as u32);
         }
+    }
+
+    /// Whether a driver can disable a queue: not on PCI, where that takes VIRTIO_F_RING_RESET.
+    pub fn can_disable_queues(&self) -> bool {
+        self.transport == Transport::Mmio
+    }
+
+    /// Rings the doorbell of `queue`. False if there is none.
+    pub fn ring(&self, queue: u32) -> bool {
+        let address = match self.transport {
+            Transport::Mmio => BASE + QUEUE_NOTIFY,
+            Transport::Pci => OnPci::doorbell(queue),
+        };
+        self.vm.ring(address, queue)
     }
 
     /// Offers one request on `queue`, kicks, and waits for the answer: the bytes written.

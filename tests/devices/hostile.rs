@@ -9,11 +9,9 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_monitor::bus::Device;
-use vmm_monitor::state::Saved;
 use vmm_monitor::virtio::testing::DriverRing;
 
-use crate::guest::{BASE, DATA, Guest, HIGH, HIGH_SIZE, LOW, QUEUE_NOTIFY, STATUS};
+use crate::guest::{DATA, Guest, HIGH, HIGH_SIZE, LOW, QUEUE_NOTIFY, STATUS, with_each_transport};
 use crate::subjects::{Subject, all};
 
 /// One thing that a driver, or the machine around it, does.
@@ -129,7 +127,7 @@ fn perform(step: &Step, slot: &mut Option<Guest>, subject: &Subject) {
         Step::Write { offset, value, width } => {
             guest.write_bytes(*offset, &value.to_le_bytes()[..*width]);
         }
-        Step::Read { offset, width } => guest.mmio.read(*offset, &mut [0xff; 8][..*width]),
+        Step::Read { offset, width } => guest.device.read(*offset, &mut [0xff; 8][..*width]),
         Step::Descriptor { queue, index, descriptor: d } => {
             if let Some(ring) = guest.rings.get(*queue) {
                 ring.write_descriptor(*index, d.address, d.len, d.flags, d.next);
@@ -168,22 +166,22 @@ fn perform(step: &Step, slot: &mut Option<Guest>, subject: &Subject) {
         }
         Step::Kick(queue) => {
             let queues = guest.rings.len().max(1) as u32;
-            guest.vm.ring(BASE + QUEUE_NOTIFY, queue % queues);
+            guest.ring(queue % queues);
             guest.write(QUEUE_NOTIFY, *queue);
         }
         Step::Pause => {
             guest.pause();
-            guest.mmio.resume();
+            guest.device.resume();
         }
         Step::SaveAndRestore => {
             guest.pause();
-            let saved = guest.mmio.save_bytes();
+            let saved = guest.device.save_bytes();
             let rest = slot.take().expect("there is a guest").unplug();
             let guest = slot.insert(Guest::on(rest, (subject.build)()));
             // What a device cannot have saved is refused, also here: the driver may have put the rings anywhere.
-            guest.mmio.restore_bytes(&saved).expect("what was saved is taken back");
-            assert_eq!(guest.mmio.save_bytes(), saved);
-            guest.mmio.resume();
+            guest.device.restore_bytes(&saved).expect("what was saved is taken back");
+            assert_eq!(guest.device.save_bytes(), saved);
+            guest.device.resume();
         }
         Step::Reset => {
             guest.reset();
@@ -276,26 +274,28 @@ fn footprint() -> (u64, usize, usize) {
 fn property(mutate: bool, time: Duration) {
     for index in 0..all().len() {
         within(120, all()[index].name, move || {
-            let subject = &all()[index];
-            let end = Instant::now() + time;
-            let mut config = Config { max_shrink_time: 20_000, ..Config::default() };
-            config.failure_persistence = None;
-            let mut runner = TestRunner::new(config);
-            let strategy = (prop::bool::weighted(0.8), prop::collection::vec(step(), 1..60));
-            let mut cases = 0;
-            while Instant::now() < end && cases < 400 {
-                cases += 1;
-                let case = strategy.new_tree(&mut runner).expect("a case");
-                let result = runner.run_one(case, |(started, steps)| {
-                    run(subject, started, &steps, mutate);
-                    Ok(())
-                });
-                if let Err(error) = result {
-                    panic!("{}: case {cases}: {error}", subject.name);
+            with_each_transport(|transport| {
+                let subject = &all()[index];
+                let end = Instant::now() + time / 2;
+                let mut config = Config { max_shrink_time: 20_000, ..Config::default() };
+                config.failure_persistence = None;
+                let mut runner = TestRunner::new(config);
+                let strategy = (prop::bool::weighted(0.8), prop::collection::vec(step(), 1..60));
+                let mut cases = 0;
+                while Instant::now() < end && cases < 200 {
+                    cases += 1;
+                    let case = strategy.new_tree(&mut runner).expect("a case");
+                    let result = runner.run_one(case, |(started, steps)| {
+                        run(subject, started, &steps, mutate);
+                        Ok(())
+                    });
+                    if let Err(error) = result {
+                        panic!("{} on {transport:?}: case {cases}: {error}", subject.name);
+                    }
                 }
-            }
-            eprintln!("{}: {cases} cases", subject.name);
-            assert!(cases > 0, "{}: not one case in {time:?}", subject.name);
+                eprintln!("{} on {transport:?}: {cases} cases", subject.name);
+                assert!(cases > 0, "{}: not one case in {time:?}", subject.name);
+            });
         });
     }
 }
@@ -373,7 +373,7 @@ fn a_driver_that_never_stops_cannot_keep_the_machine_from_pausing() {
                 let start = Instant::now();
                 guest.pause();
                 assert!(start.elapsed() < Duration::from_secs(5), "{}: pausing takes too long", subject.name);
-                guest.mmio.resume();
+                guest.device.resume();
             }
             stop.store(true, Ordering::Relaxed);
             other.join().expect("the other vCPU goes on");

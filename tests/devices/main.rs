@@ -17,6 +17,7 @@ mod net_dump;
 mod net_switch;
 mod net_traffic;
 mod net_vhost_user;
+mod on_pci;
 mod subjects;
 mod turns;
 mod vsock;

@@ -11,7 +11,6 @@ use std::time::Duration;
 use vmm_monitor::event_loop::Event;
 use vmm_monitor::memory::{Buffers, Slices};
 use vmm_monitor::net::{HEADER, Head, Link, MAX_FRAME, Offloads, Port, START, Wire, from_descriptor};
-use vmm_monitor::state::Saved;
 use vmm_monitor::virtio::net::Net;
 use zerocopy::IntoBytes;
 
@@ -159,9 +158,9 @@ fn a_peer_that_does_not_read_stalls_the_guest_and_nobody_spins() {
     assert!(sent > 0 && sent < usize::from(offered), "{sent} of {offered} sent to nobody");
     // A pause, and another device in its place, lose nothing and send nothing twice.
     guest.pause();
-    let saved = guest.mmio.save_bytes();
+    let saved = guest.device.save_bytes();
     let mut guest = Guest::on(guest.unplug(), net_on(std::slice::from_ref(&link)));
-    guest.mmio.restore_bytes(&saved).unwrap();
+    guest.device.restore_bytes(&saved).unwrap();
     guest.resume();
     for expect in &all[..usize::from(offered)] {
         assert!(peer.receive() == *expect, "in order, and whole");
@@ -367,9 +366,9 @@ fn a_device_that_was_moved_asks_the_driver_to_announce_itself() {
     assert_eq!(guest.config::<2>(6), [1, 0], "a pause moves nothing");
     assert_eq!(command(&mut guest, &[1, 1, 2, 0, 0, 0, 0, 9]), 0);
     guest.pause();
-    let saved = guest.mmio.save_bytes();
+    let saved = guest.device.save_bytes();
     let mut guest = Guest::on(guest.unplug(), net_on(std::slice::from_ref(&link)));
-    guest.mmio.restore_bytes(&saved).unwrap();
+    guest.device.restore_bytes(&saved).unwrap();
     guest.resume();
     assert_eq!((guest.config::<6>(0), guest.config::<2>(6)), ([2, 0, 0, 0, 0, 9], [3, 0]));
     assert_ne!(guest.read(0x60) & 2, 0, "an interrupt tells of it");

@@ -11,7 +11,6 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, bind, connect,
     listen, recv, send as send_message, socket_with,
 };
-use vmm_monitor::state::Saved;
 use vmm_monitor::virtio::vsock::Vsock;
 use vmm_monitor::vsock::Sockets;
 
@@ -477,10 +476,10 @@ fn a_restored_guest_hears_that_its_connections_are_gone_and_makes_new_ones() {
     guest.settle();
     assert_eq!(guest.rings[EVENT].used(), None, "a pause moves nothing");
     guest.pause();
-    let saved = guest.mmio.save_bytes();
+    let saved = guest.device.save_bytes();
     let mut guest = Guest::on(guest.unplug(), host.device());
     assert_eq!(program.read(&mut [0]).unwrap(), 0);
-    guest.mmio.restore_bytes(&saved).unwrap();
+    guest.device.restore_bytes(&saved).unwrap();
     guest.store(DATA + 0x1_0000, &[0xff; 4]);
     guest.resume();
     assert_eq!(guest.rings[EVENT].wait_used(10).1, 4);

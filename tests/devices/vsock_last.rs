@@ -4,7 +4,6 @@ use std::io::Read;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmm_monitor::bus::Device;
 use zerocopy::IntoBytes;
 
 use crate::guest::{DATA, Guest};
@@ -36,7 +35,7 @@ fn packets_that_nobody_looked_at_before_the_guest_was_gone_arrive() {
     leave_data(&mut guest, 1, &other, b"and others'");
     leave_data(&mut guest, 2, &line, b"words");
     leave(&mut guest, 3, line.header(SHUTDOWN, 3, 0), &[]);
-    guest.mmio.finish(soon()).unwrap();
+    guest.device.finish(soon()).unwrap();
     drop(guest);
     let mut said = String::new();
     program.read_to_string(&mut said).unwrap();
@@ -63,7 +62,7 @@ fn packets_behind_answers_that_the_guest_never_took_arrive_too() {
         while guest.rings[TRANSMIT].used().is_some() {}
     }
     leave_data(&mut guest, 0, &line, b"after all");
-    guest.mmio.finish(soon()).unwrap();
+    guest.device.finish(soon()).unwrap();
     drop(guest);
     let mut said = String::new();
     program.read_to_string(&mut said).unwrap();
@@ -79,7 +78,7 @@ fn a_reader_that_takes_its_time_gets_what_waits_and_one_that_stands_still_is_giv
     fill(&mut guest, &line, &mut sent, &mut forwarded);
     assert_eq!(sent.len(), forwarded as usize + ROOM_HERE, "the kernel's buffer, and ours");
     let start = Instant::now();
-    let busy = guest.mmio.finish(start + Duration::from_millis(20)).unwrap_err();
+    let busy = guest.device.finish(start + Duration::from_millis(20)).unwrap_err();
     assert!(busy.to_string().contains("1 connections whose readers"), "{busy}");
     assert!(start.elapsed() < Duration::from_secs(10), "it does not wait beyond its deadline");
     let reader = thread::spawn(move || {
@@ -90,7 +89,7 @@ fn a_reader_that_takes_its_time_gets_what_waits_and_one_that_stands_still_is_giv
         }
         all
     });
-    guest.mmio.finish(soon()).unwrap();
+    guest.device.finish(soon()).unwrap();
     drop(guest);
     assert!(reader.join().unwrap() == sent, "all of it, in order");
 }
@@ -164,8 +163,8 @@ fn drivers_that_leave_something_behind_again_and_again_are_held_to_one_sum() {
 fn a_device_that_no_driver_has_started_has_nothing_to_pass_on() {
     let host = Host::new();
     let mut guest = Guest::new(host.device());
-    guest.mmio.finish(soon()).unwrap();
+    guest.device.finish(soon()).unwrap();
     guest.start(0);
     guest.reset();
-    guest.mmio.finish(soon()).unwrap();
+    guest.device.finish(soon()).unwrap();
 }

@@ -15,7 +15,7 @@ mod vsock;
 
 use std::thread;
 
-use crate::guest::{DATA, Guest};
+use crate::guest::{DATA, Guest, with_each_transport};
 use crate::subjects::{Subject, all};
 
 /// A line: what the driver does, with a device that was just reset.
@@ -44,15 +44,20 @@ fn ordinary(guest: &mut Guest, subject: &Subject) {
     assert!([0, 513].contains(&written), "{written} bytes");
 }
 
-/// Runs a table on the devices that `applies` to, one thread for each: most of the time consoles wait.
+/// Runs a table on the devices that `applies` to, with each transport.
 fn run(applies: fn(&str) -> bool, table: &[Fault]) {
-    let count = all().len();
+    for_each(applies, |subject| with_each_transport(|_| run_on(subject, table)));
+}
+
+/// One thread for each device: most of the time consoles wait.
+fn for_each(applies: fn(&str) -> bool, test: impl Fn(&Subject) + Sync) {
+    let (count, test) = (all().len(), &test);
     thread::scope(|scope| {
         for index in 0..count {
             scope.spawn(move || {
                 let subject = all().swap_remove(index);
                 if applies(subject.name) {
-                    run_on(&subject, table);
+                    test(&subject);
                 }
             });
         }
@@ -83,7 +88,8 @@ fn any(_: &str) -> bool {
 
 #[test]
 fn registers() {
-    run(any, registers::TABLE);
+    // Those of virtio over MMIO.
+    for_each(any, |subject| run_on(subject, registers::TABLE));
 }
 
 #[test]

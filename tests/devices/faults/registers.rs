@@ -1,6 +1,5 @@
 //! MMIO registers (virtio 1.3, 4.2.2).
 
-use vmm_monitor::bus::Device;
 use vmm_monitor::virtio::testing::DriverRing;
 
 use super::{Fault, ordinary};
@@ -80,7 +79,7 @@ pub const TABLE: &[Fault] = &[
         for offset in 0..0x100 {
             for width in [1, 2, 8] {
                 let mut data = [0xff; 8];
-                guest.mmio.read(offset, &mut data[..width]);
+                guest.device.read(offset, &mut data[..width]);
                 assert_eq!(data, [0xff; 8], "{width} bytes at {offset:#x}");
             }
             assert!(offset % 4 == 0 || guest.read(offset) == 0);
@@ -115,7 +114,7 @@ pub const TABLE: &[Fault] = &[
                 for width in [1, 2, 4, 8] {
                     guest.write_bytes(0x100 + offset, &[0x41; 8][..width]);
                     let mut data = [0xff; 8];
-                    guest.mmio.read(0x100 + offset, &mut data[..width]);
+                    guest.device.read(0x100 + offset, &mut data[..width]);
                     assert_eq!(data, [0xff; 8]);
                 }
             }

@@ -190,12 +190,15 @@ impl Pci {
     }
 
     fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
         let within = offset % PAGE;
+        // What lies past its end stays all ones.
+        if offset - within == DEVICE {
+            return self.core.read_config(within, data);
+        }
+        data.fill(0);
         match offset - within {
             COMMON => common::read(self, within, data),
             ISR if within == 0 => data[0] = self.interrupts.take_isr(),
-            DEVICE => self.core.read_config(within, data),
             TABLE => self.msix.read_table(within, data),
             PENDING => self.msix.read_pending(within, data),
             _ => {}
