@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::pci::{Ecam, Memory, Segment};
 use crate::state::Saved;
@@ -87,10 +89,17 @@ impl Guest {
         }
     }
 
+    fn wait_for_reset(&mut self) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while self.read(0x14, 1) != 0 {
+            assert!(Instant::now() < end);
+        }
+    }
+
     /// From a reset to DRIVER_OK, with these messages for configuration and queue.
     fn start(&mut self, config: u64, queue: u64) {
         self.write(0x14, 1, 0);
-        assert_eq!(self.read(0x14, 1), 0);
+        self.wait_for_reset();
         self.write(0x14, 1, ACKNOWLEDGE_AND_DRIVER);
         for page in 0..2 {
             self.write(0x00, 4, page);
@@ -331,5 +340,69 @@ fn a_device_is_saved_and_restored_with_its_messages() {
     function.lock().unwrap().resume();
     for cut in [0, 1, saved.len() / 2, saved.len() - 1] {
         assert!(function.lock().unwrap().restore_bytes(&saved[..cut]).is_err());
+    }
+}
+
+/// A write, and a read of the same place: of configuration space, else of the BAR.
+#[derive(Debug, Clone)]
+struct Step {
+    config: bool,
+    offset: u64,
+    len: usize,
+    value: u64,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let value = prop_oneof![
+        Just(0),
+        Just(1),
+        Just(u64::MAX),
+        (0..64u32).prop_map(|bit| 1 << bit),
+        (0..16u64).prop_map(|page| page << 12),
+        Just(WINDOW.start | 2),
+        any::<u64>(),
+    ];
+    // The first bytes of each page are where the registers are.
+    let offset =
+        prop_oneof![3 => (0..6u64, 0..0x48u64).prop_map(|(page, at)| page * PAGE + at), 1 => 0..SIZE];
+    (any::<bool>(), offset, prop::sample::select(vec![1, 2, 4, 8]), value).prop_map(
+        |(config, offset, len, value)| Step { config, offset: offset & !(len as u64 - 1), len, value },
+    )
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_written_a_reset_brings_a_working_device_back(
+        started in any::<bool>(),
+        messages in any::<bool>(),
+        steps in prop::collection::vec(step(), 1..100),
+    ) {
+        let mut guest = Guest::new();
+        if messages {
+            guest.msix(msix::ENABLE);
+        }
+        if started {
+            guest.start(0, 1);
+        }
+        let identity = [0, 8, 0x2c, 0x34].map(|register| guest.config(register, 4));
+        for Step { config, offset, len, value } in steps {
+            if config {
+                guest.set_config(offset & 0xff, len.min(4), value);
+                guest.config(offset & 0xff, len.min(4));
+            } else {
+                guest.write(offset, len, value);
+                guest.read(offset, len);
+            }
+            let moved = guest.function.lock().unwrap().wants();
+            prop_assert!(moved.is_none_or(|(base, size)| size == SIZE && base.is_multiple_of(SIZE)));
+        }
+        prop_assert_eq!(identity, [0, 8, 0x2c, 0x34].map(|register| guest.config(register, 4)));
+        guest.set_config(4, 2, 6);
+        guest.set_config(0x10, 4, WINDOW.start);
+        guest.set_config(0x14, 4, 0);
+        guest.msix(0);
+        guest.start(0xffff, 0xffff);
+        guest.request(WINDOW.start);
+        prop_assert!(guest.vm.doorbells() <= 1);
     }
 }
