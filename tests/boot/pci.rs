@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Stdio};
 
-use crate::guest::{Guest, Kernel, available, bundle, run, ticking, vmm};
+use crate::guest::{Guest, Kernel, available, bare, bundle, run, ticking, vmm};
 use crate::kernels::{LOOK, complaints};
 
 /// With `--rng`, the terminal, a disk, a network and sockets.
@@ -76,6 +76,22 @@ fn a_guest_on_pci_resets_in_each_way_and_starts_again() {
         guest.wait_for("up", 3);
         assert_eq!(guest.control(&["kill", "v"]).0, Some(0));
     }
+}
+
+#[test]
+fn a_kernel_that_takes_no_messages_has_its_interrupts_by_lines() {
+    if !available("PCI, lines") {
+        return;
+    }
+    let script = "echo BEGIN; grep -c 'IO-APIC.*fasteoi.*virtio' /proc/interrupts; grep -c 'MSI.*virtio' /proc/interrupts; \
+        dd if=/dev/hwrng bs=64 count=4 2>/dev/null | wc -c; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; \
+        ping -q -c 3 -W 20 10.0.2.2 | grep -o '3 packets received'; \
+        dmesg | grep -v 'ommand line' | grep -i 'nobody cared'; echo END";
+    let mut command =
+        bare(Kernel::Stock, &format!("console=hvc0 quiet panic=-1 pci=nomsi vmm.run=\"{script}\""));
+    command.arg("--initrd").arg(Kernel::Stock.initramfs()).args(["--cpus", "2"]).args(DEVICES);
+    let ended = Guest::start(command).finish();
+    assert_eq!(ended.body(), ["4", "0", "256", "3 packets received"], "{}", ended.text);
 }
 
 /// What Debian's kernel complains of on QEMU's microvm with PCI Express, with the same KVM and devices.
