@@ -48,6 +48,7 @@ fn ends_that_cannot_be() {
     let place = Place::new();
     place.file("kernel", kernel(&HALT));
     place.file("file", "");
+    drop(UnixListener::bind(place.path("deserted")).unwrap());
     for (arguments, words) in [
         ("--net socket=missing", &["missing", "No such file"][..]),
         ("--net socket=file", &["file", "refused"]),
@@ -56,6 +57,14 @@ fn ends_that_cannot_be() {
         ("--net fd=0", &["0", "neither a tap nor"]),
         ("--net tap=lo", &["lo", "no tap"]),
         ("--disk path=missing --net socket=missing", &["disk"]),
+        ("--net vhost-user=missing", &["vhost-user back end missing", "No such file"]),
+        ("--net vhost-user=file", &["vhost-user back end file", "this is no socket"]),
+        ("--net vhost-user=deserted", &["vhost-user back end deserted", "refused"]),
+        ("--net vhost-user=a,mtu=67", &["vhost-user=a", "MTU"]),
+        ("--net vhost-user=a,queues=2", &["several queues"]),
+        ("--net vhost-user=a,bw=1M", &["keeps no limits"]),
+        ("--net vhost-user=a --net-dump frames", &["network dump sees none"]),
+        ("--net vhost-user=a --mem 64M,backing=anonymous", &["backing=anonymous", "can map such memory"]),
     ] {
         refused(&place, &format!("--kernel kernel --console off {arguments}"), BAD_ARGUMENT, words);
     }

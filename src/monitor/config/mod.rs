@@ -143,8 +143,9 @@ pub enum OnPanic {
 pub struct Memory {
     /// How much.
     pub size: Size,
-    /// What is behind it.
-    pub backing: Backing,
+    /// What is behind it. Absent: what the devices need ([`VmConfig::memory`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing: Option<Backing>,
     /// Page size of the backing; absent: the host's 4 KiB.
     pub hugepages: Option<HugePages>,
     /// Touch every page at start.
@@ -157,12 +158,16 @@ pub struct Memory {
 
 impl Default for Memory {
     fn default() -> Self {
-        let (backing, hugepages) = (Backing::default(), None);
-        Self { size: Size::mib(256), backing, hugepages, prefault: false, thp: false }
+        Self { size: Size::mib(256), backing: None, hugepages: None, prefault: false, thp: false }
     }
 }
 
 impl Memory {
+    /// What is behind it.
+    pub fn backing(&self) -> Backing {
+        self.backing.unwrap_or_default()
+    }
+
     /// The backing in words, for messages.
     pub fn backing_name(&self) -> String {
         let pages = match self.hugepages {
@@ -170,7 +175,7 @@ impl Memory {
             Some(HugePages::TwoMiB) => ", 2 MiB huge pages",
             Some(HugePages::OneGiB) => ", 1 GiB huge pages",
         };
-        format!("{}{pages}", if self.backing == Backing::Memfd { "memfd" } else { "anonymous" })
+        format!("{}{pages}", if self.backing() == Backing::Memfd { "memfd" } else { "anonymous" })
     }
 }
 
@@ -305,9 +310,13 @@ impl Port {
 impl VmConfig {
     /// The RAM, with the rule that other processes can map it where one of them serves a device.
     pub fn memory(&self) -> Memory {
-        let shared = self.net.iter().any(|net| matches!(net.to, NetTarget::VhostUser(_)));
-        let backing = if shared { Backing::Memfd } else { self.mem.backing };
+        let backing = self.mem.backing.or(self.is_shared().then_some(Backing::Memfd));
         Memory { backing, ..self.mem.clone() }
+    }
+
+    /// Whether another process has to map the RAM.
+    fn is_shared(&self) -> bool {
+        self.net.iter().any(|net| matches!(net.to, NetTarget::VhostUser(_)))
     }
 
     /// The console's end, with the rule that it gives stdio up to a serial port that wants it.
@@ -364,6 +373,12 @@ impl VmConfig {
                     format!("round it up: `mem={up},hugepages={page}`"),
                 );
             }
+        }
+        if self.is_shared() && self.mem.backing == Some(Backing::Anonymous) {
+            return invalid(
+                format!("`mem={size},backing=anonymous`: no vhost-user back end can map such memory"),
+                format!("drop backing=anonymous: `mem={size}`"),
+            );
         }
         if !(1..=Cpus::MAX).contains(&self.cpus.0) {
             return invalid(format!("`cpus={}`: out of range", self.cpus.0), "give 1 to 254 CPUs: `cpus=2`");

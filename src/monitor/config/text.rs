@@ -528,7 +528,7 @@ mod tests {
     fn lists_and_files_fill_the_same_tree() {
         let memory: Memory = "1G,hugepages=2M,prefault,backing=anonymous".parse().unwrap();
         assert_eq!((memory.hugepages, memory.prefault), (Some(HugePages::TwoMiB), true));
-        assert_eq!(memory.backing, Backing::Anonymous);
+        assert_eq!(memory.backing, Some(Backing::Anonymous));
         let disk: Disk = "path=/a b,readonly,block-size=4096,format=raw".parse().unwrap();
         let json = r#"{"mem": "1G,hugepages=2M,prefault,backing=anonymous", "cpus": 2, "serial": "file=/x",
             "disk": ["path=/a b,readonly,block-size=4096,format=raw",

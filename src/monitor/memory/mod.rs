@@ -132,7 +132,7 @@ impl Memory {
         if bytes.len() < 16 || size > layout::ROM_MAX {
             return Err(Error::Rom { size: bytes.len() });
         }
-        let anonymous = config::Memory { backing: config::Backing::Anonymous, ..Default::default() };
+        let anonymous = config::Memory { backing: Some(config::Backing::Anonymous), ..Default::default() };
         let base = layout::ROM_END - size;
         let region = map(&anonymous, None, 0, base, size)?;
         let padded = [vec![0xff; size as usize - bytes.len()], bytes.to_vec()].concat();
@@ -168,7 +168,7 @@ impl Memory {
 
 /// The memory object behind the RAM; none for anonymous memory.
 fn backing_file(config: &config::Memory) -> io::Result<Option<Arc<File>>> {
-    if config.backing == config::Backing::Anonymous {
+    if config.backing() == config::Backing::Anonymous {
         return Ok(None);
     }
     let huge = match config.hugepages {
