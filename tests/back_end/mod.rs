@@ -17,7 +17,7 @@ use std::thread::{self, JoinHandle};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, Shutdown, recvmsg, shutdown};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
 /// VIRTIO_F_VERSION_1 and VHOST_USER_F_PROTOCOL_FEATURES.
 pub const FEATURES: u64 = 1 << 32 | 1 << 30;
@@ -224,6 +224,41 @@ impl Server<'_> {
         }
     }
 
+    /// Fails at what strict back ends end at, passt among them: a message of another length, another number of descriptors, features
+    /// that were not offered, and a ring before guest memory, its size and its place.
+    fn check(&self, request: u32, payload: &[u8], descriptors: usize) {
+        let word = |at: usize| u32::from_ne_bytes(payload[at..at + 4].try_into().unwrap());
+        let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+        let regions = if request == 5 { word(0) as usize } else { 0 };
+        let (length, due) = match request {
+            1 | 3 | 15 => (0, 0),
+            5 => (8 + 32 * regions, regions),
+            9 => (40, 0),
+            12..=14 => (8, 1),
+            _ => (8, 0),
+        };
+        assert_eq!((payload.len(), descriptors), (length, due), "request {request}");
+        match request {
+            2 => {
+                let (accepted, offered) = (long(0), self.conduct.features);
+                assert_eq!(accepted & !offered, 0, "SET_FEATURES {accepted:#x} of {offered:#x}");
+                let due = offered & FEATURES;
+                assert_eq!(accepted & due, due, "SET_FEATURES {accepted:#x} lacks one of {due:#x}");
+            }
+            16 => assert_eq!(long(0) & !self.conduct.protocol, 0, "SET_PROTOCOL_FEATURES"),
+            8..=14 | 18 => assert!(word(0) < 2, "request {request} for ring {}", word(0)),
+            _ => {}
+        }
+        if let 9 | 12 | 18 = request {
+            let ring = &self.rings[word(0) as usize];
+            assert!(
+                ring.size != 0 && self.ram.num_regions() != 0,
+                "request {request} before a ring's size, or memory"
+            );
+            assert!(request == 9 || ring.used != 0, "request {request} before SET_VRING_ADDR");
+        }
+    }
+
     /// Does what the next message asks for. False at the end.
     fn answer(&mut self) -> bool {
         let Some((request, flags, payload, mut descriptors)) = message(&self.connection) else {
@@ -234,6 +269,7 @@ impl Server<'_> {
             |at: usize| payload.get(at..at + 8).map(|bytes| u64::from_ne_bytes(bytes.try_into().unwrap()));
         let first = number(0).unwrap_or_default();
         let (index, value) = (first as u32 as usize & 1, (first >> 32) as u16);
+        self.check(request, &payload, descriptors.len());
         let ring = &mut self.rings[index];
         let mut file = || descriptors.pop().map(File::from);
         let mut answer = None;
