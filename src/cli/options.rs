@@ -54,7 +54,7 @@ pub struct Options {
     #[arg(long, value_name = "path=FILE", value_parser = os_text::<Disk, _>())]
     disk: Vec<Disk>,
     /// Network device: user (needs nothing: DHCP, names, TCP, UDP, ping; then any of ,ipv6=off ,restrict=on ,dns=ADDR
-    /// ,allow=ADDR[/BITS][:PORT] ,publish=HOST:GUEST), switch=NAME (one segment with your other VMs that name it), tap=NAME (yours,
+    /// ,allow=ADDR[/BITS][:PORT] ,publish=HOST:GUEST), switch=NAME (one segment with your other VMs that name it; ,dhcp=off), tap=NAME (yours,
     /// or made if that is allowed), macvtap=NAME (yours), fd=N (a tap or unix socket that was passed), socket=PATH (QEMU's stream:
     /// passt, gvproxy, another VM) or vhost-user=PATH (a process that serves the guest's queues itself), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap) ,vhost=on (a tap
     /// that the host's kernel serves) ,bw=RATE[/BURST] (bytes a second, each way) ,pps=RATE[/BURST] (frames); repeatable
