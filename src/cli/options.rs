@@ -70,7 +70,7 @@ pub struct Options {
     net_dump: Option<OutputFile>,
     /// Socket device (vsock): the host's programs reach the guest on unix socket PATH, by CONNECT PORT, and the guest those that
     /// listen on PATH_PORT; then ,cid=N for the guest's address, from 3 on [default: beside the control socket, as vmm status
-    /// tells; cid=3]
+    /// tells; cid=3]. vhost=on,cid=N: by AF_VSOCK, of the host's kernel, in place of PATH
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "cid=3", value_parser = os_text::<Vsock, _>())]
     vsock: Option<Vsock>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
