@@ -59,11 +59,12 @@ const FORBIDDEN: [(&str, &str); 19] = [
 const ALLOWED: [(&str, &str); 1] = [("config", "memory")];
 
 /// Where `unsafe` may stand: crate and module.
-const UNSAFE: [(&str, &str); 8] = [
+const UNSAFE: [(&str, &str); 9] = [
     ("monitor", "recorder"),
     ("monitor", "memory"),
     ("monitor", "kvm"),
     ("monitor", "disk"),
+    ("monitor", "vhost"),
     ("monitor", "net"),
     ("monitor", "snapshot"),
     ("monitor", "sandbox"),

@@ -54,6 +54,7 @@ impl Control for Fake {
             memory_bytes: 128 << 20,
             kernel: Some("/boot/vmlinux".into()),
             vsock: None,
+            vsock_cid: None,
             ptys: Vec::new(),
             ports: Vec::new(),
             networks: Vec::new(),

@@ -167,6 +167,9 @@ fn text(status: &Status) -> String {
     if let Some(vsock) = &status.vsock {
         line("vsock", &vsock.display());
     }
+    if let Some(cid) = status.vsock_cid {
+        line("vsock", &format_args!("address {cid}"));
+    }
     for pty in &status.ptys {
         line("pty", &format_args!("{} ({})", pty.path.display(), pty.device));
     }

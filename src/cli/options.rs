@@ -54,7 +54,7 @@ pub struct Options {
     #[arg(long, value_name = "path=FILE", value_parser = os_text::<Disk, _>())]
     disk: Vec<Disk>,
     /// Network device: user (needs nothing: DHCP, names, TCP, UDP, ping; then any of ,ipv6=off ,restrict=on ,dns=ADDR
-    /// ,allow=ADDR[/BITS][:PORT] ,publish=HOST:GUEST), switch=NAME (one segment with your other VMs that name it), tap=NAME (yours,
+    /// ,allow=ADDR[/BITS][:PORT] ,publish=HOST:GUEST), switch=NAME (one segment with your other VMs that name it; ,dhcp=off), tap=NAME (yours,
     /// or made if that is allowed), macvtap=NAME (yours), fd=N (a tap or unix socket that was passed), socket=PATH (QEMU's stream:
     /// passt, gvproxy, another VM) or vhost-user=PATH (a process that serves the guest's queues itself), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap) ,vhost=on (a tap
     /// that the host's kernel serves) ,bw=RATE[/BURST] (bytes a second, each way) ,pps=RATE[/BURST] (frames); repeatable
@@ -70,7 +70,7 @@ pub struct Options {
     net_dump: Option<OutputFile>,
     /// Socket device (vsock): the host's programs reach the guest on unix socket PATH, by CONNECT PORT, and the guest those that
     /// listen on PATH_PORT; then ,cid=N for the guest's address, from 3 on [default: beside the control socket, as vmm status
-    /// tells; cid=3]
+    /// tells; cid=3]. vhost=on,cid=N: by AF_VSOCK, of the host's kernel, in place of PATH
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "cid=3", value_parser = os_text::<Vsock, _>())]
     vsock: Option<Vsock>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice

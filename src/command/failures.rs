@@ -125,7 +125,9 @@ impl From<client::Error> for Failure {
                 (Code::Host, Some("install the agent that came with this vmm (docs/agent.md)"))
             }
             client::Error::Lost(_) => (Code::Host, Some("see whether it still runs: vmm list")),
-            client::Error::Socket { .. } => (Code::Host, Some("see whether it still runs: vmm list")),
+            client::Error::Socket { .. } | client::Error::Vsock { .. } => {
+                (Code::Host, Some("see whether it still runs: vmm list"))
+            }
             client::Error::TooLong(_) => {
                 (Code::BadArgument, Some("pass them in a file, or on standard input: -i"))
             }

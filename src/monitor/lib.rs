@@ -15,8 +15,8 @@
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
-//! | [`disk`], [`net`], [`vsock`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, a segment that machines share ([`net::switch`]), and a network of ours ([`net::user`]); unix sockets behind a guest's connections; terminals, pipes, sockets. They know no virtio |
-//! | [`vhost`] | rings that another process serves (vhost-user), whatever the device |
+//! | [`disk`], [`net`], [`vsock`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, a segment that machines share ([`net::switch`]), and a network of ours ([`net::user`]); unix sockets or AF_VSOCK behind a guest's connections; terminals, pipes, sockets. They know no virtio |
+//! | [`vhost`] | rings that another process serves (vhost-user), or the host's kernel, whatever the device |
 //! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
@@ -32,7 +32,8 @@
 //! each other; it needs nothing of the monitor) and `cli` (the program `vmm`, one file per command).
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
-//! (its clock), `memory`, `kvm`, `disk` and `net` (ioctls of taps and of vhost-net, pages of connections) alone.
+//! (its clock), `memory`, `kvm`, `disk`, `vhost` (ioctls of the host's kernel) and `net` (ioctls of taps, pages of connections)
+//! alone.
 //! `tests/architecture.rs` holds the code against it.
 //!
 //! ```text

@@ -268,6 +268,37 @@ fn two_guests_reach_each_other_on_a_switch() {
     assert!(!dir.path().join("vmm/switch-boot-test").exists(), "the segment goes with its last machine");
 }
 
+/// Two VMs with a user network and a segment: each takes its address there by DHCP, and finds the other by its name.
+#[test]
+fn two_guests_on_a_switch_find_each_other_by_name() {
+    if !available("names on a switch") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let start = |name: &str, script: &str| {
+        let set_up = "printf '%s\\n' '#!/bin/sh' 'test $1 = bound && ip addr add $ip/$mask dev $interface' >/u; \
+                      chmod +x /u; ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; \
+                      mkdir -p /etc; echo nameserver 10.0.2.3 >/etc/resolv.conf; \
+                      ip link set eth1 up; udhcpc -q -n -i eth1 -s /u >/dev/null 2>&1; echo BEGIN";
+        let mut command = vmm(Kernel::TunedPvh, &format!("{set_up}; {script}; echo END"));
+        command.args(["--mem", "256M", "--name", name, "--net", "user", "--net", "switch=names-test"]);
+        Guest::start_in(command, dir.path())
+    };
+    let finds = |name: &str| {
+        format!("until ping -q -c 1 -W 9 {name} >/dev/null 2>&1; do sleep 0.1; done; echo finds {name}")
+    };
+    let web = start("web", &format!("{}; echo reached | nc -l -p 7000", finds("db")));
+    let again = "until nc web.vmm.internal 7000 </dev/null 2>/dev/null | grep reached; do sleep 0.1; done";
+    let db = start(
+        "db",
+        &format!("{}; {again}; ip -4 -o addr show dev eth1 | grep -c 'inet 10.*/24'", finds("web")),
+    );
+    let (db, web) = (db.finish(), web.finish());
+    assert_eq!(db.body(), ["finds web", "reached", "1"], "{}\n{}", db.text, web.text);
+    assert_eq!(web.body(), ["finds db"], "{}", web.text);
+    assert!(!dir.path().join("vmm/switch-names-test").exists(), "the segment goes with its last machine");
+}
+
 /// On a macvtap the guest has the interface's address, and reaches another interface on the same card of the host's.
 #[test]
 fn a_guest_on_a_macvtap_has_its_address_and_reaches_its_neighbour() {

@@ -9,9 +9,10 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use interface::vsock;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, recv,
-    send, socket_with,
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, bind, connect,
+    listen, recv, send, socket_with,
 };
 
 use crate::guest::{Guest, Kernel, available, vmm};
@@ -221,6 +222,60 @@ fn a_reboot_ends_connections_and_leaves_the_sockets() {
     assert!(matches!(held.read(&mut [0]), Ok(0) | Err(_)), "it ends with the guest that it led to");
     let (mut second, _) = listener.accept().unwrap();
     assert_eq!(exchange(call(&path, 1000), b"new"), b"new");
+    second.write_all(b"enough").unwrap();
+    drop(second);
+    let ended = guest.finish();
+    assert!(ended.code == Some(0) && ended.text.contains("done"), "{}", ended.text);
+}
+
+#[test]
+fn the_hosts_kernel_carries_connections_over_pauses_and_ends_them_at_a_reboot() {
+    const CID: u32 = 77;
+    if !available("vhost-vsock") {
+        return;
+    }
+    let listener = vsock::listen(4000, SocketType::STREAM).unwrap();
+    let next = || UnixStream::from(accept(&listener).unwrap());
+    let call = || {
+        loop {
+            let socket = vsock::socket(SocketType::STREAM).unwrap();
+            match connect(&socket, &vsock::Address::new(CID, 1000)) {
+                Ok(()) => return UnixStream::from(socket),
+                // The guest has not come that far.
+                Err(_) => thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    };
+    let start = |name: &str, script: &str| {
+        let mut command = vmm(Kernel::TunedPvh, script);
+        command.args(["--name", name, "--on-reboot", "reset", "--vsock", &format!("vhost=on,cid={CID}")]);
+        command
+    };
+    let script = "guest-vsock echo 1000 1 & guest-vsock connect 4000 </dev/null | grep -q again && reboot -f; echo done";
+    let guest = Guest::start(start("v", script));
+    let mut first = next();
+    let mut held = call();
+    for round in 0..5 {
+        let (mut back, data) = (vec![0; 100_000], noise(100_000));
+        held.write_all(&data).unwrap();
+        assert_eq!(guest.control(&["pause", "v"]).0, Some(0));
+        assert_eq!(guest.control(&["resume", "v"]).0, Some(0));
+        held.read_exact(&mut back).unwrap();
+        assert!(back == data, "round {round}");
+    }
+    assert!(guest.control(&["status", "v"]).1.contains("address 77"));
+    let (code, said) = guest.control(&["exec", "v", "sh", "-c", "echo by AF_VSOCK; exit 42"]);
+    assert_eq!((code, &*said), (Some(42), "by AF_VSOCK\n"));
+    // The address is taken.
+    let output = start("w", "true").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("vsock address 77 is another guest's"), "{said}");
+    first.write_all(b"again").unwrap();
+    drop(first);
+    assert!(matches!(held.read(&mut [0]), Ok(0) | Err(_)), "it ends with the guest that it led to");
+    let mut second = next();
+    let data = noise(3 << 20);
+    assert!(exchange(call(), &data) == data);
     second.write_all(b"enough").unwrap();
     drop(second);
     let ended = guest.finish();

@@ -38,6 +38,8 @@ fn sockets_that_cannot_be() {
         ("v,cid=4294967296", &["4294967296"]),
         ("v,cid=x", &["x", "not a number"]),
         ("v,port=3", &["port"]),
+        ("v,vhost=on", &["no unix socket"]),
+        ("vhost=on,cid=2", &["cid=2", "host"]),
         ("file", &["file", "not a socket"]),
         ("live", &["live", "in use"]),
         ("half", &["half.seqpacket", "in use"]),
@@ -46,6 +48,10 @@ fn sockets_that_cannot_be() {
         ("/dev/null/v", &["/dev/null/v", "Not a directory"]),
     ] {
         refused(&place, &format!("--kernel kernel --console off --vsock {vsock}"), BAD_ARGUMENT, words);
+    }
+    if !Path::new("/dev/vhost-vsock").exists() {
+        let arguments = "--kernel kernel --console off --vsock vhost=on";
+        refused(&place, arguments, BAD_ARGUMENT, &["open /dev/vhost-vsock"]);
     }
     // A folder that is not ours to write in, for root without its privilege.
     fs::create_dir(place.path("closed")).unwrap();

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
-use vmm_monitor::net::switch::Switch;
+use vmm_monitor::net::switch::{Neighbours, Switch};
 use vmm_monitor::net::traffic::Traffic;
 use vmm_monitor::net::{HEADER, Link, Port};
 use vmm_monitor::virtio::net::Net;
@@ -52,7 +52,12 @@ impl Machine {
     /// Machine `number` on segment `name`, whose driver does without `without`.
     fn start(dir: &Path, name: &str, number: u8, without: u64) -> Self {
         let mac = [2, 0, 0, 0, 0, number];
-        let link = Link::new(Switch::join(dir, name).unwrap()).unwrap();
+        Self::on(Switch::join(dir, name).unwrap(), mac, without)
+    }
+
+    /// A machine with the address `mac` at the port `switch`.
+    fn on(switch: Switch, mac: [u8; 6], without: u64) -> Self {
+        let link = Link::new(switch).unwrap();
         let port = Port::new(vec![link], mac);
         let traffic = port.traffic.clone();
         let mut guest = Guest::new(Box::new(Net::new(port, None)));
@@ -255,4 +260,100 @@ fn messages_of_any_content_reach_no_guest_and_harm_none() {
     stranger.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
     let n = stranger.recv(&mut answer).unwrap();
     assert!(answer[..n].ends_with(b"answer"));
+}
+
+/// A client's message to servers of DHCP (RFC 2131, 2), a discovery or a request for an address.
+fn dhcp(mac: [u8; 6], wanted: Option<[u8; 4]>) -> Vec<u8> {
+    let kind = if wanted.is_some() { 3 } else { 1 };
+    let mut options = vec![0x63, 0x82, 0x53, 0x63, 53, 1, kind];
+    if let Some(address) = wanted {
+        options.extend([50, 4]);
+        options.extend(address);
+    }
+    options.push(255);
+    let mut message = vec![1, 1, 6, 0, 0x12, 0x34, 0x56, 0x78];
+    message.resize(28, 0);
+    message.extend(mac);
+    message.resize(236, 0);
+    message.extend(options);
+    let [udp, ip] = [8, 28].map(|front| ((message.len() + front) as u16).to_be_bytes());
+    let mut frame = [&ALL[..], &mac, &[8, 0, 0x45, 0], &ip, &[0, 0, 0, 0, 64, 17, 0, 0]].concat();
+    frame.extend([0, 0, 0, 0, 255, 255, 255, 255, 0, 68, 0, 67, udp[0], udp[1], 0, 0]);
+    [frame, message].concat()
+}
+
+/// The kind of an answer, and the address in it.
+fn lease(frame: &[u8]) -> (u8, [u8; 4]) {
+    let message = &frame[14 + 28..];
+    assert_eq!(message[4..8], [0x12, 0x34, 0x56, 0x78], "it is the client's own");
+    let kind = message[240..].windows(3).find(|option| option[..2] == [53, 1]).unwrap();
+    (kind[2], message[16..20].try_into().unwrap())
+}
+
+#[test]
+fn a_guest_gets_its_address_from_the_monitor_and_nobody_else_hears_of_it() {
+    const OFFER: u8 = 2;
+    const ACK: u8 = 5;
+    const NAK: u8 = 6;
+    let dir = Runtime::new();
+    let mut other = Machine::start(dir.path(), "lab", 1, 0);
+    let mac = [2, 0, 0, 0, 0, 2];
+    let mut switch = Switch::join(dir.path(), "lab").unwrap();
+    switch.lease(mac, Some("web")).unwrap();
+    let neighbours = Neighbours::default();
+    neighbours.add(switch.folder().to_owned());
+    let address = neighbours.find("web").unwrap().octets();
+    let mut web = Machine::on(switch, mac, 0);
+    web.send_with([0; HEADER], &dhcp(mac, None));
+    let offer = web.receive();
+    assert_eq!((lease(&offer), &offer[..6]), ((OFFER, address), &mac[..]));
+    assert!(offer.windows(6).any(|option| option == [51, 4, 255, 255, 255, 255]), "it is for ever");
+    web.send_with([0; HEADER], &dhcp(mac, Some(address)));
+    assert_eq!(lease(&web.receive()), (ACK, address));
+    web.send_with([0; HEADER], &dhcp(mac, Some([10, 0, 0, 1])));
+    assert_eq!(lease(&web.receive()).0, NAK);
+    other.guest.settle();
+    assert_eq!(other.has_received(), 0);
+    // Another device behind the port asks whom there is; and so does one whose monitor has no lease.
+    let (bridged, plain) = (dhcp([2, 0, 0, 0, 0, 9], None), dhcp(other.mac, None));
+    web.send_with([0; HEADER], &bridged);
+    other.send_with([0; HEADER], &plain);
+    assert_eq!((other.receive(), web.receive()), (bridged, plain));
+    // What is cut off is no message, or one without an end: it goes to all, or nowhere.
+    let whole = dhcp(mac, None);
+    for len in (14..whole.len() - 14).step_by(20) {
+        web.send_with([0; HEADER], &whole[..len]);
+        other.receive();
+    }
+    web.guest.settle();
+    assert_eq!(web.has_received(), 4);
+}
+
+#[test]
+fn two_machines_never_have_one_address_and_names_go_with_their_machines() {
+    let dir = Runtime::new();
+    let join = |segment: &str, name: Option<&str>| {
+        let mut switch = Switch::join(dir.path(), segment).unwrap();
+        switch.lease([2, 0, 0, 0, 0, 1], name).unwrap();
+        switch
+    };
+    let (web, db, nameless) = (join("lab", Some("web")), join("lab", Some("db")), join("lab", None));
+    let elsewhere = join("another", Some("elsewhere"));
+    let neighbours = Neighbours::default();
+    neighbours.add(web.folder().to_owned());
+    let [one, two] = ["web", "DB"].map(|name| neighbours.find(name).unwrap());
+    assert!(one != two && one.octets()[..3] == two.octets()[..3], "{one} {two}");
+    assert_eq!((neighbours.find("elsewhere"), neighbours.find("stranger")), (None, None));
+    let folder = web.folder().to_owned();
+    drop(web);
+    assert_eq!((neighbours.find("web"), neighbours.find("db")), (None, Some(two)));
+    assert_eq!(join("lab", Some("new")).folder(), folder);
+    // One that was killed: whoever meets it takes its name away with its socket.
+    drop(UnixDatagram::bind(folder.join("00000000000000aa")).unwrap());
+    std::os::unix::fs::symlink(format!("{one}/web"), folder.join("00000000000000aa.name")).unwrap();
+    let again = join("lab", Some("web"));
+    assert_eq!(neighbours.find("web"), Some(one), "its address is free again");
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 2 * 3);
+    drop((db, nameless, again, elsewhere));
+    assert!(!folder.exists());
 }

@@ -1,11 +1,15 @@
-//! Connects to a vsock port of a guest by the unix socket of its socket device, as Firecracker has it: `CONNECT PORT`, and an
-//! `OK` if somebody listens.
+//! Connects to a vsock port of a guest: by the unix socket of its socket device, as Firecracker has it (`CONNECT PORT`, and an `OK`
+//! if somebody listens), or by AF_VSOCK.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use interface::vsock;
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{SocketType, connect};
 
 use super::{Error, is_timeout, left};
 
@@ -28,32 +32,88 @@ pub struct Patience {
     pub answer: Instant,
 }
 
-/// Connects to `port` of the guest.
+/// Connects to `port` of the guest, by the unix socket at `path`.
 ///
 /// # Errors
 /// Nobody listens there and the guest has had its time to boot, or it does not answer.
 pub fn dial(path: &Path, port: u32, patience: Patience) -> Result<UnixStream, Error> {
+    let failed = |source| Error::Socket { path: path.to_owned(), source };
+    let call = || {
+        // That there is none is no refusal of the guest's.
+        let mut stream = UnixStream::connect(path).map_err(failed)?;
+        let answered = ask(&mut stream, port, patience.answer).map(|listens| listens.then_some(stream));
+        unless_timeout(answered).map_err(failed)
+    };
+    dial_by(call, port, patience)
+}
+
+/// The same, of the guest whose connections the host's kernel carries, at address `cid`.
+///
+/// # Errors
+/// As [`dial`], or there is no such guest.
+pub fn dial_cid(cid: u32, port: u32, patience: Patience) -> Result<UnixStream, Error> {
+    let call = || {
+        let connected = retry_on_intr(|| connect_cid(cid, port)).map(Some).or_else(|error| match error {
+            // The second: for the 2 s that the host's kernel gives it, the guest has said nothing.
+            Errno::CONNRESET | Errno::TIMEDOUT => Ok(None),
+            error => Err(io::Error::from(error)),
+        });
+        connected.map(Answer::of).map_err(|source| Error::Vsock { cid, source })
+    };
+    dial_by(call, port, patience)
+}
+
+fn connect_cid(cid: u32, port: u32) -> Result<UnixStream, Errno> {
+    let socket = vsock::socket(SocketType::STREAM)?;
+    connect(&socket, &vsock::Address::new(cid, port))?;
+    // Nothing but its address tells it from the other kind.
+    Ok(UnixStream::from(socket))
+}
+
+/// What becomes of one call.
+enum Answer {
+    Listens(UnixStream),
+    Refused,
+    /// None within the time that there was.
+    None,
+}
+
+impl Answer {
+    fn of(stream: Option<UnixStream>) -> Self {
+        stream.map_or(Self::Refused, Self::Listens)
+    }
+}
+
+fn unless_timeout(answered: io::Result<Option<UnixStream>>) -> io::Result<Answer> {
+    match answered {
+        Ok(stream) => {
+            stream.iter().try_for_each(|stream| stream.set_read_timeout(None))?;
+            Ok(Answer::of(stream))
+        }
+        Err(error) if is_timeout(&error) => Ok(Answer::None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Calls until somebody answers, or the time for that is over.
+fn dial_by(
+    call: impl Fn() -> Result<Answer, Error>,
+    port: u32,
+    patience: Patience,
+) -> Result<UnixStream, Error> {
     let started = Instant::now();
     loop {
-        let failed = |source| Error::Socket { path: path.to_owned(), source };
-        let mut stream = UnixStream::connect(path).map_err(failed)?;
         let asked = Instant::now();
-        match ask(&mut stream, port, patience.answer) {
-            Ok(true) => {
-                stream.set_read_timeout(None).map_err(failed)?;
-                return Ok(stream);
-            }
-            Ok(false) if asked.elapsed() >= SILENCE => {
+        match call()? {
+            Answer::Listens(stream) => return Ok(stream),
+            Answer::Refused if asked.elapsed() >= SILENCE => {
                 if Instant::now() >= patience.answer {
                     return Err(Error::NoAnswer { port, waited: started.elapsed() });
                 }
             }
-            Ok(false) if Instant::now() < patience.boot => thread::sleep(AGAIN),
-            Ok(false) => return Err(Error::NobodyListens(port)),
-            Err(error) if is_timeout(&error) => {
-                return Err(Error::NoAnswer { port, waited: started.elapsed() });
-            }
-            Err(error) => return Err(failed(error)),
+            Answer::Refused if Instant::now() < patience.boot => thread::sleep(AGAIN),
+            Answer::Refused => return Err(Error::NobodyListens(port)),
+            Answer::None => return Err(Error::NoAnswer { port, waited: started.elapsed() }),
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::protocol::{Decoder, Facts, MAX_REQUEST, Malformed, Message, PORT, Rea
 
 use crate::port::NAME;
 
-pub use dial::{Patience, dial};
+pub use dial::{Patience, dial, dial_cid};
 pub use port::dial_port;
 pub use run::{Streams, run};
 
@@ -26,6 +26,15 @@ pub enum Error {
     Socket {
         /// Where it should be.
         path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest, or the host's kernel, does not take connections by AF_VSOCK.
+    #[error("cannot connect to the guest at vsock address {cid}")]
+    Vsock {
+        /// The guest's.
+        cid: u32,
         /// Why not.
         #[source]
         source: io::Error,

@@ -33,11 +33,13 @@ pub struct Reach {
     timeout: Option<u64>,
 }
 
-/// The unix socket that leads to the agent.
+/// What leads to the agent.
 #[derive(Debug, Clone)]
 enum Way {
     /// By the socket device: any number of connections.
     Vsock(PathBuf),
+    /// The same, of a guest that has this address on the host.
+    Cid(u32),
     /// By a port of the console: one at a time.
     Port(PathBuf),
 }
@@ -61,7 +63,7 @@ impl Reach {
             return Err(Failure::new(Code::Host, anyhow!("{name:?} is paused")).hint(Some(hint)));
         }
         let port = status.ports.into_iter().find(|port| port.name == NAME).map(|port| Way::Port(port.path));
-        let Some(way) = status.vsock.map(Way::Vsock).or(port) else {
+        let Some(way) = status.vsock.map(Way::Vsock).or(status.vsock_cid.map(Way::Cid)).or(port) else {
             let hint = "start it with one: vmm run --vsock --kernel ...";
             let error = anyhow!("{name:?} has no vsock device, by which its agent is reached");
             return Err(Failure::new(Code::Host, error).hint(Some(hint)));
@@ -104,7 +106,7 @@ impl Guest {
     /// A connection to the agent.
     fn agent(&self) -> Result<UnixStream, client::Error> {
         match &self.way {
-            Way::Vsock(path) => client::dial(path, PORT, self.patience),
+            Way::Vsock(_) | Way::Cid(_) => self.dial(PORT),
             Way::Port(path) => client::dial_port(path, self.patience),
         }
     }
@@ -116,6 +118,7 @@ impl Guest {
     pub fn dial(&self, port: u32) -> Result<UnixStream, client::Error> {
         match &self.way {
             Way::Vsock(path) => client::dial(path, port, self.patience),
+            Way::Cid(cid) => client::dial_cid(*cid, port, self.patience),
             Way::Port(_) => Err(client::Error::NobodyListens(port)),
         }
     }

@@ -375,6 +375,7 @@ mod tests {
             memory_bytes: 64 << 20,
             kernel: None,
             vsock: None,
+            vsock_cid: None,
             ptys: Vec::new(),
             ports: Vec::new(),
             networks: Vec::new(),

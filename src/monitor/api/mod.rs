@@ -69,6 +69,9 @@ pub struct Status {
     /// The unix socket that leads to its socket device.
     #[serde(default, with = "host_path::optional")]
     pub vsock: Option<PathBuf>,
+    /// The guest's address, by which the host's programs reach its socket device over AF_VSOCK.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_cid: Option<u32>,
     /// Pseudo-terminals that lead into it.
     pub ptys: Vec<Pty>,
     /// Unix sockets that lead to named ports of its console.

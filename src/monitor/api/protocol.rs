@@ -193,6 +193,7 @@ mod tests {
             memory_bytes: 1,
             kernel: Some(text.into()),
             vsock: Some(text.into()),
+            vsock_cid: None,
             ptys: vec![crate::api::Pty { device: text.to_owned(), path: text.into() }],
             ports: vec![crate::api::PortSocket { name: text.to_owned(), path: text.into() }],
             networks: Vec::new(),

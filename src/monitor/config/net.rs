@@ -10,7 +10,7 @@ use super::net_limits::{Limit, NetLimits};
 use super::text::{ParseError, Size, flag, list_of_texts, optional_number};
 use super::{Allow, Invalid, OutputFile, Publish, Resolver, UserNet, host_path};
 
-/// A network device: `user[,ipv6=off][,restrict=on][,dns=ADDR]...|switch=NAME|tap=NAME|macvtap=NAME|fd=N|socket=PATH|vhost-user=PATH
+/// A network device: `user[,ipv6=off][,restrict=on][,dns=ADDR]...|switch=NAME[,dhcp=off]|tap=NAME|macvtap=NAME|fd=N|socket=PATH|vhost-user=PATH
 /// [,mac=XX:XX:XX:XX:XX:XX][,mtu=N][,queues=N]
 /// [,vhost=on|off][,bw=RATE[/BURST]][,pps=RATE[/BURST]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,8 @@ pub struct Net {
     pub queues: Option<u16>,
     /// The host's kernel serves a tap's queues (vhost-net), in the monitor's place.
     pub vhost: bool,
+    /// The monitor gives the guest its address on a switch.
+    pub dhcp: bool,
     /// What may pass in a second.
     pub limits: NetLimits,
 }
@@ -80,6 +82,7 @@ impl Net {
             mtu: None,
             queues: None,
             vhost: false,
+            dhcp: true,
             limits: NetLimits::default(),
         }
     }
@@ -148,6 +151,8 @@ struct Keys {
     #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
     vhost: bool,
     #[serde(default = "on", deserialize_with = "flag", skip_serializing_if = "is_on")]
+    dhcp: bool,
+    #[serde(default = "on", deserialize_with = "flag", skip_serializing_if = "is_on")]
     ipv6: bool,
     #[serde(default, deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
     restrict: bool,
@@ -184,14 +189,17 @@ impl TryFrom<Keys> for Net {
         if !is_plain && !keys.user {
             return Err("ipv6=, restrict=, dns=, allow= and publish= are settings of net=user");
         }
-        let Keys { mac, mtu, queues, vhost, bw, pps, .. } = keys;
-        Ok(Self { to, mac, mtu, queues, vhost, limits: NetLimits { bw, pps } })
+        let Keys { mac, mtu, queues, vhost, dhcp, bw, pps, .. } = keys;
+        if !dhcp && !matches!(to, NetTarget::Switch(_)) {
+            return Err("dhcp= is a setting of net=switch=NAME");
+        }
+        Ok(Self { to, mac, mtu, queues, vhost, dhcp, limits: NetLimits { bw, pps } })
     }
 }
 
 impl From<Net> for Keys {
     fn from(net: Net) -> Self {
-        let Net { to, mac, mtu, queues, vhost, limits: NetLimits { bw, pps } } = net;
+        let Net { to, mac, mtu, queues, vhost, dhcp, limits: NetLimits { bw, pps } } = net;
         let (mut switch, mut tap, mut macvtap, mut fd) = (None, None, None, None);
         let (mut socket, mut vhost_user) = (None, None);
         let (mut user, mut network) = (false, UserNet::default());
@@ -217,6 +225,7 @@ impl From<Net> for Keys {
             mtu,
             queues,
             vhost,
+            dhcp,
             bw,
             pps,
             ipv6,
@@ -414,6 +423,9 @@ mod tests {
         let switch: Net = "switch=lab".parse().unwrap();
         assert_eq!((switch.to.to_string(), switch.mtu()), ("switch=lab".to_owned(), Some(9000)));
         assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&switch).unwrap()).unwrap(), switch);
+        let without: Net = "switch=lab,dhcp=off".parse().unwrap();
+        assert!(switch.dhcp && !without.dhcp && switch.to == without.to);
+        assert_eq!(serde_json::from_str::<Net>(&serde_json::to_string(&without).unwrap()).unwrap(), without);
         let vhost_user: Net = "vhost-user=/run/a,,b,mtu=1400".parse().unwrap();
         assert_eq!(
             (vhost_user.to.to_string(), vhost_user.mtu()),
@@ -459,6 +471,7 @@ mod tests {
             ("user,tap=a", "one of user"),
             ("tap=a,restrict=on", "settings of net=user"),
             ("tap=a,ipv6=off", "settings of net=user"),
+            ("user,dhcp=off", "net=switch=NAME"),
             ("user,ipv6=6", "off"),
             ("tap=a,publish=8080:80", "settings of net=user"),
             ("user,publish=80", "the guest's port is missing"),

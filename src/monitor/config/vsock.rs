@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::text::optional_number;
+use super::text::{flag, optional_number};
 use super::{Invalid, host_path};
 
-/// A socket device: `[PATH][,cid=N]`.
+/// A socket device: `[PATH][,cid=N]`, or `vhost=on[,cid=N]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Vsock {
@@ -18,6 +18,9 @@ pub struct Vsock {
     /// The guest's address. Absent: 3.
     #[serde(deserialize_with = "optional_number")]
     pub cid: Option<u32>,
+    /// The host's kernel carries connections (vhost-vsock), in the monitor's place: the host's programs use AF_VSOCK.
+    #[serde(deserialize_with = "flag", skip_serializing_if = "std::ops::Not::not")]
+    pub vhost: bool,
 }
 
 impl Vsock {
@@ -34,8 +37,14 @@ impl Vsock {
     /// Checks what can be checked without opening anything.
     ///
     /// # Errors
-    /// The address is no guest's.
+    /// The address is no guest's, or there is a path that nothing would be at.
     pub fn validate(&self) -> Result<(), Invalid> {
+        if let (true, Some(path)) = (self.vhost, &self.path) {
+            return Err(Invalid {
+                what: format!("`vsock={}`: with vhost=on there is no unix socket", path.display()),
+                hint: "drop the path: the host's programs use AF_VSOCK".to_owned(),
+            });
+        }
         let cid = self.cid();
         let whose = match cid {
             0 => "the hypervisor's",
@@ -75,6 +84,10 @@ mod tests {
             );
         }
         assert_eq!(read("null").vsock, None);
+        let kernels = read("\"vhost=on,cid=4\"");
+        assert!(kernels.vsock.as_ref().is_some_and(|vsock| vsock.vhost && vsock.cid() == 4));
+        let written = serde_json::to_string(&kernels).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&written).unwrap(), kernels);
     }
 
     #[test]
@@ -83,7 +96,9 @@ mod tests {
             let vsock: Vsock = format!("cid={cid}").parse().unwrap();
             assert!(vsock.validate().unwrap_err().to_string().contains(&cid.to_string()));
         }
-        for text in ["cid=4294967296", "cid=-1", "cid=x", "a,b", "a,cid=3,cid=4", ""] {
+        let both: Vsock = "/run/v,vhost=on".parse().unwrap();
+        assert!(both.validate().unwrap_err().to_string().contains("/run/v"));
+        for text in ["vhost=yes", "cid=4294967296", "cid=-1", "cid=x", "a,b", "a,cid=3,cid=4", ""] {
             assert!(text.parse::<Vsock>().is_err(), "{text}");
         }
     }

@@ -17,7 +17,7 @@ pub fn generated(name: Option<&str>, index: usize) -> [u8; 6] {
 }
 
 /// FNV-1a, of 64 bits, and a last round that has every byte of the name in every byte of the result.
-fn hash(bytes: &[u8]) -> u64 {
+pub fn hash(bytes: &[u8]) -> u64 {
     let hash = bytes
         .iter()
         .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));

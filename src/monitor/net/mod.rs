@@ -3,6 +3,7 @@
 //! A [`Link`] is one queue of one of the host's ends: a user network ([`user`]), a tap, or a socket with a peer behind it. Frames go straight between guest
 //! memory and its descriptor. Whoever drives it says what it waits for, and waits on the link's own descriptor.
 
+mod dhcp;
 mod dump;
 mod error;
 mod fd;
@@ -32,6 +33,7 @@ use dump::{Dump, Dumped, Queue};
 pub use error::Error;
 pub use fd::from_descriptor;
 pub use server::Server;
+use switch::Neighbours;
 use traffic::{Network, Traffic};
 pub use vhost::Vhost;
 
@@ -175,6 +177,8 @@ impl Port {
 #[derive(Debug, Default)]
 pub struct Ports {
     ports: BTreeMap<usize, Port>,
+    /// Those on the segments of these ports.
+    neighbours: Neighbours,
     /// Where the frames of all of them are noted. Only if that is asked for.
     noted: Option<Queue>,
     dump: Option<Dump>,
@@ -203,7 +207,8 @@ impl Ports {
         let wires: Vec<Box<dyn Wire>> = match &config.to {
             NetTarget::User(network) => {
                 let mtu = config.mtu().unwrap_or(config::UserNet::MTU);
-                vec![Box::new(user::Stack::new(network, mac, mtu)?)]
+                let stack = user::Stack::new(network, mac, mtu)?;
+                vec![Box::new(stack.with_neighbours(self.neighbours.clone()))]
             }
             NetTarget::Tap(name) => {
                 let taps = tap::open(name, config.queues(), config.mtu)?;
@@ -214,7 +219,14 @@ impl Ports {
                 mac = opened.mac.0;
                 opened.queues.into_iter().map(|tap| Box::new(tap) as _).collect()
             }
-            NetTarget::Switch(name) => vec![Box::new(switch::Switch::join(&runtime_dir::of_user(), name)?)],
+            NetTarget::Switch(segment) => {
+                let mut switch = switch::Switch::join(&runtime_dir::of_user(), segment)?;
+                if config.dhcp {
+                    switch.lease(mac, name)?;
+                }
+                self.neighbours.add(switch.folder().to_owned());
+                vec![Box::new(switch)]
+            }
             NetTarget::Fd(fd) => vec![fd::inherited(*fd)?],
             NetTarget::Socket(path) => vec![Box::new(socket::Stream::connect(path)?)],
             NetTarget::VhostUser(path) => {

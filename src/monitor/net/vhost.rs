@@ -1,85 +1,23 @@
-//! vhost-net: the host's kernel itself moves frames between a guest's rings and a tap (linux/vhost.h).
+//! vhost-net: the host's kernel itself moves frames between a guest's rings and a tap.
 //!
-//! One [`Vhost`] for each pair of queues, with a thread of the kernel's behind it. It is told where guest memory is mapped, and uses
-//! that from [`Vhost::start`] until [`Vhost::stop`]: whoever starts it keeps the memory mapped until then.
+//! One [`Vhost`] for each pair of queues. It uses guest memory from [`Vhost::start`] until [`Vhost::stop`]: whoever starts it keeps
+//! the memory mapped until then.
 
-use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-
-use rustix::ioctl::{Opcode, opcode};
+use std::os::fd::BorrowedFd;
 
 use super::Error;
 use crate::event_loop::Event;
-use crate::memory::{self, GuestRam};
-use crate::vhost::Ring;
+use crate::memory::GuestRam;
+use crate::vhost::{Kernel, Ring};
 
 /// Where the driver is.
 const DEVICE: &str = "/dev/vhost-net";
-/// The magic number of its requests.
-const VHOST: u8 = 0xaf;
-
-/// `struct vhost_vring_state`: a number, of a ring.
-#[repr(C)]
-struct State {
-    index: u32,
-    num: u32,
-}
-
-/// `struct vhost_vring_file`: a descriptor, of a ring. -1 is none.
-#[repr(C)]
-struct File {
-    index: u32,
-    fd: RawFd,
-}
-
-/// `struct vhost_vring_addr`: a ring's parts, where they are in this process.
-#[repr(C)]
-struct Addresses {
-    index: u32,
-    flags: u32,
-    descriptors: u64,
-    used: u64,
-    available: u64,
-    log: u64,
-}
-
-/// `struct vhost_memory_region`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Region {
-    guest_address: u64,
-    size: u64,
-    host_address: u64,
-    padding: u64,
-}
-
-/// `struct vhost_memory` with room for as many regions as guest memory has at most; its request's number knows of none.
-#[repr(C)]
-struct Regions {
-    count: u32,
-    padding: u32,
-    regions: [Region; 4],
-}
-
-const GET_FEATURES: Opcode = opcode::read::<u64>(VHOST, 0x00);
-const SET_FEATURES: Opcode = opcode::write::<u64>(VHOST, 0x00);
-const SET_OWNER: Opcode = opcode::none(VHOST, 0x01);
-const SET_MEM_TABLE: Opcode = opcode::write::<u64>(VHOST, 0x03);
-const SET_VRING_NUM: Opcode = opcode::write::<State>(VHOST, 0x10);
-const SET_VRING_ADDR: Opcode = opcode::write::<Addresses>(VHOST, 0x11);
-const SET_VRING_BASE: Opcode = opcode::write::<State>(VHOST, 0x12);
-const GET_VRING_BASE: Opcode = opcode::read_write::<State>(VHOST, 0x12);
-const SET_VRING_KICK: Opcode = opcode::write::<File>(VHOST, 0x20);
-const SET_VRING_CALL: Opcode = opcode::write::<File>(VHOST, 0x21);
-const SET_VRING_ERR: Opcode = opcode::write::<File>(VHOST, 0x22);
-const NET_SET_BACKEND: Opcode = opcode::write::<File>(VHOST, 0x30);
 
 /// The kernel's end of one pair of queues.
 #[derive(Debug)]
 pub struct Vhost {
-    fd: OwnedFd,
-    features: u64,
+    kernel: Kernel,
     /// Set when the kernel finds a ring that breaks the rules.
     broken: Event,
 }
@@ -90,22 +28,13 @@ impl Vhost {
     /// # Errors
     /// The host has no vhost-net, or not for this user.
     pub fn open() -> Result<Self, Error> {
-        let failed = |what| move |source| Error::Vhost { what, source };
-        let file = OpenOptions::new().read(true).write(true).open(DEVICE).map_err(failed("open"))?;
-        let broken = Event::new().map_err(Error::Host)?;
-        let mut vhost = Self { fd: file.into(), features: 0, broken };
-        let mut features = 0u64;
-        // SAFETY: SET_OWNER takes nothing.
-        unsafe { vhost.issue(SET_OWNER, std::ptr::null_mut::<u8>()) }.map_err(failed("own"))?;
-        // SAFETY: GET_FEATURES writes a u64.
-        unsafe { vhost.issue(GET_FEATURES, &raw mut features) }.map_err(failed("ask"))?;
-        vhost.features = features;
-        Ok(vhost)
+        let kernel = Kernel::open(DEVICE).map_err(|(what, source)| Error::Vhost { what, source })?;
+        Ok(Self { kernel, broken: Event::new().map_err(Error::Host)? })
     }
 
     /// The feature bits of virtio and of its rings that the kernel knows here.
     pub fn features(&self) -> u64 {
-        self.features
+        self.kernel.features()
     }
 
     /// Readable when a ring has been found broken.
@@ -125,49 +54,15 @@ impl Vhost {
         rings: &[Option<Ring<'_>>; 2],
         tap: BorrowedFd<'_>,
     ) -> io::Result<()> {
-        let started = self.try_start(ram, features, rings, tap);
+        let mut used = (0..).zip(rings).filter(|(_, ring)| ring.is_some());
+        let started = self
+            .kernel
+            .tell(ram, features, rings, &self.broken)
+            .and_then(|()| used.try_for_each(|(index, _)| self.kernel.set_tap(index, Some(tap))));
         if started.is_err() {
-            let _ = [0, 1].map(|index| self.set_tap(index, -1));
+            let _ = [0, 1].map(|index| self.kernel.set_tap(index, None));
         }
         started
-    }
-
-    fn try_start(
-        &self,
-        ram: &GuestRam,
-        features: u64,
-        rings: &[Option<Ring<'_>>; 2],
-        tap: BorrowedFd<'_>,
-    ) -> io::Result<()> {
-        let features = features & self.features;
-        self.set(SET_FEATURES, &features)?;
-        self.set_memory(ram)?;
-        for (ring, index) in rings.iter().zip(0..) {
-            let Some(ring) = ring else { continue };
-            let at = |(address, len)| {
-                memory::host_address(ram, address, len).ok_or(io::Error::from(io::ErrorKind::InvalidInput))
-            };
-            let [descriptors, used, available] = ring.parts().map(at);
-            let addresses = Addresses {
-                index,
-                flags: 0,
-                descriptors: descriptors?,
-                used: used?,
-                available: available?,
-                log: 0,
-            };
-            let Ring { size, next, kick, call, .. } = *ring;
-            self.set(SET_VRING_NUM, &State { index, num: size.into() })?;
-            self.set(SET_VRING_BASE, &State { index, num: next.into() })?;
-            self.set(SET_VRING_ADDR, &addresses)?;
-            self.set(SET_VRING_ERR, &File { index, fd: self.broken.as_fd().as_raw_fd() })?;
-            self.set(SET_VRING_CALL, &File { index, fd: call.as_raw_fd() })?;
-            self.set(SET_VRING_KICK, &File { index, fd: kick.as_raw_fd() })?;
-        }
-        for (index, _) in (0..).zip(rings).filter(|(_, ring)| ring.is_some()) {
-            self.set_tap(index, tap.as_raw_fd())?;
-        }
-        Ok(())
     }
 
     /// Takes the rings back, when the kernel has let go of them: nothing is in flight then. Where it has come to in each: the index
@@ -177,43 +72,8 @@ impl Vhost {
     /// The kernel refuses: never seen.
     pub fn stop(&self) -> io::Result<[u16; 2]> {
         // Both, whatever the kernel says of the first: what is still served still touches memory.
-        let [first, second] = [0, 1].map(|index| self.set_tap(index, -1));
+        let [first, second] = [0, 1].map(|index| self.kernel.set_tap(index, None));
         first.and(second)?;
-        let mut next = [0; 2];
-        for (next, index) in next.iter_mut().zip(0..) {
-            let mut state = State { index, num: 0 };
-            // SAFETY: GET_VRING_BASE reads and writes a struct vhost_vring_state.
-            unsafe { self.issue(GET_VRING_BASE, &raw mut state) }?;
-            *next = state.num as u16;
-        }
-        Ok(next)
-    }
-
-    fn set_tap(&self, index: u32, fd: RawFd) -> io::Result<()> {
-        self.set(NET_SET_BACKEND, &File { index, fd })
-    }
-
-    fn set_memory(&self, ram: &GuestRam) -> io::Result<()> {
-        let mut table = Regions { count: 0, padding: 0, regions: Default::default() };
-        for (guest_address, host, size) in memory::slots(ram) {
-            let region = table.regions.get_mut(table.count as usize).ok_or(io::ErrorKind::OutOfMemory)?;
-            *region = Region { guest_address, size, host_address: host.addr() as u64, padding: 0 };
-            table.count += 1;
-        }
-        self.set(SET_MEM_TABLE, &table)
-    }
-
-    /// A request that reads `value`, which is of its type.
-    fn set<T>(&self, request: Opcode, value: &T) -> io::Result<()> {
-        // SAFETY: the callers, all in this file, pass what linux/vhost.h says that the request reads.
-        unsafe { self.issue(request, std::ptr::from_ref(value).cast_mut()) }
-    }
-
-    /// # Safety
-    /// `value` is what the request reads and writes.
-    unsafe fn issue<T>(&self, request: Opcode, value: *mut T) -> io::Result<()> {
-        // SAFETY: as the caller says.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), request as libc::Ioctl, value) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        self.kernel.next()
     }
 }

@@ -61,7 +61,8 @@ impl Running {
         killed_status: u8,
     ) -> Self {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or(path.to_owned());
-        let sockets = config.vsock.as_ref().map(|config| config.path.as_deref().unwrap_or(vsock));
+        let (kernels, ours): (Vec<_>, Vec<_>) = config.vsock.iter().partition(|config| config.vhost);
+        let sockets = ours.first().map(|config| config.path.as_deref().unwrap_or(vsock));
         let ports = config.port.iter().filter_map(|port| match &port.to {
             CharTarget::Socket(path) => Some(PortSocket { name: port.name.clone(), path: absolute(path) }),
             _ => None,
@@ -76,6 +77,7 @@ impl Running {
             memory_bytes: config.mem.size.bytes(),
             kernel: config.kernel.as_deref().map(absolute),
             vsock: sockets.map(absolute),
+            vsock_cid: kernels.first().map(|config| config.cid()),
             ptys: Vec::new(),
             ports,
             networks: Vec::new(),

@@ -1,16 +1,18 @@
-//! Rings that another process serves: the front end of vhost-user, and what a ring is to whoever takes it over.
+//! Rings that others serve: another process ([`FrontEnd`], vhost-user), or the host's kernel ([`Kernel`], vhost); and what a ring
+//! is to whoever takes it over.
 //!
-//! Knows no kind of device: a network device ([`net`](crate::net)) is one user of [`FrontEnd`]. The host's kernel as the other end
-//! is the kind's own affair.
+//! Knows no kind of device: network devices ([`net`](crate::net)) and socket devices ([`vsock`](crate::vsock)) use it.
 
 mod error;
 mod front_end;
+mod kernel;
 mod message;
 
 use std::os::fd::BorrowedFd;
 
 pub use error::Error;
 pub use front_end::FrontEnd;
+pub use kernel::Kernel;
 
 /// A ring as it is handed over.
 #[derive(Debug)]

@@ -6,12 +6,16 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
 use super::queue::{Position, Setup, Virtqueue};
 use crate::bus::Busy;
 use crate::event_loop::Interest;
 use crate::memory::GuestRam;
 use crate::recorder::Event as Record;
 use crate::state::Saved;
+use crate::vhost::Ring;
 
 /// What a device is, as data.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -138,4 +142,27 @@ pub struct OffloadedRing<'a> {
     pub kick: BorrowedFd<'a>,
     /// What interrupts the driver.
     pub call: BorrowedFd<'a>,
+}
+
+impl OffloadedRing<'_> {
+    /// The ring, for who takes it over.
+    pub fn ring(&self) -> Ring<'_> {
+        let Self { setup, position, kick, call, .. } = self;
+        Ring {
+            size: setup.size,
+            descriptors: setup.descriptors,
+            available: setup.available,
+            used: setup.used,
+            next: position.next_available,
+            kick: *kick,
+            call: *call,
+        }
+    }
+}
+
+/// The features of rings, of whatever device, by which who takes over `rings` serves them.
+pub fn agreed(rings: &[OffloadedRing<'_>]) -> u64 {
+    let event_idx = u64::from(rings.iter().any(|ring| ring.event_idx));
+    // Rings are the same with or without indirect descriptors, for who knows them.
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | event_idx << VIRTIO_RING_F_EVENT_IDX
 }

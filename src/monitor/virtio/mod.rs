@@ -145,6 +145,9 @@ impl<'a> Device<'a> {
                 let device = device.limited(&config.limits).map_err(links::Error::Host)?;
                 Box::new(device.recorded(recorder.clone()))
             }
+            Self::Vsock(config) if config.vhost => {
+                Box::new(vsock::Served::new(doors.kernel(config)?, config.cid()))
+            }
             Self::Vsock(config) => Box::new(vsock::Vsock::new(doors.get(config)?, config.cid())),
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;

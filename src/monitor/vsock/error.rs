@@ -22,6 +22,18 @@ pub enum Error {
     /// It cannot be listened on.
     #[error(transparent)]
     Listen(#[from] listener::Error),
+    /// The host's kernel does not carry the guest's connections.
+    #[error("cannot {what} /dev/vhost-vsock")]
+    Vhost {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's address is another's.
+    #[error("vsock address {0} is another guest's on this host")]
+    CidTaken(u32),
     /// The host is out of descriptors.
     #[error("cannot set up the guest's sockets")]
     Host(#[from] io::Error),
@@ -34,6 +46,17 @@ impl Error {
             Self::NoPath => "say where its sockets go: `vsock=/tmp/guest.vsock`".to_owned(),
             Self::TooLong { .. } => "use a shorter one: `vsock=/tmp/guest.vsock`".to_owned(),
             Self::Listen(error) => error.hint().to_owned(),
+            Self::Vhost { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => "load the driver: sudo modprobe vhost_vsock".to_owned(),
+                io::ErrorKind::PermissionDenied => {
+                    "drop vhost=on, or let this user have it: sudo setfacl -m u:$USER:rw /dev/vhost-vsock"
+                        .to_owned()
+                }
+                _ => "drop vhost=on: vmm then carries the guest's connections itself".to_owned(),
+            },
+            Self::CidTaken(cid) => {
+                format!("give each guest its own: `vsock=vhost=on,cid={}`", cid.wrapping_add(1).max(4))
+            }
             Self::Host(_) => "see what the limits are: ulimit -a".to_owned(),
         }
     }

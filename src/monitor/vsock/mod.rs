@@ -3,6 +3,8 @@
 //! The host's side is unix sockets in Firecracker's manner. Whoever connects to PATH and says `CONNECT PORT` reaches that port of the
 //! guest; the guest reaches on port N of the host whoever listens at PATH_N. Messages (SOCK_SEQPACKET) have PATH.seqpacket, and
 //! sockets of their own type.
+//!
+//! Or it is AF_VSOCK, and the host's kernel has all of it ([`Vhost`]).
 
 mod callers;
 mod end;
@@ -10,6 +12,7 @@ mod error;
 mod limit;
 mod owner;
 mod unsent;
+mod vhost;
 
 use std::ffi::OsString;
 use std::io;
@@ -31,6 +34,7 @@ use callers::Callers;
 pub use end::{End, Input};
 pub use error::Error;
 pub use limit::MAX_CONNECTIONS;
+pub use vhost::Vhost;
 
 /// What goes over a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -300,6 +304,7 @@ impl AsFd for Sockets {
 #[derive(Debug, Default)]
 pub struct Doors {
     open: Option<Sockets>,
+    kernel: Option<Arc<Vhost>>,
     default: Option<PathBuf>,
 }
 
@@ -321,5 +326,19 @@ impl Doors {
         let sockets = Sockets::open(path)?;
         self.open = Some(sockets.clone());
         Ok(sockets)
+    }
+
+    /// The kernel's end, opened now if it is asked for the first time. Connections of an earlier guest have ended.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn kernel(&mut self, config: &Vsock) -> Result<Arc<Vhost>, Error> {
+        if let Some(kernel) = &self.kernel {
+            kernel.renew()?;
+            return Ok(kernel.clone());
+        }
+        let kernel = Arc::new(Vhost::open(config.cid())?);
+        self.kernel = Some(kernel.clone());
+        Ok(kernel)
     }
 }

@@ -68,6 +68,7 @@ impl Guest {
             memory_bytes: 1 << 20,
             kernel: None,
             vsock: Some(place.path("vsock")),
+            vsock_cid: None,
             ptys: Vec::new(),
             ports: Vec::new(),
             networks: Vec::new(),

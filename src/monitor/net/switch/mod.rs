@@ -2,10 +2,13 @@
 //!
 //! Each machine has a socket in the segment's folder (`segment`), and sends frames straight to the socket of the port that has the
 //! address (`table`); to all, where that is not known. A message is the sender's number, the frame's header of virtio-net, and
-//! the frame; one without a frame says that somebody is new. A frame for one port that is full waits (`room`),
+//! the frame; one without a frame says that somebody is new. The guest's address is the
+//! monitor's to give (`lease`), and is found by the machine's name (`names`). A frame for one port that is full waits (`room`),
 //! as long as that port fetches at all; whoever does not, loses frames, and holds nobody up.
 
 mod checksum;
+mod lease;
+mod names;
 mod room;
 mod segment;
 mod table;
@@ -17,6 +20,8 @@ use std::path::Path;
 
 use super::{Error, HEADER, Head, MAX_FRAME, Offloads, START, Wire};
 use crate::memory::{Buffers, Slices};
+use lease::Lease;
+pub use names::Neighbours;
 use room::Room;
 use segment::{Id, Segment};
 use table::{Address, Table};
@@ -38,6 +43,7 @@ pub struct Switch {
     table: Table,
     /// The guest completes checksums itself.
     takes_sums: bool,
+    lease: Option<Lease>,
     refused: bool,
 }
 
@@ -63,7 +69,8 @@ impl Switch {
         let (segment, socket) = Segment::enter(runtime, name).map_err(failed)?;
         let (others, table) = Default::default();
         let room = Room::new(&socket).map_err(failed)?;
-        let mut switch = Self { segment, socket, others, room, table, takes_sums: false, refused: false };
+        let mut switch =
+            Self { segment, socket, others, room, table, takes_sums: false, lease: None, refused: false };
         let hello = switch.segment.id.to_ne_bytes();
         for id in switch.segment.news() {
             if switch.meet(id)
@@ -74,6 +81,28 @@ impl Switch {
             }
         }
         Ok(switch)
+    }
+
+    /// Has an address for the guest's device `mac`, by DHCP, on record as that of the machine called `name`.
+    ///
+    /// # Errors
+    /// [`Error::Switch`]: there is none left, or the folder cannot be used.
+    pub fn lease(&mut self, mac: [u8; 6], name: Option<&str>) -> Result<(), Error> {
+        let Segment { folder, id, name: segment, .. } = &self.segment;
+        let entered = names::enter(folder, *id, segment, mac, name)
+            .and_then(|client| Ok((client, self.segment.reach(*id).ok_or(io::ErrorKind::NotFound)?)));
+        let (client, port) = entered.map_err(|source| Error::Switch {
+            name: segment.clone(),
+            folder: folder.clone(),
+            source,
+        })?;
+        self.lease = Some(Lease::new(mac, client, names::server(segment), port));
+        Ok(())
+    }
+
+    /// Where the segment is.
+    pub fn folder(&self) -> &Path {
+        &self.segment.folder
     }
 
     /// True if port `id` is there, and known from now on.
@@ -157,6 +186,9 @@ impl Wire for Switch {
             self.refused = true;
             return true;
         }
+        if to == [0xff; 6] && self.lease.as_ref().is_some_and(|lease| lease.take(self.segment.id, &slices)) {
+            return true;
+        }
         let mut front = [0; FRONT];
         front[..size_of::<Id>()].copy_from_slice(&self.segment.id.to_ne_bytes());
         front[size_of::<Id>()..].copy_from_slice(header);
@@ -184,14 +216,17 @@ impl Wire for Switch {
             // Errors are of the moment: it is our own socket, and not connected.
             let n = read.ok()?;
             let id = Id::from_ne_bytes(from);
-            if n < from.len() || !self.meet(id) {
+            let is_own = id == self.segment.id && self.lease.is_some();
+            if n < from.len() || !is_own && !self.meet(id) {
                 continue;
             }
             let Some(len) = n.checked_sub(FRONT).filter(|len| *len >= 2 * size_of::<Address>()) else {
                 continue;
             };
             let Some(fine) = checksum::checked(head.header, len) else { continue };
-            self.table.learn(std::array::from_fn(|at| head.start[6 + at]), id);
+            if !is_own {
+                self.table.learn(std::array::from_fn(|at| head.start[6 + at]), id);
+            }
             head.header = fine;
             if fine[0] & checksum::NEEDED != 0 && !self.takes_sums && len <= START + rest.len() {
                 complete(head, rest, len);

@@ -1,4 +1,4 @@
-//! The folder of a segment: a socket of each port, named by the port's number in hexadecimal digits.
+//! The folder of a segment: a socket of each port, named by the port's number in hexadecimal digits, and who that is (`names`).
 
 use std::fs;
 use std::io;
@@ -13,6 +13,7 @@ use rustix::net::{
 };
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::names;
 use crate::runtime_dir;
 
 /// A port's number.
@@ -28,7 +29,8 @@ const TRIES: usize = 10;
 /// Our place in it. Dropping it leaves.
 #[derive(Debug)]
 pub struct Segment {
-    folder: PathBuf,
+    pub folder: PathBuf,
+    pub name: String,
     /// Ours.
     pub id: Id,
     /// When the folder had been changed last as it was looked at last.
@@ -61,7 +63,11 @@ impl Segment {
             runtime_dir::make_private(&folder)?;
             match bind(&socket, &address) {
                 Err(Errno::NOENT) => {}
-                result => return Ok(result.map(|()| (Self { folder, id, seen: None }, socket))?),
+                result => {
+                    return Ok(
+                        result.map(|()| (Self { folder, name: name.to_owned(), id, seen: None }, socket))?
+                    );
+                }
             }
         }
         Err(Errno::NOENT.into())
@@ -113,15 +119,17 @@ impl Segment {
         }
     }
 
-    /// The port `id` was killed: nobody else takes its socket away.
+    /// The port `id` was killed: nobody else takes away what it has here.
     pub fn bury(&self, id: Id) {
+        // The socket last: whoever finds one without a port clears away both.
+        let _ = unlink(names::path(&self.folder, id));
         let _ = unlink(self.path(id));
     }
 }
 
 impl Drop for Segment {
     fn drop(&mut self) {
-        let _ = unlink(self.path(self.id));
+        self.bury(self.id);
         // Fails unless we were the last.
         let _ = rmdir(&self.folder);
     }

@@ -35,6 +35,7 @@ use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol};
 use crate::config::UserNet;
 use crate::event_loop::{Event, Interest};
 use crate::net::Offloads;
+use crate::net::switch::Neighbours;
 use crate::poller::{self, Poller};
 use crate::timer::Timer;
 
@@ -137,6 +138,8 @@ struct Context {
     frames: Frames,
     poller: Poller<Source>,
     policy: Policy,
+    /// Machines that the guest finds by name.
+    neighbours: Neighbours,
     /// The guest may have IPv6.
     ipv6: bool,
     clock: Clock,
@@ -177,6 +180,7 @@ impl Stack {
             frames: Frames::new(guest, mtu.into()),
             poller: Poller::new()?,
             policy: Policy::new(config, Routes::new()?),
+            neighbours: Neighbours::default(),
             ipv6: config.ipv6 && mtu >= UserNet::MIN_MTU_IPV6,
             clock: Clock { start: now },
             now,
@@ -202,6 +206,13 @@ impl Stack {
             #[cfg(test)]
             ahead: Duration::ZERO,
         })
+    }
+
+    /// The guest finds these by name, too.
+    #[must_use]
+    pub fn with_neighbours(mut self, neighbours: Neighbours) -> Self {
+        self.context.neighbours = neighbours;
+        self
     }
 
     /// A descriptor that is readable when [`Stack::output`] may have a frame.

@@ -119,7 +119,9 @@ impl Udp {
         let remote = SocketAddr::new(packet.to, udp.dst_port());
         let (key, payload) = (Key { guest, remote }, udp.payload());
         let is_dns = is_dns(remote) && context.policy.has_names();
-        if let Some(answer) = is_dns.then(|| dns::own_answer(payload, context.ipv6)).flatten() {
+        if let Some(answer) =
+            is_dns.then(|| dns::own_answer(payload, context.ipv6, &context.neighbours)).flatten()
+        {
             return put(&mut context.frames, remote, guest, &answer);
         }
         let attempt = match self.flows.get_mut(&key) {

@@ -5,19 +5,12 @@
 
 use std::io;
 
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-
 use super::{Net, features};
 use crate::guest_warn;
 use crate::memory::GuestRam;
 use crate::net::Server;
-use crate::vhost::Ring;
-use crate::virtio::device::{Offload, OffloadedRing};
+use crate::virtio::device::{Offload, OffloadedRing, agreed};
 use crate::virtio::queue::{Position, Virtqueue};
-
-const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
-const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
 /// What a device may offer whose queues `server` serves.
 pub fn able(server: &Server) -> u64 {
@@ -55,27 +48,13 @@ impl Offload for Net {
     }
 
     fn hand_over(&mut self, ram: &GuestRam, rings: &[OffloadedRing<'_>]) -> io::Result<()> {
-        // Rings are the same with or without indirect descriptors, for who knows them.
-        let event_idx = if rings.iter().any(|ring| ring.event_idx) { EVENT_IDX } else { 0 };
         let of_frames = match &self.port.server {
             // The rest of it is the tap's.
             Server::Kernel(_) => features::MRG_RXBUF,
             _ => features::OF_FRAMES,
         };
-        let agreed = 1 << VIRTIO_F_VERSION_1 | INDIRECT | event_idx | self.features & of_frames;
-        let ring = |index| {
-            let OffloadedRing { setup, position, kick, call, .. } =
-                rings.iter().find(|ring| ring.queue == index)?;
-            Some(Ring {
-                size: setup.size,
-                descriptors: setup.descriptors,
-                available: setup.available,
-                used: setup.used,
-                next: position.next_available,
-                kick: *kick,
-                call: *call,
-            })
-        };
+        let agreed = agreed(rings) | self.features & of_frames;
+        let ring = |index| rings.iter().find(|ring| ring.queue == index).map(OffloadedRing::ring);
         let pairs = (0..self.port.server.pairs()).map(|pair| [ring(2 * pair), ring(2 * pair + 1)]);
         self.port.server.start(ram, agreed, pairs.collect(), &self.port.links)
     }

@@ -3,12 +3,15 @@
 //! Data goes between the driver's buffers and a socket by one system call each; what the host's program does not take at once waits
 //! here, within the room that the guest was told of. A connection that stands still holds up no other. What the guest is to be told
 //! waits for its buffers as one bit for each thing, or as a reset, and a guest that lets resets pile up is not listened to.
+//!
+//! [`Served`] is the device where the host's kernel does all that.
 
 mod connection;
 mod credit;
 mod header;
 mod receive;
 mod rooms;
+mod served;
 mod share;
 mod table;
 mod transmit;
@@ -31,6 +34,7 @@ use crate::vsock::{Event, Host, Sockets};
 use connection::{Connection, Fate};
 use receive::Message;
 use rooms::Rooms;
+pub use served::Served;
 use table::Table;
 
 // Feature bits (5.10.3).
@@ -42,8 +46,8 @@ const FEATURES: u64 = F_STREAM | F_SEQPACKET | F_NO_IMPLIED_STREAM;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const EVENT: usize = 2;
-const QUEUE_SIZE: u16 = 256;
-const EVENT_QUEUE_SIZE: u16 = 16;
+/// The largest size of each queue.
+const QUEUES: [u16; 3] = [256, 256, 16];
 
 /// All connections are gone, and the guest's address may be another (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, 5.10.6.7).
 const TRANSPORT_RESET: u32 = 0;
@@ -108,7 +112,7 @@ impl Vsock {
         }
         let sockets = self.sockets.clone();
         let mut host = sockets.host();
-        self.tell_reset(event);
+        tell_reset(&mut self.reset_due, event);
         if has_events {
             self.take_events(&mut host);
         }
@@ -149,25 +153,22 @@ impl Vsock {
             self.table.update(id, cid, host, |_| Fate::Reset);
         }
     }
+}
 
-    /// Tells the driver of what was lost by a restore.
-    fn tell_reset(&mut self, queue: &mut Virtqueue) {
-        while self.reset_due
-            && let Some(mut chain) = queue.pop()
-        {
-            let event = TRANSPORT_RESET.to_le_bytes();
-            let fits = chain.writable.len() >= event.len();
-            let written = if fits { chain.writable.write(&event).unwrap_or(0) } else { 0 };
-            queue.complete(chain.head, written as u32);
-            self.reset_due = !fits;
-        }
+/// Tells the driver, if that is `due`, of what was lost by a restore.
+fn tell_reset(due: &mut bool, queue: &mut Virtqueue) {
+    while *due && let Some(mut chain) = queue.pop() {
+        let event = TRANSPORT_RESET.to_le_bytes();
+        let fits = chain.writable.len() >= event.len();
+        let written = if fits { chain.writable.write(&event).unwrap_or(0) } else { 0 };
+        queue.complete(chain.head, written as u32);
+        *due = !fits;
     }
 }
 
 impl VirtioDevice for Vsock {
     fn traits(&self) -> Traits {
-        let queues = vec![QUEUE_SIZE, QUEUE_SIZE, EVENT_QUEUE_SIZE];
-        Traits { kind: VIRTIO_ID_VSOCK, features: FEATURES, queues }
+        Traits { kind: VIRTIO_ID_VSOCK, features: FEATURES, queues: QUEUES.to_vec() }
     }
 
     fn config(&self) -> &[u8] {
@@ -237,7 +238,7 @@ impl VirtioDevice for Vsock {
 
     fn resume(&mut self, queues: &mut [Virtqueue]) {
         if let Some(queue) = queues.get_mut(EVENT) {
-            self.tell_reset(queue);
+            tell_reset(&mut self.reset_due, queue);
         }
     }
 
