@@ -161,10 +161,15 @@ impl Record {
     pub fn fate(&self) -> &'static str {
         match self.end() {
             Some(_) => "ended",
-            // The first that a monitor does once its guest runs is to have its messages kept.
-            None if self.messages().exists() => "killed",
+            None if self.was_killed() => "killed",
             None => "unstarted",
         }
+    }
+
+    /// Whether its monitor, of a run that is over, could not say how it ended.
+    pub fn was_killed(&self) -> bool {
+        // The first that a monitor does once its guest runs is to have its messages kept.
+        self.end().is_none() && self.messages().exists()
     }
 
     /// Keeps that the run ended with `code`, now.
