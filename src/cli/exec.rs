@@ -140,7 +140,7 @@ fn carry(mut exec: Exec, reach: &Reach, name: &str) -> Result<Code, Failure> {
     // Before the command can run: one that runs is not to miss a signal.
     let to = Arc::new(OnceLock::new());
     pass_signals_on(to.clone(), has_tty).context("handle signals").map_err(host)?;
-    let session = guest.start(Request::Exec(exec))?;
+    let session = guest.start(Request::Exec(exec)).map_err(|error| guest.failure(error))?;
     let _ = to.set(session.sender());
     let _raw = match has_tty && has_stdin {
         true => Some(Raw::take().context("make the terminal raw").map_err(host)?),

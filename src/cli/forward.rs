@@ -95,7 +95,7 @@ pub fn forward(options: Options) -> Result<Code, Failure> {
     let Options { reach, name, ports } = options;
     let guest = reach.guest(&name)?;
     // Before a port says that something is there.
-    guest.facts()?;
+    guest.facts().map_err(|error| guest.failure(error))?;
     let listen = |forward: &Forward| {
         let listener =
             TcpListener::bind(forward.here).with_context(|| format!("cannot listen on {}", forward.here));
@@ -204,7 +204,8 @@ pub fn ssh_proxy(options: ProxyOptions) -> Result<Code, Failure> {
         Some(stream) => stream,
         None => {
             let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-            let session = guest.start(Forward { here, there: port.unwrap_or(SSH) }.request())?;
+            let session = guest.start(Forward { here, there: port.unwrap_or(SSH) }.request());
+            let session = session.map_err(|error| guest.failure(error))?;
             let (near, far) = UnixStream::pair().map_err(host)?;
             let streams = Streams {
                 stdin: Some(Box::new(far.try_clone().map_err(host)?)),

@@ -118,7 +118,8 @@ fn interface(text: &str) -> Result<String, String> {
 
 impl Options {
     fn order(&self, request: Request) -> Result<Code, Failure> {
-        self.reach.guest(&self.name)?.order(request)?;
+        let guest = self.reach.guest(&self.name)?;
+        guest.order(request).map_err(|error| guest.failure(error))?;
         Ok(Code::Success)
     }
 }
@@ -127,7 +128,7 @@ impl Options {
 pub fn time(options: &Options) -> Result<Code, Failure> {
     let guest = options.reach.guest(&options.name)?;
     // Looked at when the agent is there: what was waited for it is not to be missing.
-    guest.facts()?;
+    guest.facts().map_err(|error| guest.failure(error))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     guest.order(Request::SetTime(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)))?;
     Ok(Code::Success)
