@@ -84,6 +84,9 @@ pub struct RemoveOptions {
 /// `vmm rm`.
 pub fn remove(options: RemoveOptions) -> Result<Code, Failure> {
     let (records, registry) = (Records::of_user()?, Registry::of_user());
+    if options.all {
+        records.sweep(&registry)?;
+    }
     for record in if options.all { records.list()? } else { Vec::new() } {
         if !registry.alive(record.name())? {
             record.remove_all()?;

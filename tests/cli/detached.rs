@@ -253,6 +253,26 @@ fn a_monitor_that_is_killed_leaves_a_record_that_says_so() {
 }
 
 #[test]
+fn a_monitor_that_is_killed_leaves_nothing_for_long_if_it_was_to_keep_nothing() {
+    if !has_kvm("a_monitor_that_is_killed_leaves_nothing_for_long_if_it_was_to_keep_nothing") {
+        return;
+    }
+    let place = place();
+    for look in ["ps -a", "rm --all"] {
+        place.detach("halt", "--name web --rm");
+        place.detach("halt", "--name other --rm");
+        let waiting = place.wait_for("web");
+        rustix::process::kill_process(place.pid("web"), rustix::process::Signal::KILL).unwrap();
+        finish(waiting);
+        assert!(place.path("state/vmm/web").exists());
+        assert!(!place.says(look).contains("web "));
+        assert!(!place.path("state/vmm/web").exists(), "{look}");
+        assert!(place.path("state/vmm/other").exists(), "it runs");
+        place.says("kill other");
+    }
+}
+
+#[test]
 fn each_name_has_its_turn_whatever_became_of_those_before() {
     if !has_kvm("each_name_has_its_turn_whatever_became_of_those_before") {
         return;

@@ -138,6 +138,9 @@ impl Background {
         rustix::stdio::dup2_stdout(&nothing)?;
         rustix::stdio::dup2_stderr(&nothing)?;
         self.running = true;
+        if self.remove {
+            self.record.set_transient().context("cannot note that nothing is to be kept")?;
+        }
         if self.record.keep().is_err() {
             log::warn!("{}: the record of an earlier run of this name is still there", self.record.name());
         }
