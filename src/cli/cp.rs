@@ -64,7 +64,10 @@ impl<'a> End<'a> {
 /// Something was not copied.
 pub fn cp(options: Options) -> Result<Code, Failure> {
     let Options { archive, reach, from, to } = options;
-    let start = |name, request| Ok::<_, Failure>(reach.guest(name)?.start(request)?);
+    let start = |name, request| {
+        let guest = reach.guest(name)?;
+        guest.start(request).map_err(|error| guest.failure(error))
+    };
     match (End::of(&from), End::of(&to)) {
         (End::Guest(name, path), to @ (End::Host(_) | End::Stream)) => {
             let request = Request::Pack { path: absolute(path), name: name_of(path) };

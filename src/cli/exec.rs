@@ -73,11 +73,15 @@ pub fn exec(options: Options) -> Result<Code, Failure> {
         let error = anyhow!("standard input is no terminal");
         return Err(not_run(Failure::new(Code::Host, error).hint(Some("drop -t"))));
     }
+    if let Some(text) = env.iter().find(|text| text.is_empty() || text.as_encoded_bytes().starts_with(b"=")) {
+        let error = anyhow!("-e {text:?} names no variable");
+        return Err(not_run(Failure::new(Code::BadArgument, error).hint(Some("give a name: -e NAME=VALUE"))));
+    }
     let exec = Exec {
         argv: bytes(command),
         env: env.into_iter().filter_map(variable).collect(),
-        cwd: bytes(workdir.into_iter().collect()).concat(),
-        user: bytes(user.into_iter().collect()).concat(),
+        cwd: given("-w", workdir).map_err(not_run)?,
+        user: given("-u", user).map_err(not_run)?,
         tty: tty.then(terminal::size),
         stdin: interactive,
     };
@@ -90,7 +94,7 @@ pub fn exec(options: Options) -> Result<Code, Failure> {
 /// As for [`exec`].
 pub fn shell(options: ShellOptions) -> Result<Code, Failure> {
     let ShellOptions { user, reach, name } = options;
-    let user = bytes(user.into_iter().collect()).concat();
+    let user = given("-u", user).map_err(not_run)?;
     let tty = terminal::is_there().then(terminal::size);
     carry(Exec { user, tty, stdin: true, ..Exec::default() }, &reach, &name).map_err(not_run)
 }
@@ -102,6 +106,18 @@ fn not_run(mut failure: Failure) -> Failure {
         failure.code = Code::Command(Code::NOT_RUN);
     }
     failure
+}
+
+/// What `option` says, nothing if it is absent. Said and empty it would stand for the default: `-u "$NOT_SET"` must not become root.
+fn given(option: &str, value: Option<OsString>) -> Result<Vec<u8>, Failure> {
+    let Some(value) = value else { return Ok(Vec::new()) };
+    if value.is_empty() || (option == "-u" && value.as_encoded_bytes().starts_with(b":")) {
+        let error = anyhow!("{option} {value:?} names nothing");
+        return Err(
+            Failure::new(Code::BadArgument, error).hint(Some(format!("drop {option}, or give it a value")))
+        );
+    }
+    Ok(value.into_encoded_bytes())
 }
 
 /// `NAME=VALUE`; of a name alone what it is here, if it is set.
@@ -124,7 +140,7 @@ fn carry(mut exec: Exec, reach: &Reach, name: &str) -> Result<Code, Failure> {
     // Before the command can run: one that runs is not to miss a signal.
     let to = Arc::new(OnceLock::new());
     pass_signals_on(to.clone(), has_tty).context("handle signals").map_err(host)?;
-    let session = guest.start(Request::Exec(exec))?;
+    let session = guest.start(Request::Exec(exec)).map_err(|error| guest.failure(error))?;
     let _ = to.set(session.sender());
     let _raw = match has_tty && has_stdin {
         true => Some(Raw::take().context("make the terminal raw").map_err(host)?),

@@ -18,6 +18,9 @@ use super::agent::{Guest, Reach};
 use vmm_agent::client::{self, Streams, run};
 use vmm_agent::protocol::Request;
 use vmm_command::{Code, Failure, log_output};
+use vmm_monitor::api::Error;
+use vmm_monitor::api::client::Client;
+use vmm_monitor::api::registry::Registry;
 
 /// Connections at a time.
 const MOST: usize = 1024;
@@ -95,7 +98,7 @@ pub fn forward(options: Options) -> Result<Code, Failure> {
     let Options { reach, name, ports } = options;
     let guest = reach.guest(&name)?;
     // Before a port says that something is there.
-    guest.facts()?;
+    guest.facts().map_err(|error| guest.failure(error))?;
     let listen = |forward: &Forward| {
         let listener =
             TcpListener::bind(forward.here).with_context(|| format!("cannot listen on {}", forward.here));
@@ -104,6 +107,7 @@ pub fn forward(options: Options) -> Result<Code, Failure> {
     };
     let listeners = ports.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
     log_output::serve();
+    tell_the_end(name.clone());
     let open = Arc::new(AtomicUsize::new(0));
     let threads: Vec<_> = listeners
         .into_iter()
@@ -118,6 +122,18 @@ pub fn forward(options: Options) -> Result<Code, Failure> {
         let _ = thread.join();
     }
     Ok(Code::Success)
+}
+
+/// Says once that the virtual machine has ended: the ports stay, for the next one of its name.
+fn tell_the_end(name: String) {
+    thread::spawn(move || {
+        let ended = Client::connect(&Registry::of_user(), &name).and_then(Client::wait);
+        if matches!(ended, Ok(_) | Err(Error::NoSuchVm(_))) {
+            log_output::say(&format!(
+                "{name} has ended; the next virtual machine of this name will be served\n"
+            ));
+        }
+    });
 }
 
 fn serve(listener: &TcpListener, forward: Forward, guest: &Guest, open: &Arc<AtomicUsize>) {
@@ -204,7 +220,8 @@ pub fn ssh_proxy(options: ProxyOptions) -> Result<Code, Failure> {
         Some(stream) => stream,
         None => {
             let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-            let session = guest.start(Forward { here, there: port.unwrap_or(SSH) }.request())?;
+            let session = guest.start(Forward { here, there: port.unwrap_or(SSH) }.request());
+            let session = session.map_err(|error| guest.failure(error))?;
             let (near, far) = UnixStream::pair().map_err(host)?;
             let streams = Streams {
                 stdin: Some(Box::new(far.try_clone().map_err(host)?)),

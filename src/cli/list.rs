@@ -33,14 +33,16 @@ pub fn list(options: Options) -> Result<Code, Failure> {
     let mut rows = Client::ask_all(&registry, registry.names()?, PATIENCE);
     // It ended while we were looking.
     rows.retain(|row| !matches!(row.answer, Err(Error::NoSuchVm(_))));
-    let ended = if options.all { ended(&rows)? } else { Vec::new() };
+    let ended = if options.all { ended(&registry, &rows)? } else { Vec::new() };
     print(&if options.json { json(&rows, &ended)? } else { table(&rows, &ended) })?;
     Ok(Code::Success)
 }
 
 /// The records whose names nobody has.
-fn ended(running: &[Listed]) -> Result<Vec<Record>, Failure> {
-    let mut records = Records::of_user()?.list()?;
+fn ended(registry: &Registry, running: &[Listed]) -> Result<Vec<Record>, Failure> {
+    let records = Records::of_user()?;
+    records.sweep(registry)?;
+    let mut records = records.list()?;
     records.retain(|record| running.iter().all(|row| row.name != record.name()));
     Ok(records)
 }

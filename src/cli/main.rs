@@ -160,6 +160,7 @@ fn main() -> ExitCode {
         Command::SshProxy(options) => forward::ssh_proxy(options),
     };
     let code = result.unwrap_or_else(|failure| {
+        let failure = wait::ended(failure);
         failure.print(flags::with_flags);
         failure.code
     });

@@ -8,6 +8,7 @@ use vmm_monitor::api::client::Client;
 use vmm_monitor::api::registry::Registry;
 
 use super::detached::record::Records;
+use super::flags::with_flags;
 
 /// The options of `vmm wait`.
 #[derive(Debug, clap::Args)]
@@ -19,11 +20,33 @@ pub struct Options {
 
 /// `vmm wait`.
 pub fn wait(options: Options) -> Result<Code, Failure> {
-    for name in &options.names {
-        let code = wait_for(name)?;
-        print(&format!("{code}\n"))?;
-    }
-    Ok(Code::Success)
+    for_each(&options.names, |name| print(&format!("{}\n", wait_for(name)?)))
+}
+
+/// Does `one` for every name, whatever became of those before: each failure is reported, and the worst is the exit code.
+fn for_each(names: &[String], one: impl Fn(&str) -> Result<(), Failure>) -> Result<Code, Failure> {
+    let failures = names.iter().filter_map(|name| one(name).err());
+    let worst = failures.fold(Code::Success, |worst, failure| {
+        let failure = ended(failure);
+        failure.print(with_flags);
+        if failure.code.number() > worst.number() { failure.code } else { worst }
+    });
+    Ok(worst)
+}
+
+/// `failure` of a command on a virtual machine that does not run, in the words for one that has run in the background and has ended,
+/// if it is that.
+pub fn ended(failure: Failure) -> Failure {
+    let Some(Error::NoSuchVm(name)) = failure.cause() else { return failure };
+    let Some(record) = Records::of_user().ok().and_then(|records| records.find(name)) else { return failure };
+    let error = match record.end() {
+        Some(end) => anyhow!("{name:?} has ended, with exit code {}", end.code),
+        None if record.was_killed() => anyhow!("{name:?} has ended: its process was killed"),
+        // A start that was given up.
+        None => return failure,
+    };
+    let hint = format!("see what it said: vmm logs --monitor {name}");
+    Failure::new(failure.code, error).hint(Some(hint))
 }
 
 /// Waits until the run of `name` is over, or finds that it is. The exit code of its monitor.
@@ -61,12 +84,15 @@ pub struct RemoveOptions {
 /// `vmm rm`.
 pub fn remove(options: RemoveOptions) -> Result<Code, Failure> {
     let (records, registry) = (Records::of_user()?, Registry::of_user());
+    if options.all {
+        records.sweep(&registry)?;
+    }
     for record in if options.all { records.list()? } else { Vec::new() } {
         if !registry.alive(record.name())? {
             record.remove_all()?;
         }
     }
-    for name in &options.names {
+    for_each(&options.names, |name| {
         let Some(record) = records.find(name) else {
             let error = anyhow!("nothing is kept of a virtual machine called {name:?}");
             return Err(Failure::new(Code::Host, error).hint(Some("see what is: vmm list --all")));
@@ -75,7 +101,6 @@ pub fn remove(options: RemoveOptions) -> Result<Code, Failure> {
             let error = anyhow!("{name:?} is running");
             return Err(Failure::new(Code::Host, error).hint(Some(format!("stop it first: vmm stop {name}"))));
         }
-        record.remove_all()?;
-    }
-    Ok(Code::Success)
+        record.remove_all()
+    })
 }

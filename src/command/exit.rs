@@ -154,6 +154,11 @@ impl Failure {
         self
     }
 
+    /// The library's error that it is, if it is one of that kind.
+    pub fn cause<E: std::error::Error + Send + Sync + 'static>(&self) -> Option<&E> {
+        self.error.downcast_ref()
+    }
+
     /// An error of clap's in the form of our own.
     pub fn usage(error: &clap::Error) -> Self {
         let text = error.to_string();

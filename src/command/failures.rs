@@ -101,25 +101,9 @@ impl From<client::Error> for Failure {
             client::Error::Failed { reason: Reason::Busy, .. } => {
                 (Code::Host, Some("try again when some of them have ended"))
             }
-            client::Error::NobodyListens(_) => (
-                Code::Host,
-                Some(
-                    "install the agent in it (docs/agent.md); if it is still booting, wait for it: --timeout 60",
-                ),
-            ),
             client::Error::PortTaken { .. } => (
                 Code::Host,
                 Some("the port serves one command at a time; start the VM with --vsock for many"),
-            ),
-            client::Error::PortSilent { .. } => (
-                Code::Host,
-                Some(
-                    "install the agent in it (docs/agent.md); if it is still booting, wait for it: --timeout 60",
-                ),
-            ),
-            client::Error::NoAnswer { .. } | client::Error::Silent { .. } => (
-                Code::Host,
-                Some("vmm status --vcpus NAME shows what the guest does; wait longer: --timeout 60"),
             ),
             client::Error::Version { .. } | client::Error::NoAgent(_) => {
                 (Code::Host, Some("install the agent that came with this vmm (docs/agent.md)"))

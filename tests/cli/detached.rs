@@ -253,6 +253,89 @@ fn a_monitor_that_is_killed_leaves_a_record_that_says_so() {
 }
 
 #[test]
+fn a_monitor_that_is_killed_leaves_nothing_for_long_if_it_was_to_keep_nothing() {
+    if !has_kvm("a_monitor_that_is_killed_leaves_nothing_for_long_if_it_was_to_keep_nothing") {
+        return;
+    }
+    let place = place();
+    for look in ["ps -a", "rm --all"] {
+        place.detach("halt", "--name web --rm");
+        place.detach("halt", "--name other --rm");
+        let waiting = place.wait_for("web");
+        rustix::process::kill_process(place.pid("web"), rustix::process::Signal::KILL).unwrap();
+        finish(waiting);
+        assert!(place.path("state/vmm/web").exists());
+        assert!(!place.says(look).contains("web "));
+        assert!(!place.path("state/vmm/web").exists(), "{look}");
+        assert!(place.path("state/vmm/other").exists(), "it runs");
+        place.says("kill other");
+    }
+}
+
+#[test]
+fn each_name_has_its_turn_whatever_became_of_those_before() {
+    if !has_kvm("each_name_has_its_turn_whatever_became_of_those_before") {
+        return;
+    }
+    let place = place();
+    place.detach("exit", "--name a --debug-exit");
+    place.detach("crash", "--name c");
+    let output = place.vmm("wait a b c d");
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(HOST), "7\n6\n".to_owned()));
+    let said = text(&output.stderr);
+    assert!(said.contains("called \"b\"") && said.contains("called \"d\""), "{said}");
+    let output = place.vmm("rm b a d c");
+    assert_eq!(output.status.code(), Some(HOST));
+    assert_eq!(text(&output.stderr).matches("nothing is kept").count(), 2, "{}", text(&output.stderr));
+    assert!(place.all().is_empty());
+}
+
+#[test]
+fn a_command_to_one_that_has_ended_says_so_and_how() {
+    if !has_kvm("a_command_to_one_that_has_ended_says_so_and_how") {
+        return;
+    }
+    let place = place();
+    place.detach("crash", "--name web");
+    place.says("wait web");
+    for (command, code) in [
+        ("status web", HOST),
+        ("stop web", HOST),
+        ("kill web", HOST),
+        ("pause web", HOST),
+        ("exec web true", 125),
+        ("cp web:/a .", HOST),
+        ("forward web 80", HOST),
+        ("agent time web", HOST),
+    ] {
+        let output = place.vmm(command);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{command}: {said}");
+        assert!(said.contains("\"web\" has ended, with exit code 6"), "{command}: {said}");
+        assert!(said.contains("hint: see what it said: vmm logs --monitor web"), "{command}: {said}");
+    }
+    place.says("rm web");
+    refused(&place, "status web", HOST, &["no virtual machine called \"web\""]);
+}
+
+#[test]
+fn a_name_that_cannot_be_printed_is_in_the_error() {
+    if !has_kvm("a_name_that_cannot_be_printed_is_in_the_error") {
+        return;
+    }
+    let place = place();
+    let mut command = place.command("run -d --kernel halt --serial stdio");
+    command.stdout(fs::File::options().write(true).open("/dev/full").unwrap());
+    let output = finish(command.spawn().unwrap());
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(HOST), "{said}");
+    let name = said.trim().rsplit(' ').next().unwrap().to_owned();
+    assert!(said.contains("cannot write to standard output") && said.contains("vmm stop "), "{said}");
+    place.says(&format!("kill {name}"));
+    assert_eq!(place.says(&format!("wait {name}")), "10\n");
+}
+
+#[test]
 fn a_start_that_is_killed_leaves_nothing_that_rm_does_not_remove() {
     let place = place();
     // The record that it has begun, and an earlier one that was to make room for it.

@@ -44,16 +44,32 @@ pub fn set_hostname(name: &[u8]) -> io::Result<()> {
     Ok(sethostname(name)?)
 }
 
-/// Sets an interface up, and who resolves names. What was there of either is gone.
+/// Sets an interface up, and who resolves names. What was there of either is gone, unless it fails: what is likely to is done before
+/// anything changes.
 pub fn set_network(network: &Network) -> io::Result<()> {
     let mask = u32::MAX.checked_shl(32 - u32::from(network.bits)).unwrap_or(0);
     let &Network { address, gateway, dns, .. } = network;
-    Ip { address, mask: mask.into(), gateway, device: &network.device, dns }.set_up()?;
-    let Some(dns) = dns else { return Ok(()) };
-    // An initramfs may have none.
-    fs::create_dir_all("/etc")?;
+    // The kernel would refuse it only once the address is set and the old way is gone.
+    if let Some(gateway) = gateway
+        && (u32::from(gateway) ^ u32::from(address)) & mask != 0
+    {
+        let what = format!("gateway {gateway} is outside the network {address}/{}", network.bits);
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    if let Some(dns) = dns {
+        // An initramfs may have none.
+        fs::create_dir_all("/etc")?;
+        fs::write(RESOLVERS_NEW, format!("nameserver {dns}\n"))?;
+    }
+    let set_up = Ip { address, mask: mask.into(), gateway, device: &network.device, dns }.set_up();
+    if dns.is_none() {
+        return Ok(set_up?);
+    }
+    if let Err(error) = set_up {
+        let _ = fs::remove_file(RESOLVERS_NEW);
+        return Err(error.into());
+    }
     // In place of a link, too: what it leads to belongs to a service.
-    fs::write(RESOLVERS_NEW, format!("nameserver {dns}\n"))?;
     fs::rename(RESOLVERS_NEW, RESOLVERS)
 }
 

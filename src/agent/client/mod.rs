@@ -43,7 +43,7 @@ pub enum Error {
     #[error("{}", nobody_listens(*.0))]
     NobodyListens(u32),
     /// Neither accepted nor refused.
-    #[error("the guest did not answer on vsock port {port} within {} s", waited.as_secs_f32())]
+    #[error("the guest did not answer on vsock port {port} within {:.0} s", waited.as_secs_f32())]
     NoAnswer {
         /// The port.
         port: u32,
@@ -51,19 +51,19 @@ pub enum Error {
         waited: Duration,
     },
     /// The agent has taken the connection, and is silent.
-    #[error("the agent in the guest did not answer within {} s", waited.as_secs_f32())]
+    #[error("the agent in the guest did not answer within {:.0} s", waited.as_secs_f32())]
     Silent {
         /// The time that it had.
         waited: Duration,
     },
     /// Nobody in the guest answers by the console port.
-    #[error("no agent in the guest answered on the console port {NAME} within {} s", waited.as_secs_f32())]
+    #[error("no agent in the guest answered on the console port {NAME} within {:.0} s", waited.as_secs_f32())]
     PortSilent {
         /// The time that it had.
         waited: Duration,
     },
     /// The console port serves one client at a time.
-    #[error("the console port {NAME} was in use by another command for {} s", waited.as_secs_f32())]
+    #[error("the console port {NAME} was in use by another command for {:.0} s", waited.as_secs_f32())]
     PortTaken {
         /// How long this one has waited.
         waited: Duration,

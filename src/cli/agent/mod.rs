@@ -49,6 +49,9 @@ enum Way {
 pub struct Guest {
     way: Way,
     patience: Patience,
+    name: String,
+    /// Seconds that may do where the time was too short.
+    longer: u64,
 }
 
 impl Reach {
@@ -74,7 +77,13 @@ impl Reach {
         // One that has had its time to boot has no agent, unless the user knows better.
         let boot = if self.timeout.is_some() { all } else { all.saturating_sub(up) };
         let later = |time| now.checked_add(time).unwrap_or(now + PATIENCE);
-        Ok(Guest { way, patience: Patience { boot: later(boot), answer: later(all) } })
+        let longer = all.as_secs().saturating_mul(2).max(60);
+        Ok(Guest {
+            way,
+            patience: Patience { boot: later(boot), answer: later(all) },
+            name: name.to_owned(),
+            longer,
+        })
     }
 }
 
@@ -126,7 +135,22 @@ impl Guest {
     /// The same guest for a connection that is made now, by whoever runs on.
     pub fn again(&self) -> Self {
         let now = Instant::now();
-        Self { way: self.way.clone(), patience: Patience { boot: now, answer: now + PATIENCE } }
+        Self { patience: Patience { boot: now, answer: now + PATIENCE }, ..self.clone() }
+    }
+
+    /// `error` of its agent, with a hint that knows the guest.
+    pub fn failure(&self, error: client::Error) -> Failure {
+        let Self { name, longer, .. } = self;
+        let hint = match &error {
+            client::Error::NobodyListens(_) | client::Error::PortSilent { .. } => format!(
+                "install the agent in it (docs/agent.md); if it is still booting, wait for it: --timeout {longer}"
+            ),
+            client::Error::NoAnswer { .. } | client::Error::Silent { .. } => format!(
+                "it may hang (vmm status --vcpus {name}) or have no agent (vmm agent install); to wait longer: --timeout {longer}"
+            ),
+            _ => return error.into(),
+        };
+        Failure::new(Code::Host, error).hint(Some(hint))
     }
 }
 

@@ -49,7 +49,11 @@ pub fn start() -> Result<Code, Failure> {
         BufReader::new(said.take(LONGEST_NAME)).read_line(&mut name).map_err(failed)?;
     }
     if name.ends_with('\n') {
-        print(&name)?;
+        // Who cannot be told the name by one way needs it by the other.
+        let name = name.trim_end();
+        print(&format!("{name}\n")).map_err(|failure| {
+            failure.hint(Some(format!("{name:?} runs all the same; to end it: vmm stop {name}")))
+        })?;
         return Ok(Code::Success);
     }
     let status = child.wait().map_err(failed)?;
@@ -134,6 +138,9 @@ impl Background {
         rustix::stdio::dup2_stdout(&nothing)?;
         rustix::stdio::dup2_stderr(&nothing)?;
         self.running = true;
+        if self.remove {
+            self.record.set_transient().context("cannot note that nothing is to be kept")?;
+        }
         if self.record.keep().is_err() {
             log::warn!("{}: the record of an earlier run of this name is still there", self.record.name());
         }

@@ -82,6 +82,25 @@ impl Records {
         Ok(names.iter().filter_map(|name| self.find(name)).collect())
     }
 
+    /// Removes those of runs that were to leave nothing (`--rm`), and whose monitors were killed before they could see to that.
+    ///
+    /// # Errors
+    /// They cannot be read or removed.
+    pub fn sweep(&self, registry: &Registry) -> Result<(), Failure> {
+        for record in self.list()? {
+            if !record.transient_file().exists() || registry.alive(&record.name)? {
+                continue;
+            }
+            // With its name: none that starts meanwhile is to lose its record. Who has got it first sees to the record, too.
+            if let Ok(_ours) = registry.register(Some(&record.name))
+                && record.transient_file().exists()
+            {
+                record.remove_all()?;
+            }
+        }
+        Ok(())
+    }
+
     /// A new one, under a name that no other record and no running virtual machine has.
     ///
     /// # Errors
@@ -148,6 +167,19 @@ impl Record {
         self.folder.join("vmm.log")
     }
 
+    /// There while the run is not to be kept.
+    fn transient_file(&self) -> PathBuf {
+        self.folder.join("transient")
+    }
+
+    /// Nothing of it is to stay, also if its monitor is killed: [`Records::sweep`].
+    ///
+    /// # Errors
+    /// That cannot be noted.
+    pub fn set_transient(&self) -> io::Result<()> {
+        fs::write(self.transient_file(), "")
+    }
+
     fn end_file(&self) -> PathBuf {
         self.folder.join("end.json")
     }
@@ -161,10 +193,15 @@ impl Record {
     pub fn fate(&self) -> &'static str {
         match self.end() {
             Some(_) => "ended",
-            // The first that a monitor does once its guest runs is to have its messages kept.
-            None if self.messages().exists() => "killed",
+            None if self.was_killed() => "killed",
             None => "unstarted",
         }
+    }
+
+    /// Whether its monitor, of a run that is over, could not say how it ended.
+    pub fn was_killed(&self) -> bool {
+        // The first that a monitor does once its guest runs is to have its messages kept.
+        self.end().is_none() && self.messages().exists()
     }
 
     /// Keeps that the run ended with `code`, now.

@@ -68,6 +68,12 @@ fn codes_are_those_of_docker() {
         ("exec -w /no/such/folder web true", 126, "no folder /no/such/folder"),
         ("exec -u nobody-at-all web true", 126, "no user nobody-at-all"),
         ("exec -u root:no-such-group web true", 126, "no group no-such-group"),
+        ("exec -u  web true", 125, "-u \"\" names nothing"),
+        ("exec -u :root web true", 125, "-u \":root\" names nothing"),
+        ("shell -u  web", 125, "-u \"\" names nothing"),
+        ("exec -w  web true", 125, "-w \"\" names nothing"),
+        ("exec -e  web true", 125, "names no variable"),
+        ("exec -e =bar web true", 125, "names no variable"),
         ("exec other true", 125, "other"),
         ("exec -it web true", 125, "no terminal"),
     ] {

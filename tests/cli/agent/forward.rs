@@ -65,6 +65,19 @@ fn a_forwarded_port_carries_many_connections_and_their_half_closes() {
 }
 
 #[test]
+fn the_end_of_the_virtual_machine_is_told_once() {
+    let guest = Guest::new();
+    let (mut child, _, mut said) = forward(&guest, 1);
+    guest.end();
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert_eq!(line, "web has ended; the next virtual machine of this name will be served\n");
+    child.kill().unwrap();
+    wait(&mut child);
+    assert_eq!(said.read_line(&mut line).unwrap(), 0, "{line}");
+}
+
+#[test]
 fn a_port_where_nobody_listens_closes_its_connections() {
     let guest = Guest::new();
     let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

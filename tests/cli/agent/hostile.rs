@@ -74,6 +74,20 @@ fn agents_that_make_no_sense_are_told_apart() {
     refused_by(after(late), &["room"]);
 }
 
+/// As a guest whose kernel is there, and whose agent is not.
+#[test]
+fn a_silent_guest_is_told_in_whole_seconds_with_what_to_try() {
+    let guest = Guest::without_agent(600.0);
+    let _silent = UnixListener::bind(guest.place.path("vsock")).unwrap();
+    let output = guest.vmm("exec --timeout 1 web true");
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{said}");
+    assert!(said.contains("did not answer on vsock port 1023 within 1 s\n"), "{said}");
+    for words in ["vmm agent install", "vmm status --vcpus web", "--timeout 60"] {
+        assert!(said.contains(words), "{said}");
+    }
+}
+
 #[test]
 fn an_agent_that_floods_meets_the_window() {
     let guest = Guest::without_agent(600.0);

@@ -15,11 +15,12 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread;
 use std::time::Instant;
 
-use vmm_monitor::api::protocol::{Answer, reply};
+use vmm_monitor::api::protocol::Command::Wait;
+use vmm_monitor::api::protocol::{Answer, reply, request};
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::api::{State, Status};
 
@@ -35,6 +36,8 @@ fn program() -> &'static PathBuf {
 pub struct Guest {
     pub place: Place,
     agent: Option<Child>,
+    /// Whether it looks as if it had ended, to who waits for that.
+    ended: Arc<(Mutex<bool>, Condvar)>,
 }
 
 impl Guest {
@@ -73,21 +76,35 @@ impl Guest {
             ports: Vec::new(),
             networks: Vec::new(),
         };
+        let ended = Arc::<(Mutex<bool>, Condvar)>::default();
+        let end = ended.clone();
         // Ends with the test: the thread has the entry's socket.
         thread::spawn(move || {
             entry.listener().set_nonblocking(false).unwrap();
             for stream in entry.listener().incoming() {
                 let (mut stream, mut byte, status) = (stream.unwrap(), [0], status.clone());
+                let (end, mut line) = (end.clone(), Vec::new());
                 thread::spawn(move || {
                     while stream.read(&mut byte).is_ok_and(|count| count == 1) {
+                        line.push(byte[0]);
                         if byte == *b"\n" {
+                            if std::mem::take(&mut line) == request(Wait) {
+                                drop(end.1.wait_while(end.0.lock().unwrap(), |ended| !*ended).unwrap());
+                                return;
+                            }
                             let _ = stream.write_all(&reply(Answer::Status(status.clone())));
                         }
                     }
                 });
             }
         });
-        Self { place, agent: None }
+        Self { place, agent: None, ended }
+    }
+
+    /// Whoever waits for its end finds it gone.
+    pub fn end(&self) {
+        *self.ended.0.lock().unwrap() = true;
+        self.ended.1.notify_all();
     }
 
     /// Leads each connection to what `to` says for its port, or refuses it.

@@ -5,8 +5,9 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use vmm_agent::client::Session;
 use vmm_agent::protocol::{Decoder, Exit, Facts, Message, Network, Reason, Request, VERSION};
 
 use super::Guest;
@@ -89,7 +90,49 @@ fn what_the_guest_refuses_and_what_makes_no_sense_is_told() {
         assert_eq!(output.status.code(), Some(BAD_ARGUMENT), "{address}");
         assert!(text(&output.stderr).contains("10.0.2.15/24"), "{address}: {}", text(&output.stderr));
     }
+    for (arguments, words) in [
+        ("10.0.2.77/24 --gateway 1.2.3.4", "gateway 1.2.3.4 is no other host of the network 10.0.2.0/24"),
+        ("10.0.2.77/24 --gateway 10.0.2.77", "no other host"),
+        ("10.0.2.77/32 --gateway 10.0.2.2", "no other host"),
+        ("10.0.2.0/24", "no address that a host can have"),
+        ("10.0.2.255/24", "no address that a host can have"),
+        ("0.0.0.0/24", "no address that a host can have"),
+        ("127.0.0.2/8", "no address that a host can have"),
+        ("224.0.0.1/24", "no address that a host can have"),
+        ("10.0.2.15/24 --device a-name-of-16-byt", "at most 15 bytes"),
+    ] {
+        refused(&guest.place, &format!("agent network web {arguments}"), BAD_ARGUMENT, &[words]);
+    }
+    let long = format!("{}.{}", "a".repeat(32), "b".repeat(32));
+    for name in ["", "a b", "-a", "a-", "a..b", "a_b", ".", &"a".repeat(64), &long] {
+        let mut command = guest.command("agent hostname web");
+        command.arg("--").arg(name);
+        refused_command(&guest.place, command, BAD_ARGUMENT, &["is no host name"]);
+    }
     assert!(requests.try_recv().is_err(), "nothing was asked");
+}
+
+/// The real agent, which asks before it changes anything: here it finds no such interface either.
+#[test]
+fn the_agent_refuses_a_gateway_outside_the_network_before_it_changes_anything() {
+    let guest = Guest::new();
+    let address = |text: &str| text.parse().unwrap();
+    let network = Network {
+        device: b"nosuch0".to_vec(),
+        address: address("10.0.2.16"),
+        bits: 24,
+        gateway: Some(address("1.2.3.4")),
+        dns: None,
+    };
+    let order = |network| {
+        let agent = UnixStream::connect(guest.place.path("agent")).unwrap();
+        let error = Session::order(agent, Request::SetNetwork(network), Instant::now() + PATIENCE);
+        error.unwrap_err().to_string()
+    };
+    let said = order(network.clone());
+    assert!(said.contains("gateway 1.2.3.4 is outside the network"), "{said}");
+    let said = order(Network { gateway: None, ..network });
+    assert!(said.contains("set up nosuch0") && !said.contains("gateway"), "{said}");
 }
 
 /// The virtual machine here does not heed any button.
