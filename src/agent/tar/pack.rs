@@ -16,6 +16,9 @@ use super::{BLOCK, Error, padding, path_of};
 /// How much is read at once.
 const PIECE: usize = 64 << 10;
 
+/// The most that is read of a file that tells no size.
+const MOST_UNSIZED: u64 = 16 << 20;
+
 /// The longest list of names, and the longest value, that an attribute may have in Linux (XATTR_LIST_MAX, XATTR_SIZE_MAX).
 const MAX_XATTR: usize = 64 << 10;
 
@@ -113,6 +116,9 @@ impl<W: Write> Packer<W> {
         let metadata = file.metadata().map_err(|error| failed("read", path, error))?;
         let size = metadata.len();
         let parts = if metadata.blocks() * 512 < size { data(&file, size) } else { None };
+        if size == 0 {
+            return self.add_unsized(path, &mut file, entry);
+        }
         let Some(parts) = parts else {
             entry.size = size;
             self.write(&entry.blocks())?;
@@ -134,6 +140,21 @@ impl<W: Write> Packer<W> {
             self.copy(path, &mut file, len)?;
         }
         self.write(&[0; BLOCK][..padding(bytes)])
+    }
+
+    /// Adds a file that says it is empty, and may have more to tell all the same: those of /proc do.
+    fn add_unsized(&mut self, path: &Path, file: &mut File, mut entry: Entry) -> Result<(), Error> {
+        let mut content = Vec::new();
+        let read = file.take(MOST_UNSIZED).read_to_end(&mut content);
+        // Some cannot be read, and some only when there is news.
+        if read.is_err() || content.len() as u64 == MOST_UNSIZED {
+            let what = "tells no size, and was not read to its end";
+            self.left.get_or_insert(Error::Left { path: path.to_owned(), what });
+        }
+        entry.size = content.len() as u64;
+        self.write(&entry.blocks())?;
+        self.write(&content)?;
+        self.write(&[0; BLOCK][..padding(entry.size)])
     }
 
     /// Copies `size` bytes: what a file that has shrunk meanwhile lacks is zeros, and is reported.

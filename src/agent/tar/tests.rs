@@ -180,6 +180,58 @@ fn nothing_leads_out_of_the_folder() {
 }
 
 #[test]
+fn what_is_no_file_is_not_replaced_by_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    rustix::fs::mknodat(rustix::fs::CWD, at("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+    for (name, what) in [("pipe", "named pipe"), ("socket", "socket")] {
+        for (archive, target) in [(file(name), dir.path().to_owned()), (file("a"), at(name))] {
+            let error = unpack(&archive[..], bytes(&target), ALL).unwrap_err().to_string();
+            assert!(error.contains(what) && error.contains(name), "{error}");
+        }
+        assert!(!fs::symlink_metadata(at(name)).unwrap().is_file());
+    }
+    let error = unpack(&file("a")[..], b"/dev/full", ALL).unwrap_err().to_string();
+    assert!(error.contains("/dev/full") && error.contains("device"), "{error}");
+    unpack(&entry("pipe", Kind::Fifo, "").blocks()[..], bytes(dir.path()), ALL).unwrap();
+}
+
+#[test]
+fn a_link_that_is_named_stands_for_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    fs::write(at("file"), "good").unwrap();
+    std::os::unix::fs::symlink("file", at("link")).unwrap();
+    std::os::unix::fs::symlink("none", at("dangling")).unwrap();
+    unpack(&file("a")[..], bytes(&at("link")), ALL).unwrap();
+    assert!(at("link").is_symlink() && fs::read(at("file")).unwrap() == b"evil");
+    let error = unpack(&file("a")[..], bytes(&at("dangling")), ALL).unwrap_err().to_string();
+    assert!(error.contains("leads nowhere") && at("dangling").is_symlink(), "{error}");
+    // Inside an archive it is a file like any other.
+    unpack(&file("link")[..], bytes(dir.path()), ALL).unwrap();
+    assert!(!at("link").is_symlink());
+}
+
+#[test]
+fn an_archive_that_is_cut_leaves_the_old_file_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a"), "good").unwrap();
+    let whole = file("a");
+    assert!(unpack(&whole[..BLOCK + 2], bytes(dir.path()), ALL).is_err());
+    assert_eq!(fs::read(dir.path().join("a")).unwrap(), b"good");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_file_that_tells_no_size_is_read_to_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let archive = packed(Path::new("/proc/version"), "version");
+    unpack(&archive[..], bytes(dir.path()), ALL).unwrap();
+    assert_eq!(fs::read(dir.path().join("version")).unwrap(), fs::read("/proc/version").unwrap());
+}
+
+#[test]
 fn where_it_goes_is_what_a_copy_would_do() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);

@@ -11,7 +11,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid,
     XattrFlags, chmodat, chownat, fchmod, fchown, fsetxattr, ftruncate, futimens, linkat, makedev, mkdirat,
-    mknodat, openat, openat2, symlinkat, unlinkat, utimensat,
+    mknodat, openat, openat2, renameat, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 
@@ -74,6 +74,13 @@ fn target(path: &Path, policy: Policy) -> Result<(OwnedFd, PathBuf, Option<Vec<u
     if path.as_os_str().as_bytes().ends_with(b"/") {
         return Err(wrong("there is no such folder"));
     }
+    // A link that the user names stands for what it leads to, as it does for cp; one of the archive's own never does.
+    let linked = if path.is_symlink() {
+        Some(path.canonicalize().map_err(|_| wrong("it is a link that leads nowhere"))?)
+    } else {
+        None
+    };
+    let path = linked.as_deref().unwrap_or(path);
     let name = path.file_name().ok_or_else(|| wrong("there is no such folder"))?.to_owned().into_vec();
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let root = open(parent).map_err(|error| match error {
@@ -156,13 +163,16 @@ impl Unpacker {
             self.folders.push(entry.clone());
             return Ok(());
         }
+        self.may_replace(&parent, name, entry)?;
+        if entry.kind == Kind::File {
+            return self.make_file(&parent, name, entry, bytes);
+        }
         match unlinkat(&parent, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(Errno::ISDIR | Errno::PERM) => return Err(self.failed("replace", path, Errno::ISDIR)),
             Err(error) => return Err(self.failed("replace", path, error)),
         }
         let made = match entry.kind {
-            Kind::File => return self.make_file(&parent, name, entry, bytes),
             Kind::HardLink => {
                 let Some((folder, old)) = self.components(&entry.target)? else {
                     return Err(Error::Format("it has a hard link to a folder"));
@@ -200,6 +210,22 @@ impl Unpacker {
         set.map_err(|error| self.failed("set the owner and mode of", path, error))
     }
 
+    /// Files and links are replaced; a device, a pipe or a socket only by one of its kind: nobody means those by a copy.
+    fn may_replace(&self, parent: &OwnedFd, name: &[u8], entry: &Entry) -> Result<(), Error> {
+        let Ok(there) = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) else { return Ok(()) };
+        let what = match (FileType::from_raw_mode(there.st_mode), entry.kind) {
+            (FileType::CharacterDevice, Kind::Char)
+            | (FileType::BlockDevice, Kind::Block)
+            | (FileType::Fifo, Kind::Fifo) => return Ok(()),
+            (FileType::CharacterDevice | FileType::BlockDevice, _) => "it is a device",
+            (FileType::Fifo, _) => "it is a named pipe",
+            (FileType::Socket, _) => "it is a socket",
+            _ => return Ok(()),
+        };
+        let (folder, name) = self.components(&entry.path)?.unwrap_or_default();
+        Err(Error::Target { path: self.place.join(path_of(&folder)).join(path_of(name)), what })
+    }
+
     fn make_folder(&self, parent: &OwnedFd, name: &[u8], path: &[u8]) -> Result<(), Error> {
         match mkdirat(parent, name, Mode::from_raw_mode(0o700)) {
             // Also a link to one stays: /bin is one in many a system.
@@ -220,24 +246,38 @@ impl Unpacker {
         entry: &Entry,
         bytes: &mut impl Read,
     ) -> Result<(), Error> {
+        // Under a name of its own until all of it is there: whoever is cut off leaves the old file, or none.
         let path = &entry.path[..];
+        let unfinished = format!(".vmm-cp.{}", std::process::id());
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = openat(parent, name, flags, Mode::from_raw_mode(0o600));
+        let _ = unlinkat(parent, &*unfinished, AtFlags::empty());
+        let file = openat(parent, &*unfinished, flags, Mode::from_raw_mode(0o600));
         let file = File::from(file.map_err(|error| self.failed("make", path, error))?);
+        let done = self.fill(&file, entry, bytes).and_then(|()| {
+            renameat(parent, &*unfinished, parent, name).map_err(|error| self.failed("replace", path, error))
+        });
+        if done.is_err() {
+            let _ = unlinkat(parent, &*unfinished, AtFlags::empty());
+        }
+        done
+    }
+
+    fn fill(&self, file: &File, entry: &Entry, bytes: &mut impl Read) -> Result<(), Error> {
+        let path = &entry.path[..];
         let write = |error: io::Error| self.error("write", path, error);
         match entry.sparse {
-            None => copy(&file, 0, entry.size, bytes, &write)?,
+            None => copy(file, 0, entry.size, bytes, &write)?,
             Some(size) => {
-                ftruncate(&file, size).map_err(|error| write(error.into()))?;
+                ftruncate(file, size).map_err(|error| write(error.into()))?;
                 for (at, len) in map(bytes)? {
                     if at.checked_add(len).is_none_or(|end| end > size) {
                         return Err(Error::Format("it has a sparse file with data past its end"));
                     }
-                    copy(&file, at, len, bytes, &write)?;
+                    copy(file, at, len, bytes, &write)?;
                 }
             }
         }
-        self.set(&file, entry).map_err(|error| self.failed("set the owner and mode of", path, error))
+        self.set(file, entry).map_err(|error| self.failed("set the owner and mode of", path, error))
     }
 
     /// Owner, attributes, mode and times of an open file, in the order in which none undoes another.
