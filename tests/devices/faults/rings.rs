@@ -267,8 +267,9 @@ fn interrupts(guest: &mut Guest, subject: &Subject, requests: usize) -> usize {
     let before = guest.interrupts();
     for _ in 0..requests {
         ordinary(guest, subject);
+        // Else the next one may be served in the same turn, and both be told by one interrupt.
+        guest.settle();
     }
-    guest.settle();
     guest.interrupts() - before
 }
 
