@@ -177,6 +177,10 @@ fn nothing_leads_out_of_the_folder() {
     let device = entry("null", Kind::Char, "").blocks();
     let error = unpack(&device[..], bytes(&root), ALL).unwrap_err().to_string();
     assert!(error.contains("null is a device") && fs::read_dir(&root).unwrap().count() == 0, "{error}");
+    // What is left out takes nothing away either.
+    fs::write(root.join("null"), "good").unwrap();
+    assert!(unpack(&device[..], bytes(&root), ALL).is_err());
+    assert_eq!(fs::read(root.join("null")).unwrap(), b"good");
 }
 
 #[test]

@@ -163,6 +163,11 @@ impl Unpacker {
             self.folders.push(entry.clone());
             return Ok(());
         }
+        if matches!(entry.kind, Kind::Char | Kind::Block) && !self.policy.devices {
+            let what = "is a device, and was left out";
+            self.left.get_or_insert(Error::Left { path: path_of(path), what });
+            return Ok(());
+        }
         self.may_replace(&parent, name, entry)?;
         if entry.kind == Kind::File {
             return self.make_file(&parent, name, entry, bytes);
@@ -184,11 +189,6 @@ impl Unpacker {
             }
             Kind::Symlink => symlinkat(&entry.target[..], &parent, name),
             Kind::Fifo => mknodat(&parent, name, FileType::Fifo, Mode::from_raw_mode(0o600), 0),
-            Kind::Char | Kind::Block if !self.policy.devices => {
-                let what = "is a device, and was left out";
-                self.left.get_or_insert(Error::Left { path: path_of(path), what });
-                return Ok(());
-            }
             kind => {
                 let kind = if kind == Kind::Char { FileType::CharacterDevice } else { FileType::BlockDevice };
                 let (major, minor) = entry.device;
