@@ -170,6 +170,14 @@ reboots:
 		grep -a '^| \|^test result' target/reboots.log; \
 	done; exit $$failed
 
+# Runs the long tests SUBJECT_whole::whole_NAME of a list of names, each in a rig of its own.
+whole = boot=$$(cargo test --release --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p'); failed=0; \
+	for way in $(2); do \
+		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 3600 -- \
+			"$$boot" --exact $(1)_whole::whole_$$way --ignored --nocapture >target/$(1)-whole.log 2>&1 || { failed=1; tail -40 target/$(1)-whole.log; }; \
+		grep -a '^==\|^ok \|Csum\|^test result' target/$(1)-whole.log; \
+	done; exit $$failed
+
 # Each back end of a network for minutes, with iperf3 in a Debian guest, and gigabytes whose checksums the guest computes
 # (VMM_NET_MEGABYTES each way, 1000 unless said). Half an hour and more in the rig; no part of `make test`.
 NET_WHOLE := user streams tap vhost socket switch
@@ -178,12 +186,7 @@ net-whole:
 	@cargo guest bundle --out $(GUESTS) --only tuned
 	@cargo guest -- rootfs --from debian --include iperf3,iputils-ping,iproute2,ethtool,apt,wget --size 1G --out $(GUESTS)/net.ext4
 	@cargo build --quiet --package rig
-	@boot=$$(cargo test --release --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p'); failed=0; \
-	for way in $(NET_WHOLE); do \
-		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 3600 -- \
-			"$$boot" --exact net_whole::whole_$$way --ignored --nocapture >target/net-whole.log 2>&1 || { failed=1; tail -40 target/net-whole.log; }; \
-		grep -a '^==\|^ok \|Csum\|^test result' target/net-whole.log; \
-	done; exit $$failed
+	@$(call whole,net,$(NET_WHOLE))
 
 # The agent for minutes: a gigabyte through a command, a thousand commands, a stock ssh server. In the rig; no part of `make test`.
 AGENT_WHOLE := gigabyte thousand ssh
@@ -192,12 +195,7 @@ agent-whole:
 	@cargo guest bundle --out $(GUESTS) --only tuned
 	@[ -e $(GUESTS)/ssh.ext4 ] || cargo guest -- rootfs --from debian --include openssh-server,socat --size 1G --out $(GUESTS)/ssh.ext4
 	@cargo build --quiet --package rig
-	@boot=$$(cargo test --release --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p'); failed=0; \
-	for way in $(AGENT_WHOLE); do \
-		VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 1800 -- \
-			"$$boot" --exact agent_whole::whole_$$way --ignored --nocapture >target/agent-whole.log 2>&1 || { failed=1; tail -40 target/agent-whole.log; }; \
-		grep -a '^==\|^test result' target/agent-whole.log; \
-	done; exit $$failed
+	@$(call whole,agent,$(AGENT_WHOLE))
 
 clean-guests:
 	rm -rf $(GUESTS)

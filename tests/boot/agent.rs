@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vmm_agent::client::{self, Patience, Session, dial};
 use vmm_agent::protocol::{PORT, Reason, Request};
 
-use crate::guest::{Guest, Kernel, available, bundle, vmm};
+use crate::guest::{Guest, Kernel, available, bundle, copy_of_disk, vmm};
 
 fn start(kernel: Kernel) -> Guest {
     let mut command = vmm(kernel, "echo up; while :; do sleep 1; done");
@@ -154,10 +154,7 @@ fn an_agent_that_was_installed_serves_a_stock_debian() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let disk = dir.path().join("disk");
-    let copied =
-        Command::new("cp").arg("--sparse=always").arg(bundle("debian-stock.img")).arg(&disk).status();
-    assert!(copied.unwrap().success(), "no disk to copy: cargo guest bundle --out target/guests makes it");
+    let disk = copy_of_disk("debian-stock.img", dir.path());
     let vmm = || Command::new(env!("CARGO_BIN_EXE_vmm"));
     let mut install = vmm();
     install.args(["agent", "install", "--disk"]).arg(&disk).arg("--agent").arg(bundle("vmm-agent"));

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::firmware::{QBOOT, packaged};
-use crate::guest::{Ended, Guest, Kernel, available, bundle};
+use crate::guest::{Ended, Guest, Kernel, available, copy_of_disk};
 
 /// `vmm --disk DISK` with `options`, `keys` having been typed before it starts: the menu looks for them while it waits.
 fn boot(disk: &Path, options: &[&str], keys: &str) -> Ended {
@@ -184,10 +184,7 @@ fn a_stock_debian_comes_up_to_its_login() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let disk = dir.path().join("disk");
-    let copied =
-        Command::new("cp").arg("--sparse=always").arg(bundle("debian-stock.img")).arg(&disk).status();
-    assert!(copied.unwrap().success(), "no disk to copy: cargo guest bundle --out target/guests makes it");
+    let disk = copy_of_disk("debian-stock.img", dir.path());
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
     command.arg("--disk").arg(&disk).args(["--mem", "1G"]).stdin(Stdio::piped());
     let mut guest = Guest::start(command);

@@ -19,6 +19,14 @@ pub fn bundle(name: &str) -> PathBuf {
     folder.join(name)
 }
 
+/// A copy of the bundle's disk `name` in `folder`, for a guest to write to.
+pub fn copy_of_disk(name: &str, folder: &Path) -> PathBuf {
+    let copy = folder.join("disk");
+    let copied = Command::new("cp").arg("--sparse=always").arg(bundle(name)).arg(&copy).status();
+    assert!(copied.unwrap().success(), "no {name} to copy: cargo guest bundle --out target/guests makes it");
+    copy
+}
+
 /// Whether Linux guests can run here. Says so if not, and fails if they must.
 pub fn available(test: &str) -> bool {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use zerocopy::IntoBytes;
 
-use crate::guest::{DATA, Guest};
+use crate::guest::{DATA, Guest, with_each_transport};
 use crate::vsock::{ROOM_HERE, fill};
 use crate::vsock_driver::*;
 
@@ -27,46 +27,50 @@ fn soon() -> Instant {
 
 #[test]
 fn packets_that_nobody_looked_at_before_the_guest_was_gone_arrive() {
-    let host = Host::new();
-    let mut guest = host.start();
-    let (line, mut program) = host.connect(&mut guest, 1);
-    let (other, mut second) = host.connect(&mut guest, 2);
-    leave_data(&mut guest, 0, &line, b"the last ");
-    leave_data(&mut guest, 1, &other, b"and others'");
-    leave_data(&mut guest, 2, &line, b"words");
-    leave(&mut guest, 3, line.header(SHUTDOWN, 3, 0), &[]);
-    guest.device.finish(soon()).unwrap();
-    drop(guest);
-    let mut said = String::new();
-    program.read_to_string(&mut said).unwrap();
-    assert_eq!(said, "the last words");
-    said.clear();
-    second.read_to_string(&mut said).unwrap();
-    assert_eq!(said, "and others'");
+    with_each_transport(|_| {
+        let host = Host::new();
+        let mut guest = host.start();
+        let (line, mut program) = host.connect(&mut guest, 1);
+        let (other, mut second) = host.connect(&mut guest, 2);
+        leave_data(&mut guest, 0, &line, b"the last ");
+        leave_data(&mut guest, 1, &other, b"and others'");
+        leave_data(&mut guest, 2, &line, b"words");
+        leave(&mut guest, 3, line.header(SHUTDOWN, 3, 0), &[]);
+        guest.device.finish(soon()).unwrap();
+        drop(guest);
+        let mut said = String::new();
+        program.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "the last words");
+        said.clear();
+        second.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "and others'");
+    });
 }
 
 #[test]
 fn packets_behind_answers_that_the_guest_never_took_arrive_too() {
-    let host = Host::new();
-    let mut guest = host.start();
-    let (line, mut program) = host.connect(&mut guest, 1);
-    let stranger = Line::new(99, 98);
-    guest.store(DATA, stranger.header(RW, 0, 0).as_bytes());
-    // Each would be answered, and the guest gives no buffers: from some moment on it is not listened to.
-    while guest.rings[TRANSMIT].free() > 2 {
+    with_each_transport(|_| {
+        let host = Host::new();
+        let mut guest = host.start();
+        let (line, mut program) = host.connect(&mut guest, 1);
+        let stranger = Line::new(99, 98);
+        guest.store(DATA, stranger.header(RW, 0, 0).as_bytes());
+        // Each would be answered, and the guest gives no buffers: from some moment on it is not listened to.
         while guest.rings[TRANSMIT].free() > 2 {
-            guest.rings[TRANSMIT].add(&[(DATA, HEADER)], &[]);
+            while guest.rings[TRANSMIT].free() > 2 {
+                guest.rings[TRANSMIT].add(&[(DATA, HEADER)], &[]);
+            }
+            guest.notify(TRANSMIT);
+            assert!(host.is_at_rest());
+            while guest.rings[TRANSMIT].used().is_some() {}
         }
-        guest.notify(TRANSMIT);
-        assert!(host.is_at_rest());
-        while guest.rings[TRANSMIT].used().is_some() {}
-    }
-    leave_data(&mut guest, 0, &line, b"after all");
-    guest.device.finish(soon()).unwrap();
-    drop(guest);
-    let mut said = String::new();
-    program.read_to_string(&mut said).unwrap();
-    assert_eq!(said, "after all");
+        leave_data(&mut guest, 0, &line, b"after all");
+        guest.device.finish(soon()).unwrap();
+        drop(guest);
+        let mut said = String::new();
+        program.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "after all");
+    });
 }
 
 #[test]

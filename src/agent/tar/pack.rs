@@ -16,6 +16,9 @@ use super::{BLOCK, Error, padding, path_of};
 /// How much is read at once.
 const PIECE: usize = 64 << 10;
 
+/// Files up to this size are read before their size is written down.
+const DOUBTFUL: u64 = 4096;
+
 /// The most that is read of a file that tells no size.
 const MOST_UNSIZED: u64 = 16 << 20;
 
@@ -115,10 +118,10 @@ impl<W: Write> Packer<W> {
         let mut file = opened.map_err(|error| failed("read", path, error))?;
         let metadata = file.metadata().map_err(|error| failed("read", path, error))?;
         let size = metadata.len();
-        let parts = if metadata.blocks() * 512 < size { data(&file, size) } else { None };
-        if size == 0 {
-            return self.add_unsized(path, &mut file, entry);
+        if size <= DOUBTFUL {
+            return self.add_doubtful(path, &mut file, entry, size);
         }
+        let parts = if metadata.blocks() * 512 < size { data(&file, size) } else { None };
         let Some(parts) = parts else {
             entry.size = size;
             self.write(&entry.blocks())?;
@@ -142,13 +145,20 @@ impl<W: Write> Packer<W> {
         self.write(&[0; BLOCK][..padding(bytes)])
     }
 
-    /// Adds a file that says it is empty, and may have more to tell all the same: those of /proc do.
-    fn add_unsized(&mut self, path: &Path, file: &mut File, mut entry: Entry) -> Result<(), Error> {
+    /// Adds a file whose size may not be what it says: those of /proc say 0, those of /sys a page.
+    fn add_doubtful(
+        &mut self,
+        path: &Path,
+        file: &mut File,
+        mut entry: Entry,
+        size: u64,
+    ) -> Result<(), Error> {
+        let most = if size == 0 { MOST_UNSIZED } else { size };
         let mut content = Vec::new();
-        let read = file.take(MOST_UNSIZED).read_to_end(&mut content);
+        let read = file.take(most).read_to_end(&mut content);
         // Some cannot be read, and some only when there is news.
         if read.is_err() || content.len() as u64 == MOST_UNSIZED {
-            let what = "tells no size, and was not read to its end";
+            let what = "was not read to its end";
             self.left.get_or_insert(Error::Left { path: path.to_owned(), what });
         }
         entry.size = content.len() as u64;

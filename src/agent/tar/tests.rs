@@ -228,11 +228,31 @@ fn an_archive_that_is_cut_leaves_the_old_file_and_nothing_else() {
 }
 
 #[test]
-fn a_file_that_tells_no_size_is_read_to_its_end() {
+fn a_file_that_tells_a_wrong_size_is_read_to_its_end() {
     let dir = tempfile::tempdir().unwrap();
-    let archive = packed(Path::new("/proc/version"), "version");
-    unpack(&archive[..], bytes(dir.path()), ALL).unwrap();
-    assert_eq!(fs::read(dir.path().join("version")).unwrap(), fs::read("/proc/version").unwrap());
+    for path in ["/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled", "/sys/kernel/profiling"] {
+        let Ok(content) = fs::read(path) else { continue };
+        unpack(&packed(Path::new(path), "copy")[..], bytes(dir.path()), ALL).unwrap();
+        assert_eq!(fs::read(dir.path().join("copy")).unwrap(), content, "{path}");
+    }
+}
+
+#[test]
+fn what_cannot_be_made_leaves_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a"), "good").unwrap();
+    fs::create_dir(dir.path().join("folder")).unwrap();
+    for archive in [
+        entry("a", Kind::HardLink, "none").blocks(),
+        entry("a", Kind::HardLink, "a").blocks(),
+        entry("folder", Kind::Symlink, "a").blocks(),
+        file("folder"),
+    ] {
+        let _ = unpack(&archive[..], bytes(dir.path()), ALL);
+        assert_eq!(fs::read(dir.path().join("a")).unwrap(), b"good");
+        assert!(dir.path().join("folder").is_dir());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left");
+    }
 }
 
 #[test]

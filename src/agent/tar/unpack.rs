@@ -1,7 +1,9 @@
 //! Unpacks an archive. All names are resolved by the kernel within the folder that it goes to, as if that were `/`: no link and no
 //! `..` of the archive leads out of it.
 
+use std::collections::hash_map::RandomState;
 use std::fs::File;
+use std::hash::{BuildHasher, Hasher};
 use std::io::{self, BufReader, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
@@ -42,7 +44,8 @@ pub struct Policy {
 pub fn unpack(from: impl Read, path: &[u8], policy: Policy) -> Result<(), Error> {
     let mut from = BufReader::with_capacity(PIECE, from);
     let (root, place, name) = target(&path_of(path), policy)?;
-    let mut unpacker = Unpacker { root, place, name, policy, folders: Vec::new(), left: None };
+    let unfinished = format!(".vmm-cp.{:016x}", RandomState::new().build_hasher().finish());
+    let mut unpacker = Unpacker { root, place, name, policy, unfinished, folders: Vec::new(), left: None };
     while let Some(entry) = Entry::read(&mut from)? {
         let mut bytes = (&mut from).take(entry.size);
         unpacker.add(&entry, &mut bytes)?;
@@ -99,6 +102,8 @@ struct Unpacker {
     place: PathBuf,
     name: Option<Vec<u8>>,
     policy: Policy,
+    /// What a file is called until it is whole: a name that nobody else thinks of.
+    unfinished: String,
     /// Get their modes and times when all is in them.
     folders: Vec<Entry>,
     /// The first that was not made.
@@ -169,43 +174,49 @@ impl Unpacker {
             return Ok(());
         }
         self.may_replace(&parent, name, entry)?;
-        if entry.kind == Kind::File {
-            return self.make_file(&parent, name, entry, bytes);
-        }
-        match unlinkat(&parent, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(Errno::ISDIR | Errno::PERM) => return Err(self.failed("replace", path, Errno::ISDIR)),
-            Err(error) => return Err(self.failed("replace", path, error)),
-        }
+        // Under a name of its own until it is whole: whoever is cut off, or fails, leaves what was there.
+        let unfinished = self.unfinished.as_bytes();
+        let done = self.make(&parent, unfinished, entry, bytes).and_then(|()| {
+            renameat(&parent, unfinished, &parent, name).map_err(|error| self.failed("replace", path, error))
+        });
+        // Also after a rename that did nothing, since both names were the same file's.
+        let _ = unlinkat(&parent, unfinished, AtFlags::empty());
+        done
+    }
+
+    /// Makes what is no folder, as `name`, which nothing has.
+    fn make(&self, parent: &OwnedFd, name: &[u8], entry: &Entry, bytes: &mut impl Read) -> Result<(), Error> {
+        let path = &entry.path[..];
         let made = match entry.kind {
+            Kind::File => return self.make_file(parent, name, entry, bytes),
             Kind::HardLink => {
                 let Some((folder, old)) = self.components(&entry.target)? else {
                     return Err(Error::Format("it has a hard link to a folder"));
                 };
                 let from = self.folder(&folder)?;
                 // It has the other one's owner, mode and times.
-                return linkat(&from, old, &parent, name, AtFlags::empty())
+                return linkat(&from, old, parent, name, AtFlags::empty())
                     .map_err(|error| self.failed("link", path, error));
             }
-            Kind::Symlink => symlinkat(&entry.target[..], &parent, name),
-            Kind::Fifo => mknodat(&parent, name, FileType::Fifo, Mode::from_raw_mode(0o600), 0),
+            Kind::Symlink => symlinkat(&entry.target[..], parent, name),
+            Kind::Fifo => mknodat(parent, name, FileType::Fifo, Mode::from_raw_mode(0o600), 0),
             kind => {
                 let kind = if kind == Kind::Char { FileType::CharacterDevice } else { FileType::BlockDevice };
                 let (major, minor) = entry.device;
-                mknodat(&parent, name, kind, Mode::from_raw_mode(0o600), makedev(major, minor))
+                mknodat(parent, name, kind, Mode::from_raw_mode(0o600), makedev(major, minor))
             }
         };
         made.map_err(|error| self.failed("make", path, error))?;
         let set = (|| {
             if self.policy.owners {
                 let (uid, gid) = owner(entry);
-                chownat(&parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+                chownat(parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
             }
             // A symbolic link has no mode, and chmod would follow it.
             if entry.kind != Kind::Symlink {
-                chmodat(&parent, name, self.mode(entry), AtFlags::empty())?;
+                chmodat(parent, name, self.mode(entry), AtFlags::empty())?;
             }
-            utimensat(&parent, name, &times(entry), AtFlags::SYMLINK_NOFOLLOW)
+            utimensat(parent, name, &times(entry), AtFlags::SYMLINK_NOFOLLOW)
         })();
         set.map_err(|error| self.failed("set the owner and mode of", path, error))
     }
@@ -220,6 +231,7 @@ impl Unpacker {
             (FileType::CharacterDevice | FileType::BlockDevice, _) => "it is a device",
             (FileType::Fifo, _) => "it is a named pipe",
             (FileType::Socket, _) => "it is a socket",
+            (FileType::Directory, _) => return Err(self.failed("replace", &entry.path, Errno::ISDIR)),
             _ => return Ok(()),
         };
         let (folder, name) = self.components(&entry.path)?.unwrap_or_default();
@@ -246,38 +258,24 @@ impl Unpacker {
         entry: &Entry,
         bytes: &mut impl Read,
     ) -> Result<(), Error> {
-        // Under a name of its own until all of it is there: whoever is cut off leaves the old file, or none.
         let path = &entry.path[..];
-        let unfinished = format!(".vmm-cp.{}", std::process::id());
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let _ = unlinkat(parent, &*unfinished, AtFlags::empty());
-        let file = openat(parent, &*unfinished, flags, Mode::from_raw_mode(0o600));
+        let file = openat(parent, name, flags, Mode::from_raw_mode(0o600));
         let file = File::from(file.map_err(|error| self.failed("make", path, error))?);
-        let done = self.fill(&file, entry, bytes).and_then(|()| {
-            renameat(parent, &*unfinished, parent, name).map_err(|error| self.failed("replace", path, error))
-        });
-        if done.is_err() {
-            let _ = unlinkat(parent, &*unfinished, AtFlags::empty());
-        }
-        done
-    }
-
-    fn fill(&self, file: &File, entry: &Entry, bytes: &mut impl Read) -> Result<(), Error> {
-        let path = &entry.path[..];
         let write = |error: io::Error| self.error("write", path, error);
         match entry.sparse {
-            None => copy(file, 0, entry.size, bytes, &write)?,
+            None => copy(&file, 0, entry.size, bytes, &write)?,
             Some(size) => {
-                ftruncate(file, size).map_err(|error| write(error.into()))?;
+                ftruncate(&file, size).map_err(|error| write(error.into()))?;
                 for (at, len) in map(bytes)? {
                     if at.checked_add(len).is_none_or(|end| end > size) {
                         return Err(Error::Format("it has a sparse file with data past its end"));
                     }
-                    copy(file, at, len, bytes, &write)?;
+                    copy(&file, at, len, bytes, &write)?;
                 }
             }
         }
-        self.set(file, entry).map_err(|error| self.failed("set the owner and mode of", path, error))
+        self.set(&file, entry).map_err(|error| self.failed("set the owner and mode of", path, error))
     }
 
     /// Owner, attributes, mode and times of an open file, in the order in which none undoes another.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::text::{flag, optional_number};
 use super::{Invalid, host_path};
 
-/// A socket device: `[PATH][,cid=N]`, or `vhost=on[,cid=N]`.
+/// A socket device: `PATH`, `cid=N`, `PATH,cid=N` or `vhost=on[,cid=N]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Vsock {

@@ -47,6 +47,16 @@ impl End {
         self.hear_only();
     }
 
+    /// Hears for ten seconds, and acknowledges half of what it has not yet each time.
+    fn hear_by_halves(&mut self) {
+        for _ in 0..200 {
+            self.hear();
+            let half = self.seen.wrapping_sub(self.acknowledged) / 2;
+            self.acknowledge(self.acknowledged.wrapping_add(half));
+            self.guest.wait(Duration::from_millis(50));
+        }
+    }
+
     fn hear_only(&mut self) {
         while let Some(frame) = self.guest.stack.output() {
             let (start, len) = segment(&frame.bytes);
@@ -69,12 +79,7 @@ fn segment(frame: &[u8]) -> (u32, usize) {
 #[test]
 fn a_stream_that_is_never_acknowledged_whole_is_sent_once() {
     let mut end = End::connect();
-    for _ in 0..200 {
-        end.hear();
-        let half = end.seen.wrapping_sub(end.acknowledged) / 2;
-        end.acknowledge(end.acknowledged.wrapping_add(half));
-        end.guest.wait(Duration::from_millis(50));
-    }
+    end.hear_by_halves();
     end.hear();
     assert_eq!(end.again, 0, "bytes came again");
 }
@@ -95,12 +100,7 @@ fn a_guest_that_is_slow_for_a_moment_is_sent_nothing_twice() {
 #[test]
 fn what_is_lost_comes_again_soon_however_long_the_stream_was() {
     let mut end = End::connect();
-    for _ in 0..200 {
-        end.hear();
-        let half = end.seen.wrapping_sub(end.acknowledged) / 2;
-        end.acknowledge(end.acknowledged.wrapping_add(half));
-        end.guest.wait(Duration::from_millis(50));
-    }
+    end.hear_by_halves();
     // What is on its way now never arrives.
     end.hear();
     let (lost, before) = (end.seen.wrapping_sub(end.acknowledged) as usize, end.again);
