@@ -5,7 +5,7 @@
 
 use std::io;
 use std::marker::PhantomData;
-use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
+use std::thread::{Builder, JoinHandle};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vmm_sys_util::signal::{block_signal, unblock_signal};
@@ -13,10 +13,8 @@ use vmm_sys_util::signal::{block_signal, unblock_signal};
 /// What a thread is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
-    /// Runs a vCPU, by number.
+    /// Runs a vCPU, by number; that of vCPU 0 sets the VM up before.
     Vcpu(u32),
-    /// Fills guest memory while KVM sets up.
-    Loader,
     /// Takes orders: control socket, signals, terminal; serves the serial port's input.
     Control,
     /// Carries out an order that may take its time.
@@ -36,7 +34,6 @@ impl Role {
     fn name(&self) -> String {
         match self {
             Self::Vcpu(number) => format!("vcpu{number}"),
-            Self::Loader => "loader".to_owned(),
             Self::Control => "control".to_owned(),
             Self::Errand => "errand".to_owned(),
             Self::Device(name) | Self::Disk(name) => name.clone(),
@@ -61,18 +58,6 @@ pub fn spawn<T: Send + 'static>(
         }
         run()
     })
-}
-
-/// The same for a thread that ends within `scope`.
-///
-/// # Errors
-/// The host is out of threads.
-pub fn spawn_scoped<'scope, T: Send + 'scope>(
-    scope: &'scope Scope<'scope, '_>,
-    role: Role,
-    run: impl FnOnce() -> T + Send + 'scope,
-) -> io::Result<ScopedJoinHandle<'scope, T>> {
-    Builder::new().name(role.name()).spawn_scoped(scope, run)
 }
 
 /// Signals that are orders.

@@ -19,7 +19,7 @@ use kvm_ioctls::Cap;
 pub use stats::Counters;
 pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;
-pub use x86_64::{VcpuState, cpuid, debug, host_has_hardware_virtualization, regs};
+pub use x86_64::{Processor, VcpuState, cpuid, debug, host_has_hardware_virtualization, regs};
 
 /// Why the hypervisor could not be used. The texts name the ioctl, because that is what its documentation
 /// (Documentation/virt/kvm/api.rst) is sorted by.

@@ -91,7 +91,7 @@ impl Vcpu {
     /// KVM_RUN failed, also by a signal.
     pub fn run_bare(&mut self) -> Result<u32, Error> {
         // _IO(KVMIO, 0x80), KVM's API, 4.10.
-        const KVM_RUN: libc::c_ulong = 0xae80;
+        const KVM_RUN: libc::Ioctl = 0xae80;
         // SAFETY: the ioctl takes no argument; what it writes is kvm_run, which `self` lends to nobody now.
         if unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) } < 0 {
             return Err(Error::Ioctl { ioctl: "KVM_RUN", source: io::Error::last_os_error() });

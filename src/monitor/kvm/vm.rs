@@ -39,7 +39,7 @@ impl Vm {
             }
             set_slot(&fd, memory::slots(memory.ram()).count(), rom, KVM_MEM_READONLY)?;
         }
-        let arch = Arch::set_up(kvm, &fd)?;
+        let arch = Arch::set_up(&fd)?;
         let (ram, all) = (memory.ram().clone(), memory.all());
         Ok(Self { fd, arch, ram, all })
     }

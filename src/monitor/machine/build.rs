@@ -1,27 +1,26 @@
 //! The assembly: from a configuration to a machine, read top to bottom.
 //!
 //! The order is that of the ioctls' cost: memory slots, then interrupt controllers, then interrupts and doorbells, then
-//! vCPUs. A kernel of some size is loaded by a thread of its own while KVM sets up, because it needs only the memory and the
-//! plan.
+//! vCPUs. The first two are KVM's work, and done by the thread of the first vCPU, while this one loads what the machine starts with
+//! and asks what the processor offers.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
-use std::thread;
 use std::time::Instant;
 
 use super::inventory::{inventory, platform};
 use super::origin::{Contents, Origin};
 use super::{Error, Event, Handle, Machine, Phase, Shared, kvm_path};
 use crate::backends::Backends;
-use crate::boot::tables::Platform;
 use crate::boot::{self, Payload};
 use crate::bus::{Bus, Device, Kind, Place, SharedDevice, Slot, lock};
 use crate::chardev::Escape;
 use crate::config::{Firmware, OnPanic, Transport, VmConfig};
 use crate::hyperv::Hypercalls;
-use crate::kvm::{self, Kvm};
+use crate::kvm::{self, Kvm, Processor};
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::boot_marks::BootMarks;
 use crate::legacy::crtc::Crtc;
@@ -38,7 +37,6 @@ use crate::legacy::testdev::{hyperv::HypervTestDevice, pc};
 use crate::memory::{Memory, layout};
 use crate::pci;
 use crate::recorder::{Recorder, Step, Steps};
-use crate::threads::{self, Role};
 use crate::vcpu;
 use crate::vcpu::dispatch::Buses;
 use crate::vcpu::gate::Gate;
@@ -70,52 +68,41 @@ pub fn load(config: &VmConfig, backends: &mut Backends, recorder: &Arc<Recorder>
     steps.done(Step::Memory);
     let list = inventory(config, memory.rom_slot().map(|(_, _, size)| size))?;
     let platform = platform(cpus, &list);
-    let mut create_vm = || kvm.create_vm(&memory).inspect(|_| steps.done(Step::Vm));
-    let (vm, contents) = if origin.is_quick() {
-        (create_vm()?, fill(&origin, &memory, &platform, recorder)?)
-    } else {
-        fill_meanwhile(&origin, &memory, &platform, recorder, create_vm)?
-    };
-    // Until the loader is done, which has told of that itself.
+    let kvm = Arc::new(kvm);
+    // It takes KVM as long to make a VM as the rest takes together.
+    let (seat, vm) = create_vm(kvm.clone(), memory.clone(), recorder.clone())?;
+    let contents = origin.fill(&memory, &platform)?;
+    steps.done(Step::Load);
+    let processor = kvm.processor()?;
+    steps.done(Step::Processor);
+    // None comes only after a panic there, which is a defect of ours and told as one.
+    let vm = vm.recv().map_err(|_| host("the VM", io::ErrorKind::Interrupted.into()))??;
     steps.skip();
-    let mut machine = build(config, list, &memory, vm, backends, recorder, &mut steps, start)?;
+    let mut machine = build(config, list, &memory, vm, &processor, backends, recorder, &mut steps, start)?;
     if let Some(payload) = origin.payload() {
-        machine.warn_of_missing_clock(payload);
+        machine.warn_of_missing_clock(payload, processor.is_intels());
     }
+    machine.seat = Some(seat);
     machine.begin_with(contents)?;
     steps.done(Step::Vcpus);
     Ok(machine)
 }
 
-fn fill(
-    origin: &Origin,
-    memory: &Memory,
-    platform: &Platform,
-    recorder: &Recorder,
-) -> Result<Contents, Error> {
-    let mut steps = Steps::begin(recorder, "loader");
-    let contents = origin.fill(memory, platform)?;
-    steps.done(Step::Load);
-    Ok(contents)
+/// Makes the VM with the slots of `memory` on the thread that will run its first vCPU.
+fn create_vm(
+    kvm: Arc<Kvm>,
+    memory: Memory,
+    recorder: Arc<Recorder>,
+) -> Result<(vcpu::Seat, Receiver<Result<kvm::Vm, kvm::Error>>), Error> {
+    let create = move || {
+        let mut steps = Steps::begin(&recorder, "vcpu0");
+        kvm.create_vm(&memory).inspect(|_| steps.done(Step::Vm))
+    };
+    vcpu::Seat::new(create).map_err(|source| host("the thread of vCPU 0", source))
 }
 
-/// Fills memory in a thread of its own while this one sets KVM up.
-fn fill_meanwhile(
-    origin: &Origin,
-    memory: &Memory,
-    platform: &Platform,
-    recorder: &Recorder,
-    create_vm: impl FnOnce() -> Result<kvm::Vm, kvm::Error>,
-) -> Result<(kvm::Vm, Contents), Error> {
-    thread::scope(|scope| {
-        let filled = threads::spawn_scoped(scope, Role::Loader, || fill(origin, memory, platform, recorder));
-        let vm = create_vm()?;
-        let filled =
-            filled.map_err(|source| Error::Host { what: "the loader's thread".to_owned(), source })?;
-        // A panic there is a defect of ours, and goes on as one.
-        let contents = filled.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok((vm, contents))
-    })
+fn host(what: &str, source: io::Error) -> Error {
+    Error::Host { what: what.to_owned(), source }
 }
 
 /// Builds what is on the `list` around `vm`, whose memory is `memory`. The vCPUs are in the state after a reset.
@@ -125,6 +112,7 @@ fn build(
     list: Vec<Slot>,
     memory: &Memory,
     vm: kvm::Vm,
+    processor: &Processor,
     backends: &mut Backends,
     recorder: &Arc<Recorder>,
     steps: &mut Steps,
@@ -215,7 +203,8 @@ fn build(
 
     vm.deny_msrs(&config.cpu.denied_msrs())?;
     let cpus = config.cpus.0;
-    let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus, &config.cpu)).collect::<Result<Vec<_>, _>>()?;
+    let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus, &config.cpu, processor));
+    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
     if let [_, .., last] = vcpus.as_slice() {
         last.join_apic_map()?;
     }
@@ -261,13 +250,23 @@ fn build(
         }
     });
     let last_words = backends.ends.last_words();
-    Ok(Machine { shared, fw_cfg, vcpus, events: ended, built: start, last_words, later: None, vm })
+    Ok(Machine {
+        shared,
+        fw_cfg,
+        vcpus,
+        seat: None,
+        events: ended,
+        built: start,
+        last_words,
+        later: None,
+        vm,
+    })
 }
 
 impl Machine {
-    fn warn_of_missing_clock(&self, payload: &Payload) {
+    fn warn_of_missing_clock(&self, payload: &Payload, is_intels: bool) {
         let khz = self.vcpus[0].tsc_khz();
-        if let Some(word) = boot::missing_clock(&payload.cmdline, self.vm.is_intels(), khz) {
+        if let Some(word) = boot::missing_clock(&payload.cmdline, is_intels, khz) {
             log::warn!(
                 "a Linux with no-kvmclock may find no clock on this processor: add {word} to its command line"
             );

@@ -251,6 +251,8 @@ pub struct Machine {
     shared: Arc<Shared>,
     fw_cfg: Arc<Mutex<FwCfg>>,
     vcpus: Vec<kvm::Vcpu>,
+    /// The thread for the first of them.
+    seat: Option<vcpu::Seat>,
     events: Receiver<Event>,
     built: Instant,
     last_words: LastWords,
@@ -292,7 +294,9 @@ impl Machine {
         let mut started = Ok(());
         for vcpu in self.vcpus.drain(..) {
             let id = vcpu.id();
-            match vcpu::Thread::start(vcpu, self.shared.vcpus.clone(), self.shared.events.clone()) {
+            let (seat, shared, events) =
+                (self.seat.take(), self.shared.vcpus.clone(), self.shared.events.clone());
+            match vcpu::Thread::start(vcpu, seat, shared, events) {
                 Ok(thread) => lock(&self.shared.threads).push(thread),
                 Err(source) => {
                     self.shared.vcpus.gate.left(id as usize);

@@ -1,13 +1,12 @@
 //! [`Origin`]: where the contents of a new machine come from.
 
-use std::fs;
 use std::path::PathBuf;
 
 use super::Error;
 use crate::boot::tables::Platform;
 use crate::boot::{self, Entry, Payload, firmware};
 use crate::config::kernel::nothing_to_boot;
-use crate::config::{Firmware, Kernel, VmConfig};
+use crate::config::{Firmware, VmConfig};
 use crate::legacy::fw_cfg::Items;
 use crate::memory::Memory;
 
@@ -84,17 +83,5 @@ impl Origin {
                 Contents { entry: None, items: firmware::load(memory, &start, platform)? }
             }
         })
-    }
-
-    /// Whether filling takes less time than starting a thread for it would: test guests, unikernels, and firmware, which reads
-    /// the files itself.
-    pub(super) fn is_quick(&self) -> bool {
-        const SMALL: u64 = 256 << 10;
-        let Self::Kernel(payload) = self else { return true };
-        // The built-in one is small, and no initrd belongs to it.
-        let Kernel::File(kernel) = &payload.kernel else { return true };
-        // A file that cannot be read is for the loader to report.
-        let size = |path| fs::metadata(path).map_or(0, |metadata| metadata.len());
-        [Some(kernel), payload.initrd.as_ref()].into_iter().flatten().map(size).sum::<u64>() <= SMALL
     }
 }

@@ -106,13 +106,13 @@ pub fn open(name: &str, queues: u16, mtu: Option<u16>) -> Result<Vec<Tap>, Error
         let control = control.map_err(|error| failed("bring up")(error.into()))?;
         if let Some(mtu) = mtu {
             let mut request = Request::new(name, &i32::from(mtu).to_ne_bytes());
-            request.issue(&control, libc::SIOCSIFMTU).map_err(failed("set the MTU of"))?;
+            request.issue(&control, libc::SIOCSIFMTU as libc::Ioctl).map_err(failed("set the MTU of"))?;
         }
         let mut request = Request::new(name, &[]);
-        request.issue(&control, libc::SIOCGIFFLAGS).map_err(failed("bring up"))?;
+        request.issue(&control, libc::SIOCGIFFLAGS as libc::Ioctl).map_err(failed("bring up"))?;
         let up = request.flags() as u16 | libc::IFF_UP as u16;
         request.data[..2].copy_from_slice(&up.to_ne_bytes());
-        request.issue(&control, libc::SIOCSIFFLAGS).map_err(failed("bring up"))?;
+        request.issue(&control, libc::SIOCSIFFLAGS as libc::Ioctl).map_err(failed("bring up"))?;
     }
     Ok(taps)
 }

@@ -11,9 +11,9 @@ pub enum Step {
     Open = 0,
     /// Reserves guest memory.
     Memory = 1,
-    /// Creates the VM, its memory slots and interrupt controllers.
+    /// Creates the VM, its memory slots and interrupt controllers; beside [`Step::Load`] and [`Step::Processor`].
     Vm = 2,
-    /// Reads kernel and initrd into guest memory, writes tables; beside [`Step::Vm`] where they are not small.
+    /// Reads kernel and initrd into guest memory, writes tables.
     Load = 3,
     /// Devices, their host ends, their interrupts and doorbells.
     Devices = 4,
@@ -21,12 +21,22 @@ pub enum Step {
     Vcpus = 5,
     /// The record itself: the file, the kernel's trace events.
     Recorder = 6,
+    /// Asks KVM what it offers of the processor.
+    Processor = 7,
 }
 
 impl Step {
     /// All of them, by their numbers.
-    pub const ALL: [Self; 7] =
-        [Self::Open, Self::Memory, Self::Vm, Self::Load, Self::Devices, Self::Vcpus, Self::Recorder];
+    pub const ALL: [Self; 8] = [
+        Self::Open,
+        Self::Memory,
+        Self::Vm,
+        Self::Load,
+        Self::Devices,
+        Self::Vcpus,
+        Self::Recorder,
+        Self::Processor,
+    ];
 
     /// That of this number.
     pub fn of(number: u64) -> Option<Self> {

@@ -6,6 +6,7 @@
 pub mod dispatch;
 pub mod gate;
 mod observe;
+mod seat;
 mod x86_64;
 
 use std::fmt;
@@ -23,6 +24,7 @@ use dispatch::{Buses, End, Next, dispatch};
 use gate::{Gate, GateWork, Passed, VcpuRequest};
 use observe::Observer;
 pub use observe::{Observed, ObservedVcpu};
+pub use seat::Seat;
 use x86_64::restart;
 pub use x86_64::{linear, report};
 
@@ -81,17 +83,19 @@ pub struct Ended {
 pub struct Thread(JoinHandle<()>);
 
 impl Thread {
-    /// Starts `vcpu` on a thread of its own, named `vcpu0` and so on. The first end is sent to `ended`; then the
-    /// thread waits at the gate for the machine to close, or, after a panic that it is held for, to go on.
+    /// Starts `vcpu` on a thread of its own, named `vcpu0` and so on, or on that of `seat`. The first end is sent to `ended`; then
+    /// the thread waits at the gate for the machine to close, or, after a panic that it is held for, to go on.
     ///
     /// # Errors
     /// The host is out of threads.
     pub fn start<E: From<Ended> + Send + 'static>(
         mut vcpu: Vcpu,
+        seat: Option<Seat>,
         shared: Arc<Shared>,
         ended: Sender<E>,
     ) -> io::Result<Self> {
-        let thread = threads::spawn(Role::Vcpu(vcpu.id()), move || {
+        let role = Role::Vcpu(vcpu.id());
+        let run = move || {
             vcpu.bind();
             while let Some(end) = run(&mut vcpu, &shared) {
                 let held = shared.holds_on_panic && matches!(end, Ok(End::Panic));
@@ -106,8 +110,11 @@ impl Thread {
                 }
             }
             shared.gate.left(vcpu.id() as usize);
-        })?;
-        Ok(Self(thread))
+        };
+        match seat {
+            Some(seat) => Ok(Self(seat.run(run))),
+            None => threads::spawn(role, run).map(Self),
+        }
     }
 
     /// Brings the vCPU out of the guest. A kick that comes before the thread has taken its vCPU is lost: the gate kicks

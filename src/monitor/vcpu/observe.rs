@@ -246,8 +246,10 @@ mod tests {
         // mov edx, 0x1234; out dx, eax; jmp to the out.
         let code = [0xba, 0x34, 0x12, 0x00, 0x00, 0xef, 0xeb, 0xfd];
         memory.ram().write_slice(&code, GuestAddress(0x1000)).unwrap();
-        let vm = Kvm::open(kvm).unwrap().create_vm(&memory).unwrap();
-        let mut vcpu = vm.create_vcpu(0, 1, &crate::config::Cpu::default()).unwrap();
+        let kvm = Kvm::open(kvm).unwrap();
+        let vm = kvm.create_vm(&memory).unwrap();
+        let cpu = crate::config::Cpu::default();
+        let mut vcpu = vm.create_vcpu(0, 1, &cpu, &kvm.processor().unwrap()).unwrap();
         vcpu.enter_at(&Entry { rip: 0x1000, ..FLAT }).unwrap();
         vcpu.bind();
         let shared = Shared {

@@ -32,6 +32,7 @@ fn words(step: Step) -> (&'static str, &'static str) {
         Step::Load => ("load", "kernel, initrd and tables are put into guest memory"),
         Step::Devices => ("devices", "devices are made and wired up: host ends, interrupts, doorbells"),
         Step::Vcpus => ("vCPUs", "vCPUs are made and their registers set"),
+        Step::Processor => ("processor", "KVM says what of this host's processor a guest may have"),
         Step::Recorder => ("this record", "its file, and the kernel asked for the exits inside KVM"),
     }
 }

@@ -46,7 +46,8 @@ fn parts(config: &VmConfig) -> Result<Parts, String> {
     let list = machine::inventory(config, None).map_err(text)?;
     let platform = machine::platform(config.cpus.0, &list);
     let entry = boot::load(&memory, &payload, &platform).map_err(text)?;
-    let vcpu = vm.create_vcpu(0, 1, &vmm_monitor::config::Cpu::default()).map_err(text)?;
+    let (cpu, processor) = (vmm_monitor::config::Cpu::default(), kvm.processor().map_err(text)?);
+    let vcpu = vm.create_vcpu(0, 1, &cpu, &processor).map_err(text)?;
     vcpu.enter_at(&entry).map_err(text)?;
     Ok(Parts { vm, vcpu, ram: memory.ram().clone() })
 }

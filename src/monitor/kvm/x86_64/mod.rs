@@ -6,6 +6,7 @@ pub mod debug;
 pub mod exit;
 mod hyperv;
 mod look;
+mod processor;
 pub mod regs;
 mod routes;
 mod testdev;
@@ -15,6 +16,7 @@ mod vm;
 use kvm_ioctls::Cap;
 
 pub use look::VcpuState;
+pub use processor::Processor;
 pub(super) use routes::Route;
 pub(super) use vm::Arch;
 

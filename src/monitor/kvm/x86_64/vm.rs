@@ -13,7 +13,7 @@ use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlag
 use vmm_sys_util::eventfd::EventFd;
 
 use super::routes::{Route, Routes};
-use super::{cpu_model, cpuid, hyperv};
+use super::{Processor, cpu_model, cpuid, hyperv};
 use crate::bus::lock;
 use crate::config::Cpu;
 use crate::config::msr::Window;
@@ -24,9 +24,6 @@ use crate::memory::layout;
 /// What a [`Vm`] keeps for this architecture.
 #[derive(Debug)]
 pub(in crate::kvm) struct Arch {
-    supported: kvm_bindings::CpuId,
-    tsc_deadline: bool,
-    sync_registers: bool,
     routes: Mutex<Routes>,
     /// Synthetic interrupts by vCPU and source: their numbers, and what raises them.
     pub(super) sints: Mutex<BTreeMap<(u32, u32), (u32, EventFd)>>,
@@ -34,22 +31,12 @@ pub(in crate::kvm) struct Arch {
 
 impl Arch {
     /// Sets up what all of a PC's VMs have. The memory slots are there, and no vCPU is.
-    pub(in crate::kvm) fn set_up(kvm: &kvm_ioctls::Kvm, fd: &VmFd) -> Result<Self, Error> {
+    pub(in crate::kvm) fn set_up(fd: &VmFd) -> Result<Self, Error> {
         ioctl("KVM_SET_IDENTITY_MAP_ADDR", fd.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
         ioctl("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::KVM_TSS as usize))?;
         ioctl("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
         set_up_pics(fd, [0xff; 2])?;
-        let max = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-        let supported = ioctl("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(max))?;
-        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        let sync_registers = kvm.check_extension(Cap::SyncRegs);
-        Ok(Self {
-            supported,
-            tsc_deadline,
-            sync_registers,
-            routes: Mutex::default(),
-            sints: Mutex::default(),
-        })
+        Ok(Self { routes: Mutex::default(), sints: Mutex::default() })
     }
 }
 
@@ -81,11 +68,6 @@ impl Vm {
         (0..count).map(|_| routes.add(Route::Nowhere)).collect()
     }
 
-    /// Whether the processor is Intel's.
-    pub fn is_intels(&self) -> bool {
-        cpuid::is_intels(self.arch.supported.as_slice())
-    }
-
     /// Has the guest's uses of the MSRs that `denied` has come out as exits ([`Exit::MsrRead`](crate::kvm::exit::Exit::MsrRead)),
     /// which end in #GP.
     ///
@@ -108,11 +90,11 @@ impl Vm {
         ioctl("KVM_X86_SET_MSR_FILTER", filter)
     }
 
-    /// Adds vCPU `id` of `count`. vCPU 0 is runnable; the others wait for INIT and SIPI.
+    /// Adds vCPU `id` of `count` with what `cpu` wants of the `processor`. vCPU 0 is runnable; the others wait for INIT and SIPI.
     ///
     /// # Errors
     /// The ioctl that failed; [`Error::CpuFeature`].
-    pub fn create_vcpu(&self, id: u32, count: u32, cpu: &Cpu) -> Result<Vcpu, Error> {
+    pub fn create_vcpu(&self, id: u32, count: u32, cpu: &Cpu, processor: &Processor) -> Result<Vcpu, Error> {
         let fd = ioctl("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))?;
         let frequency = cpuid::Frequencies {
             // 0 where the host's counter is not stable: the guest then finds out by itself.
@@ -120,10 +102,10 @@ impl Vm {
         };
         let topology = cpuid::Topology { id, count };
         let mut table = cpuid::table(
-            self.arch.supported.as_slice(),
+            processor.supported.as_slice(),
             topology,
             frequency,
-            self.arch.tsc_deadline,
+            processor.tsc_deadline,
             cpu.nested,
         );
         if cpu.hyperv {
@@ -133,7 +115,7 @@ impl Vm {
         let table =
             kvm_bindings::CpuId::from_entries(&table).map_err(|_| Error::Missing("room for CPUID"))?;
         ioctl("KVM_SET_CPUID2", fd.set_cpuid2(&table))?;
-        Ok(Vcpu::new(fd, id, self.arch.sync_registers))
+        Ok(Vcpu::new(fd, id, processor.sync_registers))
     }
 }
 

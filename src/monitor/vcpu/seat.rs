@@ -1,0 +1,47 @@
+//! The thread of vCPU 0 before there is a vCPU: something is done on it at once, beside the thread that made it, and then it waits
+//! for what it was made for.
+//!
+//! A start has work for two processors, and this thread is needed anyway.
+
+use std::io;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use crate::threads::{self, Role};
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// A thread that waits. Dropped, it ends.
+#[derive(Debug)]
+pub struct Seat {
+    thread: JoinHandle<()>,
+    work: Sender<Work>,
+}
+
+impl Seat {
+    /// Starts the thread, named `vcpu0`, which does `first`. The receiver gets the result; nothing, if that panicked.
+    ///
+    /// # Errors
+    /// The host is out of threads.
+    pub fn new<T: Send + 'static>(
+        first: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<(Self, Receiver<T>)> {
+        let (tell, told) = channel();
+        let (work, waits) = channel::<Work>();
+        let thread = threads::spawn(Role::Vcpu(0), move || {
+            // Whoever asked is gone if something else went wrong meanwhile; then so is the other end of `work`.
+            let _ = tell.send(first());
+            if let Ok(work) = waits.recv() {
+                work();
+            }
+        })?;
+        Ok((Self { thread, work }, told))
+    }
+
+    /// Has it do `work`, its last.
+    pub(super) fn run(self, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+        // It waits: only a panic in what it did first can have ended it, and no VM came out of that.
+        let _ = self.work.send(Box::new(work));
+        self.thread
+    }
+}
