@@ -93,11 +93,11 @@ pub fn live(
     let killed_status = Code::Killed.number();
     let outputs = record.iter().map(|record| record.file.path.clone()).collect();
     let controls = Controls { stop_timeout, viewers, serving: log_output::serve, killed_status, outputs };
-    let mut session = Session::controlled(&config, recorder.clone(), controls)?;
+    let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
+    let mut session = Session::controlled(&config, recorder, controls)?;
     if let Some(background) = &mut background {
         background.named()?;
     }
-    let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder));
     let mut ptys = Announcer::default();
     // Under a debugger a guest may be silent for as long as it likes.
     let mut silence = debugger.is_none().then(|| Silence::of(&config)).flatten();

@@ -1,26 +1,25 @@
 //! The assembly: from a configuration to a machine, read top to bottom.
 //!
 //! The order is that of the ioctls' cost: memory slots, then interrupt controllers, then interrupts and doorbells, then
-//! vCPUs. The first two are KVM's work, and done by the thread of the first vCPU, while this one loads what the machine starts with
-//! and asks what the processor offers.
+//! vCPUs. The first two are the [`Shell`]'s.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Instant;
 
 use super::inventory::{inventory, platform};
 use super::origin::{Contents, Origin};
-use super::{Error, Event, Handle, Machine, Phase, Shared, kvm_path};
+use super::shell::{Made, Shell};
+use super::{Error, Event, Handle, Machine, Phase, Shared};
 use crate::backends::Backends;
 use crate::boot::{self, Payload};
 use crate::bus::{Bus, Device, Kind, Place, SharedDevice, Slot, lock};
 use crate::chardev::Escape;
 use crate::config::{Firmware, OnPanic, Transport, VmConfig};
 use crate::hyperv::Hypercalls;
-use crate::kvm::{self, Kvm, Processor};
+use crate::kvm::{self, Processor};
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::boot_marks::BootMarks;
 use crate::legacy::crtc::Crtc;
@@ -44,65 +43,43 @@ use crate::virtio;
 use crate::virtio::mmio::Mmio;
 use crate::vm::{Interrupt, Vm};
 
-/// Loads the machine that `config` describes with what it starts from: ready to run. `backends` keeps what its
-/// devices have on the host over resets of the guest: what is not open yet is opened here, the ends of consoles last of all that can
-/// fail for want of something that the user named. `recorder` is told of what the machine does.
+/// Loads the machine that `config` describes with what it starts from: ready to run. `shell` is its own, if it has been begun.
+/// `backends` keeps what its devices have on the host over resets of the guest: what is not open yet is opened here, the ends of
+/// consoles last of all that can fail for want of something that the user named. `recorder` is told of what the machine does.
 ///
 /// # Errors
 /// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several ends that failed.
-pub fn load(config: &VmConfig, backends: &mut Backends, recorder: &Arc<Recorder>) -> Result<Machine, Error> {
+pub fn load(
+    config: &VmConfig,
+    shell: Option<Result<Shell, Error>>,
+    backends: &mut Backends,
+    recorder: &Arc<Recorder>,
+) -> Result<Machine, Error> {
     let start = Instant::now();
-    let mut steps = Steps::begin(recorder, "monitor");
     config.validate()?;
     let origin = Origin::of(config)?;
-    let kvm = Kvm::open(&kvm_path())?;
-    let cpus = config.cpus.0;
-    if cpus as usize > kvm.max_vcpus() {
-        return Err(Error::TooManyCpus { wanted: cpus, possible: kvm.max_vcpus() });
-    }
-    steps.done(Step::Open);
-    let mut memory = Memory::new(&config.memory())?;
-    if let Some(rom) = origin.rom()? {
-        memory.set_rom(&rom)?;
-    }
-    steps.done(Step::Memory);
+    let shell = match shell {
+        Some(shell) => shell?,
+        None => Shell::begin(config, origin.rom()?.as_deref(), recorder)?,
+    };
+    let memory = shell.memory.clone();
     let list = inventory(config, memory.rom_slot().map(|(_, _, size)| size))?;
-    let platform = platform(cpus, &list);
-    let kvm = Arc::new(kvm);
-    // It takes KVM as long to make a VM as the rest takes together.
-    let (seat, vm) = create_vm(kvm.clone(), memory.clone(), recorder.clone())?;
-    let contents = origin.fill(&memory, &platform)?;
+    let platform = platform(config.cpus.0, &list);
+    let mut steps = Steps::begin(recorder, "monitor");
+    let contents = origin.fill(&memory, &platform);
     steps.done(Step::Load);
-    let processor = kvm.processor()?;
-    steps.done(Step::Processor);
-    // None comes only after a panic there, which is a defect of ours and told as one.
-    let vm = vm.recv().map_err(|_| host("the VM", io::ErrorKind::Interrupted.into()))??;
+    // Without KVM nothing else matters.
+    let (Made { vm, processor }, seat) = shell.finish()?;
+    let contents = contents?;
     steps.skip();
     let mut machine = build(config, list, &memory, vm, &processor, backends, recorder, &mut steps, start)?;
+    machine.seat = Some(seat);
     if let Some(payload) = origin.payload() {
         machine.warn_of_missing_clock(payload, processor.is_intels());
     }
-    machine.seat = Some(seat);
     machine.begin_with(contents)?;
     steps.done(Step::Vcpus);
     Ok(machine)
-}
-
-/// Makes the VM with the slots of `memory` on the thread that will run its first vCPU.
-fn create_vm(
-    kvm: Arc<Kvm>,
-    memory: Memory,
-    recorder: Arc<Recorder>,
-) -> Result<(vcpu::Seat, Receiver<Result<kvm::Vm, kvm::Error>>), Error> {
-    let create = move || {
-        let mut steps = Steps::begin(&recorder, "vcpu0");
-        kvm.create_vm(&memory).inspect(|_| steps.done(Step::Vm))
-    };
-    vcpu::Seat::new(create).map_err(|source| host("the thread of vCPU 0", source))
-}
-
-fn host(what: &str, source: io::Error) -> Error {
-    Error::Host { what: what.to_owned(), source }
 }
 
 /// Builds what is on the `list` around `vm`, whose memory is `memory`. The vCPUs are in the state after a reset.

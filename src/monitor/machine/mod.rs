@@ -9,6 +9,7 @@ mod inventory;
 mod origin;
 pub mod outputs;
 mod panic;
+mod shell;
 #[cfg(test)]
 mod tests;
 
@@ -37,6 +38,7 @@ pub use debug::Debug;
 pub use handle::{AlreadyEnded, Handle, LookError, NotAtRest, PauseError, Paused};
 pub use inventory::{inventory, platform};
 pub use origin::Origin;
+pub use shell::Shell;
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]

@@ -7,7 +7,7 @@ use super::{Recorder, Track, clock};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Step {
-    /// Checks the configuration, opens the KVM device.
+    /// Opens the KVM device.
     Open = 0,
     /// Reserves guest memory.
     Memory = 1,

@@ -21,7 +21,7 @@ use crate::backends::Backends;
 use crate::chardev::{Endpoint, Ends};
 use crate::config::{OnPanic, OnReboot, VmConfig};
 use crate::event_loop::EventLoop;
-use crate::machine::{self, Machine, Outcome};
+use crate::machine::{self, Machine, Outcome, Shell};
 use crate::recorder::Recorder;
 use crate::threads::{OrdersElsewhere, Role};
 use running::{Asked, Running};
@@ -105,6 +105,8 @@ struct Controlled {
 pub struct Session<'a> {
     config: &'a VmConfig,
     recorder: Arc<Recorder>,
+    /// That of the first machine, if it is begun already.
+    shell: Option<Result<Shell, machine::Error>>,
     // Dropped in this order: the name is free before anybody learns of the end, and all of them are handlers of the loop.
     controlled: Option<Controlled>,
     backends: Backends,
@@ -121,7 +123,7 @@ impl<'a> Session<'a> {
     pub fn private(config: &'a VmConfig, recorder: Arc<Recorder>) -> Result<Self, Error> {
         let events = EventLoop::new().map_err(api::Error::Thread)?;
         let backends = Backends::new(events.clone());
-        Ok(Self { config, recorder, backends, controlled: None, events, orders: 0 })
+        Ok(Self { config, recorder, shell: None, backends, controlled: None, events, orders: 0 })
     }
 
     /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on.
@@ -133,9 +135,10 @@ impl<'a> Session<'a> {
         recorder: Arc<Recorder>,
         controls: Controls,
     ) -> Result<Self, Error> {
-        // Before anything that a signal would have to undo.
-        let signals = Signals::take().map_err(api::Error::Thread)?;
+        // Before anything that a signal would have to undo, and before there is another thread.
         let orders = OrdersElsewhere::from_now_on();
+        let shell = Shell::early(config, &recorder);
+        let signals = Signals::take().map_err(api::Error::Thread)?;
         let entry = Registry::of_user().register(config.name.as_deref())?;
         log::info!("{}: control socket registered", entry.name());
         let vsock = entry.vsock();
@@ -152,7 +155,7 @@ impl<'a> Session<'a> {
             outputs,
         });
         let mut session = Self::private(config, recorder)?;
-        session.controlled = controlled;
+        (session.controlled, session.shell) = (controlled, shell);
         session.backends.doors.lie_at(vsock);
         Ok(session)
     }
@@ -210,7 +213,8 @@ impl<'a> Session<'a> {
             self.serve()?;
         }
         loop {
-            let mut machine = machine::load(self.config, &mut self.backends, &self.recorder)?;
+            let shell = self.shell.take();
+            let mut machine = machine::load(self.config, shell, &mut self.backends, &self.recorder)?;
             let ptys = self.ptys();
             let mut built = Built { machine: &mut machine, ptys: &ptys, ends: &self.backends.ends };
             for observer in &mut *observers {

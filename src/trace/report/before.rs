@@ -26,7 +26,7 @@ const MOST: usize = 64;
 
 fn words(step: Step) -> (&'static str, &'static str) {
     match step {
-        Step::Open => ("open /dev/kvm", "the configuration is checked and the KVM device opened"),
+        Step::Open => ("open /dev/kvm", "the KVM device is opened and asked what it can"),
         Step::Memory => ("memory", "guest memory is reserved; its pages come when they are first touched"),
         Step::Vm => ("VM", "KVM makes a VM with its memory slots and interrupt controllers"),
         Step::Load => ("load", "kernel, initrd and tables are put into guest memory"),

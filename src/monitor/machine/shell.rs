@@ -1,0 +1,85 @@
+//! [`Shell`]: what all machines of a size have in common, guest memory and a VM around it, without contents and devices.
+//!
+//! KVM takes as long to make a VM as the monitor takes for all else, so the thread that will run the first vCPU makes it, while the
+//! session finds its name and the machine's contents are read.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+use super::{Error, kvm_path};
+use crate::config::VmConfig;
+use crate::kvm::{self, Kvm, Processor};
+use crate::memory::Memory;
+use crate::recorder::{Recorder, Step, Steps};
+use crate::vcpu::Seat;
+
+/// A machine without contents and devices, in the making.
+#[derive(Debug)]
+pub struct Shell {
+    /// Zeroes, and the ROM.
+    pub(super) memory: Memory,
+    seat: Seat,
+    made: Receiver<Result<Made, Error>>,
+}
+
+/// What the other thread makes.
+#[derive(Debug)]
+pub(super) struct Made {
+    pub vm: kvm::Vm,
+    pub processor: Processor,
+}
+
+impl Shell {
+    /// Begins to make one for the machine that `config` describes, with `rom` below 4 GiB. `recorder` is told of the steps.
+    ///
+    /// # Errors
+    /// The host lacks memory or threads. What KVM refuses is told later.
+    pub(super) fn begin(
+        config: &VmConfig,
+        rom: Option<&[u8]>,
+        recorder: &Arc<Recorder>,
+    ) -> Result<Self, Error> {
+        let mut steps = Steps::begin(recorder, "monitor");
+        let mut memory = Memory::new(&config.memory())?;
+        if let Some(rom) = rom {
+            memory.set_rom(rom)?;
+        }
+        steps.done(Step::Memory);
+        let (cpus, path) = (config.cpus.0, kvm_path());
+        let (slots, recorder) = (memory.clone(), recorder.clone());
+        let make = move || {
+            let mut steps = Steps::begin(&recorder, "vcpu0");
+            let kvm = Kvm::open(&path)?;
+            if cpus as usize > kvm.max_vcpus() {
+                return Err(Error::TooManyCpus { wanted: cpus, possible: kvm.max_vcpus() });
+            }
+            steps.done(Step::Open);
+            let vm = kvm.create_vm(&slots)?;
+            steps.done(Step::Vm);
+            let processor = kvm.processor()?;
+            steps.done(Step::Processor);
+            Ok(Made { vm, processor })
+        };
+        let failed = |source| Error::Host { what: "the thread of vCPU 0".to_owned(), source };
+        let (seat, made) = Seat::new(make).map_err(failed)?;
+        Ok(Self { memory, seat, made })
+    }
+
+    /// Begins one before anything else is known to be right, where that needs no file of the user's and takes no time.
+    pub fn early(config: &VmConfig, recorder: &Arc<Recorder>) -> Option<Result<Self, Error>> {
+        let is_cheap = config.firmware.is_none() && !config.mem.prefault && config.validate().is_ok();
+        is_cheap.then(|| Self::begin(config, None, recorder))
+    }
+
+    /// Waits for the VM, and gives the thread for its first vCPU.
+    ///
+    /// # Errors
+    /// What KVM refused.
+    pub(super) fn finish(self) -> Result<(Made, Seat), Error> {
+        // Nothing comes only after a panic over there, which is a defect of ours and was told as one.
+        let lost = |_| Error::Host { what: "the VM".to_owned(), source: io::ErrorKind::Interrupted.into() };
+        let made = self.made.recv().map_err(lost)??;
+        Ok((made, self.seat))
+    }
+}
