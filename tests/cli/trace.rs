@@ -242,7 +242,10 @@ fn the_perfetto_file_is_as_its_format_says() {
     assert_eq!(of("guest").len(), 5);
     let mut steps = names("monitor");
     steps.sort_unstable();
-    assert_eq!(steps, ["VM", "devices", "load", "memory", "open /dev/kvm", "this record", "vCPUs"]);
+    assert_eq!(
+        steps,
+        ["VM", "devices", "load", "memory", "open /dev/kvm", "processor", "this record", "vCPUs"]
+    );
     // It would be found out.
     let whole = std::fs::read_to_string(place.path("out.json")).unwrap();
     for (from, to) in [("\"ph\":\"X\"", "\"ph\":\"Q\""), ("\"dur\"", "\"d\""), ("thread_name", "thread")] {
