@@ -1,4 +1,4 @@
-//! `vmm status`, `pause`, `resume`, `stop`, `kill`: one command to one running virtual machine.
+//! `vmm status`, `pause`, `resume`, `stop`, `kill`: one command to running virtual machines.
 
 use std::fmt::Write;
 use std::thread;
@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::agent::Reach;
 use super::list::uptime;
+use super::wait::{for_each, worse};
 use vmm_agent::protocol::Request;
 use vmm_command::{Code, Failure, pretty, print};
 use vmm_monitor::api::client::Client;
@@ -32,15 +33,26 @@ pub struct Options {
     json: bool,
 }
 
+/// The options of a command to virtual machines.
+#[derive(Debug, clap::Args)]
+pub struct AllOptions {
+    /// The virtual machines' names, as vmm list shows them
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// Print each virtual machine's status as JSON
+    #[arg(long)]
+    json: bool,
+}
+
 /// The options of `vmm stop`.
 #[derive(Debug, clap::Args)]
 pub struct StopOptions {
     #[command(flatten)]
-    options: Options,
-    /// Kill the guest if it has not powered off after so many seconds [default: the --stop-timeout it was started with]
+    options: AllOptions,
+    /// Kill a guest if it has not powered off after so many seconds [default: the --stop-timeout it was started with]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
-    /// Kill the guest at once, as vmm kill does
+    /// Kill the guests at once, as vmm kill does
     #[arg(long, conflicts_with = "timeout")]
     force: bool,
 }
@@ -59,28 +71,28 @@ pub struct StatusOptions {
 pub fn status(options: StatusOptions) -> Result<Code, Failure> {
     let StatusOptions { options, vcpus } = options;
     if vcpus {
-        let states = connect(&options)?.vcpus()?;
+        let states = connect(&options.name)?.vcpus()?;
         print(&if options.json { pretty(&states)? } else { states.iter().map(vcpu).collect() })?;
         return Ok(Code::Success);
     }
-    let status = connect(&options)?.ask(Command::Status)?;
+    let status = connect(&options.name)?.ask(Command::Status)?;
     print(&if options.json { pretty(&status)? } else { text(&status) })?;
     Ok(Code::Success)
 }
 
 /// `vmm pause`.
-pub fn pause(options: Options) -> Result<Code, Failure> {
-    change(options, Command::Pause)
+pub fn pause(options: AllOptions) -> Result<Code, Failure> {
+    Ok(for_each(&options.names, |name| order(name, options.json, Command::Pause).map(drop)))
 }
 
 /// `vmm resume`.
-pub fn resume(options: Options) -> Result<Code, Failure> {
-    change(options, Command::Resume)
+pub fn resume(options: AllOptions) -> Result<Code, Failure> {
+    Ok(for_each(&options.names, |name| order(name, options.json, Command::Resume).map(drop)))
 }
 
 /// `vmm kill`.
-pub fn kill(options: Options) -> Result<Code, Failure> {
-    end(options, Command::Kill, Some(Duration::ZERO))
+pub fn kill(options: AllOptions) -> Result<Code, Failure> {
+    Ok(end(&options, Command::Kill, Some(Duration::ZERO)))
 }
 
 /// `vmm stop`.
@@ -89,8 +101,8 @@ pub fn stop(options: StopOptions) -> Result<Code, Failure> {
         return kill(options.options);
     }
     let timeout_seconds = options.timeout;
-    ask_in_a_while(&options.options.name);
-    end(options.options, Command::Stop { timeout_seconds }, timeout_seconds.map(Duration::from_secs))
+    options.options.names.iter().for_each(|name| ask_in_a_while(name));
+    Ok(end(&options.options, Command::Stop { timeout_seconds }, timeout_seconds.map(Duration::from_secs)))
 }
 
 /// Has the agent of a guest that does not heed its power button shut it down, if it has one: by a thread, so that the machine's end
@@ -104,27 +116,27 @@ fn ask_in_a_while(name: &str) {
     });
 }
 
-fn connect(options: &Options) -> Result<Client, Error> {
-    Client::connect(&Registry::of_user(), &options.name)
+fn connect(name: &str) -> Result<Client, Error> {
+    Client::connect(&Registry::of_user(), name)
 }
 
-fn change(options: Options, command: Command) -> Result<Code, Failure> {
-    let status = connect(&options)?.ask(command)?;
-    if options.json {
-        print(&pretty(&status)?)?;
-    }
-    Ok(Code::Success)
-}
-
-/// Has the machine end, and waits for that: `timeout` is the time that the guest has, if it is known here.
-fn end(options: Options, command: Command, timeout: Option<Duration>) -> Result<Code, Failure> {
-    let mut client = connect(&options)?;
+/// Gives one machine an order.
+fn order(name: &str, json: bool, command: Command) -> Result<Client, Failure> {
+    let mut client = connect(name)?;
     let status = client.ask(command)?;
-    if options.json {
+    if json {
         print(&pretty(&status)?)?;
     }
-    client.wait_for_end(timeout.map_or(Duration::MAX, |timeout| timeout.saturating_add(GRACE)))?;
-    Ok(Code::Success)
+    Ok(client)
+}
+
+/// Has the machines end, all at once, and waits for that: `timeout` is the time that a guest has, if it is known here.
+fn end(options: &AllOptions, command: Command, timeout: Option<Duration>) -> Code {
+    let mut told = Vec::new();
+    let order = |name: &String| order(name, options.json, command).map(|client| told.push(client));
+    let ordered = for_each(&options.names, order);
+    let limit = timeout.map_or(Duration::MAX, |timeout| timeout.saturating_add(GRACE));
+    worse(ordered, for_each(told, |client| Ok(client.wait_for_end(limit)?)))
 }
 
 /// A vCPU on lines of its own.

@@ -101,13 +101,13 @@ enum Command {
     /// Show the status of a virtual machine
     Status(control::StatusOptions),
     /// Pause a virtual machine: stop its CPUs and quiesce its devices
-    Pause(control::Options),
+    Pause(control::AllOptions),
     /// Resume a paused virtual machine
-    Resume(control::Options),
+    Resume(control::AllOptions),
     /// Press the power button of a virtual machine and wait until it has ended
     Stop(control::StopOptions),
     /// Kill a virtual machine, without asking its guest
-    Kill(control::Options),
+    Kill(control::AllOptions),
     /// Show what the guest of a virtual machine in the background wrote to its console
     Logs(logs::Options),
     /// Wait until virtual machines have ended, and print their exit codes

@@ -20,18 +20,25 @@ pub struct Options {
 
 /// `vmm wait`.
 pub fn wait(options: Options) -> Result<Code, Failure> {
-    for_each(&options.names, |name| print(&format!("{}\n", wait_for(name)?)))
+    Ok(for_each(&options.names, |name| print(&format!("{}\n", wait_for(name)?))))
 }
 
-/// Does `one` for every name, whatever became of those before: each failure is reported, and the worst is the exit code.
-fn for_each(names: &[String], one: impl Fn(&str) -> Result<(), Failure>) -> Result<Code, Failure> {
-    let failures = names.iter().filter_map(|name| one(name).err());
-    let worst = failures.fold(Code::Success, |worst, failure| {
+/// Does `one` for every item, whatever became of those before: each failure is reported, and the worst is the exit code.
+pub fn for_each<T>(
+    items: impl IntoIterator<Item = T>,
+    mut one: impl FnMut(T) -> Result<(), Failure>,
+) -> Code {
+    let failures = items.into_iter().filter_map(|item| one(item).err());
+    failures.fold(Code::Success, |worst, failure| {
         let failure = ended(failure);
         failure.print(with_flags);
-        if failure.code.number() > worst.number() { failure.code } else { worst }
-    });
-    Ok(worst)
+        worse(worst, failure.code)
+    })
+}
+
+/// The worse of two.
+pub fn worse(a: Code, b: Code) -> Code {
+    if b.number() > a.number() { b } else { a }
 }
 
 /// `failure` of a command on a virtual machine that does not run, in the words for one that has run in the background and has ended,
@@ -92,7 +99,7 @@ pub fn remove(options: RemoveOptions) -> Result<Code, Failure> {
             record.remove_all()?;
         }
     }
-    for_each(&options.names, |name| {
+    Ok(for_each(&options.names, |name| {
         let Some(record) = records.find(name) else {
             let error = anyhow!("nothing is kept of a virtual machine called {name:?}");
             return Err(Failure::new(Code::Host, error).hint(Some("see what is: vmm list --all")));
@@ -102,5 +109,5 @@ pub fn remove(options: RemoveOptions) -> Result<Code, Failure> {
             return Err(Failure::new(Code::Host, error).hint(Some(format!("stop it first: vmm stop {name}"))));
         }
         record.remove_all()
-    })
+    }))
 }

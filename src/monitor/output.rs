@@ -9,14 +9,17 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{FlockOperation, OFlags, fcntl_getfl, fcntl_setfl, flock};
+use rustix::io::Errno;
 
 /// Creates the file at `path`, or empties the one that is there: 0600 if it is new; an existing one keeps its mode. Terminals,
 /// `/dev/null`, and named pipes that somebody reads are taken as they are. `/dev/stdout`, `/dev/stderr` and `/dev/fd/N` are what
-/// this process was given; a file there is written to at its end.
+/// this process was given; a file there is written to at its end. A file is locked (flock(2)) for as long as it is open: another
+/// monitor's is not emptied under its hands.
 ///
 /// # Errors
-/// As open(2) has them; `path` is a symbolic link; a named pipe has no reader (ENXIO).
+/// As open(2) has them; `path` is a symbolic link; a named pipe has no reader (ENXIO); another has the file locked
+/// ([`ErrorKind::ResourceBusy`](io::ErrorKind::ResourceBusy)).
 pub fn create(path: &Path) -> io::Result<File> {
     let inherited = inherited(path);
     // Without O_NONBLOCK a pipe would be waited for.
@@ -30,10 +33,21 @@ pub fn create(path: &Path) -> io::Result<File> {
     options.write(true).create(inherited.is_none()).mode(0o600).custom_flags(flags.bits() as i32);
     let file = options.open(inherited.as_deref().unwrap_or(path)).map_err(|error| told(path, error))?;
     if file.metadata()?.is_file() && inherited.is_none() {
+        lock(&file)?;
         file.set_len(0)?;
     }
     fcntl_setfl(file.as_fd(), fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
     Ok(file)
+}
+
+fn lock(file: &File) -> io::Result<()> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => {
+            Err(io::Error::new(io::ErrorKind::ResourceBusy, "another virtual machine writes to it"))
+        }
+        // A file system without locks.
+        _ => Ok(()),
+    }
 }
 
 /// Makes a folder that nobody but its owner may enter. What is there already is an error.
@@ -134,6 +148,8 @@ impl Rotating {
         }
         std::fs::rename(&self.path, older(&self.path))?;
         self.file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path)?;
+        // Who was faster has an empty file, and notices.
+        let _ = lock(&self.file);
         Ok(())
     }
 }
@@ -180,6 +196,30 @@ mod tests {
         // A folder on the way may be one.
         symlink("folder", path("way")).unwrap();
         create(&path("way/file")).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_is_nobody_elses_also_after_it_began_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let busy = |path: &Path| {
+            let kind = |result: io::Result<()>| result.err().map(|error| error.kind());
+            let kinds = [kind(create(path).map(drop)), kind(Rotating::create(path, 9).map(drop))];
+            kinds == [Some(io::ErrorKind::ResourceBusy); 2]
+        };
+        let mut file = create(&path).unwrap();
+        file.write_all(b"precious").unwrap();
+        assert!(busy(&path));
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+        drop(file);
+        let mut log = Rotating::create(&path, 10).unwrap();
+        log.write(b"01234567").unwrap();
+        log.write(b"89abcd").unwrap();
+        assert!(older(&path).exists() && busy(&path));
+        drop(log);
+        create(&path).unwrap();
+        // What all may write to is nobody's.
+        assert!(!busy(Path::new("/dev/null")));
     }
 
     #[test]

@@ -327,7 +327,14 @@ fn a_guest_on_a_macvtap_has_its_address_and_reaches_its_neighbour() {
     );
     let mut command = vmm(Kernel::TunedPvh, &script);
     command.args(["--mem", "256M", "--cpus", "2", "--net", "macvtap=vmmmv0,queues=2"]);
-    let ended = Guest::start(command).finish();
+    let guest = Guest::start(command);
+    // It has its device when its guest speaks. Another's frames would be lost to it, and its own to the other.
+    let mut second = vmm(Kernel::TunedPvh, "true");
+    second.args(["--net", "macvtap=vmmmv0"]);
+    guest.wait_for("BEGIN", 1);
+    let said = String::from_utf8(second.output().unwrap().stderr).unwrap();
+    assert!(said.contains("macvtap vmmmv0 is in use by another process"), "{said}");
+    let ended = guest.finish();
     let body = ended.body();
     assert_eq!(body[0], body[1], "what came back is what was sent: {}", ended.text);
     assert_eq!(body[2..], ["02:00:00:00:00:4d", "11"], "CSUM and HOST_TSO4: {}", ended.text);

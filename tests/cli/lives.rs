@@ -199,6 +199,52 @@ fn a_guest_is_controlled_from_another_terminal() {
 }
 
 #[test]
+fn one_command_orders_several_guests_and_reports_each_that_is_not_there() {
+    if !has_kvm("one_command_orders_several_guests_and_reports_each_that_is_not_there") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    let states = || ["a", "b"].map(|name| place.status(name)["state"].clone());
+    for ends_by in ["stop a nobody b --timeout 0", "kill a nobody b"] {
+        let guests = ["a", "b"].map(|name| place.start(name, ""));
+        for (order, state) in [("pause", "paused"), ("resume", "running")] {
+            let output = place.vmm(&format!("{order} a nobody b"));
+            let said = text(&output.stderr);
+            assert_eq!((output.status.code(), said.matches("error").count()), (Some(HOST), 1), "{said}");
+            assert!(said.contains("\"nobody\""), "{said}");
+            assert_eq!(states(), [state; 2]);
+        }
+        assert_eq!(place.vmm(ends_by).status.code(), Some(HOST));
+        guests.into_iter().for_each(|guest| drop(guest.finish()));
+        assert!(place.sockets().is_empty());
+    }
+}
+
+#[test]
+fn what_a_guest_writes_to_is_not_emptied_by_another() {
+    if !has_kvm("what_a_guest_writes_to_is_not_emptied_by_another") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    let dump = "--net user --net-dump frames";
+    for (output, file) in [(dump, "frames"), ("--serial file=log", "log"), ("--trace told", "told")] {
+        let running = place.start("first", output);
+        let length = || fs::metadata(place.path(file)).unwrap().len();
+        let before = length();
+        let again = format!("--kernel halt --console off {output}");
+        let refused = place.vmm(&again);
+        let said = text(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(BAD_ARGUMENT), "{said}");
+        assert!(said.contains(file) && said.contains("another virtual machine writes to it"), "{said}");
+        assert!(length() >= before, "{file} was emptied");
+        assert!(place.vmm("kill first").status.success());
+        running.finish();
+    }
+}
+
+#[test]
 fn signals_stop_a_guest() {
     use rustix::process::Signal;
     if !has_kvm("signals_stop_a_guest") {

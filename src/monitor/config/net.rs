@@ -392,7 +392,7 @@ mod tests {
 
     #[test]
     fn a_device_is_written_as_text_or_object_and_reads_back() {
-        let json = r#"{"net": ["tap0", "tap=tap1,mac=02:00:00:00:00:0a,mtu=9000,queues=2,vhost=on", "fd=7",
+        let json = r#"{"net": ["tap=tap0", "tap=tap1,mac=02:00:00:00:00:0a,mtu=9000,queues=2,vhost=on", "fd=7",
             "socket=/run/a,,b", {"socket": "/run/a,b", "mtu": 1400}]}"#;
         let config: VmConfig = serde_json::from_str(json).unwrap();
         let told: Vec<_> = config.net.iter().map(|net| net.to.to_string()).collect();
@@ -464,6 +464,16 @@ mod tests {
     fn impossible_devices_are_refused() {
         for (text, word) in [
             ("mtu=1500", "one of user, switch=NAME, tap=NAME"),
+            ("usr", "one of user, switch=NAME, tap=NAME"),
+            ("tap0,mtu=1500", "one of user, switch=NAME, tap=NAME"),
+            ("", "one of user, switch=NAME, tap=NAME"),
+            ("socket=", "socket= is empty"),
+            ("switch=,dhcp=off", "switch= is empty"),
+            ("user,allow=", "allow= is empty"),
+            ("user,allow=127.0.0.0/4", "begins at 112.0.0.0"),
+            ("user,allow=192.168.1.7/24", "begins at 192.168.1.0"),
+            ("user,allow=2001:db8::1/32", "begins at 2001:db8::"),
+            ("user,allow=::ffff:127.0.0.1", "127.0.0.1"),
             ("switch=a,tap=b", "one of user"),
             ("switch=a,restrict=on", "settings of net=user"),
             ("tap=a,fd=3", "one of user"),

@@ -196,7 +196,8 @@ fn pair(item: &[u8]) -> Option<(&[u8], &[u8])> {
 }
 
 /// Turns `VALUE,key=value,flag` into an object; a first item without `=` is the value of `first`, but for the `word` that is a flag
-/// there, too. The keys in `lists` have lists of values, and may come several times.
+/// there, too. Without a `first` no other may be there: then the object is empty, and what it is for says what it needs. The keys in
+/// `lists` have lists of values, and may come several times.
 fn object(text: &OsStr, first: &str, word: &str, lists: &[&str]) -> Result<Value, ParseError> {
     let value = |bytes: &[u8]| match str::from_utf8(bytes) {
         Ok(text) => Value::from(text),
@@ -205,7 +206,13 @@ fn object(text: &OsStr, first: &str, word: &str, lists: &[&str]) -> Result<Value
     let mut map = Map::new();
     for (i, item) in items(text).iter().enumerate() {
         let (key, value) = match pair(item) {
+            Some((key, [])) if !key.is_empty() => {
+                return fail(format_args!("{text:?}: {}= is empty", shown(key)));
+            }
             Some((key, text)) => (shown(key), value(text)),
+            None if i == 0 && item != word.as_bytes() && first.is_empty() => {
+                return Ok(Value::Object(Map::new()));
+            }
             None if i == 0 && item != word.as_bytes() => (first.into(), value(item)),
             None => (shown(item), Value::from(true)),
         };
@@ -271,7 +278,7 @@ macro_rules! from_text {
 from_pairs!(Memory, "size");
 from_pairs!(Disk, "path");
 from_pairs!(Vsock, "path");
-from_pairs!(Net, "tap", "user", ["allow", "dns", "publish"]);
+from_pairs!(Net, "", "user", ["allow", "dns", "publish"]);
 from_text!(CharTarget);
 from_text!(Console);
 from_text!(Port);

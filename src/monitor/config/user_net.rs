@@ -1,7 +1,7 @@
 //! [`UserNet`]: what a guest reaches, and how it is reached, by a network that the monitor makes itself.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -77,6 +77,21 @@ impl Allow {
         Self::one(address).is_within(self.address, self.prefix)
     }
 
+    /// The lowest address of the range.
+    fn first(&self) -> IpAddr {
+        let kept = |width: u8| u32::from(width - self.prefix);
+        match self.address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(kept(32)).unwrap_or_default();
+                Ipv4Addr::from_bits(address.to_bits() & mask).into()
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(kept(128)).unwrap_or_default();
+                Ipv6Addr::from_bits(address.to_bits() & mask).into()
+            }
+        }
+    }
+
     /// The range of `address` alone.
     pub fn one(address: IpAddr) -> Self {
         Self { address, prefix: width(address), port: None }
@@ -124,11 +139,24 @@ impl FromStr for Allow {
     type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        Self::read(text).ok_or_else(|| {
+        let allow = Self::read(text).ok_or_else(|| {
             ParseError::new(format!(
                 "{text:?} is not an address or range like 127.0.0.1, 127.0.0.1:8080, 192.168.0.0/16 or [::1]:8080"
             ))
-        })
+        })?;
+        let first = allow.first();
+        if first != allow.address {
+            return Err(ParseError::new(format!(
+                "{text:?} is no range: that of /{} begins at {first}",
+                allow.prefix
+            )));
+        }
+        if let IpAddr::V6(address) = first
+            && let Some(address) = address.to_ipv4_mapped()
+        {
+            return Err(ParseError::new(format!("{text:?} is IPv4 and opened as such: {address}")));
+        }
+        Ok(allow)
     }
 }
 

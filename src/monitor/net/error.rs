@@ -1,6 +1,8 @@
 //! Why a network device has no end on the host.
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use super::user;
@@ -35,9 +37,11 @@ pub enum Error {
         name: String,
     },
     /// Another process has it.
-    #[error("tap {name} is in use by another process")]
+    #[error("{kind} {name} is in use by another process")]
     Busy {
-        /// The tap.
+        /// What it is: `tap` or `macvtap`.
+        kind: &'static str,
+        /// Its name.
         name: String,
     },
     /// There is an interface of that name, of another kind.
@@ -159,6 +163,10 @@ fn make(name: &str, more: &str) -> String {
     format!("sudo ip tuntap add dev {name} mode tap{more} user $USER && sudo ip link set {name} up")
 }
 
+fn is_socket(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
 impl Error {
     /// What to try.
     pub fn hint(&self) -> String {
@@ -173,9 +181,11 @@ impl Error {
             Self::NotOurs { name } => {
                 format!("make it yours: sudo ip link delete {name} && {}", make(name, ""))
             }
-            Self::Busy { .. } => {
-                "use another tap, or stop that process: sudo fuser -v /dev/net/tun lists those with taps"
-                    .to_owned()
+            Self::Busy { kind, .. } => {
+                let files = if *kind == "tap" { "/dev/net/tun" } else { "/dev/tap*" };
+                format!(
+                    "use another {kind}, or stop that process: sudo fuser -v {files} lists those with one"
+                )
             }
             Self::NotATap { name } => {
                 format!("use a tap, in a bridge with {name}, say; these are there: ip -d link show type tun")
@@ -200,6 +210,9 @@ impl Error {
             }
             Self::Tap { name, .. } => format!("see what it is: ip -d link show {name}"),
             Self::Connect { path, source } => match source.kind() {
+                io::ErrorKind::ConnectionRefused if !is_socket(path) => {
+                    format!("it is no socket: see what it is, ls -l {}", quoted(path))
+                }
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                     let path = quoted(path);
                     format!(
@@ -228,6 +241,15 @@ impl Error {
             }
             Self::Switch { .. } => {
                 "use a directory of your own: export XDG_RUNTIME_DIR=$(mktemp -d)".to_owned()
+            }
+            Self::Dump { source, .. } if source.kind() == io::ErrorKind::ResourceBusy => {
+                "write to another file; vmm list shows what runs".to_owned()
+            }
+            Self::Dump { path, source } if source.kind() == io::ErrorKind::IsADirectory => {
+                format!("name a file in it: {}", quoted(&path.join("net.pcapng")))
+            }
+            Self::Dump { path, source } if source.kind() == io::ErrorKind::StorageFull => {
+                format!("make room there, or write elsewhere: df -h {}", quoted(path))
             }
             Self::Dump { path, .. } => {
                 let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());

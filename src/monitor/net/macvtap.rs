@@ -3,10 +3,14 @@
 //!
 //! Its device file, `/dev/tap` and the interface's number, is a tap in all but how it is opened; each time is a queue.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::iter;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::Error;
 use super::tap::Tap;
@@ -35,15 +39,21 @@ pub fn open(name: &str, queues: u16) -> Result<Macvtap, Error> {
     let mac = read("address").and_then(|text| text.parse().map_err(io::Error::other));
     let mac = mac.map_err(failed("read the address of"))?;
     let path = PathBuf::from("/dev").join(tap);
-    let queue = || {
+    let open = || {
         let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
-        let file = file.map_err(|source| {
+        file.map_err(|source| {
             let (name, path, device) = (name.to_owned(), path.clone(), device.replace(':', " "));
             Error::Macvtap { name, path, device, source }
-        })?;
-        // What it is made with, and keeps unless it is told otherwise.
-        Tap::passed(file.into(), libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)
-            .map_err(failed("set up"))
+        })
     };
-    Ok(Macvtap { queues: (0..queues).map(|_| queue()).collect::<Result<_, _>>()?, mac })
+    let first = open()?;
+    // The kernel takes whoever opens it for a queue more, and shares the frames out among all.
+    if flock(&first, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
+        return Err(Error::Busy { kind: "macvtap", name: name.to_owned() });
+    }
+    let files = iter::once(Ok(first)).chain((1..queues).map(|_| open()));
+    // What it is made with, and keeps unless it is told otherwise.
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let queue = |file: Result<File, Error>| Tap::passed(file?.into(), flags).map_err(failed("set up"));
+    Ok(Macvtap { queues: files.map(queue).collect::<Result<_, _>>()?, mac })
 }

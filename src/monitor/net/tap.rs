@@ -95,7 +95,7 @@ pub fn open(name: &str, queues: u16, mtu: Option<u16>) -> Result<Vec<Tap>, Error
             match source.raw_os_error() {
                 Some(libc::EPERM) if there => Error::NotOurs { name },
                 Some(libc::EPERM) => Error::Missing { name },
-                Some(libc::EBUSY) => Error::Busy { name },
+                Some(libc::EBUSY) => Error::Busy { kind: "tap", name },
                 _ => Error::Tap { name, what: "open", source },
             }
         })?;
