@@ -227,6 +227,40 @@ fn an_archive_that_is_cut_leaves_the_old_file_and_nothing_else() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
+/// Notes what is in a folder each time that something is read.
+struct Watching<'a> {
+    from: &'a [u8],
+    folder: &'a Path,
+    seen: &'a mut Vec<String>,
+}
+
+impl std::io::Read for Watching<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let names = fs::read_dir(self.folder).unwrap().map(|entry| entry.unwrap().file_name());
+        self.seen.extend(names.map(|name| name.into_string().unwrap()));
+        self.from.read(into)
+    }
+}
+
+/// So whoever is killed in the middle leaves nothing.
+#[test]
+fn a_file_has_no_name_until_it_is_whole() {
+    use rustix::fs::{CWD, Mode, OFlags, openat};
+    let dir = tempfile::tempdir().unwrap();
+    if openat(CWD, dir.path(), OFlags::TMPFILE | OFlags::WRONLY, Mode::from_raw_mode(0o600)).is_err() {
+        return eprintln!("SKIP: a_file_has_no_name_until_it_is_whole: needs O_TMPFILE in {:?}", dir.path());
+    }
+    let from = tempfile::tempdir().unwrap();
+    fs::write(from.path().join("new"), "n".repeat(1 << 20)).unwrap();
+    let archive = packed(&from.path().join("new"), "new");
+    fs::write(dir.path().join("target"), "old").unwrap();
+    let mut seen = Vec::new();
+    let watching = Watching { from: &archive, folder: dir.path(), seen: &mut seen };
+    unpack(watching, bytes(&dir.path().join("target")), ALL).unwrap();
+    assert!(seen.len() > 10 && seen.iter().all(|name| name == "target"), "{seen:?}");
+    assert_eq!(fs::read(dir.path().join("target")).unwrap().len(), 1 << 20);
+}
+
 #[test]
 fn a_file_that_tells_a_wrong_size_is_read_to_its_end() {
     let dir = tempfile::tempdir().unwrap();

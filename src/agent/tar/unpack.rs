@@ -9,7 +9,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid,
     XattrFlags, chmodat, chownat, fchmod, fchown, fsetxattr, ftruncate, futimens, linkat, makedev, mkdirat,
@@ -259,9 +259,7 @@ impl Unpacker {
         bytes: &mut impl Read,
     ) -> Result<(), Error> {
         let path = &entry.path[..];
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = openat(parent, name, flags, Mode::from_raw_mode(0o600));
-        let file = File::from(file.map_err(|error| self.failed("make", path, error))?);
+        let (file, nameless) = self.new_file(parent, name, path)?;
         let write = |error: io::Error| self.error("write", path, error);
         match entry.sparse {
             None => copy(&file, 0, entry.size, bytes, &write)?,
@@ -275,7 +273,24 @@ impl Unpacker {
                 }
             }
         }
-        self.set(&file, entry).map_err(|error| self.failed("set the owner and mode of", path, error))
+        self.set(&file, entry).map_err(|error| self.failed("set the owner and mode of", path, error))?;
+        let Some(itself) = nameless else { return Ok(()) };
+        linkat(CWD, itself, parent, name, AtFlags::SYMLINK_FOLLOW)
+            .map_err(|error| self.failed("make", path, error))
+    }
+
+    /// A new file in `parent`: one without a name, and the link by which to give it one, so that nothing is left of it whatever ends
+    /// this process; where the file system or the kernel has no such files, or there is no /proc, one that is called `name`.
+    fn new_file(&self, parent: &OwnedFd, name: &[u8], path: &[u8]) -> Result<(File, Option<String>), Error> {
+        let (flags, mode) = (OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(0o600));
+        if let Ok(file) = openat(parent, ".", flags | OFlags::TMPFILE, mode) {
+            let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+            if statat(CWD, &link, AtFlags::empty()).is_ok() {
+                return Ok((file.into(), Some(link)));
+            }
+        }
+        let file = openat(parent, name, flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW, mode);
+        Ok((file.map_err(|error| self.failed("make", path, error))?.into(), None))
     }
 
     /// Owner, attributes, mode and times of an open file, in the order in which none undoes another.
