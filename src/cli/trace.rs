@@ -224,9 +224,10 @@ fn tell(file: &Path, view: &View, ours: bool) -> Result<(), Failure> {
     report.colour = io::stdout().is_terminal();
     if let Some(path) = view.html.as_ref().or(view.perfetto.as_ref()) {
         let context = || format!("cannot write {}", path.display());
-        let file = output::create(path)
-            .with_context(context)
-            .map_err(|error| Failure::new(Code::BadArgument, error).hint(Some(Failure::NEW_FILE)))?;
+        let file = output::create(path).map_err(|error| {
+            let hint = output::hint(path, &error, "report");
+            Failure::new(Code::BadArgument, anyhow!(error).context(context())).hint(Some(hint))
+        })?;
         let mut out = BufWriter::new(file);
         let written = match view.html {
             Some(_) => report.html(&filter, &mut out),

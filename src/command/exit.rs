@@ -131,10 +131,6 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// What to try where a file cannot be made.
-    pub const NEW_FILE: &'static str =
-        "give the path of a file (no symbolic link), in a directory that can be written to";
-
     /// A failure of kind `code`. Whatever it was that found no free descriptor, it is the host that lacks them.
     pub fn new(code: Code, error: impl Into<anyhow::Error>) -> Self {
         let error = error.into();
@@ -169,6 +165,10 @@ impl Failure {
         let mut hint = None;
         for line in lines {
             if let Some(tip) = line.strip_prefix("tip: ") {
+                // What looks like an option and is none was rarely meant for a value.
+                if tip.starts_with("to pass ") {
+                    continue;
+                }
                 hint.get_or_insert_with(|| tip.to_owned());
             } else if line.starts_with("Usage:") || line.starts_with("For more information") {
                 break;

@@ -2,7 +2,7 @@
 
 use vmm_agent::client;
 use vmm_agent::protocol::Reason;
-use vmm_monitor::{api, config, machine, session};
+use vmm_monitor::{api, config, machine, output, session};
 use vmm_trace::debug::gdb;
 use vmm_trace::{file, lab, symbols};
 
@@ -32,14 +32,16 @@ impl From<machine::Error> for Failure {
 
 impl From<file::Error> for Failure {
     fn from(error: file::Error) -> Self {
-        let (code, hint) = match error {
+        let (code, hint) = match &error {
             file::Error::Io { what: "write", .. } => {
-                (Code::Host, "make room for it, or limit it: --trace FILE,max=SIZE")
+                (Code::Host, "make room for it, or limit it: --trace FILE,max=SIZE".to_owned())
             }
             file::Error::Io { what: "read", .. } | file::Error::Format { .. } => {
-                (Code::BadArgument, "record one: vmm --trace FILE --kernel vmlinux")
+                (Code::BadArgument, "record one: vmm --trace FILE --kernel vmlinux".to_owned())
             }
-            file::Error::Io { .. } => (Code::BadArgument, Self::NEW_FILE),
+            file::Error::Io { path, source, .. } => {
+                (Code::BadArgument, output::hint(path, source, "boot.trace"))
+            }
         };
         Self::new(code, error).hint(Some(hint))
     }

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, OFlags, fcntl_getfl, fcntl_setfl, flock};
 use rustix::io::Errno;
 
+use crate::config::host_path::quoted;
+
 /// Creates the file at `path`, or empties the one that is there: 0600 if it is new; an existing one keeps its mode. Terminals,
 /// `/dev/null`, and named pipes that somebody reads are taken as they are. `/dev/stdout`, `/dev/stderr` and `/dev/fd/N` are what
 /// this process was given; a file there is written to at its end. A file is locked (flock(2)) for as long as it is open: another
@@ -47,6 +49,26 @@ fn lock(file: &File) -> io::Result<()> {
         }
         // A file system without locks.
         _ => Ok(()),
+    }
+}
+
+/// What to try where [`create`] has failed with `error` for `path`, of which `example` is one that would do.
+pub fn hint(path: &Path, error: &io::Error, example: &str) -> String {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::ResourceBusy, _) => {
+            "give each run a file of its own, or end the other one: vmm list".to_owned()
+        }
+        (io::ErrorKind::IsADirectory, _) => {
+            format!("name a file in that folder: {}", quoted(&path.join(example)))
+        }
+        (io::ErrorKind::NotFound, _) => format!("make the folder first: mkdir -p {}", quoted(folder)),
+        (io::ErrorKind::StorageFull, _) => {
+            format!("make room, or name a file elsewhere: df {}", quoted(path))
+        }
+        (_, Some(libc::ENXIO)) => "start the reader of the named pipe first".to_owned(),
+        _ if path.is_symlink() => "name the file that the symbolic link leads to".to_owned(),
+        _ => format!("see who may write there: ls -ld {} {}", quoted(folder), quoted(path)),
     }
 }
 

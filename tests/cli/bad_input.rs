@@ -227,6 +227,7 @@ fn hints_are_in_the_words_of_the_command_line_and_lead_on() {
         ),
         ("--kernel k --cpus 0", "give 1 to 254 CPUs: --cpus 2"),
         ("--option-rom r --kernel k", "add --firmware FILE"),
+        ("exec --quiet web -- ls", "see vmm --help, or vmm run --help for every option"),
         ("--kernel k --disk path=a,b.img", "write a comma that belongs to a path twice: path=a,,b.img"),
         ("--kernel k --disk a=b.img", "give a path that has a '=' its key: path=a=b.img"),
         ("--kernel k --serial file=a,b", "write a comma that belongs to a path twice: file=a,,b"),

@@ -96,6 +96,9 @@ fn ends_that_cannot_be() {
         ("--net user --net-dump frames,max=255K", &["max=255K", "longest frame"]),
         ("--net user --net-dump link", &["link", "symbolic link"]),
         ("--net user --net-dump no/frames", &["no/frames", "No such file"]),
+        ("--net user --net-dump run", &["run", "Is a directory"]),
+        ("--net user --net-dump /dev/full", &["/dev/full", "No space left"]),
+        ("--net user,allow=127.0.0.53:53", &["--net user,allow=127.0.0.53:53", "opens nothing"]),
         ("--net user --net-dump kernel", &["the network dump", "the run's kernel"]),
         ("--net user,bw=0", &["lets nothing pass"]),
         ("--net user,pps=many", &["pps=10000/500"]),
@@ -104,6 +107,15 @@ fn ends_that_cannot_be() {
     }
     assert!(!place.path("frames").exists() && !place.path("elsewhere").exists());
     let said = text(&place.vmm("--kernel kernel --net socket=missing").stderr);
+    for (dump, hint) in [
+        ("run", "name a file in that folder: run/frames.pcapng"),
+        ("/dev/full", "make room, or name a file elsewhere"),
+        ("no/frames", "make the folder first: mkdir -p no"),
+        ("link", "name the file that the symbolic link leads to"),
+    ] {
+        let said = text(&place.vmm(&format!("--kernel kernel --net user --net-dump {dump}")).stderr);
+        assert!(said.contains(&format!("hint: {hint}")), "{said}");
+    }
     assert!(said.contains("passt -s missing") && said.contains("apt-get install passt"), "{said}");
     what_root_may_not_without_its_privileges(&place);
     let mut shell = Command::new("sh");

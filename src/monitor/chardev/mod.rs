@@ -16,6 +16,7 @@ mod stream;
 mod tail;
 pub mod terminal;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,6 +28,7 @@ use crate::bus::lock;
 use crate::config::CharTarget;
 use crate::event_loop::EventLoop;
 use crate::listener;
+use crate::output;
 use poll::Poll;
 use stream::{Descriptor, Stream};
 use tail::Tail;
@@ -65,23 +67,16 @@ pub enum Error {
 
 impl Error {
     /// What to try.
-    pub fn hint(&self) -> Option<&'static str> {
+    pub fn hint(&self) -> Option<Cow<'static, str>> {
         match self {
-            Self::File { source, .. } if source.raw_os_error() == Some(libc::ENXIO) => {
-                Some("start the reader of the named pipe first")
-            }
-            Self::File { source, .. } if source.raw_os_error() == Some(libc::ELOOP) => {
-                Some("it is a symbolic link: name the file that it leads to")
-            }
-            Self::File { .. } => {
-                Some("name a file that can be written to, in a directory that exists: file=/tmp/console.log")
-            }
-            Self::Socket(error) => Some(error.hint()),
+            Self::File { path, source } => Some(output::hint(path, source, "console.log").into()),
+            Self::Socket(error) => Some(error.hint().into()),
             Self::Pty(_) => Some(
-                "raise the host's limits: sudo sysctl -w kernel.pty.max=8192 fs.inotify.max_user_instances=1024",
+                "raise the host's limits: sudo sysctl -w kernel.pty.max=8192 fs.inotify.max_user_instances=1024"
+                    .into(),
             ),
             Self::Stdio(_) => {
-                Some("send the console elsewhere: `console=pty`, `console=file=PATH` or `console=off`")
+                Some("send the console elsewhere: `console=pty`, `console=file=PATH` or `console=off`".into())
             }
             Self::Poll(_) => None,
         }

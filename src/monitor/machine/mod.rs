@@ -114,7 +114,7 @@ impl Error {
             Self::Layout(_) => Some("move the debug-exit port: `debug_exit=0xf4` is free".into()),
             Self::Host { .. } => None,
             Self::Transport(_) | Self::Ended(_) => None,
-            Self::Chardev(e) => e.hint().map(Cow::from),
+            Self::Chardev(e) => e.hint(),
         }
     }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::user;
 use crate::config::host_path::quoted;
+use crate::output;
 use crate::vhost;
 
 /// Why a link could not be opened. Nothing is left behind on the host then.
@@ -145,7 +146,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Its frames cannot be written to a file.
-    #[error("cannot create network dump {path}", path = path.display())]
+    #[error("cannot write network dump {path}", path = path.display())]
     Dump {
         /// The file.
         path: PathBuf,
@@ -242,19 +243,7 @@ impl Error {
             Self::Switch { .. } => {
                 "use a directory of your own: export XDG_RUNTIME_DIR=$(mktemp -d)".to_owned()
             }
-            Self::Dump { source, .. } if source.kind() == io::ErrorKind::ResourceBusy => {
-                "write to another file; vmm list shows what runs".to_owned()
-            }
-            Self::Dump { path, source } if source.kind() == io::ErrorKind::IsADirectory => {
-                format!("name a file in it: {}", quoted(&path.join("net.pcapng")))
-            }
-            Self::Dump { path, source } if source.kind() == io::ErrorKind::StorageFull => {
-                format!("make room there, or write elsewhere: df -h {}", quoted(path))
-            }
-            Self::Dump { path, .. } => {
-                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-                format!("see who may write there: ls -ld {}", quoted(folder.unwrap_or(Path::new("."))))
-            }
+            Self::Dump { path, source } => output::hint(path, source, "frames.pcapng"),
             Self::Host(_) => "see what the limits are: ulimit -a".to_owned(),
         }
     }

@@ -69,7 +69,7 @@ impl Error {
             Self::Disk(error) => error.hint(),
             Self::Net(error) => Some(error.hint()),
             Self::Vsock(error) => Some(error.hint()),
-            Self::Chardev(error) => error.hint().map(str::to_owned),
+            Self::Chardev(error) => error.hint().map(|hint| hint.into_owned()),
             Self::Console(_) => None,
         }
     }

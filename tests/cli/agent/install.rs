@@ -122,6 +122,11 @@ fn an_image_that_cannot_be_installed_into_is_left_as_it_was() {
         place.file("disk", vec![0; 1 << 20]);
         place
     };
+    let text_file = || {
+        let place = Place::new();
+        place.file("disk", "root:x:0:0\n");
+        place
+    };
     for (place, words) in [
         (debugfs("feature needs_recovery"), ["not unmounted cleanly", "vmm stop"]),
         (debugfs("set_super_value state 0"), ["not unmounted cleanly", "vmm stop"]),
@@ -130,7 +135,8 @@ fn an_image_that_cannot_be_installed_into_is_left_as_it_was() {
         (disk("sbin/runit", 16, 0), ["neither systemd nor OpenRC", "docs/agent.md"]),
         (qcow2(), ["qcow2", "qemu-img convert"]),
         (empty(), ["no ext2, ext3 or ext4", "--root DIR"]),
-        (Place::new(), ["cannot open disk image disk", "check the path"]),
+        (text_file(), ["not a whole number", "hint: name the raw disk image of a guest"]),
+        (Place::new(), ["cannot open disk image disk", "hint: check the path\n"]),
     ] {
         let before = fs::read(place.path("disk")).unwrap_or_default();
         let output = install(&place, "--disk disk");

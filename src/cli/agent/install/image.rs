@@ -81,6 +81,13 @@ fn unusable(path: &Path, error: disk::Error) -> Failure {
                 .to_owned(),
         ),
         disk::Error::Foreign { format, .. } => Some(format!("convert it: {}", format.command(path))),
+        // What the error itself would have one try makes a disk of it, and no guest's.
+        disk::Error::Size { .. } | disk::Error::NotAnImage { .. } => {
+            Some("name the raw disk image of a guest (docs/agent.md)".to_owned())
+        }
+        disk::Error::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+            Some("check the path".to_owned())
+        }
         _ => error.hint(),
     };
     Failure::new(Code::BadArgument, error).hint(hint)

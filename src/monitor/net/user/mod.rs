@@ -172,8 +172,9 @@ impl Stack {
     /// The network of a guest with the Ethernet address `guest`, whose packets have `mtu` bytes at most.
     ///
     /// # Errors
-    /// [`Error`]: a port cannot be published, or the host is out of descriptors.
+    /// [`Error`]: a port cannot be published, an `allow` opens nothing, or the host is out of descriptors.
     pub fn new(config: &UserNet, guest: [u8; 6], mtu: u16) -> Result<Self, Error> {
+        policy::check(&config.allow)?;
         let (tcp, udp) = publish::open(&config.publish)?;
         let now = Instant::now();
         let context = Context {

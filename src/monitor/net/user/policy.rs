@@ -2,21 +2,25 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use super::Error;
 use super::addresses::{DNS, DNS6, GATEWAY, GATEWAY6, NETWORK6, PREFIX, PREFIX6};
 use super::route::Routes;
 use crate::config::{Allow, UserNet};
 
+/// An address, and how many of its first bits count.
+type Range = (IpAddr, u8);
+
 /// Ranges that no configuration but one that names part of them opens: this host and its network, link-local addresses (and
 /// with them a cloud's metadata), groups, what is reserved, and addresses of IPv6 that stand for others of IPv4, which
 /// whoever translates may bring back here.
-const CLOSED: [(IpAddr, u8); 14] = [
+const CLOSED: [Range; 14] = [
     (v4(0, 0, 0, 0), 8),
-    (v4(127, 0, 0, 0), 8),
+    LOOPBACK,
     (v4(169, 254, 0, 0), 16),
     (v4(224, 0, 0, 0), 4),
     (v4(240, 0, 0, 0), 4),
     // The guest's own network: what is in it the monitor answers for.
-    (v4(10, 0, 2, 0), PREFIX),
+    NETWORK,
     // Nobody's address, the loopback, addresses of IPv4 as they are and for NAT64 (64:ff9b::/96, RFC 6052).
     (v6(0, 0), 8),
     // What is to be discarded (RFC 6666).
@@ -28,8 +32,12 @@ const CLOSED: [(IpAddr, u8); 14] = [
     (v6(0xfe80, 0), 10),
     (v6(0xfec0, 0), 10),
     (v6(0xff00, 0), 8),
-    (IpAddr::V6(NETWORK6), PREFIX6),
+    NETWORK_IN_6,
 ];
+
+const LOOPBACK: Range = (v4(127, 0, 0, 0), 8);
+const NETWORK: Range = (v4(10, 0, 2, 0), PREFIX);
+const NETWORK_IN_6: Range = (IpAddr::V6(NETWORK6), PREFIX6);
 
 const fn v4(a: u8, b: u8, c: u8, d: u8) -> IpAddr {
     IpAddr::V4(Ipv4Addr::new(a, b, c, d))
@@ -103,6 +111,38 @@ fn is_open(
     }
     let by_name = allowed.clone().any(Allow::is_one);
     by_name || (!restrict || allowed.next().is_some()) && leaves_the_host(ip)
+}
+
+/// Refuses a setting that would open nothing, or not what it names.
+///
+/// # Errors
+/// [`Error::Dead`]
+pub fn check(list: &[Allow]) -> Result<(), Error> {
+    list.iter().try_for_each(|allow| match dead(allow) {
+        Some((why, hint)) => Err(Error::Dead { allow: *allow, why, hint }),
+        None => Ok(()),
+    })
+}
+
+/// Why `allow` opens nothing, and what to write.
+fn dead(allow: &Allow) -> Option<(&'static str, &'static str)> {
+    const LOCAL: &str = "what the guest calls the gateway, 10.0.2.2, is the host's 127.0.0.1: `net=user,allow=127.0.0.1:8080`";
+    let within = |(address, prefix): Range| allow.is_within(address, prefix);
+    if within(NETWORK) || within(NETWORK_IN_6) {
+        return Some(("this is the guest's own network", LOCAL));
+    }
+    if within(LOOPBACK) && !allow.contains(Ipv4Addr::LOCALHOST.into()) {
+        return Some(("of the host's loopback a guest reaches 127.0.0.1 alone", LOCAL));
+    }
+    let inside = CLOSED
+        .iter()
+        .filter(|(address, prefix)| *prefix > allow.prefix && allow.contains(*address))
+        .map(|(_, prefix)| 1u128 << 127 >> (prefix - allow.prefix));
+    let all = inside.sum::<u128>() == 1 << 127;
+    all.then_some((
+        "all of it is closed, and a range wider than a closed one does not open that",
+        "name the addresses that the guest is to reach",
+    ))
 }
 
 #[cfg(test)]
@@ -199,5 +239,37 @@ mod tests {
         assert!(open(&["1.1.1.0/24:443"], true, "1.1.1.1:443", "0.0.0.0"));
         assert!(!open(&["1.1.1.0/24:443"], true, "1.1.1.1:80", "0.0.0.0"));
         assert!(!open(&["1.1.1.0/24"], true, "1.1.1.1:80", "1.1.1.1"), "the host's own");
+    }
+
+    #[test]
+    fn what_would_open_nothing_is_refused() {
+        for (text, word) in [
+            ("224.0.0.0/3", "wider"),
+            ("fe80::/9", "wider"),
+            ("127.0.0.53:53", "127.0.0.1 alone"),
+            ("127.1.0.0/16", "127.0.0.1 alone"),
+            ("10.0.2.2:5432", "own network"),
+            ("10.0.2.0/24", "own network"),
+            ("[fd76:6d6d:6e65:74::2]:80", "own network"),
+        ] {
+            let error = check(&[text.parse().unwrap()]).unwrap_err().to_string();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+        for text in [
+            "0.0.0.0/0",
+            "::/0",
+            "0.0.0.0/0:443",
+            "127.0.0.1/32",
+            "127.0.0.1:80",
+            "127.0.0.0/8",
+            "::1",
+            "10.0.0.0/8",
+            "128.0.0.0/1",
+            "169.254.169.254:80",
+            "64:ff9b::/96",
+            "fc00::/7",
+        ] {
+            check(&[text.parse().unwrap()]).unwrap();
+        }
     }
 }

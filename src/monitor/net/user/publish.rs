@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 
-use crate::config::Publish;
+use crate::config::{Allow, Publish};
 use crate::event_loop::Interest;
 
 use super::tcp::Tcp;
@@ -23,6 +23,16 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A setting that would open nothing.
+    #[error("`net=user,allow={allow}` opens nothing: {why}")]
+    Dead {
+        /// What is to be opened.
+        allow: Allow,
+        /// Why it is not.
+        why: &'static str,
+        /// What to write.
+        hint: &'static str,
+    },
     /// The host is out of descriptors.
     #[error("cannot set up the user network")]
     Host(#[from] io::Error),
@@ -31,8 +41,10 @@ pub enum Error {
 impl Error {
     /// What to try.
     pub fn hint(&self) -> String {
-        let Self::Publish { address, protocol, source } = self else {
-            return "see what the limits are: ulimit -a".to_owned();
+        let (address, protocol, source) = match self {
+            Self::Publish { address, protocol, source } => (address, protocol, source),
+            Self::Dead { hint, .. } => return (*hint).to_owned(),
+            Self::Host(_) => return "see what the limits are: ulimit -a".to_owned(),
         };
         let (port, letter) = (address.port(), protocol.chars().next().unwrap_or_default());
         match source.kind() {
