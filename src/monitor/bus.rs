@@ -101,6 +101,8 @@ pub enum Kind {
     PciPorts,
     /// PCI configuration space by memory.
     PciEcam,
+    /// The registers by which PCI functions come and go.
+    PciHotPlug,
     /// The window in which PCI functions' memory is.
     PciMemory,
     /// KVM's own: it answers without the monitor.

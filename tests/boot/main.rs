@@ -21,6 +21,7 @@ mod net_user;
 mod net_whole;
 mod others;
 mod pci;
+mod plug;
 mod reboot;
 mod trace;
 mod vhost;

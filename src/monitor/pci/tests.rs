@@ -71,6 +71,9 @@ impl Function for Probe {
     fn leave(&mut self) {
         self.at = None;
     }
+    fn remove(&mut self) {
+        self.leave();
+    }
 }
 
 impl Device for Probe {
