@@ -109,10 +109,13 @@ fn remove(options: &RemoveOptions) -> Result<Code, Failure> {
     let RemoveOptions { name, device, timeout, force } = options;
     let mut client = connect(name)?;
     let asked = client.remove_device(device, *force)?;
+    if asked.state == Attachment::Gone {
+        return Ok(Code::Success);
+    }
     let deadline = Instant::now().checked_add(Duration::from_secs(*timeout));
-    while asked.state != Attachment::Gone {
+    loop {
         match client.devices() {
-            Ok(devices) if devices.iter().all(|device| device.id != asked.id) => break,
+            Ok(devices) if devices.iter().all(|device| device.id != asked.id) => return Ok(Code::Success),
             // While it reboots it has no devices to tell of.
             Ok(_) | Err(Error::Refused { .. }) => {}
             Err(error) => return Err(error.into()),
@@ -122,7 +125,6 @@ fn remove(options: &RemoveOptions) -> Result<Code, Failure> {
         }
         thread::sleep(LOOK);
     }
-    Ok(Code::Success)
 }
 
 fn ignored(name: &str, device: &str, timeout: u64) -> Failure {

@@ -123,6 +123,13 @@ pub fn spare_numbers(list: &[Slot]) -> Vec<u8> {
     (1..segment::DEVICES).filter(|number| !taken(number)).take(SPARE).collect()
 }
 
+/// What may come at [these numbers](spare_numbers), for who tells of accesses to it: named by its place.
+pub fn spare_functions(list: &[Slot]) -> Vec<Slot> {
+    let has_bus = list.iter().any(|slot| slot.kind == Kind::PciEcam);
+    let numbers = spare_numbers(list).into_iter().filter(|_| has_bus);
+    numbers.map(|number| function(format!("pci-00:{number:02x}.0"), Kind::PciMemory, number)).collect()
+}
+
 /// What the guest's tables say of the machine with `cpus` vCPUs and what is on the `list`.
 pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
     let virtio = |slot: &Slot| match (slot.kind, slot.place, slot.gsi) {

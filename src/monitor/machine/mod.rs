@@ -37,7 +37,7 @@ use crate::chardev::LastWords;
 pub use build::load;
 pub use debug::Debug;
 pub use handle::{AlreadyEnded, Handle, LookError, NotAtRest, PauseError, Paused};
-pub use inventory::{inventory, platform};
+pub use inventory::{inventory, platform, spare_functions};
 pub use origin::Origin;
 pub use plug::{Attached, Attachment, PlugError};
 use plug::{PciBus, Plugboard};

@@ -244,20 +244,16 @@ fn devices<'a>(config: &'a VmConfig, changes: &'a Changes) -> Vec<(u64, virtio::
 fn forget(host: &mut Pluggable, config: &VmConfig, id: u64) {
     let list = virtio::Device::list(config);
     let (images, ports) = (&mut host.images, &mut host.ports);
-    let close = |device: &virtio::Device<'_>| match device {
+    let mut close = |device: &virtio::Device<'_>| match device {
         virtio::Device::Block(index, _) => images.close(*index),
         virtio::Device::Net(index, ..) => ports.close(*index),
         _ => {}
     };
-    match host.changes.added.iter().position(|added| added.id == id) {
-        Some(at) => {
-            Some(&virtio::Device::added(&host.changes.added.remove(at), None)).into_iter().for_each(close)
-        }
-        None => {
-            let at = id as usize;
-            list.get(at).into_iter().for_each(close);
-            host.changes.removed.push(at);
-        }
+    if let Some(at) = host.changes.added.iter().position(|added| added.id == id) {
+        close(&virtio::Device::added(&host.changes.added.remove(at), None));
+    } else if let Some((at, device)) = (0..).zip(&list).find(|(at, _)| *at as u64 == id) {
+        close(device);
+        host.changes.removed.push(at);
     }
     host.changes.asked.retain(|asked| *asked != id);
 }
@@ -438,3 +434,6 @@ impl Shared {
         log::info!("{name} removed");
     }
 }
+
+#[cfg(test)]
+mod tests;

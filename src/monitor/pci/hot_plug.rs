@@ -79,8 +79,9 @@ impl HotPlug {
         for device in (0..32).filter(|device| devices & bit(*device) != 0) {
             self.segment.remove(device);
         }
-        self.asked &= !devices;
-        self.wanted &= !devices;
+        for register in [&mut self.arrived, &mut self.wanted, &mut self.asked] {
+            *register &= !devices;
+        }
         self.ejected |= devices;
         if devices == 0 { Effect::None } else { Effect::Serve }
     }

@@ -27,6 +27,7 @@ struct Guest {
     vm: Arc<FakeVm>,
     ram: Arc<GuestRam>,
     function: Arc<Mutex<Pci>>,
+    segment: Arc<Segment>,
     ecam: Ecam,
     memory: Memory,
     /// The structures by their type: offset in the BAR, and length.
@@ -44,9 +45,9 @@ impl Guest {
         let function = Arc::new(Mutex::new(function));
         let segment = Arc::new(Segment::new(WINDOW));
         segment.insert(1, function.clone(), WINDOW.start..WINDOW.start + SIZE).unwrap();
-        let (ecam, memory) = (Ecam(segment.clone()), Memory(segment));
+        let (ecam, memory) = (Ecam(segment.clone()), Memory(segment.clone()));
         let ring = DriverRing::new(&ram, RING, 16);
-        let mut guest = Self { vm, ram, function, ecam, memory, structures: BTreeMap::new(), ring };
+        let mut guest = Self { vm, ram, function, segment, ecam, memory, structures: BTreeMap::new(), ring };
         guest.find();
         guest
     }
@@ -405,4 +406,37 @@ proptest! {
         guest.request(WINDOW.start);
         prop_assert!(guest.vm.doorbells() <= 1);
     }
+}
+
+#[test]
+fn a_device_off_the_bus_is_nothing_to_anybody() {
+    let mut guest = Guest::new();
+    guest.msix(msix::ENABLE);
+    guest.vector(0, message(0x30));
+    guest.vector(1, message(0x31));
+    guest.start(0, 1);
+    guest.request(WINDOW.start);
+    assert!(guest.vm.vectors_in_use() > 0);
+    let device = guest.function.clone();
+    let _ = guest.vm.take_messages();
+    // One more is under way, or not, as it is removed.
+    guest.ring.add(&[], &[(DATA, 16)]);
+    guest.segment.remove(1);
+    assert_eq!((guest.vm.doorbells(), guest.vm.vectors_in_use()), (0, 0));
+    assert_eq!((guest.config(0, 4), guest.read(0x14, 1)), (0xffff_ffff, 0xff));
+    // Nor to a vCPU that was on its way to it.
+    let mut device = device.lock().unwrap();
+    let mut data = [0xff; 4];
+    Function::read_config(&mut *device, 0, &mut data);
+    Device::read(&mut *device, 0x14, &mut data);
+    assert_eq!(data, [0xff; 4]);
+    assert_eq!(Function::write_config(&mut *device, 4, &[6, 0]), Effect::None);
+    for offset in (0..SIZE).step_by(4) {
+        assert_eq!(Device::write(&mut *device, offset, &[1, 0, 0, 0]), Effect::None);
+    }
+    device.pause(Instant::now() + Duration::from_secs(10)).unwrap();
+    assert_eq!(
+        (guest.vm.doorbells(), guest.vm.take_messages(), guest.vm.levels()),
+        (0, Vec::new(), Vec::new())
+    );
 }

@@ -8,7 +8,7 @@ mod pci;
 use acpi_tables::aml::{
     And, Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule,
     IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall, Name, Notify, OpRegion, OpRegionSpace,
-    Package, Path, ResourceTemplate, Scope, Store,
+    Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -219,10 +219,10 @@ fn events(platform: &Platform, sink: &mut Vec<u8>) {
     );
     let (button, register) = (Path::new("\\_SB_.PWRB"), Path::new("EVTS"));
     let read = Store::new(&Local(0), &register);
-    let is_pressed = And::new(&Local(1), &Local(0), &EVENT_POWER_BUTTON);
+    let is_pressed = And::new(&ZERO, &Local(0), &EVENT_POWER_BUTTON);
     let press = Notify::new(&button, &NOTIFY_PRESSED);
     let pressed = If::new(&is_pressed, vec![&press]);
-    let is_pci = And::new(&Local(1), &Local(0), &EVENT_PCI);
+    let is_pci = And::new(&ZERO, &Local(0), &EVENT_PCI);
     let look = MethodCall::new(pci::CHANGED.into(), Vec::new());
     let changed = If::new(&is_pci, vec![&look]);
     let mut told: Vec<&dyn Aml> = vec![&read, &pressed];

@@ -3,7 +3,7 @@
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Field, FieldAccessType, FieldEntry,
     FieldLockRule, FieldUpdateRule, IO, If, Local, Memory32Fixed, Method, Name, Notify, OpRegion,
-    OpRegionSpace, Package, Path, ResourceTemplate, Return, Store,
+    OpRegionSpace, Package, Path, ResourceTemplate, Return, Store, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
@@ -118,7 +118,7 @@ impl Slots<'_> {
         Store::new(&wanted, &Path::new("WANT")).to_aml_bytes(&mut steps);
         let mut tell = |register: &Local, number: u32, what: &str, value: u8| {
             let bit = 1u32 << number;
-            let is_set = And::new(&Local(2), register, &bit);
+            let is_set = And::new(&ZERO, register, &bit);
             If::new(&is_set, vec![&Notify::new(&Path::new(what), &value)]).to_aml_bytes(&mut steps);
         };
         tell(&arrived, 0, "\\_SB_.PCI0", BUS_CHECK);
