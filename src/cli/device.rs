@@ -67,7 +67,8 @@ struct RemoveOptions {
     /// Seconds that the guest has to let it go
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     timeout: u64,
-    /// Take it away without asking the guest, which loses what it has not written to it
+    /// Take it away at once, and tell the guest nothing: for one that has let it go but cannot say so (Linux without ACPI hot plug,
+    /// after echo 1 >/sys/bus/pci/devices/0000:PCI/remove). One that still uses it hangs
     #[arg(long, conflicts_with = "timeout")]
     force: bool,
 }
@@ -121,17 +122,19 @@ fn remove(options: &RemoveOptions) -> Result<Code, Failure> {
             Err(error) => return Err(error.into()),
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Err(ignored(name, device, *timeout));
+            return Err(ignored(name, &asked, *timeout));
         }
         thread::sleep(LOOK);
     }
 }
 
-fn ignored(name: &str, device: &str, timeout: u64) -> Failure {
+fn ignored(name: &str, asked: &Attached, timeout: u64) -> Failure {
+    let (device, place) = (&asked.name, asked.place.as_deref().unwrap_or("PCI"));
     let error = anyhow!("the guest of {name:?} has not let {device} go within {timeout} seconds");
     let hint = format!(
-        "it may still do so, and vmm device list {name} tells; a guest needs ACPI hot plug for it (Linux: \
-         CONFIG_HOTPLUG_PCI_ACPI). To take it away all the same: vmm device remove --force {name} {device}"
+        "it may still do so, and a reboot removes it, too. One that knows no ACPI hot plug (Linux without \
+         CONFIG_HOTPLUG_PCI_ACPI) has to remove it by itself: echo 1 >/sys/bus/pci/devices/0000:{place}/remove; then vmm \
+         device remove --force {name} {device}"
     );
     Failure::new(Code::Host, error).hint(Some(hint))
 }

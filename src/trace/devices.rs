@@ -188,7 +188,6 @@ mod tests {
             (Kind::PioOut, 0x64, 0xfe, "i8042 command <- 0xfe: reset"),
             (Kind::PioIn, 0xcf8, 0xff, "nobody -> 0xff"),
             (Kind::PioIn, 0x610, 0x28, "pci-hot-plug arrived -> 0x28: 00:03.0 00:05.0"),
-            (Kind::PioIn, 0x610, 1, "pci-hot-plug arrived -> 0x1: some are gone"),
             (Kind::PioIn, 0x614, 0x8, "pci-hot-plug wanted back -> 0x8: 00:03.0"),
             (Kind::PioIn, 0x614, 0, "pci-hot-plug wanted back -> 0x0: none"),
             (Kind::PioOut, 0x618, 0x8000_0000, "pci-hot-plug eject <- 0x80000000: 00:1f.0"),

@@ -349,7 +349,7 @@ impl Handle {
     }
 
     /// Asks the guest to let the device `name` go: again, if it was asked already. It is gone when it is no longer on the list of
-    /// [`Handle::devices`]. With `force` the guest is not asked, and finds that it is gone.
+    /// [`Handle::devices`]. With `force` it is gone at once, and the guest hears nothing of it.
     ///
     /// # Errors
     /// [`PlugError`]; nothing has changed.
@@ -383,9 +383,9 @@ impl Handle {
             attached.state = Attachment::Gone;
         } else {
             lock(&bus.hot_plug).ask_for(number);
+            lock(&shared.power).announce_pci();
             log::info!("{name}: the guest is asked to let it go");
         }
-        lock(&shared.power).announce_pci();
         Ok(attached)
     }
 }

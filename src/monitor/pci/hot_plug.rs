@@ -16,7 +16,7 @@ use crate::state::{StateError, Stateful};
 
 /// Ports: three registers of 4 bytes each, with a bit for each device number.
 pub const SIZE: u64 = 12;
-/// Register: devices that have come since this was last read. Bit 0, the host bridge's, says that some are gone unasked.
+/// Register: devices that have come since this was last read.
 pub const ARRIVED: u64 = 0;
 /// Register: devices that are asked for since this was last read.
 pub const WANTED: u64 = 4;
@@ -55,13 +55,17 @@ impl HotPlug {
         self.asked |= bit(device);
     }
 
-    /// Takes a device off the bus, whatever the guest does with it; and has the guest look for what is missing.
+    /// Takes a device off the bus, whatever the guest does with it, which is not told: drivers of virtio wait for ever for the reset
+    /// of a device that is not there.
     pub fn take_away(&mut self, device: u8) {
         self.segment.remove(device);
+        self.forget(bit(device));
+    }
+
+    fn forget(&mut self, devices: u32) {
         for register in [&mut self.arrived, &mut self.wanted, &mut self.asked] {
-            *register &= !bit(device);
+            *register &= !devices;
         }
-        self.arrived |= bit(0);
     }
 
     /// The devices that the guest has let go since this was last asked. They are off the bus.
@@ -79,9 +83,7 @@ impl HotPlug {
         for device in (0..32).filter(|device| devices & bit(*device) != 0) {
             self.segment.remove(device);
         }
-        for register in [&mut self.arrived, &mut self.wanted, &mut self.asked] {
-            *register &= !devices;
-        }
+        self.forget(devices);
         self.ejected |= devices;
         if devices == 0 { Effect::None } else { Effect::Serve }
     }
@@ -124,7 +126,7 @@ impl Stateful for HotPlug {
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
-        if (state.wanted & !state.asked) != 0 || state.asked & bit(0) != 0 {
+        if state.wanted & !state.asked != 0 {
             return Err(StateError::Invalid(format!("{state:x?}")));
         }
         (self.arrived, self.wanted, self.asked) = (state.arrived, state.wanted, state.asked);

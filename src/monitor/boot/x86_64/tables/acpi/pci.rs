@@ -18,8 +18,7 @@ pub const CHANGED: &str = "\\_SB_.PCI0.CHGD";
 /// The registers ARRIVED, WANTED and EJECT of [`hot_plug`], which follow each other.
 const FIELDS: [[u8; 4]; 3] = [*b"ARRV", *b"WANT", *b"EJCT"];
 const _: () = assert!(ARRIVED == 0 && WANTED == 4 && EJECT == 8);
-/// Notification values (ACPI 6.5, 5.6.6): what is below is to be looked through; a device has come; one is to go.
-const BUS_CHECK: u8 = 0;
+/// Notification values (ACPI 6.5, 5.6.6): a device has come; one is to go.
 const DEVICE_CHECK: u8 = 1;
 const EJECT_REQUEST: u8 = 3;
 
@@ -121,7 +120,6 @@ impl Slots<'_> {
             let is_set = And::new(&ZERO, register, &bit);
             If::new(&is_set, vec![&Notify::new(&Path::new(what), &value)]).to_aml_bytes(&mut steps);
         };
-        tell(&arrived, 0, "\\_SB_.PCI0", BUS_CHECK);
         for number in self.numbers() {
             tell(&arrived, number, &name(number), DEVICE_CHECK);
             tell(&wanted, number, &name(number), EJECT_REQUEST);
