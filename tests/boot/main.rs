@@ -22,6 +22,7 @@ mod net_whole;
 mod others;
 mod pci;
 mod plug;
+mod plug_whole;
 mod reboot;
 mod trace;
 mod vhost;

@@ -1,7 +1,5 @@
 //! Disks and network devices that come and go while a Linux runs, on the PCI bus: Debian's kernels know ACPI hot plug, the tuned one
-//! does not.
-//!
-//! `cargo test --test boot -- --ignored plug::whole` is the long version: 600 rounds, and Debian's other kernels.
+//! does not. `plug_whole` is the long version.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -62,7 +60,7 @@ fn assert_free(image: &Path) {
 }
 
 /// A disk comes and goes `rounds` times, after the one that was there from the start.
-fn rounds(kernel: &str, rounds: usize) {
+pub fn rounds(kernel: &str, rounds: usize) {
     let dir = tempfile::tempdir().unwrap();
     let (first, image) = (disk(dir.path(), "1234"), disk(dir.path(), "abcd"));
     let script = format!(
@@ -99,20 +97,6 @@ fn rounds(kernel: &str, rounds: usize) {
 fn a_disk_comes_and_goes_again_and_again() {
     if available("hot plug, disk") {
         rounds("stock", 5);
-    }
-}
-
-#[test]
-#[ignore = "minutes"]
-fn whole_600_rounds() {
-    rounds("stock", 600);
-}
-
-#[test]
-#[ignore = "other kernels"]
-fn whole_other_kernels() {
-    for kernel in ["cloud-6.12", "generic-6.1", "generic-6.12"] {
-        rounds(kernel, 5);
     }
 }
 

@@ -46,6 +46,8 @@ impl HotPlug {
 
     /// A device is there now. The guest hears of it when it is interrupted.
     pub fn announce(&mut self, device: u8) {
+        // Whatever was said of the one before it.
+        self.forget(bit(device));
         self.arrived |= bit(device);
     }
 

@@ -177,6 +177,8 @@ fn a_disk_comes_is_asked_for_and_goes_and_leaves_nothing_behind() {
         assert_eq!(scene.eject(ALL), Effect::None, "it is gone");
         scene.await_names(&["virtio-rng", "virtio-console"]);
         await_free(&image);
+        // Somebody may have asked once more meanwhile.
+        lock(&scene.bus().hot_plug).ask_for(3);
         let gone = scene.handle.remove_device("virtio-blk0", false).unwrap_err();
         assert!(gone.to_string().contains("no device called \"virtio-blk0\""), "{gone}");
         let after = (scene.handle.inventory().len(), scene.vm.doorbells(), scene.vm.vectors_in_use());
