@@ -18,7 +18,7 @@ use super::inventory::{function, spare_numbers};
 use super::{Handle, Phase, Shared};
 use crate::backends::{Added, Changes, Pluggable, SharedPluggable};
 use crate::bus::{Kind, Place, SharedDevice, Slot, lock};
-use crate::config::{Invalid, NetTarget, Plug, VmConfig};
+use crate::config::{Backing, Invalid, NetTarget, Plug, VmConfig};
 use crate::error_chain;
 use crate::machine::outputs::{self, Clash};
 use crate::memory::GuestRam;
@@ -207,7 +207,7 @@ impl Plugboard {
             Plug::Net(net) => match net.to {
                 NetTarget::Fd(fd) => Err(PlugError::Fd(fd)),
                 _ if config.net_dump.is_some() => Err(PlugError::Dump),
-                NetTarget::VhostUser(_) if config.memory().backing() != self.config.memory().backing() => {
+                NetTarget::VhostUser(_) if self.config.memory().backing() != Backing::Memfd => {
                     Err(PlugError::NotShared)
                 }
                 _ => Ok(()),
