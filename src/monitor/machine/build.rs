@@ -221,7 +221,7 @@ fn build(
             debugger: OnceLock::new(),
         }),
         threads: Mutex::default(),
-        plugboard: Plugboard::new(config, &backends.pluggable, changes, &list),
+        plugboard: Plugboard::new(config, &backends.pluggable, changes),
         inventory: Mutex::new(list),
         devices: Mutex::new(board.devices),
         networks: Mutex::new(networks),

@@ -25,8 +25,9 @@ pub struct Handle(pub(super) Arc<Shared>);
 
 impl fmt::Debug for Handle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let devices: Vec<_> = self.0.devices().into_iter().map(|(name, _)| name).collect();
-        f.debug_struct("Handle").field("devices", &devices).finish_non_exhaustive()
+        let devices = lock(&self.0.inventory);
+        let names: Vec<_> = devices.iter().map(|slot| &slot.name).collect();
+        f.debug_struct("Handle").field("devices", &names).finish_non_exhaustive()
     }
 }
 

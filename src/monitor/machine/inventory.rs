@@ -142,12 +142,15 @@ pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
         _ => None,
     };
     let has = |kind| list.iter().any(|slot| slot.kind == kind);
-    let spare = spare_numbers(list).into_iter().map(|number| (number, pin_a(number)));
+    let lines = || {
+        let spare = spare_numbers(list).into_iter().map(|number| (number, pin_a(number)));
+        list.iter().filter_map(line).chain(spare).collect()
+    };
     Platform {
         cpus,
         virtio_mmio: list.iter().filter_map(virtio).collect(),
         com1: has(Kind::Serial),
-        pci: has(Kind::PciEcam).then(|| list.iter().filter_map(line).chain(spare).collect()),
+        pci: has(Kind::PciEcam).then(lines),
     }
 }
 

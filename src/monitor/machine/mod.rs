@@ -222,13 +222,8 @@ impl Shared {
         true
     }
 
-    /// The devices as they are now. They are locked one at a time, and their list is not meanwhile.
-    fn devices(&self) -> Vec<(String, SharedDevice)> {
-        lock(&self.devices).clone()
-    }
-
     fn resume_devices(&self) {
-        self.devices().iter().for_each(|(_, device)| lock(device).resume());
+        lock(&self.devices).iter().for_each(|(_, device)| lock(device).resume());
     }
 
     /// Brings all devices to rest; gives up after `limit`, or when the machine is killed.
@@ -243,7 +238,7 @@ impl Shared {
         what: fn(&mut dyn Device, Instant) -> Result<(), Busy>,
     ) -> Result<(), NotAtRest> {
         let deadline = Instant::now() + limit;
-        let devices = self.devices();
+        let devices = lock(&self.devices);
         let results = devices.iter().map(|(name, device)| self.one_device(name, device, deadline, what));
         results.fold(Ok(()), Result::and)
     }

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -150,13 +150,21 @@ impl PciBus {
     }
 }
 
-/// What a machine's devices are, and what it takes to change that.
+/// What it takes to change a machine's devices.
 pub(super) struct Plugboard {
     host: SharedPluggable,
     /// Which machine of the session it is.
     machine: u64,
     /// What the session was started with.
     config: VmConfig,
+    /// What had changed when the machine was built.
+    changes: Changes,
+    /// Made when somebody asks first: most machines are never asked.
+    attachments: OnceLock<Attachments>,
+}
+
+/// What a machine's devices are.
+struct Attachments {
     /// The numbers on the bus that the guest looks at.
     numbers: Vec<u8>,
     list: Mutex<Vec<Entry>>,
@@ -168,9 +176,9 @@ struct Entry {
     removable: bool,
 }
 
-impl Plugboard {
-    /// For the machine of `config` that has what is on the `list`.
-    pub fn new(config: &VmConfig, host: &SharedPluggable, changes: &Changes, list: &[Slot]) -> Self {
+impl Attachments {
+    /// Of the machine of `config` that had what is on the `list` when it was built.
+    fn new(config: &VmConfig, changes: &Changes, list: &[Slot]) -> Self {
         let devices = devices(config, changes);
         let entry = |slot: &Slot| match slot.kind {
             Kind::Virtio(index) => devices.get(index).map(|(id, device)| Entry::new(*id, device, slot)),
@@ -182,14 +190,21 @@ impl Plugboard {
         };
         let mut numbers: Vec<_> = list.iter().filter_map(taken).chain(spare_numbers(list)).collect();
         numbers.sort_unstable();
+        Self { numbers, list: Mutex::new(list.iter().filter_map(entry).collect()) }
+    }
+}
+
+impl Plugboard {
+    /// For the machine of `config` after `changes`.
+    pub fn new(config: &VmConfig, host: &SharedPluggable, changes: &Changes) -> Self {
         let machine = lock(host).machines;
-        let list = Mutex::new(list.iter().filter_map(entry).collect());
-        Self { host: host.clone(), machine, config: config.clone(), numbers, list }
+        let (config, changes) = (config.clone(), changes.clone());
+        Self { host: host.clone(), machine, config, changes, attachments: OnceLock::new() }
     }
 
     /// What the host has of it, if this is the machine that can be changed.
     fn host(&self) -> Result<MutexGuard<'_, Pluggable>, PlugError> {
-        let host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
+        let host = lock(&self.host);
         if host.machines == self.machine { Ok(host) } else { Err(PlugError::Ended) }
     }
 
@@ -272,7 +287,7 @@ pub(super) fn begin(host: &SharedPluggable, config: &VmConfig) -> Changes {
 impl Handle {
     /// Its virtio devices.
     pub fn devices(&self) -> Vec<Attached> {
-        lock(&self.0.plugboard.list).iter().map(|entry| entry.attached.clone()).collect()
+        lock(&self.0.attachments().list).iter().map(|entry| entry.attached.clone()).collect()
     }
 
     /// Builds the device and puts it on the bus; the guest is told of it.
@@ -281,7 +296,7 @@ impl Handle {
     /// [`PlugError`]; nothing has changed.
     pub fn add_device(&self, plug: Plug) -> Result<Attached, PlugError> {
         let shared = &self.0;
-        let board = &shared.plugboard;
+        let (board, attachments) = (&shared.plugboard, shared.attachments());
         let bus = shared.pci.as_ref().ok_or(PlugError::NoPci)?;
         let mut host = board.host()?;
         if *lock(&shared.phase) == Phase::Paused {
@@ -289,9 +304,9 @@ impl Handle {
         }
         board.check(&plug, &host.changes)?;
         let (free, index) = {
-            let list = lock(&board.list);
+            let list = lock(&attachments.list);
             let taken = |number: &u8| list.iter().any(|entry| entry.number == Some(*number));
-            let free = board.numbers.iter().copied().find(|number| !taken(number));
+            let free = attachments.numbers.iter().copied().find(|number| !taken(number));
             let named = |index| {
                 virtio::Device::added(&Added { id: 0, index, number: 0, plug: plug.clone() }, None).name()
             };
@@ -338,7 +353,7 @@ impl Handle {
         lock(&shared.networks).extend(network);
         lock(&shared.inventory).push(slot);
         lock(&shared.devices).push((attached.name.clone(), function.clone()));
-        lock(&board.list).push(entry);
+        lock(&attachments.list).push(entry);
         // It has no place in memory before the guest gives it one, and so no doorbells that could be refused.
         let _ = bus.segment.insert(number, function, 0..0);
         lock(&bus.hot_plug).announce(number);
@@ -355,7 +370,7 @@ impl Handle {
     /// [`PlugError`]; nothing has changed.
     pub fn remove_device(&self, name: &str, force: bool) -> Result<Attached, PlugError> {
         let shared = &self.0;
-        let board = &shared.plugboard;
+        let (board, attachments) = (&shared.plugboard, shared.attachments());
         let bus = shared.pci.as_ref().ok_or(PlugError::NoPci)?;
         let mut host = board.host()?;
         let phase = lock(&shared.phase);
@@ -364,7 +379,7 @@ impl Handle {
             Phase::Paused => return Err(PlugError::Paused),
             Phase::Ended => return Err(PlugError::Ended),
         }
-        let mut list = lock(&board.list);
+        let mut list = lock(&attachments.list);
         let entry = list.iter_mut().find(|entry| entry.attached.name == name);
         let entry = entry.ok_or_else(|| PlugError::Unknown(name.to_owned()))?;
         let Some(number) = entry.number.filter(|_| entry.removable) else {
@@ -391,6 +406,12 @@ impl Handle {
 }
 
 impl Shared {
+    /// Its devices. They change by this alone, so that the inventory is as it was when this is called first.
+    fn attachments(&self) -> &Attachments {
+        let Plugboard { config, changes, attachments, .. } = &self.plugboard;
+        attachments.get_or_init(|| Attachments::new(config, changes, &lock(&self.inventory)))
+    }
+
     /// Takes apart what the guest has let go, on a thread of its own: it may have something in flight.
     pub(super) fn let_go_ejected(self: &Arc<Self>) {
         let Some(bus) = &self.pci else { return };
@@ -404,13 +425,13 @@ impl Shared {
 
     /// Takes apart the device that was `number` on the bus, where nothing leads to it any more.
     fn let_go(&self, number: u8) {
-        let board = &self.plugboard;
+        let (board, attachments) = (&self.plugboard, self.attachments());
         let Ok(mut host) = board.host() else { return };
         // Who pauses waits meanwhile.
         let _phase = lock(&self.phase);
         let here = |entry: &&Entry| entry.number == Some(number);
         let Some(Attached { id, name, .. }) =
-            lock(&board.list).iter().find(here).map(|entry| entry.attached.clone())
+            lock(&attachments.list).iter().find(here).map(|entry| entry.attached.clone())
         else {
             return;
         };
@@ -430,7 +451,7 @@ impl Shared {
         lock(&self.networks).retain(|network| network.device != name);
         lock(&self.inventory).retain(|slot| slot.name != name);
         forget(&mut host, &board.config, id);
-        lock(&board.list).retain(|entry| entry.attached.id != id);
+        lock(&attachments.list).retain(|entry| entry.attached.id != id);
         log::info!("{name} removed");
     }
 }

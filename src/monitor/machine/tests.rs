@@ -62,7 +62,7 @@ fn machine() -> (Handle, Arc<Mutex<Hanging>>, Receiver<Event>) {
         devices: Mutex::new(vec![("disk".to_owned(), device.clone())]),
         networks: Mutex::default(),
         pci: None,
-        plugboard: Plugboard::new(&VmConfig::default(), &Arc::default(), &Changes::default(), &[]),
+        plugboard: Plugboard::new(&VmConfig::default(), &Arc::default(), &Changes::default()),
         power: Arc::new(Mutex::new(AcpiPm::new(interrupt))),
         phase: Mutex::new(Phase::Running),
         events,

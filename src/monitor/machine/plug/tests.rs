@@ -68,7 +68,7 @@ impl Session {
                 debugger: OnceLock::new(),
             }),
             threads: Mutex::default(),
-            plugboard: Plugboard::new(&self.config, &self.host, &changes, &list),
+            plugboard: Plugboard::new(&self.config, &self.host, &changes),
             inventory: Mutex::new(list),
             devices: Mutex::default(),
             networks: Mutex::default(),
@@ -184,7 +184,7 @@ fn a_disk_comes_is_asked_for_and_goes_and_leaves_nothing_behind() {
         let after = (scene.handle.inventory().len(), scene.vm.doorbells(), scene.vm.vectors_in_use());
         assert_eq!(after, before);
     }
-    assert!(scene.handle.0.devices().is_empty());
+    assert!(lock(&scene.handle.0.devices).is_empty());
 }
 
 #[test]
