@@ -12,8 +12,10 @@ use vmm_monitor::api::registry::Registry;
 use vmm_monitor::api::server::Server;
 use vmm_monitor::api::signals::Signals;
 use vmm_monitor::api::{Control, Error, Sample, State, Status, Watch};
+use vmm_monitor::config::Plug;
 use vmm_monitor::event_loop::EventLoop;
 use vmm_monitor::kvm::VcpuState;
+use vmm_monitor::machine::Attached;
 use vmm_monitor::threads::Role;
 
 #[derive(Default)]
@@ -75,6 +77,18 @@ impl Control for Fake {
         *self.paused.lock().unwrap() = false;
         self.note("resume");
         Ok(())
+    }
+
+    fn devices(&self) -> Result<Vec<Attached>, String> {
+        Ok(Vec::new())
+    }
+
+    fn add_device(&self, _: Plug) -> Result<Attached, String> {
+        Err("it has no bus".to_owned())
+    }
+
+    fn remove_device(&self, name: &str, _: bool) -> Result<Attached, String> {
+        Err(format!("it has no {name}"))
     }
 
     fn power_button(&self) -> Result<bool, String> {

@@ -133,7 +133,7 @@ fn order(name: &str, json: bool, command: Command) -> Result<Client, Failure> {
 /// Has the machines end, all at once, and waits for that: `timeout` is the time that a guest has, if it is known here.
 fn end(options: &AllOptions, command: Command, timeout: Option<Duration>) -> Code {
     let mut told = Vec::new();
-    let order = |name: &String| order(name, options.json, command).map(|client| told.push(client));
+    let order = |name: &String| order(name, options.json, command.clone()).map(|client| told.push(client));
     let ordered = for_each(&options.names, order);
     let limit = timeout.map_or(Duration::MAX, |timeout| timeout.saturating_add(GRACE));
     worse(ordered, for_each(told, |client| Ok(client.wait_for_end(limit)?)))

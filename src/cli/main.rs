@@ -8,6 +8,7 @@ mod bench;
 mod control;
 mod cp;
 mod detached;
+mod device;
 mod exec;
 mod flags;
 mod forward;
@@ -60,6 +61,8 @@ Examples:
       run it in the background, and follow its console
   vmm exec -it web top; vmm cp web:/etc/hosts .; vmm forward web 8080:80
       work in it, if it has the agent and --vsock (docs/agent.md)
+  vmm device add web disk=data.img; vmm device remove web virtio-blk1
+      another disk while it runs, and without it again, if it has --transport pci
   vmm list; vmm pause web; vmm resume web; vmm stop web
       control it from another terminal
 ";
@@ -108,6 +111,8 @@ enum Command {
     Stop(control::StopOptions),
     /// Kill a virtual machine, without asking its guest
     Kill(control::AllOptions),
+    /// Add devices to a running virtual machine, remove them, or list them
+    Device(device::Options),
     /// Show what the guest of a virtual machine in the background wrote to its console
     Logs(logs::Options),
     /// Wait until virtual machines have ended, and print their exit codes
@@ -149,6 +154,7 @@ fn main() -> ExitCode {
         Command::Resume(options) => control::resume(options),
         Command::Stop(options) => control::stop(options),
         Command::Kill(options) => control::kill(options),
+        Command::Device(options) => device::device(options),
         Command::Logs(options) => logs::logs(options),
         Command::Wait(options) => wait::wait(options),
         Command::Rm(options) => wait::remove(options),

@@ -295,7 +295,7 @@ fn switch(text: &str) -> Result<bool, &'static str> {
 }
 
 /// A text that has a path in it, which need not be UTF-8.
-fn os_text<T, E>() -> impl TypedValueParser<Value = T>
+pub fn os_text<T, E>() -> impl TypedValueParser<Value = T>
 where
     T: for<'a> TryFrom<&'a OsStr, Error = E> + Clone + Send + Sync + 'static,
     E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,

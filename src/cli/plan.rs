@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use vmm_command::{Code, Failure, pretty};
+use vmm_monitor::backends::Changes;
 use vmm_monitor::boot::{self, firmware};
 use vmm_monitor::bus::{Kind, Place, Slot};
 use vmm_monitor::config::{Console, VmConfig};
@@ -33,7 +34,7 @@ pub fn plan(mut config: VmConfig) -> Result<String, Failure> {
         let path = config.firmware.as_ref().map(ToString::to_string).unwrap_or_default();
         Failure::new(Code::BadArgument, anyhow::Error::new(error).context(format!("firmware {path}")))
     })?;
-    let list = machine::inventory(&config, rom)?;
+    let list = machine::inventory(&config, &Changes::default(), rom)?;
     // The defaults that depend on other values.
     let cmdline = boot::cmdline::default_for(&config);
     config.cmdline.get_or_insert(cmdline);

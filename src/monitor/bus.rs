@@ -15,8 +15,8 @@ pub enum Effect {
     /// Nothing: the vCPU goes on.
     #[default]
     None,
-    /// The device wants a thread of its own, which a vCPU must not make: the vCPU goes on, and the machine
-    /// calls [`Device::resume`] from another thread soon.
+    /// The device wants a thread of its own, which a vCPU must not make, or has let a PCI function go: the vCPU goes on, and the
+    /// machine calls [`Device::resume`], or takes the function apart, from another thread soon.
     Serve,
     /// The guest asked for a reset.
     Reset,
@@ -101,6 +101,8 @@ pub enum Kind {
     PciPorts,
     /// PCI configuration space by memory.
     PciEcam,
+    /// The registers by which PCI functions come and go.
+    PciHotPlug,
     /// The window in which PCI functions' memory is.
     PciMemory,
     /// KVM's own: it answers without the monitor.

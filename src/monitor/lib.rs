@@ -20,7 +20,7 @@
 //! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
-//! | [`pci`] | a PCI bus: configuration space, memory that moves, MSI-X. One of the two transports of `virtio` is a function on it |
+//! | [`pci`] | a PCI bus: configuration space, memory that moves, MSI-X, functions that come and go. One of the two transports of `virtio` is a function on it |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::inventory`] lists what a configuration amounts to, [`machine::load`] builds that and fills it from its [`Origin`](machine::Origin), [`Machine`](machine::Machine) runs it |
 //! | [`api`] | names, control sockets, signals |

@@ -124,6 +124,8 @@ pub trait Vm: Send + Sync {
     fn open(&self, vector: &Vector) -> io::Result<()>;
     /// Undoes [`Vm::open`].
     fn close(&self, vector: &Vector);
+    /// Gives the numbers of `vectors` back, which are closed: others may get them. None of them may be routed or opened again.
+    fn release(&self, vectors: &[Vector]);
     /// Makes writes to `at` signal `event`, an eventfd.
     ///
     /// # Errors
@@ -191,6 +193,7 @@ pub mod fake {
         event: OwnedFd,
         route: Option<Msi>,
         open: bool,
+        released: bool,
     }
 
     impl FakeVm {
@@ -238,6 +241,12 @@ pub mod fake {
             hit.is_some_and(|(_, _, event)| rustix::io::write(event, &1u64.to_ne_bytes()).is_ok())
         }
 
+        /// How many vectors were given out and not released.
+        pub fn vectors_in_use(&self) -> usize {
+            let vectors = self.vectors.lock().expect("not poisoned");
+            vectors.iter().filter(|vector| !vector.released).count()
+        }
+
         /// How many doorbells are registered.
         pub fn doorbells(&self) -> usize {
             self.doorbells.lock().expect("not poisoned").len()
@@ -261,7 +270,7 @@ pub mod fake {
             let new = (all.len() as u32..).take(count).map(Vector::new).collect::<io::Result<Vec<_>>>()?;
             for vector in &new {
                 let event = vector.event.as_fd().try_clone_to_owned()?;
-                all.push(FakeVector { event, route: None, open: false });
+                all.push(FakeVector { event, route: None, open: false, released: false });
             }
             Ok(new)
         }
@@ -281,6 +290,14 @@ pub mod fake {
 
         fn close(&self, vector: &Vector) {
             self.vectors.lock().expect("not poisoned")[vector.gsi as usize].open = false;
+        }
+
+        fn release(&self, vectors: &[Vector]) {
+            let mut all = self.vectors.lock().expect("not poisoned");
+            for vector in vectors {
+                let vector = &mut all[vector.gsi as usize];
+                assert!(!vector.open && !std::mem::replace(&mut vector.released, true));
+            }
         }
 
         fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {

@@ -30,6 +30,7 @@ pub fn tell(header: &Header, event: &Event) -> Option<String> {
         "acpi-pm" => access(acpi_pm(offset), read, event),
         "fw-cfg" => access(fw_cfg(offset), read, event),
         "debug-exit" | "boot-marks" | "reset-control" | "pvpanic" => access("", read, event),
+        "pci-hot-plug" => pci::hot_plug(offset, read, event),
         "pci-ports" => pci::ports(offset, read, event),
         "pci-ecam" => pci::ecam(offset, read, event),
         _ if layout::PCI_MEMORY.contains(&event.address) => pci::virtio(offset, read, event),
@@ -168,7 +169,7 @@ mod tests {
     fn accesses_read_as_sentences() {
         let range = |name: &str, base, size| Range { name: name.to_owned(), base, size };
         let header = Header {
-            ports: vec![range("serial", 0x3f8, 8), range("i8042", 0x60, 5)],
+            ports: vec![range("serial", 0x3f8, 8), range("i8042", 0x60, 5), range("pci-hot-plug", 0x610, 12)],
             addresses: vec![range("virtio-console", 0xfe00_0000, 0x1000)],
             ..Header::default()
         };
@@ -186,6 +187,10 @@ mod tests {
             (Kind::PioIn, 0x3fd, 0x60, "serial LSR -> 0x60"),
             (Kind::PioOut, 0x64, 0xfe, "i8042 command <- 0xfe: reset"),
             (Kind::PioIn, 0xcf8, 0xff, "nobody -> 0xff"),
+            (Kind::PioIn, 0x610, 0x28, "pci-hot-plug arrived -> 0x28: 00:03.0 00:05.0"),
+            (Kind::PioIn, 0x614, 0x8, "pci-hot-plug wanted back -> 0x8: 00:03.0"),
+            (Kind::PioIn, 0x614, 0, "pci-hot-plug wanted back -> 0x0: none"),
+            (Kind::PioOut, 0x618, 0x8000_0000, "pci-hot-plug eject <- 0x80000000: 00:1f.0"),
             (Kind::MmioWrite, 0xfe00_0050, 1, "virtio-console QueueNotify <- 1: kick"),
             (Kind::MmioWrite, 0xfe00_0070, 3, "virtio-console Status <- 0x3: ACKNOWLEDGE DRIVER"),
             (Kind::MmioRead, 0xfe00_0100, 0x50, "virtio-console config+0x0 -> 0x50"),

@@ -5,14 +5,17 @@ use std::path::PathBuf;
 use super::file::{Header, Range};
 use vmm_monitor::bus::{Kind, Place, Slot};
 use vmm_monitor::config::{Kernel, VmConfig};
+use vmm_monitor::machine;
 
 impl Header {
     /// For the machine that `config` describes, which has what is on the `inventory`, on this host.
     pub fn of(config: &VmConfig, inventory: &[Slot]) -> Self {
+        // What is added later is told of by its place.
+        let spare = machine::spare_functions(inventory);
         let ranges = |ports| {
             let here = move |slot: &&Slot| (slot.place == Place::Pio) == ports && slot.kind != Kind::InKernel;
             let range = |slot: &Slot| Range { name: slot.name.clone(), base: slot.base, size: slot.size };
-            let mut ranges: Vec<_> = inventory.iter().filter(here).map(range).collect();
+            let mut ranges: Vec<_> = inventory.iter().chain(&spare).filter(here).map(range).collect();
             // Of PCI functions' memory and the window around it, the one that ends first is the one to find.
             ranges.sort_unstable_by_key(|range| (range.base, std::cmp::Reverse(range.size)));
             ranges

@@ -65,6 +65,20 @@ pub fn virtio(offset: u64, read: bool, event: &Event) -> String {
     }
 }
 
+/// Registers by which functions come and go (`pci::hot_plug`).
+pub fn hot_plug(offset: u64, read: bool, event: &Event) -> String {
+    let register = match offset {
+        0 => "arrived",
+        4 => "wanted back",
+        8 => "eject",
+        _ => return access(&format!("+{offset:#x}"), read, event),
+    };
+    let bit = |device: &u32| event.value >> device & 1 != 0;
+    let told: Vec<_> = (0..32).filter(bit).map(|device| format!("00:{device:02x}.0")).collect();
+    let told = if told.is_empty() { "none".to_owned() } else { told.join(" ") };
+    format!("{}: {told}", access(register, read, event))
+}
+
 /// The common configuration structure (4.1.4.3).
 fn common(offset: u64, read: bool, event: &Event) -> String {
     let field = match offset {

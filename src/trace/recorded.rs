@@ -50,7 +50,7 @@ impl Observer for Recorded<'_> {
         match &mut self.recording {
             Some(recording) => recording.resume(ram),
             None => {
-                let header = Header::of(self.config, handle.inventory());
+                let header = Header::of(self.config, &handle.inventory());
                 let (recorder, counters) = (self.recorder.clone(), machine.counters());
                 self.recording =
                     Some(Recording::start(&self.file, header, recorder, self.start, counters, ram)?);

@@ -21,6 +21,8 @@ mod net_user;
 mod net_whole;
 mod others;
 mod pci;
+mod plug;
+mod plug_whole;
 mod reboot;
 mod trace;
 mod vhost;

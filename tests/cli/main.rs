@@ -3,6 +3,7 @@
 mod agent;
 mod bad_input;
 mod detached;
+mod device;
 mod fuse;
 #[path = "../images/mod.rs"]
 #[allow(dead_code, reason = "shared with others, which make other kernels")]

@@ -9,7 +9,9 @@ use serde::de::DeserializeOwned;
 use super::protocol::{self, Answer, Command, Ended, MAX_REPLY, MachineSample};
 use super::registry::Registry;
 use super::{Error, Status};
+use crate::config::Plug;
 use crate::kvm::VcpuState;
+use crate::machine::Attached;
 
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -96,8 +98,7 @@ impl Client {
         match answer {
             Answer::Status(status) => Ok(status),
             Answer::Sample(seen) => Ok(seen.status),
-            Answer::Vcpus(_) | Answer::Ended(_) => Err(self.unexpected()),
-            Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
+            other => Err(self.other(other)),
         }
     }
 
@@ -108,13 +109,51 @@ impl Client {
     pub fn vcpus(&mut self) -> Result<Vec<VcpuState>, Error> {
         match self.exchange(Command::Vcpus)? {
             Answer::Vcpus(states) => Ok(states),
-            Answer::Status(_) | Answer::Sample(_) | Answer::Ended(_) => Err(self.unexpected()),
-            Answer::Error(reason) => Err(Error::Refused { name: self.name.clone(), reason }),
+            other => Err(self.other(other)),
         }
     }
 
-    fn unexpected(&self) -> Error {
-        Error::Protocol { name: self.name.clone(), reason: "it answers something else".to_owned() }
+    /// What virtio devices it has.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn devices(&mut self) -> Result<Vec<Attached>, Error> {
+        match self.exchange(Command::Devices)? {
+            Answer::Devices(devices) => Ok(devices),
+            other => Err(self.other(other)),
+        }
+    }
+
+    /// Gives it another device, whose paths are absolute. The device as it is now.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn add_device(&mut self, device: Plug) -> Result<Attached, Error> {
+        self.device(Command::AddDevice { device: Box::new(device) })
+    }
+
+    /// Has the guest asked to let the device `name` go; with `force` it is taken away. The device as it is now.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn remove_device(&mut self, name: &str, force: bool) -> Result<Attached, Error> {
+        self.device(Command::RemoveDevice { name: name.to_owned(), force })
+    }
+
+    fn device(&mut self, command: Command) -> Result<Attached, Error> {
+        match self.exchange(command)? {
+            Answer::Device(device) => Ok(device),
+            other => Err(self.other(other)),
+        }
+    }
+
+    /// What an answer means that is not the one that was asked for.
+    fn other(&self, answer: Answer) -> Error {
+        let name = self.name.clone();
+        match answer {
+            Answer::Error(reason) => Error::Refused { name, reason },
+            _ => Error::Protocol { name, reason: "it answers something else".to_owned() },
+        }
     }
 
     /// What the virtual machine has been doing, and its status. With the first call this connection is a viewer's. `S` is what
@@ -130,9 +169,8 @@ impl Client {
                 let sample = serde_json::from_value(sample);
                 Ok((status, sample.map_err(|error| Error::Protocol { name, reason: error.to_string() })?))
             }
-            Answer::Status(_) | Answer::Vcpus(_) | Answer::Ended(_) => Err(self.unexpected()),
             // A monitor that does not know the word yet says that it is no request.
-            Answer::Error(reason) => Err(Error::Refused { name, reason }),
+            other => Err(self.other(other)),
         }
     }
 
@@ -175,8 +213,7 @@ impl Client {
         let line = self.read_line(None)?;
         match self.parse(&line)? {
             Answer::Ended(ended) => Ok(ended),
-            Answer::Status(_) | Answer::Sample(_) | Answer::Vcpus(_) => Err(self.unexpected()),
-            Answer::Error(reason) => Err(Error::Refused { name: self.name, reason }),
+            other => Err(self.other(other)),
         }
     }
 

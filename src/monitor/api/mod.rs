@@ -18,9 +18,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Plug;
 use crate::config::host_path::{self, quoted};
 use crate::kvm::VcpuState;
-use crate::machine::Handle;
+use crate::machine::{Attached, Handle};
 use crate::net::traffic::{self, Counts};
 
 /// What a virtual machine is doing.
@@ -130,8 +131,8 @@ impl From<&traffic::Network> for Network {
 
 /// A virtual machine as its control socket and its signals see it.
 ///
-/// Called from the control thread, which none may hold up. `pause` alone comes from a thread of its own: it waits for vCPUs to
-/// leave the guest and for I/O in flight, up to a limit of its own.
+/// Called from the control thread, which none may hold up. What may take its time comes from a thread of its own: `pause`, which waits
+/// for vCPUs to leave the guest and for I/O in flight, up to a limit of its own, and what changes devices.
 pub trait Control: Send + Sync {
     /// What it is and does.
     fn status(&self) -> Status;
@@ -156,6 +157,21 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// In words, why there is no button to press.
     fn power_button(&self) -> Result<bool, String>;
+    /// What virtio devices it has.
+    ///
+    /// # Errors
+    /// In words, why that is not known.
+    fn devices(&self) -> Result<Vec<Attached>, String>;
+    /// Gives it another device. From a thread of its own.
+    ///
+    /// # Errors
+    /// In words, why it does not have it.
+    fn add_device(&self, device: Plug) -> Result<Attached, String>;
+    /// Asks the guest to let a device go, or takes it away. From a thread of its own.
+    ///
+    /// # Errors
+    /// In words, why not.
+    fn remove_device(&self, name: &str, force: bool) -> Result<Attached, String>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
     /// The exit status of this process, once it is known what that will be.

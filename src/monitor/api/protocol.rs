@@ -13,7 +13,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Sample, Status};
+use crate::config::Plug;
 use crate::kvm::VcpuState;
+use crate::machine::Attached;
 use crate::printable::{self, Printable};
 
 /// The protocol's version, in every message. Another one is refused.
@@ -24,7 +26,7 @@ pub const MAX_REQUEST: usize = 4096;
 pub const MAX_REPLY: usize = 256 << 10;
 
 /// What may be asked of a virtual machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "lowercase")]
 pub enum Command {
     /// Nothing but the status, which every command is answered with.
@@ -47,11 +49,28 @@ pub enum Command {
     Sample,
     /// How its run ends, answered when it is over.
     Wait,
+    /// What virtio devices it has.
+    Devices,
+    /// Give it another device.
+    #[serde(rename = "add-device")]
+    AddDevice {
+        /// Which; its paths are absolute.
+        device: Box<Plug>,
+    },
+    /// Ask the guest to let a device go: it is gone when it is not among the devices any more.
+    #[serde(rename = "remove-device")]
+    RemoveDevice {
+        /// The device's name in the machine.
+        name: String,
+        /// Take it away without asking.
+        #[serde(default)]
+        force: bool,
+    },
 }
 
 impl Command {
     /// The virtual machine ends by this; the connection lasts until then.
-    pub fn ends(self) -> bool {
+    pub fn ends(&self) -> bool {
         matches!(self, Self::Stop { .. } | Self::Kill)
     }
 }
@@ -82,6 +101,10 @@ pub enum Answer {
     Sample(Box<MachineSample>),
     /// Answers [`Command::Wait`].
     Ended(Ended),
+    /// Answers [`Command::Devices`].
+    Devices(Vec<Attached>),
+    /// Answers [`Command::AddDevice`] and [`Command::RemoveDevice`]: the device as it is now.
+    Device(Attached),
     /// It is not done, and why.
     Error(String),
 }
@@ -160,6 +183,8 @@ mod tests {
 
     #[test]
     fn commands_survive_the_line() {
+        let plug = |text: &str| Plug::try_from(std::ffi::OsStr::new(text)).unwrap();
+        let add = |text| Command::AddDevice { device: Box::new(plug(text)) };
         let stop = Command::Stop { timeout_seconds: Some(3) };
         for command in [
             Command::Status,
@@ -170,8 +195,12 @@ mod tests {
             Command::Vcpus,
             Command::Sample,
             Command::Wait,
+            Command::Devices,
+            add("disk=/a b,readonly"),
+            add("net=user,publish=8080:80"),
+            Command::RemoveDevice { name: "virtio-blk1".to_owned(), force: true },
         ] {
-            let line = request(command);
+            let line = request(command.clone());
             assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
             assert_eq!(parse_request(&line), Ok(command));
         }

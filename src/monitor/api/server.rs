@@ -18,6 +18,7 @@ use super::{Control, Error, State, Status, Watch};
 use crate::bus::lock;
 use crate::event_loop::{Event, EventLoop, Handler, Interest, Registration, Sources};
 use crate::kvm::VcpuState;
+use crate::machine::Attached;
 use crate::threads::{self, Role};
 use crate::timer::Timer;
 
@@ -99,7 +100,7 @@ enum Keep {
     UntilPaused,
 }
 
-/// What stops vCPUs, under way on a thread of its own: a pause, or a look at them.
+/// What may take its time, under way on a thread of its own: a pause, a look at the vCPUs, or a change of devices.
 struct Pause {
     over: Event,
     result: Arc<Mutex<Option<Stopped>>>,
@@ -108,10 +109,11 @@ struct Pause {
     clients: VecDeque<(u32, Command)>,
 }
 
-/// The result of stopping the vCPUs.
+/// Its result.
 enum Stopped {
     Paused(Result<(), String>),
     Looked(Result<Vec<VcpuState>, String>),
+    Changed(Result<Attached, String>),
 }
 
 struct Orders {
@@ -262,9 +264,17 @@ impl Orders {
             (client.waits, client.until) = (true, None);
             return Keep::Yes;
         }
-        let waits = command == Command::Resume && self.pause.under_way;
-        if waits || command == Command::Vcpus || (command == Command::Pause && !self.stopping) {
-            return match self.begin_to_stop(command) {
+        if command == Command::Devices {
+            return answer(client, self.control.devices().map_or_else(Answer::Error, Answer::Devices), false);
+        }
+        let takes_time = match command {
+            Command::Resume => self.pause.under_way,
+            Command::Vcpus => true,
+            Command::Pause | Command::AddDevice { .. } | Command::RemoveDevice { .. } => !self.stopping,
+            _ => false,
+        };
+        if takes_time {
+            return match self.begin_to_stop(command.clone()) {
                 Ok(()) => {
                     self.pause.clients.push_back((token, command));
                     client.until = None;
@@ -273,18 +283,20 @@ impl Orders {
                 Err(reason) => answer(client, Answer::Error(reason), false),
             };
         }
+        let ends = command.ends();
+        let is_sample = command == Command::Sample;
         let obeyed = self.obey(command, client);
         let reply = match (obeyed, &client.watch) {
-            (Ok(()), Some(watch)) if command == Command::Sample => {
+            (Ok(()), Some(watch)) if is_sample => {
                 Answer::Sample(Box::new(MachineSample { status: self.status(), sample: watch.sample() }))
             }
             (Ok(()), _) => Answer::Status(self.status()),
             (Err(reason), _) => Answer::Error(reason),
         };
-        answer(client, reply, command.ends())
+        answer(client, reply, ends)
     }
 
-    /// Starts to carry out `command`, which stops vCPUs, unless another like it is under way.
+    /// Starts to carry out `command`, which may take its time, unless another like it is under way.
     fn begin_to_stop(&mut self, command: Command) -> Result<(), String> {
         if self.pause.under_way {
             return Ok(());
@@ -294,6 +306,10 @@ impl Orders {
         let run = move || {
             let stopped = match command {
                 Command::Vcpus => Stopped::Looked(control.vcpus()),
+                Command::AddDevice { device } => Stopped::Changed(control.add_device(*device)),
+                Command::RemoveDevice { name, force } => {
+                    Stopped::Changed(control.remove_device(&name, force))
+                }
                 _ => Stopped::Paused(control.pause()),
             };
             *lock(&result) = Some(stopped);
@@ -316,14 +332,19 @@ impl Orders {
         let reply = match result {
             Stopped::Paused(result) => self.done(result),
             Stopped::Looked(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
+            Stopped::Changed(device) => device.map_or_else(Answer::Error, Answer::Device),
         };
         self.reply(asked, reply, sources);
         // Those who came meanwhile get their turn.
         while let Some((token, command)) = self.pause.clients.pop_front() {
             let result = match command {
                 Command::Resume => self.control.resume(),
-                Command::Pause if self.stopping => Err("it is being stopped".to_owned()),
-                _ => match self.begin_to_stop(command) {
+                Command::Pause | Command::AddDevice { .. } | Command::RemoveDevice { .. }
+                    if self.stopping =>
+                {
+                    Err("it is being stopped".to_owned())
+                }
+                _ => match self.begin_to_stop(command.clone()) {
                     Ok(()) => return self.pause.clients.push_front((token, command)),
                     Err(reason) => Err(reason),
                 },
@@ -362,15 +383,19 @@ impl Orders {
     /// Carries out what takes no time.
     fn obey(&mut self, command: Command, client: &mut Client) -> Result<(), String> {
         match command {
-            Command::Status => Ok(()),
+            Command::Status | Command::Devices => Ok(()),
             Command::Sample => {
                 if client.watch.is_none() {
                     client.watch = Some(self.control.watch()?);
                 }
                 Ok(())
             }
-            // The only one that comes here is refused.
-            Command::Pause | Command::Vcpus | Command::Wait => Err("it is being stopped".to_owned()),
+            // Those that come here are refused.
+            Command::Pause
+            | Command::Vcpus
+            | Command::Wait
+            | Command::AddDevice { .. }
+            | Command::RemoveDevice { .. } => Err("it is being stopped".to_owned()),
             Command::Resume => self.control.resume(),
             Command::Stop { timeout_seconds } => {
                 self.stop(timeout_seconds.map_or(self.stop_timeout, Duration::from_secs))

@@ -55,6 +55,11 @@ impl Images {
         };
         Raw::on(image, config)
     }
+
+    /// Closes the `index`th image: its lock goes with the last request that is under way.
+    pub fn close(&mut self, index: usize) {
+        self.0.remove(&index);
+    }
 }
 
 /// What the I/O threads and the front end share.

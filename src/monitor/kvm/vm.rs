@@ -144,6 +144,13 @@ impl crate::vm::Vm for Vm {
         }
     }
 
+    fn release(&self, vectors: &[Vector]) {
+        let removed = self.change_routes(|all| vectors.iter().for_each(|vector| all.remove(vector.gsi())));
+        if let Err(error) = removed {
+            log::error!("routes of message-signalled interrupts: {error}");
+        }
+    }
+
     fn ioeventfd(&self, at: IoEventAddress, event: BorrowedFd<'_>) -> io::Result<()> {
         let IoEventAddress::Mmio { address, value } = at;
         let address = kvm_ioctls::IoEventAddress::Mmio(address);

@@ -28,6 +28,8 @@ pub const RESET_VALUE: u8 = 1;
 pub const EVENT: u64 = 4;
 /// Event: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1;
+/// Event: PCI functions have come, or are to go (`pci::hot_plug`).
+pub const EVENT_PCI: u8 = 2;
 /// Offset of a register that ACPI knows nothing of: what boots a disk writes [`GAVE_UP`] to it when it finds
 /// nothing to boot.
 pub const BOOT: u64 = 5;
@@ -59,7 +61,16 @@ impl AcpiPm {
 
     /// Presses the power button: a guest that listens shuts itself down.
     pub fn press_power_button(&mut self) {
-        self.events |= EVENT_POWER_BUTTON;
+        self.raise(EVENT_POWER_BUTTON);
+    }
+
+    /// PCI functions have come, or are to go: the guest looks which.
+    pub fn announce_pci(&mut self) {
+        self.raise(EVENT_PCI);
+    }
+
+    fn raise(&mut self, event: u8) {
+        self.events |= event;
         self.interrupt.trigger();
     }
 }
@@ -102,7 +113,7 @@ impl Stateful for AcpiPm {
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
-        if state.events & !EVENT_POWER_BUTTON != 0 {
+        if state.events & !(EVENT_POWER_BUTTON | EVENT_PCI) != 0 {
             return Err(StateError::Invalid(format!("ACPI events {:#x}", state.events)));
         }
         self.events = state.events;
@@ -158,7 +169,7 @@ mod tests {
             assert_eq!(read(device, EVENT), EVENT_POWER_BUTTON);
             assert_eq!(read(device, EVENT), 0);
         }
-        assert!(restored.restore_bytes(&[2]).is_err());
+        assert!(restored.restore_bytes(&[4]).is_err());
         assert_eq!(read(&mut restored, 3), 0xff, "a gap between the registers");
     }
 }

@@ -3,7 +3,6 @@
 //! The order is that of the ioctls' cost: memory slots, then interrupt controllers, then interrupts and doorbells, then
 //! vCPUs. The first two are the [`Shell`]'s.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -11,9 +10,10 @@ use std::time::Instant;
 
 use super::inventory::{inventory, platform};
 use super::origin::{Contents, Origin};
+use super::plug::{self, PciBus, Plugboard};
 use super::shell::{Made, Shell};
 use super::{Error, Event, Handle, Machine, Phase, Shared};
-use crate::backends::Backends;
+use crate::backends::{Backends, Changes};
 use crate::boot::{self, Payload};
 use crate::bus::{Bus, Device, Kind, Place, SharedDevice, Slot, lock};
 use crate::chardev::Escape;
@@ -63,7 +63,8 @@ pub fn load(
         None => Shell::begin(config, origin.rom()?.as_deref(), recorder)?,
     };
     let memory = shell.memory.clone();
-    let list = inventory(config, memory.rom_slot().map(|(_, _, size)| size))?;
+    let changes = plug::begin(&backends.pluggable, config);
+    let list = inventory(config, &changes, memory.rom_slot().map(|(_, _, size)| size))?;
     let platform = platform(config.cpus.0, &list);
     let mut steps = Steps::begin(recorder, "monitor");
     let contents = origin.fill(&memory, &platform);
@@ -72,7 +73,8 @@ pub fn load(
     let (Made { vm, processor }, seat) = shell.finish()?;
     let contents = contents?;
     steps.skip();
-    let mut machine = build(config, list, &memory, vm, &processor, backends, recorder, &mut steps, start)?;
+    let mut machine =
+        build(config, list, &changes, &memory, vm, &processor, backends, recorder, &mut steps, start)?;
     machine.seat = Some(seat);
     if let Some(payload) = origin.payload() {
         machine.warn_of_missing_clock(payload, processor.is_intels());
@@ -87,6 +89,7 @@ pub fn load(
 fn build(
     config: &VmConfig,
     list: Vec<Slot>,
+    changes: &Changes,
     memory: &Memory,
     vm: kvm::Vm,
     processor: &Processor,
@@ -105,14 +108,15 @@ fn build(
     }
     let power = Arc::new(Mutex::new(AcpiPm::new(interrupt(&vm, "power button", layout::ACPI_GSI)?)));
     let fw_cfg = Arc::new(Mutex::new(FwCfg::new(Items::default(), memory.ram().clone())));
-    let virtio = virtio::Device::list(config);
+    let mut virtio = virtio::Device::list(config);
+    let name = config.name.as_deref();
+    virtio.extend(changes.added.iter().map(|added| virtio::Device::added(added, name)));
     if config.net_dump.is_some() {
-        backends.ports.note_frames();
+        lock(&backends.pluggable).ports.note_frames();
     }
     let mut board = Board::default();
-    let segment = Arc::new(pci::Segment::new(layout::PCI_MEMORY));
-    let mut lines = BTreeMap::new();
-    if config.transport == Transport::Pci {
+    let pci = (config.transport == Transport::Pci).then(|| PciBus::new(weak(&vm), memory.ram(), recorder));
+    if let Some(PciBus { segment, .. }) = &pci {
         let bridge = Arc::new(Mutex::new(pci::HostBridge::default()));
         board.devices.push(("pci-host-bridge".to_owned(), bridge.clone()));
         // It has no doorbells that could be refused.
@@ -147,29 +151,34 @@ fn build(
                 board.hypercalls = Some(device.clone());
                 device
             }
-            Kind::PciPorts => {
-                shared(pci::ConfigPorts::new(segment.clone(), Box::new(ResetControl::default())))
-            }
-            Kind::PciEcam => shared(pci::Ecam(segment.clone())),
-            Kind::PciMemory => shared(pci::Memory(segment.clone())),
             Kind::Virtio(index) => {
                 let device = virtio[index].build(backends, recorder)?;
-                let gsi = slot.gsi.unwrap_or_default();
-                match slot.place {
-                    Place::Pci(number) => {
-                        let line =
-                            lines.entry(gsi).or_insert_with(|| Arc::new(pci::Line::new(weak(&vm), gsi)));
-                        let place = virtio::pci::Place { number, base: slot.base, line: line.clone() };
-                        let weak = weak(&vm);
-                        let function =
-                            virtio::pci::Pci::new(weak, memory.ram(), place, &slot.name, device, recorder)?;
-                        let function = Arc::new(Mutex::new(function));
-                        segment.insert(number, function.clone(), slot.base..slot.base + slot.size).map_err(
-                            |source| Error::Host { what: format!("the doorbells of {}", slot.name), source },
-                        )?;
+                match (slot.place, &pci) {
+                    (Place::Pci(number), Some(pci)) => {
+                        let function = pci.function(slot, number, device)?;
+                        let at = slot.base..slot.base + slot.size;
+                        pci.segment.insert(number, function.clone(), at).map_err(|source| Error::Host {
+                            what: format!("the doorbells of {}", slot.name),
+                            source,
+                        })?;
                         function
                     }
-                    _ => shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?),
+                    _ => {
+                        let gsi = slot.gsi.unwrap_or_default();
+                        shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?)
+                    }
+                }
+            }
+            Kind::PciPorts | Kind::PciEcam | Kind::PciMemory | Kind::PciHotPlug => {
+                let Some(PciBus { segment, hot_plug, .. }) = &pci else { continue };
+                let segment = segment.clone();
+                match slot.kind {
+                    Kind::PciPorts => {
+                        shared(pci::ConfigPorts::new(segment, Box::new(ResetControl::default())))
+                    }
+                    Kind::PciEcam => shared(pci::Ecam(segment)),
+                    Kind::PciMemory => shared(pci::Memory(segment)),
+                    _ => hot_plug.clone(),
                 }
             }
             Kind::InKernel => continue,
@@ -187,11 +196,15 @@ fn build(
     }
     let mut buses = Buses::new(board.pio, board.mmio);
     buses.hypercalls = board.hypercalls;
-    let networks = virtio.iter().filter_map(|device| device.network(&mut backends.ports).transpose());
+    let mut host = lock(&backends.pluggable);
+    let here =
+        list.iter().filter_map(|slot| if let Kind::Virtio(index) = slot.kind { Some(index) } else { None });
+    let networks = here.filter_map(|index| virtio[index].network(&mut host.ports).transpose());
     let networks = networks.collect::<Result<Vec<_>, _>>()?;
     if let Some(file) = &config.net_dump {
-        backends.ports.start_dump(file, &networks).map_err(virtio::Error::Net)?;
+        host.ports.start_dump(file, &networks).map_err(virtio::Error::Net)?;
     }
+    drop(host);
     let (events, ended) = channel();
     let serve = events.clone();
     // The receiver is gone only when the run is over.
@@ -208,9 +221,11 @@ fn build(
             debugger: OnceLock::new(),
         }),
         threads: Mutex::default(),
-        inventory: list,
-        devices: board.devices,
-        networks,
+        plugboard: Plugboard::new(config, &backends.pluggable, changes),
+        inventory: Mutex::new(list),
+        devices: Mutex::new(board.devices),
+        networks: Mutex::new(networks),
+        pci,
         power,
         phase: Mutex::new(Phase::Running),
         events,

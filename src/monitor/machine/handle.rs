@@ -25,8 +25,9 @@ pub struct Handle(pub(super) Arc<Shared>);
 
 impl fmt::Debug for Handle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let devices: Vec<_> = self.0.devices.iter().map(|(name, _)| name).collect();
-        f.debug_struct("Handle").field("devices", &devices).finish_non_exhaustive()
+        let devices = lock(&self.0.inventory);
+        let names: Vec<_> = devices.iter().map(|slot| &slot.name).collect();
+        f.debug_struct("Handle").field("devices", &names).finish_non_exhaustive()
     }
 }
 
@@ -171,13 +172,13 @@ impl Handle {
     }
 
     /// What the machine has, and where.
-    pub fn inventory(&self) -> &[Slot] {
-        &self.0.inventory
+    pub fn inventory(&self) -> Vec<Slot> {
+        lock(&self.0.inventory).clone()
     }
 
     /// Its network devices, and what they have carried. No device is waited for.
-    pub fn networks(&self) -> &[Network] {
-        &self.0.networks
+    pub fn networks(&self) -> Vec<Network> {
+        lock(&self.0.networks).clone()
     }
 
     /// How many vCPUs it has.

@@ -6,20 +6,25 @@
 use std::ops::Range;
 
 use super::Error;
+use crate::backends::Changes;
 use crate::boot::tables::{Platform, VirtioMmio};
 use crate::bus::{Kind, Place, Slot};
 use crate::config::{CharTarget, Transport, VmConfig};
 use crate::legacy::{crtc, debug_exit, fw_cfg, rtc_cmos, testdev};
 use crate::memory::layout;
-use crate::pci::segment;
+use crate::pci::{hot_plug, segment};
 use crate::virtio::{self, pci};
 
-/// Everything that answers at an address of the machine that `config` describes, in the order in which it is built. `rom` is
-/// the size of its firmware in bytes.
+/// Numbers on the PCI bus at which devices may come while the machine runs, beside those that have one: each costs the guest a
+/// moment at its start.
+const SPARE: usize = 8;
+
+/// Everything that answers at an address of the machine that `config` describes, after `changes`, in the order in which it is built.
+/// `rom` is the size of its firmware in bytes.
 ///
 /// # Errors
 /// [`Error::TooManyDevices`]
-pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error> {
+pub fn inventory(config: &VmConfig, changes: &Changes, rom: Option<u64>) -> Result<Vec<Slot>, Error> {
     let mut list = List::default();
     list.port("acpi-pm", Kind::AcpiPm, layout::ACPI_PM, layout::ACPI_PM_SIZE).gsi = Some(layout::ACPI_GSI);
     list.port("i8042", Kind::I8042, layout::I8042, layout::I8042_SIZE);
@@ -30,6 +35,7 @@ pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error
         Transport::Pci => {
             list.port("pci-ports", Kind::PciPorts, layout::PCI_CONFIG, segment::PORTS);
             list.memory("pci-ecam", Kind::PciEcam, layout::PCI_ECAM, segment::ECAM_BUS);
+            list.port("pci-hot-plug", Kind::PciHotPlug, layout::PCI_HOT_PLUG, hot_plug::SIZE);
             let Range { start, end } = layout::PCI_MEMORY;
             list.memory("pci-memory", Kind::PciMemory, start, end - start);
         }
@@ -76,22 +82,20 @@ pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error
     if wanted > possible {
         return Err(Error::TooManyDevices { wanted, possible });
     }
-    for (index, device) in virtio.iter().enumerate() {
-        let (name, kind, at) = (device.name(), Kind::Virtio(index), index as u64);
-        let slot = match config.transport {
+    for (index, device) in virtio.iter().enumerate().filter(|(index, _)| !changes.removed.contains(index)) {
+        let (name, kind) = (device.name(), Kind::Virtio(index));
+        match config.transport {
             Transport::Mmio => {
-                let base = layout::VIRTIO_MMIO + at * layout::VIRTIO_MMIO_SIZE;
-                list.memory(&name, kind, base, layout::VIRTIO_MMIO_SIZE)
+                let base = layout::VIRTIO_MMIO + index as u64 * layout::VIRTIO_MMIO_SIZE;
+                list.memory(&name, kind, base, layout::VIRTIO_MMIO_SIZE).gsi =
+                    layout::VIRTIO_GSIS.get(index).copied();
             }
-            Transport::Pci => {
-                let place = Place::Pci(index as u8 + 1);
-                list.add(&name, kind, place, layout::PCI_MEMORY.start + at * pci::SIZE, pci::SIZE)
-            }
-        };
-        slot.gsi = match slot.place {
-            Place::Pci(number) => Some(layout::PCI_GSIS[usize::from(number) % layout::PCI_GSIS.len()]),
-            _ => layout::VIRTIO_GSIS.get(index).copied(),
-        };
+            Transport::Pci => list.0.push(function(name, kind, index as u8 + 1)),
+        }
+    }
+    for (added, index) in changes.added.iter().zip(wanted..) {
+        let device = virtio::Device::added(added, None);
+        list.0.push(function(device.name(), Kind::Virtio(index), added.number));
     }
     if config.serial != CharTarget::Off {
         list.port("serial", Kind::Serial, layout::COM1, layout::COM1_SIZE).gsi = Some(layout::COM1_GSI);
@@ -100,6 +104,30 @@ pub fn inventory(config: &VmConfig, rom: Option<u64>) -> Result<Vec<Slot>, Error
     list.memory("lapic", Kind::InKernel, layout::LOCAL_APIC, layout::APIC_SIZE);
     list.memory("kvm", Kind::InKernel, layout::KVM_IDENTITY_MAP, layout::KVM_SIZE);
     Ok(list.0)
+}
+
+/// A function on the PCI bus. Where its memory is the guest may change.
+pub fn function(name: String, kind: Kind, number: u8) -> Slot {
+    let base = layout::PCI_MEMORY.start + u64::from(number.saturating_sub(1)) * pci::SIZE;
+    Slot { name, kind, place: Place::Pci(number), base, size: pci::SIZE, gsi: Some(pin_a(number)) }
+}
+
+/// The global system interrupt that INTA# of a function is wired to.
+fn pin_a(number: u8) -> u32 {
+    layout::PCI_GSIS[usize::from(number) % layout::PCI_GSIS.len()]
+}
+
+/// The numbers on the PCI bus at which devices may come while the machine runs that has what is on the `list`.
+pub fn spare_numbers(list: &[Slot]) -> Vec<u8> {
+    let taken = |number: &u8| list.iter().any(|slot| slot.place == Place::Pci(*number));
+    (1..segment::DEVICES).filter(|number| !taken(number)).take(SPARE).collect()
+}
+
+/// What may come at [these numbers](spare_numbers), for who tells of accesses to it: named by its place.
+pub fn spare_functions(list: &[Slot]) -> Vec<Slot> {
+    let has_bus = list.iter().any(|slot| slot.kind == Kind::PciEcam);
+    let numbers = spare_numbers(list).into_iter().filter(|_| has_bus);
+    numbers.map(|number| function(format!("pci-00:{number:02x}.0"), Kind::PciMemory, number)).collect()
 }
 
 /// What the guest's tables say of the machine with `cpus` vCPUs and what is on the `list`.
@@ -114,11 +142,15 @@ pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
         _ => None,
     };
     let has = |kind| list.iter().any(|slot| slot.kind == kind);
+    let lines = || {
+        let spare = spare_numbers(list).into_iter().map(|number| (number, pin_a(number)));
+        list.iter().filter_map(line).chain(spare).collect()
+    };
     Platform {
         cpus,
         virtio_mmio: list.iter().filter_map(virtio).collect(),
         com1: has(Kind::Serial),
-        pci: has(Kind::PciEcam).then(|| list.iter().filter_map(line).collect()),
+        pci: has(Kind::PciEcam).then(lines),
     }
 }
 
@@ -160,7 +192,7 @@ mod tests {
         for (rom, transport) in
             roms.into_iter().flat_map(|rom| [(rom, Transport::Mmio), (rom, Transport::Pci)])
         {
-            let list = inventory(&VmConfig { transport, ..everything() }, rom).unwrap();
+            let list = inventory(&VmConfig { transport, ..everything() }, &Changes::default(), rom).unwrap();
             type Here = fn(&&Slot) -> bool;
             let places: [Here; 3] = [
                 |slot| slot.place == Place::Pio,
@@ -186,28 +218,30 @@ mod tests {
 
     #[test]
     fn the_tables_name_each_virtio_device_and_the_serial_port() {
-        let list = inventory(&everything(), None).unwrap();
+        let list = inventory(&everything(), &Changes::default(), None).unwrap();
         let platform = platform(3, &list);
         assert_eq!((platform.cpus, platform.com1, platform.virtio_mmio.len()), (3, true, 6));
         assert_eq!(u64::from(platform.virtio_mmio[0].base), layout::VIRTIO_MMIO);
         assert_eq!(platform.pci, None);
-        let list = inventory(&VmConfig { transport: Transport::Pci, ..everything() }, None).unwrap();
+        let config = VmConfig { transport: Transport::Pci, ..everything() };
+        let list = inventory(&config, &Changes::default(), None).unwrap();
         let platform = super::platform(3, &list);
         assert_eq!(platform.virtio_mmio, []);
-        assert_eq!(platform.pci.unwrap(), [(1, 17), (2, 18), (3, 19), (4, 20), (5, 21), (6, 22)]);
+        let lines: Vec<_> = (1..=14).map(|number: u8| (number, 16 + u32::from(number) % 8)).collect();
+        assert_eq!(platform.pci.unwrap(), lines, "six devices, and room for eight more");
     }
 
     #[test]
     fn more_devices_than_there_is_room_for_are_refused() {
         let config = VmConfig { disk: vec!["d".parse().unwrap(); 18], ..VmConfig::default() };
-        let refused = inventory(&config, None).unwrap_err();
+        let refused = inventory(&config, &Changes::default(), None).unwrap_err();
         assert!(matches!(refused, Error::TooManyDevices { wanted: 19, possible: 18 }), "{refused}");
         let config = VmConfig {
             disk: vec!["d".parse().unwrap(); 31],
             transport: Transport::Pci,
             ..VmConfig::default()
         };
-        let refused = inventory(&config, None).unwrap_err();
+        let refused = inventory(&config, &Changes::default(), None).unwrap_err();
         assert!(matches!(refused, Error::TooManyDevices { wanted: 32, possible: 31 }), "{refused}");
     }
 }

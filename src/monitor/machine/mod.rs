@@ -9,6 +9,7 @@ mod inventory;
 mod origin;
 pub mod outputs;
 mod panic;
+mod plug;
 mod shell;
 #[cfg(test)]
 mod tests;
@@ -36,8 +37,10 @@ use crate::chardev::LastWords;
 pub use build::load;
 pub use debug::Debug;
 pub use handle::{AlreadyEnded, Handle, LookError, NotAtRest, PauseError, Paused};
-pub use inventory::{inventory, platform};
+pub use inventory::{inventory, platform, spare_functions};
 pub use origin::Origin;
+pub use plug::{Attached, Attachment, PlugError};
+use plug::{PciBus, Plugboard};
 pub use shell::Shell;
 
 /// Why a machine could not be built or run.
@@ -168,10 +171,13 @@ struct Shared {
     vcpus: Arc<vcpu::Shared>,
     threads: Mutex<Vec<vcpu::Thread>>,
     /// What the machine has, and where.
-    inventory: Vec<Slot>,
-    /// Every device, by name, in the order in which they are paused and saved.
-    devices: Vec<(String, SharedDevice)>,
-    networks: Vec<Network>,
+    inventory: Mutex<Vec<Slot>>,
+    /// Every device, by name, in the order in which they are paused and saved. It changes only while the phase is locked.
+    devices: Mutex<Vec<(String, SharedDevice)>>,
+    networks: Mutex<Vec<Network>>,
+    /// Where devices come and go, if the machine has a PCI bus.
+    pci: Option<PciBus>,
+    plugboard: Plugboard,
     power: Arc<Mutex<AcpiPm>>,
     phase: Mutex<Phase>,
     events: Sender<Event>,
@@ -217,7 +223,7 @@ impl Shared {
     }
 
     fn resume_devices(&self) {
-        self.devices.iter().for_each(|(_, device)| lock(device).resume());
+        lock(&self.devices).iter().for_each(|(_, device)| lock(device).resume());
     }
 
     /// Brings all devices to rest; gives up after `limit`, or when the machine is killed.
@@ -231,20 +237,28 @@ impl Shared {
         limit: Duration,
         what: fn(&mut dyn Device, Instant) -> Result<(), Busy>,
     ) -> Result<(), NotAtRest> {
+        let deadline = Instant::now() + limit;
+        let devices = lock(&self.devices);
+        let results = devices.iter().map(|(name, device)| self.one_device(name, device, deadline, what));
+        results.fold(Ok(()), Result::and)
+    }
+
+    fn one_device(
+        &self,
+        name: &str,
+        device: &SharedDevice,
+        deadline: Instant,
+        what: fn(&mut dyn Device, Instant) -> Result<(), Busy>,
+    ) -> Result<(), NotAtRest> {
         /// Between two looks whether the machine was killed.
         const SLICE: Duration = Duration::from_millis(50);
-        let deadline = Instant::now() + limit;
-        let mut result = Ok(());
-        for (name, device) in &self.devices {
-            log::debug!("{name} comes to rest");
-            while let Err(busy) = what(&mut *lock(device), deadline.min(Instant::now() + SLICE)) {
-                if Instant::now() >= deadline || self.killed.load(Ordering::SeqCst) {
-                    result = result.and(Err(NotAtRest { device: name.clone(), busy }));
-                    break;
-                }
+        log::debug!("{name} comes to rest");
+        while let Err(busy) = what(&mut *lock(device), deadline.min(Instant::now() + SLICE)) {
+            if Instant::now() >= deadline || self.killed.load(Ordering::SeqCst) {
+                return Err(NotAtRest { device: name.to_owned(), busy });
             }
         }
-        result
+        Ok(())
     }
 }
 
@@ -348,6 +362,7 @@ impl Machine {
             thread::sleep(Duration::from_millis(1));
             let _ = self.shared.events.send(Event::Serve);
         }
+        self.shared.let_go_ejected();
     }
 
     /// The end of the run; till then this is the thread on which devices get theirs.

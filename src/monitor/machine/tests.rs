@@ -6,7 +6,9 @@ use std::thread;
 use vm_memory::GuestAddress;
 
 use super::*;
+use crate::backends::Changes;
 use crate::bus::{Bus, Device, Effect};
+use crate::config::VmConfig;
 use crate::memory::GuestRam;
 use crate::state::Stateless;
 use crate::vcpu::dispatch::Buses;
@@ -56,9 +58,11 @@ fn machine() -> (Handle, Arc<Mutex<Hanging>>, Receiver<Event>) {
             debugger: std::sync::OnceLock::new(),
         }),
         threads: Mutex::default(),
-        inventory: Vec::new(),
-        devices: vec![("disk".to_owned(), device.clone())],
-        networks: Vec::new(),
+        inventory: Mutex::default(),
+        devices: Mutex::new(vec![("disk".to_owned(), device.clone())]),
+        networks: Mutex::default(),
+        pci: None,
+        plugboard: Plugboard::new(&VmConfig::default(), &Arc::default(), &Changes::default()),
         power: Arc::new(Mutex::new(AcpiPm::new(interrupt))),
         phase: Mutex::new(Phase::Running),
         events,

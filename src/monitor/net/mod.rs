@@ -249,6 +249,11 @@ impl Ports {
         Ok(port)
     }
 
+    /// Closes the port of the `index`th network device.
+    pub fn close(&mut self, index: usize) {
+        self.ports.remove(&index);
+    }
+
     /// Has the frames of the ports that are opened from now on noted for [`Ports::start_dump`].
     pub fn note_frames(&mut self) {
         self.noted.get_or_insert_default();

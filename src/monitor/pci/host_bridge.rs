@@ -46,6 +46,8 @@ impl Function for HostBridge {
     }
 
     fn leave(&mut self) {}
+
+    fn remove(&mut self) {}
 }
 
 /// It has no memory.

@@ -9,6 +9,7 @@
 
 pub mod config_space;
 pub mod host_bridge;
+pub mod hot_plug;
 pub mod intx;
 pub mod msix;
 pub mod segment;
@@ -21,6 +22,7 @@ use crate::bus::{Device, Effect};
 
 pub use config_space::{ConfigSpace, Identity};
 pub use host_bridge::HostBridge;
+pub use hot_plug::HotPlug;
 pub use intx::Line;
 pub use msix::{Lines, Msix};
 pub use segment::{ConfigPorts, Ecam, Memory, Segment};
@@ -43,4 +45,7 @@ pub trait Function: Device {
     fn move_to(&mut self, base: u64) -> io::Result<()>;
     /// Another function's memory is to be where its own was when it was decoded last: nothing of it may be left there.
     fn leave(&mut self);
+    /// It is off the bus, for good: it has no doorbells and interrupts nobody from now on, and whoever was on the way to it finds
+    /// nothing there (PCI 3.0, 3.2.2.3.4: all ones).
+    fn remove(&mut self);
 }

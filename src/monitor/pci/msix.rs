@@ -172,6 +172,15 @@ impl Msix {
         }
     }
 
+    /// The function is gone: nothing of it interrupts any more, and the host's numbers are free.
+    pub fn remove(&mut self) {
+        self.set_control(0);
+        self.table.clear();
+        if let (Some(vectors), Some(vm)) = (self.lines.vectors.get(), self.vm.upgrade()) {
+            vm.release(vectors);
+        }
+    }
+
     /// The guest reads the table.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         for (byte, at) in data.iter_mut().zip(offset..) {

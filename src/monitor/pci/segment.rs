@@ -55,6 +55,15 @@ impl Segment {
         Ok(())
     }
 
+    /// Takes device number `device` off the bus: nothing leads to it any more, and its place is free. True if it was there.
+    pub fn remove(&self, device: u8) -> bool {
+        let mut entries = lock(&self.entries);
+        let Some(index) = entries.iter().position(|entry| entry.device == device) else { return false };
+        // Under the lock: nobody follows it to a new place meanwhile.
+        lock(&entries.remove(index).function).remove();
+        true
+    }
+
     fn function(&self, device: u8) -> Option<SharedFunction> {
         lock(&self.entries).iter().find(|entry| entry.device == device).map(|entry| entry.function.clone())
     }

@@ -71,6 +71,9 @@ impl Function for Probe {
     fn leave(&mut self) {
         self.at = None;
     }
+    fn remove(&mut self) {
+        self.leave();
+    }
 }
 
 impl Device for Probe {
@@ -119,6 +122,7 @@ impl Stateful for Latch {
 
 /// A segment with two functions, and its windows.
 struct Bus {
+    segment: Arc<Segment>,
     probes: Vec<Arc<Mutex<Probe>>>,
     ecam: Ecam,
     ports: ConfigPorts,
@@ -133,6 +137,7 @@ impl Bus {
             segment.insert(number, probe.clone(), home(number)).unwrap();
         }
         Self {
+            segment: segment.clone(),
             probes,
             ecam: Ecam(segment.clone()),
             ports: ConfigPorts::new(segment.clone(), Box::new(Latch::default())),
@@ -466,4 +471,61 @@ fn the_bridge_is_found_and_has_nothing_to_decode() {
     let mut bars = [[0xff; 4]; 6];
     bars.iter_mut().zip((0x10..).step_by(4)).for_each(|(bar, at)| ecam.read(at, bar));
     assert_eq!(bars, [[0; 4]; 6]);
+}
+
+#[test]
+fn a_place_on_the_bus_is_free_again_when_its_function_is_removed() {
+    let mut bus = Bus::new();
+    bus.write(1, COMMAND, 2, 2);
+    assert_eq!(bus.who(home(1).start), Some(1));
+    assert!(bus.segment.remove(1) && !bus.segment.remove(1) && !bus.segment.remove(31));
+    assert_eq!((bus.read(1, 0, 4), bus.who(home(1).start), bus.doorbells(0)), (0xffff_ffff, None, None));
+    // Another function's memory may be where its was.
+    bus.write(2, BAR0, 8, home(1).start);
+    bus.write(2, COMMAND, 2, 2);
+    assert_eq!(bus.who(home(1).start), Some(2));
+    // What comes next has no memory before the guest says where.
+    let next = Arc::new(Mutex::new(Probe::new(1)));
+    bus.segment.insert(1, next.clone(), 0..0).unwrap();
+    assert_eq!((bus.read(1, 0, 4), lock(&next).at), (0x5678_1234, None));
+    bus.write(1, COMMAND, 2, 2);
+    assert_eq!((bus.who(home(1).start), lock(&next).at), (Some(2), None), "it is taken");
+    bus.write(1, BAR0, 8, home(5).start);
+    assert_eq!((bus.who(home(5).start), lock(&next).at), (Some(1), Some(home(5).start)));
+}
+
+proptest! {
+    /// Accesses of any place and size, to a guest that was asked for device 2 or not.
+    #[test]
+    fn a_guest_takes_nothing_away_that_was_not_asked_for(
+        asked: bool,
+        accesses in proptest::collection::vec((any::<bool>(), 0..hot_plug::SIZE, 1..=8usize, any::<u64>()), 1..40),
+    ) {
+        let mut bus = Bus::new();
+        let mut registers = HotPlug::new(bus.segment.clone());
+        registers.announce(1);
+        if asked {
+            registers.ask_for(2);
+        }
+        for (read, offset, len, value) in accesses {
+            let len = len.min((hot_plug::SIZE - offset) as usize);
+            let mut data = value.to_le_bytes();
+            if read {
+                registers.read(offset, &mut data[..len]);
+            } else {
+                let lets_go = offset == hot_plug::EJECT && len == 4 && value & 4 != 0;
+                let there = bus.read(2, 0, 2) == 0x1234;
+                let effect = registers.write(offset, &data[..len]);
+                prop_assert_eq!(effect == Effect::Serve, lets_go && asked && there);
+            }
+        }
+        prop_assert_eq!(bus.read(1, 0, 2), 0x1234);
+        let there = bus.read(2, 0, 2) == 0x1234;
+        prop_assert!(there || asked);
+        prop_assert_eq!(registers.take_ejected(), if there { Vec::new() } else { std::vec![2] });
+        // Saved and restored, it says the same.
+        let mut other = HotPlug::new(bus.segment.clone());
+        other.restore(registers.save()).unwrap();
+        prop_assert_eq!(other.save(), registers.save());
+    }
 }

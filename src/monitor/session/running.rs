@@ -11,10 +11,10 @@ use std::time::Instant;
 
 use crate::api::{Control, PortSocket, Pty, Sample, State, Status, Viewer, Viewers, Watch};
 use crate::chardev::terminal;
-use crate::config::{CharTarget, VmConfig};
+use crate::config::{CharTarget, Plug, VmConfig};
 use crate::error_chain;
 use crate::kvm::VcpuState;
-use crate::machine::{Handle, Phase};
+use crate::machine::{Attached, Handle, Phase};
 
 /// A virtual machine that this process runs.
 #[derive(Debug)]
@@ -175,7 +175,8 @@ impl Control for Running {
             },
         };
         let uptime_seconds = self.started.elapsed().as_millis() as f64 / 1000.0;
-        let networks = now.machine.iter().flat_map(Handle::networks).map(Into::into).collect();
+        let networks =
+            now.machine.iter().flat_map(Handle::networks).map(|network| (&network).into()).collect();
         Status { state, uptime_seconds, ptys: now.ptys.clone(), networks, ..self.status.clone() }
     }
 
@@ -189,6 +190,18 @@ impl Control for Running {
 
     fn resume(&self) -> Result<(), String> {
         self.with_machine(Handle::resume)
+    }
+
+    fn devices(&self) -> Result<Vec<Attached>, String> {
+        Ok(self.machine()?.devices())
+    }
+
+    fn add_device(&self, device: Plug) -> Result<Attached, String> {
+        self.machine()?.add_device(device).map_err(|error| error.to_string())
+    }
+
+    fn remove_device(&self, name: &str, force: bool) -> Result<Attached, String> {
+        self.machine()?.remove_device(name, force).map_err(|error| error.to_string())
     }
 
     fn power_button(&self) -> Result<bool, String> {

@@ -18,9 +18,10 @@ pub mod vsock;
 
 use std::sync::Arc;
 
-use crate::backends::Backends;
+use crate::backends::{Added, Backends, Pluggable};
+use crate::bus::lock;
 use crate::chardev;
-use crate::config::{self, CharTarget, Mac, VmConfig};
+use crate::config::{self, CharTarget, Mac, Plug, VmConfig};
 use crate::disk;
 use crate::net::{self as links, traffic::Network};
 use crate::recorder::Recorder;
@@ -102,6 +103,39 @@ impl<'a> Device<'a> {
         list
     }
 
+    /// A device that was added to the machine that is called `machine`.
+    pub fn added(added: &'a Added, machine: Option<&'a str>) -> Self {
+        match &added.plug {
+            Plug::Disk(disk) => Self::Block(added.index, disk),
+            Plug::Net(net) => Self::Net(added.index, net, machine),
+        }
+    }
+
+    /// Opens what a device that [was added](Self::added) to that machine needs of the host, and builds it.
+    ///
+    /// # Errors
+    /// As for [`Device::build`].
+    pub fn build_added(
+        added: &Added,
+        machine: Option<&str>,
+        host: &mut Pluggable,
+        recorder: &Arc<Recorder>,
+    ) -> Result<Box<dyn VirtioDevice>, Error> {
+        match &added.plug {
+            Plug::Disk(disk) => disk_device(&mut host.images, added.index, disk),
+            Plug::Net(net) => net_device(&mut host.ports, added.index, net, machine, recorder),
+        }
+    }
+
+    /// What it is, if it is of a kind that may come and go.
+    pub fn plug(&self) -> Option<Plug> {
+        match *self {
+            Self::Block(_, disk) => Some(Plug::Disk(disk.clone())),
+            Self::Net(_, net, _) => Some(Plug::Net(net.clone())),
+            Self::Rng | Self::Vsock(_) | Self::Console(_) => None,
+        }
+    }
+
     /// A name of its own in the machine, and its worker thread's (at most 15 bytes).
     pub fn name(&self) -> String {
         match self {
@@ -133,17 +167,12 @@ impl<'a> Device<'a> {
         backends: &mut Backends,
         recorder: &Arc<Recorder>,
     ) -> Result<Box<dyn VirtioDevice>, Error> {
-        let Backends { ends, images, ports, doors } = backends;
+        let Backends { ends, pluggable, doors } = backends;
         Ok(match self {
-            Self::Block(index, disk) => {
-                let id = disk.serial.clone().unwrap_or_else(|| format!("disk{index}"));
-                Box::new(block::Block::new(Box::new(images.disk(*index, disk)?), &id))
-            }
+            Self::Block(index, disk) => disk_device(&mut lock(pluggable).images, *index, disk)?,
             Self::Rng => Box::new(rng::Rng),
-            Self::Net(index, config, name) => {
-                let device = net::Net::new(ports.get(*index, config, *name)?, config.mtu());
-                let device = device.limited(&config.limits).map_err(links::Error::Host)?;
-                Box::new(device.recorded(recorder.clone()))
+            Self::Net(index, net, name) => {
+                net_device(&mut lock(pluggable).ports, *index, net, *name, recorder)?
             }
             Self::Vsock(config) if config.vhost => {
                 Box::new(vsock::Served::new(doors.kernel(config)?, config.cid()))
@@ -159,4 +188,25 @@ impl<'a> Device<'a> {
             }
         })
     }
+}
+
+fn disk_device(
+    images: &mut disk::Images,
+    index: usize,
+    config: &config::Disk,
+) -> Result<Box<dyn VirtioDevice>, Error> {
+    let id = config.serial.clone().unwrap_or_else(|| format!("disk{index}"));
+    Ok(Box::new(block::Block::new(Box::new(images.disk(index, config)?), &id)))
+}
+
+fn net_device(
+    ports: &mut links::Ports,
+    index: usize,
+    config: &config::Net,
+    machine: Option<&str>,
+    recorder: &Arc<Recorder>,
+) -> Result<Box<dyn VirtioDevice>, Error> {
+    let device = net::Net::new(ports.get(index, config, machine)?, config.mtu());
+    let device = device.limited(&config.limits).map_err(links::Error::Host)?;
+    Ok(Box::new(device.recorded(recorder.clone())))
 }

@@ -96,7 +96,7 @@ impl Live {
     fn describe(&self, tally: &Mutex<Tally>, machine: Option<&Handle>) {
         let mut tally = lock(tally);
         if let (Some(machine), true) = (machine, tally.is_blank()) {
-            tally.describe(Header::of(&self.config, machine.inventory()));
+            tally.describe(Header::of(&self.config, &machine.inventory()));
         }
     }
 }

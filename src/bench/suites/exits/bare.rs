@@ -10,6 +10,7 @@ use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR};
 
 use super::guest::{DOORBELL, Kind};
 use super::{Said, brief, last_line, text};
+use vmm_monitor::backends::Changes;
 use vmm_monitor::boot::{self, Payload};
 use vmm_monitor::config::VmConfig;
 use vmm_monitor::event_loop::Event;
@@ -43,7 +44,7 @@ fn parts(config: &VmConfig) -> Result<Parts, String> {
     let kernel = config.kernel.clone().ok_or("nothing to boot")?;
     let payload =
         Payload { kernel: kernel.into(), initrd: None, cmdline: String::new(), protocol: config.boot };
-    let list = machine::inventory(config, None).map_err(text)?;
+    let list = machine::inventory(config, &Changes::default(), None).map_err(text)?;
     let platform = machine::platform(config.cpus.0, &list);
     let entry = boot::load(&memory, &payload, &platform).map_err(text)?;
     let (cpu, processor) = (vmm_monitor::config::Cpu::default(), kvm.processor().map_err(text)?);

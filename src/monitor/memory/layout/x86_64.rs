@@ -108,7 +108,9 @@ pub const I8042_SIZE: u64 = 5;
 pub const ACPI_PM: u64 = 0x600;
 /// Ports at [`ACPI_PM`].
 pub const ACPI_PM_SIZE: u64 = 8;
-/// The Generic Event Device's interrupt (power button).
+/// The registers by which PCI functions come and go (`pci::hot_plug`).
+pub const PCI_HOT_PLUG: u64 = 0x610;
+/// The Generic Event Device's interrupt (power button, PCI functions that come and go).
 pub const ACPI_GSI: u32 = 9;
 /// Port of the POST code, used for boot marks when asked for.
 pub const POST: u64 = 0x80;

@@ -81,6 +81,8 @@ pub struct Pci {
     /// The registers of two capabilities.
     msix_capability: u8,
     window: u8,
+    /// It is off the bus: it answers nothing.
+    removed: bool,
 }
 
 /// Where a device is on the bus, and how it interrupts.
@@ -140,7 +142,18 @@ impl Pci {
         config.allow(window + WINDOW_OFFSET, &[0xff; 8]);
 
         let select = Selectors::default();
-        Ok(Self { core, config, msix, interrupts, select, vm, doorbells: None, msix_capability, window })
+        Ok(Self {
+            core,
+            config,
+            msix,
+            interrupts,
+            select,
+            vm,
+            doorbells: None,
+            msix_capability,
+            window,
+            removed: false,
+        })
     }
 
     /// Registers the doorbells for a BAR at `base`, or none of them.
@@ -245,6 +258,9 @@ fn class(kind: u32) -> u32 {
 
 impl Function for Pci {
     fn read_config(&mut self, register: u8, data: &mut [u8]) {
+        if self.removed {
+            return;
+        }
         self.config.set_interrupt_status(self.interrupts.holds_line());
         if register == self.window + WINDOW_DATA
             && let Some((offset, length)) = self.window_target()
@@ -257,6 +273,9 @@ impl Function for Pci {
     }
 
     fn write_config(&mut self, register: u8, data: &[u8]) -> Effect {
+        if self.removed {
+            return Effect::None;
+        }
         self.config.write(register, data);
         self.interrupts.allow_line(self.config.may_raise_line());
         let mut control = [0; 2];
@@ -295,15 +314,25 @@ impl Function for Pci {
             self.remove_doorbells(before);
         }
     }
+
+    fn remove(&mut self) {
+        self.removed = true;
+        self.leave();
+        self.msix.remove();
+        // What is in flight comes to its end without a word.
+        self.interrupts.allow_line(false);
+    }
 }
 
 impl Device for Pci {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        self.read_bar(offset, data);
+        if !self.removed {
+            self.read_bar(offset, data);
+        }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
-        self.write_bar(offset, data)
+        if self.removed { Effect::None } else { self.write_bar(offset, data) }
     }
 
     fn pause(&mut self, deadline: Instant) -> Result<(), Busy> {

@@ -1,6 +1,7 @@
 //! An entropy device, found and driven as virtio 1.3, 4.1 says, and otherwise.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,7 @@ struct Guest {
     vm: Arc<FakeVm>,
     ram: Arc<GuestRam>,
     function: Arc<Mutex<Pci>>,
+    segment: Arc<Segment>,
     ecam: Ecam,
     memory: Memory,
     /// The structures by their type: offset in the BAR, and length.
@@ -44,9 +46,9 @@ impl Guest {
         let function = Arc::new(Mutex::new(function));
         let segment = Arc::new(Segment::new(WINDOW));
         segment.insert(1, function.clone(), WINDOW.start..WINDOW.start + SIZE).unwrap();
-        let (ecam, memory) = (Ecam(segment.clone()), Memory(segment));
+        let (ecam, memory) = (Ecam(segment.clone()), Memory(segment.clone()));
         let ring = DriverRing::new(&ram, RING, 16);
-        let mut guest = Self { vm, ram, function, ecam, memory, structures: BTreeMap::new(), ring };
+        let mut guest = Self { vm, ram, function, segment, ecam, memory, structures: BTreeMap::new(), ring };
         guest.find();
         guest
     }
@@ -405,4 +407,83 @@ proptest! {
         guest.request(WINDOW.start);
         prop_assert!(guest.vm.doorbells() <= 1);
     }
+}
+
+#[test]
+fn a_device_off_the_bus_is_nothing_to_anybody() {
+    let mut guest = Guest::new();
+    guest.msix(msix::ENABLE);
+    guest.vector(0, message(0x30));
+    guest.vector(1, message(0x31));
+    guest.start(0, 1);
+    guest.request(WINDOW.start);
+    assert!(guest.vm.vectors_in_use() > 0);
+    let device = guest.function.clone();
+    let _ = guest.vm.take_messages();
+    // One more is under way, or not, as it is removed.
+    guest.ring.add(&[], &[(DATA, 16)]);
+    guest.segment.remove(1);
+    assert_eq!((guest.vm.doorbells(), guest.vm.vectors_in_use()), (0, 0));
+    assert_eq!((guest.config(0, 4), guest.read(0x14, 1)), (0xffff_ffff, 0xff));
+    // Nor to a vCPU that was on its way to it.
+    let mut device = device.lock().unwrap();
+    let mut data = [0xff; 4];
+    Function::read_config(&mut *device, 0, &mut data);
+    Device::read(&mut *device, 0x14, &mut data);
+    assert_eq!(data, [0xff; 4]);
+    assert_eq!(Function::write_config(&mut *device, 4, &[6, 0]), Effect::None);
+    for offset in (0..SIZE).step_by(4) {
+        assert_eq!(Device::write(&mut *device, offset, &[1, 0, 0, 0]), Effect::None);
+    }
+    device.pause(Instant::now() + Duration::from_secs(10)).unwrap();
+    assert_eq!(
+        (guest.vm.doorbells(), guest.vm.take_messages(), guest.vm.levels()),
+        (0, Vec::new(), Vec::new())
+    );
+}
+
+#[test]
+fn a_vcpu_that_is_at_its_registers_all_the_time_does_not_bring_a_removed_device_back() {
+    let vm = Arc::new(FakeVm::default());
+    let weak: Weak<FakeVm> = Arc::downgrade(&vm);
+    let ram = testing::ram(0x1_0000);
+    let segment = Arc::new(Segment::new(WINDOW));
+    let line = Arc::new(Line::new(weak.clone(), GSI));
+    let over = AtomicBool::new(false);
+    let left: Vec<_> = std::thread::scope(|scope| {
+        let (mut ecam, mut memory) = (Ecam(segment.clone()), Memory(segment.clone()));
+        let over = &over;
+        scope.spawn(move || {
+            // Decoding off and on elsewhere, messages on and open, and a kick.
+            while !over.load(Ordering::SeqCst) {
+                for base in [WINDOW.start, WINDOW.start + SIZE] {
+                    ecam.write(1 << 15 | 4, &[0, 0]);
+                    ecam.write(1 << 15 | 0x10, &base.to_le_bytes());
+                    ecam.write(1 << 15 | 4, &[6, 0]);
+                    ecam.write(1 << 15 | 0x42, &msix::ENABLE.to_le_bytes());
+                    memory.write(base - WINDOW.start + TABLE + 12, &[0; 4]);
+                    memory.write(base - WINDOW.start + NOTIFY, &[0; 2]);
+                }
+            }
+        });
+        let rounds = (0..300).map(|_| {
+            let place = Place { number: 1, base: WINDOW.start, line: line.clone() };
+            let function = Pci::new(weak.clone(), &ram, place, "virtio-rng", Box::new(Rng), &Arc::default());
+            segment.insert(1, Arc::new(Mutex::new(function.unwrap())), 0..0).unwrap();
+            let end = Instant::now() + Duration::from_millis(2);
+            while (vm.doorbells() == 0 || vm.vectors_in_use() == 0) && Instant::now() < end {
+                std::thread::yield_now();
+            }
+            let had = vm.doorbells() + vm.vectors_in_use();
+            (segment.remove(1), had, vm.doorbells(), vm.vectors_in_use())
+        });
+        let left = rounds.collect();
+        over.store(true, Ordering::SeqCst);
+        left
+    });
+    let clean = |(removed, _, doorbells, vectors): &(bool, usize, usize, usize)| {
+        *removed && (*doorbells, *vectors) == (0, 0)
+    };
+    assert!(left.iter().all(clean), "{left:?}");
+    assert!(left.iter().any(|(_, had, ..)| *had > 1), "it was never at work");
 }

@@ -6,9 +6,9 @@
 mod pci;
 
 use acpi_tables::aml::{
-    Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
-    Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path,
-    ResourceTemplate, Scope, Store,
+    And, Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule,
+    IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall, Name, Notify, OpRegion, OpRegionSpace,
+    Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -19,7 +19,9 @@ use acpi_tables::{Aml, AmlSink, aml_as_bytes};
 use zerocopy::{Immutable, IntoBytes};
 
 use super::{Platform, VirtioMmio};
-use crate::legacy::acpi_pm::{EVENT, RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_S5};
+use crate::legacy::acpi_pm::{
+    EVENT, EVENT_PCI, EVENT_POWER_BUTTON, RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_S5,
+};
 use crate::memory::layout;
 
 const OEM_ID: [u8; 6] = *b"VMM   ";
@@ -146,7 +148,7 @@ fn dsdt(platform: &Platform) -> Sdt {
     if platform.com1 {
         com1(&mut devices);
     }
-    power_button(&mut devices);
+    events(platform, &mut devices);
     pvpanic(&mut devices);
 
     let mut body = Vec::new();
@@ -202,9 +204,9 @@ fn com1(sink: &mut Vec<u8>) {
     .to_aml_bytes(sink);
 }
 
-/// The power button, and the Generic Event Device (ACPI 6.5, 5.6.9) that reports it: its interrupt runs `_EVT`, which
-/// reads (and so clears) the event register and notifies.
-fn power_button(sink: &mut Vec<u8>) {
+/// The power button, and the Generic Event Device (ACPI 6.5, 5.6.9) that reports it, and PCI functions that come and go: its
+/// interrupt runs `_EVT`, which reads (and so clears) the event register and notifies.
+fn events(platform: &Platform, sink: &mut Vec<u8>) {
     Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]).to_aml_bytes(sink);
 
     let events = layout::ACPI_PM + EVENT;
@@ -213,9 +215,20 @@ fn power_button(sink: &mut Vec<u8>) {
         FieldAccessType::Byte,
         FieldLockRule::NoLock,
         FieldUpdateRule::WriteAsZeroes,
-        vec![FieldEntry::Named(*b"PWRE", 1), FieldEntry::Reserved(7)],
+        vec![FieldEntry::Named(*b"EVTS", 8)],
     );
-    let button = Path::new("\\_SB_.PWRB");
+    let (button, register) = (Path::new("\\_SB_.PWRB"), Path::new("EVTS"));
+    let read = Store::new(&Local(0), &register);
+    let is_pressed = And::new(&ZERO, &Local(0), &EVENT_POWER_BUTTON);
+    let press = Notify::new(&button, &NOTIFY_PRESSED);
+    let pressed = If::new(&is_pressed, vec![&press]);
+    let is_pci = And::new(&ZERO, &Local(0), &EVENT_PCI);
+    let look = MethodCall::new(pci::CHANGED.into(), Vec::new());
+    let changed = If::new(&is_pci, vec![&look]);
+    let mut told: Vec<&dyn Aml> = vec![&read, &pressed];
+    if platform.pci.is_some() {
+        told.push(&changed);
+    }
     Device::new(
         "GED0".into(),
         vec![
@@ -228,13 +241,7 @@ fn power_button(sink: &mut Vec<u8>) {
                 "_EVT".into(),
                 1,
                 true,
-                vec![&If::new(
-                    &Equal::new(&Arg(0), &layout::ACPI_GSI),
-                    vec![
-                        &Store::new(&Local(0), &Path::new("PWRE")),
-                        &If::new(&Local(0), vec![&Notify::new(&button, &NOTIFY_PRESSED)]),
-                    ],
-                )],
+                vec![&If::new(&Equal::new(&Arg(0), &layout::ACPI_GSI), told)],
             ),
         ],
     )
@@ -383,7 +390,9 @@ mod tests {
         assert!(text.contains("0 Errors, 0 Warnings, 0 Remarks"), "{text}");
         let source = std::fs::read_to_string(folder.path().join("DSDT.dsl")).unwrap();
         assert_eq!(source.matches("LNRO0005").count(), layout::VIRTIO_GSIS.len());
-        for device in ["PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001", "PNP0A08", "PNP0C02", "_PRT", "_OSC"] {
+        for device in
+            ["PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001", "PNP0A08", "PNP0C02", "_PRT", "_OSC", "_EJ0"]
+        {
             assert!(source.contains(device), "{device}");
         }
     }

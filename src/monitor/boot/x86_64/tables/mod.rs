@@ -22,7 +22,8 @@ pub struct Platform {
     pub virtio_mmio: Vec<VirtioMmio>,
     /// There is a 16550 at [`layout::COM1`].
     pub com1: bool,
-    /// There is a PCI bus, whose functions of these device numbers have their INTA# wired to these global system interrupts.
+    /// There is a PCI bus, on which functions of these device numbers are or may come while the machine runs, with their INTA# wired
+    /// to these global system interrupts.
     pub pci: Option<Vec<(u8, u32)>>,
 }
 

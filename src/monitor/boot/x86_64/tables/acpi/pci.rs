@@ -1,15 +1,26 @@
 //! What the ACPI tables tell of the PCI bus: the host bridge with its windows and interrupts, and where configuration space is.
 
-use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, IO, Memory32Fixed, Method, Name, Package,
-    ResourceTemplate, Return,
+    AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Field, FieldAccessType, FieldEntry,
+    FieldLockRule, FieldUpdateRule, IO, If, Local, Memory32Fixed, Method, Name, Notify, OpRegion,
+    OpRegionSpace, Package, Path, ResourceTemplate, Return, Store, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
 
-use super::sdt;
+use super::{Raw, sdt};
 use crate::memory::layout;
+use crate::pci::hot_plug::{self, ARRIVED, EJECT, WANTED};
 use crate::pci::segment::{ECAM_BUS, PORTS};
+
+/// The method that looks which functions have come or are to go.
+pub const CHANGED: &str = "\\_SB_.PCI0.CHGD";
+/// The registers ARRIVED, WANTED and EJECT of [`hot_plug`], which follow each other.
+const FIELDS: [[u8; 4]; 3] = [*b"ARRV", *b"WANT", *b"EJCT"];
+const _: () = assert!(ARRIVED == 0 && WANTED == 4 && EJECT == 8);
+/// Notification values (ACPI 6.5, 5.6.6): a device has come; one is to go.
+const DEVICE_CHECK: u8 = 1;
+const EJECT_REQUEST: u8 = 3;
 
 /// MCFG (PCI Firmware Specification 3.2, 4.1.2): configuration space of segment 0, bus 0, by memory.
 pub fn mcfg() -> Sdt {
@@ -54,9 +65,70 @@ pub fn host_bridge(lines: &[(u8, u32)], sink: &mut Vec<u8>) {
             &Name::new("_BBN".into(), &0u8),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&buses, &ports, &memory])),
             &Name::new("_PRT".into(), &routes),
+            &Slots(lines),
             // Whatever the system asks to control it may: there is nothing that firmware would keep.
             &Method::new("_OSC".into(), 4, false, vec![&Return::new(&Arg(3))]),
         ],
     )
     .to_aml_bytes(sink);
+}
+
+/// What tells of functions that come and go: a device for each number at which there may be one, whose `_EJ0` lets it go, and the
+/// method that asks `pci::hot_plug` what has changed.
+struct Slots<'a>(&'a [(u8, u32)]);
+
+impl Aml for Slots<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        OpRegion::new("HPRG".into(), OpRegionSpace::SystemIO, &layout::PCI_HOT_PLUG, &hot_plug::SIZE)
+            .to_aml_bytes(sink);
+        Field::new(
+            "HPRG".into(),
+            FieldAccessType::DWord,
+            FieldLockRule::NoLock,
+            FieldUpdateRule::WriteAsZeroes,
+            FIELDS.map(|name| FieldEntry::Named(name, 32)).into(),
+        )
+        .to_aml_bytes(sink);
+        let eject = Path::new("EJCT");
+        for number in self.numbers() {
+            Device::new(
+                name(number).as_str().into(),
+                vec![
+                    &Name::new("_ADR".into(), &(number << 16)),
+                    &Name::new("_SUN".into(), &number),
+                    &Method::new("_EJ0".into(), 1, false, vec![&Store::new(&eject, &(1u32 << number))]),
+                ],
+            )
+            .to_aml_bytes(sink);
+        }
+        self.changed(sink);
+    }
+}
+
+impl Slots<'_> {
+    fn numbers(&self) -> impl Iterator<Item = u32> {
+        self.0.iter().map(|(number, _)| u32::from(*number))
+    }
+
+    fn changed(&self, sink: &mut dyn AmlSink) {
+        let mut steps = Vec::new();
+        let (arrived, wanted) = (Local(0), Local(1));
+        Store::new(&arrived, &Path::new("ARRV")).to_aml_bytes(&mut steps);
+        Store::new(&wanted, &Path::new("WANT")).to_aml_bytes(&mut steps);
+        let mut tell = |register: &Local, number: u32, what: &str, value: u8| {
+            let bit = 1u32 << number;
+            let is_set = And::new(&ZERO, register, &bit);
+            If::new(&is_set, vec![&Notify::new(&Path::new(what), &value)]).to_aml_bytes(&mut steps);
+        };
+        for number in self.numbers() {
+            tell(&arrived, number, &name(number), DEVICE_CHECK);
+            tell(&wanted, number, &name(number), EJECT_REQUEST);
+        }
+        Method::new(Path::new("CHGD"), 0, true, vec![&Raw(steps)]).to_aml_bytes(sink);
+    }
+}
+
+/// A slot's name below the host bridge.
+fn name(number: u32) -> String {
+    format!("S{number:03X}")
 }
