@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
@@ -15,6 +16,8 @@ use crate::machine::Attached;
 
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a process may take from its last word to its end.
+const NAME: Duration = Duration::from_secs(2);
 /// For what has come already.
 const HERE: Duration = Duration::from_millis(10);
 
@@ -33,6 +36,7 @@ pub struct Listed {
 #[derive(Debug)]
 pub struct Client {
     name: String,
+    registry: Registry,
     stream: UnixStream,
 }
 
@@ -42,11 +46,11 @@ impl Client {
     /// # Errors
     /// There is none, or it does not take connections.
     pub fn connect(registry: &Registry, name: &str) -> Result<Self, Error> {
-        Self::new(name, registry.connect(name)?)
+        Self::new(registry, name, registry.connect(name)?)
     }
 
-    fn new(name: &str, stream: UnixStream) -> Result<Self, Error> {
-        let client = Self { name: name.to_owned(), stream };
+    fn new(registry: &Registry, name: &str, stream: UnixStream) -> Result<Self, Error> {
+        let client = Self { name: name.to_owned(), registry: registry.clone(), stream };
         client.stream.set_nonblocking(false).map_err(|e| client.broken(e))?;
         Ok(client)
     }
@@ -57,7 +61,8 @@ impl Client {
         let deadline = Instant::now() + patience;
         let request = protocol::request(Command::Status);
         let asked = names.into_iter().map(|name| {
-            let client = registry.connect_by(&name, deadline).and_then(|stream| Self::new(&name, stream));
+            let client = registry.connect_by(&name, deadline);
+            let client = client.and_then(|stream| Self::new(registry, &name, stream));
             let pid = client.as_ref().ok().and_then(Self::pid);
             let client = client.and_then(|mut client| {
                 client.patience(Some(deadline))?;
@@ -186,7 +191,7 @@ impl Client {
         protocol::parse_reply(line).map_err(protocol)
     }
 
-    /// Waits until the virtual machine is gone: after [`Command::Stop`] and [`Command::Kill`].
+    /// Waits until the virtual machine is gone and its name free: after [`Command::Stop`] and [`Command::Kill`].
     ///
     /// # Errors
     /// It is still there after `patience`.
@@ -195,13 +200,15 @@ impl Client {
         loop {
             self.patience(deadline)?;
             match self.stream.read(&mut [0; 64]) {
-                Ok(0) => return Ok(()),
+                Ok(0) => break,
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => break,
                 Err(e) => return Err(self.broken(e)),
             }
         }
+        self.await_name();
+        Ok(())
     }
 
     /// Waits until the run is over, however long that takes.
@@ -210,10 +217,19 @@ impl Client {
     /// The virtual machine refuses; it is gone ([`Error::NoSuchVm`]) without having told how it ended.
     pub fn wait(mut self) -> Result<Ended, Error> {
         self.stream.write_all(&protocol::request(Command::Wait)).map_err(|e| self.broken(e))?;
-        let line = self.read_line(None)?;
+        let line = self.read_line(None).inspect_err(|_| self.await_name())?;
         match self.parse(&line)? {
             Answer::Ended(ended) => Ok(ended),
             other => Err(self.other(other)),
+        }
+    }
+
+    /// Waits until the name is free, for a moment. A process that is killed closes one descriptor after the other, and some, the VM's
+    /// above all, take their time: a connection may be gone before the listener is.
+    fn await_name(&self) {
+        let deadline = Instant::now() + NAME;
+        while self.registry.alive(&self.name).is_ok_and(|alive| alive) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
         }
     }
 

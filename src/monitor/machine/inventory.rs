@@ -180,7 +180,7 @@ mod tests {
 
     /// Everything that can be asked for, at once.
     fn everything() -> VmConfig {
-        let json = r#"{"kernel": "k", "disk": ["a", "b"], "net": ["t"], "rng": true, "vsock": {}, "serial": "stdio", "port": ["p=off"],
+        let json = r#"{"kernel": "k", "disk": ["a", "b"], "net": ["tap=t"], "rng": true, "vsock": {}, "serial": "stdio", "port": ["p=off"],
             "debug_exit": 244, "firmware": "built-in", "rtc": true, "pit": true, "text_screen": true,
             "test_device": true, "boot_marks": true, "cpu": "host,+hyperv"}"#;
         serde_json::from_str(json).unwrap()

@@ -425,9 +425,10 @@ fn a_terminal_is_raw_sized_and_given_back() {
     assert_eq!(wait(&mut child).code(), Some(5));
     assert_eq!(terminal.mode(), before);
 
-    // Ctrl-C is a key there, and a signal to the guest's programs. TERM is ours.
-    let mut command =
-        guest.script("-it", "echo $TERM; trap 'echo interrupted; exit 6' INT; echo ready; sleep 1000");
+    // Ctrl-C is a key there, and a signal to the guest's programs. TERM is ours. A shell that has not yet begun to wait when the
+    // signal comes acts on it after the wait, which is short therefore.
+    let script = "echo $TERM; trap 'echo interrupted; exit 6' INT; echo ready; while :; do sleep 0.1; done";
+    let mut command = guest.script("-it", script);
     terminal.give(&mut command);
     let mut child = command.env("TERM", "vt100").spawn().unwrap();
     terminal.expect("vt100\r\nready");
