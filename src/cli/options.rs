@@ -114,7 +114,7 @@ pub struct Options {
     /// Add an I/O port that ends the run: writing V to it makes the exit code 2V+1 [without PORT: 0xf4]
     #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true, default_missing_value = "0xf4", value_parser = port_number)]
     debug_exit: Option<u16>,
-    /// Add an 8254 timer (PIT), for kernels older than about 2010; Linux gets one with acpi=off, noapic, nolapic or no-kvmclock
+    /// Add an 8254 timer (PIT) and two 8259s (PICs), for kernels older than about 2010; Linux gets one with acpi=off, noapic, nolapic or no-kvmclock
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = switch)]
     pit: Option<bool>,
     /// Add a clock (RTC) at ports 0x70 and 0x71; --firmware implies it

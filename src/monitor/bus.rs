@@ -105,6 +105,7 @@ pub enum Kind {
     PciHotPlug,
     /// The window in which PCI functions' memory is.
     PciMemory,
+    IoApic,
     /// KVM's own: it answers without the monitor.
     InKernel,
 }

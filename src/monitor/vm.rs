@@ -94,6 +94,16 @@ pub enum IoEventAddress {
     },
 }
 
+/// The pins of an interrupt controller that is a device of ours: what they are told of by others than the guest's register accesses.
+///
+/// Caller: any thread, with the controller's mutex held and no other device's that it could be waited for under.
+pub trait Pins: Send {
+    /// The level of global system interrupt `gsi`.
+    fn set_level(&mut self, gsi: u32, high: bool);
+    /// A vCPU ended an interrupt of this vector that had come as a level.
+    fn end_of_interrupt(&mut self, vector: u8);
+}
+
 /// What a device may ask of the virtual machine it is part of. Thread-safe; called while building the machine
 /// and when a driver starts or stops a device, not on the data path.
 pub trait Vm: Send + Sync {
@@ -107,6 +117,16 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// The hypervisor refused.
     fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()>;
+    /// Has the global system interrupts from 0 on come as these messages, or not at all: for [`Pins`].
+    ///
+    /// # Errors
+    /// The hypervisor refused, or has pins of its own; all is as before.
+    fn route_pins(&self, messages: &[Option<Msi>]) -> io::Result<()>;
+    /// Sends a message now. False if no vCPU takes it.
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn send(&self, message: Msi) -> io::Result<bool>;
     /// Interrupts of a device's own, `count` of them, which go nowhere yet.
     ///
     /// # Errors
@@ -185,6 +205,8 @@ pub mod fake {
         levels: Mutex<Vec<(u32, bool)>>,
         vectors: Mutex<Vec<FakeVector>>,
         messages: AtomicUsize,
+        pins: Mutex<Vec<Vec<Option<Msi>>>>,
+        sent: Mutex<Vec<Msi>>,
     }
 
     /// A [`Vector`] that [`Vm::vectors`] gave out.
@@ -222,6 +244,16 @@ pub mod fake {
         /// Every [`Vm::set_irq_level`], in order.
         pub fn levels(&self) -> Vec<(u32, bool)> {
             self.levels.lock().expect("not poisoned").clone()
+        }
+
+        /// Every [`Vm::route_pins`], in order.
+        pub fn pins(&self) -> Vec<Vec<Option<Msi>>> {
+            self.pins.lock().expect("not poisoned").clone()
+        }
+
+        /// The messages of [`Vm::send`] that were not taken yet.
+        pub fn take_sent(&self) -> Vec<Msi> {
+            std::mem::take(&mut self.sent.lock().expect("not poisoned"))
         }
 
         /// The interrupt that [`Vm::irq_line`] gave out for `gsi`.
@@ -263,6 +295,16 @@ pub mod fake {
         fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
             self.levels.lock().expect("not poisoned").push((gsi, high));
             Ok(())
+        }
+
+        fn route_pins(&self, messages: &[Option<Msi>]) -> io::Result<()> {
+            self.pins.lock().expect("not poisoned").push(messages.to_vec());
+            Ok(())
+        }
+
+        fn send(&self, message: Msi) -> io::Result<bool> {
+            self.sent.lock().expect("not poisoned").push(message);
+            Ok(true)
         }
 
         fn vectors(&self, count: usize) -> io::Result<Vec<Vector>> {

@@ -29,6 +29,7 @@ pub fn tell(header: &Header, event: &Event) -> Option<String> {
         "i8042" => i8042(offset, read, event),
         "acpi-pm" => access(acpi_pm(offset), read, event),
         "fw-cfg" => access(fw_cfg(offset), read, event),
+        "ioapic" => access(io_apic(offset), read, event),
         "debug-exit" | "boot-marks" | "reset-control" | "pvpanic" => access("", read, event),
         "pci-hot-plug" => pci::hot_plug(offset, read, event),
         "pci-ports" => pci::ports(offset, read, event),
@@ -109,6 +110,15 @@ fn fw_cfg(offset: u64) -> &'static str {
         1 => "data",
         4..8 => "DMA address high",
         8.. => "DMA address low",
+        _ => "reserved",
+    }
+}
+
+/// Registers of an I/O APIC (82093AA data sheet, 3.1). Which of its registers the window leads to, the selector has said before.
+fn io_apic(offset: u64) -> &'static str {
+    match offset {
+        0 => "register",
+        0x10 => "window",
         _ => "reserved",
     }
 }

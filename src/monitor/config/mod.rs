@@ -82,7 +82,7 @@ pub struct VmConfig {
     /// I/O port of an isa-debug-exit style device: a write of V ends the run with exit code (V << 1) | 1.
     #[serde(deserialize_with = "text::optional_port")]
     pub debug_exit: Option<u16>,
-    /// An 8254 timer in the kernel, for guests that cannot do without (see [`VmConfig::has_pit`]).
+    /// An 8254 timer and two 8259s in the kernel, for guests that cannot do without (see [`VmConfig::has_pit`]).
     #[serde(deserialize_with = "text::flag")]
     pub pit: bool,
     /// A clock with memory (MC146818), for guests that wait for one. With firmware it is there anyway.

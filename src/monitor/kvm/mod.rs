@@ -19,7 +19,7 @@ use kvm_ioctls::Cap;
 pub use stats::Counters;
 pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;
-pub use x86_64::{Processor, VcpuState, cpuid, debug, host_has_hardware_virtualization, regs};
+pub use x86_64::{Controllers, Processor, VcpuState, cpuid, debug, host_has_hardware_virtualization, regs};
 
 /// Why the hypervisor could not be used. The texts name the ioctl, because that is what its documentation
 /// (Documentation/virt/kvm/api.rst) is sorted by.
@@ -139,11 +139,11 @@ impl Kvm {
         self.fd.get_max_vcpus()
     }
 
-    /// A VM with its memory slots mapped and its interrupt controllers in the kernel, and no vCPU yet.
+    /// A VM with its memory slots mapped and these of its interrupt controllers in the kernel, and no vCPU yet.
     ///
     /// # Errors
     /// The ioctl that failed.
-    pub fn create_vm(&self, memory: &crate::memory::Memory) -> Result<Vm, Error> {
-        Vm::new(&self.fd, memory)
+    pub fn create_vm(&self, memory: &crate::memory::Memory, controllers: Controllers) -> Result<Vm, Error> {
+        Vm::new(&self.fd, memory, controllers)
     }
 }

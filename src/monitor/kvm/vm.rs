@@ -11,8 +11,9 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memo
 use kvm_ioctls::{Cap, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::x86_64::{Arch, Route};
+use super::x86_64::{Arch, Controllers, Route};
 use super::{Error, ioctl};
+use crate::bus::lock;
 use crate::memory::dirty::DirtyPages;
 use crate::memory::{self, GuestRam, Memory};
 use crate::vm::{Interrupt, IoEventAddress, Msi, Vector};
@@ -30,7 +31,11 @@ pub struct Vm {
 }
 
 impl Vm {
-    pub(super) fn new(kvm: &kvm_ioctls::Kvm, memory: &Memory) -> Result<Self, Error> {
+    pub(super) fn new(
+        kvm: &kvm_ioctls::Kvm,
+        memory: &Memory,
+        controllers: Controllers,
+    ) -> Result<Self, Error> {
         let fd = ioctl("KVM_CREATE_VM", kvm.create_vm())?;
         set_slots(&fd, memory.ram(), 0)?;
         if let Some(rom) = memory.rom_slot() {
@@ -39,7 +44,7 @@ impl Vm {
             }
             set_slot(&fd, memory::slots(memory.ram()).count(), rom, KVM_MEM_READONLY)?;
         }
-        let arch = Arch::set_up(&fd)?;
+        let arch = Arch::set_up(&fd, controllers)?;
         let (ram, all) = (memory.ram().clone(), memory.all());
         Ok(Self { fd, arch, ram, all })
     }
@@ -117,7 +122,23 @@ impl crate::vm::Vm for Vm {
     }
 
     fn set_irq_level(&self, gsi: u32, high: bool) -> io::Result<()> {
-        self.fd.set_irq_line(gsi, high).map_err(errno)
+        match self.arch.pins.get() {
+            Some(pins) => {
+                if let Some(pins) = pins.upgrade() {
+                    lock(&pins).set_level(gsi, high);
+                }
+                Ok(())
+            }
+            None => self.fd.set_irq_line(gsi, high).map_err(errno),
+        }
+    }
+
+    fn route_pins(&self, messages: &[Option<Msi>]) -> io::Result<()> {
+        Self::route_pins(self, messages)
+    }
+
+    fn send(&self, message: Msi) -> io::Result<bool> {
+        self.send_message(message)
     }
 
     fn vectors(&self, count: usize) -> io::Result<Vec<Vector>> {

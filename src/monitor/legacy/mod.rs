@@ -11,6 +11,7 @@ pub mod debug_exit;
 pub mod debug_port;
 pub mod fw_cfg;
 pub mod i8042;
+pub mod io_apic;
 pub mod pvpanic;
 pub mod reset_control;
 pub mod rom;

@@ -27,6 +27,7 @@ use crate::legacy::debug_exit::DebugExit;
 use crate::legacy::debug_port::DebugPort;
 use crate::legacy::fw_cfg::{FwCfg, Items};
 use crate::legacy::i8042::I8042;
+use crate::legacy::io_apic::IoApic;
 use crate::legacy::pvpanic::PvPanic;
 use crate::legacy::reset_control::ResetControl;
 use crate::legacy::rom::Rom;
@@ -41,7 +42,7 @@ use crate::vcpu::dispatch::Buses;
 use crate::vcpu::gate::Gate;
 use crate::virtio;
 use crate::virtio::mmio::Mmio;
-use crate::vm::{Interrupt, Vm};
+use crate::vm::{Interrupt, Pins, Vm};
 
 /// Loads the machine that `config` describes with what it starts from: ready to run. `shell` is its own, if it has been begun.
 /// `backends` keeps what its devices have on the host over resets of the guest: what is not open yet is opened here, the ends of
@@ -181,6 +182,13 @@ fn build(
                     _ => hot_plug.clone(),
                 }
             }
+            Kind::IoApic => {
+                let io_apic = Arc::new(Mutex::new(IoApic::new(weak(&vm))));
+                let pins: Arc<Mutex<dyn Pins>> = io_apic.clone();
+                vm.set_pins(Arc::downgrade(&pins));
+                board.pins = Some(pins);
+                io_apic
+            }
             Kind::InKernel => continue,
         };
         board.put(slot, device)?;
@@ -196,6 +204,7 @@ fn build(
     }
     let mut buses = Buses::new(board.pio, board.mmio);
     buses.hypercalls = board.hypercalls;
+    buses.pins = board.pins;
     let mut host = lock(&backends.pluggable);
     let here =
         list.iter().filter_map(|slot| if let Kind::Virtio(index) = slot.kind { Some(index) } else { None });
@@ -295,6 +304,7 @@ struct Board {
     pio: Bus,
     mmio: Bus,
     hypercalls: Option<Arc<Mutex<dyn Hypercalls>>>,
+    pins: Option<Arc<Mutex<dyn Pins>>>,
     devices: Vec<(String, SharedDevice)>,
 }
 

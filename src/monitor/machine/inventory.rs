@@ -100,7 +100,8 @@ pub fn inventory(config: &VmConfig, changes: &Changes, rom: Option<u64>) -> Resu
     if config.serial != CharTarget::Off {
         list.port("serial", Kind::Serial, layout::COM1, layout::COM1_SIZE).gsi = Some(layout::COM1_GSI);
     }
-    list.memory("ioapic", Kind::InKernel, layout::IO_APIC, layout::APIC_SIZE);
+    let io_apic = if config.has_pics() { Kind::InKernel } else { Kind::IoApic };
+    list.memory("ioapic", io_apic, layout::IO_APIC, layout::APIC_SIZE);
     list.memory("lapic", Kind::InKernel, layout::LOCAL_APIC, layout::APIC_SIZE);
     list.memory("kvm", Kind::InKernel, layout::KVM_IDENTITY_MAP, layout::KVM_SIZE);
     Ok(list.0)

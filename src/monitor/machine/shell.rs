@@ -9,7 +9,7 @@ use std::sync::mpsc::Receiver;
 
 use super::{Error, kvm_path};
 use crate::config::VmConfig;
-use crate::kvm::{self, Kvm, Processor};
+use crate::kvm::{self, Controllers, Kvm, Processor};
 use crate::memory::Memory;
 use crate::recorder::{Recorder, Step, Steps};
 use crate::vcpu::Seat;
@@ -47,6 +47,7 @@ impl Shell {
         }
         steps.done(Step::Memory);
         let (cpus, path) = (config.cpus.0, kvm_path());
+        let controllers = if config.has_pics() { Controllers::All } else { Controllers::LocalApics };
         let (slots, recorder) = (memory.clone(), recorder.clone());
         let make = move || {
             let mut steps = Steps::begin(&recorder, "vcpu0");
@@ -55,7 +56,7 @@ impl Shell {
                 return Err(Error::TooManyCpus { wanted: cpus, possible: kvm.max_vcpus() });
             }
             steps.done(Step::Open);
-            let vm = kvm.create_vm(&slots)?;
+            let vm = kvm.create_vm(&slots, controllers)?;
             steps.done(Step::Vm);
             let processor = kvm.processor()?;
             steps.done(Step::Processor);

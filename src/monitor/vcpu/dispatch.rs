@@ -14,6 +14,7 @@ use crate::config::msr;
 use crate::guest_warn;
 use crate::hyperv::{self, Hypercalls};
 use crate::kvm::exit::{Exit, Stuck, Trap};
+use crate::vm::Pins;
 
 /// The two address spaces of a PC, and whom it may call beside.
 #[derive(Default)]
@@ -24,6 +25,8 @@ pub struct Buses {
     pub mmio: Bus,
     /// Who answers Hyper-V's calls, if anybody does.
     pub hypercalls: Option<Arc<Mutex<dyn Hypercalls>>>,
+    /// The I/O APIC, if it is not KVM's.
+    pub pins: Option<Arc<Mutex<dyn Pins>>>,
     /// Tells the machine that a device asks to be served ([`Effect::Serve`]). Does not block.
     pub serve: Option<Box<dyn Fn() + Send + Sync>>,
     unclaimed: AtomicU32,
@@ -151,9 +154,14 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
             };
             Next::Again
         }
-        // Interrupt controllers are in the kernel and HLT waits there; where it does come here the vCPU just goes on,
-        // and waits inside KVM_RUN. An EOI for a split controller's pin has no listener: all pins are edges.
-        Exit::Halt | Exit::IoApicEoi(_) => Next::Again,
+        Exit::IoApicEoi(vector) => {
+            if let Some(pins) = &buses.pins {
+                bus::lock(pins).end_of_interrupt(vector);
+            }
+            Next::Again
+        }
+        // Local APICs are in the kernel and HLT waits there; where it does come here the vCPU just goes on, and waits inside KVM_RUN.
+        Exit::Halt => Next::Again,
         Exit::Kicked => Next::Gate,
         Exit::Shutdown => Next::End(End::TripleFault),
         Exit::SystemEvent(kb::KVM_SYSTEM_EVENT_SHUTDOWN) => Next::End(End::Shutdown),

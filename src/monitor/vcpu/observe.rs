@@ -247,7 +247,7 @@ mod tests {
         let code = [0xba, 0x34, 0x12, 0x00, 0x00, 0xef, 0xeb, 0xfd];
         memory.ram().write_slice(&code, GuestAddress(0x1000)).unwrap();
         let kvm = Kvm::open(kvm).unwrap();
-        let vm = kvm.create_vm(&memory).unwrap();
+        let vm = kvm.create_vm(&memory, crate::kvm::Controllers::LocalApics).unwrap();
         let cpu = crate::config::Cpu::default();
         let mut vcpu = vm.create_vcpu(0, 1, &cpu, &kvm.processor().unwrap()).unwrap();
         vcpu.enter_at(&Entry { rip: 0x1000, ..FLAT }).unwrap();

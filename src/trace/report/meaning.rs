@@ -193,7 +193,9 @@ pub fn of_kind(kind: Kind) -> &'static str {
             "KVM met something that it cannot do: most often an instruction that its emulator does not know."
         }
         Kind::Debug => "A breakpoint or a single step that the monitor had asked for.",
-        Kind::IoApicEoi => "The guest ended an interrupt of a pin whose controller is in the monitor.",
+        Kind::IoApicEoi => {
+            "The guest ended an interrupt that had come as a level, from a pin of the I/O APIC, which is in the monitor: it looks whether the pin is still high."
+        }
         Kind::Kicked => {
             "A signal to the vCPU's thread, so that it looks who wants it: to pause, to stop, to be looked at. The guest did nothing."
         }

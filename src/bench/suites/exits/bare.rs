@@ -15,7 +15,7 @@ use vmm_monitor::boot::{self, Payload};
 use vmm_monitor::config::VmConfig;
 use vmm_monitor::event_loop::Event;
 use vmm_monitor::kvm::exit::{Exit, Stuck};
-use vmm_monitor::kvm::{self, Kvm, Vcpu};
+use vmm_monitor::kvm::{self, Controllers, Kvm, Vcpu};
 use vmm_monitor::machine;
 use vmm_monitor::memory::{GuestRam, Memory, layout};
 use vmm_monitor::vcpu::dispatch::{Buses, End, Next, dispatch};
@@ -40,7 +40,7 @@ struct Parts {
 fn parts(config: &VmConfig) -> Result<Parts, String> {
     let kvm = Kvm::open(&machine::kvm_path()).map_err(text)?;
     let memory = Memory::new(&config.mem).map_err(text)?;
-    let vm = kvm.create_vm(&memory).map_err(text)?;
+    let vm = kvm.create_vm(&memory, Controllers::All).map_err(text)?;
     let kernel = config.kernel.clone().ok_or("nothing to boot")?;
     let payload =
         Payload { kernel: kernel.into(), initrd: None, cmdline: String::new(), protocol: config.boot };

@@ -32,4 +32,10 @@ impl VmConfig {
         let cmdline = self.cmdline.as_deref().unwrap_or_default();
         self.pit || cmdline.split_ascii_whitespace().any(|word| NEEDED.contains(&word))
     }
+
+    /// Whether there are two 8259s, and so all interrupt controllers are KVM's. Firmware knows them by their ports, and so do the test
+    /// device's programs and whatever needs an 8254. All others are told by the ACPI tables that there are none.
+    pub fn has_pics(&self) -> bool {
+        self.has_pit() || self.firmware.is_some() || self.test_device
+    }
 }

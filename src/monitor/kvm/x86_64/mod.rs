@@ -19,6 +19,7 @@ pub use look::VcpuState;
 pub use processor::Processor;
 pub(super) use routes::Route;
 pub(super) use vm::Arch;
+pub use vm::Controllers;
 
 /// What a machine of this architecture cannot be built without, beside what all need.
 pub(super) const NEEDED: [(Cap, &str); 1] = [(Cap::ExtCpuid, "KVM_CAP_EXT_CPUID")];

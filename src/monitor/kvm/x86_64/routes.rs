@@ -15,7 +15,7 @@ use kvm_bindings::{
 use crate::vm::Msi;
 
 /// Pins of the I/O APIC, which have the first numbers.
-const PINS: u32 = 24;
+pub const PINS: u32 = 24;
 /// Pins of the two 8259s, and of one.
 const PIC_PINS: u32 = 16;
 const PIC: u32 = 8;
@@ -36,27 +36,43 @@ pub enum Route {
     },
 }
 
-/// The routes beside those of the pins, which KVM begins with, by their global system interrupt.
+/// All routes.
 #[derive(Debug, Clone, Default)]
-pub struct Routes(BTreeMap<u32, Route>);
+pub struct Routes {
+    /// Those beside the pins of KVM's own controllers, by their global system interrupt.
+    others: BTreeMap<u32, Route>,
+    /// KVM has no controllers with pins: the first numbers, too, have routes like all others.
+    split: bool,
+}
 
 impl Routes {
+    /// As KVM begins: to the pins of its own controllers, or, if it is `split` from them, nowhere.
+    pub fn new(split: bool) -> Self {
+        Self { others: BTreeMap::new(), split }
+    }
+
     /// Adds a route; gives its number.
     pub fn add(&mut self, route: Route) -> u32 {
-        let free = (PINS..).zip(self.0.keys()).find(|(gsi, taken)| gsi != *taken);
-        let gsi = free.map_or(PINS + self.0.len() as u32, |(gsi, _)| gsi);
-        self.0.insert(gsi, route);
+        let taken = || self.others.range(PINS..).map(|(gsi, _)| *gsi);
+        let free = (PINS..).zip(taken()).find(|(gsi, taken)| gsi != taken);
+        let gsi = free.map_or(PINS + taken().count() as u32, |(gsi, _)| gsi);
+        self.others.insert(gsi, route);
         gsi
+    }
+
+    /// Whether the pins are those of a controller outside KVM.
+    pub fn is_split(&self) -> bool {
+        self.split
     }
 
     /// Changes the route of `gsi`.
     pub fn set(&mut self, gsi: u32, route: Route) {
-        self.0.insert(gsi, route);
+        self.others.insert(gsi, route);
     }
 
     /// Takes the route of `gsi` away.
     pub fn remove(&mut self, gsi: u32) {
-        self.0.remove(&gsi);
+        self.others.remove(&gsi);
     }
 
     /// The whole table.
@@ -70,7 +86,8 @@ impl Routes {
             false => pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - PIC),
         });
         let io_apic = (0..PINS).map(|gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-        let others = self.0.iter().filter_map(|(&gsi, route)| match *route {
+        let chips = pics.chain(io_apic).filter(|_| !self.split);
+        let others = self.others.iter().filter_map(|(&gsi, route)| match *route {
             Route::Nowhere => None,
             Route::Msi(Msi { address, data }) => {
                 let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
@@ -82,8 +99,10 @@ impl Routes {
                 Some((gsi, KVM_IRQ_ROUTING_HV_SINT, kvm_irq_routing_entry__bindgen_ty_1 { hv_sint }))
             }
         });
-        let all = pics.chain(io_apic).chain(others);
-        all.map(|(gsi, type_, u)| kvm_irq_routing_entry { gsi, type_, u, ..Default::default() }).collect()
+        chips
+            .chain(others)
+            .map(|(gsi, type_, u)| kvm_irq_routing_entry { gsi, type_, u, ..Default::default() })
+            .collect()
     }
 }
 
@@ -107,5 +126,18 @@ mod tests {
         let (message, sint) = (&table[41], &table[42]);
         assert_eq!((message.gsi, message.type_), (25, KVM_IRQ_ROUTING_MSI));
         assert_eq!((sint.gsi, sint.type_), (26, KVM_IRQ_ROUTING_HV_SINT));
+    }
+
+    #[test]
+    fn pins_of_ours_have_routes_like_all_others() {
+        let message = Msi { address: 0xfee0_0000, data: 0x30 };
+        let mut routes = Routes::new(true);
+        assert!(routes.table().is_empty());
+        routes.set(4, Route::Msi(message));
+        assert_eq!([routes.add(Route::Nowhere), routes.add(Route::Msi(message))], [24, 25]);
+        routes.set(4, Route::Nowhere);
+        routes.set(9, Route::Msi(message));
+        let table: Vec<_> = routes.table().iter().map(|entry| (entry.gsi, entry.type_)).collect();
+        assert_eq!(table, [(9, KVM_IRQ_ROUTING_MSI), (25, KVM_IRQ_ROUTING_MSI)]);
     }
 }

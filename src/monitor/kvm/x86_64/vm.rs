@@ -2,17 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock, Weak};
 
 use kvm_bindings::{
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MSR_EXIT_REASON_FILTER,
-    KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_enable_cap, kvm_irqchip, kvm_irqchip__bindgen_ty_1,
-    kvm_pic_state, kvm_pit_config,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_USER_SPACE_MSR, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_enable_cap, kvm_irqchip,
+    kvm_irqchip__bindgen_ty_1, kvm_msi, kvm_pic_state, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::routes::{Route, Routes};
+use super::routes::{PINS, Route, Routes};
 use super::{Processor, cpu_model, cpuid, hyperv};
 use crate::bus::lock;
 use crate::config::Cpu;
@@ -20,23 +20,48 @@ use crate::config::msr::Window;
 use crate::kvm::vm::errno;
 use crate::kvm::{Error, Vcpu, Vm, ioctl};
 use crate::memory::layout;
+use crate::vm::{Msi, Pins};
+
+/// The interrupt controllers that KVM has. The rest is the machine's, or is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Controllers {
+    /// All of a PC's: local APICs, an I/O APIC and two 8259s.
+    All,
+    /// The local APICs alone: nothing is registered on KVM's I/O bus, so that a VM that is a moment old closes at once.
+    LocalApics,
+}
 
 /// What a [`Vm`] keeps for this architecture.
 #[derive(Debug)]
 pub(in crate::kvm) struct Arch {
     routes: Mutex<Routes>,
+    /// The pins that KVM has not, once there are some.
+    pub(in crate::kvm) pins: OnceLock<Weak<Mutex<dyn Pins>>>,
     /// Synthetic interrupts by vCPU and source: their numbers, and what raises them.
     pub(super) sints: Mutex<BTreeMap<(u32, u32), (u32, EventFd)>>,
 }
 
 impl Arch {
     /// Sets up what all of a PC's VMs have. The memory slots are there, and no vCPU is.
-    pub(in crate::kvm) fn set_up(fd: &VmFd) -> Result<Self, Error> {
+    pub(in crate::kvm) fn set_up(fd: &VmFd, controllers: Controllers) -> Result<Self, Error> {
         ioctl("KVM_SET_IDENTITY_MAP_ADDR", fd.set_identity_map_address(layout::KVM_IDENTITY_MAP))?;
         ioctl("KVM_SET_TSS_ADDR", fd.set_tss_address(layout::KVM_TSS as usize))?;
-        ioctl("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
-        set_up_pics(fd, [0xff; 2])?;
-        Ok(Self { routes: Mutex::default(), sints: Mutex::default() })
+        match controllers {
+            Controllers::All => {
+                ioctl("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
+                set_up_pics(fd, [0xff; 2])?;
+            }
+            Controllers::LocalApics => {
+                let args = [PINS.into(), 0, 0, 0];
+                let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args, ..Default::default() };
+                ioctl("KVM_ENABLE_CAP (KVM_CAP_SPLIT_IRQCHIP)", fd.enable_cap(&split))?;
+            }
+        }
+        Ok(Self {
+            routes: Mutex::new(Routes::new(controllers == Controllers::LocalApics)),
+            pins: OnceLock::new(),
+            sints: Mutex::default(),
+        })
     }
 }
 
@@ -60,6 +85,32 @@ impl Vm {
         self.fd.set_gsi_routing(&table).map_err(errno)?;
         *routes = new;
         Ok(())
+    }
+
+    /// Changes the routes of the pins that KVM has not.
+    pub(in crate::kvm) fn route_pins(&self, messages: &[Option<Msi>]) -> io::Result<()> {
+        if !lock(&self.arch.routes).is_split() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.change_routes(|all| {
+            for (gsi, message) in (0..PINS).zip(messages) {
+                all.set(gsi, message.map_or(Route::Nowhere, Route::Msi));
+            }
+        })
+    }
+
+    /// Sends a message. False if no vCPU takes it.
+    pub(in crate::kvm) fn send_message(&self, message: Msi) -> io::Result<bool> {
+        let Msi { address, data } = message;
+        let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
+        let message = kvm_msi { address_lo, address_hi, data, ..Default::default() };
+        self.fd.signal_msi(message).map(|taken| taken > 0).map_err(errno)
+    }
+
+    /// Who has the pins of a VM with [`Controllers::LocalApics`]. To be called once.
+    pub fn set_pins(&self, pins: Weak<Mutex<dyn Pins>>) {
+        // A second one would have none.
+        let _ = self.arch.pins.set(pins);
     }
 
     /// Numbers for `count` interrupts that go nowhere yet.

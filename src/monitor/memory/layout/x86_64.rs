@@ -10,7 +10,7 @@
 //!   0xe000_0000  memory of PCI functions    384 MiB; only with `transport=pci`, as the next
 //!   0xf800_0000  PCI configuration space    1 MiB
 //!   0xfe00_0000  virtio-mmio slots          4 KiB each
-//!   0xfec0_0000  I/O APIC                   (in the kernel)
+//!   0xfec0_0000  I/O APIC                   (in the kernel where there are 8259s)
 //!   0xfee0_0000  local APIC                 (in the kernel)
 //!   0xfeff_c000  KVM's identity map and TSS (16 KiB, Intel without unrestricted guest)
 //!   0xff00_0000  firmware, ends at 4 GiB    16 MiB at most, read-only (the test device's memory, if asked for, at its start)
