@@ -1,9 +1,9 @@
 # doorbell: the exit that does not reach the monitor
 #
-# A virtio driver puts a request into a ring in memory, and rings the doorbell: it writes to QueueNotify. That could go to the
-# monitor as any other register, and does so for the console's transmit queue, which its vCPU serves itself. For the entropy
-# source vmm has told KVM to turn just that write into a signal of an eventfd (ioeventfd): KVM answers it by itself, the guest
-# goes on at once, and another thread, the device's worker, takes the queue up meanwhile.
+# A virtio driver puts a request into a ring in memory, and rings the doorbell: it writes to QueueNotify. That goes to the
+# monitor as any other register, and always does so for the console's transmit queue, which its vCPU serves itself. A busy queue
+# is another thing: at the 64th kick vmm tells KVM to turn just that write into a signal of an eventfd (ioeventfd). From then on
+# KVM answers it by itself, the guest goes on at once, and another thread, the device's worker, takes the queue up meanwhile.
 .include "lab.inc"
 
 .macro register number, value   # virtio 1.3, 4.2.2; the device is at ESI
@@ -41,6 +41,10 @@
 start:
     mov esi, 0xfe000000         # the entropy source
     driver 0, random
+    mov ecx, 64                 # busy, if in vain: there is no request yet
+2:  register 0x50, 0            # QueueNotify
+    dec ecx
+    jnz 2b
     kick 0, random, 1           # perhaps the worker finds this by itself: it looks when it starts
     kick 0, random, 2           # by now it sleeps, as a rule, until the doorbell rings
     mov esi, 0xfe001000         # the console, and its transmit queue

@@ -1,17 +1,14 @@
 # interrupt: a device wants something
 #
-# The host presses the machine's power button: it writes to an eventfd (irqfd), KVM raises pin 9 of its I/O APIC, the I/O APIC
-# sends vector 0x30 to the local APIC, and KVM gives that to the processor with the next entry into the guest (injection). The
-# guest's handler runs, and ends the interrupt with a write to the EOI register. All of that is KVM's: the monitor only wrote
-# to the eventfd.
+# The guest tells the I/O APIC what pin 9 means: vector 0x30, for APIC 0. The I/O APIC is the monitor's, which gives KVM that as
+# a route. Then the host presses the machine's power button: it writes to an eventfd (irqfd), KVM sends the route's message to the
+# local APIC, and gives the vector to the processor with the next entry into the guest (injection). The guest's handler runs, and
+# ends the interrupt with a write to the EOI register. All of that is KVM's: the monitor only wrote to the eventfd.
 .include "lab.inc"
 
 start:
     lidt idtr
     mov esp, 0x300000           # an interrupt pushes where it came from
-    mov al, 0xff
-    out 0x21, al                # the old interrupt controllers hear of the pin too: masked
-    out 0xa1, al
     mov eax, APIC
     mov dword ptr [eax + 0xf0], 0x1ff   # spurious vector; bit 8: the local APIC is on
     mov ebx, IOAPIC

@@ -63,8 +63,8 @@
 //!    from the inventory, kernel, initrd → [`Entry`](boot::Entry), which is registers as plain data) → the inventory's devices on
 //!    the buses → vCPUs → their registers from `Entry` → run.
 //! 2. **Exit**: KVM_RUN → [`kvm::exit`] → [`recorder`], if it is on → [`vcpu::dispatch`] → [`bus::Bus`] → [`bus::Device`] → [`bus::Effect`] → next entry or the
-//!    run's end. A virtqueue kick does not come this way.
-//! 3. **Block**: ioeventfd → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
+//!    run's end. A busy virtqueue's kick does not come this way.
+//! 3. **Block**: a kick (an exit first; an ioeventfd once the queue is busy) → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
 //!    `on_event` → status byte → used ring → irqfd.
 //! 4. **Net**: the guest's buffers ↔ [`net::Link`] (a tap, a socket, the user network) by one system call a frame, on the device's worker;
 //!    or the host's kernel does it, or another process, with the rings ([`virtio::device::Offload`]).

@@ -75,7 +75,7 @@ const SAYS: [(&str, &[&str], &[&str]); 14] = [
         "doorbell",
         &["AMD-V 0x400 NPF = VT-x 49 EPT misconfiguration (guest address 0xfe000050) | in KVM"],
         &[
-            "was rung twice and made 0 exits to the monitor. Its worker completed 2 requests.",
+            "was rung 66 times and made 64 exits to the monitor. Its worker completed 2 requests.",
             "The console's was rung twice and made 2 exits to the monitor, for 2 requests.",
         ],
     ),

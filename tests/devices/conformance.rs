@@ -3,8 +3,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use vmm_monitor::bus::Effect;
+use vmm_monitor::virtio::doorbells::EXITS;
 
-use crate::guest::{DATA, EVENT_IDX, Guest, NEEDS_RESET, STATUS, with_each_transport};
+use crate::guest::{DATA, EVENT_IDX, Guest, NEEDS_RESET, QUEUE_NOTIFY, STATUS, with_each_transport};
 use crate::subjects::{Subject, all};
 
 fn for_each(test: impl Fn(&Subject)) {
@@ -47,6 +48,27 @@ fn a_device_lives_through_save_and_restore_in_the_middle_of_its_work() {
             assert!(guest.interrupts() > 0);
             guest.check_guards();
         }
+    });
+}
+
+#[test]
+fn a_busy_queue_earns_a_doorbell_and_keeps_it_over_a_reset() {
+    for_each(|subject| {
+        let mut guest = Guest::new((subject.build)());
+        guest.start(0);
+        for kick in 0..EXITS {
+            assert_eq!(guest.vm.doorbells(), 0, "kick {kick}");
+            guest.write(QUEUE_NOTIFY, 0);
+        }
+        assert_eq!((guest.vm.doorbells(), guest.ring(0)), (1, true));
+        (subject.traffic)(&mut guest);
+        guest.reset();
+        // There is no such queue.
+        (0..EXITS).for_each(|_| guest.write(QUEUE_NOTIFY, 0xffff));
+        assert_eq!((guest.vm.doorbells(), guest.ring(0)), (1, true));
+        guest.start(0);
+        (subject.traffic)(&mut guest);
+        guest.check_guards();
     });
 }
 

@@ -12,6 +12,7 @@ use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::mmio::Mmio;
 use vmm_monitor::virtio::queue::Setup;
 use vmm_monitor::virtio::testing::DriverRing;
+use vmm_monitor::vm::Vm;
 use vmm_monitor::vm::fake::FakeVm;
 
 use crate::on_pci::OnPci;
@@ -153,7 +154,8 @@ impl Guest {
         let device: Box<dyn Device> = match transport {
             Transport::Mmio => {
                 let name = "virtio-test";
-                Box::new(Mmio::new(&*vm, &rest.ram, BASE, GSI, name, device, &Arc::default()).unwrap())
+                let dynamic: Arc<dyn Vm> = vm.clone();
+                Box::new(Mmio::new(&dynamic, &rest.ram, BASE, GSI, name, device, &Arc::default()).unwrap())
             }
             Transport::Pci => Box::new(OnPci::new(&vm, &rest.ram, device)),
         };

@@ -8,7 +8,7 @@ use vmm_monitor::virtio::device::{Traits, VirtioDevice};
 use vmm_monitor::virtio::queue::Virtqueue;
 use vmm_monitor::virtio::testing::DriverRing;
 
-use crate::guest::{BASE, DATA, Guest, QUEUE_NOTIFY};
+use crate::guest::{DATA, Guest};
 
 /// Requests that the driver makes in all.
 const ALL: usize = 5000;
@@ -59,7 +59,7 @@ fn a_callback_ends_while_the_driver_goes_on_offering() {
     ring.add(&[], &[(DATA, 16)]);
     busy.lock().unwrap().ring = Some(ring);
     // One kick; the worker gives itself the other turns.
-    guest.vm.ring(BASE + QUEUE_NOTIFY, 0);
+    guest.notify(0);
     let end = Instant::now() + Duration::from_secs(10);
     while busy.lock().unwrap().served < ALL {
         assert!(Instant::now() < end, "{} of {ALL} served", busy.lock().unwrap().served);

@@ -4,7 +4,6 @@
 //! Used by `boot` (the type of its entry), `vcpu` (the run loop) and `machine` (assembly). Knows no device.
 
 pub mod exit;
-mod linger;
 mod stats;
 mod vcpu;
 mod vm;

@@ -116,6 +116,7 @@ fn build(
         lock(&backends.pluggable).ports.note_frames();
     }
     let mut board = Board::default();
+    let dynamic: Arc<dyn Vm> = vm.clone();
     let pci = (config.transport == Transport::Pci).then(|| PciBus::new(weak(&vm), memory.ram(), recorder));
     if let Some(PciBus { segment, .. }) = &pci {
         let bridge = Arc::new(Mutex::new(pci::HostBridge::default()));
@@ -166,7 +167,15 @@ fn build(
                     }
                     _ => {
                         let gsi = slot.gsi.unwrap_or_default();
-                        shared(Mmio::new(&*vm, memory.ram(), slot.base, gsi, &slot.name, device, recorder)?)
+                        shared(Mmio::new(
+                            &dynamic,
+                            memory.ram(),
+                            slot.base,
+                            gsi,
+                            &slot.name,
+                            device,
+                            recorder,
+                        )?)
                     }
                 }
             }
@@ -251,17 +260,7 @@ fn build(
         }
     });
     let last_words = backends.ends.last_words();
-    Ok(Machine {
-        shared,
-        fw_cfg,
-        vcpus,
-        seat: None,
-        events: ended,
-        built: start,
-        last_words,
-        later: None,
-        vm,
-    })
+    Ok(Machine { shared, fw_cfg, vcpus, seat: None, events: ended, last_words, later: None, vm })
 }
 
 impl Machine {

@@ -270,7 +270,6 @@ pub struct Machine {
     /// The thread for the first of them.
     seat: Option<vcpu::Seat>,
     events: Receiver<Event>,
-    built: Instant,
     last_words: LastWords,
     /// See [`Machine::later`].
     later: Option<(Duration, Box<dyn FnOnce() + Send>)>,
@@ -284,9 +283,6 @@ const SHORT: Duration = Duration::from_millis(5);
 const LAST_LIMIT: Duration = Duration::from_secs(10);
 /// Readers on the host, who may stand still, have so long after the run's end for what the guest sent them.
 const READERS_LIMIT: Duration = Duration::from_secs(2);
-
-/// A VM that was built longer ago than this closes at once (see [`kvm::Vm::close_later`]).
-const YOUNG: Duration = Duration::from_millis(50);
 
 impl Machine {
     /// A handle for other threads.
@@ -417,15 +413,6 @@ impl Machine {
     /// for the end.
     pub fn later(&mut self, after: Duration, act: impl FnOnce() + Send + 'static) {
         self.later = Some((after, Box::new(act)));
-    }
-
-    /// Gives everything back after the run, without waiting for KVM to take the VM apart: for a process that is about to end.
-    pub fn leave(self) {
-        if self.built.elapsed() < YOUNG
-            && let Err(error) = self.vm.close_later()
-        {
-            log::debug!("the VM is closed here: {error}");
-        }
     }
 }
 

@@ -245,7 +245,6 @@ impl<'a> Session<'a> {
             // Why nobody serves says more than that the machine was killed for want of it.
             served?;
             if !reboots {
-                machine.leave();
                 return Ok(outcome?);
             }
             // Each of its lives may be too short for it.

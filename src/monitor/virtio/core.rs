@@ -373,6 +373,8 @@ pub struct Core {
     status: Status,
     queues: Vec<Setup>,
     doorbells: Vec<Event>,
+    /// Of each queue, whether the vCPU that kicks it serves it.
+    by_vcpu: Vec<bool>,
     signals: Arc<Signals>,
     parts: Arc<Mutex<Parts>>,
     /// The status that the driver reads while its reset is posted.
@@ -416,6 +418,7 @@ impl Core {
         let doorbell = |_: &u16| Event::new();
         let doorbells = traits.queues.iter().map(doorbell).collect::<io::Result<Vec<_>>>()?;
         let queue = |(i, size): (usize, &u16)| Virtqueue::new(ram.clone(), notifier.clone(), i, *size);
+        let by_vcpu = (0..doorbells.len()).map(|queue| device.served_by_vcpu(queue)).collect();
         let signals = Arc::<Signals>::default();
         let parts = Parts {
             queues: traits.queues.iter().enumerate().map(queue).collect(),
@@ -439,6 +442,7 @@ impl Core {
             queues: initial_queues(&traits),
             traits,
             doorbells,
+            by_vcpu,
             signals,
             parts: Arc::new(Mutex::new(parts)),
             leaving: None,
@@ -461,16 +465,13 @@ impl Core {
 
     /// Whether a kick of `queue` should come as a register write, and not to its doorbell.
     pub fn served_by_vcpu(&self, queue: usize) -> bool {
-        lock(&self.parts).device.served_by_vcpu(queue)
+        self.by_vcpu.get(queue).is_some_and(|by_vcpu| *by_vcpu)
     }
 
     /// A kick that came as a register write.
     pub fn kick(&self, queue: usize) {
-        if self.running && self.queue_ready(queue) {
-            let mut parts = lock(&self.parts);
-            if parts.device.served_by_vcpu(queue) {
-                return parts.call(Cause::Queue(queue));
-            }
+        if self.served_by_vcpu(queue) && self.running && self.queue_ready(queue) {
+            return lock(&self.parts).call(Cause::Queue(queue));
         }
         if let Some(doorbell) = self.doorbells.get(queue) {
             doorbell.signal();

@@ -1,9 +1,9 @@
 //! virtio over MMIO, version 2 (virtio 1.3, 4.2): decodes registers into calls on [`Core`], and nothing else.
 //!
-//! One on the MMIO bus per device, each with an interrupt of its own. Kicks reach the device's worker without an
-//! exit, by ioeventfds that are registered before there are vCPUs, but for queues that the vCPU is to serve itself.
+//! One on the MMIO bus per device, each with an interrupt of its own. Kicks come as register writes first, and without an exit
+//! once a queue is busy ([`Doorbells`]).
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::core::{self, Core};
 use super::device::VirtioDevice;
+use super::doorbells::Doorbells;
 use super::queue::{Notifier, Setup};
 use super::transport::Error;
 use crate::bus::{Busy, Device, Effect};
@@ -103,16 +104,17 @@ pub struct Mmio {
     core: Core,
     line: Arc<Line>,
     select: Selectors,
+    base: u64,
+    doorbells: Doorbells,
 }
 
 impl Mmio {
-    /// Puts `device`, called `name`, at guest address `base` with interrupt `gsi`, and registers its doorbells. To be
-    /// called before there are vCPUs: with them, each doorbell would wait for all of them.
+    /// `device`, called `name`, as it will be at guest address `base`, with interrupt `gsi`.
     ///
     /// # Errors
     /// [`Error`]: the hypervisor or the host refused something.
     pub fn new(
-        vm: &dyn Vm,
+        vm: &Arc<dyn Vm>,
         ram: &Arc<GuestRam>,
         base: u64,
         gsi: u32,
@@ -125,16 +127,8 @@ impl Mmio {
         let line = Arc::new(Line { reasons: AtomicU32::new(0), standing: AtomicU32::new(0), interrupt });
         let core = Core::new(&name(), ram, device, line.clone(), recorder)
             .map_err(|source| Error::Events { name: name(), source })?;
-        let by_worker = |(queue, _): &(usize, _)| !core.served_by_vcpu(*queue);
-        for (queue, doorbell) in core.doorbells().iter().enumerate().filter(by_worker) {
-            let at = IoEventAddress::Mmio { address: base + QUEUE_NOTIFY, value: Some(queue as u32) };
-            vm.ioeventfd(at, doorbell.as_fd()).map_err(|source| Error::Doorbell {
-                name: name(),
-                queue,
-                source,
-            })?;
-        }
-        Ok(Self { core, line, select: Selectors::default() })
+        let doorbells = Doorbells::new(Arc::downgrade(vm), &core);
+        Ok(Self { core, line, select: Selectors::default(), base, doorbells })
     }
 
     fn read_register(&self, offset: u64) -> Option<u32> {
@@ -170,7 +164,11 @@ impl Mmio {
                 0 | 1 => self.core.set_queue_ready(self.select.queue as usize, value == 1),
                 _ => guest_warn!("virtio-mmio QueueReady written with {value:#x}"),
             },
-            QUEUE_NOTIFY => self.core.kick(value as usize),
+            QUEUE_NOTIFY => {
+                self.core.kick(value as usize);
+                let at = IoEventAddress::Mmio { address: self.base + QUEUE_NOTIFY, value: Some(value) };
+                self.doorbells.kicked(&self.core, value as usize, at);
+            }
             INTERRUPT_ACK => {
                 self.line.reasons.fetch_and(!value, Ordering::SeqCst);
             }

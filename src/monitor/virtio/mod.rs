@@ -7,6 +7,7 @@ pub mod block;
 pub mod console;
 pub mod core;
 pub mod device;
+pub mod doorbells;
 pub mod mmio;
 pub mod net;
 pub mod pci;

@@ -16,17 +16,6 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The hypervisor registered no doorbell.
-    #[error("cannot register the doorbell of {name}'s queue {queue}")]
-    Doorbell {
-        /// The device.
-        name: String,
-        /// Its queue.
-        queue: usize,
-        /// What the hypervisor said.
-        #[source]
-        source: io::Error,
-    },
     /// The host is out of descriptors.
     #[error("cannot create the queue events of {name}")]
     Events {

@@ -3,6 +3,7 @@
 use super::facts::{Facts, Reasons};
 use crate::devices;
 use vmm_monitor::recorder::Kind;
+use vmm_monitor::virtio::doorbells::EXITS;
 
 const HLT: Reasons = &[12];
 const CPUID: Reasons = &[10];
@@ -134,7 +135,7 @@ pub fn interrupt(facts: &Facts<'_>) -> Vec<String> {
         ));
     }
     text.push(facts.in_kvm("HLT", HLT));
-    text.push(facts.in_kvm("The I/O APIC, the local APIC and fresh memory", APIC));
+    text.push(facts.in_kvm("The local APIC and fresh memory", APIC));
     text
 }
 
@@ -192,7 +193,8 @@ pub fn doorbell(facts: &Facts<'_>) -> Vec<String> {
     let inside: Vec<_> = console.iter().copied().filter(|(time, _)| during(*time)).collect();
     vec![
         format!(
-            "The entropy source's doorbell was rung twice and made {} exits to the monitor. Its worker completed {} requests.",
+            "The entropy source's doorbell was rung {} times and made {} exits to the monitor. Its worker completed {} requests.",
+            EXITS + 2,
             rings("virtio-rng").len(),
             all(&entropy)
         ),

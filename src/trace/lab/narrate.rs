@@ -15,6 +15,8 @@ use vmm_monitor::kvm;
 use vmm_monitor::machine::Outcome;
 use vmm_monitor::recorder::{Event, Kind};
 
+/// So many exits that are alike, one after the other, are told.
+const ALIKE: usize = 4;
 /// Columns of a paragraph.
 const WIDTH: usize = 126;
 
@@ -92,13 +94,16 @@ fn exits(lab: &Lab, facts: &Facts<'_>, out: &mut dyn Write) -> io::Result<()> {
         }
         Ok(())
     };
-    let mut last = None;
+    let (mut last, mut alike) = (None, Alike::default());
     let mut sizes = HashMap::new();
     for (track, event) in &trace.events {
         let Some(kind) = event.kind().filter(|kind| !kind.is_detail()) else { continue };
         let from_guest = kind == Kind::InKernel || kind.is_exit();
         let line = lines.line(report.origin(event)).filter(|_| from_guest);
         if is_left_out(report, kind, event, line) {
+            continue;
+        }
+        if alike.is_left_out(*track, event, out)? {
             continue;
         }
         act(event.time, out)?;
@@ -116,7 +121,36 @@ fn exits(lab: &Lab, facts: &Facts<'_>, out: &mut dyn Write) -> io::Result<()> {
         }
         report.event(*track, event, out)?;
     }
+    alike.end(out)?;
     act(u64::MAX, out)
+}
+
+/// Counts exits that are alike: of one vCPU, by one instruction, for the same.
+#[derive(Default)]
+struct Alike {
+    what: Option<(u32, u8, u64, u64, u64)>,
+    count: usize,
+}
+
+impl Alike {
+    /// Whether `event` is one too many.
+    fn is_left_out(&mut self, track: u32, event: &Event, out: &mut dyn Write) -> io::Result<bool> {
+        let what = Some((track, event.kind, event.rip, event.address, event.value));
+        if what != self.what {
+            self.end(out)?;
+            self.what = what;
+        }
+        self.count += 1;
+        Ok(self.count > ALIKE)
+    }
+
+    /// Says how many were left out.
+    fn end(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        match std::mem::take(&mut self.count).saturating_sub(ALIKE) {
+            0 => Ok(()),
+            more => writeln!(out, "      and {more} more of these"),
+        }
+    }
 }
 
 /// What tells nothing of the lab: exits for the host's interrupts; a worker's looks that found nothing; vCPUs that came back from

@@ -206,7 +206,7 @@ pub fn of_kind(kind: Kind) -> &'static str {
             "The guest called its hypervisor by Microsoft's interface, for something that KVM does not do itself."
         }
         Kind::Queue => {
-            "The guest had put requests into a virtqueue and rung its doorbell (ioeventfd); or the worker looked by itself. No vCPU left KVM for this."
+            "The guest had put requests into a virtqueue and rung its doorbell; or the worker looked by itself. Once a queue is busy no vCPU leaves KVM for this: its doorbell is an ioeventfd."
         }
         Kind::Source => {
             "The host's end of the device had something: a key was pressed, a packet came, a disk was done."

@@ -10,6 +10,7 @@ use kvm_bindings::{KVM_EXIT_IO, KVM_EXIT_MMIO};
 use crate::elf;
 use vmm_monitor::legacy::acpi_pm;
 use vmm_monitor::memory::layout;
+use vmm_monitor::virtio::doorbells;
 
 /// A way out of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +95,14 @@ impl Kind {
     fn rounds(self, rounds: u32) -> Result<Vec<u8>, IcedError> {
         let mut a = CodeAssembler::new(32)?;
         let mut again = a.create_label();
+        if self == Self::Doorbell {
+            let mut before = a.create_label();
+            a.mov(ecx, doorbells::EXITS)?;
+            a.set_label(&mut before)?;
+            self.once(&mut a)?;
+            a.dec(ecx)?;
+            a.jnz(before)?;
+        }
         // EDI counts: the instructions below leave it alone.
         a.mov(edi, rounds)?;
         mark(&mut a)?;

@@ -1,7 +1,7 @@
 //! virtio over PCI (virtio 1.3, 4.1): decodes registers into calls on [`Core`], and nothing else.
 //!
-//! A function with one BAR, in which each structure has a page of its own. Kicks reach the device's worker without an exit, by
-//! ioeventfds that follow the BAR, but for queues that the vCPU is to serve itself. Interrupts are messages where the driver
+//! A function with one BAR, in which each structure has a page of its own. Kicks come as register writes first, and without an
+//! exit once a queue is busy ([`Doorbells`]), by ioeventfds that follow the BAR. Interrupts are messages where the driver
 //! asks for MSI-X, and else the function's INTx line.
 
 mod common;
@@ -20,6 +20,7 @@ use self::common::Selectors;
 use self::interrupts::Interrupts;
 use super::core::{self, Core};
 use super::device::VirtioDevice;
+use super::doorbells::Doorbells;
 use super::transport::Error;
 use crate::bus::{Busy, Device, Effect};
 use crate::guest_warn;
@@ -75,9 +76,9 @@ pub struct Pci {
     msix: Msix,
     interrupts: Arc<Interrupts>,
     select: Selectors,
-    vm: Weak<dyn Vm>,
-    /// Where the BAR was when the doorbells were registered.
-    doorbells: Option<u64>,
+    doorbells: Doorbells,
+    /// Where the BAR was when it was decoded last: those of the doorbells that are ioeventfds are there.
+    doorbells_base: Option<u64>,
     /// The registers of two capabilities.
     msix_capability: u8,
     window: u8,
@@ -142,23 +143,25 @@ impl Pci {
         config.allow(window + WINDOW_OFFSET, &[0xff; 8]);
 
         let select = Selectors::default();
+        let doorbells = Doorbells::new(vm, &core);
+        let doorbells_base = None;
         Ok(Self {
             core,
             config,
             msix,
             interrupts,
             select,
-            vm,
-            doorbells: None,
+            doorbells,
+            doorbells_base,
             msix_capability,
             window,
             removed: false,
         })
     }
 
-    /// Registers the doorbells for a BAR at `base`, or none of them.
+    /// Registers the doorbells that are ioeventfds for a BAR at `base`, or none of them.
     fn add_doorbells(&self, base: u64) -> io::Result<()> {
-        let Some(vm) = self.vm.upgrade() else { return Ok(()) };
+        let Some(vm) = self.doorbells.vm() else { return Ok(()) };
         for (index, at) in self.doorbells_at(base) {
             if let Err(error) = vm.ioeventfd(at, self.core.doorbells()[index].as_fd()) {
                 self.doorbells_at(base).take_while(|(done, _)| *done < index).for_each(|(done, at)| {
@@ -171,7 +174,7 @@ impl Pci {
     }
 
     fn remove_doorbells(&self, base: u64) {
-        let Some(vm) = self.vm.upgrade() else { return };
+        let Some(vm) = self.doorbells.vm() else { return };
         for (index, at) in self.doorbells_at(base) {
             if let Err(error) = vm.remove_ioeventfd(at, self.core.doorbells()[index].as_fd()) {
                 log::error!("doorbell at {at:x?}: {error}");
@@ -180,11 +183,14 @@ impl Pci {
     }
 
     fn doorbells_at(&self, base: u64) -> impl Iterator<Item = (usize, IoEventAddress)> {
-        let by_worker = (0..self.core.doorbells().len()).filter(|queue| !self.core.served_by_vcpu(*queue));
-        by_worker.map(move |queue| {
-            let address = base + NOTIFY + queue as u64 * u64::from(NOTIFY_MULTIPLIER);
-            (queue, IoEventAddress::Mmio { address, value: None })
-        })
+        self.doorbells.earned().map(move |queue| (queue, doorbell_at(base, queue)))
+    }
+
+    fn kick(&mut self, queue: usize) {
+        self.core.kick(queue);
+        if let Some(base) = self.doorbells_base {
+            self.doorbells.kicked(&self.core, queue, doorbell_at(base, queue));
+        }
     }
 
     /// What the window of the PCI configuration access capability leads to: the offset in the BAR, and the length. `None` where it
@@ -229,11 +235,17 @@ impl Pci {
             COMMON => common::write(self, within, data),
             DEVICE => self.core.write_config(within, data),
             // Which queue it is the place says, and what is written means nothing without NOTIFICATION_DATA.
-            NOTIFY => self.core.kick((within / u64::from(NOTIFY_MULTIPLIER)) as usize),
+            NOTIFY => self.kick((within / u64::from(NOTIFY_MULTIPLIER)) as usize),
             _ => {}
         }
         if self.core.wants_worker() { Effect::Serve } else { Effect::None }
     }
+}
+
+/// Where the doorbell of `queue` is while the BAR is at `base`.
+fn doorbell_at(base: u64, queue: usize) -> IoEventAddress {
+    let address = base + NOTIFY + queue as u64 * u64::from(NOTIFY_MULTIPLIER);
+    IoEventAddress::Mmio { address, value: None }
 }
 
 /// Appends a virtio_pci_cap (4.1.4) for a structure at `offset` of the BAR.
@@ -303,14 +315,14 @@ impl Function for Pci {
 
     fn move_to(&mut self, base: u64) -> io::Result<()> {
         self.add_doorbells(base)?;
-        if let Some(before) = self.doorbells.replace(base) {
+        if let Some(before) = self.doorbells_base.replace(base) {
             self.remove_doorbells(before);
         }
         Ok(())
     }
 
     fn leave(&mut self) {
-        if let Some(before) = self.doorbells.take() {
+        if let Some(before) = self.doorbells_base.take() {
             self.remove_doorbells(before);
         }
     }
