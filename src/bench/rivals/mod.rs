@@ -10,6 +10,7 @@ mod bwrap;
 mod cloud_hypervisor;
 pub mod command;
 mod container;
+pub mod copy;
 mod engines;
 mod firecracker;
 mod fixed;
@@ -124,7 +125,7 @@ pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
 /// What a run of `vmm bench` has at hand. Made once, by the command line.
 #[derive(Debug, Clone)]
 pub struct Setting {
-    /// The vmm that is measured.
+    /// The vmm that is measured: a copy, as its rivals are.
     pub vmm: PathBuf,
     /// This program: the workload that runs inside.
     pub own: PathBuf,
@@ -145,11 +146,15 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// The program `name`: what `--with` says, or what PATH has.
+    /// This run's copy of the program `name`: of what `--with` says, or of what PATH has.
     ///
     /// # Errors
-    /// That it is not there, and how to give it.
+    /// That it is not there, and how to give it; or that it cannot be copied.
     pub fn find(&self, name: &str) -> Result<PathBuf, String> {
+        copy::copied(name, &self.original(name)?, &self.scratch)
+    }
+
+    fn original(&self, name: &str) -> Result<PathBuf, String> {
         if let Some(path) = self.with.get(name) {
             return Ok(path.clone());
         }

@@ -17,7 +17,7 @@ use std::str::FromStr;
 
 use super::measure::Plan;
 use super::result::{Contender, Figure, Suite};
-use super::rivals::Setting;
+use super::rivals::{Setting, copy};
 use crate::sandbox::mounts;
 
 /// The suites by name, in the order in which they run.
@@ -115,7 +115,7 @@ pub fn run(
         return Err("it measures what a clock that counts instructions hides (caches, disks, schedulers): leave --icount away"
             .to_owned());
     }
-    match name {
+    let suite = match name {
         Name::Boot => boot::run(setting, plan, progress),
         Name::Memory => memory::run(setting, plan, progress),
         Name::Image => image::run(setting, plan, progress),
@@ -126,7 +126,12 @@ pub fn run(
         Name::Net => net::run(setting, plan, progress),
         Name::Console => console::run(setting, plan, progress),
         Name::Scale => scale::run(setting, plan, progress),
-    }
+    };
+    suite.map(|mut suite| {
+        // What the exits suite measures runs in this process.
+        suite.method.extend(copy::told(&setting.scratch).filter(|_| name != Name::Exits));
+        suite
+    })
 }
 
 /// Mounts of this run's own, where the user may have them: what contenders mount is gone with them, whatever happens. Whether
