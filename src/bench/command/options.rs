@@ -53,7 +53,7 @@ pub struct Options {
     /// Maximum number of idle instances that the memory suite starts per contender
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub instances: usize,
-    /// Path of a rival's binary: firecracker, cloud-hypervisor, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman, passt ...
+    /// Path of a rival's binary: firecracker, cloud-hypervisor, alioth, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman, passt ...
     #[arg(long, value_name = "RIVAL=FILE", value_parser = OsStringValueParser::new().try_map(|text| rival(&text)))]
     pub with: Vec<(String, PathBuf)>,
     /// The vmm to measure [default: the one beside this program]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+mod alioth;
 mod bwrap;
 mod cloud_hypervisor;
 pub mod command;
@@ -89,7 +90,7 @@ type Maker = fn(&Setting, &Root) -> Found;
 /// All that start the program: processes, containers, engines, virtual machines.
 pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
     // With whether it takes part where the clock counts instructions, and each start takes minutes.
-    let makers: [(Maker, bool); 16] = [
+    let makers: [(Maker, bool); 18] = [
         (process::spawn, true),
         (process::container, true),
         (bwrap::bwrap, false),
@@ -104,7 +105,9 @@ pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
         (firecracker::firecracker, false),
         (cloud_hypervisor::cloud_hypervisor, false),
         (kvmtool::kvmtool, false),
+        (alioth::linux, false),
         (vmm::bare_metal, false),
+        (alioth::bare_metal, false),
         (qemu::bare_metal, false),
     ];
     let part = makers.into_iter().filter(|(_, quick)| *quick || !setting.repeatable_clock);
@@ -117,7 +120,7 @@ pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
         vec![process::spawn, process::container, oci::crun, engines::podman, vmm::tuned, qemu::linux];
     if setting.linux_guests().is_err() {
         // Where no Linux runs, at least the monitors are weighed.
-        makers.extend([vmm::bare_metal as Maker, qemu::bare_metal]);
+        makers.extend([vmm::bare_metal as Maker, alioth::bare_metal, qemu::bare_metal]);
     }
     makers.into_iter().map(|make| make(setting, root)).collect()
 }
