@@ -11,6 +11,7 @@ mod memory;
 mod net;
 mod places;
 mod scale;
+mod steps;
 
 use std::fmt;
 use std::str::FromStr;
@@ -25,6 +26,8 @@ use crate::sandbox::mounts;
 pub enum Name {
     /// Start to first output and to exit.
     Boot,
+    /// A start by its steps.
+    Steps,
     /// What idle instances cost in memory.
     Memory,
     /// What instances on one image cost on disk.
@@ -47,8 +50,9 @@ pub enum Name {
 
 impl Name {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Boot,
+        Self::Steps,
         Self::Memory,
         Self::Image,
         Self::Exits,
@@ -64,6 +68,7 @@ impl Name {
     pub fn text(self) -> &'static str {
         match self {
             Self::Boot => "boot",
+            Self::Steps => "steps",
             Self::Memory => "memory",
             Self::Image => "image",
             Self::Exits => "exits",
@@ -78,7 +83,7 @@ impl Name {
 
     /// Whether it boots Linux in a VM, so that a KVM without hardware virtualization cannot show all of it.
     pub fn needs_linux(self) -> bool {
-        !matches!(self, Self::Exits | Self::Image)
+        !matches!(self, Self::Steps | Self::Exits | Self::Image)
     }
 }
 
@@ -117,6 +122,7 @@ pub fn run(
     }
     let suite = match name {
         Name::Boot => boot::run(setting, plan, progress),
+        Name::Steps => steps::run(setting, plan, progress),
         Name::Memory => memory::run(setting, plan, progress),
         Name::Image => image::run(setting, plan, progress),
         Name::Exits => exits::run(setting, plan, progress),
