@@ -88,3 +88,30 @@ fn tiny_guests_start_with_many_cpus_and_much_memory() {
         assert!(pairs.clone().all(|(output, exit)| output < exit), "{output:?} {exit:?}");
     }
 }
+
+#[test]
+fn a_start_is_told_step_by_step_beside_the_bare_calls() {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("SKIP: steps: this machine lacks /dev/kvm");
+        return;
+    }
+    let suite = measure(Name::Steps, false).unwrap();
+    check(&suite);
+    let median = |figure: &str, who: &str| {
+        let figure = suite.figures.iter().find(|known| known.name == figure).unwrap();
+        let series = figure.series.iter().find(|series| series.who == who);
+        vmm_bench::measure::stats::quantile(
+            &series.unwrap_or_else(|| panic!("{}: {who}", figure.name)).samples,
+            0.5,
+        )
+    };
+    let vm = median("VM", "bare calls");
+    let parts =
+        ["... KVM_CREATE_VM", "... memory slot", "... irqchip"].map(|part| median(part, "bare calls"));
+    assert!(parts.iter().all(|part| *part < vm), "{parts:?} of {vm}");
+    for step in ["open /dev/kvm", "guest memory", "VM", "KVM_GET_SUPPORTED_CPUID", "devices", "vCPU"] {
+        let (step, whole) = (median(step, "vmm, traced"), median("start to first output", "vmm, traced"));
+        assert!(step < whole, "{step} of {whole}");
+    }
+    assert!(median("start to first output", "bare calls") < median("start to first output", "vmm"));
+}

@@ -2,12 +2,13 @@
 //!
 //! [`suites`] say what is compared, [`rivals`] how each contender is started, [`measure`] takes the samples and judges
 //! them, [`result`] holds them, [`render`] shows them; [`earlier`] reads them back, [`baseline`] holds two against each
-//! other. [`command`] is the command line; `vmm bench` only runs this program.
+//! other. [`floor`] is what the kernel takes for the least VM. [`command`] is the command line; `vmm bench` only runs this program.
 
 pub mod baseline;
 pub mod command;
 pub mod earlier;
 pub mod elf;
+pub mod floor;
 pub mod host;
 pub mod measure;
 pub mod render;

@@ -91,7 +91,7 @@ fn help_and_list_tell_what_there_is() {
     let suites: Vec<_> = list.lines().filter_map(|line| line.split_once(' ')).map(|(name, _)| name).collect();
     assert_eq!(
         suites,
-        ["boot", "memory", "image", "exits", "cpu", "mem", "block", "net", "console", "scale"]
+        ["boot", "steps", "memory", "image", "exits", "cpu", "mem", "block", "net", "console", "scale"]
     );
 }
 
@@ -339,7 +339,8 @@ fn an_interrupt_shows_what_there_is() {
     let mut line = String::new();
     stderr.read_line(&mut line).unwrap();
     assert_eq!(line, "vmm bench: boot (1 of 1)\n");
-    thread::sleep(Duration::from_secs(2));
+    // Until the programs are copied and the first of them has run.
+    thread::sleep(Duration::from_secs(5));
     kill_process(pid, Signal::INT).unwrap();
     let rest = thread::spawn(move || {
         let mut rest = String::new();

@@ -19,6 +19,7 @@ use crate::host::Host;
 use crate::measure::{INTERRUPTED, Plan};
 use crate::result::Run;
 use crate::rivals::Setting;
+use crate::rivals::copy::copied;
 use crate::suites;
 use crate::{baseline, earlier};
 use progress::Progress;
@@ -133,7 +134,7 @@ fn measure(options: &Options) -> Result<(Run, Vec<String>), Failure> {
 fn setting(options: &Options, scratch: &Path) -> anyhow::Result<Setting> {
     let here = |name: &str| fs::canonicalize(options.guests().join(name)).ok();
     Ok(Setting {
-        vmm: options.vmm()?,
+        vmm: copied("vmm", &options.vmm()?, scratch).map_err(anyhow::Error::msg)?,
         own: std::env::current_exe().context("find this program")?,
         with: options.with.iter().cloned().collect::<BTreeMap<_, _>>(),
         kernel: here("tuned-vmlinux"),

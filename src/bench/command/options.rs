@@ -35,7 +35,7 @@ Exit codes: 0 done; 2 bad arguments or files; 4 nothing in a suite could be meas
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
-    /// What to measure: boot, memory, image, exits, cpu, mem, block, net, console, scale [default: all]
+    /// What to measure: boot, steps, memory, image, exits, cpu, mem, block, net, console, scale [default: all]
     #[arg(value_name = "NAME")]
     pub suites: Vec<Name>,
     /// List the suites, without measuring anything
@@ -53,7 +53,7 @@ pub struct Options {
     /// Maximum number of idle instances that the memory suite starts per contender
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub instances: usize,
-    /// Path of a rival's binary: firecracker, cloud-hypervisor, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman, passt ...
+    /// Path of a rival's binary: firecracker, cloud-hypervisor, alioth, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman, passt ...
     #[arg(long, value_name = "RIVAL=FILE", value_parser = OsStringValueParser::new().try_map(|text| rival(&text)))]
     pub with: Vec<(String, PathBuf)>,
     /// The vmm to measure [default: the one beside this program]
@@ -147,6 +147,7 @@ impl Options {
 pub fn list() -> String {
     let about = |name| match name {
         Name::Boot => "start to first output and to exit: processes, containers, VMs, other monitors",
+        Name::Steps => "a start by its steps, beside the bare calls of the same kernel (any /dev/kvm)",
         Name::Memory => "what 1 to 100 idle instances cost in memory",
         Name::Image => "what instances on one image cost on disk, and how long making them takes",
         Name::Exits => "round trips of VM exits, and the monitor's share (tiny guests: any /dev/kvm)",

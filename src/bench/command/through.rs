@@ -91,7 +91,10 @@ fn command(through: &Words, name: Name, options: &Options, setting: &Setting, fi
         with.push(path);
         command.arg("--with").arg(with);
     }
-    command.arg("--vmm").arg(&setting.vmm);
+    // Not the copy: there it is copied for itself.
+    if let Ok(vmm) = options.vmm() {
+        command.arg("--vmm").arg(vmm);
+    }
     if let Ok(guests) = std::fs::canonicalize(options.guests()) {
         command.arg("--guests").arg(guests);
     }

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+mod alioth;
 mod bwrap;
 mod cloud_hypervisor;
 pub mod command;
 mod container;
+pub mod copy;
 mod engines;
 mod firecracker;
 mod fixed;
@@ -88,7 +90,7 @@ type Maker = fn(&Setting, &Root) -> Found;
 /// All that start the program: processes, containers, engines, virtual machines.
 pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
     // With whether it takes part where the clock counts instructions, and each start takes minutes.
-    let makers: [(Maker, bool); 16] = [
+    let makers: [(Maker, bool); 18] = [
         (process::spawn, true),
         (process::container, true),
         (bwrap::bwrap, false),
@@ -103,7 +105,9 @@ pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
         (firecracker::firecracker, false),
         (cloud_hypervisor::cloud_hypervisor, false),
         (kvmtool::kvmtool, false),
+        (alioth::linux, false),
         (vmm::bare_metal, false),
+        (alioth::bare_metal, false),
         (qemu::bare_metal, false),
     ];
     let part = makers.into_iter().filter(|(_, quick)| *quick || !setting.repeatable_clock);
@@ -116,7 +120,7 @@ pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
         vec![process::spawn, process::container, oci::crun, engines::podman, vmm::tuned, qemu::linux];
     if setting.linux_guests().is_err() {
         // Where no Linux runs, at least the monitors are weighed.
-        makers.extend([vmm::bare_metal as Maker, qemu::bare_metal]);
+        makers.extend([vmm::bare_metal as Maker, alioth::bare_metal, qemu::bare_metal]);
     }
     makers.into_iter().map(|make| make(setting, root)).collect()
 }
@@ -124,7 +128,7 @@ pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
 /// What a run of `vmm bench` has at hand. Made once, by the command line.
 #[derive(Debug, Clone)]
 pub struct Setting {
-    /// The vmm that is measured.
+    /// The vmm that is measured: a copy, as its rivals are.
     pub vmm: PathBuf,
     /// This program: the workload that runs inside.
     pub own: PathBuf,
@@ -145,11 +149,15 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// The program `name`: what `--with` says, or what PATH has.
+    /// This run's copy of the program `name`: of what `--with` says, or of what PATH has.
     ///
     /// # Errors
-    /// That it is not there, and how to give it.
+    /// That it is not there, and how to give it; or that it cannot be copied.
     pub fn find(&self, name: &str) -> Result<PathBuf, String> {
+        copy::copied(name, &self.original(name)?, &self.scratch)
+    }
+
+    fn original(&self, name: &str) -> Result<PathBuf, String> {
         if let Some(path) = self.with.get(name) {
             return Ok(path.clone());
         }

@@ -137,23 +137,37 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.assemble(START)
 }
 
-/// A kernel of five instructions, for any monitor that enters an ELF file by PVH (in 32-bit mode): it writes [`BARE_MARKER`] to
-/// the serial port and ends the run through the debug-exit port 0xf4, or halts for good.
+/// How a guest without a kernel ends its monitor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// A 0 to the debug-exit port 0xf4, of QEMU's device of that name and of vmm's.
+    DebugExit,
+    /// S5 and SLP_EN (0x34) to a sleep control register (ACPI 6.5, 4.8.3.7) at port 0x600, where alioth has it.
+    SleepControl,
+}
+
+/// A kernel of five or six instructions, for any monitor that enters an ELF file by PVH (in 32-bit mode): it writes
+/// [`BARE_MARKER`] to the serial port and ends the run by one more port, or halts for good.
 ///
 /// # Errors
 /// None that a user can cause.
-pub fn bare_metal(life: Life) -> Result<Vec<u8>, String> {
+pub fn bare_metal(life: Life, ending: Ending) -> Result<Vec<u8>, String> {
     let code = || -> Result<Vec<u8>, IcedError> {
         let mut a = CodeAssembler::new(32)?;
         a.mov(dx, COM1)?;
         a.mov(al, u32::from(BARE_MARKER))?;
         a.out(dx, al)?;
-        match life {
-            Life::Once => {
+        match (life, ending) {
+            (Life::Once, Ending::DebugExit) => {
                 a.xor(eax, eax)?;
                 a.out(0xf4, al)?;
             }
-            Life::Idle => {
+            (Life::Once, Ending::SleepControl) => {
+                a.mov(dx, 0x600)?;
+                a.mov(al, 0x34)?;
+                a.out(dx, al)?;
+            }
+            (Life::Idle, _) => {
                 // No interrupt will come.
                 a.cli()?;
                 a.hlt()?;

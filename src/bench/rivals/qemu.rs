@@ -2,7 +2,7 @@
 
 use super::command::{found, words};
 use super::fixed::Fixed;
-use super::program::{BARE_MARKER, Root};
+use super::program::{BARE_MARKER, Ending, Root};
 use super::vmm::{bare_kernel, cmdline, end, kernel};
 use super::{Found, RAM_MIB, Setting};
 
@@ -39,7 +39,7 @@ pub fn linux(setting: &Setting, root: &Root) -> Found {
 /// No Linux, beside vmm's.
 pub fn bare_metal(setting: &Setting, _: &Root) -> Found {
     let (program, there) = found(setting, PROGRAM);
-    let (kernel, made) = bare_kernel(setting);
+    let (kernel, made) = bare_kernel(setting, Ending::DebugExit);
     // Where KVM is software, QEMU dies at setting the MSR of this feature.
     let mut rival = Fixed::new("QEMU microvm, no Linux: 5 instructions", program, move |life| {
         let kernel = kernel(life);

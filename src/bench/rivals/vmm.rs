@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::command::words;
 use super::fixed::Fixed;
-use super::program::{self, BARE_MARKER, POWER_OFF, Root, WAIT};
+use super::program::{self, BARE_MARKER, Ending, POWER_OFF, Root, WAIT};
 use super::{Found, Life, RAM_MIB, Setting};
 
 /// The kernel command line of every Linux guest. `quiet`: printing costs more than anything else in such a boot. `panic=-1`: a
@@ -67,7 +67,7 @@ fn linux(
 
 /// No Linux: the monitor alone, with a guest that does nothing but speak and end, or sleep.
 pub fn bare_metal(setting: &Setting, _: &Root) -> Found {
-    let (kernel, made) = bare_kernel(setting);
+    let (kernel, made) = bare_kernel(setting, Ending::DebugExit);
     let mut rival = Fixed::new("vmm, no Linux: 5 instructions", setting.vmm.clone(), move |life| {
         let kernel = kernel(life);
         let mut arguments = words(["--kernel", &kernel.to_string_lossy(), "--mem", &format!("{RAM_MIB}M")]);
@@ -88,13 +88,17 @@ fn weighed(life: Life) -> Vec<String> {
 }
 
 /// The file of that guest for each life, and whether both could be made.
-pub fn bare_kernel(setting: &Setting) -> (impl Fn(Life) -> PathBuf + 'static, Result<(), String>) {
+pub fn bare_kernel(
+    setting: &Setting,
+    ending: Ending,
+) -> (impl Fn(Life) -> PathBuf + 'static, Result<(), String>) {
     let scratch = setting.scratch.clone();
-    let path = move |life| match life {
-        Life::Once => scratch.join("bare-metal.elf"),
-        Life::Idle => scratch.join("bare-metal-idle.elf"),
+    let path = move |life| match (life, ending) {
+        (Life::Once, Ending::DebugExit) => scratch.join("bare-metal.elf"),
+        (Life::Once, Ending::SleepControl) => scratch.join("bare-metal-sleep.elf"),
+        (Life::Idle, _) => scratch.join("bare-metal-idle.elf"),
     };
-    let make = |life| program::bare_metal(life).and_then(|bytes| program::write(&path(life), &bytes));
+    let make = |life| program::bare_metal(life, ending).and_then(|bytes| program::write(&path(life), &bytes));
     let made = make(Life::Once).and_then(|()| make(Life::Idle));
     (path, made)
 }

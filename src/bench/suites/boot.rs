@@ -67,12 +67,12 @@ fn method(hidden: bool, repeatable: bool) -> Vec<String> {
          bound for any container."
             .to_owned(),
         format!("VMs have 1 CPU and {RAM_MIB} MiB. The line comes through the virtio console of vmm and QEMU; in Firecracker, Cloud \
-         Hypervisor and kvmtool the program writes it to the serial port itself, without a driver, which is the least that it can \
+         Hypervisor, kvmtool and alioth the program writes it to the serial port itself, without a driver, which is the least that it can \
          cost there."),
         "The stock kernel is a distribution's, as its package has it, a bzImage; all others boot the small kernel, an uncompressed \
          vmlinux except for kvmtool."
             .to_owned(),
-        "\"No Linux\" is a guest of five instructions: what is left is the monitor's own start and end, and KVM's. It is not to be \
+        "\"No Linux\" is a guest of five instructions (of six where a port with a longer number ends the machine): what is left is the monitor's own start and end, and KVM's. It is not to be \
          compared with a container."
             .to_owned(),
     ];

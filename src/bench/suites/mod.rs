@@ -11,13 +11,14 @@ mod memory;
 mod net;
 mod places;
 mod scale;
+mod steps;
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::measure::Plan;
 use super::result::{Contender, Figure, Suite};
-use super::rivals::Setting;
+use super::rivals::{Setting, copy};
 use crate::sandbox::mounts;
 
 /// The suites by name, in the order in which they run.
@@ -25,6 +26,8 @@ use crate::sandbox::mounts;
 pub enum Name {
     /// Start to first output and to exit.
     Boot,
+    /// A start by its steps.
+    Steps,
     /// What idle instances cost in memory.
     Memory,
     /// What instances on one image cost on disk.
@@ -47,8 +50,9 @@ pub enum Name {
 
 impl Name {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Boot,
+        Self::Steps,
         Self::Memory,
         Self::Image,
         Self::Exits,
@@ -64,6 +68,7 @@ impl Name {
     pub fn text(self) -> &'static str {
         match self {
             Self::Boot => "boot",
+            Self::Steps => "steps",
             Self::Memory => "memory",
             Self::Image => "image",
             Self::Exits => "exits",
@@ -78,7 +83,7 @@ impl Name {
 
     /// Whether it boots Linux in a VM, so that a KVM without hardware virtualization cannot show all of it.
     pub fn needs_linux(self) -> bool {
-        !matches!(self, Self::Exits | Self::Image)
+        !matches!(self, Self::Steps | Self::Exits | Self::Image)
     }
 }
 
@@ -115,8 +120,9 @@ pub fn run(
         return Err("it measures what a clock that counts instructions hides (caches, disks, schedulers): leave --icount away"
             .to_owned());
     }
-    match name {
+    let suite = match name {
         Name::Boot => boot::run(setting, plan, progress),
+        Name::Steps => steps::run(setting, plan, progress),
         Name::Memory => memory::run(setting, plan, progress),
         Name::Image => image::run(setting, plan, progress),
         Name::Exits => exits::run(setting, plan, progress),
@@ -126,7 +132,12 @@ pub fn run(
         Name::Net => net::run(setting, plan, progress),
         Name::Console => console::run(setting, plan, progress),
         Name::Scale => scale::run(setting, plan, progress),
-    }
+    };
+    suite.map(|mut suite| {
+        // What the exits suite measures runs in this process.
+        suite.method.extend(copy::told(&setting.scratch).filter(|_| name != Name::Exits));
+        suite
+    })
 }
 
 /// Mounts of this run's own, where the user may have them: what contenders mount is gone with them, whatever happens. Whether
