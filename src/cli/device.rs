@@ -101,7 +101,7 @@ fn connect(name: &str) -> Result<Client, Error> {
 fn add(options: AddOptions) -> Result<Code, Failure> {
     let mut device = options.device;
     device.make_absolute().map_err(|error| Failure::new(Code::Host, error))?;
-    let device = connect(&options.name)?.add_device(device)?;
+    let device = connect(&options.name)?.add_device(&device)?;
     print(&if options.json { pretty(&device)? } else { format!("{}\n", device.name) })?;
     Ok(Code::Success)
 }

@@ -49,7 +49,7 @@ fn devices(guest: &Guest) -> Vec<(String, String)> {
 
 fn disk(dir: &Path, name: &str) -> PathBuf {
     let path = dir.join(name);
-    fs::write(&path, name.repeat(1 << 20)).unwrap();
+    fs::write(&path, name.repeat(1 << 17)).unwrap();
     path
 }
 
@@ -64,7 +64,7 @@ pub fn rounds(kernel: &str, rounds: usize) {
     let dir = tempfile::tempdir().unwrap();
     let (first, image) = (disk(dir.path(), "1234"), disk(dir.path(), "abcd"));
     let script = format!(
-        "dd if=/dev/urandom of=/d bs=1M count=4 2>/dev/null; dmesg -c >/dev/null; echo up; \
+        "dd if=/dev/urandom of=/d bs=64k count=8 2>/dev/null; dmesg -c >/dev/null; echo up; \
          for i in $(seq {rounds}) last; do {EACH} done; md5sum </d; echo BEGIN; ls /sys/bus/pci/slots; \
          dmesg -r | grep '^<[0-4]>' | grep -iE 'pci|acpi|virtio|vda|bug|warn|hung'; grep -c vda /proc/partitions; echo END; read l"
     );
@@ -149,7 +149,7 @@ fn a_guest_that_knows_no_hot_plug_keeps_a_disk_until_it_reboots_or_it_is_taken_a
     assert_eq!(devices(&guest), asked);
     // It is still there, and works.
     guest.stdin().write_all(b"dd if=/dev/vda iflag=direct bs=64k 2>/dev/null | wc -c\n").unwrap();
-    guest.wait_for("4194304", 1);
+    guest.wait_for("524288", 1);
     guest.stdin().write_all(b"reboot -f\n").unwrap();
     guest.wait_for("up vda", 1);
     assert_eq!(devices(&guest), [console.clone(), there("virtio-blk1", "present")]);

@@ -133,8 +133,9 @@ impl Client {
     ///
     /// # Errors
     /// As for [`Client::ask`].
-    pub fn add_device(&mut self, device: Plug) -> Result<Attached, Error> {
-        self.device(Command::AddDevice { device: Box::new(device) })
+    pub fn add_device(&mut self, device: &Plug) -> Result<Attached, Error> {
+        let device = serde_json::to_value(device).map_err(|error| self.broken(error.into()))?;
+        self.device(Command::AddDevice { device })
     }
 
     /// Has the guest asked to let the device `name` go; with `force` it is taken away. The device as it is now.

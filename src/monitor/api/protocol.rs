@@ -11,9 +11,9 @@
 //! as the connection lasts: one that does not ask again within some seconds is cut off like any other. Does no I/O itself.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{Sample, Status};
-use crate::config::Plug;
 use crate::kvm::VcpuState;
 use crate::machine::Attached;
 use crate::printable::{self, Printable};
@@ -54,8 +54,8 @@ pub enum Command {
     /// Give it another device.
     #[serde(rename = "add-device")]
     AddDevice {
-        /// Which; its paths are absolute.
-        device: Box<Plug>,
+        /// Which, a [`Plug`](crate::config::Plug) whose paths are absolute. As a value: others are read and written as such anyway.
+        device: Value,
     },
     /// Ask the guest to let a device go: it is gone when it is not among the devices any more.
     #[serde(rename = "remove-device")]
@@ -183,8 +183,8 @@ mod tests {
 
     #[test]
     fn commands_survive_the_line() {
-        let plug = |text: &str| Plug::try_from(std::ffi::OsStr::new(text)).unwrap();
-        let add = |text| Command::AddDevice { device: Box::new(plug(text)) };
+        let plug = |text: &str| crate::config::Plug::try_from(std::ffi::OsStr::new(text)).unwrap();
+        let add = |text| Command::AddDevice { device: serde_json::to_value(plug(text)).unwrap() };
         let stop = Command::Stop { timeout_seconds: Some(3) };
         for command in [
             Command::Status,

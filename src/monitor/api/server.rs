@@ -306,7 +306,11 @@ impl Orders {
         let run = move || {
             let stopped = match command {
                 Command::Vcpus => Stopped::Looked(control.vcpus()),
-                Command::AddDevice { device } => Stopped::Changed(control.add_device(*device)),
+                Command::AddDevice { device } => {
+                    let device =
+                        serde_json::from_value(device).map_err(|error| format!("not a device: {error}"));
+                    Stopped::Changed(device.and_then(|device| control.add_device(device)))
+                }
                 Command::RemoveDevice { name, force } => {
                     Stopped::Changed(control.remove_device(&name, force))
                 }

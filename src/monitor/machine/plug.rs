@@ -7,6 +7,10 @@
 //!
 //! Locks, in this order: [`Pluggable`], the machine's phase, the others one at a time. The threads of vCPUs take none of these two.
 
+mod error;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
@@ -18,9 +22,8 @@ use super::inventory::{function, spare_numbers};
 use super::{Handle, Phase, Shared};
 use crate::backends::{Added, Changes, Pluggable, SharedPluggable};
 use crate::bus::{Kind, Place, SharedDevice, Slot, lock};
-use crate::config::{Backing, Invalid, NetTarget, Plug, VmConfig};
-use crate::error_chain;
-use crate::machine::outputs::{self, Clash};
+use crate::config::{Backing, NetTarget, Plug, VmConfig};
+use crate::machine::outputs;
 use crate::memory::GuestRam;
 use crate::pci::{HotPlug, Line, Segment};
 use crate::recorder::Recorder;
@@ -28,6 +31,8 @@ use crate::threads::{self, Role};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::{self, pci::Pci};
 use crate::vm::Vm;
+
+pub use error::PlugError;
 
 /// What a device that goes has in flight is waited for this long.
 const REST_LIMIT: Duration = Duration::from_secs(5);
@@ -68,52 +73,6 @@ impl fmt::Display for Attachment {
             Self::Gone => "gone",
         })
     }
-}
-
-/// Why a device cannot come or go.
-#[derive(Debug, thiserror::Error)]
-pub enum PlugError {
-    /// It has virtio-mmio devices.
-    #[error("devices come and go on a PCI bus only, and it has none: start it with `transport=pci`")]
-    NoPci,
-    /// The vCPUs stand still.
-    #[error("it is paused: resume it first")]
-    Paused,
-    /// There is no machine, or the next one is being built.
-    #[error("it has ended or is starting again")]
-    Ended,
-    /// The guest knows no more places.
-    #[error("no place is free for another device: remove one; a guest that reboots finds room for more")]
-    Full,
-    /// There is no such device.
-    #[error("it has no device called {0:?}: vmm device list shows what it has")]
-    Unknown(String),
-    /// It stays as long as the machine.
-    #[error("{0} is there for good: disks and network devices can be removed")]
-    Fixed(String),
-    /// The device's settings cannot be.
-    #[error("{0}; {hint}", hint = .0.hint)]
-    Config(#[from] Invalid),
-    /// A run's output would be its image.
-    #[error("{0}; {hint}", hint = Clash::HINT)]
-    Clash(#[from] Clash),
-    /// A descriptor of another process.
-    #[error("fd={0} is a descriptor that a VM is started with: name a tap, a switch or a socket")]
-    Fd(u32),
-    /// It would not be in the dump.
-    #[error(
-        "the network dump has the devices of the start only: start it without `net_dump=`, or with this device"
-    )]
-    Dump,
-    /// The process at the other end cannot map guest memory.
-    #[error("no vhost-user back end can map this VM's memory: start it with `mem=SIZE,backing=memfd`")]
-    NotShared,
-    /// The host has not got what it needs.
-    #[error("{chain}{hint}", chain = error_chain(.0), hint = .0.hint().map(|hint| format!("; {hint}")).unwrap_or_default())]
-    Device(#[from] virtio::Error),
-    /// It cannot be wired up.
-    #[error("{}", error_chain(.0))]
-    Transport(#[from] virtio::transport::Error),
 }
 
 /// What is needed beside a configuration to build a function on the bus.
@@ -455,6 +414,3 @@ impl Shared {
         log::info!("{name} removed");
     }
 }
-
-#[cfg(test)]
-mod tests;
