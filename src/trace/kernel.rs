@@ -60,7 +60,11 @@ impl KernelExits {
         write("trace_clock", "x86-tsc")?;
         write("buffer_size_kb", BUFFER_KIB)?;
         write("options/event-fork", "1")?;
-        write("set_event_pid", &std::process::id().to_string())?;
+        // The thread of the first vCPU is there already.
+        let threads =
+            fs::read_dir("/proc/self/task")?.map(|thread| Ok(thread?.file_name().into_string().ok()));
+        let threads = threads.filter_map(io::Result::transpose).collect::<io::Result<Vec<_>>>()?;
+        write("set_event_pid", &threads.join(" "))?;
         write("events/kvm/kvm_exit/enable", "1")?;
         write("events/kvm/kvm_entry/enable", "1")?;
         let pipe =
