@@ -124,7 +124,7 @@ pub fn spare_numbers(list: &[Slot]) -> Vec<u8> {
     (1..segment::DEVICES).filter(|number| !taken(number)).take(SPARE).collect()
 }
 
-/// What may come at [these numbers](spare_numbers), for who tells of accesses to it: named by its place.
+/// What may come at these numbers (`spare_numbers`), for who tells of accesses to it: named by its place.
 pub fn spare_functions(list: &[Slot]) -> Vec<Slot> {
     let has_bus = list.iter().any(|slot| slot.kind == Kind::PciEcam);
     let numbers = spare_numbers(list).into_iter().filter(|_| has_bus);
