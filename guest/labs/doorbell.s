@@ -56,5 +56,4 @@ start:
 .balign 64
 random: ring bytes, 2           # 2: the device writes
 text:   ring letters, 0
-bytes:  .quad 0
-letters: .ascii "doorbell"
+bytes:  .quad 0; letters: .ascii "doorbell"

@@ -76,11 +76,6 @@ fn method(hidden: bool, repeatable: bool) -> Vec<String> {
          compared with a container."
             .to_owned(),
     ];
-    method.push(
-        "A vmm that ends within 50 ms of its start leaves the closing of its VM to a child process, which waits 30 ms for KVM: \
-         that is not in the span, and takes next to no processor time (suite scale: starts per second)."
-            .to_owned(),
-    );
     if hidden {
         method.push(
             "This host's cgroup layout is a hybrid: version 2's mount was hidden from all contenders, since crun refuses it."
