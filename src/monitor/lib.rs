@@ -22,7 +22,7 @@
 //! | [`legacy`], [`virtio`] | device models, one file or folder each; they know neither KVM nor the machine. `legacy` has those of a PC |
 //! | [`pci`] | a PCI bus: configuration space, memory that moves, MSI-X, functions that come and go. One of the two transports of `virtio` is a function on it |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
-//! | [`machine`] | [`machine::inventory`] lists what a configuration amounts to, [`machine::load`] builds that and fills it from its [`Origin`](machine::Origin), [`Machine`](machine::Machine) runs it |
+//! | [`machine`] | [`machine::inventory`] lists what a configuration amounts to, [`machine::load`] builds that around a [`Shell`](machine::Shell) and fills it from its [`Origin`](machine::Origin), [`Machine`](machine::Machine) runs it |
 //! | [`api`] | names, control sockets, signals |
 //! | [`session`] | [`Session`](session::Session): a run from start to end, over the machines that reboots make |
 //!
@@ -54,14 +54,15 @@
 //!
 //! **Threads.** One per vCPU; one per virtio device ([`event_loop::Worker`]), a few for the blocking I/O of each disk; the
 //! control thread, whose one [`EventLoop`](event_loop::EventLoop) is the session's: control socket, signals, terminal, the serial
-//! port's input. The thread that called [`Session::run`](session::Session::run) builds the machine and then waits for its end; a
-//! loader fills memory beside it where the kernel is large. A host end that may block has a thread that does the blocking.
+//! port's input. The thread that called [`Session::run`](session::Session::run) builds the machine and then waits for its end; the
+//! first vCPU's makes the VM meanwhile. A host end that may block has a thread that does the blocking.
 //!
 //! # Five flows, each one way
 //!
-//! 1. **Boot**: `VmConfig` → `Memory` → [`machine::inventory`] → `kvm::Vm` beside [`Origin`](machine::Origin) → `boot::load` (tables
-//!    from the inventory, kernel, initrd → [`Entry`](boot::Entry), which is registers as plain data) → the inventory's devices on
-//!    the buses → vCPUs → their registers from `Entry` → run.
+//! 1. **Boot**: `VmConfig` → [`Shell`](machine::Shell): `Memory`, and `kvm::Vm` on the first vCPU's thread; beside it the name,
+//!    [`machine::inventory`], [`Origin`](machine::Origin) → `boot::load` (tables from the inventory, kernel, initrd →
+//!    [`Entry`](boot::Entry), which is registers as plain data) → the inventory's devices on the buses → vCPUs → their registers
+//!    from `Entry` → run.
 //! 2. **Exit**: KVM_RUN → [`kvm::exit`] → [`recorder`], if it is on → [`vcpu::dispatch`] → [`bus::Bus`] → [`bus::Device`] → [`bus::Effect`] → next entry or the
 //!    run's end. A busy virtqueue's kick does not come this way.
 //! 3. **Block**: a kick (an exit first; an ioeventfd once the queue is busy) → the device's worker locks it → `on_queue` pops and parses → [`disk::Disk::submit`] → I/O thread →
