@@ -116,7 +116,8 @@ fn ask_in_a_while(name: &str) {
     });
 }
 
-fn connect(name: &str) -> Result<Client, Error> {
+/// Connects to the virtual machine called `name`.
+pub(super) fn connect(name: &str) -> Result<Client, Error> {
     Client::connect(&Registry::of_user(), name)
 }
 

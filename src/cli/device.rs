@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use clap::Subcommand;
 
+use super::control::connect;
 use super::options::os_text;
 use vmm_command::{Code, Failure, pretty, print};
 use vmm_monitor::api::Error;
-use vmm_monitor::api::client::Client;
-use vmm_monitor::api::registry::Registry;
 use vmm_monitor::config::Plug;
 use vmm_monitor::machine::{Attached, Attachment};
 
@@ -92,10 +91,6 @@ pub fn device(options: Options) -> Result<Code, Failure> {
         Command::Remove(options) => remove(&options),
         Command::List(options) => list(&options),
     }
-}
-
-fn connect(name: &str) -> Result<Client, Error> {
-    Client::connect(&Registry::of_user(), name)
 }
 
 fn add(options: AddOptions) -> Result<Code, Failure> {

@@ -169,9 +169,10 @@ impl Rotating {
             return Err(io::Error::other("another file has its name"));
         }
         std::fs::rename(&self.path, older(&self.path))?;
-        self.file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path)?;
-        // Who was faster has an empty file, and notices.
-        let _ = lock(&self.file);
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path)?;
+        // Another may have opened it in between: then it has the name, and this one goes on with what it has.
+        lock(&file)?;
+        self.file = file;
         Ok(())
     }
 }

@@ -1,8 +1,8 @@
 //! The control thread's server: it answers the control socket, takes the process's signals, and times a stop.
 //!
 //! It always obeys: it waits for no client (sockets do not block, requests are short lines, and a client that is slow to ask or to
-//! listen is cut off), for no device (a pause is an errand of another thread) and for no log. A machine that has not ended a second
-//! after it was killed is ended with its process. Sees the machine through [`Control`] only.
+//! listen is cut off), for no device (what may take its time is an errand of another thread) and for no log. A machine that has not
+//! ended a second after it was killed is ended with its process. Sees the machine through [`Control`] only.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
@@ -77,13 +77,13 @@ impl Drop for Server {
 const LISTENER: u32 = 0;
 const TIMER: u32 = 1;
 const SIGNALS: u32 = 2;
-const PAUSED: u32 = 3;
+const ERRAND: u32 = 3;
 const FIRST_CLIENT: u32 = 4;
 
 struct Client {
     stream: UnixStream,
     input: Vec<u8>,
-    /// When it is cut off; none if it waits for the machine's end, or for a pause.
+    /// When it is cut off; none if it waits for the machine's end, or for an errand.
     until: Option<Instant>,
     /// Once it has asked for a sample. Ends with the connection, however that ends.
     watch: Option<Box<dyn Watch>>,
@@ -96,21 +96,21 @@ struct Client {
 enum Keep {
     Yes,
     No,
-    /// It is answered when the pause is over, and not heard before.
-    UntilPaused,
+    /// It is answered when the errand is over, and not heard before.
+    UntilDone,
 }
 
 /// What may take its time, under way on a thread of its own: a pause, a look at the vCPUs, or a change of devices.
-struct Pause {
+struct Errand {
     over: Event,
-    result: Arc<Mutex<Option<Stopped>>>,
+    result: Arc<Mutex<Option<Done>>>,
     under_way: bool,
     /// Who has asked for it, and who wants something like it when it is over, in order.
     clients: VecDeque<(u32, Command)>,
 }
 
 /// Its result.
-enum Stopped {
+enum Done {
     Paused(Result<(), String>),
     Looked(Result<Vec<VcpuState>, String>),
     Changed(Result<Attached, String>),
@@ -123,7 +123,7 @@ struct Orders {
     listener: UnixListener,
     signals: Option<Signals>,
     timer: Timer,
-    pause: Pause,
+    errand: Errand,
     clients: BTreeMap<u32, Client>,
     next_client: u32,
     /// The listener is not waited for until then: no room, or no descriptors.
@@ -144,8 +144,12 @@ impl Orders {
         control: Arc<dyn Control>,
         stop_timeout: Duration,
     ) -> io::Result<Self> {
-        let pause =
-            Pause { over: Event::new()?, result: Arc::default(), under_way: false, clients: VecDeque::new() };
+        let errand = Errand {
+            over: Event::new()?,
+            result: Arc::default(),
+            under_way: false,
+            clients: VecDeque::new(),
+        };
         Ok(Self {
             control,
             entry: entry.clone(),
@@ -153,7 +157,7 @@ impl Orders {
             listener: entry.listener().try_clone()?,
             signals,
             timer: Timer::new()?,
-            pause,
+            errand,
             clients: BTreeMap::new(),
             next_client: FIRST_CLIENT,
             accept_again: None,
@@ -198,7 +202,7 @@ impl Orders {
     }
 
     fn cut_off(&mut self, client: &Client, sources: &mut Sources<'_, '_>) {
-        // It is not there while it waits for a pause.
+        // It is not there while it waits for an errand.
         let _ = sources.remove(&client.stream);
     }
 
@@ -208,7 +212,7 @@ impl Orders {
         match self.serve_all(&mut client, token) {
             Keep::Yes => _ = self.clients.insert(token, client),
             Keep::No => self.cut_off(&client, sources),
-            Keep::UntilPaused => {
+            Keep::UntilDone => {
                 let _ = sources.remove(&client.stream);
                 self.clients.insert(token, client);
             }
@@ -268,17 +272,17 @@ impl Orders {
             return answer(client, self.control.devices().map_or_else(Answer::Error, Answer::Devices), false);
         }
         let takes_time = match command {
-            Command::Resume => self.pause.under_way,
+            Command::Resume => self.errand.under_way,
             Command::Vcpus => true,
             Command::Pause | Command::AddDevice { .. } | Command::RemoveDevice { .. } => !self.stopping,
             _ => false,
         };
         if takes_time {
-            return match self.begin_to_stop(command.clone()) {
+            return match self.begin_errand(command.clone()) {
                 Ok(()) => {
-                    self.pause.clients.push_back((token, command));
+                    self.errand.clients.push_back((token, command));
                     client.until = None;
-                    Keep::UntilPaused
+                    Keep::UntilDone
                 }
                 Err(reason) => answer(client, Answer::Error(reason), false),
             };
@@ -297,50 +301,48 @@ impl Orders {
     }
 
     /// Starts to carry out `command`, which may take its time, unless another like it is under way.
-    fn begin_to_stop(&mut self, command: Command) -> Result<(), String> {
-        if self.pause.under_way {
+    fn begin_errand(&mut self, command: Command) -> Result<(), String> {
+        if self.errand.under_way {
             return Ok(());
         }
-        let over = self.pause.over.try_clone().map_err(|error| error.to_string())?;
-        let (control, result) = (self.control.clone(), self.pause.result.clone());
+        let over = self.errand.over.try_clone().map_err(|error| error.to_string())?;
+        let (control, result) = (self.control.clone(), self.errand.result.clone());
         let run = move || {
-            let stopped = match command {
-                Command::Vcpus => Stopped::Looked(control.vcpus()),
+            let done = match command {
+                Command::Vcpus => Done::Looked(control.vcpus()),
                 Command::AddDevice { device } => {
                     let device =
                         serde_json::from_value(device).map_err(|error| format!("not a device: {error}"));
-                    Stopped::Changed(device.and_then(|device| control.add_device(device)))
+                    Done::Changed(device.and_then(|device| control.add_device(device)))
                 }
-                Command::RemoveDevice { name, force } => {
-                    Stopped::Changed(control.remove_device(&name, force))
-                }
-                _ => Stopped::Paused(control.pause()),
+                Command::RemoveDevice { name, force } => Done::Changed(control.remove_device(&name, force)),
+                _ => Done::Paused(control.pause()),
             };
-            *lock(&result) = Some(stopped);
+            *lock(&result) = Some(done);
             over.signal();
         };
         threads::spawn(Role::Errand, run).map_err(|error| format!("start a thread: {error}"))?;
-        self.pause.under_way = true;
+        self.errand.under_way = true;
         Ok(())
     }
 
-    fn end_pause(&mut self, sources: &mut Sources<'_, '_>) {
-        self.pause.over.clear();
-        let Some(result) = lock(&self.pause.result).take() else { return };
-        self.pause.under_way = false;
+    fn end_errand(&mut self, sources: &mut Sources<'_, '_>) {
+        self.errand.over.clear();
+        let Some(result) = lock(&self.errand.result).take() else { return };
+        self.errand.under_way = false;
         // The guest has to hear its power button.
-        if self.stopping && matches!(result, Stopped::Paused(Ok(()))) {
+        if self.stopping && matches!(result, Done::Paused(Ok(()))) {
             let _ = self.control.resume();
         }
-        let asked = self.pause.clients.pop_front();
+        let asked = self.errand.clients.pop_front();
         let reply = match result {
-            Stopped::Paused(result) => self.done(result),
-            Stopped::Looked(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
-            Stopped::Changed(device) => device.map_or_else(Answer::Error, Answer::Device),
+            Done::Paused(result) => self.done(result),
+            Done::Looked(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
+            Done::Changed(device) => device.map_or_else(Answer::Error, Answer::Device),
         };
         self.reply(asked, reply, sources);
         // Those who came meanwhile get their turn.
-        while let Some((token, command)) = self.pause.clients.pop_front() {
+        while let Some((token, command)) = self.errand.clients.pop_front() {
             let result = match command {
                 Command::Resume => self.control.resume(),
                 Command::Pause | Command::AddDevice { .. } | Command::RemoveDevice { .. }
@@ -348,8 +350,8 @@ impl Orders {
                 {
                     Err("it is being stopped".to_owned())
                 }
-                _ => match self.begin_to_stop(command.clone()) {
-                    Ok(()) => return self.pause.clients.push_front((token, command)),
+                _ => match self.begin_errand(command.clone()) {
+                    Ok(()) => return self.errand.clients.push_front((token, command)),
                     Err(reason) => Err(reason),
                 },
             };
@@ -370,7 +372,7 @@ impl Orders {
         if keep == Keep::Yes {
             keep = self.serve_lines(&mut client, token);
         }
-        let heard = keep == Keep::UntilPaused || sources.add(&client.stream, token, Interest::INPUT).is_ok();
+        let heard = keep == Keep::UntilDone || sources.add(&client.stream, token, Interest::INPUT).is_ok();
         if heard && keep != Keep::No {
             self.clients.insert(token, client);
         }
@@ -414,7 +416,7 @@ impl Orders {
     /// Asks the guest to power off, and sees to it that it is gone after `timeout`.
     fn stop(&mut self, timeout: Duration) -> Result<(), String> {
         // A paused guest cannot hear its power button. One that is being paused resumes when that is over.
-        if !self.pause.under_way && self.control.status().state == State::Paused {
+        if !self.errand.under_way && self.control.status().state == State::Paused {
             self.control.resume()?;
         }
         if !self.control.power_button()? {
@@ -510,7 +512,7 @@ impl Handler for Orders {
     fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
         sources.add(&self.listener, LISTENER, Interest::INPUT)?;
         sources.add(&self.timer, TIMER, Interest::INPUT)?;
-        sources.add(&self.pause.over, PAUSED, Interest::INPUT)?;
+        sources.add(&self.errand.over, ERRAND, Interest::INPUT)?;
         let mut signals = self.signals.iter().flat_map(Signals::sources);
         signals.try_for_each(|source| sources.add(source, SIGNALS, Interest::INPUT))
     }
@@ -522,7 +524,7 @@ impl Handler for Orders {
                 let _ = rustix::io::read(&self.timer, &mut [0; 8]);
             }
             SIGNALS => self.obey_signals(),
-            PAUSED => self.end_pause(sources),
+            ERRAND => self.end_errand(sources),
             client => self.hear(client, sources),
         }
         self.keep_time(sources);

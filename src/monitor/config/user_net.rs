@@ -147,14 +147,14 @@ impl FromStr for Allow {
         let first = allow.first();
         if first != allow.address {
             return Err(ParseError::new(format!(
-                "{text:?} is no range: that of /{} begins at {first}",
+                "{text:?} has bits beyond its /{}, whose range begins at {first}",
                 allow.prefix
             )));
         }
         if let IpAddr::V6(address) = first
             && let Some(address) = address.to_ipv4_mapped()
         {
-            return Err(ParseError::new(format!("{text:?} is IPv4 and opened as such: {address}")));
+            return Err(ParseError::new(format!("{text:?} stands for an IPv4 address: write {address}")));
         }
         Ok(allow)
     }

@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::bus::{Device, Effect};
 use crate::guest_warn;
+use crate::memory::layout;
 use crate::state::{StateError, Stateful};
 use crate::vm::{Msi, Pins, Vm};
 
 /// Pins.
-const PINS: usize = 24;
+const PINS: usize = layout::IO_APIC_PINS as usize;
 
 // Registers of the memory (3.1), and of the window (3.2).
 const IOREGSEL: u64 = 0x00;

@@ -12,10 +12,11 @@ use kvm_bindings::{
     kvm_irq_routing_msi,
 };
 
+use crate::memory::layout;
 use crate::vm::Msi;
 
 /// Pins of the I/O APIC, which have the first numbers.
-pub const PINS: u32 = 24;
+pub const PINS: u32 = layout::IO_APIC_PINS;
 /// Pins of the two 8259s, and of one.
 const PIC_PINS: u32 = 16;
 const PIC: u32 = 8;

@@ -66,6 +66,8 @@ pub const PCI_ECAM: u64 = 0xf800_0000;
 pub const VIRTIO_MMIO: u64 = 0xfe00_0000;
 /// The I/O APIC's base; its identifier is 0 and its first interrupt GSI 0.
 pub const IO_APIC: u64 = 0xfec0_0000;
+/// Its pins, whoever has it: KVM or the machine.
+pub const IO_APIC_PINS: u32 = 24;
 /// The local APICs' base.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Bytes of registers of either APIC.
