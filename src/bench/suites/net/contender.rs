@@ -164,7 +164,7 @@ impl<'a> Networked<'a> {
                     "boot-source": {
                         "kernel_image_path": kernel.to_string_lossy(),
                         "initrd_path": initramfs.to_string_lossy(),
-                        "boot_args": cmdline("8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd pci=off", 'k'),
+                        "boot_args": cmdline("console=ttyS0 i8042.noaux i8042.nomux i8042.dumbkbd pci=off", 'k'),
                     },
                     "drives": [],
                     "network-interfaces": [{ "iface_id": "eth0", "host_dev_name": name }],
@@ -178,8 +178,8 @@ impl<'a> Networked<'a> {
             Monitor::CloudHypervisor => {
                 command.arg("--kernel").arg(kernel).arg("--initramfs").arg(initramfs);
                 command.args(["--cpus", "boot=1", "--memory", &format!("size={MIB}M")]);
-                command.args(["--console", "off", "--serial", "off", "--net", &format!("tap={name}")]);
-                command.args(["--cmdline", &cmdline("8250.nr_uarts=0", 't')]);
+                command.args(["--console", "off", "--serial", "tty", "--net", &format!("tap={name}")]);
+                command.args(["--cmdline", &cmdline("console=ttyS0", 't')]);
             }
         }
         Ok(command)
