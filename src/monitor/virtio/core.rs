@@ -11,25 +11,29 @@
 //! that it is not over.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use bitflags::bitflags;
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::device::{Offload, OffloadedRing, Traits, VirtioDevice};
+use self::data_path::{Cause, Parts, Posted, Signals};
+pub use self::saved::State;
+use self::service::Service;
+use super::device::{Traits, VirtioDevice};
 use super::queue::{Notifier, Position, Setup, Virtqueue};
 use crate::bus::{Busy, lock};
-use crate::event_loop::{Event, Handler, Interest, Sources, Worker};
+use crate::event_loop::{Event, Interest, Worker};
 use crate::guest_warn;
 use crate::memory::GuestRam;
-use crate::recorder::{Event as Record, Kind, Recorder, Track, clock};
-use crate::state::{StateError, Stateful};
+use crate::recorder::Recorder;
 use crate::threads::Role;
+
+mod data_path;
+mod saved;
+mod service;
 
 bitflags! {
     /// The device status field (virtio 1.3, 2.1).
@@ -54,313 +58,6 @@ const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 /// Offered for every device, beside the device's own bits.
 const RING_FEATURES: u64 = EVENT_IDX | VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC;
-
-/// Chains that one callback may take from one queue before the worker looks whether it should stop.
-const CHAINS_PER_CALL: usize = 256;
-
-/// What the worker tells the registers, without a lock.
-#[derive(Debug, Default)]
-struct Signals {
-    needs_reset: AtomicBool,
-    config_generation: AtomicU32,
-    /// Something is in [`Parts::posted`].
-    posted: AtomicBool,
-}
-
-/// What the driver asked for that needs the device at rest.
-#[derive(Debug, Default)]
-struct Posted {
-    reset: bool,
-    /// Queues to be disabled.
-    stop: Vec<usize>,
-}
-
-/// The data path: what the worker holds while it serves the device.
-struct Parts {
-    device: Box<dyn VirtioDevice>,
-    queues: Vec<Virtqueue>,
-    doorbells: Vec<Event>,
-    notifier: Arc<dyn Notifier>,
-    ram: Arc<GuestRam>,
-    signals: Arc<Signals>,
-    posted: Posted,
-    /// From DRIVER_OK to a reset.
-    started: bool,
-    /// Others run their queues now.
-    handed_over: bool,
-    /// The configuration space as it was after the last callback.
-    config: Vec<u8>,
-    recorder: Arc<Recorder>,
-    /// Made when something is recorded first.
-    track: Option<Track>,
-    /// The device's name, and its track's.
-    name: String,
-}
-
-/// What a callback is made for.
-#[derive(Clone, Copy)]
-enum Cause {
-    Queue(usize),
-    Source(usize),
-}
-
-impl Parts {
-    /// One callback, with all that belongs around it.
-    fn call(&mut self, cause: Cause) {
-        if self.signals.posted.load(Ordering::SeqCst) {
-            if self.come_to_rest(Instant::now()).is_ok() {
-                self.go_on();
-            }
-            return;
-        }
-        // Nothing is taken before DRIVER_OK (3.1.1). A source is heard all the same: else it would stay
-        // ready.
-        if !self.started && matches!(cause, Cause::Queue(_)) {
-            return;
-        }
-        let start = self.recorder.is_on().then(|| (clock::ticks(), self.completions()));
-        self.allow();
-        match cause {
-            Cause::Queue(index) => self.device.on_queue(index, &mut self.queues),
-            Cause::Source(index) => self.device.on_event(index, &mut self.queues),
-        }
-        let interrupted = self.tell_driver();
-        if let Some((time, completions)) = start {
-            self.record(cause, time, completions, interrupted);
-        }
-    }
-
-    /// Has others begin with the queues that are theirs.
-    fn hand_over(&mut self) {
-        if !self.started || self.handed_over {
-            return;
-        }
-        let Some(offload) = self.device.offload() else { return };
-        let mut rings = Vec::new();
-        for (queue, (ring, doorbell)) in self.queues.iter().zip(&self.doorbells).enumerate() {
-            if let (true, Some(setup)) = (offload.runs(queue), ring.setup()) {
-                let Some(call) = self.notifier.direct(queue) else {
-                    log::error!("{}: its interrupts cannot be raised by others", self.name);
-                    return self.fail();
-                };
-                let (position, event_idx, kick) = (ring.position(), ring.event_idx(), doorbell.as_fd());
-                rings.push(OffloadedRing { queue, setup, position, event_idx, kick, call });
-            }
-        }
-        let handed_over = offload.hand_over(&self.ram, &rings);
-        drop(rings);
-        match handed_over {
-            Ok(()) => self.handed_over = true,
-            Err(error) => {
-                log::error!("{}: hand its queues over: {error}", self.name);
-                self.fail();
-            }
-        }
-    }
-
-    /// The device cannot go on until the driver resets it.
-    fn fail(&self) {
-        if !self.signals.needs_reset.swap(true, Ordering::SeqCst) {
-            self.notifier.config_changed();
-        }
-    }
-
-    /// Undoes [`Parts::hand_over`].
-    fn take_back(&mut self) {
-        if !std::mem::take(&mut self.handed_over) {
-            return;
-        }
-        for (index, position) in self.device.offload().map(Offload::take_back).unwrap_or_default() {
-            if let Some(queue) = self.queues.get_mut(index) {
-                queue.go_on_at(position);
-            }
-        }
-    }
-
-    /// What the driver has asked for is done once the device is at rest.
-    fn come_to_rest(&mut self, deadline: Instant) -> Result<(), Busy> {
-        self.take_back();
-        self.allow();
-        // The driver may have kicked a moment ago, before it had enough: nobody else looks at its rings again.
-        if self.posted.reset {
-            let _ = self.device.finish(&mut self.queues, Instant::now());
-        }
-        let result = self.device.drain(&mut self.queues, deadline);
-        self.tell_driver();
-        result?;
-        let Posted { reset, stop } = std::mem::take(&mut self.posted);
-        for index in stop {
-            self.device.forget(index);
-            self.queues[index].disable();
-        }
-        if reset {
-            self.device.reset();
-            self.queues.iter_mut().for_each(Virtqueue::disable);
-            self.started = false;
-            self.config_moved();
-            self.signals.needs_reset.store(false, Ordering::SeqCst);
-        }
-        // Last: the driver may go on as soon as it reads this.
-        self.signals.posted.store(false, Ordering::SeqCst);
-        Ok(())
-    }
-
-    /// Undoes [`Parts::come_to_rest`], or has the worker try again.
-    fn go_on(&mut self) {
-        if self.signals.posted.load(Ordering::SeqCst) {
-            let ours = self.offloaded().iter().position(|offloaded| !offloaded);
-            ours.and_then(|index| self.doorbells.get(index)).iter().for_each(|doorbell| doorbell.signal());
-        } else {
-            self.allow();
-            self.device.resume(&mut self.queues);
-            self.tell_driver();
-            self.hand_over();
-            self.ring();
-        }
-    }
-
-    /// Of each queue, whether others run it.
-    fn offloaded(&mut self) -> Vec<bool> {
-        let offload = self.device.offload();
-        (0..self.queues.len())
-            .map(|index| offload.as_ref().is_some_and(|offload| offload.runs(index)))
-            .collect()
-    }
-
-    /// Has the worker look at every queue: for what came while nobody looked.
-    fn ring(&self) {
-        let queues = self.queues.iter().zip(&self.doorbells);
-        queues.filter(|(queue, _)| queue.is_usable()).for_each(|(_, doorbell)| doorbell.signal());
-    }
-
-    fn allow(&mut self) {
-        for queue in &mut self.queues {
-            queue.allow(CHAINS_PER_CALL);
-        }
-    }
-
-    /// Interrupts the driver for what a callback did: the queue (all ones: the configuration) that it was
-    /// last interrupted for.
-    fn tell_driver(&mut self) -> Option<u64> {
-        let mut changed = self.config_moved();
-        let mut interrupted = None;
-        for (index, (queue, doorbell)) in self.queues.iter_mut().zip(&self.doorbells).enumerate() {
-            if queue.notify() {
-                interrupted = Some(index as u64);
-            }
-            if queue.is_broken() && !self.signals.needs_reset.swap(true, Ordering::SeqCst) {
-                // 2.1.2: with DRIVER_OK set, the driver hears of it by a configuration interrupt.
-                changed = true;
-            }
-            if queue.wants_more() {
-                doorbell.signal();
-            }
-        }
-        if changed && self.started {
-            self.notifier.config_changed();
-            interrupted = Some(u64::MAX);
-        }
-        interrupted
-    }
-
-    /// Requests completed so far, in all queues; it wraps.
-    fn completions(&self) -> u16 {
-        self.queues.iter().fold(0, |sum, queue| sum.wrapping_add(queue.position().next_used))
-    }
-
-    #[cold]
-    fn record(&mut self, cause: Cause, time: u64, completions: u16, interrupted: Option<u64>) {
-        let (kind, address) = match cause {
-            Cause::Queue(index) => (Kind::Queue, index as u64),
-            Cause::Source(index) => (Kind::Source, index as u64),
-        };
-        let completed = self.completions().wrapping_sub(completions);
-        let track = self.track.get_or_insert_with(|| self.recorder.track(&self.name));
-        let now = clock::ticks();
-        let handled = u32::try_from(now.wrapping_sub(time)).unwrap_or(u32::MAX);
-        let (kind, value) = (kind as u8, completed.into());
-        track.write(Record { time, address, value, handled, kind, ..Record::default() });
-        self.device.take_records().into_iter().for_each(|record| track.write(record));
-        if let Some(address) = interrupted {
-            track.write(Record { time: now, address, kind: Kind::Interrupt as u8, ..Record::default() });
-        }
-    }
-
-    /// Counts a change of the configuration space; true if there was one.
-    fn config_moved(&mut self) -> bool {
-        let config = self.device.config();
-        if config == self.config {
-            return false;
-        }
-        self.config = config.to_vec();
-        self.signals.config_generation.fetch_add(1, Ordering::SeqCst);
-        true
-    }
-}
-
-impl Drop for Parts {
-    fn drop(&mut self) {
-        // Guest memory goes next.
-        self.take_back();
-    }
-}
-
-/// What the worker thread runs.
-struct Service {
-    parts: Arc<Mutex<Parts>>,
-    doorbells: Vec<Event>,
-    /// Of each queue, whether others wait for its doorbell.
-    offloaded: Vec<bool>,
-    /// The device's own sources, and what is waited for on each.
-    sources: Vec<(OwnedFd, Interest)>,
-}
-
-impl Service {
-    /// Waits for what the device wants now.
-    fn adapt(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
-        let parts = lock(&self.parts);
-        let tokens = self.doorbells.len() as u32..;
-        for (index, ((source, waited), token)) in self.sources.iter_mut().zip(tokens).enumerate() {
-            let wanted = parts.device.interest(index);
-            match (*waited == Interest::default(), wanted == Interest::default()) {
-                _ if *waited == wanted => {}
-                (true, _) => sources.add(source, token, wanted)?,
-                (_, true) => sources.remove(source)?,
-                _ => sources.change(source, token, wanted)?,
-            }
-            *waited = wanted;
-        }
-        Ok(())
-    }
-}
-
-impl Handler for Service {
-    fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
-        let doorbells = self.doorbells.iter().zip(0..).zip(&self.offloaded);
-        for ((doorbell, token), _) in doorbells.filter(|(_, offloaded)| !**offloaded) {
-            sources.add(doorbell, token, Interest::INPUT)?;
-        }
-        self.adapt(sources)
-    }
-
-    fn ready(&mut self, token: u32, sources: &mut Sources<'_, '_>) {
-        let index = token as usize;
-        match self.doorbells.get(index) {
-            Some(doorbell) => {
-                // Before the look at the queue: a kick that comes after the look is then still there.
-                doorbell.clear();
-                lock(&self.parts).call(Cause::Queue(index));
-            }
-            None => {
-                let source = index - self.doorbells.len();
-                lock(&self.parts).call(Cause::Source(source));
-            }
-        }
-        if let Err(error) = self.adapt(sources) {
-            log::error!("{}: wait for the host: {error}", lock(&self.parts).name);
-        }
-    }
-}
 
 /// A virtio device with everything but its transport. Called by the transport, under the transport's mutex.
 pub struct Core {
@@ -387,17 +84,6 @@ pub struct Core {
     worker: Option<Worker>,
     /// The machine was asked for a worker, and has not looked yet.
     asked: bool,
-}
-
-/// [`Core`]'s saved state, the device's included.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
-    features: u128,
-    status: u8,
-    needs_reset: bool,
-    config_generation: u32,
-    queues: Vec<(Setup, Position)>,
-    device: Vec<u8>,
 }
 
 impl Core {
@@ -802,68 +488,4 @@ fn initial_queues(traits: &Traits) -> Vec<Setup> {
 
 fn clones(events: &[Event]) -> io::Result<Vec<Event>> {
     events.iter().map(Event::try_clone).collect()
-}
-
-/// Only between [`Core::pause`] and [`Core::resume`]. `restore` leaves the device at rest, too.
-impl Stateful for Core {
-    type State = State;
-
-    fn save(&self) -> State {
-        let parts = lock(&self.parts);
-        let needs_reset = self.failed();
-        // A broken device stands still until its reset, so nobody can tell where in the rings it was.
-        let position = |queue: &Virtqueue| if needs_reset { Position::default() } else { queue.position() };
-        State {
-            features: self.features,
-            status: self.status.bits(),
-            needs_reset,
-            config_generation: self.config_generation(),
-            queues: self.queues.iter().zip(&parts.queues).map(|(s, q)| (*s, position(q))).collect(),
-            device: parts.device.save_bytes(),
-        }
-    }
-
-    fn restore(&mut self, state: State) -> Result<(), StateError> {
-        let invalid = |what: String| Err(StateError::Invalid(format!("{}: {what}", self.name)));
-        let status = Status::from_bits_truncate(state.status);
-        if status.bits() != state.status || status.contains(Status::NEEDS_RESET) {
-            return invalid(format!("status {:#x}", state.status));
-        }
-        let chain = [Status::ACKNOWLEDGE, Status::DRIVER, Status::FEATURES_OK, Status::DRIVER_OK];
-        if chain.windows(2).any(|step| status.contains(step[1]) && !status.contains(step[0])) {
-            return invalid(format!("status {status:?}"));
-        }
-        let agreed = status.contains(Status::FEATURES_OK);
-        let features = state.features as u64;
-        let fit = state.features & !u128::from(self.offered()) == 0 && features & VERSION_1 != 0;
-        if agreed && !fit {
-            return invalid(format!("features {:#x}, but {:#x} are offered", state.features, self.offered()));
-        }
-        let fits =
-            |(setup, max): (&Setup, u16)| !setup.ready || (setup.size.is_power_of_two() && setup.size <= max);
-        let setups = state.queues.iter().map(|(setup, _)| setup).zip(self.traits.queues.iter().copied());
-        if state.queues.len() != self.queues.len() || !setups.into_iter().all(fits) {
-            return invalid(format!("queues {:x?}", state.queues));
-        }
-
-        let running = status.contains(Status::DRIVER_OK) && !state.needs_reset;
-        let mut parts = lock(&self.parts);
-        parts.device.restore_bytes(&state.device)?;
-        for (queue, (setup, position)) in parts.queues.iter_mut().zip(&state.queues) {
-            queue.disable();
-            let event_idx = features & EVENT_IDX != 0;
-            if running && setup.ready && !queue.enable(setup, *position, event_idx) {
-                return invalid(format!("queue {setup:x?}"));
-            }
-        }
-        parts.config = parts.device.config().to_vec();
-        parts.started = running;
-        drop(parts);
-        self.signals.needs_reset.store(state.needs_reset, Ordering::SeqCst);
-        self.signals.config_generation.store(state.config_generation, Ordering::SeqCst);
-        self.features = state.features;
-        self.status = status;
-        self.queues = state.queues.into_iter().map(|(setup, _)| setup).collect();
-        Ok(())
-    }
 }
