@@ -69,6 +69,16 @@ pub enum Command {
 }
 
 impl Command {
+    /// Whether it may take its time, and the server does not wait for it.
+    pub fn may_take_time(&self) -> bool {
+        self.is_for_a_machine_that_stays() || *self == Self::Vcpus
+    }
+
+    /// Whether one that is being stopped refuses it.
+    pub fn is_for_a_machine_that_stays(&self) -> bool {
+        matches!(self, Self::Pause | Self::AddDevice { .. } | Self::RemoveDevice { .. })
+    }
+
     /// The virtual machine ends by this; the connection lasts until then.
     pub fn ends(&self) -> bool {
         matches!(self, Self::Stop { .. } | Self::Kill)

@@ -33,6 +33,9 @@ const KILL_LIMIT: Duration = Duration::from_millis(900);
 /// Signals to stop that come this soon after the first are the same wish: `timeout` signals its child, then the child's group.
 const SAME_WISH: Duration = Duration::from_secs(1);
 
+/// Why an order is refused that has no use any more.
+const BEING_STOPPED: &str = "it is being stopped";
+
 /// Serves a machine's orders on an event loop. Dropping it gives the name back, then ends every connection.
 #[derive(Debug)]
 pub struct Server {
@@ -271,13 +274,11 @@ impl Orders {
         if command == Command::Devices {
             return answer(client, self.control.devices().map_or_else(Answer::Error, Answer::Devices), false);
         }
-        let takes_time = match command {
-            Command::Resume => self.errand.under_way,
-            Command::Vcpus => true,
-            Command::Pause | Command::AddDevice { .. } | Command::RemoveDevice { .. } => !self.stopping,
-            _ => false,
-        };
-        if takes_time {
+        if self.stopping && command.is_for_a_machine_that_stays() {
+            return answer(client, Answer::Error(BEING_STOPPED.to_owned()), false);
+        }
+        // A machine that is being paused resumes when that is over.
+        if command.may_take_time() || (command == Command::Resume && self.errand.under_way) {
             return match self.begin_errand(command.clone()) {
                 Ok(()) => {
                     self.errand.clients.push_back((token, command));
@@ -345,11 +346,7 @@ impl Orders {
         while let Some((token, command)) = self.errand.clients.pop_front() {
             let result = match command {
                 Command::Resume => self.control.resume(),
-                Command::Pause | Command::AddDevice { .. } | Command::RemoveDevice { .. }
-                    if self.stopping =>
-                {
-                    Err("it is being stopped".to_owned())
-                }
+                _ if self.stopping && command.is_for_a_machine_that_stays() => Err(BEING_STOPPED.to_owned()),
                 _ => match self.begin_errand(command.clone()) {
                     Ok(()) => return self.errand.clients.push_front((token, command)),
                     Err(reason) => Err(reason),
@@ -389,19 +386,20 @@ impl Orders {
     /// Carries out what takes no time.
     fn obey(&mut self, command: Command, client: &mut Client) -> Result<(), String> {
         match command {
-            Command::Status | Command::Devices => Ok(()),
+            Command::Status => Ok(()),
             Command::Sample => {
                 if client.watch.is_none() {
                     client.watch = Some(self.control.watch()?);
                 }
                 Ok(())
             }
-            // Those that come here are refused.
-            Command::Pause
-            | Command::Vcpus
+            // Answered before it comes to this.
+            Command::Devices
             | Command::Wait
+            | Command::Pause
+            | Command::Vcpus
             | Command::AddDevice { .. }
-            | Command::RemoveDevice { .. } => Err("it is being stopped".to_owned()),
+            | Command::RemoveDevice { .. } => Ok(()),
             Command::Resume => self.control.resume(),
             Command::Stop { timeout_seconds } => {
                 self.stop(timeout_seconds.map_or(self.stop_timeout, Duration::from_secs))
