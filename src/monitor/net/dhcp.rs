@@ -6,9 +6,11 @@ use smoltcp::wire::{DhcpMessageType, DhcpOption, DhcpPacket, DhcpRepr};
 
 /// The largest packet of IP on this link (RFC 2132, 5.1).
 const OPTION_MTU: u8 = 26;
+/// Domains to look names up in (RFC 3397).
+const OPTION_SEARCH: u8 = 119;
 
 /// What a client gets.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Lease {
     /// The client's address.
     pub client: Ipv4Addr,
@@ -18,6 +20,8 @@ pub struct Lease {
     pub router: Option<Ipv4Addr>,
     /// Who answers questions for names.
     pub resolver: Option<Ipv4Addr>,
+    /// Domains in the form of RFC 1035, up to 255 bytes. Empty if there are none.
+    pub search: Vec<u8>,
     /// The largest packet of IP, in bytes, where the device does not tell.
     pub mtu: Option<u16>,
     /// In seconds; all ones are for ever.
@@ -42,7 +46,10 @@ impl Lease {
         let is_lease = query.message_type != DhcpMessageType::Inform;
         let is_nak = answer == DhcpMessageType::Nak;
         let mtu = self.mtu.filter(|_| !is_nak).map(u16::to_be_bytes);
-        let options = mtu.as_ref().map(|mtu| DhcpOption { kind: OPTION_MTU, data: mtu });
+        let mtu = mtu.as_ref().map(|mtu| DhcpOption { kind: OPTION_MTU, data: mtu });
+        let search = (!is_nak && !self.search.is_empty())
+            .then_some(DhcpOption { kind: OPTION_SEARCH, data: &self.search });
+        let options: Vec<_> = mtu.into_iter().chain(search).collect();
         let reply = DhcpRepr {
             message_type: answer,
             your_ip: if is_lease && !is_nak { self.client } else { Ipv4Addr::UNSPECIFIED },
@@ -58,7 +65,7 @@ impl Lease {
             client_identifier: None,
             parameter_request_list: None,
             max_size: None,
-            additional_options: options.as_slice(),
+            additional_options: &options,
             ..query
         };
         let mut bytes = vec![0; reply.buffer_len()];

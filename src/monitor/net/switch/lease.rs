@@ -35,7 +35,15 @@ impl Lease {
         let duration = u32::MAX;
         Self {
             mac,
-            lease: dhcp::Lease { client, server, router: None, resolver: None, mtu: None, duration },
+            lease: dhcp::Lease {
+                client,
+                server,
+                router: None,
+                resolver: None,
+                search: Vec::new(),
+                mtu: None,
+                duration,
+            },
             port,
         }
     }

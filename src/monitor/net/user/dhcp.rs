@@ -28,6 +28,7 @@ pub fn input(context: &mut Context, packet: &Packet<'_>) -> bool {
         // A guest that has nowhere to go is told so by having no way there.
         router: context.policy.leads_out().then_some(GATEWAY),
         resolver: context.policy.has_names().then_some(DNS),
+        search: context.search(),
         mtu: Some(context.frames.mtu as u16),
         duration: DAY,
     };

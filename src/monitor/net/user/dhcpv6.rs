@@ -32,6 +32,7 @@ const IA_ADDRESS: u16 = 5;
 const STATUS: u16 = 13;
 const RAPID_COMMIT: u16 = 14;
 const DNS_SERVERS: u16 = 23;
+const DOMAIN_LIST: u16 = 24;
 /// Status codes (21.13).
 const SUCCESS: u16 = 0;
 const NO_ADDRESSES: u16 = 2;
@@ -55,7 +56,8 @@ pub fn input(context: &mut Context, packet: &Packet<'_>) -> bool {
         return false;
     }
     let is_client = from.is_unicast_link_local();
-    let reply = is_client.then(|| answer(udp.payload(), context.policy.has_names())).flatten();
+    let (has_names, search) = (context.policy.has_names(), context.search());
+    let reply = is_client.then(|| answer(udp.payload(), has_names, &search)).flatten();
     if let Some(reply) = reply {
         let (server, client) = ((ROUTER, SERVER_PORT), (from, CLIENT_PORT));
         put(&mut context.frames, SocketAddr::from(server), SocketAddr::from(client), &reply);
@@ -86,8 +88,8 @@ fn own_id() -> Vec<u8> {
     [&[0, 3, 0, 1][..], &OUR_MAC.0].concat()
 }
 
-/// The reply to a client's message, if it gets one.
-fn answer(message: &[u8], names: bool) -> Option<Vec<u8>> {
+/// The reply to a client's message, if it gets one. Domains of `search`: see [`super::Search::list`].
+fn answer(message: &[u8], names: bool, search: &[u8]) -> Option<Vec<u8>> {
     let ([kind, id @ ..], rest) = message.split_first_chunk::<4>()?;
     let find = |kind| options(rest).find(|(other, _)| *other == kind).map(|(_, data)| data);
     let (client, server) = (find(CLIENT_ID), find(SERVER_ID));
@@ -123,6 +125,9 @@ fn answer(message: &[u8], names: bool) -> Option<Vec<u8>> {
     }
     if names {
         reply.extend(option(DNS_SERVERS, &DNS6.octets()));
+    }
+    if !search.is_empty() {
+        reply.extend(option(DOMAIN_LIST, search));
     }
     Some(reply)
 }
@@ -183,7 +188,7 @@ mod tests {
             (REBIND, Vec::new(), REPLY),
         ] {
             let asked = [vec![association(1, None), association(2, None)], more].concat();
-            let reply = answer(&message(kind, &asked), true).unwrap();
+            let reply = answer(&message(kind, &asked), true, &[]).unwrap();
             assert_eq!(reply[..4], [expected, 7, 8, 9]);
             assert_eq!(reply[4..18], CLIENT);
             let granted: Vec<_> = options(&reply[4..]).filter(|(kind, _)| *kind == IA_NA).collect();
@@ -196,10 +201,12 @@ mod tests {
 
     #[test]
     fn who_has_an_address_of_its_own_gets_the_resolver() {
-        let reply = answer(&message(INFORMATION_REQUEST, &[]), true).unwrap();
+        let reply = answer(&message(INFORMATION_REQUEST, &[]), true, &[]).unwrap();
         let kinds: Vec<_> = options(&reply[4..]).map(|(kind, _)| kind).collect();
         assert_eq!((reply[0], kinds), (REPLY, vec![CLIENT_ID, SERVER_ID, DNS_SERVERS]));
-        let reply = answer(&message(INFORMATION_REQUEST, &[]), false).unwrap();
+        let reply = answer(&message(INFORMATION_REQUEST, &[]), true, b"\x03lab\x00").unwrap();
+        assert_eq!(options(&reply[4..]).last(), Some((DOMAIN_LIST, &b"\x03lab\x00"[..])));
+        let reply = answer(&message(INFORMATION_REQUEST, &[]), false, &[]).unwrap();
         assert!(!options(&reply[4..]).any(|(kind, _)| kind == DNS_SERVERS), "no names, no resolver");
     }
 
@@ -207,7 +214,7 @@ mod tests {
     fn addresses_of_another_network_are_told_to_be_wrong() {
         let confirm = |list: &[&str]| {
             let asked: Vec<_> = list.iter().map(|address| association(1, Some(address))).collect();
-            let reply = answer(&message(CONFIRM, &asked), true)?;
+            let reply = answer(&message(CONFIRM, &asked), true, &[])?;
             options(&reply[4..]).find(|(kind, _)| *kind == STATUS).map(|(_, data)| data.to_vec())
         };
         assert_eq!(confirm(&["fd76:6d6d:6e65:74::15"]), Some(vec![0, 0]));
@@ -219,11 +226,11 @@ mod tests {
     fn what_is_for_another_server_or_cut_off_is_not_answered() {
         let other = option(SERVER_ID, &[0, 3, 0, 1, 1, 1, 1, 1, 1, 1]);
         for kind in [REQUEST, RENEW, RELEASE, DECLINE, INFORMATION_REQUEST, SOLICIT, ADVERTISE, REPLY, 12] {
-            assert_eq!(answer(&message(kind, std::slice::from_ref(&other)), true), None, "{kind}");
+            assert_eq!(answer(&message(kind, std::slice::from_ref(&other)), true, &[]), None, "{kind}");
         }
         let whole = message(SOLICIT, &[association(1, None)]);
         for len in 0..4 + CLIENT.len() {
-            assert_eq!(answer(&whole[..len], true), None, "{len} bytes");
+            assert_eq!(answer(&whole[..len], true, &[]), None, "{len} bytes");
         }
     }
 }

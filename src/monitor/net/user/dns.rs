@@ -12,7 +12,7 @@ const HOST_NAME: &[u8] = b"\x04host\x03vmm\x08internal\x00";
 /// Where machines' names are that have a dot.
 const DOMAIN: &[u8] = b"\x03vmm\x08internal\x00";
 /// The longest label of a name (RFC 1035, 2.3.4).
-const LABEL: u8 = 63;
+pub const LABEL: u8 = 63;
 /// Bytes of a message's header (RFC 1035, 4.1.1).
 const HEADER: usize = 12;
 const TYPE_A: u16 = 1;
@@ -83,7 +83,7 @@ pub struct Resolvers {
 }
 
 /// How long the host's list is taken to stand.
-const FRESH: Duration = Duration::from_secs(5);
+pub const FRESH: Duration = Duration::from_secs(5);
 
 impl Resolvers {
     /// Those of `fixed`, or, if there are none, the host's.
@@ -96,11 +96,16 @@ impl Resolvers {
         let is_stale = self.read.is_none_or(|read| now.saturating_duration_since(read) > FRESH);
         if !self.fixed && is_stale {
             // A laptop's network changes while its guests run.
-            self.list = parse(&fs::read_to_string("/etc/resolv.conf").unwrap_or_default());
+            self.list = parse(&host_config());
             self.read = Some(now);
         }
         self.list.get(attempt % self.list.len().max(1)).copied()
     }
+}
+
+/// The host's resolv.conf(5). One that cannot be read says nothing.
+pub fn host_config() -> String {
+    fs::read_to_string("/etc/resolv.conf").unwrap_or_default()
 }
 
 /// The servers of a resolv.conf(5); the library asks this host where there are none.

@@ -19,6 +19,7 @@ mod publish;
 mod recovery;
 mod room;
 mod route;
+mod search;
 mod table;
 mod tcp;
 #[cfg(test)]
@@ -48,6 +49,7 @@ use ndp::Router;
 use policy::Policy;
 use publish::Listeners;
 use route::Routes;
+use search::Search;
 use tcp::Tcp;
 use udp::Udp;
 
@@ -138,6 +140,8 @@ struct Context {
     frames: Frames,
     poller: Poller<Source>,
     policy: Policy,
+    /// Domains for the guest's resolver.
+    search: Search,
     /// Machines that the guest finds by name.
     neighbours: Neighbours,
     /// The guest may have IPv6.
@@ -145,6 +149,13 @@ struct Context {
     clock: Clock,
     /// When this turn began.
     now: Instant,
+}
+
+impl Context {
+    /// The domains for a guest that has names: see [`Search::list`].
+    fn search(&mut self) -> Vec<u8> {
+        if self.policy.has_names() { self.search.list(self.now).to_vec() } else { Vec::new() }
+    }
 }
 
 /// The network.
@@ -181,6 +192,8 @@ impl Stack {
             frames: Frames::new(guest, mtu.into()),
             poller: Poller::new()?,
             policy: Policy::new(config, Routes::new()?),
+            // The host's domains are known to the host's resolvers.
+            search: if config.dns.is_empty() { Search::of_host() } else { Search::default() },
             neighbours: Neighbours::default(),
             ipv6: config.ipv6 && mtu >= UserNet::MIN_MTU_IPV6,
             clock: Clock { start: now },

@@ -29,6 +29,8 @@ const LIFETIME: Duration = INTERVAL.saturating_mul(3);
 const FOREVER: Lifetime = Lifetime::from_secs(u32::MAX as u64);
 /// The option with a server of DNS (RFC 8106, 5.1), and its length in units of eight bytes.
 const RDNSS: [u8; 2] = [25, 3];
+/// The option with domains (5.2), in front of whose list are eight bytes.
+const DNSSL: u8 = 31;
 
 /// Says unasked what the router is: when a guest begins to speak, which spares it a second or two, and now and then.
 #[derive(Debug, Default)]
@@ -111,14 +113,22 @@ fn advertise(context: &mut Context) {
             prefix: NETWORK6,
         }),
     };
-    let mut resolver = Vec::new();
+    let lifetime = (LIFETIME.as_secs() as u32).to_be_bytes();
+    let mut names = Vec::new();
     if has_names {
-        resolver.extend(RDNSS);
-        resolver.extend([0; 2]);
-        resolver.extend((LIFETIME.as_secs() as u32).to_be_bytes());
-        resolver.extend(DNS6.octets());
+        names.extend(RDNSS);
+        names.extend([0; 2]);
+        names.extend(lifetime);
+        names.extend(DNS6.octets());
     }
-    put(context, (ROUTER, ALL_NODES), message, &resolver);
+    let mut search = context.search();
+    if !search.is_empty() {
+        search.resize(search.len().next_multiple_of(8), 0);
+        names.extend([DNSSL, 1 + (search.len() / 8) as u8, 0, 0]);
+        names.extend(lifetime);
+        names.extend(search);
+    }
+    put(context, (ROUTER, ALL_NODES), message, &names);
 }
 
 /// A message, and options behind it.

@@ -17,6 +17,7 @@ use smoltcp::wire::{
 
 use super::Stack;
 use super::addresses::{DNS, DNS6, GATEWAY, GATEWAY6, GUEST, GUEST6, PREFIX6};
+use super::search::Search;
 use crate::config::{Net, NetTarget, UserNet};
 
 mod closed;
@@ -544,7 +545,7 @@ fn names_are_asked_of_one_resolver_after_the_other() {
 }
 
 #[test]
-fn the_lease_has_address_router_resolver_and_mtu() {
+fn the_lease_has_address_router_resolver_domains_and_mtu() {
     let (router, dns) = (Some(GATEWAY), vec![DNS]);
     for (text, router, dns) in [
         ("user", router, dns.clone()),
@@ -554,6 +555,9 @@ fn the_lease_has_address_router_resolver_and_mtu() {
     ] {
         let NetTarget::User(config) = text.parse::<Net>().unwrap().to else { panic!("{text}") };
         let mut guest = Guest::new(config);
+        guest.stack.context.search = Search::of("search lab a.example");
+        let domains = [&[119, 16][..], b"\x03lab\x00\x01a\x07example\x00"].concat();
+        let mut has_domains = false;
         guest.interface.update_ip_addrs(|own| own.clear());
         let client = dhcpv4::Socket::new();
         let handle = guest.sockets.add(client);
@@ -561,6 +565,7 @@ fn the_lease_has_address_router_resolver_and_mtu() {
         guest.until("a lease", |guest| {
             let mut mtu = None;
             for frame in &guest.card.received {
+                has_domains |= frame.windows(domains.len()).any(|option| option == domains);
                 mtu = frame
                     .windows(4)
                     .find(|option| option[..2] == [26, 2])
@@ -573,7 +578,16 @@ fn the_lease_has_address_router_resolver_and_mtu() {
             mtu.iter().for_each(|mtu| assert_eq!(u16::from_be_bytes(*mtu), MTU));
             lease.is_some()
         });
+        assert_eq!(has_domains, !dns.is_empty(), "{text}");
         assert_eq!(lease.unwrap(), ("10.0.2.15/24".to_owned(), router, dns));
+    }
+}
+
+#[test]
+fn the_hosts_domains_go_with_the_hosts_resolvers() {
+    for (text, is_hosts) in [("user", true), ("user,dns=192.0.2.1", false)] {
+        let NetTarget::User(config) = text.parse::<Net>().unwrap().to else { panic!("{text}") };
+        assert_eq!(Guest::new(config).stack.context.search.is_hosts, is_hosts, "{text}");
     }
 }
 

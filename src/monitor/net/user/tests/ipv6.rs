@@ -87,6 +87,7 @@ fn the_router_tells_what_a_guest_needs() {
         ("user,restrict=on,dns=192.0.2.1", false, true),
     ] {
         let mut guest = network(text);
+        guest.stack.context.search = Search::of("search lab ab.example");
         guest.stack.input(&solicitation());
         let (from, to, message) = messages(&mut guest).pop().unwrap();
         assert_eq!((from, to, message[0]), (ROUTER, "ff02::1".parse().unwrap(), 134));
@@ -101,6 +102,9 @@ fn the_router_tells_what_a_guest_needs() {
         assert_eq!(option(&message, 16, 1).unwrap()[2..], super::super::OUR_MAC.0);
         let resolver = option(&message, 16, 25).map(|option| option[8..].to_vec());
         assert_eq!(resolver, names.then(|| DNS6.octets().to_vec()), "{text}");
+        let domains = option(&message, 16, 31).map(|option| option[8..].to_vec());
+        let padded = b"\x03lab\x00\x02ab\x07example\x00\x00\x00\x00\x00\x00\x00\x00".to_vec();
+        assert_eq!(domains, names.then_some(padded), "{text}");
     }
 }
 
