@@ -15,6 +15,7 @@ use crate::net::{RECEIVE, TRANSMIT, offer};
 
 const ALL: [u8; 6] = [0xff; 6];
 const GUEST_CSUM: u64 = 1 << 1;
+const GUEST_TSO4: u64 = 1 << 7;
 
 /// A user's folder for the sockets of machines.
 struct Runtime {
@@ -225,6 +226,64 @@ fn a_checksum_that_is_left_to_the_other_side_is_completed_for_a_guest_that_takes
     assert_eq!(plain.receive_with(), ([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0].to_vec(), complete));
 }
 
+/// TCP over IPv4 from one machine to all, with `data`, that is to be cut into segments of `size` bytes; with its header.
+fn uncut(one: &Machine, data: &[u8], size: u16) -> ([u8; HEADER], Vec<u8>) {
+    let len = (40 + data.len()) as u16;
+    let [high, low] = len.to_be_bytes();
+    let ip = [0x45, 0, high, low, 0, 7, 0x40, 0, 64, 6, 0, 0, 10, 1, 2, 3, 10, 1, 2, 4];
+    // The sum over the pseudo-header: the addresses, the protocol, and the length without IP's header.
+    let [high, low] = (0x0a01 + 0x0203 + 0x0a01 + 0x0204 + 6 + len - 20).to_be_bytes();
+    let tcp = [0, 80, 1, 2, 0, 0, 0, 9, 0, 0, 0, 7, 0x50, 0x18, 1, 0, high, low, 0, 0];
+    let frame = [&[0xff; 6][..], &one.mac, &[8, 0], &ip, &tcp, data].concat();
+    let words = [54, size, 34, 16, 0].map(u16::to_le_bytes).concat();
+    ([&[1, 1][..], &words].concat().try_into().unwrap(), frame)
+}
+
+#[test]
+fn tcp_goes_uncut_to_a_guest_that_takes_it_and_is_cut_for_one_that_does_not() {
+    let dir = Runtime::new();
+    let mut one = Machine::start(dir.path(), "lab", 1, 0);
+    let mut able = Machine::start(dir.path(), "lab", 2, 0);
+    let mut plain: Vec<_> = (3..5)
+        .zip([GUEST_TSO4, GUEST_CSUM])
+        .map(|(n, without)| Machine::start(dir.path(), "lab", n, without))
+        .collect();
+    let data: Vec<u8> = (0..1500).map(|n| n as u8).collect();
+    let (header, frame) = uncut(&one, &data, 600);
+    one.send_with(header, &frame);
+    let (told, whole) = able.receive_with();
+    assert_eq!((&told[..10], &told[10..]), (&header[..10], &[1, 0][..]));
+    assert!(whole == frame);
+    for machine in &mut plain {
+        let mut back: Vec<u8> = Vec::new();
+        for (number, sequence) in (0..3).zip([9, 609, 1209u32]) {
+            let (told, segment) = machine.receive_with();
+            assert_eq!(told, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], "it needs nothing more");
+            assert_eq!((&segment[..14], &segment[38..42]), (&frame[..14], &sequence.to_be_bytes()[..]));
+            assert_eq!(segment[47] & 8 != 0, number == 2, "PSH is the last one's");
+            back.extend(&segment[54..]);
+        }
+        assert!(back == data);
+    }
+    // More than a guest has buffers for: what is left of it waits for others, and so does what comes behind it.
+    let data: Vec<u8> = (0..50_000).map(|n| (n / 7) as u8).collect();
+    let (header, frame) = uncut(&one, &data, 1448);
+    one.send_with(header, &frame);
+    one.send(ALL, b"behind it");
+    let [machine, _] = &mut plain[..] else { unreachable!() };
+    let mut back: Vec<u8> = Vec::new();
+    while back.len() < data.len() {
+        if machine.used == BUFFERS {
+            offer(&mut machine.guest, BUFFERS, BUFFER as u32);
+            machine.used = 0;
+        }
+        back.extend(&machine.receive()[54..]);
+    }
+    assert!(back == data);
+    assert_eq!(machine.receive(), one.frame(ALL, b"behind it"));
+    assert_eq!(machine.traffic.received.counts().dropped.total(), 0);
+}
+
 #[test]
 fn messages_of_any_content_reach_no_guest_and_harm_none() {
     let dir = Runtime::new();
@@ -245,8 +304,9 @@ fn messages_of_any_content_reach_no_guest_and_harm_none() {
         // Each before the queue is full.
         one.guest.settle();
     }
-    // Segments; a checksum outside of the frame; a number that is ours, and one that nobody has.
+    // Segments without a checksum, and of what is no TCP; a checksum outside of the frame; a number that is ours, and one that nobody has.
     say(0xcc, [0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &frame);
+    say(0xcc, [1, 1, 0, 0, 9, 0, 0, 0, 16, 0, 0, 0], &frame);
     say(0xcc, [1, 0, 0, 0, 0, 0, 14, 0, 3, 0, 0, 0], &frame);
     say(own, [0; HEADER], &frame);
     say(0xdd, [0; HEADER], &frame);

@@ -2,7 +2,8 @@
 //!
 //! Each machine has a socket in the segment's folder (`segment`), and sends frames straight to the socket of the port that has the
 //! address (`table`); to all, where that is not known. A message is the sender's number, the frame's header of virtio-net, and
-//! the frame; one without a frame says that somebody is new. The guest's address is the
+//! the frame; one without a frame says that somebody is new. TCP goes uncut, up to 64 KiB in a frame, and is cut (`segments`) by the
+//! port whose guest takes none such. The guest's address is the
 //! monitor's to give (`lease`), and is found by the machine's name (`names`). A frame for one port that is full waits (`room`),
 //! as long as that port fetches at all; whoever does not, loses frames, and holds nobody up.
 
@@ -11,6 +12,7 @@ mod lease;
 mod names;
 mod room;
 mod segment;
+mod segments;
 mod table;
 
 use std::collections::BTreeMap;
@@ -24,6 +26,7 @@ use lease::Lease;
 pub use names::Neighbours;
 use room::Room;
 use segment::{Id, Segment};
+use segments::{Cutter, TCPV4, TCPV6};
 use table::{Address, Table};
 
 /// Others that one port knows: each costs a descriptor.
@@ -32,6 +35,8 @@ const MOST: usize = 64;
 const GREETINGS: usize = 16;
 /// Bytes in front of a frame.
 const FRONT: usize = size_of::<Id>() + HEADER;
+/// What may be left to the other side.
+const OFFLOADS: Offloads = Offloads::CSUM.union(Offloads::TSO4).union(Offloads::TSO6);
 
 /// A port of a segment.
 pub struct Switch {
@@ -41,8 +46,12 @@ pub struct Switch {
     others: BTreeMap<Id, OwnedFd>,
     room: Room,
     table: Table,
-    /// The guest completes checksums itself.
-    takes_sums: bool,
+    /// The guest does these itself.
+    takes: Offloads,
+    /// Where a frame is read to that is longer than the guest's buffers, to be cut. A byte if the guest takes all uncut: that tells a
+    /// frame that was cut off from one that fits.
+    over: Vec<u8>,
+    cutter: Option<Cutter>,
     lease: Option<Lease>,
     refused: bool,
 }
@@ -69,8 +78,19 @@ impl Switch {
         let (segment, socket) = Segment::enter(runtime, name).map_err(failed)?;
         let (others, table) = Default::default();
         let room = Room::new(&socket).map_err(failed)?;
-        let mut switch =
-            Self { segment, socket, others, room, table, takes_sums: false, lease: None, refused: false };
+        let mut switch = Self {
+            segment,
+            socket,
+            others,
+            room,
+            table,
+            takes: Offloads::empty(),
+            over: Vec::new(),
+            cutter: None,
+            lease: None,
+            refused: false,
+        };
+        switch.accept(Offloads::empty());
         let hello = switch.segment.id.to_ne_bytes();
         for id in switch.segment.news() {
             if switch.meet(id)
@@ -126,6 +146,35 @@ impl Switch {
         self.segment.bury(id);
     }
 
+    fn cut(&mut self, cutter: Option<Cutter>) {
+        self.room.set_more(cutter.is_some());
+        self.cutter = cutter;
+    }
+
+    /// The next part of a frame that is being cut.
+    fn next_segment(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
+        let Some(frame) = self.cutter.as_mut()?.next() else {
+            self.cut(None);
+            return None;
+        };
+        let (start, behind) = frame.split_at(frame.len().min(START));
+        *head = Head::default();
+        head.start[..start.len()].copy_from_slice(start);
+        rest.copy_from(behind);
+        Some(frame.len())
+    }
+
+    /// A frame of `len` bytes as it was read: its start, what lies in the guest's buffers, and what found no room there.
+    fn whole(&self, head: &Head, rest: &Slices, len: usize) -> Vec<u8> {
+        let mut frame = vec![0; len.min(MAX_FRAME)];
+        let start = frame.len().min(START);
+        frame[..start].copy_from_slice(&head.start[..start]);
+        let end = start + rest.copy_to(0, &mut frame[start..]);
+        let over = frame[end..].len().min(self.over.len());
+        frame[end..end + over].copy_from_slice(&self.over[..over]);
+        frame
+    }
+
     /// Sends to everybody, also to those who have come since and whose greeting is not read yet. True if all have it who are there.
     fn send_to_all(&mut self, front: &[u8], frame: &Slices) -> bool {
         for id in self.segment.news() {
@@ -172,11 +221,13 @@ impl Wire for Switch {
     }
 
     fn offloads(&self) -> Offloads {
-        Offloads::CSUM
+        OFFLOADS
     }
 
     fn accept(&mut self, offloads: Offloads) {
-        self.takes_sums = offloads.contains(Offloads::CSUM);
+        self.takes = offloads;
+        self.over = vec![0; if offloads.contains(OFFLOADS) { 1 } else { MAX_FRAME }];
+        self.cut(None);
     }
 
     fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool {
@@ -207,12 +258,15 @@ impl Wire for Switch {
 
     fn receive(&mut self, head: &mut Head, rest: &Slices) -> Option<usize> {
         self.room.look();
+        if let Some(len) = self.next_segment(head, rest) {
+            return Some(len);
+        }
         for _ in 0..GREETINGS {
             *head = Head::default();
             let Head { header, start } = head;
-            // A byte more than there is room for tells a frame that was cut from one that fits.
-            let (mut from, mut over) = ([0; size_of::<Id>()], [0]);
-            let read = rest.read_from(&self.socket, &mut [&mut from, header, start], usize::MAX, &mut over);
+            let mut from = [0; size_of::<Id>()];
+            let before = &mut [&mut from[..], header, start];
+            let read = rest.read_from(&self.socket, before, usize::MAX, &mut self.over);
             // Errors are of the moment: it is our own socket, and not connected.
             let n = read.ok()?;
             let id = Id::from_ne_bytes(from);
@@ -228,12 +282,31 @@ impl Wire for Switch {
                 self.table.learn(std::array::from_fn(|at| head.start[6 + at]), id);
             }
             head.header = fine;
-            if fine[0] & checksum::NEEDED != 0 && !self.takes_sums && len <= START + rest.len() {
+            if !self.takes.contains(needed(&fine)) {
+                self.cut(Cutter::new(&fine, self.whole(head, rest, len)));
+                match self.next_segment(head, rest) {
+                    Some(len) => return Some(len),
+                    None => continue,
+                }
+            }
+            if fine[0] & checksum::NEEDED != 0
+                && !self.takes.contains(Offloads::CSUM)
+                && len <= START + rest.len()
+            {
                 complete(head, rest, len);
             }
             return Some(len);
         }
         None
+    }
+}
+
+/// What a guest must take for a frame with this header to go to it uncut.
+fn needed(header: &[u8; HEADER]) -> Offloads {
+    match header[1] {
+        TCPV4 => Offloads::CSUM | Offloads::TSO4,
+        TCPV6 => Offloads::CSUM | Offloads::TSO6,
+        _ => Offloads::empty(),
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use super::segment::Id;
-use crate::event_loop::Interest;
+use crate::event_loop::{Event, Interest};
 use crate::poller::{self, Poller};
 use crate::timer::Timer;
 
@@ -18,17 +18,20 @@ enum Source {
     Receive,
     Port,
     Timer,
+    More,
 }
 
 impl poller::Source for Source {
-    const ALL: &'static [Self] = &[Self::Receive, Self::Port, Self::Timer];
+    const ALL: &'static [Self] = &[Self::Receive, Self::Port, Self::Timer, Self::More];
 }
 
-/// What one port waits for: messages, and room for one of its own.
+/// What one port waits for: messages, what is left of one, and room for one of its own.
 #[derive(Debug)]
 pub struct Room {
     poller: Poller<Source>,
     timer: Timer,
+    more: Event,
+    has_more: bool,
     /// The port that is waited for, and since when.
     full: Option<(Id, Instant)>,
     /// Those whose room is told by the poller.
@@ -39,15 +42,24 @@ pub struct Room {
 impl Room {
     /// Messages come by `socket`.
     pub fn new(socket: impl AsFd) -> io::Result<Self> {
-        let (poller, timer) = (Poller::new()?, Timer::new()?);
+        let (poller, timer, more) = (Poller::new()?, Timer::new()?, Event::new()?);
         poller.add_steady(socket, Source::Receive, 0)?;
         poller.add(&timer, Source::Timer, 0, Interest::INPUT)?;
-        Ok(Self { poller, timer, full: None, watched: BTreeSet::new(), stalled: BTreeSet::new() })
+        poller.add_steady(&more, Source::More, 0)?;
+        let (watched, stalled) = Default::default();
+        Ok(Self { poller, timer, more, has_more: false, full: None, watched, stalled })
     }
 
-    /// Readable when there is a message, or when a frame that found no room is worth another try.
+    /// Readable when there is a message, or a part of one, or when a frame that found no room is worth another try.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.poller.as_fd()
+    }
+
+    /// A message that came has more than was fetched of it, or no longer.
+    pub fn set_more(&mut self, has_more: bool) {
+        if std::mem::replace(&mut self.has_more, has_more) != has_more {
+            if has_more { self.more.signal() } else { self.more.clear() }
+        }
     }
 
     /// Port `id` is full, and reached by `socket`. True if it is to be waited for.
