@@ -19,7 +19,7 @@ use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
     BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, Net, NetTarget, OnPanic, OnReboot,
-    OutputFile, Port, Publish, Transport, UserNet, VmConfig, Vsock, port_number,
+    OutputFile, Port, Publish, Transport, UserNet, VmConfig, Vsock, net_dump, port_number,
 };
 use vmm_monitor::machine::outputs;
 use vmm_trace::debug::gdb::Place;
@@ -66,7 +66,7 @@ pub struct Options {
     publish: Vec<Publish>,
     /// Write every frame of the network devices to a file for Wireshark (pcapng): FILE[,max=SIZE]; at that size it becomes FILE.1
     /// and starts afresh
-    #[arg(long, value_name = "FILE", value_parser = output_file())]
+    #[arg(long, value_name = "FILE", value_parser = OsStringValueParser::new().try_map(|text| net_dump(&text)))]
     net_dump: Option<OutputFile>,
     /// Socket device (vsock): the host's programs reach the guest on unix socket PATH, by CONNECT PORT, and the guest those that
     /// listen on PATH_PORT; then ,cid=N for the guest's address, from 3 on [default: beside the control socket, as vmm status

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use firmware::Firmware;
 pub use kernel::Kernel;
-pub use net::{Mac, Net, NetTarget};
+pub use net::{Mac, Net, NetTarget, dump as net_dump};
 pub use net_limits::{Limit, NetLimits};
 pub use plug::Plug;
 pub use text::{ParseError, Size, port_number};
@@ -65,6 +65,7 @@ pub struct VmConfig {
     #[serde(deserialize_with = "text::list")]
     pub net: Vec<Net>,
     /// Where their frames are written to, as pcapng. Full, it becomes PATH.1 and begins anew.
+    #[serde(deserialize_with = "net::optional_dump")]
     pub net_dump: Option<OutputFile>,
     /// A socket device.
     #[serde(deserialize_with = "text::optional")]

@@ -1,5 +1,6 @@
 //! [`Net`]: a network device, and where its frames go on the host.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -49,6 +50,11 @@ pub enum NetTarget {
     Socket(PathBuf),
     /// A unix socket of a process that serves the guest's queues by itself (vhost-user).
     VhostUser(PathBuf),
+}
+
+impl NetTarget {
+    /// What each is called.
+    pub(super) const WORDS: [&str; 7] = ["user", "switch", "tap", "macvtap", "fd", "socket", "vhost-user"];
 }
 
 impl fmt::Display for NetTarget {
@@ -366,6 +372,26 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
 /// The smallest limit of a dump: a file holds its head and one of the longest frames.
 const LEAST_DUMP: Size = Size::from_bytes(256 << 10);
 
+/// Where frames are to be written, by `PATH[,max=SIZE]`.
+///
+/// # Errors
+/// It is no file, or its limit is too low.
+pub fn dump(text: &OsStr) -> Result<OutputFile, ParseError> {
+    OutputFile::with_least(text, LEAST_DUMP)
+}
+
+/// [`dump`] in a file.
+pub fn optional_dump<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<OutputFile>, D::Error> {
+    struct Dump(OutputFile);
+    impl<'de> Deserialize<'de> for Dump {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            let text = host_path::deserialize_text(deserializer)?;
+            dump(&text).map(Self).map_err(ParseError::in_file)
+        }
+    }
+    Ok(Option::<Dump>::deserialize(deserializer)?.map(|dump| dump.0))
+}
+
 /// Checks where the frames of the devices on the `list` are to be written.
 pub fn validate_dump(list: &[Net], dump: Option<&OutputFile>) -> Result<(), Invalid> {
     let Some(dump) = dump else { return Ok(()) };
@@ -379,7 +405,7 @@ pub fn validate_dump(list: &[Net], dump: Option<&OutputFile>) -> Result<(), Inva
         }
         Some(max) if max < LEAST_DUMP => {
             let what = format!("network dump {path}: max={max} is too little for the longest frame");
-            invalid(what, "use max=256K or more")
+            invalid(what, &format!("use max={LEAST_DUMP} or more"))
         }
         _ => Ok(()),
     }
@@ -455,8 +481,31 @@ mod tests {
             assert!(json.contains(&format!("\"{dump}\"")), "{json}");
             assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap(), config);
         }
-        for json in [r#"{"net_dump": "f"}"#, r#"{"net": ["user"], "net_dump": "f,max=255K"}"#] {
-            assert!(config(json).validate().is_err(), "{json}");
+        assert!(config(r#"{"net_dump": "f"}"#).validate().is_err());
+        for least in ["1K", "255K"] {
+            let json = format!(r#"{{"net": ["user"], "net_dump": "f,max={least}"}}"#);
+            let told = serde_json::from_str::<VmConfig>(&json).unwrap_err().to_string();
+            assert!(told.contains(&format!("max={least} is too little; at least max=256K")), "{told}");
+        }
+        let mut config = config(r#"{"net": ["user"], "net_dump": "f"}"#);
+        config.net_dump = Some("f,max=255K".parse().unwrap());
+        assert!(config.validate().unwrap_err().hint.contains("max=256K"));
+    }
+
+    #[test]
+    fn a_word_that_is_nearly_one_is_named() {
+        for (text, hint) in [
+            ("usr", Some("did you mean user?")),
+            ("usre,restrict=on", Some("did you mean user?")),
+            ("tpa=tap0", Some("did you mean tap=...?")),
+            ("swich=lab", Some("did you mean switch=...?")),
+            ("vhost_user=/run/a", Some("did you mean vhost-user=...?")),
+            ("tap0", Some("did you mean tap=...?")),
+            ("user,speed=9", None),
+            ("eth0", None),
+            ("", None),
+        ] {
+            assert_eq!(text.parse::<Net>().unwrap_err().hint(), hint, "{text}");
         }
     }
 

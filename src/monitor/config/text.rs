@@ -13,7 +13,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
 
-use super::{CharTarget, Console, Cpus, Disk, Memory, Net, OutputFile, Port, Vsock, host_path};
+use super::{CharTarget, Console, Cpus, Disk, Memory, Net, NetTarget, OutputFile, Port, Vsock, host_path};
 
 /// A text that does not say what it should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -245,6 +245,14 @@ fn path_hint(text: &OsStr, first: &str, error: &str) -> Option<String> {
     Some(format!("write a comma that belongs to a path twice: {},,{}", shown(&before), shown(&rest)))
 }
 
+/// What a network device may begin with whose first word has a letter more or less than that, or another, or two that changed places.
+fn near_hint(text: &OsStr) -> Option<String> {
+    let items = items(text);
+    let first = items.first().map(|item| shown(pair(item).map_or(item, |(key, _)| key)))?;
+    let word = NetTarget::WORDS.into_iter().find(|word| strsim::osa_distance(&first, word) == 1)?;
+    Some(format!("did you mean {word}{}?", if word == "user" { "" } else { "=..." }))
+}
+
 /// Reads a list of pairs through the type's own serde implementation.
 macro_rules! from_pairs {
     ($type:ty, $first:literal) => {
@@ -256,7 +264,11 @@ macro_rules! from_pairs {
             fn try_from(text: &OsStr) -> Result<Self, ParseError> {
                 <$type>::deserialize(object(text, $first, $word, &$lists)?).map_err(|error| {
                     let what = error.to_string();
-                    let hint = if $first == "path" { path_hint(text, $first, &what) } else { None };
+                    let hint = match $first {
+                        "path" => path_hint(text, $first, &what),
+                        "" => near_hint(text),
+                        _ => None,
+                    };
                     ParseError { what, hint }
                 })
             }
@@ -299,7 +311,7 @@ impl TryFrom<&OsStr> for CharTarget {
             (_, Some((b"file", file))) if !file.is_empty() => {
                 let max = items.get(1).and_then(|item| item.strip_prefix(b"max="));
                 last = if max.is_some() { 2 } else { 1 };
-                Self::File(OutputFile::of(text, file, max)?)
+                Self::File(OutputFile::of(text, file, max, OutputFile::LEAST)?)
             }
             (_, Some((b"socket", socket))) if !socket.is_empty() => Self::Socket(path(socket)),
             _ => return fail(format_args!("{text:?}: {FORMS}")),
@@ -340,24 +352,32 @@ impl fmt::Display for CharTarget {
 impl TryFrom<&OsStr> for OutputFile {
     type Error = ParseError;
     fn try_from(text: &OsStr) -> Result<Self, ParseError> {
-        const MAX: &[u8] = b",max=";
-        let bytes = text.as_bytes();
-        let at = bytes.windows(MAX.len()).rposition(|window| window == MAX);
-        let (path, max) = at.map_or((bytes, None), |at| (&bytes[..at], Some(&bytes[at + MAX.len()..])));
-        Self::of(text, path, max)
+        Self::with_least(text, Self::LEAST)
     }
 }
 
 impl OutputFile {
-    /// `text` names `path`, and its limit.
-    fn of(text: &OsStr, path: &[u8], max: Option<&[u8]>) -> Result<Self, ParseError> {
+    /// The file that `text` names, whose limit is `least` or more.
+    ///
+    /// # Errors
+    /// It names none, or the limit is no size, or less.
+    pub fn with_least(text: &OsStr, least: Size) -> Result<Self, ParseError> {
+        const MAX: &[u8] = b",max=";
+        let bytes = text.as_bytes();
+        let at = bytes.windows(MAX.len()).rposition(|window| window == MAX);
+        let (path, max) = at.map_or((bytes, None), |at| (&bytes[..at], Some(&bytes[at + MAX.len()..])));
+        Self::of(text, path, max, least)
+    }
+
+    /// `text` names `path`, and its limit, which is `least` or more.
+    fn of(text: &OsStr, path: &[u8], max: Option<&[u8]>, least: Size) -> Result<Self, ParseError> {
         if path.is_empty() {
             return fail(format_args!("{text:?}: expected PATH[,max=SIZE]"));
         }
         let path = PathBuf::from(OsStr::from_bytes(path));
         match max.map(|max| shown(max).parse::<Size>()).transpose()? {
-            Some(max) if max < Self::LEAST => {
-                fail(format_args!("{text:?}: max={max} is too little; at least {}", Self::LEAST))
+            Some(max) if max < least => {
+                fail(format_args!("{text:?}: max={max} is too little; at least max={least}"))
             }
             max => Ok(Self { path, max }),
         }
