@@ -14,6 +14,7 @@ mod guest;
 mod hostile;
 mod net;
 mod net_dump;
+mod net_headers;
 mod net_switch;
 mod net_traffic;
 mod net_vhost_user;

@@ -380,12 +380,12 @@ fn a_device_that_was_moved_asks_the_driver_to_announce_itself() {
 
 /// A link that can do everything, and writes down what it is asked for.
 #[derive(Clone)]
-struct Able(Arc<Mutex<Log>>, Arc<Event>);
+pub struct Able(pub Arc<Mutex<Log>>, pub Arc<Event>);
 
 #[derive(Default)]
-struct Log {
+pub struct Log {
     accepted: Vec<Offloads>,
-    sent: Vec<([u8; HEADER], usize)>,
+    pub sent: Vec<([u8; HEADER], usize)>,
     coming: VecDeque<([u8; HEADER], Vec<u8>)>,
 }
 

@@ -216,7 +216,7 @@ pub const TABLE: &[Fault] = &[
             is_there(guest, &line);
         }
     }),
-    Fault("credit: data beyond it, in one packet and in many", |guest, _| {
+    Fault("credit: data beyond it, in one packet", |guest, _| {
         guest.start(0);
         let line = connect(guest, 7);
         // More than is advertised, at one go: 64 times the same page.
