@@ -56,7 +56,7 @@ pub struct Options {
     /// Network device: user (needs nothing: DHCP, names, TCP, UDP, ping; then any of ,ipv6=off ,restrict=on ,dns=ADDR
     /// ,allow=ADDR[/BITS][:PORT] ,publish=HOST:GUEST), switch=NAME (one segment with your other VMs that name it; ,dhcp=off), tap=NAME (yours,
     /// or made if that is allowed), macvtap=NAME (yours), fd=N (a tap or unix socket that was passed), socket=PATH (QEMU's stream:
-    /// passt, gvproxy, another VM) or vhost-user=PATH (a process that serves the guest's queues itself), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap) ,vhost=on (a tap
+    /// passt, gvproxy, another VM) or vhost-user=PATH (a process that serves the guest's queues itself), then any of ,mac=XX:XX:XX:XX:XX:XX ,mtu=N ,queues=N (of a tap or a vhost-user back end) ,vhost=on (a tap
     /// that the host's kernel serves) ,bw=RATE[/BURST] (bytes a second, each way) ,pps=RATE[/BURST] (frames); repeatable
     #[arg(long, value_name = "user|tap=NAME", value_parser = os_text::<Net, _>())]
     net: Vec<Net>,

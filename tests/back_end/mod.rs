@@ -25,6 +25,10 @@ pub const FEATURES: u64 = 1 << 32 | 1 << 30;
 pub const REPLY_ACK: u64 = 1 << 3;
 const HEADER: usize = 12;
 const NEED_REPLY: u32 = 8;
+/// VHOST_USER_PROTOCOL_F_MQ.
+pub const MQ: u64 = 1;
+/// Pairs of rings.
+const PAIRS: usize = 2;
 /// VHOST_USER_GET_VRING_BASE.
 pub const GET_VRING_BASE: u32 = 11;
 
@@ -33,13 +37,15 @@ pub const GET_VRING_BASE: u32 = 11;
 pub struct Conduct {
     pub features: u64,
     pub protocol: u64,
+    /// Pairs of queues that it says it serves.
+    pub pairs: u64,
     /// What becomes of one request, by its number.
     pub fault: Option<(u32, Fault)>,
 }
 
 impl Default for Conduct {
     fn default() -> Self {
-        Self { features: FEATURES, protocol: REPLY_ACK, fault: None }
+        Self { features: FEATURES, protocol: REPLY_ACK, pairs: 1, fault: None }
     }
 }
 
@@ -96,11 +102,11 @@ impl BackEnd {
         let for_thread = seen.clone();
         let thread = thread::spawn(move || {
             let mut wire = wire;
-            while ready([listener.as_fd(), end.as_fd()]) == [true, false] {
+            while ready(&[listener.as_fd(), end.as_fd()]) == [true, false] {
                 let (connection, _) = listener.accept().unwrap();
                 for_thread.lock().unwrap().connection = Some(connection.try_clone().unwrap());
                 let rings = Default::default();
-                let (ram, waiting) = (GuestMemoryMmap::new(), VecDeque::new());
+                let (ram, waiting) = (GuestMemoryMmap::new(), Default::default());
                 Server {
                     connection,
                     conduct: &conduct,
@@ -134,10 +140,10 @@ impl Drop for BackEnd {
 }
 
 /// Waits until one of `descriptors` is readable, or at its end; which are.
-fn ready<const N: usize>(descriptors: [BorrowedFd<'_>; N]) -> [bool; N] {
-    let mut list = descriptors.each_ref().map(|fd| PollFd::new(fd, PollFlags::IN));
+fn ready(descriptors: &[BorrowedFd<'_>]) -> Vec<bool> {
+    let mut list: Vec<_> = descriptors.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
     while poll(&mut list, None).is_err() {}
-    list.map(|fd| !fd.revents().is_empty())
+    list.iter().map(|fd| !fd.revents().is_empty()).collect()
 }
 
 struct Server<'a> {
@@ -145,10 +151,10 @@ struct Server<'a> {
     conduct: &'a Conduct,
     seen: &'a Mutex<Seen>,
     wire: &'a mut Wire,
-    rings: [Ring; 2],
+    rings: [Ring; 2 * PAIRS],
     ram: GuestMemoryMmap<()>,
-    /// Frames for the guest.
-    waiting: VecDeque<Vec<u8>>,
+    /// Frames for the guest, by the pair that they go through.
+    waiting: [VecDeque<Vec<u8>>; PAIRS],
 }
 
 impl Server<'_> {
@@ -161,25 +167,29 @@ impl Server<'_> {
                 Wire::Echo => idle,
                 Wire::Host(file) => file.as_fd(),
             };
-            let [asked, first, second, came, over] = ready([idle, kick(0), kick(1), wire, end]);
+            let kicks = (0..self.rings.len()).map(kick);
+            let ready = ready(&[idle, wire, end].into_iter().chain(kicks).collect::<Vec<_>>());
+            let [asked, came, over, ref kicked @ ..] = ready[..] else { unreachable!() };
             if over {
                 return;
             }
-            for (ring, _) in self.rings.iter().zip([first, second]).filter(|(_, kicked)| *kicked) {
+            for (ring, _) in self.rings.iter().zip(kicked).filter(|(_, kicked)| **kicked) {
                 // It does not block.
                 let _ = ring.kick.as_ref().map(|mut kick| kick.read(&mut [0; 8]));
             }
             if came && let Wire::Host(file) = &mut *self.wire {
                 let mut frame = vec![0; 2048];
-                if let (Ok(len @ 1..), ..=255) = (file.read(&mut frame), self.waiting.len()) {
-                    self.waiting.push_back(frame[..len].to_vec());
+                if let (Ok(len @ 1..), ..=255) = (file.read(&mut frame), self.waiting[0].len()) {
+                    self.waiting[0].push_back(frame[..len].to_vec());
                 }
             }
             if asked && !self.answer() {
                 return;
             }
-            self.transmit();
-            self.receive();
+            for pair in 0..PAIRS {
+                self.transmit(pair);
+                self.receive(pair);
+            }
         }
     }
 
@@ -187,9 +197,10 @@ impl Server<'_> {
         self.rings[ring].kick.is_some() && self.rings[ring].enabled
     }
 
-    fn transmit(&mut self) {
-        while self.usable(1)
-            && let Some((head, parts)) = take(&self.ram, &mut self.rings[1])
+    fn transmit(&mut self, pair: usize) {
+        let ring = 2 * pair + 1;
+        while self.usable(ring)
+            && let Some((head, parts)) = take(&self.ram, &mut self.rings[ring])
         {
             let mut frame = Vec::new();
             for (at, len, _) in parts {
@@ -197,21 +208,22 @@ impl Server<'_> {
                 self.ram.read_slice(&mut part, GuestAddress(at)).unwrap();
                 frame.extend(part);
             }
-            put(&self.ram, &mut self.rings[1], head, 0);
+            put(&self.ram, &mut self.rings[ring], head, 0);
             let frame = frame.split_off(HEADER);
             match &mut *self.wire {
-                Wire::Echo => self.waiting.push_back(frame),
+                Wire::Echo => self.waiting[pair].push_back(frame),
                 Wire::Host(file) => drop(file.write(&frame)),
             }
         }
     }
 
-    fn receive(&mut self) {
-        while self.usable(0)
-            && !self.waiting.is_empty()
-            && let Some((head, parts)) = take(&self.ram, &mut self.rings[0])
+    fn receive(&mut self, pair: usize) {
+        let ring = 2 * pair;
+        while self.usable(ring)
+            && !self.waiting[pair].is_empty()
+            && let Some((head, parts)) = take(&self.ram, &mut self.rings[ring])
         {
-            let frame = self.waiting.pop_front().unwrap_or_default();
+            let frame = self.waiting[pair].pop_front().unwrap_or_default();
             // One buffer was used (num_buffers).
             let all = [&[0; 10][..], &[1, 0], &frame].concat();
             let mut rest = &all[..];
@@ -220,7 +232,7 @@ impl Server<'_> {
                 self.ram.write_slice(part, GuestAddress(at)).unwrap();
                 rest = behind;
             }
-            put(&self.ram, &mut self.rings[0], head, all.len() as u32);
+            put(&self.ram, &mut self.rings[ring], head, all.len() as u32);
         }
     }
 
@@ -231,7 +243,7 @@ impl Server<'_> {
         let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
         let regions = if request == 5 { word(0) as usize } else { 0 };
         let (length, due) = match request {
-            1 | 3 | 15 => (0, 0),
+            1 | 3 | 15 | 17 => (0, 0),
             5 => (8 + 32 * regions, regions),
             9 => (40, 0),
             12..=14 => (8, 1),
@@ -246,7 +258,10 @@ impl Server<'_> {
                 assert_eq!(accepted & due, due, "SET_FEATURES {accepted:#x} lacks one of {due:#x}");
             }
             16 => assert_eq!(long(0) & !self.conduct.protocol, 0, "SET_PROTOCOL_FEATURES"),
-            8..=14 | 18 => assert!(word(0) < 2, "request {request} for ring {}", word(0)),
+            8..=14 | 18 => {
+                let rings = 2 * self.conduct.pairs;
+                assert!(u64::from(word(0)) < rings, "request {request} for ring {}", word(0));
+            }
             _ => {}
         }
         if let 9 | 12 | 18 = request {
@@ -268,7 +283,7 @@ impl Server<'_> {
         let number =
             |at: usize| payload.get(at..at + 8).map(|bytes| u64::from_ne_bytes(bytes.try_into().unwrap()));
         let first = number(0).unwrap_or_default();
-        let (index, value) = (first as u32 as usize & 1, (first >> 32) as u16);
+        let (index, value) = (first as u32 as usize % (2 * PAIRS), (first >> 32) as u16);
         self.check(request, &payload, descriptors.len());
         let ring = &mut self.rings[index];
         let mut file = || descriptors.pop().map(File::from);
@@ -301,6 +316,7 @@ impl Server<'_> {
             13 => ring.call = file(),
             14 => {}
             15 => answer = Some(self.conduct.protocol),
+            17 => answer = Some(self.conduct.pairs),
             18 => ring.enabled = value != 0,
             _ => panic!("request {request}"),
         }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use vmm_monitor::config;
@@ -11,7 +11,7 @@ use vmm_monitor::net::{HEADER, Ports};
 use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::net::Net;
 
-use crate::back_end::{BackEnd, Conduct, FEATURES, Fault, GET_VRING_BASE, Wire};
+use crate::back_end::{BackEnd, Conduct, FEATURES, Fault, GET_VRING_BASE, MQ, REPLY_ACK, Wire};
 use crate::guest::{DATA, EVENT_IDX, Guest, NEEDS_RESET, STATUS};
 use crate::net::{RECEIVE, TO_HOST, TRANSMIT, command, numbered, offer, send};
 use crate::subjects::frame;
@@ -21,17 +21,19 @@ const GUEST_CSUM: u64 = 1 << 1;
 const HOST_TSO4: u64 = 1 << 11;
 const MRG_RXBUF: u64 = 1 << 15;
 const INDIRECT: u64 = 1 << 28;
+const NET_MQ: u64 = 1 << 22;
 /// Where configuration space has the link's status.
 const LINK: u64 = 6;
 
 struct Place {
     dir: tempfile::TempDir,
+    pairs: u16,
     ports: Ports,
 }
 
 impl Place {
     fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap(), ports: Ports::default() }
+        Self { dir: tempfile::tempdir().unwrap(), pairs: 1, ports: Ports::default() }
     }
 
     fn path(&self) -> PathBuf {
@@ -43,25 +45,25 @@ impl Place {
         BackEnd::listen(&self.path(), conduct, Wire::Echo)
     }
 
+    fn config(&self) -> config::Net {
+        format!("vhost-user={},queues={}", self.path().display(), self.pairs).parse().unwrap()
+    }
+
     /// The device that a machine would get here, now.
     fn device(&mut self) -> Box<dyn VirtioDevice> {
-        let path = self.path();
-        Box::new(Net::new(self.ports.get(0, &config(&path), None).unwrap(), None))
+        let config = self.config();
+        Box::new(Net::new(self.ports.get(0, &config, None).unwrap(), None))
     }
 
     /// What is said of the path, and what is to be tried.
     fn refusal(&mut self) -> String {
-        let path = self.path();
-        let error = self.ports.get(0, &config(&path), None).unwrap_err();
+        let (path, config) = (self.path(), self.config());
+        let error = self.ports.get(0, &config, None).unwrap_err();
         assert!(error.is_bad_argument());
         let told = format!("{}; {}", error_chain(&error), error.hint());
         assert!(told.contains(path.to_str().unwrap()), "{told}");
         told
     }
-}
-
-fn config(path: &Path) -> config::Net {
-    format!("vhost-user={}", path.display()).parse().unwrap()
 }
 
 /// A frame goes to the back end, and comes back.
@@ -105,6 +107,74 @@ fn a_back_end_carries_frames_over_pauses_resets_and_new_devices() {
     exchange(&mut guest, 99);
     let owners = back_end.seen.lock().unwrap().requests.iter().filter(|request| **request == 3).count();
     assert_eq!(owners, 1, "one connection");
+}
+
+#[test]
+fn a_back_end_serves_the_pairs_that_the_driver_uses() {
+    let mut place = Place::new();
+    place.pairs = 2;
+    let conduct = Conduct { features: FEATURES | NET_MQ, protocol: REPLY_ACK | MQ, pairs: 2, fault: None };
+    let back_end = place.back_end(conduct);
+    let mut guest = Guest::shared(place.device());
+    let set = |guest: &mut Guest, pairs: u8| {
+        guest.store(DATA, &[4, 0, pairs, 0]);
+        assert_eq!(guest.request(4, &[(DATA, 4)], &[(DATA + 0xf00, 1)]), 1);
+        guest.load(DATA + 0xf00, 1)[0]
+    };
+    let second = |guest: &mut Guest, number: u8| {
+        guest.rings[2].add(&[], &[(DATA + 0x9000, 2000)]);
+        guest.notify(2);
+        // Behind what the first pair has.
+        let bytes = [&[0; HEADER][..], &frame(TO_HOST, &[number; 50])].concat();
+        guest.store(DATA + 0x8000, &bytes);
+        guest.rings[3].add(&[(DATA + 0x8000, bytes.len() as u32)], &[]);
+        guest.notify(3);
+    };
+    for round in 0..2 {
+        guest.start(0);
+        assert_eq!(guest.rings.len(), 5);
+        exchange(&mut guest, round);
+        assert_eq!(back_end.seen.lock().unwrap().accepted & NET_MQ, NET_MQ);
+        second(&mut guest, 7);
+        guest.settle();
+        exchange(&mut guest, round + 10);
+        assert_eq!(guest.rings[3].used(), None, "nobody serves it");
+        assert_eq!([0, 3].map(|pairs| set(&mut guest, pairs)), [1, 1]);
+        assert_eq!(set(&mut guest, 2), 0);
+        guest.rings[3].wait_used(10);
+        let (_, len) = guest.rings[2].wait_used(10);
+        assert_eq!(
+            guest.load(DATA + 0x9000 + HEADER as u64, len as usize - HEADER),
+            frame(TO_HOST, &[7; 50])
+        );
+        // A pause changes nothing of that.
+        guest.settle();
+        exchange(&mut guest, round + 20);
+        second(&mut guest, 8);
+        guest.rings[3].wait_used(10);
+        guest.rings[2].wait_used(10);
+        assert_eq!(set(&mut guest, 1), 0);
+        second(&mut guest, 9);
+        exchange(&mut guest, round + 30);
+        assert_eq!(guest.rings[3].used(), None);
+    }
+    // A driver without MQ has one pair.
+    guest.start(NET_MQ);
+    exchange(&mut guest, 40);
+    assert_eq!(back_end.seen.lock().unwrap().accepted & NET_MQ, 0);
+}
+
+#[test]
+fn a_back_end_with_fewer_pairs_than_are_asked_for_is_refused() {
+    for (features, protocol, pairs) in [(NET_MQ, 0, 2), (0, MQ, 2), (NET_MQ, MQ, 1)] {
+        let mut place = Place::new();
+        place.pairs = 2;
+        let conduct =
+            Conduct { features: FEATURES | features, protocol: REPLY_ACK | protocol, pairs, fault: None };
+        let _back_end = place.back_end(conduct);
+        let told = place.refusal();
+        assert!(told.contains("serves 1 of 2 pairs of queues") && told.contains("queues=1"), "{told}");
+    }
 }
 
 #[test]

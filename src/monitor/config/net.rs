@@ -23,7 +23,7 @@ pub struct Net {
     pub mac: Option<Mac>,
     /// The largest packet, in bytes without Ethernet's header. Absent: what suits the end ([`Net::mtu`]).
     pub mtu: Option<u16>,
-    /// Pairs of queues, of a tap. Absent: one.
+    /// Pairs of queues, of a tap or a vhost-user back end. Absent: one.
     pub queues: Option<u16>,
     /// The host's kernel serves a tap's queues (vhost-net), in the monitor's place.
     pub vhost: bool,
@@ -338,8 +338,12 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
         if !(1..=Net::MAX_QUEUES).contains(&net.queues()) {
             return invalid(format!("{} pairs of queues", net.queues()), "use queues=1 to queues=16");
         }
-        if net.queues() > 1 && !matches!(net.to, NetTarget::Tap(_) | NetTarget::Macvtap(_)) {
-            return invalid("several queues need a tap".to_owned(), "drop queues=, or use tap=NAME");
+        let several = matches!(net.to, NetTarget::Tap(_) | NetTarget::Macvtap(_) | NetTarget::VhostUser(_));
+        if net.queues() > 1 && !several {
+            return invalid(
+                "several queues need a tap, or a vhost-user back end".to_owned(),
+                "drop queues=, or use tap=NAME",
+            );
         }
         if net.vhost && !matches!(net.to, NetTarget::Tap(_)) {
             return invalid("vhost=on needs a tap".to_owned(), "drop vhost=, or use tap=NAME");

@@ -23,11 +23,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitflags::bitflags;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MQ;
 
 use crate::config::{self, NetTarget, OutputFile};
 use crate::memory::{Buffers, Slices};
 use crate::runtime_dir;
-use crate::vhost::FrontEnd;
+use crate::vhost::{Error as BackEndError, FrontEnd};
 
 use dump::{Dump, Dumped, Queue};
 pub use error::Error;
@@ -230,9 +231,14 @@ impl Ports {
             NetTarget::Fd(fd) => vec![fd::inherited(*fd)?],
             NetTarget::Socket(path) => vec![Box::new(socket::Stream::connect(path)?)],
             NetTarget::VhostUser(path) => {
-                let back_end = Arc::new(FrontEnd::connect(path)?);
+                let pairs = config.queues();
+                let back_end = Arc::new(FrontEnd::connect(path, pairs)?);
+                if pairs > 1 && back_end.features() & 1 << VIRTIO_NET_F_MQ == 0 {
+                    return Err(BackEndError::Queues { path: path.clone(), most: 1, asked: pairs }.into());
+                }
                 server = Server::BackEnd(back_end.clone());
-                vec![Box::new(server::Unseen(back_end))]
+                let link = |pair| Box::new(server::Unseen { back_end: back_end.clone(), pair }) as _;
+                (0..pairs.into()).map(link).collect()
             }
         };
         let links = wires.into_iter().map(|wire| match &self.noted {

@@ -17,7 +17,7 @@ pub enum Server {
     Monitor,
     /// The host's kernel, one for each pair.
     Kernel(Vec<Arc<Vhost>>),
-    /// Another process, whose frames go where it likes (vhost-user). One pair.
+    /// Another process, whose frames go where it likes (vhost-user).
     BackEnd(Arc<FrontEnd>),
 }
 
@@ -27,7 +27,7 @@ impl Server {
         match self {
             Self::Monitor => 0,
             Self::Kernel(pairs) => pairs.len(),
-            Self::BackEnd(_) => 1,
+            Self::BackEnd(back_end) => back_end.broken().len(),
         }
     }
 
@@ -36,7 +36,7 @@ impl Server {
         match self {
             Self::Monitor => Vec::new(),
             Self::Kernel(pairs) => pairs.iter().map(|vhost| vhost.broken()).collect(),
-            Self::BackEnd(back_end) => vec![back_end.broken()],
+            Self::BackEnd(back_end) => back_end.broken().iter().collect(),
         }
     }
 
@@ -97,16 +97,23 @@ impl Server {
     }
 }
 
-/// The link of a port whose frames this process never sees: it knows only whether the back end is there.
-pub struct Unseen(pub Arc<FrontEnd>);
+/// The link of a pair of queues whose frames this process never sees: it knows only whether the back end is there.
+pub struct Unseen {
+    pub back_end: Arc<FrontEnd>,
+    pub pair: usize,
+}
 
 impl Wire for Unseen {
     fn fd(&self) -> BorrowedFd<'_> {
-        self.0.fd()
+        self.back_end.fd()
     }
 
     fn is_up(&self) -> bool {
-        self.0.is_up()
+        self.back_end.is_up()
+    }
+
+    fn set_attached(&mut self, on: bool) {
+        self.back_end.set_enabled(self.pair, on);
     }
 
     /// Any: the back end's features say which.

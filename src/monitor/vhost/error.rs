@@ -38,6 +38,16 @@ pub enum Error {
         /// The socket.
         path: PathBuf,
     },
+    /// It serves fewer pairs of queues than it is asked for.
+    #[error("vhost-user back end {path} serves {most} of {asked} pairs of queues", path = path.display())]
+    Queues {
+        /// The socket.
+        path: PathBuf,
+        /// What it serves.
+        most: u64,
+        /// What it is asked for.
+        asked: u16,
+    },
     /// The host is out of descriptors.
     #[error("cannot make an eventfd for a vhost-user back end")]
     Host(#[source] io::Error),
@@ -60,6 +70,9 @@ impl Error {
                 quoted(path)
             ),
             Self::Legacy { .. } => "use a back end of virtio 1.0 or later".to_owned(),
+            Self::Queues { most, .. } => {
+                format!("use queues={}, or start the back end with more", (*most).max(1))
+            }
             Self::Host(_) => "see what the limits are: ulimit -a".to_owned(),
         }
     }

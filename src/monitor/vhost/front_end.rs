@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,8 @@ use crate::memory::{self, GuestRam};
 const PATIENCE: Duration = Duration::from_secs(1);
 /// VHOST_USER_F_PROTOCOL_FEATURES, among the features of virtio.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// VHOST_USER_PROTOCOL_F_MQ: it can be asked how many pairs of queues it serves.
+const MQ: u64 = 1;
 /// VHOST_USER_PROTOCOL_F_REPLY_ACK: requests without an answer of their own have one, too.
 const REPLY_ACK: u64 = 1 << 3;
 
@@ -50,16 +52,18 @@ pub struct FrontEnd {
     protocol: u64,
     up: AtomicBool,
     served: Mutex<Option<(GuestRam, Vec<Served>)>>,
-    /// The back end signals it when it finds a ring that breaks the rules.
-    broken: Event,
+    /// Pairs of rings that are to be served, a bit each; of those that are not, the back end has the rings alone.
+    enabled: AtomicU64,
+    /// One for each pair: the back end signals it when it finds a ring that breaks the rules.
+    broken: Vec<Event>,
 }
 
 impl FrontEnd {
-    /// Connects to who listens at `path`, and agrees with it on the protocol.
+    /// Connects to who listens at `path`, and agrees with it on the protocol, and on `pairs` pairs of queues (64 at most).
     ///
     /// # Errors
     /// [`Error`]
-    pub fn connect(path: &Path) -> Result<Self, Error> {
+    pub fn connect(path: &Path, pairs: u16) -> Result<Self, Error> {
         let refused = |source| Error::Connect { path: path.to_owned(), source };
         let kind = std::fs::metadata(path).map_err(refused)?.file_type();
         if !kind.is_socket() {
@@ -79,25 +83,36 @@ impl FrontEnd {
             protocol: 0,
             up: AtomicBool::new(true),
             served: Mutex::default(),
-            broken: Event::new().map_err(Error::Host)?,
+            enabled: AtomicU64::new(1),
+            broken: (0..pairs).map(|_| Event::new()).collect::<Result<_, _>>().map_err(Error::Host)?,
         };
-        front_end.agree().map_err(|source| Error::Talk { path: path.to_owned(), source })?;
+        let most = front_end.agree().map_err(|source| Error::Talk { path: path.to_owned(), source })?;
         if front_end.features & 1 << VIRTIO_F_VERSION_1 == 0 {
             return Err(Error::Legacy { path: path.to_owned() });
+        }
+        if u64::from(pairs) > most {
+            return Err(Error::Queues { path: path.to_owned(), most, asked: pairs });
         }
         Ok(front_end)
     }
 
-    fn agree(&mut self) -> io::Result<()> {
+    /// How many pairs of queues it serves.
+    fn agree(&mut self) -> io::Result<u64> {
         let deadline = Instant::now() + PATIENCE;
+        let mut most = 1;
         self.features = self.ask(Request::GetFeatures, &[], deadline)?;
         if self.features & PROTOCOL_FEATURES != 0 {
             let theirs: u64 = self.ask(Request::GetProtocolFeatures, &[], deadline)?;
-            let agreed = theirs & REPLY_ACK;
+            let several = self.broken.len() > 1;
+            let agreed = theirs & (REPLY_ACK | if several { MQ } else { 0 });
             self.set(Request::SetProtocolFeatures, agreed.as_bytes(), &[], deadline)?;
             self.protocol = agreed;
+            if agreed & MQ != 0 {
+                most = self.ask(Request::GetQueueNum, &[], deadline)?;
+            }
         }
-        self.set(Request::SetOwner, &[], &[], deadline)
+        self.set(Request::SetOwner, &[], &[], deadline)?;
+        Ok(most)
     }
 
     /// The feature bits of virtio, of the device and of its rings, that the back end knows.
@@ -115,9 +130,33 @@ impl FrontEnd {
         self.socket.as_fd()
     }
 
-    /// Readable when a ring has been found broken.
-    pub fn broken(&self) -> &Event {
+    /// Of each pair, what is readable when one of its rings has been found broken.
+    pub fn broken(&self) -> &[Event] {
         &self.broken
+    }
+
+    /// Has the rings of `pair` served from now on, or no more.
+    pub fn set_enabled(&self, pair: usize, on: bool) {
+        let bit = 1u64.checked_shl(pair as u32).unwrap_or(0);
+        let before = match on {
+            true => self.enabled.fetch_or(bit, Ordering::SeqCst),
+            false => self.enabled.fetch_and(!bit, Ordering::SeqCst),
+        };
+        if on == (before & bit != 0) || self.features & PROTOCOL_FEATURES == 0 {
+            return;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let served = self.served();
+        let rings = served.iter().flat_map(|(_, rings)| rings).filter(|ring| pair_of(ring.index) == pair);
+        for Served { index, .. } in rings.filter(|_| self.is_up()) {
+            if let Err(error) = self.enable(*index, on, deadline) {
+                self.give_up(&error.to_string());
+            }
+        }
+    }
+
+    fn enable(&self, index: u32, on: bool, deadline: Instant) -> io::Result<()> {
+        self.set(Request::SetVringEnable, State { index, num: on.into() }.as_bytes(), &[], deadline)
     }
 
     /// Looks what has come on [`FrontEnd::fd`]: a back end says nothing unasked, so that this can only be its end.
@@ -181,14 +220,17 @@ impl FrontEnd {
             set(Request::SetVringBase, state(ring.next).as_bytes(), &[])?;
             set(Request::SetVringAddr, addresses.as_bytes(), &[])?;
             let number = u64::from(index);
-            set(Request::SetVringErr, number.as_bytes(), &[self.broken.as_fd()])?;
+            if let Some(broken) = self.broken.get(pair_of(index)) {
+                set(Request::SetVringErr, number.as_bytes(), &[broken.as_fd()])?;
+            }
             set(Request::SetVringCall, number.as_bytes(), &[ring.call])?;
             set(Request::SetVringKick, number.as_bytes(), &[ring.kick])?;
         }
         // Without the protocol's features a ring is enabled from its first kick on.
         if self.features & PROTOCOL_FEATURES != 0 {
-            for (index, _) in rings {
-                set(Request::SetVringEnable, State { index: *index, num: 1 }.as_bytes(), &[])?;
+            let enabled = self.enabled.load(Ordering::SeqCst);
+            for (index, _) in rings.iter().filter(|(index, _)| enabled >> pair_of(*index) & 1 != 0) {
+                self.enable(*index, true, deadline)?;
             }
         }
         Ok(())
@@ -257,6 +299,11 @@ impl FrontEnd {
             Some(_) => Err(io::Error::other(format!("{request:?} is refused"))),
         }
     }
+}
+
+/// The pair that a ring is of.
+fn pair_of(index: u32) -> usize {
+    index as usize / 2
 }
 
 /// Guest memory as the back end maps it. Its addresses are the guest's own: those of this process are none of its business.

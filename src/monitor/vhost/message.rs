@@ -30,6 +30,7 @@ pub enum Request {
     SetVringErr = 14,
     GetProtocolFeatures = 15,
     SetProtocolFeatures = 16,
+    GetQueueNum = 17,
     SetVringEnable = 18,
 }
 

@@ -22,7 +22,7 @@ pub fn able(server: &Server) -> u64 {
         }
         // It hears of the offloads once, before it starts.
         Server::BackEnd(back_end) => {
-            let lacks = features::OF_FRAMES & !back_end.features();
+            let lacks = (features::OF_FRAMES | features::MQ) & !back_end.features();
             !(features::FILTERS | features::CTRL_GUEST_OFFLOADS | lacks)
         }
     }
@@ -51,7 +51,7 @@ impl Offload for Net {
         let of_frames = match &self.port.server {
             // The rest of it is the tap's.
             Server::Kernel(_) => features::MRG_RXBUF,
-            _ => features::OF_FRAMES,
+            _ => features::OF_FRAMES | features::MQ,
         };
         let agreed = agreed(rings) | self.features & of_frames;
         let ring = |index| rings.iter().find(|ring| ring.queue == index).map(OffloadedRing::ring);
