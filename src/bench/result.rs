@@ -94,6 +94,8 @@ pub enum Unit {
     Nanoseconds,
     /// Cycles of the host's time-stamp counter.
     Cycles,
+    /// Instructions of the whole host, by a repeatable clock.
+    Instructions,
     /// 1024 bytes.
     Kibibytes,
     /// 2^20 bytes a second.
@@ -109,6 +111,7 @@ impl Unit {
             Self::Milliseconds => "ms",
             Self::Nanoseconds => "ns",
             Self::Cycles => "cycles",
+            Self::Instructions => "instructions",
             Self::Kibibytes => "KiB",
             Self::MebibytesPerSecond => "MiB/s",
             Self::PerSecond => "/s",

@@ -24,6 +24,7 @@ pub fn scale(unit: Unit, smallest: f64) -> (f64, &'static str) {
         Unit::Kibibytes => &[(1024.0 * 1024.0, "GiB"), (1024.0, "MiB")],
         Unit::MebibytesPerSecond => &[(1024.0, "GiB/s")],
         Unit::PerSecond => &[(1e6, "million/s"), (1e3, "thousand/s")],
+        Unit::Instructions => &[(1e6, "million instructions"), (1e3, "thousand instructions")],
         Unit::Cycles => &[],
     };
     let found = larger.iter().find(|(factor, _)| smallest >= *factor);

@@ -114,9 +114,7 @@ pub fn run(
     plan: Plan,
     progress: &mut dyn FnMut(f64, &str),
 ) -> Result<Suite, String> {
-    if setting.repeatable_clock
-        && matches!(name, Name::Cpu | Name::Mem | Name::Block | Name::Net | Name::Console)
-    {
+    if setting.repeatable_clock && matches!(name, Name::Cpu | Name::Mem | Name::Block | Name::Console) {
         return Err("it measures what a clock that counts instructions hides (caches, disks, schedulers): leave --icount away"
             .to_owned());
     }

@@ -219,14 +219,18 @@ impl Contender for Networked<'_> {
         let child = command.spawn().map_err(|error| format!("start {}: {error}", self.program.display()))?;
         let mut running = Running(child);
         let deadline = Instant::now() + LIMIT;
-        let values = peer.serve(&mut || match running.0.try_wait() {
+        let mut alive = || match running.0.try_wait() {
             Ok(Some(status)) => Err(format!("it ended with {status}")),
             _ if Instant::now() > deadline => Err(format!("nobody came for {LIMIT:?}")),
             _ if INTERRUPTED.load(Ordering::SeqCst) => Err("interrupted".to_owned()),
             _ => Ok(()),
-        });
+        };
+        let values = match self.setting.repeatable_clock {
+            true => peer.count(&mut alive).map(|counts| counts.to_vec()),
+            false => peer.serve(&mut alive).map(|values| values.to_vec()),
+        };
         running.end();
-        values.map(|values| values.to_vec()).map_err(|why| {
+        values.map_err(|why| {
             let said = fs::read_to_string(&complaint).unwrap_or_default();
             format!("{why}: {}", said.trim())
         })

@@ -16,7 +16,7 @@ const MOST_TRIPS: usize = 2000;
 /// Bytes of an answer.
 pub const ANSWER: usize = 1024;
 /// Bytes of one read or write.
-const PIECE: usize = 256 << 10;
+pub const PIECE: usize = 256 << 10;
 /// A connection on which nothing moves for so long is given up.
 const SILENCE: Duration = Duration::from_secs(20);
 /// How soon it is seen that the other end is gone.
@@ -64,7 +64,11 @@ impl Peer {
         Ok([from, to, median, p99, requests, from_cost, to_cost])
     }
 
-    fn accept(&self, alive: &mut dyn FnMut() -> Result<(), String>) -> Result<TcpStream, String> {
+    /// Who comes next. `alive` is asked while nobody does.
+    ///
+    /// # Errors
+    /// What `alive` says, or the host.
+    pub fn accept(&self, alive: &mut dyn FnMut() -> Result<(), String>) -> Result<TcpStream, String> {
         loop {
             match self.listener.accept() {
                 Ok((stream, _)) => {
@@ -87,14 +91,6 @@ impl Peer {
 
     /// Answers for a while; requests a second.
     fn requests(&self, alive: &mut dyn FnMut() -> Result<(), String>) -> Result<f64, String> {
-        let answer = |mut stream: TcpStream, bytes: &[u8]| -> io::Result<()> {
-            stream.read_exact(&mut [0; REQUEST])?;
-            stream.write_all(bytes)?;
-            stream.shutdown(Shutdown::Write)?;
-            // The client closes first, so that no port of this side waits in TIME_WAIT.
-            while stream.read(&mut [0; 64])? > 0 {}
-            Ok(())
-        };
         let failed = |error: io::Error| format!("requests: {error}");
         answer(self.accept(alive)?, &[b'a'; ANSWER]).map_err(failed)?;
         let start = Instant::now();
@@ -108,6 +104,16 @@ impl Peer {
         answer(self.accept(alive)?, &[]).map_err(failed)?;
         Ok(f64::from(count) / span.as_secs_f64())
     }
+}
+
+/// Answers one request, and waits until the other end is gone.
+pub fn answer(mut stream: TcpStream, bytes: &[u8]) -> io::Result<()> {
+    stream.read_exact(&mut [0; REQUEST])?;
+    stream.write_all(bytes)?;
+    stream.shutdown(Shutdown::Write)?;
+    // The client closes first, so that no port of this side waits in TIME_WAIT.
+    while stream.read(&mut [0; 64])? > 0 {}
+    Ok(())
 }
 
 /// MiB a second, and what a GB costs the host's processors, in milliseconds.

@@ -43,7 +43,7 @@ impl Search {
 
 /// The domains of a resolv.conf(5): the last line that names some counts.
 fn parse(text: &str) -> Vec<u8> {
-    let lines = text.lines().filter_map(|line| {
+    let mut lines = text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
         let most = match words.next()? {
             "search" => usize::MAX,
@@ -53,7 +53,7 @@ fn parse(text: &str) -> Vec<u8> {
         Some(words.take(most))
     });
     let mut list = Vec::new();
-    for name in lines.last().into_iter().flatten().filter_map(wire) {
+    for name in lines.next_back().into_iter().flatten().filter_map(wire) {
         if list.len() + name.len() > MOST {
             break;
         }
