@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::peer::{ANSWER, PIECE, Peer, answer};
+use crate::sandbox::idle::idle_class;
 
 /// Bytes before the clock starts: TCP's windows open, buffers exist.
 const UNCOUNTED: usize = 2 << 20;
@@ -162,14 +163,6 @@ impl Drop for Spare {
             let _ = thread.join();
         }
     }
-}
-
-/// This thread runs when no other wants to (sched(7), SCHED_IDLE). KVM polls for no halted guest while there is one.
-fn idle_class() -> io::Result<()> {
-    let none = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the kernel reads one structure, which lives for the call, and changes nothing but this thread's class.
-    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const none) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]
