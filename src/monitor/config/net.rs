@@ -576,7 +576,7 @@ mod tests {
             &["user,vhost=on"],
             &["tap=a,vhost=on,bw=1M"],
             &["vhost-user=a,pps=9"],
-            &["vhost-user=a,queues=2"],
+            &["vhost-user=a,queues=17"],
             &["vhost-user=a", "vhost-user=a"],
             &["tap=a", "tap=a"],
             &["fd=3", "fd=3"],
