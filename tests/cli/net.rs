@@ -62,7 +62,7 @@ fn ends_that_cannot_be() {
         ("--net vhost-user=deserted", &["vhost-user back end deserted", "refused"]),
         ("--net vhost-user=a,mtu=67", &["vhost-user=a", "MTU"]),
         ("--net vhost-user=a,queues=17", &["17 pairs of queues"]),
-        ("--net usr", &["'usr'", "did you mean user?"]),
+        ("--net usr", &["'usr'", "one of user"]),
         ("--net user --net-dump frames,max=1K", &["frames,max=1K", "at least max=256K"]),
         ("--net vhost-user=a,bw=1M", &["keeps no limits"]),
         ("--net vhost-user=a --net-dump frames", &["network dump sees none"]),
