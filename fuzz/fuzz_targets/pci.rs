@@ -22,7 +22,7 @@ static RAM: LazyLock<Arc<GuestRam>> = LazyLock::new(|| ram(0x1_0000));
 fuzz_target!(|data: &[u8]| {
     let vm = Arc::new(FakeVm::default());
     let weak: Weak<FakeVm> = Arc::downgrade(&vm);
-    let segment = Arc::new(Segment::new(WINDOW));
+    let segment = Arc::new(Segment::new([WINDOW]));
     segment.insert(0, Arc::new(Mutex::new(HostBridge::default())), 0..0).unwrap();
     let line = Arc::new(Line::new(weak.clone(), 17));
     let functions = [1, 2].map(|number| {
@@ -35,7 +35,7 @@ fuzz_target!(|data: &[u8]| {
     });
     let mut windows: [Box<dyn Device>; 3] = [
         Box::new(Ecam(segment.clone())),
-        Box::new(Memory(segment.clone())),
+        Box::new(Memory { segment: segment.clone(), base: WINDOW.start }),
         Box::new(ConfigPorts::new(segment, Box::new(ResetControl::default()))),
     ];
     let sizes = [3 << 15, 4 * SIZE, 8];

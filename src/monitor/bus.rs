@@ -103,7 +103,7 @@ pub enum Kind {
     PciEcam,
     /// The registers by which PCI functions come and go.
     PciHotPlug,
-    /// The window in which PCI functions' memory is.
+    /// A window in which PCI functions' memory is.
     PciMemory,
     IoApic,
     /// KVM's own: it answers without the monitor.

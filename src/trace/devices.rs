@@ -6,6 +6,7 @@ use super::file::Header;
 use super::pci;
 use vmm_monitor::memory::layout;
 use vmm_monitor::recorder::{Event, Kind};
+use vmm_monitor::virtio::pci::SIZE;
 
 /// Who answered `event`, and what it was to them. `None` for an exit that no device is asked about.
 pub fn tell(header: &Header, event: &Event) -> Option<String> {
@@ -34,7 +35,10 @@ pub fn tell(header: &Header, event: &Event) -> Option<String> {
         "pci-hot-plug" => pci::hot_plug(offset, read, event),
         "pci-ports" => pci::ports(offset, read, event),
         "pci-ecam" => pci::ecam(offset, read, event),
-        _ if layout::PCI_MEMORY.contains(&event.address) => pci::virtio(offset, read, event),
+        // Above 4 GiB nothing else answers. Who is not known by its place has its structures where all have them.
+        _ if layout::PCI_MEMORY.contains(&event.address) || event.address >= layout::HOLE.end => {
+            pci::virtio(offset % SIZE, read, event)
+        }
         _ if name.starts_with("virtio-") => virtio_mmio(offset, read, event),
         _ => access(&format!("+{offset:#x}"), read, event),
     };
@@ -180,7 +184,14 @@ mod tests {
         let range = |name: &str, base, size| Range { name: name.to_owned(), base, size };
         let header = Header {
             ports: vec![range("serial", 0x3f8, 8), range("i8042", 0x60, 5), range("pci-hot-plug", 0x610, 12)],
-            addresses: vec![range("virtio-console", 0xfe00_0000, 0x1000)],
+            addresses: vec![
+                range("pci-memory", 0xe000_0000, 0x1800_0000),
+                range("virtio-rng", 0xe000_0000, 0x8000),
+                range("virtio-blk0", 0xe000_8000, 0x8000),
+                range("virtio-console", 0xfe00_0000, 0x1000),
+                range("pci-memory-high", 0x1_4000_0000, 0x4000_0000),
+                range("pci-00:03.0", 0x1_4000_0000, 0x8000),
+            ],
             ..Header::default()
         };
         let event = |kind: Kind, address, value| Event {
@@ -202,6 +213,11 @@ mod tests {
             (Kind::PioIn, 0x614, 0, "pci-hot-plug wanted back -> 0x0: none"),
             (Kind::PioOut, 0x618, 0x8000_0000, "pci-hot-plug eject <- 0x80000000: 00:1f.0"),
             (Kind::MmioWrite, 0xfe00_0050, 1, "virtio-console QueueNotify <- 1: kick"),
+            (Kind::MmioWrite, 0xe000_0014, 0, "virtio-rng device_status <- 0x0"),
+            (Kind::MmioRead, 0xe000_9000, 1, "virtio-blk0 ISR status -> 0x1"),
+            (Kind::MmioRead, 0xe001_1000, 1, "pci-memory ISR status -> 0x1"),
+            (Kind::MmioRead, 0x1_4000_1000, 1, "pci-00:03.0 ISR status -> 0x1"),
+            (Kind::MmioRead, 0x1_4000_9000, 1, "pci-memory-high ISR status -> 0x1"),
             (Kind::MmioWrite, 0xfe00_0070, 3, "virtio-console Status <- 0x3: ACKNOWLEDGE DRIVER"),
             (Kind::MmioRead, 0xfe00_0100, 0x50, "virtio-console config+0x0 -> 0x50"),
         ] {

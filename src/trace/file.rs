@@ -116,11 +116,12 @@ pub struct Range {
 }
 
 impl Header {
-    /// The device at `address` among `ranges`, and the offset into it.
+    /// The device at `address` among `ranges`, and the offset into it. Of a PCI function and the window around it, the function.
     pub fn find(ranges: &[Range], address: u64) -> Option<(&str, u64)> {
         let inside =
             |range: &&Range| address.checked_sub(range.base).is_some_and(|offset| offset < range.size);
-        ranges.iter().find(inside).map(|range| (range.name.as_str(), address - range.base))
+        let smallest = ranges.iter().filter(inside).min_by_key(|range| range.size);
+        smallest.map(|range| (range.name.as_str(), address - range.base))
     }
 }
 

@@ -16,8 +16,7 @@ impl Header {
             let here = move |slot: &&Slot| (slot.place == Place::Pio) == ports && slot.kind != Kind::InKernel;
             let range = |slot: &Slot| Range { name: slot.name.clone(), base: slot.base, size: slot.size };
             let mut ranges: Vec<_> = inventory.iter().chain(&spare).filter(here).map(range).collect();
-            // Of PCI functions' memory and the window around it, the one that ends first is the one to find.
-            ranges.sort_unstable_by_key(|range| (range.base, std::cmp::Reverse(range.size)));
+            ranges.sort_unstable_by_key(|range| range.base);
             ranges
         };
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

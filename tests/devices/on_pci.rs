@@ -39,7 +39,7 @@ impl OnPci {
         let place = Place { number: NUMBER, base: BASE, line };
         let function = Pci::new(weak, ram, place, "virtio-test", device, &Arc::default()).unwrap();
         let function = Arc::new(Mutex::new(function));
-        let segment = Arc::new(Segment::new(BASE..BASE + SIZE));
+        let segment = Arc::new(Segment::new([BASE..BASE + SIZE]));
         segment.insert(NUMBER, function.clone(), BASE..BASE + SIZE).unwrap();
         let mut ecam = Ecam(segment.clone());
         let config = u64::from(NUMBER) << 15;
@@ -48,7 +48,7 @@ impl OnPci {
         let mut at = [0];
         ecam.read(config + 0x34, &mut at);
         ecam.write(config + u64::from(at[0]) + 2, &0x8000u16.to_le_bytes());
-        let mut memory = Memory(segment);
+        let mut memory = Memory { segment, base: BASE };
         for vector in 0..=traits.queues.len() as u64 {
             memory.write(TABLE + 16 * vector, &0xfee0_0000u64.to_le_bytes());
             memory.write(TABLE + 16 * vector + 8, &vector.to_le_bytes());

@@ -117,7 +117,8 @@ fn build(
     }
     let mut board = Board::default();
     let dynamic: Arc<dyn Vm> = vm.clone();
-    let pci = (config.transport == Transport::Pci).then(|| PciBus::new(weak(&vm), memory.ram(), recorder));
+    let pci =
+        (config.transport == Transport::Pci).then(|| PciBus::new(&list, weak(&vm), memory.ram(), recorder));
     if let Some(PciBus { segment, .. }) = &pci {
         let bridge = Arc::new(Mutex::new(pci::HostBridge::default()));
         board.devices.push(("pci-host-bridge".to_owned(), bridge.clone()));
@@ -187,7 +188,7 @@ fn build(
                         shared(pci::ConfigPorts::new(segment, Box::new(ResetControl::default())))
                     }
                     Kind::PciEcam => shared(pci::Ecam(segment)),
-                    Kind::PciMemory => shared(pci::Memory(segment)),
+                    Kind::PciMemory => shared(pci::Memory { segment, base: slot.base }),
                     _ => hot_plug.clone(),
                 }
             }

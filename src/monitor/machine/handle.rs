@@ -8,7 +8,7 @@ use std::sync::{Arc, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::{Error, Event, Phase, Shared};
-use crate::bus::{Busy, Slot, lock};
+use crate::bus::{Busy, Place, Slot, lock};
 use crate::kvm::{self, VcpuState};
 use crate::memory::{self, dirty::DirtyPages};
 use crate::net::traffic::Network;
@@ -171,9 +171,17 @@ impl Handle {
         &self.0.vcpus.ram
     }
 
-    /// What the machine has, and where.
+    /// What the machine has, and where: PCI functions' memory where the guest has it now.
     pub fn inventory(&self) -> Vec<Slot> {
-        lock(&self.0.inventory).clone()
+        let mut list = lock(&self.0.inventory).clone();
+        for slot in &mut list {
+            if let (Place::Pci(number), Some(bus)) = (slot.place, &self.0.pci)
+                && let Some(at) = bus.segment.place(number)
+            {
+                slot.base = at.start;
+            }
+        }
+        list
     }
 
     /// Its network devices, and what they have carried. No device is waited for.

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::Error;
 use crate::backends::Changes;
-use crate::boot::tables::{Platform, VirtioMmio};
+use crate::boot::tables::{Pci, Platform, VirtioMmio};
 use crate::bus::{Kind, Place, Slot};
 use crate::config::{CharTarget, Transport, VmConfig};
 use crate::legacy::{crtc, debug_exit, fw_cfg, rtc_cmos, testdev};
@@ -36,8 +36,10 @@ pub fn inventory(config: &VmConfig, changes: &Changes, rom: Option<u64>) -> Resu
             list.port("pci-ports", Kind::PciPorts, layout::PCI_CONFIG, segment::PORTS);
             list.memory("pci-ecam", Kind::PciEcam, layout::PCI_ECAM, segment::ECAM_BUS);
             list.port("pci-hot-plug", Kind::PciHotPlug, layout::PCI_HOT_PLUG, hot_plug::SIZE);
-            let Range { start, end } = layout::PCI_MEMORY;
-            list.memory("pci-memory", Kind::PciMemory, start, end - start);
+            let high = layout::pci_memory_high(config.mem.size.bytes()).map(|high| ("pci-memory-high", high));
+            for (name, Range { start, end }) in [("pci-memory", layout::PCI_MEMORY)].into_iter().chain(high) {
+                list.memory(name, Kind::PciMemory, start, end - start);
+            }
         }
     }
     list.port("pvpanic", Kind::PvPanic, layout::PVPANIC, 1);
@@ -124,11 +126,22 @@ pub fn spare_numbers(list: &[Slot]) -> Vec<u8> {
     (1..segment::DEVICES).filter(|number| !taken(number)).take(SPARE).collect()
 }
 
-/// What may come at these numbers (`spare_numbers`), for who tells of accesses to it: named by its place.
+/// What may come at these numbers (`spare_numbers`), for who tells of accesses to it: named by its place. Their memory is where
+/// Linux puts that of devices which come one by one: at the beginning of the last window.
 pub fn spare_functions(list: &[Slot]) -> Vec<Slot> {
-    let has_bus = list.iter().any(|slot| slot.kind == Kind::PciEcam);
-    let numbers = spare_numbers(list).into_iter().filter(|_| has_bus);
-    numbers.map(|number| function(format!("pci-00:{number:02x}.0"), Kind::PciMemory, number)).collect()
+    let Some(window) = windows(list).last() else { return Vec::new() };
+    let spare = |(at, number): (u64, u8)| {
+        let low = function(format!("pci-00:{number:02x}.0"), Kind::PciMemory, number);
+        let base = if window.start < layout::HOLE.end { low.base } else { window.start + at * pci::SIZE };
+        Slot { base, ..low }
+    };
+    (0..).zip(spare_numbers(list)).map(spare).collect()
+}
+
+/// Where PCI functions' memory may be in the machine that has what is on the `list`.
+pub fn windows(list: &[Slot]) -> impl Iterator<Item = Range<u64>> {
+    let windows = list.iter().filter(|slot| slot.kind == Kind::PciMemory);
+    windows.map(|slot| slot.base..slot.base + slot.size)
 }
 
 /// What the guest's tables say of the machine with `cpus` vCPUs and what is on the `list`.
@@ -151,7 +164,7 @@ pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
         cpus,
         virtio_mmio: list.iter().filter_map(virtio).collect(),
         com1: has(Kind::Serial),
-        pci: has(Kind::PciEcam).then(lines),
+        pci: has(Kind::PciEcam).then(|| Pci { lines: lines(), memory: windows(list).collect() }),
     }
 }
 
@@ -229,7 +242,9 @@ mod tests {
         let platform = super::platform(3, &list);
         assert_eq!(platform.virtio_mmio, []);
         let lines: Vec<_> = (1..=14).map(|number: u8| (number, 16 + u32::from(number) % 8)).collect();
-        assert_eq!(platform.pci.unwrap(), lines, "six devices, and room for eight more");
+        let pci = platform.pci.unwrap();
+        assert_eq!(pci.lines, lines, "six devices, and room for eight more");
+        assert_eq!(pci.memory, [layout::PCI_MEMORY, 4 << 30..5 << 30]);
     }
 
     #[test]

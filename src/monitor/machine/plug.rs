@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::inventory::{function, spare_numbers};
+use super::inventory::{function, spare_numbers, windows};
 use super::{Handle, Phase, Shared};
 use crate::backends::{Added, Changes, Pluggable, SharedPluggable};
 use crate::bus::{Kind, Place, SharedDevice, Slot, lock};
@@ -87,8 +87,9 @@ pub(super) struct PciBus {
 }
 
 impl PciBus {
-    pub fn new(vm: Weak<dyn Vm>, ram: &Arc<GuestRam>, recorder: &Arc<Recorder>) -> Self {
-        let segment = Arc::new(Segment::new(crate::memory::layout::PCI_MEMORY));
+    /// An empty one in the machine that has what is on the `list`.
+    pub fn new(list: &[Slot], vm: Weak<dyn Vm>, ram: &Arc<GuestRam>, recorder: &Arc<Recorder>) -> Self {
+        let segment = Arc::new(Segment::new(windows(list)));
         let hot_plug = Arc::new(Mutex::new(HotPlug::new(segment.clone())));
         Self { segment, hot_plug, vm, ram: ram.clone(), recorder: recorder.clone(), lines: Mutex::default() }
     }

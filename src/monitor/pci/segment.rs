@@ -1,6 +1,6 @@
-//! [`Segment`]: the functions by their device number, and where their memory is decoded; and its three windows on the machine's buses.
+//! [`Segment`]: the functions by their device number, and where their memory is decoded; and its windows on the machine's buses.
 //!
-//! The windows never move, so the buses need not change while a guest moves BARs. A BAR that would lie outside the window for
+//! The windows never move, so the buses need not change while a guest moves BARs. A BAR that would lie outside the windows for
 //! memory, or on another's, is not followed: the function stays where it was.
 
 use std::ops::Range;
@@ -32,14 +32,14 @@ struct Entry {
 
 /// The functions of a segment with one bus.
 pub struct Segment {
-    memory: Range<u64>,
+    memory: Vec<Range<u64>>,
     entries: Mutex<Vec<Entry>>,
 }
 
 impl Segment {
-    /// An empty one, whose functions' memory is in `memory`.
-    pub fn new(memory: Range<u64>) -> Self {
-        Self { memory, entries: Mutex::default() }
+    /// An empty one, whose functions' memory is in one of the windows `memory`.
+    pub fn new(memory: impl IntoIterator<Item = Range<u64>>) -> Self {
+        Self { memory: memory.into_iter().collect(), entries: Mutex::default() }
     }
 
     /// Puts a function there as device number `device` (below [`DEVICES`], and free). Its memory will be at `at`, if the guest
@@ -62,6 +62,13 @@ impl Segment {
         // Under the lock: nobody follows it to a new place meanwhile.
         lock(&entries.remove(index).function).remove();
         true
+    }
+
+    /// Where the memory of device number `device` is decoded now.
+    pub fn place(&self, device: u8) -> Option<Range<u64>> {
+        let entries = lock(&self.entries);
+        let entry = entries.iter().find(|entry| entry.device == device && entry.decoded)?;
+        Some(entry.at.clone())
     }
 
     fn function(&self, device: u8) -> Option<SharedFunction> {
@@ -114,7 +121,8 @@ impl Segment {
         let overlaps = |entry: &&mut Entry| entry.at.start < at.end && at.start < entry.at.end;
         let others = entries.iter_mut().filter(|entry| entry.device != device);
         let (decoded, left): (Vec<_>, Vec<_>) = others.filter(overlaps).partition(|entry| entry.decoded);
-        if at.start < self.memory.start || at.end > self.memory.end || !decoded.is_empty() {
+        let inside = |window: &Range<u64>| at.start >= window.start && at.end <= window.end;
+        if !self.memory.iter().any(inside) || !decoded.is_empty() {
             guest_warn!("PCI device {device}: its memory cannot be at {base:#x}");
             return;
         }
@@ -183,18 +191,23 @@ impl Device for Ecam {
 
 impl Stateless for Ecam {}
 
-/// The window in which functions' memory is.
-pub struct Memory(pub Arc<Segment>);
+/// A window in which functions' memory is, from `base` on.
+pub struct Memory {
+    /// What is behind it.
+    pub segment: Arc<Segment>,
+    /// Guest address.
+    pub base: u64,
+}
 
 impl Device for Memory {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let Some((function, offset)) = self.0.at(self.0.memory.start + offset, data.len()) {
+        if let Some((function, offset)) = self.segment.at(self.base + offset, data.len()) {
             lock(&function).read(offset, data);
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
-        match self.0.at(self.0.memory.start + offset, data.len()) {
+        match self.segment.at(self.base + offset, data.len()) {
             Some((function, offset)) => lock(&function).write(offset, data),
             None => Effect::None,
         }

@@ -13,6 +13,8 @@ use crate::vm::fake::FakeVm;
 use crate::vm::{Msi, Vm};
 
 const WINDOW: std::ops::Range<u64> = 0xe000_0000..0xe010_0000;
+/// The other one, above 4 GiB.
+const HIGH: std::ops::Range<u64> = 0x1_4000_0000..0x1_4010_0000;
 const SIZE: u64 = 0x1000;
 const IDENTITY: Identity = Identity {
     vendor: 0x1234,
@@ -127,11 +129,12 @@ struct Bus {
     ecam: Ecam,
     ports: ConfigPorts,
     memory: Memory,
+    high: Memory,
 }
 
 impl Bus {
     fn new() -> Self {
-        let segment = Arc::new(Segment::new(WINDOW));
+        let segment = Arc::new(Segment::new([WINDOW, HIGH]));
         let probes: Vec<_> = [1, 2].map(|number| Arc::new(Mutex::new(Probe::new(number)))).into();
         for (number, probe) in (1..).zip(&probes) {
             segment.insert(number, probe.clone(), home(number)).unwrap();
@@ -141,7 +144,8 @@ impl Bus {
             probes,
             ecam: Ecam(segment.clone()),
             ports: ConfigPorts::new(segment.clone(), Box::new(Latch::default())),
-            memory: Memory(segment),
+            memory: Memory { segment: segment.clone(), base: WINDOW.start },
+            high: Memory { segment, base: HIGH.start },
         }
     }
 
@@ -158,7 +162,10 @@ impl Bus {
     /// Who answers at `address`.
     fn who(&mut self, address: u64) -> Option<u8> {
         let mut data = [0xff];
-        self.memory.read(address - WINDOW.start, &mut data);
+        match address.checked_sub(HIGH.start) {
+            Some(offset) => self.high.read(offset, &mut data),
+            None => self.memory.read(address - WINDOW.start, &mut data),
+        }
         (data[0] != 0xff).then_some(data[0])
     }
 
@@ -256,6 +263,36 @@ fn memory_is_decoded_where_the_bar_says_and_only_when_it_is_to() {
     let mut across = [0xff; 8];
     bus.memory.read(6 * SIZE - 4, &mut across);
     assert_eq!(across, [0xff; 8], "an access over its end is nobody's");
+}
+
+#[test]
+fn memory_moves_above_4_gib_and_back() {
+    let mut bus = Bus::new();
+    bus.write(1, COMMAND, 2, 2);
+    let there = HIGH.start + 2 * SIZE;
+    // As Linux does it: decoding is off meanwhile.
+    bus.write(1, COMMAND, 2, 0);
+    bus.write(1, BAR0, 4, there & 0xffff_ffff);
+    bus.write(1, BAR0 + 4, 4, there >> 32);
+    bus.write(1, COMMAND, 2, 2);
+    assert_eq!((bus.who(home(1).start), bus.who(there), bus.doorbells(0)), (None, Some(1), Some(there)));
+    assert_eq!(bus.segment.place(1), Some(there..there + SIZE));
+    assert_eq!(bus.high.write(2 * SIZE + 8, &[0]), Effect::Exit(1));
+    // With decoding on, and each half alone is not a place: what is below 4 GiB is another function's.
+    bus.write(2, BAR0, 8, home(3).start);
+    bus.write(2, COMMAND, 2, 2);
+    bus.write(1, BAR0, 4, home(3).start);
+    assert_eq!((bus.who(there), bus.who(home(3).start)), (Some(1), Some(2)));
+    bus.write(1, BAR0 + 4, 4, 0);
+    assert_eq!((bus.who(there), bus.who(home(3).start)), (Some(1), Some(2)), "it is taken");
+    for place in [HIGH.end, HIGH.start - SIZE, HIGH.end - SIZE, HIGH.start, home(1).start] {
+        bus.write(1, BAR0, 4, place & 0xffff_ffff);
+        bus.write(1, BAR0 + 4, 4, place >> 32);
+        let followed = HIGH.contains(&place) || WINDOW.contains(&place);
+        let expected = if followed { place } else { there };
+        assert_eq!((bus.who(expected), bus.doorbells(0)), (Some(1), Some(expected)), "{place:#x}");
+    }
+    assert_eq!(bus.who(HIGH.start), None);
 }
 
 #[test]
@@ -459,7 +496,7 @@ fn a_line_stays_up_until_the_last_function_lets_go() {
 
 #[test]
 fn the_bridge_is_found_and_has_nothing_to_decode() {
-    let segment = Arc::new(Segment::new(WINDOW));
+    let segment = Arc::new(Segment::new([WINDOW, HIGH]));
     segment.insert(0, Arc::new(Mutex::new(HostBridge::default())), 0..0).unwrap();
     let mut ecam = Ecam(segment);
     let mut class = [0; 4];

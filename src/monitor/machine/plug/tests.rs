@@ -55,7 +55,7 @@ impl Session {
         let (vm, interrupt) = (Arc::new(FakeVm::default()), Arc::new(FakeInterrupt::default()));
         let weak: Weak<FakeVm> = Arc::downgrade(&vm);
         let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap());
-        let pci = PciBus::new(weak, &ram, &Arc::default());
+        let pci = PciBus::new(&list, weak, &ram, &Arc::default());
         let shared = Shared {
             vcpus: Arc::new(vcpu::Shared {
                 buses: Buses::new(Bus::default(), Bus::default()),

@@ -15,6 +15,7 @@
 //!   0xfeff_c000  KVM's identity map and TSS (16 KiB, Intel without unrestricted guest)
 //!   0xff00_0000  firmware, ends at 4 GiB    16 MiB at most, read-only (the test device's memory, if asked for, at its start)
 //! 0x1_0000_0000 RAM the rest of it
+//! the next GiB  --- memory of PCI functions, for guests that move it there: 1 GiB
 //! ```
 //!
 //! Ports: 0x3f8 COM1, 0x60/0x64 i8042, 0x505 pvpanic, 0x600 ACPI sleep, reset and event registers, 0xcf9 reset control; optional 0x80 and 0xf4, and
@@ -60,6 +61,10 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 pub const HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
 /// Where PCI functions' memory is. Firmware that knows no better way (SeaBIOS) puts it there, too.
 pub const PCI_MEMORY: Range<u64> = 0xe000_0000..0xf800_0000;
+/// Alignment and bytes of the other place where it may be, above 4 GiB. Functions take up to 1 MiB: there is room to move all of them at once.
+const PCI_MEMORY_HIGH: u64 = 1 << 30;
+/// Physical addresses that each processor with 64-bit code has, in bits (Intel SDM vol. 3, 4.1.4).
+const ADDRESS_BITS: u32 = 36;
 /// PCI configuration space by memory (ECAM), for bus 0.
 pub const PCI_ECAM: u64 = 0xf800_0000;
 /// First virtio-mmio slot.
@@ -151,6 +156,16 @@ pub fn ram(size: u64) -> Vec<Range<u64>> {
     ranges
 }
 
+/// Where PCI functions' memory may be above `size` bytes of RAM, too. `None` where that takes an address bit more than RAM and
+/// every processor have: the guest might not reach it.
+pub fn pci_memory_high(size: u64) -> Option<Range<u64>> {
+    let ram_end = ram(size).last()?.end;
+    let start = ram_end.max(HOLE.end).next_multiple_of(PCI_MEMORY_HIGH);
+    let end = start + PCI_MEMORY_HIGH;
+    let bits = |end: u64| (end - 1).ilog2() + 1;
+    (bits(end) <= ADDRESS_BITS.max(bits(ram_end))).then_some(start..end)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::{MAX_RAM, VIRTIO_MMIO_SIZE};
@@ -164,6 +179,26 @@ mod tests {
         assert_eq!(ram(5 * GIB), [0..3 * GIB, 4 * GIB..6 * GIB]);
         for size in [1024 * GIB, MAX_RAM] {
             assert_eq!(ram(size).iter().map(|r| r.end - r.start).sum::<u64>(), size);
+        }
+    }
+
+    #[test]
+    fn pci_memory_above_ram_takes_no_address_bit_that_a_processor_may_lack() {
+        const GIB: u64 = 1 << 30;
+        for (size, start) in [
+            (2 << 20, Some(4)),
+            (3 * GIB, Some(4)),
+            (3 * GIB + 4096, Some(5)),
+            (62 * GIB, Some(63)),
+            (62 * GIB + 4096, None),
+            (63 * GIB, None),
+            (63 * GIB + 4096, Some(65)),
+            (1022 * GIB, Some(1023)),
+            (1023 * GIB, None),
+            (MAX_RAM, Some((MAX_RAM >> 30) + 1)),
+        ] {
+            let window = pci_memory_high(size);
+            assert_eq!(window, start.map(|start| start * GIB..(start + 1) * GIB), "{size:#x}");
         }
     }
 

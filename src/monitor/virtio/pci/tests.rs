@@ -17,6 +17,8 @@ use crate::vm::Msi;
 use crate::vm::fake::FakeVm;
 
 const WINDOW: std::ops::Range<u64> = 0xe000_0000..0xe010_0000;
+/// Above 4 GiB.
+const HIGH: std::ops::Range<u64> = 0x1_4000_0000..0x1_4010_0000;
 const GSI: u32 = 17;
 const RING: u64 = 0x1000;
 const DATA: u64 = 0x8000;
@@ -45,9 +47,9 @@ impl Guest {
         let place = Place { number: 1, base: WINDOW.start, line: Arc::new(Line::new(weak.clone(), GSI)) };
         let function = Pci::new(weak, &ram, place, "virtio-rng", Box::new(Rng), &Arc::default()).unwrap();
         let function = Arc::new(Mutex::new(function));
-        let segment = Arc::new(Segment::new(WINDOW));
+        let segment = Arc::new(Segment::new([WINDOW, HIGH]));
         segment.insert(1, function.clone(), WINDOW.start..WINDOW.start + SIZE).unwrap();
-        let (ecam, memory) = (Ecam(segment.clone()), Memory(segment.clone()));
+        let (ecam, memory) = (Ecam(segment.clone()), Memory { segment: segment.clone(), base: WINDOW.start });
         let ring = DriverRing::new(&ram, RING, 16);
         let mut guest = Self { vm, ram, function, segment, ecam, memory, structures: BTreeMap::new(), ring };
         guest.find();
@@ -231,6 +233,13 @@ fn doorbells_follow_the_memory() {
     let mut status = [0xff];
     guest.memory.read(4 * SIZE + 0x14, &mut status);
     assert_eq!(u64::from(status[0]), DRIVER_OK, "and the device has not noticed");
+    guest.set_config(0x10, 4, HIGH.start & 0xffff_ffff);
+    guest.set_config(0x14, 4, HIGH.start >> 32);
+    assert!(!guest.vm.ring(there + NOTIFY, 0) && guest.vm.doorbells() == 1);
+    guest.request(HIGH.start);
+    let mut high = Memory { segment: guest.segment.clone(), base: HIGH.start };
+    high.read(0x14, &mut status);
+    assert_eq!(u64::from(status[0]), DRIVER_OK, "nor above 4 GiB");
 }
 
 #[test]
@@ -450,11 +459,12 @@ fn a_vcpu_that_is_at_its_registers_all_the_time_does_not_bring_a_removed_device_
     let vm = Arc::new(FakeVm::default());
     let weak: Weak<FakeVm> = Arc::downgrade(&vm);
     let ram = testing::ram(0x1_0000);
-    let segment = Arc::new(Segment::new(WINDOW));
+    let segment = Arc::new(Segment::new([WINDOW, HIGH]));
     let line = Arc::new(Line::new(weak.clone(), GSI));
     let over = AtomicBool::new(false);
     let left: Vec<_> = std::thread::scope(|scope| {
-        let (mut ecam, mut memory) = (Ecam(segment.clone()), Memory(segment.clone()));
+        let (mut ecam, mut memory) =
+            (Ecam(segment.clone()), Memory { segment: segment.clone(), base: WINDOW.start });
         let over = &over;
         scope.spawn(move || {
             // Decoding off and on elsewhere, messages on and open, and a kick.

@@ -142,8 +142,8 @@ fn dsdt(platform: &Platform) -> Sdt {
     for (index, device) in (0u32..).zip(&platform.virtio_mmio) {
         virtio_mmio(index, *device, &mut devices);
     }
-    if let Some(lines) = &platform.pci {
-        pci::host_bridge(lines, &mut devices);
+    if let Some(bus) = &platform.pci {
+        pci::host_bridge(bus, &mut devices);
     }
     if platform.com1 {
         com1(&mut devices);
@@ -265,6 +265,7 @@ fn pvpanic(sink: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Pci;
     use super::*;
     use std::path::Path as FilePath;
     use std::process::Command;
@@ -273,7 +274,8 @@ mod tests {
         let slots = (0u32..).zip(layout::VIRTIO_GSIS);
         let base = |slot| (layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE) as u32;
         let virtio_mmio = slots.map(|(slot, gsi)| VirtioMmio { base: base(slot), gsi }).collect();
-        let pci = Some((1..32).zip(layout::PCI_GSIS.into_iter().cycle()).collect());
+        let lines = (1..32).zip(layout::PCI_GSIS.into_iter().cycle()).collect();
+        let pci = Some(Pci { lines, memory: vec![layout::PCI_MEMORY, 5 << 30..6 << 30] });
         Platform { cpus, virtio_mmio, com1: true, pci }
     }
 
@@ -394,6 +396,14 @@ mod tests {
             ["PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001", "PNP0A08", "PNP0C02", "_PRT", "_OSC", "_EJ0"]
         {
             assert!(source.contains(device), "{device}");
+        }
+        // The windows of the bridge, each from its first to its last address.
+        for (kind, ends) in [
+            ("DWordMemory", ["0xE0000000", "0xF7FFFFFF"]),
+            ("QWordMemory", ["0x0000000140000000", "0x000000017FFFFFFF"]),
+        ] {
+            let window = &source[source.find(kind).expect(kind)..];
+            ends.into_iter().for_each(|end| assert!(window[..800].contains(end), "{kind} {end}"));
         }
     }
 }

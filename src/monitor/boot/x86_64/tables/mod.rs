@@ -8,6 +8,8 @@ pub mod loader;
 pub mod mp;
 pub mod reset;
 
+use std::ops::Range;
+
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{GuestRam, layout};
@@ -22,9 +24,18 @@ pub struct Platform {
     pub virtio_mmio: Vec<VirtioMmio>,
     /// There is a 16550 at [`layout::COM1`].
     pub com1: bool,
-    /// There is a PCI bus, on which functions of these device numbers are or may come while the machine runs, with their INTA# wired
-    /// to these global system interrupts.
-    pub pci: Option<Vec<(u8, u32)>>,
+    /// There is a PCI bus.
+    pub pci: Option<Pci>,
+}
+
+/// The PCI bus.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pci {
+    /// Device numbers of the functions that are there or may come while the machine runs, and the global system interrupts that
+    /// their INTA# are wired to.
+    pub lines: Vec<(u8, u32)>,
+    /// Where their memory may be.
+    pub memory: Vec<Range<u64>>,
 }
 
 /// A virtio-mmio device: [`layout::VIRTIO_MMIO_SIZE`] bytes of registers and an edge-triggered interrupt.

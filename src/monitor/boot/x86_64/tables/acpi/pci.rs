@@ -1,5 +1,7 @@
 //! What the ACPI tables tell of the PCI bus: the host bridge with its windows and interrupts, and where configuration space is.
 
+use std::ops::Range;
+
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Field, FieldAccessType, FieldEntry,
     FieldLockRule, FieldUpdateRule, IO, If, Local, Memory32Fixed, Method, Name, Notify, OpRegion,
@@ -8,6 +10,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
+use super::super::Pci;
 use super::{Raw, sdt};
 use crate::memory::layout;
 use crate::pci::hot_plug::{self, ARRIVED, EJECT, WANTED};
@@ -33,7 +36,7 @@ pub fn mcfg() -> Sdt {
 
 /// The host bridge, and the node that keeps others off configuration space (PCI Firmware Specification 3.2, 4.1.2: it is to be reserved
 /// there, and to be no resource of the bridge).
-pub fn host_bridge(lines: &[(u8, u32)], sink: &mut Vec<u8>) {
+pub fn host_bridge(Pci { lines, memory }: &Pci, sink: &mut Vec<u8>) {
     let ecam = Memory32Fixed::new(true, layout::PCI_ECAM as u32, ECAM_BUS as u32);
     Device::new(
         "ECAM".into(),
@@ -47,8 +50,9 @@ pub fn host_bridge(lines: &[(u8, u32)], sink: &mut Vec<u8>) {
 
     let buses = AddressSpace::new_bus_number(0u16, 0u16);
     let ports = IO::new(layout::PCI_CONFIG as u16, layout::PCI_CONFIG as u16, 1, PORTS as u8);
-    let (first, last) = (layout::PCI_MEMORY.start as u32, (layout::PCI_MEMORY.end - 1) as u32);
-    let memory = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None);
+    let windows: Vec<_> = memory.iter().map(window).collect();
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &ports];
+    resources.extend(windows.iter().map(|window| &**window));
     // INTA# of each device, wired for good: no link device stands between (ACPI 6.5, 6.2.13).
     let routes: Vec<_> =
         lines.iter().map(|(device, gsi)| (u32::from(*device) << 16 | 0xffff, *gsi)).collect();
@@ -63,7 +67,7 @@ pub fn host_bridge(lines: &[(u8, u32)], sink: &mut Vec<u8>) {
             &Name::new("_UID".into(), &0u8),
             &Name::new("_SEG".into(), &0u8),
             &Name::new("_BBN".into(), &0u8),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&buses, &ports, &memory])),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
             &Name::new("_PRT".into(), &routes),
             &Slots(lines),
             // Whatever the system asks to control it may: there is nothing that firmware would keep.
@@ -71,6 +75,16 @@ pub fn host_bridge(lines: &[(u8, u32)], sink: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(sink);
+}
+
+/// A window of the bridge: as far as the descriptor reaches, a system of 32 bits can use it.
+fn window(memory: &Range<u64>) -> Box<dyn Aml> {
+    const UNCACHED: AddressSpaceCacheable = AddressSpaceCacheable::NotCacheable;
+    let (first, last) = (memory.start, memory.end - 1);
+    match (first.try_into(), last.try_into()) {
+        (Ok(first), Ok(last)) => Box::new(AddressSpace::<u32>::new_memory(UNCACHED, true, first, last, None)),
+        _ => Box::new(AddressSpace::<u64>::new_memory(UNCACHED, true, first, last, None)),
+    }
 }
 
 /// What tells of functions that come and go: a device for each number at which there may be one, whose `_EJ0` lets it go, and the
