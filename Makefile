@@ -14,7 +14,7 @@ SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers;
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
 .PHONY: run test lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips bench bench-net bench-net-counted tuned bench-compare weight \
-	start-order tools build compilers vtx vsock-tests reboots net-whole agent-whole plug-whole clean-guests
+	start-order tools build compilers vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -212,6 +212,14 @@ plug-whole:
 	@cargo guest bundle --out $(GUESTS) --only stock --only cloud-6.12 --only generic-6.1 --only generic-6.12
 	@cargo build --quiet --package rig
 	@$(call whole,plug,$(PLUG_WHOLE))
+
+# Each driver of a device on the PCI bus unbound and bound 200 times with traffic, in Debian's kernel; and the bus without ACPI. Half an
+# hour in the rig; no part of `make test`.
+PCI_WHOLE := drivers without_acpi
+pci-whole:
+	@cargo guest bundle --out $(GUESTS) --only stock --only generic-6.1
+	@cargo build --quiet --package rig
+	@$(call whole,pci,$(PCI_WHOLE))
 
 clean-guests:
 	rm -rf $(GUESTS)

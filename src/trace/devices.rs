@@ -213,7 +213,7 @@ mod tests {
             (Kind::PioIn, 0x614, 0, "pci-hot-plug wanted back -> 0x0: none"),
             (Kind::PioOut, 0x618, 0x8000_0000, "pci-hot-plug eject <- 0x80000000: 00:1f.0"),
             (Kind::MmioWrite, 0xfe00_0050, 1, "virtio-console QueueNotify <- 1: kick"),
-            (Kind::MmioWrite, 0xe000_0014, 0, "virtio-rng device_status <- 0x0"),
+            (Kind::MmioWrite, 0xe000_0014, 0, "virtio-rng device_status <- 0x0: reset"),
             (Kind::MmioRead, 0xe000_9000, 1, "virtio-blk0 ISR status -> 0x1"),
             (Kind::MmioRead, 0xe001_1000, 1, "pci-memory ISR status -> 0x1"),
             (Kind::MmioRead, 0x1_4000_1000, 1, "pci-00:03.0 ISR status -> 0x1"),

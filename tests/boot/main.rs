@@ -21,6 +21,7 @@ mod net_user;
 mod net_whole;
 mod others;
 mod pci;
+mod pci_whole;
 mod plug;
 mod plug_whole;
 mod reboot;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use crate::guest::{Guest, Kernel, available, bare, bundle, run, ticking, vmm};
 use crate::kernels::{LOOK, complaints};
@@ -41,26 +42,63 @@ fn a_stock_kernel_finds_every_device_and_each_queue_has_a_message() {
     }
 }
 
-#[test]
-fn drivers_come_and_go_under_traffic() {
-    if !available("PCI, unbind and bind") {
-        return;
-    }
+/// Each driver leaves its device and takes it again, so many times, with traffic.
+pub fn drivers_come_and_go(rounds: u32, patience: Duration) {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
     fs::write(&disk, vec![0; 8 << 20]).unwrap();
     // Everything but the console, which says how it went. Traffic on each while its driver goes.
     let script = "echo BEGIN; cd /sys/bus/pci/drivers/virtio-pci; ip link set eth0 up; \
-        for round in $(seq 8); do for f in 0000:00:01.0 0000:00:02.0 0000:00:03.0 0000:00:04.0; do \
+        for round in $(seq ROUNDS); do for f in 0000:00:01.0 0000:00:02.0 0000:00:03.0 0000:00:04.0; do \
         dd if=/dev/vda of=/dev/null bs=64k iflag=direct 2>/dev/null & dd if=/dev/hwrng of=/dev/null bs=64 count=4 2>/dev/null & \
         ping -c 1 -W 1 10.0.2.2 >/dev/null 2>&1 & \
         echo $f >unbind; echo $f >bind; wait; done; ip link set eth0 up; done; \
         ls -d 0000:* | wc -l; dd if=/dev/vda bs=64k iflag=direct 2>/dev/null | wc -c; \
         dd if=/dev/hwrng bs=64 count=4 2>/dev/null | wc -c; dmesg | grep -v 'ommand line' | grep -E 'BUG:|Oops|hung task|virtio.*(failed|error)'; echo END";
-    let disk = format!("path={}", disk.display());
-    let arguments = [&DEVICES[..], &["--cpus", "2", "--disk", &disk]].concat();
-    let ended = run(Kernel::Stock, &arguments, script);
+    let mut command = vmm(Kernel::Stock, &script.replace("ROUNDS", &rounds.to_string()));
+    command.args(DEVICES).args(["--cpus", "2", "--disk", &format!("path={}", disk.display())]);
+    let mut guest = Guest::start(command);
+    guest.patience = patience;
+    let ended = guest.finish();
     assert_eq!(ended.body(), ["5", "8388608", "256"], "{}", ended.text);
+}
+
+#[test]
+fn drivers_come_and_go_under_traffic() {
+    if available("PCI, unbind and bind") {
+        drivers_come_and_go(8, Duration::from_secs(240));
+    }
+}
+
+#[test]
+fn a_guest_moves_the_memory_of_its_disk_within_its_window_above_ram_and_back() {
+    if !available("PCI, BARs that move") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    fs::write(&disk, "vmm.".repeat(2 << 20)).unwrap();
+    // The register's two halves, in octal; and where that is. Linux believes what it finds there when it scans the bus.
+    let places = [
+        (r"\4\0\0\350", r"\0\0\0\0", "0x00000000e8000000"),
+        (r"\4\0\20\0", r"\1\0\0\0", "0x0000000100100000"),
+        (r"\4\0\0\340", r"\0\0\0\0", "0x00000000e0000000"),
+    ];
+    let moves: String = places.iter().map(|(low, high, _)| format!("move '{low}' '{high}'; ")).collect();
+    let script = format!(
+        "d=$(readlink -f /sys/block/vda/device/..); \
+         put() {{ printf $1 | dd of=$d/config bs=4 seek=$2 conv=notrunc 2>/dev/null; }}; \
+         look() {{ head -n 1 $d/resource | cut -d ' ' -f 1; dd if=/dev/vda bs=4k iflag=direct 2>/dev/null | md5sum; }}; \
+         move() {{ echo ${{d##*/}} >/sys/bus/pci/drivers/virtio-pci/unbind; put $1 4; put $2 5; \
+         echo 1 >$d/remove; echo 1 >/sys/bus/pci/rescan; look; }}; echo BEGIN; look; {moves}echo END"
+    );
+    let disk = format!("path={}", disk.display());
+    let arguments = ["--mem", "512M", "--transport", "pci", "--cpus", "2", "--disk", &disk];
+    let ended = run(Kernel::Stock, &arguments, &script);
+    let body = ended.body();
+    let (at, sums): (Vec<_>, Vec<_>) = body.chunks_exact(2).map(|look| (look[0], look[1])).unzip();
+    assert_eq!(at[1..], places.map(|(_, _, place)| place), "{}", ended.text);
+    assert!(sums.iter().all(|sum| *sum == sums[0] && sum.len() > 32), "{}", ended.text);
 }
 
 #[test]

@@ -108,6 +108,7 @@ fn a_network_device_comes_and_goes() {
     let rounds = 3;
     let script = format!(
         "echo up; for i in $(seq {rounds}); do while [ ! -e /sys/class/net/eth0 ]; do sleep 0.02; done; \
+         head -n 1 $(readlink -f /sys/class/net/eth0/device/..)/resource | cut -d ' ' -f 1; \
          ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; ping -q -c 2 -W 20 10.0.2.2 | grep -o '2 packets received'; \
          while [ -e /sys/class/net/eth0 ]; do sleep 0.02; done; echo gone; done; read l"
     );
@@ -115,6 +116,8 @@ fn a_network_device_comes_and_goes() {
     guest.wait_for("up", 1);
     for round in 1..=rounds {
         assert_eq!(done(&guest, "device add v net=user"), "virtio-net0\n");
+        // Linux puts its memory above RAM.
+        guest.wait_for("0x0000000100000000", round);
         guest.wait_for("2 packets received", round);
         assert!(done(&guest, "status v").contains("virtio-net0 (user): received "), "{round}");
         done(&guest, "device remove v virtio-net0");

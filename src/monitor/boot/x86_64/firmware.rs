@@ -98,9 +98,8 @@ pub fn rom_size(firmware: &Firmware) -> io::Result<u64> {
 /// # Errors
 /// [`Error`], which names the file and has a hint.
 pub fn load(memory: &Memory, start: &Start, platform: &Platform) -> Result<Items, Error> {
-    let mp_cpus = (*start.firmware == Firmware::BuiltIn).then_some(platform.cpus);
-    shadow(memory, mp_cpus)
-        .map_err(|what| Error::Firmware { path: start.firmware.to_string().into(), what })?;
+    let mp = (*start.firmware == Firmware::BuiltIn).then_some(platform);
+    shadow(memory, mp).map_err(|what| Error::Firmware { path: start.firmware.to_string().into(), what })?;
 
     let mut items = Items::default();
     items.add_bytes(item::RAM_SIZE, memory.size().to_le_bytes());
@@ -144,9 +143,9 @@ pub fn load(memory: &Memory, start: &Start, platform: &Platform) -> Result<Items
 }
 
 /// Copies the ROM's end to below 1 MiB, where a PC's chipset shows it, too. In the copy the reset vector is ours: a processor
-/// starts in the ROM, so whoever comes to the copy's wants a reset. Below the copy go MP tables for `mp_cpus` processors:
+/// starts in the ROM, so whoever comes to the copy's wants a reset. Below the copy go MP tables of the platform `mp`:
 /// another's firmware makes its own.
-fn shadow(memory: &Memory, mp_cpus: Option<u32>) -> Result<(), String> {
+fn shadow(memory: &Memory, mp: Option<&Platform>) -> Result<(), String> {
     let Some((base, _, size)) = memory.rom_slot() else { return Ok(()) };
     let mut end = vec![0; size.min(layout::ROM_SHADOW_MAX) as usize];
     let len = end.len() as u64;
@@ -156,7 +155,7 @@ fn shadow(memory: &Memory, mp_cpus: Option<u32>) -> Result<(), String> {
         .read_slice(&mut end, GuestAddress(base + size - len))
         .and_then(|()| ram.write_slice(&end, GuestAddress(at)))
         .and_then(|()| reset::write(ram))
-        .and_then(|()| mp_cpus.map_or(Ok(()), |cpus| mp::write(ram, cpus, at)))
+        .and_then(|()| mp.map_or(Ok(()), |platform| mp::write(ram, platform, at)))
         .map_err(|error| format!("its copy below 1 MiB: {error}"))
 }
 

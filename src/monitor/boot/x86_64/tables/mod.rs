@@ -71,7 +71,7 @@ pub fn write(ram: &GuestRam, platform: &Platform) -> Result<u64, Error> {
         return Err(Error::TooBig { size: bytes.len() });
     }
     ram.write_slice(&bytes, GuestAddress(layout::ACPI)).map_err(Error::Write)?;
-    mp::write(ram, platform.cpus, layout::MP_TABLES_END).map_err(Error::Write)?;
+    mp::write(ram, platform, layout::MP_TABLES_END).map_err(Error::Write)?;
     reset::write(ram).map_err(Error::Write)?;
     Ok(layout::ACPI)
 }

@@ -1,4 +1,4 @@
-//! The MultiProcessor Specification's tables (Intel, version 1.4): processors, I/O APIC and interrupt lines as kernels from before
+//! The MultiProcessor Specification's tables (Intel, version 1.4): processors, I/O APIC and interrupt lines, of PCI functions, too, as kernels from before
 //! ACPI look for them.
 //!
 //! Every guest gets them: a kernel that is told of the ACPI tables takes no notice, but for one that has no ACPI, or none by its
@@ -6,6 +6,7 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use super::Platform;
 use crate::memory::{GuestRam, layout};
 
 /// Revision 1.4, in both structures.
@@ -21,8 +22,8 @@ const BOOTS: u8 = 2;
 /// A processor of the sixth family, with FPU and APIC. CPUID tells more.
 const SIGNATURE: u32 = 0x600;
 const FEATURES: u32 = 1 | 1 << 9;
-/// The only bus.
-const ISA: u8 = 0;
+/// The PCI bus, where there is one. Its identifier is to be its number (D.2).
+const PCI: u8 = 0;
 const ISA_LINES: u8 = 16;
 /// Interrupt types (4.3.4): vectored, by the 8259s.
 const INT: u8 = 0;
@@ -35,33 +36,42 @@ const ALL: u8 = 0xff;
 ///
 /// # Errors
 /// There is no RAM.
-pub fn write(ram: &GuestRam, cpus: u32, end: u64) -> Result<(), GuestMemoryError> {
+pub fn write(ram: &GuestRam, platform: &Platform, end: u64) -> Result<(), GuestMemoryError> {
     // The floating pointer is looked for on multiples of 16.
-    let base = (end - tables(cpus, 0).len() as u64) & !0xf;
-    ram.write_slice(&tables(cpus, base as u32), GuestAddress(base))
+    let base = (end - tables(platform, 0).len() as u64) & !0xf;
+    ram.write_slice(&tables(platform, base as u32), GuestAddress(base))
 }
 
-/// Both structures as they lie in guest memory from `base`, for so many processors.
-fn tables(cpus: u32, base: u32) -> Vec<u8> {
+/// Both structures as they lie in guest memory from `base`.
+fn tables(platform: &Platform, base: u32) -> Vec<u8> {
+    let lines = platform.pci.as_ref().map(|bus| bus.lines.as_slice());
+    let isa = lines.map_or(0, |_| PCI + 1);
     let (mut entries, mut count) = (Vec::new(), 0u16);
     let mut entry = |bytes: &[u8]| {
         entries.extend_from_slice(bytes);
         count += 1;
     };
-    for id in 0..u8::try_from(cpus).unwrap_or(u8::MAX) {
+    for id in 0..u8::try_from(platform.cpus).unwrap_or(u8::MAX) {
         let flags = ENABLED | if id == 0 { BOOTS } else { 0 };
         let words = [SIGNATURE, FEATURES, 0, 0].map(u32::to_le_bytes).concat();
         entry(&[&[0, id, APIC_VERSION, flags][..], &words].concat());
     }
-    entry(&[&[1, ISA][..], b"ISA   "].concat());
+    if lines.is_some() {
+        entry(&[&[1, PCI][..], b"PCI   "].concat());
+    }
+    entry(&[&[1, isa][..], b"ISA   "].concat());
     // Identifier and version are those that its registers have.
     entry(&[&[2, 0, 0x11, ENABLED][..], &(layout::IO_APIC as u32).to_le_bytes()].concat());
     for line in 0..ISA_LINES {
         // Trigger and polarity as the bus has them; each line on the pin of its number.
-        entry(&[3, INT, 0, 0, ISA, line, 0, line]);
+        entry(&[3, INT, 0, 0, isa, line, 0, line]);
     }
-    entry(&[4, EXT_INT, 0, 0, ISA, 0, 0, 0]);
-    entry(&[4, NMI, 0, 0, ISA, 0, ALL, 1]);
+    for (device, gsi) in lines.into_iter().flatten() {
+        // The device's number, and INTA# (D.3).
+        entry(&[3, INT, 0, 0, PCI, device << 2, 0, *gsi as u8]);
+    }
+    entry(&[4, EXT_INT, 0, 0, isa, 0, 0, 0]);
+    entry(&[4, NMI, 0, 0, isa, 0, ALL, 1]);
 
     let mut header = Vec::from(*b"PCMP");
     header.extend_from_slice(&((HEADER_SIZE + entries.len()) as u16).to_le_bytes());
@@ -88,6 +98,7 @@ fn checksum(bytes: &[u8]) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Pci;
     use super::*;
     use crate::config::Cpus;
 
@@ -117,7 +128,7 @@ mod tests {
     #[test]
     fn a_kernel_finds_each_processor_and_each_line() {
         for cpus in [1, 2, Cpus::MAX] {
-            let bytes = tables(cpus, 0x1000);
+            let bytes = tables(&Platform { cpus, ..Platform::default() }, 0x1000);
             let entries = walk(&bytes, 0x1000);
             let of = |kind: u8| entries.iter().filter(move |entry| entry[0] == kind);
             let processors: Vec<_> = of(0).map(|entry| (u32::from(entry[1]), entry[3])).collect();
@@ -129,7 +140,26 @@ mod tests {
                 entry[7]
             })));
             assert_eq!(of(4).count(), 2);
-            assert!(bytes.len() as u64 <= layout::MP_TABLES_SIZE, "{cpus} processors: {}", bytes.len());
+            assert_eq!(of(1).collect::<Vec<_>>(), [b"\x01\0ISA   "]);
         }
+    }
+
+    #[test]
+    fn a_kernel_finds_where_the_lines_of_pci_functions_go() {
+        let lines: Vec<_> = (1..32).zip(layout::PCI_GSIS.into_iter().cycle()).collect();
+        let pci = Some(Pci { lines: lines.clone(), memory: Vec::new() });
+        let bytes = tables(&Platform { cpus: Cpus::MAX, pci, ..Platform::default() }, 0x1000);
+        assert!(bytes.len() as u64 <= layout::MP_TABLES_SIZE, "{}", bytes.len());
+        let entries = walk(&bytes, 0x1000);
+        let of = |kind: u8| entries.iter().filter(move |entry| entry[0] == kind);
+        assert_eq!(of(1).collect::<Vec<_>>(), [b"\x01\0PCI   ", b"\x01\x01ISA   "]);
+        // Bus, device and pin, I/O APIC, its pin.
+        let inta = |(device, gsi): &(u8, u32)| [0, device << 2, 0, *gsi as u8];
+        let found: Vec<_> = of(3).filter(|entry| entry[4] == 0).map(|entry| entry[4..].to_vec()).collect();
+        assert_eq!(found, lines.iter().map(inta).collect::<Vec<_>>());
+        assert!(
+            (0..16).eq(of(3).filter(|entry| entry[4] == 1).map(|entry| entry[7])),
+            "those of the ISA bus"
+        );
     }
 }
