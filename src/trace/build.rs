@@ -3,7 +3,7 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-const LABS: [&str; 14] = [
+const LABS: [&str; 15] = [
     "halt",
     "pio",
     "rep-outs",
@@ -17,6 +17,7 @@ const LABS: [&str; 14] = [
     "triple-fault",
     "sipi",
     "doorbell",
+    "msix",
     "dirty-log",
 ];
 

@@ -6,8 +6,11 @@ use super::devices::{access, status};
 
 /// Configuration space by memory (PCI Express 5.0, 7.2.2).
 pub fn ecam(offset: u64, read: bool, event: &Event) -> String {
-    let function = function(offset >> 12);
-    access(&format!("{function} {}", register(offset & 0xfff)), read, event)
+    let (function, at) = (function(offset >> 12), offset & 0xfff);
+    let told = access(&format!("{function} {}", register(at)), read, event);
+    // 6.2.5.1: what reads back then has ones where the address can be changed.
+    let sizes = !read && (0x10..0x28).contains(&at) && event.size == 4 && event.value == u64::from(u32::MAX);
+    if sizes { told + ": asks for its size" } else { told }
 }
 
 /// Configuration space by ports (PCI 3.0, 3.2.2.3.2): an address, and then data whose address the record does not have.
@@ -42,6 +45,8 @@ fn register(offset: u64) -> String {
         0x34 => "capabilities pointer",
         0x3c => "interrupt line",
         0x3d => "interrupt pin",
+        // Where our functions have it.
+        0x42 => "MSI-X control",
         0x40..0x100 => return format!("capability +{offset:#x}"),
         _ => return format!("+{offset:#x}"),
     };
@@ -58,10 +63,22 @@ pub fn virtio(offset: u64, read: bool, event: &Event) -> String {
         3 => format!("notify queue {}: kick", within / 4),
         4 => {
             let field = ["address", "address high", "data", "vector control"][(within / 4 % 4) as usize];
-            access(&format!("MSI-X {} {field}", within / 16), read, event)
+            let told = access(&format!("MSI-X {} {field}", within / 16), read, event);
+            told + &if read { String::new() } else { message(within / 4 % 4, event.value) }
         }
         5 => access("MSI-X pending bits", read, event),
         _ => access(&format!("+{offset:#x}"), read, event),
+    }
+}
+
+/// What a word of the MSI-X table says of the message (Intel SDM vol. 3, 11.11; PCI 3.0, 6.8.2.9).
+fn message(word: u64, value: u64) -> String {
+    match word {
+        0 => format!(": to APIC {}", value >> 12 & 0xff),
+        2 => format!(": vector {:#x}", value & 0xff),
+        3 if value & 1 == 0 => ": open".to_owned(),
+        3 => ": masked".to_owned(),
+        _ => String::new(),
     }
 }
 
@@ -113,12 +130,19 @@ mod tests {
         for (told, expected) in [
             (ecam(2 << 15 | 0x14, false, &event(0, 4)), "00:02.0 BAR1 <- 0x0"),
             (ecam(31 << 15, true, &event(u64::from(u32::MAX), 4)), "00:1f.0 vendor ID -> 0xffffffff"),
+            (
+                ecam(2 << 15 | 0x10, false, &event(u64::from(u32::MAX), 4)),
+                "00:02.0 BAR0 <- 0xffffffff: asks for its size",
+            ),
+            (virtio(0x4010, false, &event(0xfee0_3000, 4)), "MSI-X 1 address <- 0xfee03000: to APIC 3"),
+            (virtio(0x4018, false, &event(0x31, 4)), "MSI-X 1 data <- 0x31: vector 0x31"),
+            (virtio(0x4018, true, &event(0x31, 4)), "MSI-X 1 data -> 0x31"),
             (ports(0, false, &event(0x8000_1004, 4)), "CONFIG_ADDRESS <- 0x80001004: 00:02.0 command"),
             (ports(6, true, &event(0x10, 2)), "CONFIG_DATA -> 0x10"),
             (ports(1, false, &event(6, 1)), "reset control <- 0x6"),
             (virtio(0x14, false, &event(3, 1)), "device_status <- 0x3: ACKNOWLEDGE DRIVER"),
             (virtio(0x3008, false, &event(2, 2)), "notify queue 2: kick"),
-            (virtio(0x401c, false, &event(0, 4)), "MSI-X 1 vector control <- 0x0"),
+            (virtio(0x401c, false, &event(0, 4)), "MSI-X 1 vector control <- 0x0: open"),
             (virtio(0x2004, true, &event(7, 4)), "config+0x4 -> 0x7"),
         ] {
             assert_eq!(told, expected);

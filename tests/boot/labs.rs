@@ -5,7 +5,7 @@ use std::process::Command;
 use crate::guest::available;
 
 /// What a lab must say: with AMD-V's terms first, which is not asked for on VT-x, and in any case.
-const SAYS: [(&str, &[&str], &[&str]); 14] = [
+const SAYS: [(&str, &[&str], &[&str]); 15] = [
     (
         "pio",
         &["AMD-V 0x7b IOIO = VT-x 30 I/O instruction (out 1B 0x3f8) | serial THR <- 'H'"],
@@ -77,6 +77,16 @@ const SAYS: [(&str, &[&str], &[&str]); 14] = [
         &[
             "was rung 66 times and made 64 exits to the monitor. Its worker completed 2 requests.",
             "The console's was rung twice and made 2 exits to the monitor, for 2 requests.",
+        ],
+    ),
+    (
+        "msix",
+        &["AMD-V 0x400 NPF = VT-x 49 EPT misconfiguration (guest address 0xfee000b0) | in KVM"],
+        &[
+            "pci-ports CONFIG_ADDRESS <- 0x80000800: 00:01.0 vendor ID",
+            "00:01.0 BAR0 <- 0xffffffff: asks for its size",
+            "virtio-rng MSI-X 1 data <- 0x31: vector 0x31",
+            "The function's memory is 32 KiB large. Message 1 was raised by the device's worker, and came as vector 0x31.",
         ],
     ),
     (

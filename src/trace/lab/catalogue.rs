@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Host, Lab, closing};
-use vmm_monitor::config::{CharTarget, Console, Cpus, VmConfig};
+use vmm_monitor::config::{CharTarget, Console, Cpus, Transport, VmConfig};
 
 /// Longer than any of them takes, in an emulated machine too.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -27,7 +27,7 @@ macro_rules! lab {
 }
 
 /// All of them.
-pub static LABS: [Lab; 14] = [
+pub static LABS: [Lab; 15] = [
     lab!("pio", closing::pio),
     lab!("rep-outs", closing::rep_outs),
     lab!("mmio", closing::mmio),
@@ -42,6 +42,7 @@ pub static LABS: [Lab; 14] = [
     lab!("triple-fault", closing::triple_fault),
     lab!("sipi", closing::sipi, machine: two_cpus),
     lab!("doorbell", closing::doorbell, machine: with_console),
+    lab!("msix", closing::msix, machine: on_pci),
     lab!("dirty-log", closing::dirty_log, host: Host::FetchesDirtyLog),
 ];
 
@@ -49,6 +50,10 @@ fn ordinary(_: &mut VmConfig) {}
 
 fn two_cpus(config: &mut VmConfig) {
     config.cpus = Cpus(2);
+}
+
+fn on_pci(config: &mut VmConfig) {
+    config.transport = Transport::Pci;
 }
 
 /// Its end is in this process, whatever stands here.

@@ -2,7 +2,8 @@
 
 use super::facts::{Facts, Reasons};
 use crate::devices;
-use vmm_monitor::recorder::Kind;
+use vmm_monitor::memory::layout;
+use vmm_monitor::recorder::{Event, Kind};
 use vmm_monitor::virtio::doorbells::EXITS;
 
 const HLT: Reasons = &[12];
@@ -13,6 +14,10 @@ const CALL: Reasons = &[18];
 const CONTROL: Reasons = &[28];
 /// The second page table has no entry, or not for this access.
 const FAULT: Reasons = &[48, 49];
+/// An interrupt of the host.
+const EXTERNAL: Reasons = &[1];
+/// BAR0 of function 00:01.0.
+const BAR0: u64 = layout::PCI_ECAM + (1 << 15) + 0x10;
 /// The local APIC, where hardware plays a part in it.
 const APIC: Reasons = &[44, 45, 48, 49, 56];
 
@@ -210,6 +215,35 @@ pub fn doorbell(facts: &Facts<'_>) -> Vec<String> {
         ),
         facts.in_kvm("The entropy source's doorbell, and fresh memory", FAULT),
     ]
+}
+
+pub fn msix(facts: &Facts<'_>) -> Vec<String> {
+    // What reads back of all ones, without the bits that are no address.
+    let sized = facts.exits(|kind, event| kind == Kind::MmioRead && event.address == BAR0);
+    let size = |event: &&Event| (!(event.value as u32 & !0xf)).wrapping_add(1) >> 10;
+    let mut text = Vec::new();
+    if let Some(size) = sized.get(1).map(size) {
+        text.push(format!("The function's memory is {size} KiB large."));
+    }
+    let events = facts.ran.trace.events.iter().map(|(_, event)| event);
+    let raised = events.clone().find(|event| event.kind() == Some(Kind::Interrupt));
+    if let (Some(raised), [(noted, vector), ..]) = (raised, &facts.notes()[..]) {
+        let span = facts.span(raised.time, *noted);
+        text.push(format!(
+            "Message 1 was raised by the device's worker, and came as vector {vector:#x}. From one to the other: {span}."
+        ));
+        let between = |event: &&&Event| (raised.time..=*noted).contains(&event.time);
+        text.push(match (facts.traced(), facts.inside(EXTERNAL).iter().filter(between).count()) {
+            (false, _) => "Whether KVM posted it or took the processor out of the guest for it was not recorded here.".to_owned(),
+            (true, 0) => "No exit was needed for it: it was posted, or the processor was outside just then.".to_owned(),
+            (true, count) => format!(
+                "Exits for interrupts of the host meanwhile: {count}. With one of them KVM took the processor out of the guest, and \
+                 gave it the vector with the next entry."
+            ),
+        });
+    }
+    text.push(facts.in_kvm("The local APIC and fresh memory", APIC));
+    text
 }
 
 pub fn dirty_log(facts: &Facts<'_>) -> Vec<String> {
