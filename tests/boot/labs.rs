@@ -86,7 +86,7 @@ const SAYS: [(&str, &[&str], &[&str]); 15] = [
             "pci-ports CONFIG_ADDRESS <- 0x80000800: 00:01.0 vendor ID",
             "00:01.0 BAR0 <- 0xffffffff: asks for its size",
             "virtio-rng MSI-X 1 data <- 0x31: vector 0x31",
-            "The function's memory is 32 KiB large. Message 1 was raised by the device's worker, and came as vector 0x31.",
+            "The function's memory is 32 KiB large. The device's worker raised message 1, and it came as vector 0x31.",
         ],
     ),
     (

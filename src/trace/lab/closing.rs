@@ -225,17 +225,18 @@ pub fn msix(facts: &Facts<'_>) -> Vec<String> {
     if let Some(size) = sized.get(1).map(size) {
         text.push(format!("The function's memory is {size} KiB large."));
     }
-    let events = facts.ran.trace.events.iter().map(|(_, event)| event);
-    let raised = events.clone().find(|event| event.kind() == Some(Kind::Interrupt));
-    if let (Some(raised), [(noted, vector), ..]) = (raised, &facts.notes()[..]) {
-        let span = facts.span(raised.time, *noted);
+    // The interrupt's own record is made once the worker is back from the eventfd, when the vector may be there already.
+    let mut events = facts.ran.trace.events.iter().map(|(_, event)| event);
+    let served = events.find(|event| event.kind() == Some(Kind::Queue) && event.value > 0);
+    if let (Some(served), [(noted, vector), ..]) = (served, &facts.notes()[..]) {
+        let span = facts.span(served.time, *noted);
         text.push(format!(
-            "Message 1 was raised by the device's worker, and came as vector {vector:#x}. From one to the other: {span}."
+            "The device's worker raised message 1, and it came as vector {vector:#x}. From the worker's turn to the handler's note: {span}."
         ));
-        let between = |event: &&&Event| (raised.time..=*noted).contains(&event.time);
+        let between = |event: &&&Event| (served.time..=*noted).contains(&event.time);
         text.push(match (facts.traced(), facts.inside(EXTERNAL).iter().filter(between).count()) {
             (false, _) => "Whether KVM posted it or took the processor out of the guest for it was not recorded here.".to_owned(),
-            (true, 0) => "No exit was needed for it: it was posted, or the processor was outside just then.".to_owned(),
+            (true, 0) => "No interrupt of the host took the processor out of the guest for it: it was posted, or the processor was outside just then.".to_owned(),
             (true, count) => format!(
                 "Exits for interrupts of the host meanwhile: {count}. With one of them KVM took the processor out of the guest, and \
                  gave it the vector with the next entry."
