@@ -140,7 +140,8 @@ impl Pci {
         add_structure(&mut config, CAP_NOTIFY_CFG, NOTIFY, doorbells, &NOTIFY_MULTIPLIER.to_le_bytes());
         let window = add_structure(&mut config, CAP_PCI_CFG, 0, 0, &[0; 4]);
         config.allow(window + WINDOW_BAR, &[0xff]);
-        config.allow(window + WINDOW_OFFSET, &[0xff; 8]);
+        // Offset, length and data.
+        config.allow(window + WINDOW_OFFSET, &[0xff; 12]);
 
         let select = Selectors::default();
         let doorbells = Doorbells::new(vm, &core);

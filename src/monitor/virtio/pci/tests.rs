@@ -16,6 +16,8 @@ use crate::virtio::testing::{self, DriverRing};
 use crate::vm::Msi;
 use crate::vm::fake::FakeVm;
 
+mod registers;
+
 const WINDOW: std::ops::Range<u64> = 0xe000_0000..0xe010_0000;
 /// Above 4 GiB.
 const HIGH: std::ops::Range<u64> = 0x1_4000_0000..0x1_4010_0000;
@@ -310,6 +312,11 @@ fn configuration_space_has_a_window_to_the_structures() {
     };
     aim(&mut guest, 0, 0x12, 2);
     assert_eq!(guest.config(window + 16, 2), 1, "num_queues");
+    // What is written is what comes there, and not what was read last.
+    aim(&mut guest, 0, 0x16, 2);
+    guest.set_config(window + 16, 2, 0x1234);
+    assert_eq!(guest.read(0x16, 2), 0x1234, "queue_select");
+    guest.set_config(window + 16, 2, 0);
     aim(&mut guest, 0, 0x14, 1);
     guest.set_config(window + 16, 1, 1);
     assert_eq!((guest.config(window + 16, 1), guest.read(0x14, 1)), (1, 1), "the status");
