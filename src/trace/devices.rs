@@ -36,7 +36,10 @@ pub fn tell(header: &Header, event: &Event) -> Option<String> {
         "pci-ports" => pci::ports(offset, read, event),
         "pci-ecam" => pci::ecam(offset, read, event),
         // Above 4 GiB nothing else answers. Who is not known by its place has its structures where all have them.
-        _ if layout::PCI_MEMORY.contains(&event.address) || event.address >= layout::HOLE.end => {
+        _ if name.starts_with("pci-memory")
+            || layout::PCI_MEMORY.contains(&event.address)
+            || event.address >= layout::HOLE.end =>
+        {
             pci::virtio(offset % SIZE, read, event)
         }
         _ if name.starts_with("virtio-") => virtio_mmio(offset, read, event),

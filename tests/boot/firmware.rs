@@ -8,11 +8,16 @@ use crate::kernels::{LOOK, complaints};
 
 pub const QBOOT: &str = "/usr/share/qemu/qboot.rom";
 const SEABIOS: &str = "/usr/share/seabios/bios-microvm.bin";
+const SEABIOS_PC: &str = "/usr/share/seabios/bios.bin";
 const QEMU: &str = "/usr/share/qemu";
 
 /// Boots with `arguments`, and as if there were no firmware: both must see and complain of the same.
 fn as_directly(kernel: Kernel, arguments: &[&str]) {
-    let machine = ["--mem", "512M", "--cpus", "2"];
+    as_directly_over("mmio", kernel, arguments);
+}
+
+fn as_directly_over(transport: &str, kernel: Kernel, arguments: &[&str]) {
+    let machine = ["--mem", "512M", "--cpus", "2", "--transport", transport];
     let (direct, by_firmware) =
         (run(kernel, &machine, LOOK), run(kernel, &[&machine, arguments].concat(), LOOK));
     let (direct, body) = (direct.body(), by_firmware.body());
@@ -20,7 +25,7 @@ fn as_directly(kernel: Kernel, arguments: &[&str]) {
     assert!(body[1].starts_with("MemTotal"), "{body:?}");
     let (expected, found) = (complaints(&direct), complaints(&body));
     let new: Vec<_> = found.difference(&expected).collect();
-    assert!(new.is_empty(), "{kernel:?} {arguments:?}: {new:#?}");
+    assert!(new.is_empty(), "{kernel:?} {arguments:?} over {transport}: {new:#?}");
     let acpi =
         |lines: &[&str]| lines.iter().filter(|line| line.contains("ACPI: ") && line.contains("VMM ")).count();
     assert_eq!(acpi(&body), acpi(&direct), "the tables: {body:#?}");
@@ -68,6 +73,45 @@ fn seabios_with_qemus_option_roms() {
         for (kernel, rom) in [(Kernel::TunedBzImage, "linuxboot_dma.bin"), (Kernel::TunedPvh, "pvh.bin")] {
             as_directly(kernel, &["--firmware", SEABIOS, "--option-rom", &format!("{QEMU}/{rom}")]);
         }
+    }
+}
+
+#[test]
+fn each_firmware_starts_a_kernel_whose_devices_are_on_the_pci_bus() {
+    let linuxboot = format!("{QEMU}/linuxboot_dma.bin");
+    if packaged("firmware, PCI", SEABIOS, "seabios") && packaged("firmware, PCI", QBOOT, "qemu-system-data") {
+        for arguments in [
+            &["--firmware"][..],
+            &["--firmware", QBOOT],
+            &["--firmware", SEABIOS, "--option-rom", &linuxboot],
+            &["--firmware", SEABIOS_PC, "--option-rom", &linuxboot],
+        ] {
+            as_directly_over("pci", Kernel::TunedBzImage, arguments);
+        }
+    }
+}
+
+/// It moves the disk's memory to where it thinks that there is room, and has a driver of its own.
+#[test]
+fn seabios_boots_from_a_disk_on_the_pci_bus() {
+    if !packaged("SeaBIOS, disk on PCI", SEABIOS, "seabios") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    // 16-bit code: "k" to the serial port, and the end; and what makes it a boot sector.
+    let mut image = vec![0; 1 << 20];
+    image[..11].copy_from_slice(&[0xb0, b'k', 0xba, 0xf8, 0x03, 0xee, 0xb0, 0, 0xe6, 0xf4, 0xf4]);
+    image[510..512].copy_from_slice(&[0x55, 0xaa]);
+    std::fs::write(&disk, image).unwrap();
+    for bios in [SEABIOS, SEABIOS_PC] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+        command.args(["--firmware", bios, "--transport", "pci", "--mem", "64M", "--debug-exit", "0xf4"]);
+        command
+            .args(["--serial", "stdio", "--console", "off", "--disk"])
+            .arg(format!("path={}", disk.display()));
+        let ended = Guest::start(command).finish();
+        assert!(ended.code == Some(1) && ended.text.ends_with('k'), "{bios}: {ended:?}");
     }
 }
 

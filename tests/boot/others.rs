@@ -71,9 +71,12 @@ fn ipxe_runs_commands_under_seabios() {
     let arguments = ["--mem", "64M", "--firmware", SEABIOS, "--option-rom", LINUXBOOT];
     // SeaBIOS holds the last character back.
     let command = ["--cmdline", "echo This is ${platform} here"];
-    let (guest, _keys) = start(Path::new(IPXE), &[&arguments[..], &command].concat());
-    guest.wait_for("Open Source Network Boot Firmware", 1);
-    guest.wait_for("This is pcbios", 1);
+    for transport in ["mmio", "pci"] {
+        let arguments = [&arguments[..], &command, &["--transport", transport]].concat();
+        let (guest, _keys) = start(Path::new(IPXE), &arguments);
+        guest.wait_for("Open Source Network Boot Firmware", 1);
+        guest.wait_for("This is pcbios", 1);
+    }
 }
 
 #[test]

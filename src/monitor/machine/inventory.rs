@@ -37,7 +37,9 @@ pub fn inventory(config: &VmConfig, changes: &Changes, rom: Option<u64>) -> Resu
             list.memory("pci-ecam", Kind::PciEcam, layout::PCI_ECAM, segment::ECAM_BUS);
             list.port("pci-hot-plug", Kind::PciHotPlug, layout::PCI_HOT_PLUG, hot_plug::SIZE);
             let high = layout::pci_memory_high(config.mem.size.bytes()).map(|high| ("pci-memory-high", high));
-            for (name, Range { start, end }) in [("pci-memory", layout::PCI_MEMORY)].into_iter().chain(high) {
+            let low =
+                [("pci-memory", layout::PCI_MEMORY), ("pci-memory-firmware", layout::PCI_MEMORY_FIRMWARE)];
+            for (name, Range { start, end }) in low.into_iter().chain(high) {
                 list.memory(name, Kind::PciMemory, start, end - start);
             }
         }
@@ -244,7 +246,7 @@ mod tests {
         let lines: Vec<_> = (1..=14).map(|number: u8| (number, 16 + u32::from(number) % 8)).collect();
         let pci = platform.pci.unwrap();
         assert_eq!(pci.lines, lines, "six devices, and room for eight more");
-        assert_eq!(pci.memory, [layout::PCI_MEMORY, 4 << 30..5 << 30]);
+        assert_eq!(pci.memory, [layout::PCI_MEMORY, layout::PCI_MEMORY_FIRMWARE, 4 << 30..5 << 30]);
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! 0xc000_0000  ---  the hole below 4 GiB: devices, no RAM
 //!   0xe000_0000  memory of PCI functions    384 MiB; only with `transport=pci`, as the next
 //!   0xf800_0000  PCI configuration space    1 MiB
-//!   0xfe00_0000  virtio-mmio slots          4 KiB each
+//!   0xfe00_0000  virtio-mmio slots          4 KiB each; with `transport=pci` memory of functions that firmware moves there
 //!   0xfec0_0000  I/O APIC                   (in the kernel where there are 8259s)
 //!   0xfee0_0000  local APIC                 (in the kernel)
 //!   0xfeff_c000  KVM's identity map and TSS (16 KiB, Intel without unrestricted guest)
@@ -59,8 +59,11 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 
 /// The hole below 4 GiB in which there is no RAM.
 pub const HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
-/// Where PCI functions' memory is. Firmware that knows no better way (SeaBIOS) puts it there, too.
+/// Where PCI functions' memory is.
 pub const PCI_MEMORY: Range<u64> = 0xe000_0000..0xf800_0000;
+/// Where SeaBIOS, which does not know this host bridge, moves it: as high as may be below the I/O APIC. Virtio-mmio's slots are there
+/// where there is no PCI bus.
+pub const PCI_MEMORY_FIRMWARE: Range<u64> = VIRTIO_MMIO..IO_APIC;
 /// Alignment and bytes of the other place where it may be, above 4 GiB. Functions take up to 1 MiB: there is room to move all of them at once.
 const PCI_MEMORY_HIGH: u64 = 1 << 30;
 /// Physical addresses that each processor with 64-bit code has, in bits (Intel SDM vol. 3, 4.1.4).
