@@ -106,7 +106,7 @@ fn seabios_boots_from_a_disk_on_the_pci_bus() {
     std::fs::write(&disk, image).unwrap();
     for bios in [SEABIOS, SEABIOS_PC] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
-        command.args(["--firmware", bios, "--transport", "pci", "--mem", "64M", "--debug-exit", "0xf4"]);
+        command.args(["--firmware", bios, "--transport", "pci", "--mem", "64M", "--debug-exit=0xf4"]);
         command
             .args(["--serial", "stdio", "--console", "off", "--disk"])
             .arg(format!("path={}", disk.display()));
