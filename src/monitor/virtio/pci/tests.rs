@@ -67,6 +67,9 @@ impl Guest {
                 let (offset, length) = (self.config(at + 8, 4), self.config(at + 12, 4));
                 assert!(offset + length <= SIZE);
                 let kind = self.config(at + 3, 1) as u8;
+                // 4.1.4: with what follows the capability itself.
+                let more = if [CAP_NOTIFY_CFG, CAP_PCI_CFG].contains(&kind) { 4 } else { 0 };
+                assert_eq!(self.config(at + 2, 1), 16 + more, "cap_len of {kind}");
                 self.structures.insert(kind, (offset, length));
             }
             at = self.config(at + 1, 1);
@@ -194,6 +197,30 @@ fn a_driver_finds_the_structures_and_gets_its_answers_by_messages() {
     guest.start(0xffff, 0xffff);
     guest.request(WINDOW.start);
     assert_eq!(guest.vm.take_messages(), [], "the driver polls");
+}
+
+#[test]
+fn a_queue_takes_another_message_while_it_runs_and_message_control_takes_four_bytes() {
+    let mut guest = Guest::new();
+    let at = u64::from(guest.function.lock().unwrap().msix_capability);
+    guest.set_config(at, 4, u64::from(msix::ENABLE) << 16);
+    assert_eq!(guest.config(at + 2, 2), u64::from(msix::ENABLE) | 1, "on, and two vectors");
+    guest.vector(0, message(0x30));
+    guest.vector(1, message(0x31));
+    guest.start(0xffff, 1);
+    for (vector, number) in [(1, 0x31), (0, 0x30), (0xffff, 0), (1, 0x31)] {
+        guest.write(0x1a, 2, vector);
+        guest.request(WINDOW.start);
+        if vector == 0xffff {
+            continue;
+        }
+        let mut sent = Vec::new();
+        guest.wait(|guest| {
+            sent = guest.vm.take_messages();
+            !sent.is_empty()
+        });
+        assert_eq!(sent, [message(number)]);
+    }
 }
 
 #[test]
