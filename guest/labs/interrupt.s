@@ -1,6 +1,6 @@
 # interrupt: a device wants something
 #
-# The guest tells the I/O APIC what pin 9 means: vector 0x30, for APIC 0. The I/O APIC is the monitor's, which gives KVM that as
+# The guest tells the I/O APIC what pin 5 means: vector 0x30, for APIC 0. The I/O APIC is the monitor's, which gives KVM that as
 # a route. Then the host presses the machine's power button: it writes to an eventfd (irqfd), KVM sends the route's message to the
 # local APIC, and gives the vector to the processor with the next entry into the guest (injection). The guest's handler runs, and
 # ends the interrupt with a write to the EOI register. All of that is KVM's: the monitor only wrote to the eventfd.
@@ -12,9 +12,9 @@ start:
     mov eax, APIC
     mov dword ptr [eax + 0xf0], 0x1ff   # spurious vector; bit 8: the local APIC is on
     mov ebx, IOAPIC
-    mov dword ptr [ebx], 0x10 + 2 * 9 + 1       # pin 9, upper half:
+    mov dword ptr [ebx], 0x10 + 2 * 5 + 1       # pin 5, upper half:
     mov dword ptr [ebx + 0x10], 0               # to APIC 0
-    mov dword ptr [ebx], 0x10 + 2 * 9           # lower half:
+    mov dword ptr [ebx], 0x10 + 2 * 5           # lower half:
     mov dword ptr [ebx + 0x10], 0x30            # as vector 0x30, an edge
     mov dx, SERIAL
     mov al, 'r'

@@ -1,4 +1,5 @@
-//! The I/O APIC (82093AA data sheet, order number 290566): 24 pins, each of which interrupts as its redirection entry says.
+//! The I/O APIC (82093AA data sheet, order number 290566), of 24 pins or fewer, each of which interrupts as its redirection entry
+//! says. Kernels program every pin that it says it has, which are exits.
 //!
 //! For guests that need no 8259s: then KVM has the local APICs alone. An entry that interrupts by edges is a route from the pin to a
 //! message, along which an eventfd interrupts without this code. Levels come here ([`Pins`]), and go out as a message each time the
@@ -14,7 +15,7 @@ use crate::memory::layout;
 use crate::state::{StateError, Stateful};
 use crate::vm::{Msi, Pins, Vm};
 
-/// Pins.
+/// Most pins.
 const PINS: usize = layout::IO_APIC_PINS as usize;
 
 // Registers of the memory (3.1), and of the window (3.2).
@@ -26,8 +27,9 @@ const IOAPICARB: u8 = 0x02;
 /// The first of two for each pin.
 const IOREDTBL: u8 = 0x10;
 
-/// IOAPICVER: the version that KVM's own has, too, and the last entry's number.
-const VERSION: u32 = 0x11 | (PINS as u32 - 1) << 16;
+/// IOAPICVER: the version that KVM's own has, too, and where the last entry's number is.
+const VERSION: u32 = 0x11;
+const LAST_SHIFT: u32 = 16;
 const ID_SHIFT: u32 = 24;
 const ID_BITS: u32 = 0xf << ID_SHIFT;
 
@@ -54,6 +56,7 @@ const MESSAGE_LEVEL: u32 = 1 << 15 | 1 << 14;
 /// The controller.
 pub struct IoApic {
     vm: Weak<dyn Vm>,
+    pins: usize,
     registers: Registers,
     /// As they were given to the hypervisor last.
     routes: [Option<Msi>; PINS],
@@ -66,6 +69,7 @@ pub struct Registers {
     select: u8,
     /// IOAPICID, all of it.
     id: u32,
+    /// Those beyond its pins stay masked.
     entries: [u64; PINS],
     /// A bit for each pin that is high.
     high: u32,
@@ -98,9 +102,14 @@ fn route(entry: u64) -> Option<Msi> {
 }
 
 impl IoApic {
-    /// As after a reset: all pins are masked, and low.
-    pub fn new(vm: Weak<dyn Vm>) -> Self {
-        Self { vm, registers: Registers::default(), routes: [None; PINS] }
+    /// With so many `pins`, 1 to 24. As after a reset: all are masked, and low.
+    pub fn new(vm: Weak<dyn Vm>, pins: u32) -> Self {
+        Self {
+            vm,
+            pins: (pins as usize).clamp(1, PINS),
+            registers: Registers::default(),
+            routes: [None; PINS],
+        }
     }
 
     fn read_register(&self) -> Option<u32> {
@@ -108,10 +117,10 @@ impl IoApic {
         match registers.select {
             // The arbitration ID is loaded with the ID (3.2.3).
             IOAPICID | IOAPICARB => Some(registers.id),
-            IOAPICVER => Some(VERSION),
+            IOAPICVER => Some(VERSION | (self.pins as u32 - 1) << LAST_SHIFT),
             select => {
                 let half = select.checked_sub(IOREDTBL)?;
-                let entry = registers.entries.get(usize::from(half / 2))?;
+                let entry = registers.entries[..self.pins].get(usize::from(half / 2))?;
                 Some((entry >> (32 * (half % 2))) as u32)
             }
         }
@@ -123,7 +132,7 @@ impl IoApic {
             select => {
                 let Some(half) = select.checked_sub(IOREDTBL) else { return };
                 let pin = usize::from(half / 2);
-                let Some(entry) = self.registers.entries.get_mut(pin) else { return };
+                let Some(entry) = self.registers.entries[..self.pins].get_mut(pin) else { return };
                 let (shift, value) = (32 * (half % 2), u64::from(value));
                 let written = *entry & !(0xffff_ffff << shift) | value << shift;
                 *entry = written & WRITABLE | *entry & REMOTE_IRR;
@@ -172,7 +181,7 @@ fn send(vm: &Weak<dyn Vm>, entry: u64) -> bool {
 impl Pins for IoApic {
     fn set_level(&mut self, gsi: u32, high: bool) {
         let pin = gsi as usize;
-        let Some(entry) = self.registers.entries.get(pin) else { return };
+        let Some(entry) = self.registers.entries[..self.pins].get(pin) else { return };
         let (before, bit) = (self.registers.high, 1 << pin);
         self.registers.high = if high { before | bit } else { before & !bit };
         if entry & LEVEL != 0 {
@@ -183,7 +192,7 @@ impl Pins for IoApic {
     }
 
     fn end_of_interrupt(&mut self, vector: u8) {
-        for pin in 0..PINS {
+        for pin in 0..self.pins {
             let entry = &mut self.registers.entries[pin];
             if *entry & (REMOTE_IRR | VECTOR) == REMOTE_IRR | u64::from(vector) {
                 *entry &= !REMOTE_IRR;
@@ -228,7 +237,12 @@ impl Stateful for IoApic {
     fn restore(&mut self, state: Registers) -> Result<(), StateError> {
         let possible =
             |entry: &u64| entry & !(WRITABLE | REMOTE_IRR) == 0 && entry & (REMOTE_IRR | LEVEL) != REMOTE_IRR;
-        if state.id & !ID_BITS != 0 || state.high >> PINS != 0 || !state.entries.iter().all(possible) {
+        let beyond = &state.entries[self.pins..];
+        if state.id & !ID_BITS != 0
+            || state.high >> self.pins != 0
+            || !state.entries.iter().all(possible)
+            || beyond.iter().any(|entry| *entry != MASKED)
+        {
             return Err(StateError::Invalid(format!("I/O APIC {state:x?}")));
         }
         self.registers = state;

@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Instant;
 
-use super::inventory::{inventory, platform};
+use super::inventory::{inventory, io_apic_pins, platform};
 use super::origin::{Contents, Origin};
 use super::plug::{self, PciBus, Plugboard};
 use super::shell::{Made, Shell};
@@ -193,7 +193,7 @@ fn build(
                 }
             }
             Kind::IoApic => {
-                let io_apic = Arc::new(Mutex::new(IoApic::new(weak(&vm))));
+                let io_apic = Arc::new(Mutex::new(IoApic::new(weak(&vm), io_apic_pins(&list))));
                 let pins: Arc<Mutex<dyn Pins>> = io_apic.clone();
                 vm.set_pins(Arc::downgrade(&pins));
                 board.pins = Some(pins);

@@ -82,6 +82,7 @@ pub fn inventory(config: &VmConfig, changes: &Changes, rom: Option<u64>) -> Resu
         // Number 0 is the host bridge.
         Transport::Pci => usize::from(segment::DEVICES) - 1,
     };
+    let gsis = if config.has_pics() { layout::VIRTIO_GSIS_BESIDE_PICS } else { layout::VIRTIO_GSIS };
     let wanted = virtio.len();
     if wanted > possible {
         return Err(Error::TooManyDevices { wanted, possible });
@@ -91,8 +92,7 @@ pub fn inventory(config: &VmConfig, changes: &Changes, rom: Option<u64>) -> Resu
         match config.transport {
             Transport::Mmio => {
                 let base = layout::VIRTIO_MMIO + index as u64 * layout::VIRTIO_MMIO_SIZE;
-                list.memory(&name, kind, base, layout::VIRTIO_MMIO_SIZE).gsi =
-                    layout::VIRTIO_GSIS.get(index).copied();
+                list.memory(&name, kind, base, layout::VIRTIO_MMIO_SIZE).gsi = gsis.get(index).copied();
             }
             Transport::Pci => list.0.push(function(name, kind, index as u8 + 1)),
         }
@@ -146,6 +146,15 @@ pub fn windows(list: &[Slot]) -> impl Iterator<Item = Range<u64>> {
     windows.map(|slot| slot.base..slot.base + slot.size)
 }
 
+/// Pins of the I/O APIC: all of KVM's own, else as many as what is on the `list` needs. Each is a dozen exits of a boot.
+pub fn io_apic_pins(list: &[Slot]) -> u32 {
+    let is_ours = list.iter().any(|slot| slot.kind == Kind::IoApic);
+    let last = list.iter().filter_map(|slot| slot.gsi).max().filter(|_| is_ours);
+    // Functions may come whose lines nobody has yet.
+    let last = last.filter(|_| spare_functions(list).is_empty());
+    last.map_or(layout::IO_APIC_PINS, |last| last + 1)
+}
+
 /// What the guest's tables say of the machine with `cpus` vCPUs and what is on the `list`.
 pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
     let virtio = |slot: &Slot| match (slot.kind, slot.place, slot.gsi) {
@@ -164,6 +173,7 @@ pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
     };
     Platform {
         cpus,
+        io_apic_pins: io_apic_pins(list),
         virtio_mmio: list.iter().filter_map(virtio).collect(),
         com1: has(Kind::Serial),
         pci: has(Kind::PciEcam).then(|| Pci { lines: lines(), memory: windows(list).collect() }),
@@ -247,6 +257,27 @@ mod tests {
         let pci = platform.pci.unwrap();
         assert_eq!(pci.lines, lines, "six devices, and room for eight more");
         assert_eq!(pci.memory, [layout::PCI_MEMORY, layout::PCI_MEMORY_FIRMWARE, 4 << 30..5 << 30]);
+    }
+
+    #[test]
+    fn the_io_apic_has_a_pin_for_each_line_and_few_more() {
+        let pins = |json: &str, transport| {
+            let config = VmConfig { transport, ..serde_json::from_str(json).unwrap() };
+            let list = inventory(&config, &Changes::default(), None).unwrap();
+            let pins = platform(1, &list).io_apic_pins;
+            assert!(list.iter().filter_map(|slot| slot.gsi).all(|gsi| gsi < pins), "{json}");
+            pins
+        };
+        for (json, few) in [
+            (r#"{"kernel": "k", "console": "off", "serial": "off"}"#, 6),
+            (r#"{"kernel": "k"}"#, 7),
+            (r#"{"kernel": "k", "disk": ["a"], "rng": true, "serial": "stdio"}"#, 8),
+            (r#"{"kernel": "k", "pit": true}"#, 24),
+            (r#"{"kernel": "k", "firmware": "built-in"}"#, 24),
+        ] {
+            assert_eq!(pins(json, Transport::Mmio), few, "{json}");
+            assert_eq!(pins(json, Transport::Pci), 24, "{json}");
+        }
     }
 
     #[test]

@@ -137,7 +137,7 @@ fn watch(
     let act = |text: &str| _ = acts.send((clock::ticks(), text.to_owned()));
     if host == Host::PressesPowerButton && pressed.recv_timeout(limit).is_ok() {
         thread::sleep(PAUSE);
-        act("presses the power button: writes to the eventfd of pin 9");
+        act("presses the power button: writes to the eventfd of pin 5");
         handle.power_button();
     }
     if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {

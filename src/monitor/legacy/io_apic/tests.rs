@@ -17,13 +17,17 @@ struct Chip {
 
 impl Default for Chip {
     fn default() -> Self {
-        let vm = Arc::new(FakeVm::default());
-        let weak: Weak<FakeVm> = Arc::downgrade(&vm);
-        Self { vm, io_apic: IoApic::new(weak) }
+        Self::with_pins(PINS as u32)
     }
 }
 
 impl Chip {
+    fn with_pins(pins: u32) -> Self {
+        let vm = Arc::new(FakeVm::default());
+        let weak: Weak<FakeVm> = Arc::downgrade(&vm);
+        Self { vm, io_apic: IoApic::new(weak, pins) }
+    }
+
     fn read(&mut self, register: u8) -> u32 {
         self.io_apic.write(SELECT, &u32::from(register).to_le_bytes());
         let mut data = [0xff; 4];
@@ -76,6 +80,30 @@ fn each_register_keeps_the_bits_that_it_has() {
         }
         for register in (3..0x10).chain(0x40..=u8::MAX) {
             assert_eq!(chip.read(register), u32::MAX, "there is no {register:#x}");
+        }
+    }
+}
+
+#[test]
+fn pins_that_it_does_not_have_cannot_be_written_or_raised() {
+    for pins in [1, 7, 23] {
+        let mut chip = Chip::with_pins(pins);
+        assert_eq!(chip.read(1), 0x11 | (pins - 1) << 16);
+        for pin in 0..24u8 {
+            chip.set(pin, 0x40);
+            chip.io_apic.set_level(pin.into(), true);
+            let is_there = u32::from(pin) < pins;
+            assert_eq!(chip.entry(pin), if is_there { 0x40 } else { u64::MAX }, "{pin} of {pins}");
+            assert_eq!(chip.vm.take_sent().len(), usize::from(is_there));
+        }
+        let state = chip.io_apic.save();
+        assert_eq!(chip.routes(), state.entries.map(route));
+        chip.io_apic.restore(state).unwrap();
+        let (mut open, mut high) = (state, state);
+        open.entries[23] = 0x40;
+        high.high |= 1 << 23;
+        for wrong in [open, high] {
+            assert!(matches!(chip.io_apic.restore(wrong), Err(StateError::Invalid(_))), "{wrong:x?}");
         }
     }
 }

@@ -74,7 +74,7 @@ pub const PCI_ECAM: u64 = 0xf800_0000;
 pub const VIRTIO_MMIO: u64 = 0xfe00_0000;
 /// The I/O APIC's base; its identifier is 0 and its first interrupt GSI 0.
 pub const IO_APIC: u64 = 0xfec0_0000;
-/// Its pins, whoever has it: KVM or the machine.
+/// Pins of KVM's own, and the most that the machine's has: how many it has the inventory says.
 pub const IO_APIC_PINS: u32 = 24;
 /// The local APICs' base.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
@@ -121,7 +121,7 @@ pub const ACPI_PM_SIZE: u64 = 8;
 /// The registers by which PCI functions come and go (`pci::hot_plug`).
 pub const PCI_HOT_PLUG: u64 = 0x610;
 /// The Generic Event Device's interrupt (power button, PCI functions that come and go).
-pub const ACPI_GSI: u32 = 9;
+pub const ACPI_GSI: u32 = 5;
 /// Port of the POST code, used for boot marks when asked for.
 pub const POST: u64 = 0x80;
 /// The test device's register and page port (`legacy::testdev::pc`).
@@ -143,8 +143,12 @@ pub const DEBUG_PORT: u64 = 0x402;
 /// Default port of the debug-exit device.
 pub const DEBUG_EXIT: u64 = 0xf4;
 
-/// The interrupts that virtio-mmio devices get, in order: those above the legacy range first.
-pub const VIRTIO_GSIS: [u32; 18] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15];
+/// The interrupts that virtio-mmio devices get, in order: the lowest that are free, because a guest programs every pin up to the
+/// highest. An RTC's (8) is the last.
+pub const VIRTIO_GSIS: [u32; 18] = [6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 8];
+/// Likewise where there are 8259s: those that do not reach these first.
+pub const VIRTIO_GSIS_BESIDE_PICS: [u32; 18] =
+    [16, 17, 18, 19, 20, 21, 22, 23, 6, 7, 9, 10, 11, 12, 13, 14, 15, 8];
 
 /// The interrupts that the INTA# pins of PCI functions are wired to, in turn by their device number.
 pub const PCI_GSIS: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
@@ -229,6 +233,8 @@ mod tests {
             HOLE.end..MAX_RAM,
         ];
         assert!(table.windows(2).all(|w| w[0].end <= w[1].start));
-        assert!(!VIRTIO_GSIS.contains(&COM1_GSI) && !VIRTIO_GSIS.contains(&ACPI_GSI));
+        for gsis in [VIRTIO_GSIS, VIRTIO_GSIS_BESIDE_PICS] {
+            assert!(gsis.iter().all(|gsi| *gsi < IO_APIC_PINS && ![COM1_GSI, ACPI_GSI].contains(gsi)));
+        }
     }
 }

@@ -276,7 +276,7 @@ mod tests {
         let virtio_mmio = slots.map(|(slot, gsi)| VirtioMmio { base: base(slot), gsi }).collect();
         let lines = (1..32).zip(layout::PCI_GSIS.into_iter().cycle()).collect();
         let pci = Some(Pci { lines, memory: vec![layout::PCI_MEMORY, 5 << 30..6 << 30] });
-        Platform { cpus, virtio_mmio, com1: true, pci }
+        Platform { cpus, io_apic_pins: layout::IO_APIC_PINS, virtio_mmio, com1: true, pci }
     }
 
     fn int(bytes: &[u8], at: usize, len: usize) -> u64 {

@@ -20,6 +20,8 @@ use crate::memory::{GuestRam, layout};
 pub struct Platform {
     /// Virtual CPUs; their APIC ids are 0, 1, 2 ...
     pub cpus: u32,
+    /// Pins of the I/O APIC.
+    pub io_apic_pins: u32,
     /// The virtio-mmio devices.
     pub virtio_mmio: Vec<VirtioMmio>,
     /// There is a 16550 at [`layout::COM1`].

@@ -24,7 +24,7 @@ const SIGNATURE: u32 = 0x600;
 const FEATURES: u32 = 1 | 1 << 9;
 /// The PCI bus, where there is one. Its identifier is to be its number (D.2).
 const PCI: u8 = 0;
-const ISA_LINES: u8 = 16;
+const ISA_LINES: u32 = 16;
 /// Interrupt types (4.3.4): vectored, by the 8259s.
 const INT: u8 = 0;
 const EXT_INT: u8 = 3;
@@ -32,7 +32,7 @@ const NMI: u8 = 1;
 /// Every local APIC.
 const ALL: u8 = 0xff;
 
-/// Writes both structures so that they end at `end`, or a few bytes before it.
+/// Writes both structures so that they end at `end`, or a few bytes before it. The I/O APIC has `pins`.
 ///
 /// # Errors
 /// There is no RAM.
@@ -62,7 +62,7 @@ fn tables(platform: &Platform, base: u32) -> Vec<u8> {
     entry(&[&[1, isa][..], b"ISA   "].concat());
     // Identifier and version are those that its registers have.
     entry(&[&[2, 0, 0x11, ENABLED][..], &(layout::IO_APIC as u32).to_le_bytes()].concat());
-    for line in 0..ISA_LINES {
+    for line in 0..ISA_LINES.min(platform.io_apic_pins) as u8 {
         // Trigger and polarity as the bus has them; each line on the pin of its number.
         entry(&[3, INT, 0, 0, isa, line, 0, line]);
     }
@@ -127,15 +127,15 @@ mod tests {
 
     #[test]
     fn a_kernel_finds_each_processor_and_each_line() {
-        for cpus in [1, 2, Cpus::MAX] {
-            let bytes = tables(&Platform { cpus, ..Platform::default() }, 0x1000);
+        for (cpus, io_apic_pins) in [(1, 24), (2, 7), (Cpus::MAX, 16)] {
+            let bytes = tables(&Platform { cpus, io_apic_pins, ..Platform::default() }, 0x1000);
             let entries = walk(&bytes, 0x1000);
             let of = |kind: u8| entries.iter().filter(move |entry| entry[0] == kind);
             let processors: Vec<_> = of(0).map(|entry| (u32::from(entry[1]), entry[3])).collect();
             let expected: Vec<_> = (0..cpus).map(|id| (id, if id == 0 { 3 } else { 1 })).collect();
             assert_eq!(processors, expected);
             assert_eq!(of(2).map(|entry| u64::from(word(entry, 4))).collect::<Vec<_>>(), [layout::IO_APIC]);
-            assert!((0..16).eq(of(3).map(|entry| {
+            assert!((0..io_apic_pins.min(16) as u8).eq(of(3).map(|entry| {
                 assert_eq!(entry[5], entry[7]);
                 entry[7]
             })));
@@ -148,7 +148,9 @@ mod tests {
     fn a_kernel_finds_where_the_lines_of_pci_functions_go() {
         let lines: Vec<_> = (1..32).zip(layout::PCI_GSIS.into_iter().cycle()).collect();
         let pci = Some(Pci { lines: lines.clone(), memory: Vec::new() });
-        let bytes = tables(&Platform { cpus: Cpus::MAX, pci, ..Platform::default() }, 0x1000);
+        let io_apic_pins = layout::IO_APIC_PINS;
+        let platform = Platform { cpus: Cpus::MAX, io_apic_pins, pci, ..Platform::default() };
+        let bytes = tables(&platform, 0x1000);
         assert!(bytes.len() as u64 <= layout::MP_TABLES_SIZE, "{}", bytes.len());
         let entries = walk(&bytes, 0x1000);
         let of = |kind: u8| entries.iter().filter(move |entry| entry[0] == kind);
