@@ -107,6 +107,10 @@ impl Control for Fake {
         self.notes().contains(&"kill").then_some(10)
     }
 
+    fn keep_end(&self) {
+        self.note("keep end");
+    }
+
     fn give_up(&self) {
         self.note("give up");
     }
@@ -381,6 +385,7 @@ fn signals_press_the_button_once_and_then_end_it() {
     assert_eq!(fake.notes(), ["button", "kill"]);
     // A machine that does not end although it was killed goes with its process.
     fake.await_note("give up");
+    assert_eq!(fake.notes(), ["button", "kill", "keep end", "give up"]);
     drop(server);
 
     let (_server, fake) = scene.start("b", Some(Signals::take().unwrap()));

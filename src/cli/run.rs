@@ -92,7 +92,9 @@ pub fn live(
     let viewers = Live::new(config.clone(), recorder.clone(), record.is_some());
     let killed_status = Code::Killed.number();
     let outputs = record.iter().map(|record| record.file.path.clone()).collect();
-    let controls = Controls { stop_timeout, viewers, serving: log_output::serve, killed_status, outputs };
+    let keeper = background.as_ref().map(Background::keeper);
+    let serving = log_output::serve;
+    let controls = Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
     let mut session = Session::controlled(&config, recorder, controls)?;
     if let Some(background) = &mut background {
@@ -111,7 +113,7 @@ pub fn live(
     let outcome = session.run(&mut observers);
     let result = finish(&mut session, recorded).and_then(|()| code(outcome?));
     let status = result.as_ref().map_or_else(|failure| failure.code, |code| *code);
-    if let Some(mut background) = background {
+    if let Some(background) = background {
         if let Err(failure) = &result {
             failure.print(flags::with_flags);
         }

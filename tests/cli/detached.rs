@@ -368,6 +368,64 @@ fn records_are_not_kept_where_others_could_change_them() {
     }
 }
 
+/// A thread that this one has stopped. It goes on when this is dropped.
+struct Stopped(i32);
+
+impl Stopped {
+    /// The thread of `process` that is called `name`; an error if this user may stop none.
+    fn new(process: rustix::process::Pid, name: &str) -> std::io::Result<Self> {
+        let threads = fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero()))?;
+        let is_called =
+            |path: &PathBuf| fs::read_to_string(path.join("comm")).is_ok_and(|it| it.trim() == name);
+        let path = threads.flatten().map(|entry| entry.path()).find(is_called).expect(name);
+        let thread: i32 = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        let no_data = std::ptr::null_mut::<libc::c_void>();
+        for request in [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT] {
+            // SAFETY: neither request touches this process's memory.
+            if unsafe { libc::ptrace(request, thread, no_data, no_data) } != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(Self(thread).await_change())
+    }
+
+    /// Until it has stopped, or is gone.
+    fn await_change(self) -> Self {
+        let mut status = 0;
+        // SAFETY: the status is ours.
+        unsafe { libc::waitpid(self.0, &mut status, libc::__WALL) };
+        self
+    }
+}
+
+#[test]
+fn a_monitor_whose_machine_does_not_end_when_killed_leaves_word_of_its_end() {
+    const NAME: &str = "a_monitor_whose_machine_does_not_end_when_killed_leaves_word_of_its_end";
+    if !has_kvm(NAME) {
+        return;
+    }
+    let place = place();
+    for (options, kept) in [("", true), ("--rm", false)] {
+        let name = place.detach("halt", &format!("--console off {options}"));
+        let vcpu = match Stopped::new(place.pid(&name), "vcpu0") {
+            Ok(vcpu) => vcpu,
+            Err(error) => {
+                place.says(&format!("kill {name}"));
+                return eprintln!("SKIP: {NAME}: no thread of another process can be stopped: {error}");
+            }
+        };
+        let waiting = place.wait_for(&name);
+        place.vmm(&format!("kill {name}"));
+        // What it leaves as it goes is its status.
+        vcpu.await_change();
+        assert_eq!(text(&finish(waiting).stdout), "10\n");
+        assert_eq!(place.says("list --all").contains(&name), kept);
+        if kept {
+            assert_eq!(place.says(&format!("wait {name}")), "10\n");
+        }
+    }
+}
+
 #[test]
 fn many_start_at_once_each_under_a_name_of_its_own() {
     if !has_kvm("many_start_at_once_each_under_a_name_of_its_own") {

@@ -10,6 +10,8 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 
@@ -17,7 +19,7 @@ use vmm_command::{Code, Failure, log_output, print};
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::config::{CharTarget, Console, OutputFile, Size, VmConfig};
 use vmm_monitor::output::Rotating;
-use vmm_monitor::session::{Built, End, Observer};
+use vmm_monitor::session::{Built, End, Keeper, Observer};
 
 use record::{Record, Records};
 
@@ -64,12 +66,18 @@ pub fn start() -> Result<Code, Failure> {
 #[derive(Debug)]
 pub struct Background {
     records: Records,
+    shared: Arc<Shared>,
+}
+
+/// What also the thread knows that ends a process whose machine does not end: it waits for nobody, so there is no lock.
+#[derive(Debug)]
+struct Shared {
     record: Record,
     /// What is in the record is this run's.
-    ours: bool,
+    ours: AtomicBool,
     /// The record goes when the run is over.
     remove: bool,
-    running: bool,
+    running: AtomicBool,
 }
 
 impl Background {
@@ -98,7 +106,13 @@ impl Background {
         for port in config.port.iter_mut().filter(|port| port.to == CharTarget::Stdio) {
             port.to = console();
         }
-        Ok(Self { records, record, ours, remove, running: false })
+        let (ours, running) = (AtomicBool::new(ours), AtomicBool::new(false));
+        Ok(Self { records, shared: Arc::new(Shared { record, ours, remove, running }) })
+    }
+
+    /// Who keeps the end of a run that another thread ends.
+    pub fn keeper(&self) -> Arc<dyn Keeper> {
+        self.shared.clone()
     }
 
     /// The name is ours: an earlier record of it makes room, and goes when the guest runs.
@@ -107,42 +121,38 @@ impl Background {
     /// It stays, or there can be no other.
     pub fn named(&mut self) -> Result<(), Failure> {
         // A name that was chosen here has a new record since then.
-        if !self.ours {
-            self.records.begin(&self.record)?;
-            self.ours = true;
+        if !self.shared.ours.load(Ordering::Relaxed) {
+            self.records.begin(&self.shared.record)?;
+            self.shared.ours.store(true, Ordering::Relaxed);
         }
         Ok(())
     }
 
     /// The run is over, and this process ends with `code`.
-    pub fn over(&mut self, code: Code) {
-        if self.remove || !self.running {
-            return;
-        }
-        if let Err(error) = self.record.set_end(code.number()) {
-            log::warn!("{error:#}");
-        }
+    pub fn over(&self, code: Code) {
+        self.shared.set_end(code.number());
     }
 
     /// Says that the guest runs, and gives the terminal up.
     fn leave(&mut self) -> anyhow::Result<()> {
-        let said = writeln!(io::stdout(), "{}", self.record.name()).and_then(|()| io::stdout().flush());
+        let Shared { record, running, remove, .. } = &*self.shared;
+        let said = writeln!(io::stdout(), "{}", record.name()).and_then(|()| io::stdout().flush());
         said.context("the command that started it is gone")?;
-        let messages = Rotating::create(&self.record.messages(), KEPT.bytes());
+        let messages = Rotating::create(&record.messages(), KEPT.bytes());
         log_output::move_to(
-            messages.with_context(|| format!("cannot create {}", self.record.messages().display()))?,
+            messages.with_context(|| format!("cannot create {}", record.messages().display()))?,
         );
         let nothing =
             File::options().read(true).write(true).open("/dev/null").context("cannot open /dev/null")?;
         rustix::stdio::dup2_stdin(&nothing)?;
         rustix::stdio::dup2_stdout(&nothing)?;
         rustix::stdio::dup2_stderr(&nothing)?;
-        self.running = true;
-        if self.remove {
-            self.record.set_transient().context("cannot note that nothing is to be kept")?;
+        running.store(true, Ordering::Relaxed);
+        if *remove {
+            record.set_transient().context("cannot note that nothing is to be kept")?;
         }
-        if self.record.keep().is_err() {
-            log::warn!("{}: the record of an earlier run of this name is still there", self.record.name());
+        if record.keep().is_err() {
+            log::warn!("{}: the record of an earlier run of this name is still there", record.name());
         }
         Ok(())
     }
@@ -151,7 +161,7 @@ impl Background {
 impl Observer for Background {
     fn built(&mut self, _: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
         // A reboot's machine is not news.
-        if self.running { Ok(()) } else { Ok(self.leave()?) }
+        if self.shared.running.load(Ordering::Relaxed) { Ok(()) } else { Ok(self.leave()?) }
     }
 
     fn ended(&mut self, _: &End<'_>) {}
@@ -159,10 +169,33 @@ impl Observer for Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        match self.running {
-            false if self.ours => self.record.give_up(),
+        self.shared.tidy();
+    }
+}
+
+impl Shared {
+    fn set_end(&self, code: u8) {
+        if self.remove || !self.running.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Err(error) = self.record.set_end(code) {
+            log::warn!("{error:#}");
+        }
+    }
+
+    /// Removes what is not to stay.
+    fn tidy(&self) {
+        match self.running.load(Ordering::Relaxed) {
+            false if self.ours.load(Ordering::Relaxed) => self.record.give_up(),
             true if self.remove => drop(self.record.remove()),
             _ => {}
         }
+    }
+}
+
+impl Keeper for Shared {
+    fn ends(&self, status: u8) {
+        self.set_end(status);
+        self.tidy();
     }
 }

@@ -3,12 +3,12 @@
 //! A folder each, in the user's state directory. Whoever has the name in the registry may change its record; of one whose name
 //! nobody has, the run is over.
 
+use std::env;
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
-use std::{env, process};
 
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
@@ -204,14 +204,17 @@ impl Record {
         self.end().is_none() && self.messages().exists()
     }
 
-    /// Keeps that the run ended with `code`, now.
+    /// Keeps that the run ended with `code`, now, unless it is known already how it ended.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn set_end(&self, code: u8) -> anyhow::Result<()> {
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         // Whoever reads it finds all of it or nothing.
-        let part = self.folder.join(format!("end.{}", process::id()));
+        let part = self.folder.join(format!("end.{}", rustix::thread::gettid().as_raw_nonzero()));
+        if self.end().is_some() {
+            return Ok(());
+        }
         let write = |path: &Path| {
             fs::write(path, serde_json::to_vec(&End { code, at })?)?;
             fs::rename(path, self.end_file())

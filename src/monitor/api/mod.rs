@@ -176,6 +176,8 @@ pub trait Control: Send + Sync {
     fn kill(&self);
     /// The exit status of this process, once it is known what that will be.
     fn exit_status(&self) -> Option<u8>;
+    /// The process is about to be ended ([`Control::give_up`]), and its name is still taken: keeps how this run ended, where that is kept.
+    fn keep_end(&self);
     /// The machine has not ended although it was killed: ends the process, past everything that holds it up.
     fn give_up(&self);
     /// Attaches a viewer of what the machine does, until the returned value is dropped.

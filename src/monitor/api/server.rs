@@ -473,6 +473,8 @@ impl Orders {
         let due = |at: &Option<Instant>| at.is_some_and(|at| at <= now);
         if due(&self.give_up_at) {
             self.give_up_at = None;
+            // Whoever finds nobody under the name finds how it ended.
+            self.control.keep_end();
             self.entry.abandon();
             self.dismiss();
             self.control.give_up();

@@ -9,6 +9,7 @@ mod files;
 mod running;
 
 use std::error;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -74,6 +75,12 @@ pub struct End<'a> {
     pub interrupted: &'a dyn Fn() -> bool,
 }
 
+/// Who keeps how a run ended, beyond its process.
+pub trait Keeper: fmt::Debug + Send + Sync {
+    /// This process ends with exit status `status`, and its owner has no say any more. On the control thread.
+    fn ends(&self, status: u8);
+}
+
 /// How a session is controlled from outside.
 #[derive(Debug)]
 pub struct Controls {
@@ -85,6 +92,8 @@ pub struct Controls {
     pub serving: fn(),
     /// The exit status of this process if it has to be ended because a killed machine does not end by itself.
     pub killed_status: u8,
+    /// Keeps how the run ended, if the process has to be ended so.
+    pub keeper: Option<Arc<dyn Keeper>>,
     /// Files that the owner writes during the run, beside the machine's own.
     pub outputs: Vec<PathBuf>,
 }
@@ -142,8 +151,8 @@ impl<'a> Session<'a> {
         let entry = Registry::of_user().register(config.name.as_deref())?;
         log::info!("{}: control socket registered", entry.name());
         let vsock = entry.vsock();
-        let Controls { stop_timeout, viewers, serving, killed_status, outputs } = controls;
-        let running = Arc::new(Running::new(entry.name(), config, &vsock, viewers, killed_status));
+        let Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs } = controls;
+        let running = Arc::new(Running::new(entry.name(), config, &vsock, viewers, killed_status, keeper));
         let unserved = Some((entry, signals));
         let controlled = Some(Controlled {
             _orders: orders,

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::Keeper;
 use crate::api::{Control, PortSocket, Pty, Sample, State, Status, Viewer, Viewers, Watch};
 use crate::chardev::terminal;
 use crate::config::{CharTarget, Plug, VmConfig};
@@ -28,6 +29,7 @@ pub(super) struct Running {
     orders: AtomicU32,
     /// The exit status of a process that has to be ended.
     killed_status: u8,
+    keeper: Option<Arc<dyn Keeper>>,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +61,7 @@ impl Running {
         vsock: &Path,
         viewers: Arc<dyn Viewers>,
         killed_status: u8,
+        keeper: Option<Arc<dyn Keeper>>,
     ) -> Self {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or(path.to_owned());
         let (kernels, ours): (Vec<_>, Vec<_>) = config.vsock.iter().partition(|config| config.vhost);
@@ -83,7 +86,8 @@ impl Running {
             networks: Vec::new(),
         };
         let orders = AtomicU32::new(0);
-        Self { started: Instant::now(), status, now: Arc::default(), viewers, orders, killed_status }
+        let (started, now) = (Instant::now(), Arc::default());
+        Self { started, status, now, viewers, orders, killed_status, keeper }
     }
 
     /// The machine is built: what was asked for meanwhile reaches it now.
@@ -225,6 +229,10 @@ impl Control for Running {
     fn exit_status(&self) -> Option<u8> {
         let now = self.now();
         now.exit_status.or(now.kill.then_some(self.killed_status))
+    }
+
+    fn keep_end(&self) {
+        self.keeper.iter().for_each(|keeper| keeper.ends(self.killed_status));
     }
 
     fn give_up(&self) {
