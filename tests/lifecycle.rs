@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -97,6 +98,10 @@ impl Control for Fake {
         }
         self.note("button");
         Ok(true)
+    }
+
+    fn snapshot(&self, _: &Path, _: bool) -> Result<(), String> {
+        Err("it has no memory".to_owned())
     }
 
     fn kill(&self) {

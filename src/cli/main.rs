@@ -17,8 +17,10 @@ mod list;
 mod logs;
 mod options;
 mod plan;
+mod restore;
 mod run;
 mod silence;
+mod snapshot;
 mod step;
 mod top;
 mod trace;
@@ -113,6 +115,10 @@ enum Command {
     Kill(control::AllOptions),
     /// Add devices to a running virtual machine, remove them, or list them
     Device(device::Options),
+    /// Save a running virtual machine in a folder, or look at one that was saved
+    Snapshot(snapshot::Options),
+    /// Start a virtual machine where a saved one stopped
+    Restore(Box<restore::Options>),
     /// Show what the guest of a virtual machine in the background wrote to its console
     Logs(logs::Options),
     /// Wait until virtual machines have ended, and print their exit codes
@@ -155,6 +161,8 @@ fn main() -> ExitCode {
         Command::Stop(options) => control::stop(options),
         Command::Kill(options) => control::kill(options),
         Command::Device(options) => device::device(options),
+        Command::Snapshot(options) => snapshot::snapshot(options),
+        Command::Restore(options) => run::run(options.into_run()),
         Command::Logs(options) => logs::logs(options),
         Command::Wait(options) => wait::wait(options),
         Command::Rm(options) => wait::remove(options),

@@ -145,6 +145,9 @@ pub struct Options {
     /// A further file that will be read.
     #[arg(skip)]
     pub symbols: Option<PathBuf>,
+    /// The snapshot that it goes on from.
+    #[arg(skip)]
+    pub snapshot: Option<PathBuf>,
     /// Seconds that the guest has to power off after SIGTERM, SIGINT or vmm stop, before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,
@@ -176,6 +179,9 @@ impl Options {
     /// # Errors
     /// The configuration file cannot be read, or no machine can be as described.
     pub fn resolve(mut self) -> Result<VmConfig, Failure> {
+        if let Some(folder) = &self.snapshot {
+            self.config = Some(folder.join("config.json"));
+        }
         let (mut config, serial) = match &self.config {
             Some(path) => read(path).map_err(|error| {
                 let hint =
@@ -184,6 +190,10 @@ impl Options {
             })?,
             None => (VmConfig::default(), false),
         };
+        if self.snapshot.is_some() {
+            // That of the machine that was saved, which may run still.
+            config.name = None;
+        }
         let decided = serial || self.serial.is_some();
         let (file, trace) = (self.config.take(), self.trace.take());
         let (reports, symbols) = (std::mem::take(&mut self.outputs), self.symbols.take());

@@ -11,6 +11,7 @@ use vmm_monitor::config::{OutputFile, VmConfig};
 use vmm_monitor::machine::{self, Outcome};
 use vmm_monitor::recorder::Recorder;
 use vmm_monitor::session::{Built, Controls, End, Observer, Session};
+use vmm_monitor::snapshot::Snapshot;
 use vmm_trace::debug::gdb;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
@@ -27,6 +28,10 @@ pub struct RunOptions {
     record: Option<Record>,
     dumpable: bool,
     background: Option<Background>,
+    /// What it goes on from.
+    snapshot: Option<Snapshot>,
+    /// The configuration before it was fitted to this process, if that changed it.
+    original: Option<VmConfig>,
 }
 
 /// What to record of a run.
@@ -49,7 +54,7 @@ impl RunOptions {
             return Err(Failure::new(Code::BadArgument, error).hint(Some("add --trace FILE")));
         }
         let (stop_timeout, dumpable) = (Duration::from_secs(options.stop_timeout), options.dumpable);
-        Ok(Self { stop_timeout, record, dumpable, background: None })
+        Ok(Self { stop_timeout, record, dumpable, background: None, snapshot: None, original: None })
     }
 }
 
@@ -61,10 +66,13 @@ pub fn run(options: Options) -> Result<Code, Failure> {
     let (mut run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
     let gdb = options.gdb.clone();
     let background = options.detached.then_some(options.rm);
+    let snapshot = options.snapshot.as_deref().map(Snapshot::open).transpose()?;
     let mut config = options.resolve()?;
     if let Some(remove) = background {
+        run_options.original = Some(config.clone());
         run_options.background = Some(Background::new(&mut config, remove)?);
     }
+    run_options.snapshot = snapshot;
     if dry_run {
         print(&plan(config)?)?;
         return Ok(Code::Success);
@@ -81,7 +89,7 @@ pub fn run(options: Options) -> Result<Code, Failure> {
 /// Runs what `config` describes, under `debugger` if there is one.
 pub fn live(
     config: VmConfig,
-    RunOptions { stop_timeout, record, dumpable, mut background }: RunOptions,
+    RunOptions { stop_timeout, record, dumpable, mut background, snapshot, original }: RunOptions,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
     if !dumpable {
@@ -92,11 +100,13 @@ pub fn live(
     let viewers = Live::new(config.clone(), recorder.clone(), record.is_some());
     let killed_status = Code::Killed.number();
     let outputs = record.iter().map(|record| record.file.path.clone()).collect();
+    let original = original.unwrap_or_else(|| config.clone());
     let keeper = background.as_ref().map(Background::keeper);
     let serving = log_output::serve;
-    let controls = Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs };
+    let controls = Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs, original };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
-    let mut session = Session::controlled(&config, recorder, controls)?;
+    let origin = snapshot.map(Snapshot::into_origin).transpose()?;
+    let mut session = Session::controlled(&config, origin, recorder, controls)?;
     if let Some(background) = &mut background {
         background.named()?;
     }

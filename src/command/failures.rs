@@ -2,7 +2,7 @@
 
 use vmm_agent::client;
 use vmm_agent::protocol::Reason;
-use vmm_monitor::{api, config, machine, output, session};
+use vmm_monitor::{api, config, machine, output, session, snapshot};
 use vmm_trace::debug::gdb;
 use vmm_trace::{file, lab, symbols};
 
@@ -27,6 +27,13 @@ impl From<machine::Error> for Failure {
         let hint = error.hint().map(|hint| hint.into_owned());
         let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
         Self::new(code, error).hint(hint)
+    }
+}
+
+impl From<snapshot::Error> for Failure {
+    fn from(error: snapshot::Error) -> Self {
+        let hint = error.hint();
+        Self::new(Code::BadArgument, error).hint(hint)
     }
 }
 

@@ -103,6 +103,7 @@ pub mod printable;
 pub mod recorder;
 pub mod runtime_dir;
 pub mod session;
+pub mod snapshot;
 pub mod state;
 pub mod threads;
 pub mod timer;

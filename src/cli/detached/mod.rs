@@ -34,11 +34,12 @@ const LONGEST_NAME: u64 = 256;
 /// There can be no process. Why it does not run is told by the other one.
 pub fn start() -> Result<Code, Failure> {
     let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    if arguments.first().is_some_and(|first| first == "run") {
-        arguments.remove(0);
-    }
+    let word = match arguments.first() {
+        Some(first) if first == "run" || first == "restore" => arguments.remove(0),
+        _ => "run".into(),
+    };
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("vmm").args(["run", "--detached"]).args(arguments).stdout(Stdio::piped());
+    command.arg0("vmm").arg(word).arg("--detached").args(arguments).stdout(Stdio::piped());
     let failed = |error: io::Error| {
         Failure::new(
             Code::Host,

@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -144,6 +145,21 @@ impl Client {
     /// As for [`Client::ask`].
     pub fn remove_device(&mut self, name: &str, force: bool) -> Result<Attached, Error> {
         self.device(Command::RemoveDevice { name: name.to_owned(), force })
+    }
+
+    /// Has it saved in the new `folder`, whose path is absolute, however long that takes, and stopped hard then if it is to `stop`.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn snapshot(&mut self, folder: &Path, stop: bool) -> Result<Status, Error> {
+        self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
+        let request = protocol::request(Command::Snapshot { folder: folder.to_owned(), stop });
+        self.stream.write_all(&request).map_err(|e| self.broken(e))?;
+        let line = self.read_line(None)?;
+        match self.parse(&line)? {
+            Answer::Status(status) => Ok(status),
+            other => Err(self.other(other)),
+        }
     }
 
     fn device(&mut self, command: Command) -> Result<Attached, Error> {

@@ -13,7 +13,7 @@ pub mod signals;
 use std::borrow::Cow;
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -172,6 +172,11 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// In words, why not.
     fn remove_device(&self, name: &str, force: bool) -> Result<Attached, String>;
+    /// Saves it in a new folder. It stands still meanwhile, and goes on if it ran, or ends if it is to `stop`. From a thread of its own.
+    ///
+    /// # Errors
+    /// In words, why there is no such folder.
+    fn snapshot(&self, folder: &Path, stop: bool) -> Result<(), String>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
     /// The exit status of this process, once it is known what that will be.

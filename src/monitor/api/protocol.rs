@@ -10,6 +10,8 @@
 //! its end is the news of that. The reply to `wait` comes when the run is over, and is the last thing on its connection. With the first `sample` the client becomes a viewer of the machine, and stays one as long
 //! as the connection lasts: one that does not ask again within some seconds is cut off like any other. Does no I/O itself.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -66,6 +68,15 @@ pub enum Command {
         #[serde(default)]
         force: bool,
     },
+    /// Save it in a new folder.
+    Snapshot {
+        /// Its path, which is absolute.
+        #[serde(with = "crate::config::host_path")]
+        folder: PathBuf,
+        /// Stop it hard once it is saved.
+        #[serde(default)]
+        stop: bool,
+    },
 }
 
 impl Command {
@@ -76,7 +87,10 @@ impl Command {
 
     /// Whether one that is being stopped refuses it.
     pub fn is_for_a_machine_that_stays(&self) -> bool {
-        matches!(self, Self::Pause | Self::AddDevice { .. } | Self::RemoveDevice { .. })
+        matches!(
+            self,
+            Self::Pause | Self::AddDevice { .. } | Self::RemoveDevice { .. } | Self::Snapshot { .. }
+        )
     }
 
     /// The virtual machine ends by this; the connection lasts until then.

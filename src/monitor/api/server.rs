@@ -115,6 +115,7 @@ struct Errand {
 /// Its result.
 enum Done {
     Paused(Result<(), String>),
+    Saved(Result<(), String>),
     Looked(Result<Vec<VcpuState>, String>),
     Changed(Result<Attached, String>),
 }
@@ -317,6 +318,7 @@ impl Orders {
                     Done::Changed(device.and_then(|device| control.add_device(device)))
                 }
                 Command::RemoveDevice { name, force } => Done::Changed(control.remove_device(&name, force)),
+                Command::Snapshot { folder, stop } => Done::Saved(control.snapshot(&folder, stop)),
                 _ => Done::Paused(control.pause()),
             };
             *lock(&result) = Some(done);
@@ -337,7 +339,7 @@ impl Orders {
         }
         let asked = self.errand.clients.pop_front();
         let reply = match result {
-            Done::Paused(result) => self.done(result),
+            Done::Paused(result) | Done::Saved(result) => self.done(result),
             Done::Looked(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
             Done::Changed(device) => device.map_or_else(Answer::Error, Answer::Device),
         };
@@ -399,7 +401,8 @@ impl Orders {
             | Command::Pause
             | Command::Vcpus
             | Command::AddDevice { .. }
-            | Command::RemoveDevice { .. } => Ok(()),
+            | Command::RemoveDevice { .. }
+            | Command::Snapshot { .. } => Ok(()),
             Command::Resume => self.control.resume(),
             Command::Stop { timeout_seconds } => {
                 self.stop(timeout_seconds.map_or(self.stop_timeout, Duration::from_secs))

@@ -145,7 +145,7 @@ impl Image {
     /// has no such object or it takes no writes (huge pages); reading does the rest and finds out about errors.
     fn send(&self, offset: u64, len: u64, ram: &GuestRam, to: u64) -> u64 {
         let Some((region, at)) = ram.to_region_addr(GuestAddress(to)) else { return 0 };
-        let Some(object) = region.file_offset() else { return 0 };
+        let Some(object) = memory::shared_object(region) else { return 0 };
         let len = len.min(region.len() - at.0);
         let mut out = object.file();
         if out.seek(SeekFrom::Start(object.start() + at.0)).is_err() {

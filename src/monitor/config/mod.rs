@@ -106,6 +106,37 @@ pub struct VmConfig {
     pub on_panic: Option<OnPanic>,
 }
 
+impl VmConfig {
+    /// Has its paths not depend on the working directory of whoever named them: for another process. Those that it cannot find out
+    /// about stay as they are.
+    pub fn make_absolute(&mut self) {
+        let Self { kernel, initrd, option_rom, firmware, disk, net, net_dump, vsock, .. } = self;
+        let firmware = firmware.iter_mut().filter_map(|firmware| match firmware {
+            Firmware::File(path) => Some(path),
+            Firmware::BuiltIn => None,
+        });
+        let net = net.iter_mut().filter_map(|net| match &mut net.to {
+            NetTarget::Socket(path) | NetTarget::VhostUser(path) => Some(path),
+            _ => None,
+        });
+        let inputs = kernel.iter_mut().chain(initrd).chain(option_rom).chain(firmware);
+        let devices = disk.iter_mut().map(|disk| &mut disk.path).chain(net);
+        let devices = devices.chain(vsock.iter_mut().filter_map(|vsock| vsock.path.as_mut()));
+        let ends = self.console.0.iter_mut().chain([&mut self.serial]);
+        let ends = ends.chain(self.port.iter_mut().map(|port| &mut port.to)).filter_map(|end| match end {
+            CharTarget::File(file) => Some(&mut file.path),
+            CharTarget::Socket(path) => Some(path),
+            CharTarget::Stdio | CharTarget::Pty | CharTarget::Off => None,
+        });
+        let outputs = net_dump.iter_mut().map(|file| &mut file.path);
+        for path in inputs.chain(devices).chain(ends).chain(outputs) {
+            if let Ok(absolute) = std::path::absolute(&*path) {
+                *path = absolute;
+            }
+        }
+    }
+}
+
 /// How a guest finds virtio devices, and how they interrupt it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

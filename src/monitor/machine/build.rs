@@ -44,7 +44,7 @@ use crate::virtio;
 use crate::virtio::mmio::Mmio;
 use crate::vm::{Interrupt, Pins, Vm};
 
-/// Loads the machine that `config` describes with what it starts from: ready to run. `shell` is its own, if it has been begun.
+/// Loads the machine that `config` describes with what it starts from, which `origin` tells or, if it does not, `config`: ready to run. `shell` is its own, if it has been begun.
 /// `backends` keeps what its devices have on the host over resets of the guest: what is not open yet is opened here, the ends of
 /// consoles last of all that can fail for want of something that the user named. `recorder` is told of what the machine does.
 ///
@@ -52,16 +52,20 @@ use crate::vm::{Interrupt, Pins, Vm};
 /// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several ends that failed.
 pub fn load(
     config: &VmConfig,
+    origin: Option<Origin>,
     shell: Option<Result<Shell, Error>>,
     backends: &mut Backends,
     recorder: &Arc<Recorder>,
 ) -> Result<Machine, Error> {
     let start = Instant::now();
     config.validate()?;
-    let origin = Origin::of(config)?;
+    let origin = match origin {
+        Some(origin) => origin,
+        None => Origin::of(config)?,
+    };
     let shell = match shell {
         Some(shell) => shell?,
-        None => Shell::begin(config, origin.rom()?.as_deref(), recorder)?,
+        None => Shell::begin(config, origin.memory(&config.memory())?, recorder)?,
     };
     let memory = shell.memory.clone();
     let changes = plug::begin(&backends.pluggable, config);
@@ -81,6 +85,9 @@ pub fn load(
         machine.warn_of_missing_clock(payload, processor.is_intels());
     }
     machine.begin_with(contents)?;
+    if let Origin::Saved { machine: saved, .. } = &origin {
+        machine.restore(saved)?;
+    }
     steps.done(Step::Vcpus);
     Ok(machine)
 }
@@ -239,6 +246,7 @@ fn build(
             holds_on_panic: config.on_panic() == OnPanic::Pause,
             debugger: OnceLock::new(),
         }),
+        memory: memory.clone(),
         threads: Mutex::default(),
         plugboard: Plugboard::new(config, &backends.pluggable, changes),
         inventory: Mutex::new(list),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::{Error, Event, Phase, Shared};
 use crate::bus::{Busy, Place, Slot, lock};
 use crate::kvm::{self, VcpuState};
-use crate::memory::{self, dirty::DirtyPages};
+use crate::memory::{self, Memory, dirty::DirtyPages};
 use crate::net::traffic::Network;
 use crate::vcpu;
 use crate::vcpu::dispatch::Buses;
@@ -171,7 +171,12 @@ impl Handle {
         &self.0.vcpus.ram
     }
 
-    /// What the machine has, and where: PCI functions' memory where the guest has it now.
+    /// Guest RAM and what is behind it.
+    pub fn memory(&self) -> &Memory {
+        &self.0.memory
+    }
+
+    /// What the machine has, and where.
     pub fn inventory(&self) -> Vec<Slot> {
         let mut list = lock(&self.0.inventory).clone();
         for slot in &mut list {
@@ -226,7 +231,7 @@ impl Handle {
         Ok(self.vm()?.take_dirty()?)
     }
 
-    fn vm(&self) -> Result<Arc<kvm::Vm>, AlreadyEnded> {
+    pub(super) fn vm(&self) -> Result<Arc<kvm::Vm>, AlreadyEnded> {
         self.0.vm.upgrade().ok_or(AlreadyEnded)
     }
 

@@ -10,6 +10,7 @@ mod origin;
 pub mod outputs;
 mod panic;
 mod plug;
+mod saved;
 mod shell;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ use crate::bus::{Busy, Device, Overlap, SharedDevice, Slot, lock};
 use crate::config;
 use crate::legacy::acpi_pm::AcpiPm;
 use crate::legacy::fw_cfg::FwCfg;
+use crate::memory::Memory;
 use crate::net::traffic::Network;
 use crate::vcpu::dispatch::End;
 use crate::vcpu::{self, Ended};
@@ -41,6 +43,7 @@ pub use inventory::{inventory, platform, spare_functions};
 pub use origin::Origin;
 pub use plug::{Attached, Attachment, PlugError};
 use plug::{PciBus, Plugboard};
+pub use saved::{RestoreError, SavedMachine};
 pub use shell::Shell;
 
 /// Why a machine could not be built or run.
@@ -70,6 +73,9 @@ pub enum Error {
     /// It has ended.
     #[error(transparent)]
     Ended(#[from] AlreadyEnded),
+    /// It does not take what was saved.
+    #[error("it cannot go on as it was saved")]
+    Restore(#[from] RestoreError),
     /// Two devices want the same address: a mistake in the layout.
     #[error(transparent)]
     Layout(#[from] Overlap),
@@ -116,7 +122,7 @@ impl Error {
             // Of all devices this is the one whose place the user chooses.
             Self::Layout(_) => Some("move the debug-exit port: `debug_exit=0xf4` is free".into()),
             Self::Host { .. } => None,
-            Self::Transport(_) | Self::Ended(_) => None,
+            Self::Transport(_) | Self::Ended(_) | Self::Restore(_) => None,
             Self::Chardev(e) => e.hint(),
         }
     }
@@ -124,7 +130,7 @@ impl Error {
     /// Whether the caller's request was wrong (and not the host lacking something).
     pub fn is_bad_argument(&self) -> bool {
         match self {
-            Self::Config(_) | Self::Boot(_) => true,
+            Self::Config(_) | Self::Boot(_) | Self::Restore(_) => true,
             Self::TooManyDevices { .. } | Self::TooManyCpus { .. } | Self::Layout(_) => true,
             Self::Device(e) => e.is_bad_argument(),
             Self::Chardev(e) => e.is_bad_argument(),
@@ -169,6 +175,7 @@ pub enum Phase {
 /// What outlives the call that started it: shared by the machine and its handles.
 struct Shared {
     vcpus: Arc<vcpu::Shared>,
+    memory: Memory,
     threads: Mutex<Vec<vcpu::Thread>>,
     /// What the machine has, and where.
     inventory: Mutex<Vec<Slot>>,

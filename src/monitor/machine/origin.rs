@@ -1,17 +1,17 @@
 //! [`Origin`]: where the contents of a new machine come from.
 
+use std::fs::File;
 use std::path::PathBuf;
 
-use super::Error;
+use super::{Error, SavedMachine};
 use crate::boot::tables::Platform;
 use crate::boot::{self, Entry, Payload, firmware};
 use crate::config::kernel::nothing_to_boot;
-use crate::config::{Firmware, VmConfig};
+use crate::config::{self, Firmware, VmConfig};
 use crate::legacy::fw_cfg::Items;
 use crate::memory::Memory;
 
 /// Where the contents of a machine's memory and registers come from.
-#[derive(Debug, Clone, PartialEq)]
 pub enum Origin {
     /// A kernel, entered by its boot protocol.
     Kernel(Payload),
@@ -24,9 +24,17 @@ pub enum Origin {
         /// What it is to boot, if anything.
         payload: Option<Payload>,
     },
+    /// Another machine of the same configuration, as it was saved.
+    Saved {
+        /// All but its memory.
+        machine: Box<SavedMachine>,
+        /// Its memory, which is mapped and not to be changed.
+        memory: File,
+    },
 }
 
 /// What the machine is given when its memory has been filled.
+#[derive(Default)]
 pub(super) struct Contents {
     /// How the vCPUs begin. None: as a processor does after a reset, at the reset vector (SDM vol. 3, 11.1).
     pub entry: Option<Entry>,
@@ -61,13 +69,14 @@ impl Origin {
         match self {
             Self::Kernel(payload) => Some(payload),
             Self::Firmware { payload, .. } => payload.as_ref(),
+            Self::Saved { .. } => None,
         }
     }
 
     /// The ROM that has to be a memory slot before there is a VM.
     pub(super) fn rom(&self) -> Result<Option<Vec<u8>>, Error> {
         match self {
-            Self::Kernel(_) => Ok(None),
+            Self::Kernel(_) | Self::Saved { .. } => Ok(None),
             Self::Firmware { firmware, .. } => Ok(Some(firmware::rom(firmware)?)),
         }
     }
@@ -76,11 +85,30 @@ impl Origin {
     pub(super) fn fill(&self, memory: &Memory, platform: &Platform) -> Result<Contents, Error> {
         Ok(match self {
             Self::Kernel(payload) => {
-                Contents { entry: Some(boot::load(memory, payload, platform)?), items: Items::default() }
+                let entry = Some(boot::load(memory, payload, platform)?);
+                Contents { entry, ..Contents::default() }
             }
             Self::Firmware { firmware, option_roms, payload } => {
                 let start = firmware::Start { firmware, option_roms, payload: payload.as_ref() };
-                Contents { entry: None, items: firmware::load(memory, &start, platform)? }
+                Contents { items: firmware::load(memory, &start, platform)?, ..Contents::default() }
+            }
+            Self::Saved { .. } => Contents::default(),
+        })
+    }
+
+    /// Memory as the machine begins with it: zeroes, and the ROM, or what was saved.
+    pub(super) fn memory(&self, config: &config::Memory) -> Result<Memory, Error> {
+        Ok(match self {
+            Self::Saved { memory, .. } => {
+                let again = |source| Error::Host { what: "the saved memory".to_owned(), source };
+                Memory::private_copy(config, memory.try_clone().map_err(again)?)?
+            }
+            _ => {
+                let mut memory = Memory::new(config)?;
+                if let Some(rom) = self.rom()? {
+                    memory.set_rom(&rom)?;
+                }
+                memory
             }
         })
     }

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
-use super::{Error, kvm_path};
+use super::{Error, Origin, kvm_path};
 use crate::config::VmConfig;
 use crate::kvm::{self, Controllers, Kvm, Processor};
 use crate::memory::Memory;
@@ -31,21 +31,11 @@ pub(super) struct Made {
 }
 
 impl Shell {
-    /// Begins to make one for the machine that `config` describes, with `rom` below 4 GiB. `recorder` is told of the steps.
+    /// Begins to make one around `memory` for the machine that `config` describes. `recorder` is told of the steps.
     ///
     /// # Errors
-    /// The host lacks memory or threads. What KVM refuses is told later.
-    pub(super) fn begin(
-        config: &VmConfig,
-        rom: Option<&[u8]>,
-        recorder: &Arc<Recorder>,
-    ) -> Result<Self, Error> {
-        let mut steps = Steps::begin(recorder, "monitor");
-        let mut memory = Memory::new(&config.memory())?;
-        if let Some(rom) = rom {
-            memory.set_rom(rom)?;
-        }
-        steps.done(Step::Memory);
+    /// The host lacks threads. What KVM refuses is told later.
+    pub(super) fn begin(config: &VmConfig, memory: Memory, recorder: &Arc<Recorder>) -> Result<Self, Error> {
         let (cpus, path) = (config.cpus.0, kvm_path());
         let controllers = if config.has_pics() { Controllers::All } else { Controllers::LocalApics };
         let (slots, recorder) = (memory.clone(), recorder.clone());
@@ -68,9 +58,21 @@ impl Shell {
     }
 
     /// Begins one before anything else is known to be right, where that needs no file of the user's and takes no time.
-    pub fn early(config: &VmConfig, recorder: &Arc<Recorder>) -> Option<Result<Self, Error>> {
+    pub fn early(
+        config: &VmConfig,
+        origin: Option<&Origin>,
+        recorder: &Arc<Recorder>,
+    ) -> Option<Result<Self, Error>> {
         let is_cheap = config.firmware.is_none() && !config.mem.prefault && config.validate().is_ok();
-        is_cheap.then(|| Self::begin(config, None, recorder))
+        is_cheap.then(|| {
+            let mut steps = Steps::begin(recorder, "monitor");
+            let memory = match origin {
+                Some(origin) => origin.memory(&config.memory())?,
+                None => Memory::new(&config.memory())?,
+            };
+            steps.done(Step::Memory);
+            Self::begin(config, memory, recorder)
+        })
     }
 
     /// Waits for the VM, and gives the thread for its first vCPU.

@@ -57,6 +57,7 @@ fn machine() -> (Handle, Arc<Mutex<Hanging>>, Receiver<Event>) {
             holds_on_panic: false,
             debugger: std::sync::OnceLock::new(),
         }),
+        memory: Memory::new(&"2M".parse().unwrap()).unwrap(),
         threads: Mutex::default(),
         inventory: Mutex::default(),
         devices: Mutex::new(vec![("disk".to_owned(), device.clone())]),

@@ -8,6 +8,7 @@ pub mod dirty;
 pub mod layout;
 mod slices;
 pub mod testdev;
+mod touched;
 
 use std::fs::File;
 use std::io;
@@ -101,17 +102,34 @@ impl Memory {
     /// # Errors
     /// [`Error`] when the host has not got it (huge pages that are not reserved, most of all).
     pub fn new(config: &config::Memory) -> Result<Self, Error> {
-        let size = config.size.bytes();
         let file = backing_file(config).map_err(|source| Error::Allocate {
             size: config.size,
             config: config.clone(),
             source,
         })?;
+        Self::mapped(config, &file.map_or(Object::None, Object::Shared))
+    }
+
+    /// RAM as it is in `base`, its regions end to end. What is written stays in this process: neither the file nor another that
+    /// maps it sees it. Whoever changes the file changes what has not been written to here.
+    ///
+    /// # Errors
+    /// It cannot be mapped, or is not as long as `config` says.
+    pub fn private_copy(config: &config::Memory, base: File) -> Result<Self, Error> {
+        let failed = |source| Error::Allocate { size: config.size, config: config.clone(), source };
+        if base.metadata().map_err(failed)?.len() != config.size.bytes() {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "the file has another size")));
+        }
+        Self::mapped(config, &Object::Private(Arc::new(base)))
+    }
+
+    fn mapped(config: &config::Memory, object: &Object) -> Result<Self, Error> {
+        let size = config.size.bytes();
         let mut regions = Vec::new();
         let mut offset = 0;
         for range in layout::ram(size) {
             let len = range.end - range.start;
-            regions.push(map(config, file.clone(), offset, range.start, len)?);
+            regions.push(map(config, object, offset, range.start, len)?);
             offset += len;
         }
         let ram = GuestMemoryMmap::from_regions(regions).map_err(|e| Error::Map {
@@ -134,7 +152,7 @@ impl Memory {
         }
         let anonymous = config::Memory { backing: Some(config::Backing::Anonymous), ..Default::default() };
         let base = layout::ROM_END - size;
-        let region = map(&anonymous, None, 0, base, size)?;
+        let region = map(&anonymous, &Object::None, 0, base, size)?;
         let padded = [vec![0xff; size as usize - bytes.len()], bytes.to_vec()].concat();
         let failed =
             |reason: String| Error::Map { size: Size::from_bytes(size), config: anonymous.clone(), reason };
@@ -183,9 +201,16 @@ fn backing_file(config: &config::Memory) -> io::Result<Option<Arc<File>>> {
     Ok(Some(Arc::new(File::from(fd))))
 }
 
+/// What a mapping is of.
+enum Object {
+    None,
+    Shared(Arc<File>),
+    Private(Arc<File>),
+}
+
 fn map(
     config: &config::Memory,
-    file: Option<Arc<File>>,
+    object: &Object,
     offset: u64,
     base: u64,
     size: u64,
@@ -198,12 +223,16 @@ fn map(
     }
     let len = usize::try_from(size).map_err(|e| failed(e.to_string()))?;
     let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-    match file {
-        Some(file) => {
-            builder = builder.with_file_offset(FileOffset::from_arc(file, offset));
+    match object {
+        Object::Shared(file) => {
+            builder = builder.with_file_offset(FileOffset::from_arc(file.clone(), offset));
             flags |= libc::MAP_SHARED;
         }
-        None => {
+        Object::Private(file) => {
+            builder = builder.with_file_offset(FileOffset::from_arc(file.clone(), offset));
+            flags |= libc::MAP_PRIVATE;
+        }
+        Object::None => {
             flags |= libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
             flags |= match config.hugepages {
                 None => 0,
@@ -247,6 +276,11 @@ pub fn expect(ram: &GuestRam, range: Range<u64>) {
             madvise(host.cast(), (end - start) as usize, Advice::LinuxHugepage)
         };
     }
+}
+
+/// The object of which `region` is a shared mapping, if it is one: others can map it and see the same.
+pub fn shared_object(region: &GuestRegionMmap) -> Option<&FileOffset> {
+    region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0)
 }
 
 /// The regions' guest address, host address and size in bytes: what the hypervisor maps.

@@ -103,6 +103,12 @@ impl Segment {
         effect
     }
 
+    /// Decodes each function's memory where its configuration space, which came from elsewhere, has it.
+    pub fn follow_all(&self) {
+        let devices: Vec<_> = lock(&self.entries).iter().map(|entry| entry.device).collect();
+        devices.into_iter().for_each(|device| self.follow(device));
+    }
+
     /// Decodes the memory of `device` where it wants to have it now, if that can be.
     fn follow(&self, device: u8) {
         let mut entries = lock(&self.entries);

@@ -22,7 +22,7 @@ use crate::backends::Backends;
 use crate::chardev::{Endpoint, Ends};
 use crate::config::{OnPanic, OnReboot, VmConfig};
 use crate::event_loop::EventLoop;
-use crate::machine::{self, Machine, Outcome, Shell};
+use crate::machine::{self, Machine, Origin, Outcome, Shell};
 use crate::recorder::Recorder;
 use crate::threads::{OrdersElsewhere, Role};
 use running::{Asked, Running};
@@ -96,6 +96,8 @@ pub struct Controls {
     pub keeper: Option<Arc<dyn Keeper>>,
     /// Files that the owner writes during the run, beside the machine's own.
     pub outputs: Vec<PathBuf>,
+    /// The configuration before it was fitted to this process. Snapshots record it.
+    pub original: VmConfig,
 }
 
 struct Controlled {
@@ -114,6 +116,8 @@ struct Controlled {
 pub struct Session<'a> {
     config: &'a VmConfig,
     recorder: Arc<Recorder>,
+    /// What the first machine goes on from; none if it begins as the configuration says.
+    origin: Option<Origin>,
     /// That of the first machine, if it is begun already.
     shell: Option<Result<Shell, machine::Error>>,
     // Dropped in this order: the name is free before anybody learns of the end, and all of them are handlers of the loop.
@@ -132,27 +136,39 @@ impl<'a> Session<'a> {
     pub fn private(config: &'a VmConfig, recorder: Arc<Recorder>) -> Result<Self, Error> {
         let events = EventLoop::new().map_err(api::Error::Thread)?;
         let backends = Backends::new(events.clone());
-        Ok(Self { config, recorder, shell: None, backends, controlled: None, events, orders: 0 })
+        Ok(Self {
+            config,
+            recorder,
+            origin: None,
+            shell: None,
+            backends,
+            controlled: None,
+            events,
+            orders: 0,
+        })
     }
 
-    /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on.
+    /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on. Its
+    /// first machine begins as the configuration says, or goes on from `origin`.
     ///
     /// # Errors
     /// The name is taken; the host is out of descriptors.
     pub fn controlled(
         config: &'a VmConfig,
+        origin: Option<Origin>,
         recorder: Arc<Recorder>,
         controls: Controls,
     ) -> Result<Self, Error> {
         // Before anything that a signal would have to undo, and before there is another thread.
         let orders = OrdersElsewhere::from_now_on();
-        let shell = Shell::early(config, &recorder);
+        let shell = Shell::early(config, origin.as_ref(), &recorder);
         let signals = Signals::take().map_err(api::Error::Thread)?;
         let entry = Registry::of_user().register(config.name.as_deref())?;
         log::info!("{}: control socket registered", entry.name());
         let vsock = entry.vsock();
-        let Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs } = controls;
-        let running = Arc::new(Running::new(entry.name(), config, &vsock, viewers, killed_status, keeper));
+        let Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs, original } = controls;
+        let running =
+            Arc::new(Running::new(entry.name(), config, original, &vsock, viewers, killed_status, keeper));
         let unserved = Some((entry, signals));
         let controlled = Some(Controlled {
             _orders: orders,
@@ -164,7 +180,7 @@ impl<'a> Session<'a> {
             outputs,
         });
         let mut session = Self::private(config, recorder)?;
-        (session.controlled, session.shell) = (controlled, shell);
+        (session.controlled, session.shell, session.origin) = (controlled, shell, origin);
         session.backends.doors.lie_at(vsock);
         Ok(session)
     }
@@ -223,7 +239,8 @@ impl<'a> Session<'a> {
         }
         loop {
             let shell = self.shell.take();
-            let mut machine = machine::load(self.config, shell, &mut self.backends, &self.recorder)?;
+            let mut machine =
+                machine::load(self.config, self.origin.take(), shell, &mut self.backends, &self.recorder)?;
             let ptys = self.ptys();
             let mut built = Built { machine: &mut machine, ptys: &ptys, ends: &self.backends.ends };
             for observer in &mut *observers {

@@ -16,6 +16,7 @@ use crate::config::{CharTarget, Plug, VmConfig};
 use crate::error_chain;
 use crate::kvm::VcpuState;
 use crate::machine::{Attached, Handle, Phase};
+use crate::snapshot;
 
 /// A virtual machine that this process runs.
 #[derive(Debug)]
@@ -23,6 +24,8 @@ pub(super) struct Running {
     started: Instant,
     /// All of the status but what changes.
     status: Status,
+    /// The configuration that snapshots record.
+    original: VmConfig,
     now: Arc<Mutex<Now>>,
     viewers: Arc<dyn Viewers>,
     /// Times that it was told to end.
@@ -53,11 +56,12 @@ pub(super) enum Asked {
 }
 
 impl Running {
-    /// One that is called `name` and will be built from `config`, and that `viewers` can look at. Its socket device, if it has one, is
+    /// One that is called `name` and will be built from `config`, whose snapshots record `original`, and that `viewers` can look at. Its socket device, if it has one, is
     /// at `vsock`, unless the configuration says otherwise.
     pub fn new(
         name: &str,
         config: &VmConfig,
+        mut original: VmConfig,
         vsock: &Path,
         viewers: Arc<dyn Viewers>,
         killed_status: u8,
@@ -86,8 +90,9 @@ impl Running {
             networks: Vec::new(),
         };
         let orders = AtomicU32::new(0);
+        original.make_absolute();
         let (started, now) = (Instant::now(), Arc::default());
-        Self { started, status, now, viewers, orders, killed_status, keeper }
+        Self { started, status, original, now, viewers, orders, killed_status, keeper }
     }
 
     /// The machine is built: what was asked for meanwhile reaches it now.
@@ -206,6 +211,16 @@ impl Control for Running {
 
     fn remove_device(&self, name: &str, force: bool) -> Result<Attached, String> {
         self.machine()?.remove_device(name, force).map_err(|error| error.to_string())
+    }
+
+    fn snapshot(&self, folder: &Path, stop: bool) -> Result<(), String> {
+        self.with_machine(|machine| {
+            snapshot::create(machine, &self.original, folder, || {
+                if stop {
+                    self.kill();
+                }
+            })
+        })
     }
 
     fn power_button(&self) -> Result<bool, String> {

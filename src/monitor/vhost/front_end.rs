@@ -310,7 +310,7 @@ fn pair_of(index: u32) -> usize {
 fn table(ram: &GuestRam) -> io::Result<(Vec<Region>, Vec<BorrowedFd<'_>>)> {
     let (mut regions, mut descriptors) = (Vec::new(), Vec::new());
     for region in ram.iter() {
-        let Some(file) = region.file_offset() else {
+        let Some(file) = memory::shared_object(region) else {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "guest memory is not shared"));
         };
         let guest_address = region.start_addr().0;

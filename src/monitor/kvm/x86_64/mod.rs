@@ -9,6 +9,7 @@ mod look;
 mod processor;
 pub mod regs;
 mod routes;
+mod state;
 mod testdev;
 mod vcpu;
 mod vm;
@@ -18,6 +19,7 @@ use kvm_ioctls::Cap;
 pub use look::VcpuState;
 pub use processor::Processor;
 pub(super) use routes::Route;
+pub use state::{SavedVcpu, SavedVm, StateList};
 pub(super) use vm::Arch;
 pub use vm::Controllers;
 

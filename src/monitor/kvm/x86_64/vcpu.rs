@@ -25,7 +25,7 @@ impl Vcpu {
         ioctl("KVM_SET_REGS", self.fd.set_regs(&regs::general(entry)))
     }
 
-    fn set_msrs(&self, values: &[(u32, u64)]) -> Result<(), Error> {
+    pub(super) fn set_msrs(&self, values: &[(u32, u64)]) -> Result<(), Error> {
         let entries: Vec<_> =
             values.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
         let msrs = kvm_bindings::Msrs::from_entries(&entries).map_err(|_| Error::Missing("room for MSRs"))?;

@@ -65,6 +65,13 @@ impl Arch {
     }
 }
 
+impl Arch {
+    /// Whether all of a PC's controllers are KVM's.
+    pub(super) fn has_pics(&self) -> bool {
+        !lock(&self.routes).is_split()
+    }
+}
+
 impl Vm {
     /// Adds an 8254 timer in the kernel, at its ports 0x40 to 0x43 and on interrupt 0. Before the vCPUs.
     ///

@@ -67,6 +67,7 @@ impl Session {
                 holds_on_panic: false,
                 debugger: OnceLock::new(),
             }),
+            memory: crate::memory::Memory::new(&"2M".parse().unwrap()).unwrap(),
             threads: Mutex::default(),
             plugboard: Plugboard::new(&self.config, &self.host, &changes),
             inventory: Mutex::new(list),

@@ -1,0 +1,34 @@
+//! `vmm restore`: a run that begins where a saved machine stopped.
+
+use std::path::PathBuf;
+
+use super::options;
+
+const EXAMPLES: &str = "\
+Examples:
+  vmm snapshot create web web.snap
+  vmm restore web.snap
+      a virtual machine that goes on where web was, on this terminal
+  vmm restore -d --name web2 web.snap
+      another, in the background
+";
+
+/// The options of `vmm restore`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+#[group(skip)]
+pub struct Options {
+    /// The folder that vmm snapshot create made
+    #[arg(value_name = "FOLDER")]
+    snapshot: PathBuf,
+    #[command(flatten)]
+    options: options::Options,
+}
+
+impl Options {
+    /// As options of a run.
+    pub fn into_run(mut self) -> options::Options {
+        self.options.snapshot = Some(self.snapshot);
+        self.options
+    }
+}

@@ -1,0 +1,79 @@
+//! `vmm snapshot`: virtual machines in folders.
+
+use std::path::{PathBuf, absolute};
+
+use clap::Subcommand;
+
+use super::control::connect;
+use super::plan::plan;
+use vmm_command::{Code, Failure, print};
+use vmm_monitor::snapshot::Snapshot;
+
+const EXAMPLES: &str = "\
+Examples:
+  vmm snapshot create web web.snap
+      it stands still for a moment, and runs on
+  vmm snapshot create --stop web web.snap
+      it ends with that
+  vmm snapshot verify web.snap
+  vmm restore web.snap
+";
+
+/// The options of `vmm snapshot`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Save a running virtual machine in a new folder
+    Create(CreateOptions),
+    /// Show what machine was saved, as vmm run --dry-run does
+    Show(FolderOptions),
+    /// Read all of a folder, and say whether it is as it was saved
+    Verify(FolderOptions),
+}
+
+#[derive(Debug, clap::Args)]
+struct CreateOptions {
+    /// The virtual machine's name, as vmm list shows it
+    name: String,
+    /// The folder to make
+    folder: PathBuf,
+    /// Kill it once it is saved
+    #[arg(long)]
+    stop: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct FolderOptions {
+    /// The folder that vmm snapshot create made
+    folder: PathBuf,
+}
+
+/// `vmm snapshot`.
+///
+/// # Errors
+/// The virtual machine refuses; or the folder is no snapshot.
+pub fn snapshot(options: Options) -> Result<Code, Failure> {
+    match options.command {
+        Command::Create(options) => create(&options),
+        Command::Show(FolderOptions { folder }) => {
+            print(&plan(Snapshot::open(&folder)?.config)?)?;
+            Ok(Code::Success)
+        }
+        Command::Verify(FolderOptions { folder }) => {
+            Snapshot::open(&folder)?.verify()?;
+            Ok(Code::Success)
+        }
+    }
+}
+
+fn create(options: &CreateOptions) -> Result<Code, Failure> {
+    let folder = absolute(&options.folder).map_err(|error| Failure::new(Code::Host, error))?;
+    connect(&options.name)?.snapshot(&folder, options.stop)?;
+    Ok(Code::Success)
+}
