@@ -65,6 +65,8 @@ Examples:
       work in it, if it has the agent and --vsock (docs/agent.md)
   vmm device add web disk=data.img; vmm device remove web virtio-blk1
       another disk while it runs, and without it again, if it has --transport pci
+  vmm snapshot create web web.snap; vmm restore web.snap
+      save it in a folder, and start another where it was (docs/snapshot.md)
   vmm list; vmm pause web; vmm resume web; vmm stop web
       control it from another terminal
 ";

@@ -23,6 +23,7 @@
 //! | [`pci`] | a PCI bus: configuration space, memory that moves, MSI-X, functions that come and go. One of the two transports of `virtio` is a function on it |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::inventory`] lists what a configuration amounts to, [`machine::load`] builds that around a [`Shell`](machine::Shell) and fills it from its [`Origin`](machine::Origin), [`Machine`](machine::Machine) runs it |
+//! | [`snapshot`] | folders: a paused machine's configuration, state and memory, and the [`Origin`](machine::Origin) of another |
 //! | [`api`] | names, control sockets, signals |
 //! | [`session`] | [`Session`](session::Session): a run from start to end, over the machines that reboots make |
 //!
@@ -44,6 +45,7 @@
 //! legacy virtio pci    never kvm, machine, or another family of devices, but that virtio may be on PCI
 //! boot vcpu
 //! machine
+//! snapshot
 //! session api
 //! ```
 //!
@@ -57,7 +59,7 @@
 //! port's input. The thread that called [`Session::run`](session::Session::run) builds the machine and then waits for its end; the
 //! first vCPU's makes the VM meanwhile. A host end that may block has a thread that does the blocking.
 //!
-//! # Five flows, each one way
+//! # Six flows, each one way
 //!
 //! 1. **Boot**: `VmConfig` → [`Shell`](machine::Shell): `Memory`, and `kvm::Vm` on the first vCPU's thread; beside it the name,
 //!    [`machine::inventory`], [`Origin`](machine::Origin) → `boot::load` (tables from the inventory, kernel, initrd →
@@ -72,6 +74,10 @@
 //! 5. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and comes to
 //!    rest → nothing moves. Every part can then give its state ([`state::Saved`]). If a device is not at rest
 //!    in time (its disk hangs), the pause fails and the machine runs on.
+//!
+//! 6. **Snapshot**: a pause → [`SavedMachine`](machine::SavedMachine), and RAM's pages that are not zero → files. **Restore** is the
+//!    first flow with another [`Origin`](machine::Origin): memory mapped from the file, no kernel, and state in place of an
+//!    [`Entry`](boot::Entry).
 //!
 //! Where no kernel is named and there is a disk, the kernel is a program of ours that finds one there ([`config::Kernel`],
 //! `firmware/disk`). With firmware the first flow is shorter: the ROM is a memory slot, there is no `Entry` but the reset vector, and firmware asks

@@ -191,6 +191,11 @@ impl Guest {
         }
     }
 
+    /// Where the sockets of its monitor are.
+    pub fn runtime(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// Another `vmm` command about this guest.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));

@@ -25,6 +25,7 @@ mod pci_whole;
 mod plug;
 mod plug_whole;
 mod reboot;
+mod snapshot;
 mod trace;
 mod vhost;
 mod vhost_user;

@@ -14,6 +14,7 @@ mod net_life;
 mod obeys;
 mod page;
 mod place;
+mod snapshot;
 mod strangers;
 mod terminal;
 mod top;

@@ -176,7 +176,7 @@ impl Handle {
         &self.0.memory
     }
 
-    /// What the machine has, and where.
+    /// What the machine has, and where: PCI functions' memory where the guest has it now.
     pub fn inventory(&self) -> Vec<Slot> {
         let mut list = lock(&self.0.inventory).clone();
         for slot in &mut list {

@@ -122,7 +122,8 @@ impl Error {
             // Of all devices this is the one whose place the user chooses.
             Self::Layout(_) => Some("move the debug-exit port: `debug_exit=0xf4` is free".into()),
             Self::Host { .. } => None,
-            Self::Transport(_) | Self::Ended(_) | Self::Restore(_) => None,
+            Self::Restore(e) => e.hint().map(Cow::from),
+            Self::Transport(_) | Self::Ended(_) => None,
             Self::Chardev(e) => e.hint(),
         }
     }
@@ -133,6 +134,7 @@ impl Error {
             Self::Config(_) | Self::Boot(_) | Self::Restore(_) => true,
             Self::TooManyDevices { .. } | Self::TooManyCpus { .. } | Self::Layout(_) => true,
             Self::Device(e) => e.is_bad_argument(),
+            Self::Memory(memory::Error::OtherSize { .. }) => true,
             Self::Chardev(e) => e.is_bad_argument(),
             Self::Kvm(_) | Self::Memory(_) | Self::Transport(_) => false,
             Self::Host { .. } | Self::Ended(_) => false,

@@ -3,6 +3,8 @@
 //! [`Handle::save`] takes it from a paused machine, and [`Machine::restore`] gives it to one that was built of the same
 //! configuration and has not run.
 
+use std::collections::BTreeSet;
+use std::io;
 use std::sync::mpsc::channel;
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +15,7 @@ use crate::bus::lock;
 use crate::kvm::{self, Kvm, SavedVcpu, SavedVm};
 use crate::state::StateError;
 use crate::vcpu::gate::VcpuRequest;
+use crate::vm::Vm;
 
 /// See the module's text.
 #[derive(Clone, Serialize, Deserialize)]
@@ -27,7 +30,7 @@ pub struct SavedMachine {
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     /// What was saved is another machine's.
-    #[error("it was saved with {saved}, and the configuration beside it has {built}")]
+    #[error("it was saved with {saved}, and the configuration has {built}")]
     Different {
         /// What it has.
         saved: String,
@@ -43,9 +46,25 @@ pub enum RestoreError {
         #[source]
         source: StateError,
     },
+    /// The host is out of something that interrupts need.
+    #[error("cannot raise its interrupts once more")]
+    Interrupts(#[source] io::Error),
     /// This host's KVM does not take its part.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+}
+
+impl RestoreError {
+    /// What to try.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Different { .. } | Self::Device { .. } => {
+                Some("restore it with the devices that it was saved with: only their host ends may change")
+            }
+            Self::Kvm(_) => Some("restore it on a host with the same processor and at least as new a kernel"),
+            Self::Interrupts(_) => None,
+        }
+    }
 }
 
 impl Handle {
@@ -80,15 +99,19 @@ impl Machine {
     /// [`RestoreError`]; the machine is of no use then.
     pub(super) fn restore(&mut self, saved: &SavedMachine) -> Result<(), RestoreError> {
         let devices = lock(&self.shared.devices);
-        let names = |names: Vec<&str>| names.join(", ");
-        let built = devices.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
-        let has = saved.devices.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
-        if built != has {
-            return Err(RestoreError::Different { saved: names(has), built: names(built) });
-        }
         if saved.vcpus.len() != self.vcpus.len() {
             let vcpus = |count: usize| format!("{count} vCPUs");
             let (saved, built) = (vcpus(saved.vcpus.len()), vcpus(self.vcpus.len()));
+            return Err(RestoreError::Different { saved, built });
+        }
+        let built: Vec<_> = devices.iter().map(|(name, _)| name.as_str()).collect();
+        let had: Vec<_> = saved.devices.iter().map(|(name, _)| name.as_str()).collect();
+        if built != had {
+            let without = |these: &[&str], those: &[&str]| {
+                let names: Vec<_> = these.iter().copied().filter(|name| !those.contains(name)).collect();
+                if names.is_empty() { "nothing else".to_owned() } else { names.join(", ") }
+            };
+            let (saved, built) = (without(&had, &built), without(&built, &had));
             return Err(RestoreError::Different { saved, built });
         }
         self.vm.restore(&saved.vm)?;
@@ -103,7 +126,19 @@ impl Machine {
         if let Some(pci) = &self.shared.pci {
             pci.segment.follow_all();
         }
+        self.repeat_interrupts()?;
         let vcpus: Vec<_> = self.vcpus.iter().zip(&saved.vcpus).collect();
         Ok(self.vm.start_clocks(&saved.vm, &vcpus)?)
+    }
+
+    /// Raises every interrupt line once. KVM may have been about to deliver an interrupt when the machine was saved (irqfds that
+    /// cannot interrupt at once do so from a work queue), and no state tells of that; drivers take one too many. Message-signalled
+    /// interrupts are the functions' own.
+    fn repeat_interrupts(&self) -> Result<(), RestoreError> {
+        let lines: BTreeSet<_> = lock(&self.shared.inventory).iter().filter_map(|slot| slot.gsi).collect();
+        for gsi in lines {
+            self.vm.irq_line(gsi).map_err(RestoreError::Interrupts)?.trigger();
+        }
+        Ok(())
     }
 }

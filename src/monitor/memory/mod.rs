@@ -52,6 +52,14 @@ pub enum Error {
         /// Bytes of the ROM.
         size: usize,
     },
+    /// What it is to begin with is not as long.
+    #[error("the saved memory has {saved}, and the machine {size}")]
+    OtherSize {
+        /// Of the file.
+        saved: Size,
+        /// What was asked for.
+        size: Size,
+    },
     /// The memory object could not be mapped.
     #[error("cannot map {size} of guest memory ({}): {reason}", config.backing_name())]
     Map {
@@ -70,6 +78,7 @@ impl Error {
         let config = match self {
             Self::Allocate { config, .. } | Self::Map { config, .. } => config,
             Self::Rom { .. } => return None,
+            Self::OtherSize { saved, .. } => return Some(format!("restore it with as much: `mem={saved}`")),
         };
         let (name, bytes) = match config.hugepages {
             None => {
@@ -117,8 +126,9 @@ impl Memory {
     /// It cannot be mapped, or is not as long as `config` says.
     pub fn private_copy(config: &config::Memory, base: File) -> Result<Self, Error> {
         let failed = |source| Error::Allocate { size: config.size, config: config.clone(), source };
-        if base.metadata().map_err(failed)?.len() != config.size.bytes() {
-            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "the file has another size")));
+        let saved = base.metadata().map_err(failed)?.len();
+        if saved != config.size.bytes() {
+            return Err(Error::OtherSize { saved: Size::from_bytes(saved), size: config.size });
         }
         Self::mapped(config, &Object::Private(Arc::new(base)))
     }

@@ -89,3 +89,51 @@ fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     }
     all
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek, SeekFrom, Write};
+
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+    use super::*;
+
+    fn touched(memory: &Memory) -> Vec<Range<u64>> {
+        memory.ram().iter().flat_map(|region| memory.touched(region).unwrap()).collect()
+    }
+
+    #[test]
+    fn pages_that_were_written_to_are_told_whatever_memory_is_made_of() {
+        for text in ["16M", "16M,backing=memfd"] {
+            let memory = Memory::new(&text.parse().unwrap()).unwrap();
+            assert_eq!(touched(&memory), [], "{text}");
+            for address in [0x1000, 0x2fff, 0x10_0000] {
+                memory.ram().write_obj(1u8, GuestAddress(address)).unwrap();
+            }
+            assert_eq!(touched(&memory), [0x1000..0x3000, 0x10_0000..0x10_1000], "{text}");
+        }
+    }
+
+    #[test]
+    fn a_private_copy_has_the_pages_of_its_file_and_its_own() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.set_len(16 << 20).unwrap();
+        file.seek(SeekFrom::Start(0x2000)).unwrap();
+        file.write_all(&[7; 0x1000]).unwrap();
+        let config = "16M".parse().unwrap();
+        let memory = Memory::private_copy(&config, file.try_clone().unwrap()).unwrap();
+        memory.ram().write_obj(1u8, GuestAddress(0x3000)).unwrap();
+        memory.ram().write_obj(1u8, GuestAddress(0x9000)).unwrap();
+        assert_eq!(touched(&memory), [0x2000..0x4000, 0x9000..0xa000]);
+        assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(0x2000)).unwrap(), 7);
+        memory.ram().write_obj(8u8, GuestAddress(0x2000)).unwrap();
+        let other = Memory::private_copy(&config, file).unwrap();
+        assert_eq!(other.ram().read_obj::<u8>(GuestAddress(0x2000)).unwrap(), 7, "each has its own");
+        assert!(Memory::private_copy(&"32M".parse().unwrap(), tempfile::tempfile().unwrap()).is_err());
+    }
+
+    #[test]
+    fn stretches_are_joined() {
+        assert_eq!(union(vec![8..9, 1..3, 2..5, 5..6, 7..8]), [1..6, 7..9]);
+    }
+}

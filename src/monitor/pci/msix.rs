@@ -246,8 +246,11 @@ impl Stateful for Msix {
             *entry = Entry { message: Msi { address: *address, data: *data }, masked: *masked, ..*entry };
         }
         self.set_control(state.control);
-        for (index, _) in (0..).zip(&state.entries).filter(|(_, (.., pending))| *pending) {
-            self.lines.raise(index);
+        // Those that are open once more: an interrupt that KVM was about to deliver is in nobody's state.
+        for (index, (entry, (.., pending))) in (0..).zip(self.table.iter().zip(&state.entries)) {
+            if entry.open || *pending {
+                self.lines.raise(index);
+            }
         }
         Ok(())
     }

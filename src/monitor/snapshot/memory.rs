@@ -84,10 +84,43 @@ pub fn checksum(file: &File) -> io::Result<u32> {
 }
 
 /// The next stretch of `file` from `at` on that is no hole.
-pub fn next_data(file: &File, at: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+fn next_data(file: &File, at: u64) -> io::Result<Option<std::ops::Range<u64>>> {
     let start = match seek(file, SeekFrom::Data(at)) {
         Err(Errno::NXIO) => return Ok(None),
         start => start?,
     };
     Ok(Some(start..seek(file, SeekFrom::Hole(start))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    #[test]
+    fn ram_comes_back_from_its_file_and_the_checksum_tells_of_every_byte() {
+        let config = "16M".parse().unwrap();
+        let memory = Memory::new(&config).unwrap();
+        for (address, byte) in [(0u64, 1u8), (0x1fff, 2), (0x70_0000, 3), ((16 << 20) - 1, 4)] {
+            memory.ram().write_obj(byte, GuestAddress(address)).unwrap();
+        }
+        // Touched, and zero.
+        memory.ram().write_obj(0u8, GuestAddress(0x50_0000)).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let sum = write(&memory, &file).unwrap();
+        assert_eq!(checksum(&file).unwrap(), sum);
+        let copy = Memory::private_copy(&config, file.try_clone().unwrap()).unwrap();
+        let read = |memory: &Memory, address| memory.ram().read_obj::<u8>(GuestAddress(address)).unwrap();
+        for address in [0, 0x1fff, 0x70_0000, (16 << 20) - 1, 0x50_0000, 5] {
+            assert_eq!(read(&copy, address), read(&memory, address), "{address:#x}");
+        }
+        // That of a copy that has changed is another, and so is that of a file that has.
+        let again = tempfile::tempfile().unwrap();
+        assert_eq!(write(&copy, &again).unwrap(), sum);
+        copy.ram().write_obj(9u8, GuestAddress(0x60_0000)).unwrap();
+        assert_ne!(write(&copy, &tempfile::tempfile().unwrap()).unwrap(), sum);
+        again.write_all_at(&[1], 0x123_456).unwrap();
+        assert_ne!(checksum(&again).unwrap(), sum);
+    }
 }

@@ -159,10 +159,12 @@ impl Error {
     /// What to try.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Unsupported(_) => None,
-            Self::Damaged { .. } => Some("save the machine again"),
+            Self::Damaged { .. } => Some("save the machine again: vmm snapshot create NAME FOLDER"),
             Self::Version { .. } => Some("restore it with the vmm that saved it"),
-            Self::File { .. } | Self::Pause(_) | Self::Machine(_) => None,
+            Self::File { what: "open" | "read", .. } => {
+                Some("name a folder that vmm snapshot create has made")
+            }
+            Self::File { .. } | Self::Unsupported(_) | Self::Pause(_) | Self::Machine(_) => None,
         }
     }
 }

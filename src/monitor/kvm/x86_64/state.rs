@@ -317,3 +317,58 @@ impl Vm {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    /// What KVM gives that is in [`super::SavedVcpu`] or [`super::SavedVm`], in an older form or a newer one.
+    const SAVED: [&str; 16] = [
+        "CLOCK",
+        "CPUID2",
+        "DEBUGREGS",
+        "DEVICE_ATTR",
+        "IRQCHIP",
+        "LAPIC",
+        "MP_STATE",
+        "MSRS",
+        "NESTED_STATE",
+        "PIT2",
+        "REGS",
+        "SREGS",
+        "TSC_KHZ",
+        "VCPU_EVENTS",
+        "XCRS",
+        "XSAVE2",
+    ];
+    /// The rest, and why it is not.
+    const NOT_SAVED: [(&str, &str); 16] = [
+        ("API_VERSION", "the host's"),
+        ("DIRTY_LOG", "of the monitor's own making"),
+        ("EMULATED_CPUID", "the host's"),
+        ("FPU", "in XSAVE"),
+        ("MSR_FEATURE_INDEX_LIST", "the host's"),
+        ("MSR_INDEX_LIST", "the host's: it says which MSRs are saved"),
+        ("NR_MMU_PAGES", "the host's"),
+        ("ONE_REG", "other architectures' registers"),
+        ("PIT", "in PIT2"),
+        ("REG_LIST", "other architectures' registers"),
+        ("SREGS2", "SREGS, and page-directory pointers that KVM reads again from the guest's memory"),
+        ("STATS_FD", "counters of the host's"),
+        ("SUPPORTED_CPUID", "the host's: a vCPU's own is saved"),
+        ("SUPPORTED_HV_CPUID", "the host's: a vCPU's own is saved"),
+        ("VCPU_MMAP_SIZE", "the host's"),
+        ("XSAVE", "in XSAVE2"),
+    ];
+
+    #[test]
+    fn whatever_kvm_tells_is_saved_or_there_is_a_reason() {
+        // Of the C library's build, so it is wherever this is built.
+        let header = std::fs::read_to_string("/usr/include/linux/kvm.h").unwrap();
+        let defined = header.lines().filter_map(|line| line.strip_prefix("#define KVM_GET_"));
+        let defined: BTreeSet<_> = defined.filter_map(|rest| rest.split_whitespace().next()).collect();
+        let known: BTreeSet<_> = SAVED.into_iter().chain(NOT_SAVED.map(|(name, _)| name)).collect();
+        let unknown: Vec<_> = defined.difference(&known).collect();
+        assert!(unknown.is_empty() && defined.len() > 20, "{unknown:?} of {defined:?}");
+    }
+}

@@ -1,0 +1,102 @@
+//! Linux saved and restored: what was in its memory is, its clocks are right, its devices work, and the original goes on.
+
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::guest::{Guest, Kernel, available, vmm};
+
+/// Runs a command in the guest `name` by its agent.
+#[track_caller]
+fn exec(guest: &Guest, name: &str, script: &str) -> String {
+    let output = guest.command(&["exec", name, "sh", "-c", script]).stderr(Stdio::piped()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{name}: {script}: {said}");
+    String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+}
+
+#[track_caller]
+fn well(guest: &Guest, name: &str) {
+    let log = exec(guest, name, "dmesg");
+    for word in ["soft lockup", "stalls on", "blocked for more than", "timekeeping watchdog", "BUG"] {
+        assert!(!log.contains(word), "{name}: {log}");
+    }
+}
+
+fn number(text: &str) -> f64 {
+    text.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// Three generations: a guest, one restored of it, and one restored of that.
+fn goes_on(kernel: Kernel, options: &[&str]) {
+    let mut command = vmm(kernel, "echo up; while :; do echo x >>/tmp/ticks; sleep 0.1; done");
+    command.args(["--name", "gen0", "--vsock", "--rng", "--net", "user"]).args(options);
+    let first = Guest::start(command);
+    first.wait_for("up", 1);
+    let nonce = exec(&first, "gen0", "cat /proc/sys/kernel/random/uuid | tee /tmp/nonce");
+    exec(&first, "gen0", "ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ping -c 1 -W 10 10.0.2.2");
+    let folder = tempfile::tempdir().unwrap();
+    let mut generations = vec![first];
+    for generation in 0..2 {
+        let (name, next) = (format!("gen{generation}"), format!("gen{}", generation + 1));
+        let guest = &generations[0];
+        let uptime = number(&exec(guest, &name, "cat /proc/uptime"));
+        let ticks = number(&exec(guest, &name, "wc -l </tmp/ticks"));
+        let saved = folder.path().join(&name);
+        let saved = saved.to_str().unwrap();
+        assert_eq!(guest.control(&["snapshot", "create", &name, saved]).0, Some(0));
+        assert_eq!(guest.control(&["snapshot", "verify", saved]).0, Some(0));
+
+        let mut command = guest.command(&["restore", saved, "--name", &next]);
+        command.stdin(Stdio::null());
+        let runtime = guest.runtime().to_owned();
+        let restored = Guest::start_in(command, &runtime);
+        let deadline = Instant::now() + restored.patience;
+        while !guest.control(&["status", &next]).1.contains("running") {
+            assert!(Instant::now() < deadline, "{next} does not run");
+            thread::sleep(Duration::from_millis(20));
+        }
+        // The agent hears of the reset of its connections, and new ones reach it.
+        assert_eq!(exec(guest, &next, "cat /tmp/nonce"), nonce, "the same run");
+        assert!(number(&exec(guest, &next, "cat /proc/uptime")) >= uptime);
+        let then = number(&exec(guest, &next, "wc -l </tmp/ticks"));
+        let later = number(&exec(guest, &next, "sleep 1; wc -l </tmp/ticks"));
+        assert!(then >= ticks && later > then, "{ticks}, {then}, {later}");
+        let before = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let clock = number(&exec(guest, &next, "date +%s")) as u64;
+        let after = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        assert!((before.saturating_sub(1)..=after + 1).contains(&clock), "{before}, {clock}, {after}");
+        assert_ne!(exec(guest, &next, "head -c 16 /dev/hwrng | od -An -tx1"), "");
+        exec(guest, &next, "ping -c 1 -W 10 10.0.2.2");
+        // The one that was saved goes on as well.
+        assert!(number(&exec(guest, &name, "sleep 1; wc -l </tmp/ticks")) > ticks);
+        well(guest, &next);
+        well(guest, &name);
+        generations.push(restored);
+    }
+    assert!(generations.iter().all(|guest| !guest.text().contains("panic")));
+}
+
+#[test]
+fn our_kernel_goes_on_where_it_was_saved() {
+    if !available("our_kernel_goes_on_where_it_was_saved") {
+        return;
+    }
+    goes_on(Kernel::TunedPvh, &[]);
+}
+
+#[test]
+fn our_kernel_with_four_cpus_and_pci_goes_on_where_it_was_saved() {
+    if !available("our_kernel_with_four_cpus_and_pci_goes_on_where_it_was_saved") {
+        return;
+    }
+    goes_on(Kernel::TunedPvh, &["--cpus", "4", "--transport", "pci"]);
+}
+
+#[test]
+fn debians_kernel_goes_on_where_it_was_saved() {
+    if !available("debians_kernel_goes_on_where_it_was_saved") {
+        return;
+    }
+    goes_on(Kernel::Stock, &["--cpus", "2", "--mem", "512M"]);
+}
