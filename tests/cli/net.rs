@@ -95,7 +95,7 @@ fn ends_that_cannot_be() {
     std::os::unix::fs::symlink("elsewhere", place.path("link")).unwrap();
     for (arguments, words) in [
         ("--net-dump frames", &["no network"][..]),
-        ("--net user --net-dump frames,max=255K", &["max=255K", "longest frame"]),
+        ("--net user --net-dump frames,max=255K", &["max=255K", "at least max=256K"]),
         ("--net user --net-dump link", &["link", "symbolic link"]),
         ("--net user --net-dump no/frames", &["no/frames", "No such file"]),
         ("--net user --net-dump run", &["run", "Is a directory"]),
