@@ -126,9 +126,9 @@ fn a_paused_machine_stays_paused_and_is_saved_twice_alike() {
         assert!(one == two, "{file}");
     }
     let [one, two] = ["s", "t"].map(|folder| fs::read(place.path(folder).join("state")).unwrap());
-    let different = one.iter().zip(&two).filter(|(one, two)| one != two).count();
-    // The host's clock and counter at the moment, and the checksum.
-    assert!(one.len() == two.len() && different <= 24 + 5, "{different} bytes of {}", one.len());
+    // The host's clock and counters are at the beginning, as numbers of different lengths; the devices are at the end.
+    let alike = one.iter().rev().zip(two.iter().rev()).take_while(|(one, two)| one == two).count();
+    assert!(alike > 300 && one.len().abs_diff(two.len()) < 20, "{alike} of {} and {}", one.len(), two.len());
     let _ = child.kill();
 }
 
@@ -179,6 +179,7 @@ fn a_folder_that_is_no_snapshot_or_a_damaged_one_is_refused_with_the_reason() {
     };
     for (file, change, why) in [
         ("config.json", (&|bytes: &mut Vec<u8>| bytes.truncate(20)) as &dyn Fn(&mut Vec<u8>), "config.json"),
+        ("config.json", &|bytes| *bytes.iter_mut().find(|byte| **byte == b'3').unwrap() = b'4', "checksum"),
         ("state", &|bytes| bytes.clear(), "not a machine's state"),
         ("state", &|bytes| bytes[8] += 1, "version 2, and this vmm reads version 1"),
         ("state", &|bytes| bytes.truncate(bytes.len() - 1), "checksum"),

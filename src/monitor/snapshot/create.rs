@@ -55,7 +55,11 @@ fn save(machine: &Handle, paused: &Paused<'_>, config: &VmConfig, folder: &Path)
     let made = fill(machine, paused, config, &hidden).and_then(|()| {
         let renamed = renameat_with(CWD, &hidden, CWD, folder, RenameFlags::NOREPLACE);
         renamed.map_err(|error| file("make", folder)(error.into()))?;
-        File::open(parent).and_then(|parent| parent.sync_all()).map_err(file("write", parent))
+        let synced = File::open(parent).and_then(|parent| parent.sync_all());
+        synced.map_err(|error| {
+            let _ = fs::remove_dir_all(folder);
+            file("write", parent)(error)
+        })
     });
     if made.is_err() {
         // What it says is more than that this fails, too.
@@ -67,7 +71,8 @@ fn save(machine: &Handle, paused: &Paused<'_>, config: &VmConfig, folder: &Path)
 fn fill(machine: &Handle, paused: &Paused<'_>, config: &VmConfig, folder: &Path) -> Result<(), Error> {
     let path = folder.join("config.json");
     let text = serde_json::to_vec_pretty(config).map_err(|error| file("write", &path)(error.into()))?;
-    write(&path, &[&text, b"\n"])?;
+    let config = crc32fast::hash(&text);
+    write(&path, &[&text])?;
 
     let state = machine.save(paused).map_err(Box::new)?;
     let path = folder.join("memory");
@@ -78,7 +83,7 @@ fn fill(machine: &Handle, paused: &Paused<'_>, config: &VmConfig, folder: &Path)
     let encoded = |error: postcard::Error| file("write", &path)(io::Error::other(error));
     let state = postcard::to_stdvec(&state).map_err(encoded)?;
     let size = machine.memory().size();
-    let header = Header { state: crc32fast::hash(&state), memory: checksum, size };
+    let header = Header { config, state: crc32fast::hash(&state), memory: checksum, size };
     let header = postcard::to_stdvec(&header).map_err(encoded)?;
     write(&path, &[&MAGIC, &VERSION.to_le_bytes(), &header, &state])?;
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(file("write", folder))

@@ -69,6 +69,8 @@ pub enum Error {
 /// What precedes the state.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct Header {
+    /// CRC-32 of the configuration's file.
+    config: u32,
     /// CRC-32 of the state.
     state: u32,
     /// CRC-32 of the memory's data, block by block.
@@ -114,6 +116,9 @@ impl Snapshot {
             postcard::take_from_bytes(rest).map_err(|error| damaged(&path, error.to_string()))?;
         if crc32fast::hash(state) != header.state {
             return Err(damaged(&path, "its checksum is wrong".to_owned()));
+        }
+        if crc32fast::hash(&text) != header.config {
+            return Err(damaged(&folder.join("config.json"), "its checksum is wrong".to_owned()));
         }
         let state = state.to_vec();
         let path = folder.join("memory");
@@ -164,7 +169,12 @@ impl Error {
             Self::File { what: "open" | "read", .. } => {
                 Some("name a folder that vmm snapshot create has made")
             }
-            Self::File { .. } | Self::Unsupported(_) | Self::Pause(_) | Self::Machine(_) => None,
+            Self::File { .. } => Some("name a new folder, where you may write and there is room: df, ls -ld"),
+            Self::Unsupported(_) => {
+                Some("start the machine without it: docs/snapshot.md has what can be saved")
+            }
+            Self::Pause(_) => Some("try again"),
+            Self::Machine(_) => None,
         }
     }
 }

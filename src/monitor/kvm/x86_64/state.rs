@@ -23,7 +23,7 @@ use crate::kvm::{Error, Kvm, Vcpu, Vm, ioctl};
 const IA32_TSC: u32 = 0x10;
 /// The counter's value at which the local APIC's timer fires; 0 if it is not armed, or has fired.
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// More than KVM_GET_MSRS takes at a time (Linux's MAX_IO_MSRS is 256).
+/// KVM takes fewer than 256 at a time (Linux's MAX_IO_MSRS).
 const MSRS_PER_CALL: usize = 128;
 
 /// What this host's KVM may have of a vCPU beside what all have: the MSRs, in the order in which they are to be set.
@@ -118,7 +118,8 @@ impl Vcpu {
         ioctl("KVM_SET_LAPIC", self.fd.set_lapic(&state.lapic))?;
         // Not the deadline yet, which is compared with a counter that does not count right yet.
         let msrs = state.msrs.iter().copied().filter(|(index, _)| *index != IA32_TSC_DEADLINE);
-        self.set_msrs(&msrs.collect::<Vec<_>>())?;
+        let msrs: Vec<_> = msrs.collect();
+        msrs.chunks(MSRS_PER_CALL).try_for_each(|batch| self.set_msrs(batch))?;
         ioctl("KVM_SET_VCPU_EVENTS", self.fd.set_vcpu_events(&state.events))
     }
 
