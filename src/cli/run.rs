@@ -106,13 +106,14 @@ pub fn live(
     let controls = Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs, original };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
     let origin = snapshot.map(Snapshot::into_origin).transpose()?;
+    let goes_on = origin.is_some();
     let mut session = Session::controlled(&config, origin, recorder, controls)?;
     if let Some(background) = &mut background {
         background.named()?;
     }
     let mut ptys = Announcer::default();
-    // Under a debugger a guest may be silent for as long as it likes.
-    let mut silence = debugger.is_none().then(|| Silence::of(&config)).flatten();
+    // Under a debugger a guest may be silent for as long as it likes, and one that goes on has opened its consoles before.
+    let mut silence = (debugger.is_none() && !goes_on).then(|| Silence::of(&config)).flatten();
     let mut observers: Vec<&mut dyn Observer> = vec![&mut ptys];
     observers.extend(silence.as_mut().map(|silence| silence as &mut dyn Observer));
     observers.extend(recorded.as_mut().map(|recorded| recorded as &mut dyn Observer));
