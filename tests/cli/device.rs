@@ -36,23 +36,8 @@ fn guest(code: &[u8], more: &str) -> (Place, Running) {
     (place, running)
 }
 
-#[track_caller]
-fn done(place: &Place, arguments: &str) -> String {
-    let output = place.vmm(arguments);
-    assert_eq!(output.status.code(), Some(0), "{arguments}: {}", text(&output.stderr));
-    text(&output.stdout)
-}
-
-/// What is said of a command that fails.
-#[track_caller]
-fn refused(place: &Place, arguments: &str, code: i32) -> String {
-    let output = place.vmm(arguments);
-    assert_eq!(output.status.code(), Some(code), "{arguments}: {}", text(&output.stdout));
-    text(&output.stderr)
-}
-
 fn devices(place: &Place) -> Vec<(String, String)> {
-    let list: Vec<Value> = serde_json::from_str(&done(place, "device list v --json")).unwrap();
+    let list: Vec<Value> = serde_json::from_str(&place.done("device list v --json")).unwrap();
     let of = |device: &Value, key: &str| device[key].as_str().unwrap().to_owned();
     list.iter().map(|device| (of(device, "name"), of(device, "state"))).collect()
 }
@@ -68,13 +53,13 @@ fn a_guest_that_lets_go_loses_a_disk_and_gets_another() {
     }
     let (place, _guest) = guest(&OBLIGING, "--disk a --rng");
     assert_eq!(devices(&place), [present("virtio-blk0"), present("virtio-rng")]);
-    assert_eq!(done(&place, "device remove v virtio-blk0"), "");
+    assert_eq!(place.done("device remove v virtio-blk0"), "");
     assert_eq!(devices(&place), [present("virtio-rng")]);
     for _ in 0..30 {
         // Also from the directory that the path is relative to.
-        assert_eq!(done(&place, "device add v disk=b,readonly"), "virtio-blk0\n");
-        assert_eq!(done(&place, "device add v net=user"), "virtio-net0\n");
-        let list = done(&place, "device list v");
+        assert_eq!(place.done("device add v disk=b,readonly"), "virtio-blk0\n");
+        assert_eq!(place.done("device add v net=user"), "virtio-net0\n");
+        let list = place.done("device list v");
         let line =
             |name| list.lines().find(|line: &&str| line.starts_with(name)).unwrap_or_default().to_owned();
         let b = place.path("b");
@@ -85,10 +70,10 @@ fn a_guest_that_lets_go_loses_a_disk_and_gets_another() {
         );
         assert_eq!(line("virtio-net0"), "virtio-net0  00:03.0  present   net=user");
         assert_eq!(line("virtio-rng "), "virtio-rng   00:02.0  present   rng");
-        assert!(done(&place, "status v").contains("virtio-net0 (user"));
+        assert!(place.done("status v").contains("virtio-net0 (user"));
         for name in ["virtio-net0", "virtio-blk0"] {
-            done(&place, &format!("device remove v {name}"));
-            let twice = refused(&place, &format!("device remove v {name}"), HOST);
+            place.done(&format!("device remove v {name}"));
+            let twice = place.fails(&format!("device remove v {name}"), HOST);
             assert!(twice.contains(&format!("it has no device called \"{name}\"")), "{twice}");
         }
         assert_eq!(devices(&place), [present("virtio-rng")]);
@@ -97,7 +82,7 @@ fn a_guest_that_lets_go_loses_a_disk_and_gets_another() {
     let other = place.command("--kernel code --mem 64M --console off --name other --disk a");
     let _other = Running::new(other);
     place.await_running("other");
-    let taken = refused(&place, "device add v disk=a", HOST);
+    let taken = place.fails("device add v disk=a", HOST);
     assert!(taken.contains("disk image") && taken.contains("is in use by another process"), "{taken}");
 }
 
@@ -108,12 +93,12 @@ fn a_guest_that_lets_go_of_everything_all_the_time_loses_only_what_it_was_asked_
     }
     let (place, _guest) = guest(&RECKLESS, "--disk a --cpus 2");
     for _ in 0..10 {
-        assert_eq!(done(&place, "device add v disk=b"), "virtio-blk1\n");
+        assert_eq!(place.done("device add v disk=b"), "virtio-blk1\n");
         assert_eq!(devices(&place), [present("virtio-blk0"), present("virtio-blk1")]);
-        done(&place, "device remove v virtio-blk1");
+        place.done("device remove v virtio-blk1");
         assert_eq!(devices(&place), [present("virtio-blk0")]);
     }
-    done(&place, "kill v");
+    place.done("kill v");
 }
 
 #[test]
@@ -122,31 +107,31 @@ fn a_guest_that_hears_nothing_keeps_its_disk_until_it_is_taken_away() {
         return;
     }
     let (place, _guest) = guest(&HALT, "");
-    done(&place, "device add v disk=a,serial=x");
-    let error = refused(&place, "device remove v virtio-blk0 --timeout 0", HOST);
+    place.done("device add v disk=a,serial=x");
+    let error = place.fails("device remove v virtio-blk0 --timeout 0", HOST);
     assert!(
         error.contains("the guest of \"v\" has not let virtio-blk0 go within 0 seconds\nhint: "),
         "{error}"
     );
     assert_eq!(devices(&place), [("virtio-blk0".to_owned(), "ejecting".to_owned())]);
     // A machine that stands still changes nothing, nor hangs anybody.
-    done(&place, "pause v");
+    place.done("pause v");
     for command in ["add v disk=b", "remove v virtio-blk0", "remove v virtio-blk0 --force"] {
-        let error = refused(&place, &format!("device {command}"), HOST);
+        let error = place.fails(&format!("device {command}"), HOST);
         assert_eq!(error, "vmm: error: \"v\" refused: it is paused: resume it first\n", "{command}");
     }
-    done(&place, "resume v");
-    done(&place, "device remove v virtio-blk0 --force");
+    place.done("resume v");
+    place.done("device remove v virtio-blk0 --force");
     assert_eq!(devices(&place), []);
     // Eight may come.
     for number in 0..8 {
         place.file(&format!("image{number}"), vec![0; 4096]);
-        done(&place, &format!("device add v disk=image{number}"));
+        place.done(&format!("device add v disk=image{number}"));
     }
-    let full = refused(&place, "device add v disk=a", HOST);
+    let full = place.fails("device add v disk=a", HOST);
     assert!(full.contains("no place is free for another device: remove one"), "{full}");
-    done(&place, "kill v");
-    let gone = refused(&place, "device list v", HOST);
+    place.done("kill v");
+    let gone = place.fails("device list v", HOST);
     assert!(gone.contains("no virtual machine called \"v\" is running"), "{gone}");
 }
 
@@ -180,14 +165,14 @@ fn what_makes_no_sense_is_refused_with_what_to_try() {
         ("remove v vda", HOST, "it has no device called \"vda\": vmm device list shows what it has"),
         ("remove v", BAD_ARGUMENT, "<DEVICE>"),
     ] {
-        let error = refused(&place, &format!("device {command}"), code);
+        let error = place.fails(&format!("device {command}"), code);
         assert!(error.contains(words), "{command}: {error}");
     }
     place.file("halt", kernel(&HALT));
     let _mmio = place.start("mmio", "--mem 64M --disk a");
-    assert!(done(&place, "device list mmio").contains("virtio-blk0  -        present   disk="));
+    assert!(place.done("device list mmio").contains("virtio-blk0  -        present   disk="));
     for command in ["add mmio disk=b", "remove mmio virtio-blk0"] {
-        let error = refused(&place, &format!("device {command}"), HOST);
+        let error = place.fails(&format!("device {command}"), HOST);
         let words = "devices come and go on a PCI bus only, and it has none: start it with --transport pci";
         assert!(error.contains(words), "{command}: {error}");
     }

@@ -18,13 +18,6 @@ use crate::images::*;
 use crate::place::*;
 
 impl Place {
-    #[track_caller]
-    fn done(&self, arguments: &str) -> String {
-        let output = self.vmm(arguments);
-        assert_eq!(output.status.code(), Some(0), "{arguments}: {}", text(&output.stderr));
-        text(&output.stdout)
-    }
-
     fn sockets(&self) -> Vec<PathBuf> {
         let dir = fs::read_dir(self.path("run/vmm")).into_iter().flatten();
         dir.map(|entry| entry.unwrap().path()).collect()

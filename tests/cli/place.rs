@@ -60,6 +60,22 @@ impl Place {
         finish(self.command(arguments).spawn().unwrap())
     }
 
+    /// What a command says that succeeds.
+    #[track_caller]
+    pub fn done(&self, arguments: &str) -> String {
+        let output = self.vmm(arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// What is said of a command that fails with `code`.
+    #[track_caller]
+    pub fn fails(&self, arguments: &str, code: i32) -> String {
+        let output = self.vmm(arguments);
+        assert_eq!(output.status.code(), Some(code), "{arguments}: {}", text(&output.stdout));
+        text(&output.stderr)
+    }
+
     /// Starts a guest that stands still, called `name`, and waits until its vCPU runs.
     pub fn start(&self, name: &str, arguments: &str) -> Running {
         let command = self.command(&format!("--kernel halt --console off --name {name} {arguments}"));

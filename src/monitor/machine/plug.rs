@@ -245,6 +245,13 @@ pub(super) fn begin(host: &SharedPluggable, config: &VmConfig) -> Changes {
 }
 
 impl Handle {
+    /// Whether it has other devices than its configuration says: some came or went while it, or an earlier machine of its
+    /// session, ran.
+    pub fn has_other_devices(&self) -> bool {
+        let changes = &lock(&self.0.plugboard.host).changes;
+        !changes.added.is_empty() || !changes.removed.is_empty()
+    }
+
     /// Its virtio devices.
     pub fn devices(&self) -> Vec<Attached> {
         lock(&self.0.attachments().list).iter().map(|entry| entry.attached.clone()).collect()

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use super::{Error, Origin, kvm_path};
-use crate::config::VmConfig;
+use crate::config::{self, VmConfig};
 use crate::kvm::{self, Controllers, Kvm, Processor};
 use crate::memory::Memory;
 use crate::recorder::{Recorder, Step, Steps};
@@ -31,11 +31,18 @@ pub(super) struct Made {
 }
 
 impl Shell {
-    /// Begins to make one around `memory` for the machine that `config` describes. `recorder` is told of the steps.
+    /// Begins to make one for the machine that `config` describes, around what `memory` makes. `recorder` is told of the steps.
     ///
     /// # Errors
-    /// The host lacks threads. What KVM refuses is told later.
-    pub(super) fn begin(config: &VmConfig, memory: Memory, recorder: &Arc<Recorder>) -> Result<Self, Error> {
+    /// The host lacks memory or threads. What KVM refuses is told later.
+    pub(super) fn begin(
+        config: &VmConfig,
+        memory: impl FnOnce(&config::Memory) -> Result<Memory, Error>,
+        recorder: &Arc<Recorder>,
+    ) -> Result<Self, Error> {
+        let mut steps = Steps::begin(recorder, "monitor");
+        let memory = memory(&config.memory())?;
+        steps.done(Step::Memory);
         let (cpus, path) = (config.cpus.0, kvm_path());
         let controllers = if config.has_pics() { Controllers::All } else { Controllers::LocalApics };
         let (slots, recorder) = (memory.clone(), recorder.clone());
@@ -64,15 +71,11 @@ impl Shell {
         recorder: &Arc<Recorder>,
     ) -> Option<Result<Self, Error>> {
         let is_cheap = config.firmware.is_none() && !config.mem.prefault && config.validate().is_ok();
-        is_cheap.then(|| {
-            let mut steps = Steps::begin(recorder, "monitor");
-            let memory = match origin {
-                Some(origin) => origin.memory(&config.memory())?,
-                None => Memory::new(&config.memory())?,
-            };
-            steps.done(Step::Memory);
-            Self::begin(config, memory, recorder)
-        })
+        let memory = |config: &config::Memory| match origin {
+            Some(origin) => origin.memory(config),
+            None => Ok(Memory::new(config)?),
+        };
+        is_cheap.then(|| Self::begin(config, memory, recorder))
     }
 
     /// Waits for the VM, and gives the thread for its first vCPU.

@@ -61,7 +61,7 @@ impl Running {
     pub fn new(
         name: &str,
         config: &VmConfig,
-        mut original: VmConfig,
+        original: VmConfig,
         vsock: &Path,
         viewers: Arc<dyn Viewers>,
         killed_status: u8,
@@ -90,7 +90,6 @@ impl Running {
             networks: Vec::new(),
         };
         let orders = AtomicU32::new(0);
-        original.make_absolute();
         let (started, now) = (Instant::now(), Arc::default());
         Self { started, status, original, now, viewers, orders, killed_status, keeper }
     }
@@ -214,8 +213,10 @@ impl Control for Running {
     }
 
     fn snapshot(&self, folder: &Path, stop: bool) -> Result<(), String> {
+        let mut config = self.original.clone();
+        config.make_absolute();
         self.with_machine(|machine| {
-            snapshot::create(machine, &self.original, folder, || {
+            snapshot::create(machine, &config, folder, || {
                 if stop {
                     self.kill();
                 }

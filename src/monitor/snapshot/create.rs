@@ -19,7 +19,12 @@ use crate::output;
 pub fn create(machine: &Handle, config: &VmConfig, folder: &Path, saved: impl FnOnce()) -> Result<(), Error> {
     supported(config)?;
     let runs = machine.phase() == Phase::Running;
-    let made = save(machine, &machine.pause()?, config, folder).inspect(|()| saved());
+    let paused = machine.pause()?;
+    let made = match machine.has_other_devices() {
+        true => Err(Error::Unsupported("devices that came or went while it ran")),
+        false => save(machine, &paused, config, folder).inspect(|()| saved()),
+    };
+    drop(paused);
     if runs {
         // It has ended meanwhile, or somebody else resumed it.
         let _ = machine.resume();

@@ -7,7 +7,7 @@
 mod create;
 mod memory;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
@@ -22,6 +22,8 @@ pub use create::create;
 const MAGIC: [u8; 8] = *b"VMMSTATE";
 /// Of what follows them.
 const VERSION: u32 = 1;
+/// More than any configuration, in bytes.
+const MAX_CONFIG: u64 = 1 << 20;
 /// More than any machine's state: 255 vCPUs and their XSAVE areas.
 const MAX_STATE: u64 = 64 << 20;
 
@@ -97,13 +99,11 @@ impl Snapshot {
     /// [`Error`]
     pub fn open(folder: &Path) -> Result<Self, Error> {
         let config = folder.join("config.json");
-        let text = fs::read(&config).map_err(file("read", &config))?;
+        let text = read(&config, MAX_CONFIG)?;
         let damaged = |path: &Path, what: String| Error::Damaged { path: path.to_owned(), what };
         let config = serde_json::from_slice(&text).map_err(|error| damaged(&config, error.to_string()))?;
         let path = folder.join("state");
-        let mut bytes = Vec::new();
-        let state = File::open(&path).map_err(file("open", &path))?;
-        state.take(MAX_STATE).read_to_end(&mut bytes).map_err(file("read", &path))?;
+        let bytes = read(&path, MAX_STATE)?;
         let rest =
             bytes.strip_prefix(&MAGIC).ok_or_else(|| damaged(&path, "not a machine's state".to_owned()))?;
         let (version, rest) =
@@ -173,10 +173,17 @@ impl Error {
             Self::Unsupported(_) => {
                 Some("start the machine without it: docs/snapshot.md has what can be saved")
             }
-            Self::Pause(_) => Some("try again"),
-            Self::Machine(_) => None,
+            Self::Pause(_) | Self::Machine(_) => None,
         }
     }
+}
+
+/// At most `most` bytes of the file at `path`.
+fn read(path: &Path, most: u64) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    let opened = File::open(path).map_err(file("open", path))?;
+    opened.take(most).read_to_end(&mut bytes).map_err(file("read", path))?;
+    Ok(bytes)
 }
 
 fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
