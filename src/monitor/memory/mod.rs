@@ -5,6 +5,7 @@
 
 mod buffers;
 pub mod dirty;
+pub mod frozen;
 pub mod layout;
 mod slices;
 pub mod testdev;
@@ -186,6 +187,11 @@ impl Memory {
     /// The RAM itself.
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
+    }
+
+    /// Whether no other process sees what is written to it.
+    pub fn is_private(&self) -> bool {
+        self.ram.iter().all(|region| shared_object(region).is_none())
     }
 
     /// Bytes of RAM.

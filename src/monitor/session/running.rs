@@ -215,13 +215,8 @@ impl Control for Running {
     fn snapshot(&self, folder: &Path, stop: bool) -> Result<(), String> {
         let mut config = self.original.clone();
         config.make_absolute();
-        self.with_machine(|machine| {
-            snapshot::create(machine, &config, folder, || {
-                if stop {
-                    self.kill();
-                }
-            })
-        })
+        let stop = stop.then_some(|| self.kill());
+        self.with_machine(|machine| snapshot::create(machine, &config, folder, stop))
     }
 
     fn power_button(&self) -> Result<bool, String> {

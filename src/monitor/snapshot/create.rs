@@ -1,35 +1,60 @@
-//! A snapshot is made: a folder under another name, which gets its own once all is on the disk.
+//! A snapshot is made: a folder under another name, which gets its own once all is on the disk; or files without a name.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use super::{Error, Header, MAGIC, VERSION, file, memory};
+use super::memory::Writing;
+use super::parts::{Part, Parts};
+use super::{Error, Header, MAGIC, VERSION, file};
 use crate::config::VmConfig;
-use crate::machine::{Handle, Paused, Phase};
+use crate::machine::{Handle, Paused, Phase, SavedMachine};
 use crate::output;
 
-/// Saves `machine`, which was built as `config` says, into the new `folder`. It stands still meanwhile, also while
-/// `saved` is called once it is done, and goes on if it ran.
+/// Saves `machine`, which was built as `config` says, into the new `folder`. It stands still as short as may be, and goes on
+/// if it ran; with `stop` until that is called, when all is done.
 ///
 /// # Errors
 /// [`Error`]; nothing is left behind.
-pub fn create(machine: &Handle, config: &VmConfig, folder: &Path, saved: impl FnOnce()) -> Result<(), Error> {
+pub fn create(
+    machine: &Handle,
+    config: &VmConfig,
+    folder: &Path,
+    stop: Option<impl FnOnce()>,
+) -> Result<(), Error> {
     supported(config)?;
-    let runs = machine.phase() == Phase::Running;
-    let paused = machine.pause()?;
-    let made = match machine.has_other_devices() {
-        true => Err(Error::Unsupported("devices that came or went while it ran")),
-        false => save(machine, &paused, config, folder).inspect(|()| saved()),
+    let new = NewFolder::begin(folder)?;
+    let parts = Parts::create(&new.hidden)?;
+    let complete = |taken: Taken| {
+        taken.finish(config, machine, &parts)?;
+        for part in [&parts.config, &parts.state, &parts.memory] {
+            part.file.sync_all().map_err(part.failed("write"))?;
+        }
+        new.name()
     };
-    drop(paused);
-    if runs {
-        // It has ended meanwhile, or somebody else resumed it.
-        let _ = machine.resume();
+    match stop {
+        None => complete(standing_still(machine, |paused| Taken::begin(machine, paused, &parts, true))?),
+        Some(stop) => standing_still(machine, |paused| {
+            complete(Taken::begin(machine, paused, &parts, false)?)?;
+            stop();
+            Ok(())
+        }),
     }
-    made
+}
+
+/// The same into files that have no name, for other processes to go on from.
+///
+/// # Errors
+/// [`Error`]
+pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
+    supported(config)?;
+    let parts = Parts::unnamed()?;
+    let taken = standing_still(machine, |paused| Taken::begin(machine, paused, &parts, true))?;
+    taken.finish(config, machine, &parts)?;
+    Ok(parts)
 }
 
 /// What has a life of its own outside.
@@ -47,58 +72,98 @@ fn supported(config: &VmConfig) -> Result<(), Error> {
     Err(Error::Unsupported(what))
 }
 
-fn save(machine: &Handle, paused: &Paused<'_>, config: &VmConfig, folder: &Path) -> Result<(), Error> {
-    let name = folder.file_name().ok_or_else(|| {
-        file("name", folder)(io::Error::new(io::ErrorKind::InvalidInput, "it is not a folder's name"))
-    })?;
-    let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    hidden.push(format!(".{}", std::process::id()));
-    let hidden = parent.join(hidden);
-    output::folder(&hidden).map_err(file("make", &hidden))?;
-    let made = fill(machine, paused, config, &hidden).and_then(|()| {
-        let renamed = renameat_with(CWD, &hidden, CWD, folder, RenameFlags::NOREPLACE);
-        renamed.map_err(|error| file("make", folder)(error.into()))?;
-        let synced = File::open(parent).and_then(|parent| parent.sync_all());
-        synced.map_err(|error| {
-            let _ = fs::remove_dir_all(folder);
-            file("write", parent)(error)
-        })
-    });
-    if made.is_err() {
-        // What it says is more than that this fails, too.
-        let _ = fs::remove_dir_all(&hidden);
-    }
-    made
-}
-
-fn fill(machine: &Handle, paused: &Paused<'_>, config: &VmConfig, folder: &Path) -> Result<(), Error> {
-    let path = folder.join("config.json");
-    let text = serde_json::to_vec_pretty(config).map_err(|error| file("write", &path)(error.into()))?;
-    let config = crc32fast::hash(&text);
-    write(&path, &[&text])?;
-
-    let state = machine.save(paused).map_err(Box::new)?;
-    let path = folder.join("memory");
-    let ram = output::create(&path).map_err(file("make", &path))?;
-    let checksum = memory::write(machine.memory(), &ram).map_err(file("write", &path))?;
-
-    let path = folder.join("state");
-    let encoded = |error: postcard::Error| file("write", &path)(io::Error::other(error));
-    let state = postcard::to_stdvec(&state).map_err(encoded)?;
-    let size = machine.memory().size();
-    let header = Header { config, state: crc32fast::hash(&state), memory: checksum, size };
-    let header = postcard::to_stdvec(&header).map_err(encoded)?;
-    write(&path, &[&MAGIC, &VERSION.to_le_bytes(), &header, &state])?;
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(file("write", folder))
-}
-
-fn write(path: &Path, parts: &[&[u8]]) -> Result<(), Error> {
-    let write = || {
-        let mut new = output::create(path)?;
-        parts.iter().try_for_each(|part| new.write_all(part))?;
-        new.sync_all()
+/// Does `work` while `machine` stands still, which goes on afterwards if it ran.
+fn standing_still<T>(
+    machine: &Handle,
+    work: impl FnOnce(&Paused<'_>) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let (ran, since) = (machine.phase() == Phase::Running, Instant::now());
+    let paused = machine.pause()?;
+    let done = match machine.has_other_devices() {
+        true => Err(Error::Unsupported("devices that came or went while it ran")),
+        false => work(&paused),
     };
-    write().map_err(file("write", path))
+    drop(paused);
+    if ran {
+        // It has ended meanwhile, or somebody else resumed it.
+        let _ = machine.resume();
+        log::info!("it stood still for {:.1?}", since.elapsed());
+    }
+    done
+}
+
+/// A machine at one moment.
+struct Taken {
+    state: SavedMachine,
+    memory: Writing,
+}
+
+impl Taken {
+    /// Takes the state of `machine`, and begins to write its memory, which `may_last` beyond the pause.
+    fn begin(machine: &Handle, paused: &Paused<'_>, parts: &Parts, may_last: bool) -> Result<Self, Error> {
+        let state = machine.save(paused).map_err(Box::new)?;
+        let memory = Writing::begin(machine.memory(), &parts.memory.file, may_last);
+        Ok(Self { state, memory: memory.map_err(parts.memory.failed("write"))? })
+    }
+
+    /// Completes `parts`.
+    fn finish(self, config: &VmConfig, machine: &Handle, parts: &Parts) -> Result<(), Error> {
+        let encoded = |error: postcard::Error| parts.state.failed("write")(io::Error::other(error));
+        let text =
+            serde_json::to_vec_pretty(config).map_err(|error| parts.config.failed("write")(error.into()))?;
+        write(&parts.config, &[&text])?;
+        let memory = self.memory.finish().map_err(parts.memory.failed("write"))?;
+        let state = postcard::to_stdvec(&self.state).map_err(encoded)?;
+        let (config, size) = (crc32fast::hash(&text), machine.memory().size());
+        let header = Header { config, state: crc32fast::hash(&state), memory, size };
+        let header = postcard::to_stdvec(&header).map_err(encoded)?;
+        write(&parts.state, &[&MAGIC, &VERSION.to_le_bytes(), &header, &state])
+    }
+}
+
+fn write(part: &Part, bytes: &[&[u8]]) -> Result<(), Error> {
+    let mut file = &part.file;
+    bytes.iter().try_for_each(|bytes| file.write_all(bytes)).map_err(part.failed("write"))
+}
+
+/// A folder that has its name when it is complete, and is gone otherwise.
+struct NewFolder<'a> {
+    folder: &'a Path,
+    parent: &'a Path,
+    hidden: PathBuf,
+}
+
+impl<'a> NewFolder<'a> {
+    fn begin(folder: &'a Path) -> Result<Self, Error> {
+        let name = folder.file_name().ok_or_else(|| {
+            file("name", folder)(io::Error::new(io::ErrorKind::InvalidInput, "it is not a folder's name"))
+        })?;
+        let parent =
+            folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut hidden = std::ffi::OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".{}", std::process::id()));
+        let hidden = parent.join(hidden);
+        output::folder(&hidden).map_err(file("make", &hidden))?;
+        Ok(Self { folder, parent, hidden })
+    }
+
+    /// All that is in it is on the disk.
+    fn name(self) -> Result<(), Error> {
+        let synced = |folder: &Path| File::open(folder).and_then(|folder| folder.sync_all());
+        synced(&self.hidden).map_err(file("write", &self.hidden))?;
+        let renamed = renameat_with(CWD, &self.hidden, CWD, self.folder, RenameFlags::NOREPLACE);
+        renamed.map_err(|error| file("make", self.folder)(error.into()))?;
+        synced(self.parent).map_err(|error| {
+            let _ = fs::remove_dir_all(self.folder);
+            file("write", self.parent)(error)
+        })
+    }
+}
+
+impl Drop for NewFolder<'_> {
+    fn drop(&mut self) {
+        // What has failed says more than that this does, too; one that has its name is not here any more.
+        let _ = fs::remove_dir_all(&self.hidden);
+    }
 }

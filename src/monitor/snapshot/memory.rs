@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use crc32fast::Hasher;
@@ -10,51 +12,100 @@ use rustix::io::Errno;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::memory::Memory;
+use crate::memory::frozen::Frozen;
 
 /// What is a hole or not: a page.
 const BLOCK: usize = 4096;
 /// Blocks that are read at a time.
 const BATCH: usize = 256;
 
-/// Writes the RAM of `memory`, whose guest stands still, into the empty `file`. Gives its [`checksum`].
-pub fn write(memory: &Memory, file: &File) -> io::Result<u32> {
-    file.set_len(memory.size())?;
-    let mut hasher = Hasher::new();
-    let mut buffer = vec![0; BATCH * BLOCK];
-    let mut at = 0;
-    for region in memory.ram().iter() {
-        for touched in memory.touched(region)? {
-            let mut offset = touched.start;
-            while offset < touched.end {
-                let len = buffer.len().min((touched.end - offset) as usize);
-                let bytes = &mut buffer[..len];
-                region.read_slice(bytes, MemoryRegionAddress(offset)).map_err(io::Error::other)?;
-                for run in runs(bytes) {
-                    file.write_all_at(&bytes[run.clone()], at + offset + run.start as u64)?;
-                    add(&mut hasher, at + offset + run.start as u64, &bytes[run]);
-                }
-                offset += len as u64;
+/// RAM on its way into a file.
+pub enum Writing {
+    /// By a child, which has it as it was.
+    Frozen(Frozen),
+    /// It is there already. Its [`checksum`].
+    Done(u32),
+}
+
+impl Writing {
+    /// Writes the RAM of `memory`, whose guest stands still, into the empty `file`. The guest may go on when this returns if that
+    /// `may_last`, which costs it page faults.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn begin(memory: &Memory, file: &File, may_last: bool) -> io::Result<Self> {
+        let plan = Plan::of(memory)?;
+        if may_last && memory.is_private() {
+            match Frozen::begin(file.as_fd(), plan.writing(memory, file)) {
+                Ok(frozen) => return Ok(Self::Frozen(frozen)),
+                Err(error) => log::warn!("the guest stands still until its memory is written: {error}"),
             }
         }
-        at += region.len();
+        plan.writing(memory, file)().map(Self::Done)
     }
-    file.sync_data()?;
-    Ok(hasher.finalize())
+
+    /// Waits until it is written. Its [`checksum`].
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn finish(self) -> io::Result<u32> {
+        match self {
+            Self::Frozen(frozen) => frozen.finish(),
+            Self::Done(checksum) => Ok(checksum),
+        }
+    }
+}
+
+/// What of the RAM is to be written: of each region the stretches that may hold something, and where in the file it begins.
+struct Plan(Vec<(u64, Vec<Range<u64>>)>);
+
+impl Plan {
+    fn of(memory: &Memory) -> io::Result<Self> {
+        let (mut plan, mut at) = (Vec::new(), 0);
+        for region in memory.ram().iter() {
+            plan.push((at, memory.touched(region)?));
+            at += region.len();
+        }
+        Ok(Self(plan))
+    }
+
+    /// What writes it, and gives the checksum: all that has to be allocated is, for it may run where nothing can be.
+    fn writing(&self, memory: &Memory, file: &File) -> impl FnOnce() -> io::Result<u32> {
+        let mut buffer = vec![0; BATCH * BLOCK];
+        move || {
+            file.set_len(memory.size())?;
+            let mut hasher = Hasher::new();
+            for (region, (start, touched)) in memory.ram().iter().zip(&self.0) {
+                for range in touched {
+                    for offset in range.clone().step_by(buffer.len()) {
+                        let len = buffer.len().min((range.end - offset) as usize);
+                        let bytes = &mut buffer[..len];
+                        region
+                            .read_slice(bytes, MemoryRegionAddress(offset))
+                            .map_err(|_| io::ErrorKind::Other)?;
+                        for run in runs(bytes) {
+                            let at = start + offset + run.start as u64;
+                            file.write_all_at(&bytes[run.clone()], at)?;
+                            add(&mut hasher, at, &bytes[run]);
+                        }
+                    }
+                }
+            }
+            Ok(hasher.finalize())
+        }
+    }
 }
 
 /// The stretches of `bytes` that are not blocks of zeroes.
-fn runs(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
-    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-    for (block, start) in bytes.chunks(BLOCK).zip((0..).step_by(BLOCK)) {
-        if block.iter().all(|byte| *byte == 0) {
-            continue;
-        }
-        match runs.last_mut() {
-            Some(run) if run.end == start => run.end = start + block.len(),
-            _ => runs.push(start..start + block.len()),
-        }
-    }
-    runs
+fn runs(bytes: &[u8]) -> impl Iterator<Item = Range<usize>> {
+    let is_zero = |at: usize| bytes[at..bytes.len().min(at + BLOCK)].iter().all(|byte| *byte == 0);
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let blocks = |from| (from..bytes.len()).step_by(BLOCK);
+        let start = blocks(at).find(|at| !is_zero(*at))?;
+        at = blocks(start).find(|at| is_zero(*at)).unwrap_or(bytes.len());
+        Some(start..at)
+    })
 }
 
 /// Adds each block with its place, so that it makes no difference what is a hole and what reads as zeroes.
@@ -76,7 +127,7 @@ pub fn checksum(file: &File) -> io::Result<u32> {
             let len = buffer.len().min((data.end - at) as usize);
             let bytes = &mut buffer[..len];
             file.read_exact_at(bytes, at)?;
-            runs(bytes).into_iter().for_each(|run| add(&mut hasher, at + run.start as u64, &bytes[run]));
+            runs(bytes).for_each(|run| add(&mut hasher, at + run.start as u64, &bytes[run]));
             at += len as u64;
         }
     }
@@ -84,7 +135,7 @@ pub fn checksum(file: &File) -> io::Result<u32> {
 }
 
 /// The next stretch of `file` from `at` on that is no hole.
-fn next_data(file: &File, at: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+fn next_data(file: &File, at: u64) -> io::Result<Option<Range<u64>>> {
     let start = match seek(file, SeekFrom::Data(at)) {
         Err(Errno::NXIO) => return Ok(None),
         start => start?,
@@ -108,7 +159,9 @@ mod tests {
         // Touched, and zero.
         memory.ram().write_obj(0u8, GuestAddress(0x50_0000)).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let sum = write(&memory, &file).unwrap();
+        let write = |memory: &Memory, file: &File, may_last| Writing::begin(memory, file, may_last)?.finish();
+        let sum = write(&memory, &file, false).unwrap();
+        assert_eq!(write(&memory, &tempfile::tempfile().unwrap(), true).unwrap(), sum, "by a child");
         assert_eq!(checksum(&file).unwrap(), sum);
         let copy = Memory::private_copy(&config, file.try_clone().unwrap()).unwrap();
         let read = |memory: &Memory, address| memory.ram().read_obj::<u8>(GuestAddress(address)).unwrap();
@@ -117,9 +170,9 @@ mod tests {
         }
         // That of a copy that has changed is another, and so is that of a file that has.
         let again = tempfile::tempfile().unwrap();
-        assert_eq!(write(&copy, &again).unwrap(), sum);
+        assert_eq!(write(&copy, &again, true).unwrap(), sum);
         copy.ram().write_obj(9u8, GuestAddress(0x60_0000)).unwrap();
-        assert_ne!(write(&copy, &tempfile::tempfile().unwrap()).unwrap(), sum);
+        assert_ne!(write(&copy, &tempfile::tempfile().unwrap(), false).unwrap(), sum);
         again.write_all_at(&[1], 0x123_456).unwrap();
         assert_ne!(checksum(&again).unwrap(), sum);
     }

@@ -6,17 +6,19 @@
 
 mod create;
 mod memory;
+mod parts;
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;
 use crate::machine::{self, Origin, PauseError, SavedMachine};
+use parts::Part;
 
-pub use create::create;
+pub use create::{create, fork};
+pub use parts::Parts;
 
 /// The first bytes of `state`.
 const MAGIC: [u8; 8] = *b"VMMSTATE";
@@ -86,10 +88,9 @@ struct Header {
 pub struct Snapshot {
     /// The machine's configuration.
     pub config: VmConfig,
-    folder: PathBuf,
+    parts: Parts,
     header: Header,
     state: Vec<u8>,
-    memory: File,
 }
 
 impl Snapshot {
@@ -98,36 +99,42 @@ impl Snapshot {
     /// # Errors
     /// [`Error`]
     pub fn open(folder: &Path) -> Result<Self, Error> {
-        let config = folder.join("config.json");
-        let text = read(&config, MAX_CONFIG)?;
-        let damaged = |path: &Path, what: String| Error::Damaged { path: path.to_owned(), what };
-        let config = serde_json::from_slice(&text).map_err(|error| damaged(&config, error.to_string()))?;
-        let path = folder.join("state");
-        let bytes = read(&path, MAX_STATE)?;
-        let rest =
-            bytes.strip_prefix(&MAGIC).ok_or_else(|| damaged(&path, "not a machine's state".to_owned()))?;
-        let (version, rest) =
-            rest.split_first_chunk().ok_or_else(|| damaged(&path, "cut short".to_owned()))?;
+        Self::of(Parts::open(folder)?)
+    }
+
+    /// That of `parts`. Its memory is not read.
+    ///
+    /// # Errors
+    /// They are none.
+    pub fn of(parts: Parts) -> Result<Self, Error> {
+        let text = parts.config.read(MAX_CONFIG)?;
+        let damaged =
+            |part: &Part, what: &str| Error::Damaged { path: part.path.clone(), what: what.to_owned() };
+        let config =
+            serde_json::from_slice(&text).map_err(|error| damaged(&parts.config, &error.to_string()))?;
+        let state = &parts.state;
+        let bytes = state.read(MAX_STATE)?;
+        let rest = bytes.strip_prefix(&MAGIC).ok_or_else(|| damaged(state, "not a machine's state"))?;
+        let (version, rest) = rest.split_first_chunk().ok_or_else(|| damaged(state, "cut short"))?;
         let version = u32::from_le_bytes(*version);
         if version != VERSION {
-            return Err(Error::Version { path, found: version });
+            return Err(Error::Version { path: state.path.clone(), found: version });
         }
-        let (header, state): (Header, _) =
-            postcard::take_from_bytes(rest).map_err(|error| damaged(&path, error.to_string()))?;
-        if crc32fast::hash(state) != header.state {
-            return Err(damaged(&path, "its checksum is wrong".to_owned()));
+        let (header, saved): (Header, _) =
+            postcard::take_from_bytes(rest).map_err(|error| damaged(state, &error.to_string()))?;
+        let wrong = "its checksum is wrong";
+        if crc32fast::hash(saved) != header.state {
+            return Err(damaged(state, wrong));
         }
         if crc32fast::hash(&text) != header.config {
-            return Err(damaged(&folder.join("config.json"), "its checksum is wrong".to_owned()));
+            return Err(damaged(&parts.config, wrong));
         }
-        let state = state.to_vec();
-        let path = folder.join("memory");
-        let memory = File::open(&path).map_err(file("open", &path))?;
-        let size = memory.metadata().map_err(file("look at", &path))?.len();
+        let size = parts.memory.file.metadata().map_err(parts.memory.failed("look at"))?.len();
         if size != header.size {
-            return Err(damaged(&path, format!("{size} bytes, and {} were saved", header.size)));
+            return Err(damaged(&parts.memory, &format!("{size} bytes, and {} were saved", header.size)));
         }
-        Ok(Self { config, folder: folder.to_owned(), header, state, memory })
+        let state = saved.to_vec();
+        Ok(Self { config, parts, header, state })
     }
 
     /// The machine's state.
@@ -136,7 +143,7 @@ impl Snapshot {
     /// It is none.
     fn machine(&self) -> Result<SavedMachine, Error> {
         postcard::from_bytes(&self.state)
-            .map_err(|error| Error::Damaged { path: self.folder.join("state"), what: error.to_string() })
+            .map_err(|error| Error::Damaged { path: self.parts.state.path.clone(), what: error.to_string() })
     }
 
     /// Its state and memory, for a machine to go on from.
@@ -144,7 +151,7 @@ impl Snapshot {
     /// # Errors
     /// The state is none.
     pub fn into_origin(self) -> Result<Origin, Error> {
-        Ok(Origin::Saved { machine: Box::new(self.machine()?), memory: self.memory })
+        Ok(Origin::Saved { machine: Box::new(self.machine()?), memory: self.parts.memory.file })
     }
 
     /// Reads the memory.
@@ -152,10 +159,10 @@ impl Snapshot {
     /// # Errors
     /// It is not what was saved.
     pub fn verify(&self) -> Result<(), Error> {
-        let path = self.folder.join("memory");
-        match memory::checksum(&self.memory).map_err(file("read", &path))? {
+        let Part { path, file } = &self.parts.memory;
+        match memory::checksum(file).map_err(self.parts.memory.failed("read"))? {
             found if found == self.header.memory => Ok(()),
-            _ => Err(Error::Damaged { path, what: "its checksum is wrong".to_owned() }),
+            _ => Err(Error::Damaged { path: path.clone(), what: "its checksum is wrong".to_owned() }),
         }
     }
 }
@@ -176,14 +183,6 @@ impl Error {
             Self::Pause(_) | Self::Machine(_) => None,
         }
     }
-}
-
-/// At most `most` bytes of the file at `path`.
-fn read(path: &Path, most: u64) -> Result<Vec<u8>, Error> {
-    let mut bytes = Vec::new();
-    let opened = File::open(path).map_err(file("open", path))?;
-    opened.take(most).read_to_end(&mut bytes).map_err(file("read", path))?;
-    Ok(bytes)
 }
 
 fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
