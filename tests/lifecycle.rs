@@ -1,6 +1,7 @@
 //! The control socket against a machine that only takes notes: well-behaved clients, hostile ones, and signals.
 
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -101,6 +102,10 @@ impl Control for Fake {
     }
 
     fn snapshot(&self, _: &Path, _: bool) -> Result<(), String> {
+        Err("it has no memory".to_owned())
+    }
+
+    fn fork(&self) -> Result<[OwnedFd; 3], String> {
         Err("it has no memory".to_owned())
     }
 

@@ -11,6 +11,7 @@ mod detached;
 mod device;
 mod exec;
 mod flags;
+mod fork;
 mod forward;
 mod lab;
 mod list;
@@ -67,6 +68,8 @@ Examples:
       another disk while it runs, and without it again, if it has --transport pci
   vmm snapshot create web web.snap; vmm restore web.snap
       save it in a folder, and start another where it was (docs/snapshot.md)
+  vmm fork web --count 3
+      three more that go on from where it is, as web-1, web-2 and web-3
   vmm list; vmm pause web; vmm resume web; vmm stop web
       control it from another terminal
 ";
@@ -121,6 +124,8 @@ enum Command {
     Snapshot(snapshot::Options),
     /// Start a virtual machine where a saved one stopped
     Restore(Box<restore::Options>),
+    /// Start copies of a running or saved virtual machine, in the background
+    Fork(Box<fork::Options>),
     /// Show what the guest of a virtual machine in the background wrote to its console
     Logs(logs::Options),
     /// Wait until virtual machines have ended, and print their exit codes
@@ -164,7 +169,8 @@ fn main() -> ExitCode {
         Command::Kill(options) => control::kill(options),
         Command::Device(options) => device::device(options),
         Command::Snapshot(options) => snapshot::snapshot(options),
-        Command::Restore(options) => run::run(options.into_run()),
+        Command::Restore(options) => options.into_run().and_then(run::run),
+        Command::Fork(options) => fork::fork(*options),
         Command::Logs(options) => logs::logs(options),
         Command::Wait(options) => wait::wait(options),
         Command::Rm(options) => wait::remove(options),

@@ -22,6 +22,7 @@ use vmm_monitor::config::{
     OutputFile, Port, Publish, Transport, UserNet, VmConfig, Vsock, net_dump, port_number,
 };
 use vmm_monitor::machine::outputs;
+use vmm_monitor::snapshot::Snapshot;
 use vmm_trace::debug::gdb::Place;
 
 /// The largest configuration file that is read.
@@ -89,7 +90,7 @@ pub struct Options {
     rng: Option<bool>,
     /// Name for vmm list, vmm stop and so on [default: generated]
     #[arg(long, value_name = "NAME")]
-    name: Option<String>,
+    pub name: Option<String>,
     /// Read the configuration from a JSON file; options on the command line override it, lists as a whole
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -147,7 +148,7 @@ pub struct Options {
     pub symbols: Option<PathBuf>,
     /// The snapshot that it goes on from.
     #[arg(skip)]
-    pub snapshot: Option<PathBuf>,
+    pub snapshot: Option<Snapshot>,
     /// Seconds that the guest has to power off after SIGTERM, SIGINT or vmm stop, before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,
@@ -178,11 +179,8 @@ impl Options {
     ///
     /// # Errors
     /// The configuration file cannot be read, or no machine can be as described.
-    pub fn resolve(mut self) -> Result<VmConfig, Failure> {
-        if let Some(folder) = &self.snapshot {
-            self.config = Some(folder.join("config.json"));
-        }
-        let (mut config, serial) = match &self.config {
+    pub fn resolve(self) -> Result<VmConfig, Failure> {
+        let (config, serial) = match &self.config {
             Some(path) => read(path).map_err(|error| {
                 let hint =
                     "its keys are the names of the options: {\"kernel\": \"vmlinux\", \"mem\": \"512M\"}";
@@ -190,11 +188,21 @@ impl Options {
             })?,
             None => (VmConfig::default(), false),
         };
-        if self.snapshot.is_some() {
-            // That of the machine that was saved, which may run still.
-            config.name = None;
-        }
-        let decided = serial || self.serial.is_some();
+        self.complete(config, serial)
+    }
+
+    /// The same for a machine that goes on from one that had `saved`.
+    ///
+    /// # Errors
+    /// No machine can be as described, or it would have to start anew.
+    pub fn resolve_saved(self, saved: &VmConfig) -> Result<VmConfig, Failure> {
+        self.check_goes_on()?;
+        // The name is that of the machine that was saved, which may run still.
+        self.complete(VmConfig { name: None, ..saved.clone() }, true)
+    }
+
+    fn complete(mut self, mut config: VmConfig, has_serial: bool) -> Result<VmConfig, Failure> {
+        let decided = has_serial || self.serial.is_some();
         let (file, trace) = (self.config.take(), self.trace.take());
         let (reports, symbols) = (std::mem::take(&mut self.outputs), self.symbols.take());
         self.apply(&mut config)?;
@@ -211,6 +219,32 @@ impl Options {
         outputs::check(&config, &inputs, &outputs)
             .map_err(|clash| Failure::new(Code::BadArgument, clash).hint(Some(outputs::Clash::HINT)))?;
         Ok(config)
+    }
+
+    /// Whether it asks for networks.
+    pub fn has_networks(&self) -> bool {
+        !self.net.is_empty()
+    }
+
+    /// That nothing is asked for which a machine has had its use of before it was saved.
+    fn check_goes_on(&self) -> Result<(), Failure> {
+        let given = [
+            ("--config", self.config.is_some()),
+            ("--kernel", self.kernel.is_some()),
+            ("--initrd", self.initrd.is_some()),
+            ("--cmdline", self.cmdline.is_some()),
+            ("--boot", self.boot.is_some()),
+            ("--firmware", self.firmware.is_some()),
+            ("--option-rom", !self.option_rom.is_empty()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            None => Ok(()),
+            Some((option, _)) => {
+                let error =
+                    anyhow!("{option} is for a start, and this machine goes on from where it was saved");
+                Err(Failure::new(Code::BadArgument, error).hint(Some(format!("leave {option} out"))))
+            }
+        }
     }
 
     fn apply(self, config: &mut VmConfig) -> Result<(), Failure> {

@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use vmm_command::Failure;
+use vmm_monitor::snapshot::Snapshot;
+
 use super::options;
 
 const EXAMPLES: &str = "\
@@ -27,8 +30,11 @@ pub struct Options {
 
 impl Options {
     /// As options of a run.
-    pub fn into_run(mut self) -> options::Options {
-        self.options.snapshot = Some(self.snapshot);
-        self.options
+    ///
+    /// # Errors
+    /// The folder is no snapshot.
+    pub fn into_run(mut self) -> Result<options::Options, Failure> {
+        self.options.snapshot = Some(Snapshot::open(&self.snapshot)?);
+        Ok(self.options)
     }
 }

@@ -59,15 +59,18 @@ impl RunOptions {
 }
 
 /// `vmm run`.
-pub fn run(options: Options) -> Result<Code, Failure> {
+pub fn run(mut options: Options) -> Result<Code, Failure> {
     if options.detach && !options.detached {
         return detached::start();
     }
     let (mut run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
     let gdb = options.gdb.clone();
     let background = options.detached.then_some(options.rm);
-    let snapshot = options.snapshot.as_deref().map(Snapshot::open).transpose()?;
-    let mut config = options.resolve()?;
+    let snapshot = options.snapshot.take();
+    let mut config = match &snapshot {
+        Some(snapshot) => options.resolve_saved(&snapshot.config),
+        None => options.resolve(),
+    }?;
     if let Some(remove) = background {
         run_options.original = Some(config.clone());
         run_options.background = Some(Background::new(&mut config, remove)?);

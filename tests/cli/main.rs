@@ -2,8 +2,10 @@
 
 mod agent;
 mod bad_input;
+mod counting;
 mod detached;
 mod device;
+mod fork;
 mod fuse;
 #[path = "../images/mod.rs"]
 #[allow(dead_code, reason = "shared with others, which make other kernels")]

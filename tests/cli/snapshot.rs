@@ -2,55 +2,22 @@
 
 use std::fs;
 use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
 
+use crate::counting::*;
 use crate::images::*;
 use crate::place::*;
 
-/// Writes 64 characters to COM1 over and over, each some time after the last.
-const COUNTING: [u8; 26] = [
+/// Writes the number of its turn to the start of each page from 2 to 10 MiB, turn after turn.
+const TURNS: [u8; 27] = [
     0x31, 0xdb, // xor ebx, ebx
     0xff, 0xc3, // inc ebx
-    0x88, 0xd8, // mov al, bl
-    0x24, 0x3f, // and al, 63
-    0x04, 0x30, // add al, '0'
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xee, // out dx, al
-    0xb9, 0x00, 0x40, 0x00, 0x00, // mov ecx, 0x4000
-    0xff, 0xc9, // dec ecx
-    0x75, 0xfc, // jnz to the dec
-    0xeb, 0xe8, // jmp to the inc
+    0xbf, 0x00, 0x00, 0x20, 0x00, // mov edi, 0x200000
+    0x89, 0x1f, // mov [edi], ebx
+    0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 0x1000
+    0x81, 0xff, 0x00, 0x00, 0xa0, 0x00, // cmp edi, 0xa00000
+    0x72, 0xf0, // jb to the mov to [edi]
+    0xeb, 0xe7, // jmp to the inc
 ];
-
-/// Whether `said` is a part of what the guest says, without a gap.
-fn is_counted(said: &str) -> bool {
-    let follows = |pair: &[u8]| pair[1] == b'0' + (pair[0] - b'0' + 1) % 64;
-    said.bytes().all(|byte| (b'0'..b'0' + 64).contains(&byte)) && said.as_bytes().windows(2).all(follows)
-}
-
-/// What the guest has said whose output goes to `file`, once that is `least` characters.
-fn await_words(place: &Place, file: &str, least: usize) -> String {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let said = fs::read_to_string(place.path(file)).unwrap_or_default();
-        if said.len() >= least {
-            return said;
-        }
-        assert!(Instant::now() < deadline, "{file}: {said}");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// A place with the guest, and the guest, called `v`, which has counted for a while.
-fn counting(more: &str) -> (Place, Running) {
-    let place = Place::new();
-    place.file("count", kernel(&COUNTING));
-    let command = format!("--kernel count --mem 32M --serial file=said --console off --name v {more}");
-    let guest = Running::new(place.command(&command));
-    await_words(&place, "said", 3);
-    (place, guest)
-}
 
 fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(folder)
@@ -96,6 +63,30 @@ fn restored_machines_count_on_from_where_the_saved_one_was_and_it_counts_on_itse
         "nothing is lost, and nothing said twice: {four}"
     );
     place.done("snapshot verify s");
+}
+
+#[test]
+fn memory_is_saved_as_it_was_at_one_moment_while_the_guest_runs_on() {
+    if !has_kvm("memory_is_saved_as_it_was_at_one_moment_while_the_guest_runs_on") {
+        return;
+    }
+    let place = Place::new();
+    place.file("turns", kernel(&TURNS));
+    let _guest = Running::new(place.command("--kernel turns --mem 32M --console off --name v"));
+    place.await_running("v");
+    let mut turns = Vec::new();
+    for name in ["a", "b", "c"] {
+        place.done(&format!("snapshot create v {name}"));
+        let memory = fs::read(place.path(name).join("memory")).unwrap();
+        let pages = memory[2 << 20..10 << 20].chunks(4096);
+        let numbers: Vec<u32> = pages.map(|page| u32::from_le_bytes(page[..4].try_into().unwrap())).collect();
+        // Those that the turn has come to have its number, and the others that of the last.
+        let turn = numbers[0];
+        let changed = numbers.iter().take_while(|number| **number == turn).count();
+        assert!(numbers[changed..].iter().all(|number| *number == turn - 1), "{name}: {numbers:?}");
+        turns.push(turn);
+    }
+    assert!(turns[0] < turns[1] && turns[1] < turns[2], "it runs on: {turns:?}");
 }
 
 #[test]

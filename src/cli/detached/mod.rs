@@ -1,6 +1,6 @@
 //! `vmm run -d`: a run in a process of its own session, which stays when the terminal goes.
 //!
-//! [`start`] is the command's own process: it starts the same program once more and waits until that says, by its standard output,
+//! [`start`], or [`Starting`] of several, is the command's own process: it starts the same program once more and waits until that says, by its standard output,
 //! that the guest runs. Until then errors go to the terminal; from then on there is the [`record`].
 
 pub mod record;
@@ -9,7 +9,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -33,34 +33,53 @@ const LONGEST_NAME: u64 = 256;
 /// # Errors
 /// There can be no process. Why it does not run is told by the other one.
 pub fn start() -> Result<Code, Failure> {
-    let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    let word = match arguments.first() {
-        Some(first) if first == "run" || first == "restore" => arguments.remove(0),
-        _ => "run".into(),
-    };
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0("vmm").arg(word).arg("--detached").args(arguments).stdout(Stdio::piped());
-    let failed = |error: io::Error| {
-        Failure::new(
-            Code::Host,
-            anyhow::Error::new(error).context("cannot start a process for the virtual machine"),
-        )
-    };
-    let mut child = command.spawn().map_err(failed)?;
-    let mut name = String::new();
-    if let Some(said) = child.stdout.take() {
-        BufReader::new(said.take(LONGEST_NAME)).read_line(&mut name).map_err(failed)?;
+    Starting::begin(&[])?.finish()
+}
+
+/// A process that starts a virtual machine in the background.
+pub struct Starting(Child);
+
+impl Starting {
+    /// One for what this process was asked to run, with `more` options.
+    ///
+    /// # Errors
+    /// There can be no process.
+    pub fn begin(more: &[&str]) -> Result<Self, Failure> {
+        let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
+        let word = match arguments.first() {
+            Some(first) if !first.as_encoded_bytes().starts_with(b"-") => arguments.remove(0),
+            _ => "run".into(),
+        };
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("vmm").arg(word).arg("--detached").args(more).args(arguments).stdout(Stdio::piped());
+        Ok(Self(command.spawn().map_err(failed)?))
     }
-    if name.ends_with('\n') {
-        // Who cannot be told the name by one way needs it by the other.
-        let name = name.trim_end();
-        print(&format!("{name}\n")).map_err(|failure| {
-            failure.hint(Some(format!("{name:?} runs all the same; to end it: vmm stop {name}")))
-        })?;
-        return Ok(Code::Success);
+
+    /// Waits until the virtual machine runs, and prints its name.
+    ///
+    /// # Errors
+    /// The name cannot be printed. Why the virtual machine does not run is told by its process.
+    pub fn finish(mut self) -> Result<Code, Failure> {
+        let mut name = String::new();
+        if let Some(said) = self.0.stdout.take() {
+            BufReader::new(said.take(LONGEST_NAME)).read_line(&mut name).map_err(failed)?;
+        }
+        if name.ends_with('\n') {
+            // Who cannot be told the name by one way needs it by the other.
+            let name = name.trim_end();
+            print(&format!("{name}\n")).map_err(|failure| {
+                failure.hint(Some(format!("{name:?} runs all the same; to end it: vmm stop {name}")))
+            })?;
+            return Ok(Code::Success);
+        }
+        let status = self.0.wait().map_err(failed)?;
+        Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(Code::Host, Code::Other))
     }
-    let status = child.wait().map_err(failed)?;
-    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(Code::Host, Code::Other))
+}
+
+fn failed(error: io::Error) -> Failure {
+    let error = anyhow::Error::new(error).context("cannot start a process for the virtual machine");
+    Failure::new(Code::Host, error)
 }
 
 /// The run in the background, as its own process sees it.

@@ -1,6 +1,7 @@
 //! The client of the control socket, for `vmm status`, `stop` and so on.
 
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 
+use super::passing;
 use super::protocol::{self, Answer, Command, Ended, MAX_REPLY, MachineSample};
 use super::registry::Registry;
 use super::{Error, Status};
@@ -39,6 +41,8 @@ pub struct Client {
     name: String,
     registry: Registry,
     stream: UnixStream,
+    /// Descriptors that came with answers.
+    passed: Vec<OwnedFd>,
 }
 
 impl Client {
@@ -51,7 +55,7 @@ impl Client {
     }
 
     fn new(registry: &Registry, name: &str, stream: UnixStream) -> Result<Self, Error> {
-        let client = Self { name: name.to_owned(), registry: registry.clone(), stream };
+        let client = Self { name: name.to_owned(), registry: registry.clone(), stream, passed: Vec::new() };
         client.stream.set_nonblocking(false).map_err(|e| client.broken(e))?;
         Ok(client)
     }
@@ -152,14 +156,31 @@ impl Client {
     /// # Errors
     /// As for [`Client::ask`].
     pub fn snapshot(&mut self, folder: &Path, stop: bool) -> Result<Status, Error> {
-        self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
-        let request = protocol::request(Command::Snapshot { folder: folder.to_owned(), stop });
-        self.stream.write_all(&request).map_err(|e| self.broken(e))?;
-        let line = self.read_line(None)?;
-        match self.parse(&line)? {
+        match self.take_its_time(Command::Snapshot { folder: folder.to_owned(), stop })? {
             Answer::Status(status) => Ok(status),
             other => Err(self.other(other)),
         }
+    }
+
+    /// Has it saved in files without names, however long that takes: configuration, state and memory.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn fork(&mut self) -> Result<[OwnedFd; 3], Error> {
+        let answer = self.take_its_time(Command::Fork)?;
+        let passed = std::mem::take(&mut self.passed).try_into();
+        match (answer, passed) {
+            (Answer::Status(_), Ok(files)) => Ok(files),
+            (other, _) => Err(self.other(other)),
+        }
+    }
+
+    /// The answer to a command, however long that takes.
+    fn take_its_time(&mut self, command: Command) -> Result<Answer, Error> {
+        self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
+        self.stream.write_all(&protocol::request(command)).map_err(|e| self.broken(e))?;
+        let line = self.read_line(None)?;
+        self.parse(&line)
     }
 
     fn device(&mut self, command: Command) -> Result<Attached, Error> {
@@ -256,7 +277,7 @@ impl Client {
         let mut bytes = [0; 4096];
         while line.last() != Some(&b'\n') && line.len() < MAX_REPLY {
             self.patience(deadline)?;
-            match self.stream.read(&mut bytes) {
+            match passing::receive(&self.stream, &mut bytes, &mut self.passed) {
                 Ok(0) => return Err(Error::NoSuchVm(self.name.clone())),
                 Ok(count) => line.extend_from_slice(&bytes[..count]),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

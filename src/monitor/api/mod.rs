@@ -5,6 +5,7 @@
 //! speak [`protocol`]. The server sees the machine through [`Control`] only; `session` has that of a real one.
 
 pub mod client;
+mod passing;
 pub mod protocol;
 pub mod registry;
 pub mod server;
@@ -13,6 +14,7 @@ pub mod signals;
 use std::borrow::Cow;
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -177,6 +179,11 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// In words, why there is no such folder.
     fn snapshot(&self, folder: &Path, stop: bool) -> Result<(), String>;
+    /// Saves it in files without names, for other processes to go on from: configuration, state and memory. From a thread of its own.
+    ///
+    /// # Errors
+    /// In words, why there are none.
+    fn fork(&self) -> Result<[OwnedFd; 3], String>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
     /// The exit status of this process, once it is known what that will be.

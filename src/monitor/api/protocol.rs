@@ -77,6 +77,9 @@ pub enum Command {
         #[serde(default)]
         stop: bool,
     },
+    /// Save it in files without names, whose descriptors come with the answer (SCM_RIGHTS): configuration, state and memory, in
+    /// this order.
+    Fork,
 }
 
 impl Command {
@@ -89,7 +92,11 @@ impl Command {
     pub fn is_for_a_machine_that_stays(&self) -> bool {
         matches!(
             self,
-            Self::Pause | Self::AddDevice { .. } | Self::RemoveDevice { .. } | Self::Snapshot { .. }
+            Self::Pause
+                | Self::AddDevice { .. }
+                | Self::RemoveDevice { .. }
+                | Self::Snapshot { .. }
+                | Self::Fork
         )
     }
 

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::protocol::{self, Answer, Command, Ended, MAX_REQUEST, MachineSample};
 use super::registry::Entry;
 use super::signals::{Signals, Wish};
-use super::{Control, Error, State, Status, Watch};
+use super::{Control, Error, State, Status, Watch, passing};
 use crate::bus::lock;
 use crate::event_loop::{Event, EventLoop, Handler, Interest, Registration, Sources};
 use crate::kvm::VcpuState;
@@ -103,7 +104,7 @@ enum Keep {
     UntilDone,
 }
 
-/// What may take its time, under way on a thread of its own: a pause, a look at the vCPUs, or a change of devices.
+/// What may take its time, under way on a thread of its own: a pause, a look at the vCPUs, a change of devices, a snapshot.
 struct Errand {
     over: Event,
     result: Arc<Mutex<Option<Done>>>,
@@ -116,6 +117,7 @@ struct Errand {
 enum Done {
     Paused(Result<(), String>),
     Saved(Result<(), String>),
+    Forked(Result<[OwnedFd; 3], String>),
     Looked(Result<Vec<VcpuState>, String>),
     Changed(Result<Attached, String>),
 }
@@ -319,6 +321,7 @@ impl Orders {
                 }
                 Command::RemoveDevice { name, force } => Done::Changed(control.remove_device(&name, force)),
                 Command::Snapshot { folder, stop } => Done::Saved(control.snapshot(&folder, stop)),
+                Command::Fork => Done::Forked(control.fork()),
                 _ => Done::Paused(control.pause()),
             };
             *lock(&result) = Some(done);
@@ -338,12 +341,14 @@ impl Orders {
             let _ = self.control.resume();
         }
         let asked = self.errand.clients.pop_front();
+        let mut descriptors = Vec::new();
         let reply = match result {
+            Done::Forked(result) => self.done(result.map(|files| descriptors.extend(files))),
             Done::Paused(result) | Done::Saved(result) => self.done(result),
             Done::Looked(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
             Done::Changed(device) => device.map_or_else(Answer::Error, Answer::Device),
         };
-        self.reply(asked, reply, sources);
+        self.reply(asked, reply, &descriptors, sources);
         // Those who came meanwhile get their turn.
         while let Some((token, command)) = self.errand.clients.pop_front() {
             let result = match command {
@@ -355,7 +360,7 @@ impl Orders {
                 },
             };
             let reply = self.done(result);
-            self.reply(Some((token, command)), reply, sources);
+            self.reply(Some((token, command)), reply, &[], sources);
         }
     }
 
@@ -364,10 +369,16 @@ impl Orders {
     }
 
     /// Answers a client that has waited, and hears it again.
-    fn reply(&mut self, client: Option<(u32, Command)>, reply: Answer, sources: &mut Sources<'_, '_>) {
+    fn reply(
+        &mut self,
+        client: Option<(u32, Command)>,
+        reply: Answer,
+        descriptors: &[OwnedFd],
+        sources: &mut Sources<'_, '_>,
+    ) {
         let Some((token, _)) = client else { return };
         let Some(mut client) = self.clients.remove(&token) else { return };
-        let mut keep = answer(&mut client, reply, false);
+        let mut keep = answer_with(&mut client, reply, false, descriptors);
         if keep == Keep::Yes {
             keep = self.serve_lines(&mut client, token);
         }
@@ -402,7 +413,8 @@ impl Orders {
             | Command::Vcpus
             | Command::AddDevice { .. }
             | Command::RemoveDevice { .. }
-            | Command::Snapshot { .. } => Ok(()),
+            | Command::Snapshot { .. }
+            | Command::Fork => Ok(()),
             Command::Resume => self.control.resume(),
             Command::Stop { timeout_seconds } => {
                 self.stop(timeout_seconds.map_or(self.stop_timeout, Duration::from_secs))
@@ -502,10 +514,14 @@ impl Orders {
 
 /// Sends a reply. A client that waits for the machine's end may take its time from then on.
 fn answer(client: &mut Client, reply: Answer, ends: bool) -> Keep {
+    answer_with(client, reply, ends, &[])
+}
+
+fn answer_with(client: &mut Client, reply: Answer, ends: bool, descriptors: &[OwnedFd]) -> Keep {
     let reply = protocol::reply(reply);
     client.until = if ends { None } else { Some(Instant::now() + CLIENT_TIMEOUT) };
     // Replies are smaller than a socket's buffer: one that does not fit is not being read.
-    match client.stream.write(&reply) {
+    match passing::send(&client.stream, &reply, descriptors) {
         Ok(written) if written == reply.len() => Keep::Yes,
         _ => Keep::No,
     }

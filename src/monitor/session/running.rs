@@ -3,6 +3,7 @@
 //! What is asked for while there is no machine (before the first, between two) is kept if it is an end, and refused
 //! otherwise.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,7 +17,7 @@ use crate::config::{CharTarget, Plug, VmConfig};
 use crate::error_chain;
 use crate::kvm::VcpuState;
 use crate::machine::{Attached, Handle, Phase};
-use crate::snapshot;
+use crate::snapshot::{self, Parts};
 
 /// A virtual machine that this process runs.
 #[derive(Debug)]
@@ -217,6 +218,12 @@ impl Control for Running {
         config.make_absolute();
         let stop = stop.then_some(|| self.kill());
         self.with_machine(|machine| snapshot::create(machine, &config, folder, stop))
+    }
+
+    fn fork(&self) -> Result<[OwnedFd; 3], String> {
+        let mut config = self.original.clone();
+        config.make_absolute();
+        self.with_machine(|machine| snapshot::fork(machine, &config)).map(Parts::into_descriptors)
     }
 
     fn power_button(&self) -> Result<bool, String> {

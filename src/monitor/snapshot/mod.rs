@@ -4,6 +4,7 @@
 //! regions end to end, zeroes as holes. A folder has its name only once all in it is on the disk, and is never changed after that:
 //! machines map `memory` privately. What is in it is as untrusted as any other input.
 
+mod child;
 mod create;
 mod memory;
 mod parts;
@@ -17,6 +18,7 @@ use crate::config::VmConfig;
 use crate::machine::{self, Origin, PauseError, SavedMachine};
 use parts::Part;
 
+pub use child::{child, network_of_one};
 pub use create::{create, fork};
 pub use parts::Parts;
 
@@ -144,6 +146,11 @@ impl Snapshot {
     fn machine(&self) -> Result<SavedMachine, Error> {
         postcard::from_bytes(&self.state)
             .map_err(|error| Error::Damaged { path: self.parts.state.path.clone(), what: error.to_string() })
+    }
+
+    /// Its files.
+    pub fn into_parts(self) -> Parts {
+        self.parts
     }
 
     /// Its state and memory, for a machine to go on from.

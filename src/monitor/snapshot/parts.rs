@@ -1,7 +1,7 @@
 //! [`Parts`]: the files of a snapshot, whether they are in a folder or have no name.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -44,11 +44,11 @@ impl Parts {
 
     /// New ones that are gone when nobody has them open.
     pub(super) fn unnamed() -> Result<Self, Error> {
-        Self::of(|name| {
-            let path = PathBuf::from(format!("the fork's {name}"));
-            let file = memfd_create(name, MemfdFlags::CLOEXEC);
-            Ok(Part { file: file.map_err(|error| super::file("make", &path)(error.into()))?.into(), path })
-        })
+        let new = |name| match memfd_create(name, MemfdFlags::CLOEXEC) {
+            Ok(new) => Ok(new),
+            Err(error) => Err(file("make", Path::new(name))(error.into())),
+        };
+        Ok(Self::from([new("config.json")?, new("state")?, new("memory")?]))
     }
 
     /// Those in `folder`, to be read.
@@ -68,9 +68,21 @@ impl Parts {
         Self::of(|_| Part::open(format!("/proc/self/fd/{}", descriptors.next().unwrap_or_default()).into()))
     }
 
-    /// Their descriptors, as [`Parts::inherited`] has them.
+    /// Their descriptors, as [`Parts::from`] and [`Parts::inherited`] has them.
     pub fn into_descriptors(self) -> [OwnedFd; 3] {
         [self.config, self.state, self.memory].map(|part| part.file.into())
+    }
+}
+
+impl From<[OwnedFd; 3]> for Parts {
+    fn from([config, state, memory]: [OwnedFd; 3]) -> Self {
+        let part =
+            |name: &str, file: OwnedFd| Part { path: format!("the copy's {name}").into(), file: file.into() };
+        Self {
+            config: part("config.json", config),
+            state: part("state", state),
+            memory: part("memory", memory),
+        }
     }
 }
 
@@ -83,6 +95,8 @@ impl Part {
     /// At most `most` bytes of it.
     pub fn read(&self, most: u64) -> Result<Vec<u8>, Error> {
         let mut bytes = Vec::new();
+        // Who wrote it may have left off at its end.
+        (&self.file).rewind().map_err(self.failed("read"))?;
         (&self.file).take(most).read_to_end(&mut bytes).map_err(self.failed("read"))?;
         Ok(bytes)
     }
