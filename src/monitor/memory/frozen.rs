@@ -1,7 +1,7 @@
 //! [`Frozen`]: memory as it was at one moment, in a child process that works on it while this one runs on.
 //!
 //! fork(2) copies page tables and no page: what either writes to afterwards is copied then, a page at a time. The child is this
-//! process's in nothing else: it gives up every descriptor but its own two, takes no signal, and ends with the thread that made it.
+//! process's in nothing else: it gives up every descriptor that it does not need, takes no signal, and ends with the thread that made it.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -24,13 +24,14 @@ pub struct Frozen {
 
 impl Frozen {
     /// Has a child do `work`, to which private memory stays as it is now; shared mappings do not. Of this process's descriptors it
-    /// has `file` alone.
+    /// has those in `keep` alone.
     ///
-    /// Threads that are not in the child may hold locks: `work` takes none, so it neither allocates nor logs.
+    /// Threads that are not in the child may hold locks: `work` takes none, so it does not log. It may allocate: the C library's
+    /// fork sees to its own locks.
     ///
     /// # Errors
     /// The host is out of processes, memory or descriptors.
-    pub fn begin(file: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<u32>) -> io::Result<Self> {
+    pub fn begin(keep: &[BorrowedFd<'_>], work: impl FnOnce() -> io::Result<u32>) -> io::Result<Self> {
         let (result, told) = pipe_with(PipeFlags::CLOEXEC)?;
         let (parent, mut told) = (getpid(), File::from(told));
         let unmask = Masked::all();
@@ -38,7 +39,8 @@ impl Frozen {
         let child = unsafe { libc::fork() };
         if child == 0 {
             let _ = set_parent_process_death_signal(Some(Signal::KILL));
-            close_all_but(file.as_raw_fd(), told.as_raw_fd());
+            let mut keep: Vec<_> = keep.iter().map(AsRawFd::as_raw_fd).chain([told.as_raw_fd()]).collect();
+            close_all_but(&mut keep);
             // The one whose end it would be told of may have been gone by then.
             let done = if getppid() == Some(parent) { work() } else { Err(io::ErrorKind::Other.into()) };
             let done = match done {
@@ -103,14 +105,15 @@ impl Drop for Masked {
 }
 
 /// Closes all other descriptors. Those of a child that was forked keep open what its parent closes: a connection, above all.
-fn close_all_but(one: RawFd, other: RawFd) {
-    let (low, high) = (one.min(other).unsigned_abs(), one.max(other).unsigned_abs());
-    for (first, last) in [(0, low.wrapping_sub(1)), (low + 1, high - 1), (high + 1, u32::MAX)] {
-        // Not of descriptor 0 - 1.
-        if first <= last && !(first == 0 && low == 0) {
+fn close_all_but(keep: &mut [RawFd]) {
+    keep.sort_unstable();
+    let mut first = 0;
+    for kept in keep.iter().map(|kept| kept.unsigned_abs()).chain([u32::MAX]) {
+        if first < kept {
             // SAFETY: nobody uses them: the child has one thread, and that goes on to `work` alone.
-            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+            unsafe { libc::syscall(libc::SYS_close_range, first, kept - 1, 0) };
         }
+        first = kept.saturating_add(1);
     }
 }
 
@@ -138,7 +141,7 @@ mod tests {
             let byte: u8 = memory.ram().read_obj(GuestAddress(0x5000)).map_err(|_| io::ErrorKind::Other)?;
             Ok(u32::from(byte) + 41)
         };
-        let frozen = Frozen::begin(file.as_fd(), work).unwrap();
+        let frozen = Frozen::begin(&[file.as_fd()], work).unwrap();
         drop((ours, go, gone));
         assert_eq!(peer.read(&mut [0]).unwrap(), 0, "the child does not hold it");
         memory.ram().write_obj(2u8, GuestAddress(0x5000)).unwrap();
@@ -150,16 +153,16 @@ mod tests {
     fn what_fails_in_the_child_is_told_and_one_that_is_dropped_ends() {
         let file = tempfile::tempfile().unwrap();
         let failing = || Err(io::Error::from_raw_os_error(libc::ENOSPC));
-        let error = Frozen::begin(file.as_fd(), failing).unwrap().finish().unwrap_err();
+        let error = Frozen::begin(&[file.as_fd()], failing).unwrap().finish().unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
         let endless = || loop {
             std::hint::spin_loop();
         };
-        let frozen = Frozen::begin(file.as_fd(), endless).unwrap();
+        let frozen = Frozen::begin(&[file.as_fd()], endless).unwrap();
         let child = frozen.child;
         drop(frozen);
         assert_eq!(kill_process(child, Signal::KILL), Err(Errno::SRCH));
-        let killed = Frozen::begin(file.as_fd(), endless).unwrap();
+        let killed = Frozen::begin(&[file.as_fd()], endless).unwrap();
         kill_process(killed.child, Signal::KILL).unwrap();
         assert!(killed.finish().unwrap_err().to_string().contains("was killed"));
     }

@@ -34,14 +34,15 @@ impl Writing {
     /// # Errors
     /// The file's.
     pub fn begin(memory: &Memory, file: &File, may_last: bool) -> io::Result<Self> {
-        let plan = Plan::of(memory)?;
         if may_last && memory.is_private() {
-            match Frozen::begin(file.as_fd(), plan.writing(memory, file)) {
+            let base = memory.ram().iter().filter_map(|region| region.file_offset());
+            let keep: Vec<_> = base.map(|base| base.file().as_fd()).chain([file.as_fd()]).collect();
+            match Frozen::begin(&keep, || write(memory, file)) {
                 Ok(frozen) => return Ok(Self::Frozen(frozen)),
                 Err(error) => log::warn!("the guest stands still until its memory is written: {error}"),
             }
         }
-        plan.writing(memory, file)().map(Self::Done)
+        write(memory, file).map(Self::Done)
     }
 
     /// Waits until it is written. Its [`checksum`].
@@ -56,49 +57,36 @@ impl Writing {
     }
 }
 
-/// What of the RAM is to be written: of each region the stretches that may hold something, and where in the file it begins.
-struct Plan(Vec<(u64, Vec<Range<u64>>)>);
-
-impl Plan {
-    fn of(memory: &Memory) -> io::Result<Self> {
-        let (mut plan, mut at) = (Vec::new(), 0);
-        for region in memory.ram().iter() {
-            plan.push((at, memory.touched(region)?));
-            at += region.len();
-        }
-        Ok(Self(plan))
-    }
-
-    /// What writes it, and gives the checksum: all that has to be allocated is, for it may run where nothing can be.
-    fn writing(&self, memory: &Memory, file: &File) -> impl FnOnce() -> io::Result<u32> {
-        let mut buffer = vec![0; BATCH * BLOCK];
-        move || {
-            file.set_len(memory.size())?;
-            let mut hasher = Hasher::new();
-            for (region, (start, touched)) in memory.ram().iter().zip(&self.0) {
-                for range in touched {
-                    for offset in range.clone().step_by(buffer.len()) {
-                        let len = buffer.len().min((range.end - offset) as usize);
-                        let bytes = &mut buffer[..len];
-                        region
-                            .read_slice(bytes, MemoryRegionAddress(offset))
-                            .map_err(|_| io::ErrorKind::Other)?;
-                        for run in runs(bytes) {
-                            let at = start + offset + run.start as u64;
-                            file.write_all_at(&bytes[run.clone()], at)?;
-                            add(&mut hasher, at, &bytes[run]);
-                        }
-                    }
+fn write(memory: &Memory, file: &File) -> io::Result<u32> {
+    file.set_len(memory.size())?;
+    let mut hasher = Hasher::new();
+    let mut buffer = vec![0; BATCH * BLOCK];
+    let mut start = 0;
+    for region in memory.ram().iter() {
+        for range in memory.touched(region)? {
+            for offset in range.clone().step_by(buffer.len()) {
+                let len = buffer.len().min((range.end - offset) as usize);
+                let bytes = &mut buffer[..len];
+                region.read_slice(bytes, MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+                for run in runs(bytes) {
+                    let at = start + offset + run.start as u64;
+                    file.write_all_at(&bytes[run.clone()], at)?;
+                    add(&mut hasher, at, &bytes[run]);
                 }
             }
-            Ok(hasher.finalize())
         }
+        start += region.len();
     }
+    Ok(hasher.finalize())
 }
 
 /// The stretches of `bytes` that are not blocks of zeroes.
 fn runs(bytes: &[u8]) -> impl Iterator<Item = Range<usize>> {
-    let is_zero = |at: usize| bytes[at..bytes.len().min(at + BLOCK)].iter().all(|byte| *byte == 0);
+    // Stretches of 64 bytes are added up by vectors; byte by byte it is a tenth as fast.
+    let is_zero = |at: usize| {
+        let mut parts = bytes[at..bytes.len().min(at + BLOCK)].chunks(64);
+        parts.all(|part| part.iter().fold(0, |all, byte| all | byte) == 0)
+    };
     let mut at = 0;
     std::iter::from_fn(move || {
         let blocks = |from| (from..bytes.len()).step_by(BLOCK);
