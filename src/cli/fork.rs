@@ -51,6 +51,13 @@ pub struct Options {
     options: options::Options,
 }
 
+impl Options {
+    /// How much is to be logged.
+    pub fn verbose(&self) -> u8 {
+        self.options.verbose
+    }
+}
+
 /// `vmm fork`.
 ///
 /// # Errors

@@ -154,7 +154,12 @@ fn main() -> ExitCode {
     };
     session::end_on_panic(log_output::say);
     raise_file_limit();
-    log_output::start(if let Command::Run(options) = &command { options.verbose } else { 0 });
+    log_output::start(match &command {
+        Command::Run(options) => options.verbose,
+        Command::Restore(options) => options.verbose(),
+        Command::Fork(options) => options.verbose(),
+        _ => 0,
+    });
     let result = match command {
         Command::Run(options) => run::run(*options),
         Command::Trace(options) => trace::trace(*options),
@@ -215,6 +220,8 @@ fn parse(mut arguments: Vec<OsString>) -> Result<Command, ExitCode> {
     let quick = match arguments.get(1).and_then(|argument| argument.to_str()) {
         Some("run") => alone(&arguments).map(|options| Command::Run(Box::new(options))),
         Some("exec") => alone(&arguments).map(Command::Exec),
+        Some("restore") => alone(&arguments).map(|options| Command::Restore(Box::new(options))),
+        Some("fork") => alone(&arguments).map(|options| Command::Fork(Box::new(options))),
         _ => None,
     };
     if let Some(command) = quick {

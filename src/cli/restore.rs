@@ -29,6 +29,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// How much is to be logged.
+    pub fn verbose(&self) -> u8 {
+        self.options.verbose
+    }
+
     /// As options of a run.
     ///
     /// # Errors

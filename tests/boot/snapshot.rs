@@ -8,7 +8,7 @@ use crate::guest::{Guest, Kernel, available, vmm};
 
 /// Runs a command in the guest `name` by its agent.
 #[track_caller]
-fn exec(guest: &Guest, name: &str, script: &str) -> String {
+pub fn exec(guest: &Guest, name: &str, script: &str) -> String {
     let output = guest.command(&["exec", name, "sh", "-c", script]).stderr(Stdio::piped()).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(0), "{name}: {script}: {said}");
@@ -16,14 +16,24 @@ fn exec(guest: &Guest, name: &str, script: &str) -> String {
 }
 
 #[track_caller]
-fn well(guest: &Guest, name: &str) {
+pub fn well(guest: &Guest, name: &str) {
     let log = exec(guest, name, "dmesg");
     for word in ["soft lockup", "stalls on", "blocked for more than", "timekeeping watchdog", "BUG:"] {
         assert!(!log.contains(word), "{name}: {log}");
     }
 }
 
-fn number(text: &str) -> f64 {
+/// Until the machine `name` of the process `guest`, which `any` can reach, runs.
+#[track_caller]
+pub fn await_running(any: &Guest, guest: &Guest, name: &str) {
+    let deadline = Instant::now() + guest.patience;
+    while !any.control(&["status", name]).1.contains("running") {
+        assert!(Instant::now() < deadline, "{name} does not run");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub fn number(text: &str) -> f64 {
     text.split_whitespace().next().unwrap().parse().unwrap()
 }
 
@@ -51,11 +61,7 @@ fn goes_on(kernel: Kernel, options: &[&str]) {
         command.stdin(Stdio::null());
         let runtime = guest.runtime().to_owned();
         let restored = Guest::start_in(command, &runtime);
-        let deadline = Instant::now() + restored.patience;
-        while !guest.control(&["status", &next]).1.contains("running") {
-            assert!(Instant::now() < deadline, "{next} does not run");
-            thread::sleep(Duration::from_millis(20));
-        }
+        await_running(guest, &restored, &next);
         // The agent hears of the reset of its connections, and new ones reach it.
         assert_eq!(exec(guest, &next, "cat /tmp/nonce"), nonce, "the same run");
         assert!(number(&exec(guest, &next, "cat /proc/uptime")) >= uptime);

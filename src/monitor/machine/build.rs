@@ -65,7 +65,7 @@ pub fn load(
     };
     let shell = match shell {
         Some(shell) => shell?,
-        None => Shell::begin(config, |config| origin.memory(config), recorder)?,
+        None => Shell::begin(config, Some(&origin), recorder)?,
     };
     let memory = shell.memory.clone();
     let changes = plug::begin(&backends.pluggable, config);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use super::{Error, Origin, kvm_path};
-use crate::config::{self, VmConfig};
+use crate::config::VmConfig;
 use crate::kvm::{self, Controllers, Kvm, Processor};
 use crate::memory::Memory;
 use crate::recorder::{Recorder, Step, Steps};
@@ -31,20 +31,25 @@ pub(super) struct Made {
 }
 
 impl Shell {
-    /// Begins to make one for the machine that `config` describes, around what `memory` makes. `recorder` is told of the steps.
+    /// Begins to make one for the machine that `config` describes, whose contents come from `origin`; none if that is not known yet
+    /// and has no memory of its own. `recorder` is told of the steps.
     ///
     /// # Errors
     /// The host lacks memory or threads. What KVM refuses is told later.
     pub(super) fn begin(
         config: &VmConfig,
-        memory: impl FnOnce(&config::Memory) -> Result<Memory, Error>,
+        origin: Option<&Origin>,
         recorder: &Arc<Recorder>,
     ) -> Result<Self, Error> {
         let mut steps = Steps::begin(recorder, "monitor");
-        let memory = memory(&config.memory())?;
+        let memory = match origin {
+            Some(origin) => origin.memory(&config.memory())?,
+            None => Memory::new(&config.memory())?,
+        };
         steps.done(Step::Memory);
         let (cpus, path) = (config.cpus.0, kvm_path());
         let controllers = if config.has_pics() { Controllers::All } else { Controllers::LocalApics };
+        let has_processor = matches!(origin, Some(Origin::Saved { .. }));
         let (slots, recorder) = (memory.clone(), recorder.clone());
         let make = move || {
             let mut steps = Steps::begin(&recorder, "vcpu0");
@@ -55,7 +60,7 @@ impl Shell {
             steps.done(Step::Open);
             let vm = kvm.create_vm(&slots, controllers)?;
             steps.done(Step::Vm);
-            let processor = kvm.processor()?;
+            let processor = if has_processor { kvm.processor_of_others() } else { kvm.processor()? };
             steps.done(Step::Processor);
             Ok(Made { vm, processor })
         };
@@ -71,11 +76,7 @@ impl Shell {
         recorder: &Arc<Recorder>,
     ) -> Option<Result<Self, Error>> {
         let is_cheap = config.firmware.is_none() && !config.mem.prefault && config.validate().is_ok();
-        let memory = |config: &config::Memory| match origin {
-            Some(origin) => origin.memory(config),
-            None => Ok(Memory::new(config)?),
-        };
-        is_cheap.then(|| Self::begin(config, memory, recorder))
+        is_cheap.then(|| Self::begin(config, origin, recorder))
     }
 
     /// Waits for the VM, and gives the thread for its first vCPU.

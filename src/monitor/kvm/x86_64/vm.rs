@@ -148,24 +148,26 @@ impl Vm {
         ioctl("KVM_X86_SET_MSR_FILTER", filter)
     }
 
-    /// Adds vCPU `id` of `count` with what `cpu` wants of the `processor`. vCPU 0 is runnable; the others wait for INIT and SIPI.
+    /// Adds vCPU `id` of `count` with what `cpu` wants of the `processor`, or without a CPUID, if that is another's. vCPU 0 is runnable;
+    /// the others wait for INIT and SIPI.
     ///
     /// # Errors
     /// The ioctl that failed; [`Error::CpuFeature`].
     pub fn create_vcpu(&self, id: u32, count: u32, cpu: &Cpu, processor: &Processor) -> Result<Vcpu, Error> {
         let fd = ioctl("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(id)))?;
+        let Some(supported) = &processor.supported else {
+            if cpu.hyperv {
+                hyperv::enable(&self.fd, &fd, cpu)?;
+            }
+            return Ok(Vcpu::new(fd, id, processor.sync_registers));
+        };
         let frequency = cpuid::Frequencies {
             // 0 where the host's counter is not stable: the guest then finds out by itself.
             tsc_khz: fd.get_tsc_khz().unwrap_or(0),
         };
         let topology = cpuid::Topology { id, count };
-        let mut table = cpuid::table(
-            processor.supported.as_slice(),
-            topology,
-            frequency,
-            processor.tsc_deadline,
-            cpu.nested,
-        );
+        let mut table =
+            cpuid::table(supported.as_slice(), topology, frequency, processor.tsc_deadline, cpu.nested);
         if cpu.hyperv {
             hyperv::show(&mut table, &hyperv::enable(&self.fd, &fd, cpu)?);
         }
