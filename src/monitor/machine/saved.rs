@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::handle::{AlreadyEnded, Paused};
 use super::{Error, Handle, Machine, kvm_path};
 use crate::bus::lock;
-use crate::kvm::{self, Kvm, SavedVcpu, SavedVm};
+use crate::kvm::{self, Kvm, SavedVcpu, SavedVm, Signature};
 use crate::state::StateError;
 use crate::vcpu::gate::VcpuRequest;
 use crate::vm::Vm;
@@ -20,6 +20,8 @@ use crate::vm::Vm;
 /// See the module's text.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct SavedMachine {
+    /// Of the host that it was saved on.
+    host: Signature,
     vm: SavedVm,
     vcpus: Vec<SavedVcpu>,
     /// By name, in the machine's order.
@@ -37,6 +39,9 @@ pub enum RestoreError {
         /// What it should have.
         built: String,
     },
+    /// The guest has seen features that it would not find here.
+    #[error("this host's processor, or its KVM, lacks {0}, which the saved machine's has")]
+    Processor(String),
     /// A device does not take its state.
     #[error("{device}")]
     Device {
@@ -61,6 +66,9 @@ impl RestoreError {
             Self::Different { .. } | Self::Device { .. } => {
                 Some("restore it with the devices that it was saved with: only their host ends may change")
             }
+            Self::Processor(_) => Some(
+                "restore it where it was saved; a baseline, `cpu=x86-64-v2`, makes machines that run on more hosts",
+            ),
             Self::Kvm(_) => Some("restore it on a host with the same processor and at least as new a kernel"),
             Self::Interrupts(_) => None,
         }
@@ -88,7 +96,7 @@ impl Handle {
             Ok(state.recv().map_err(|_| AlreadyEnded)??)
         });
         let vcpus = vcpus.collect::<Result<_, Error>>()?;
-        Ok(SavedMachine { vm: vm.save()?, vcpus, devices })
+        Ok(SavedMachine { host: Signature::of_host(), vm: vm.save()?, vcpus, devices })
     }
 }
 
@@ -113,6 +121,14 @@ impl Machine {
             };
             let (saved, built) = (without(&had, &built), without(&built, &had));
             return Err(RestoreError::Different { saved, built });
+        }
+        if saved.host != Signature::of_host()
+            && let (Some(vcpu), Some(state)) = (self.vcpus.first(), saved.vcpus.first())
+        {
+            let lacking = vcpu.lacks(&Kvm::open(&kvm_path())?.processor()?, state)?;
+            if !lacking.is_empty() {
+                return Err(RestoreError::Processor(lacking.join(", ")));
+            }
         }
         self.vm.restore(&saved.vm)?;
         for (vcpu, state) in self.vcpus.iter().zip(&saved.vcpus) {

@@ -136,9 +136,8 @@ fn change(table: &mut [Leaf], name: &str, on: bool) {
     }
 }
 
-/// The features of `table` by name: for tests.
-#[cfg(test)]
-fn names(table: &[Leaf]) -> Vec<&'static str> {
+/// The features of `table` by name.
+pub(super) fn names(table: &[Leaf]) -> Vec<&'static str> {
     cpu_features::WORDS
         .iter()
         .flat_map(|word| word.bits())

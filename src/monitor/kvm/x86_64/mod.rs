@@ -17,7 +17,7 @@ mod vm;
 use kvm_ioctls::Cap;
 
 pub use look::VcpuState;
-pub use processor::Processor;
+pub use processor::{Processor, Signature};
 pub(super) use routes::Route;
 pub use state::{SavedVcpu, SavedVm, StateList};
 pub(super) use vm::Arch;

@@ -217,6 +217,11 @@ impl Vcpu {
 }
 
 impl SavedVcpu {
+    /// What it says of its processor.
+    pub(super) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
+        &self.cpuid
+    }
+
     /// Whether its timer is in the mode of deadlines (SDM vol. 3, 12.5.4: bits 17 and 18 of the LVT timer register) and may interrupt.
     fn awaits_deadline(&self) -> bool {
         const LVT_TIMER: usize = 0x320;
