@@ -23,7 +23,7 @@
 //! | [`pci`] | a PCI bus: configuration space, memory that moves, MSI-X, functions that come and go. One of the two transports of `virtio` is a function on it |
 //! | [`boot`], [`vcpu`] | loaders and ACPI tables; the vCPU thread and its dispatch |
 //! | [`machine`] | [`machine::inventory`] lists what a configuration amounts to, [`machine::load`] builds that around a [`Shell`](machine::Shell) and fills it from its [`Origin`](machine::Origin), [`Machine`](machine::Machine) runs it |
-//! | [`snapshot`] | folders: a paused machine's configuration, state and memory, and the [`Origin`](machine::Origin) of another |
+//! | [`snapshot`] | folders, or files without names: a machine's configuration, state and memory at one moment, and the [`Origin`](machine::Origin) of another |
 //! | [`api`] | names, control sockets, signals |
 //! | [`session`] | [`Session`](session::Session): a run from start to end, over the machines that reboots make |
 //!

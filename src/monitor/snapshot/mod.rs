@@ -1,4 +1,5 @@
-//! Machines in files: a folder with the configuration, the state and the memory of one at rest.
+//! Machines in files: the configuration, the state and the memory of one at one moment, in a folder, or in files without names for
+//! those that go on from it at once.
 //!
 //! `config.json` is what [`VmConfig`] is elsewhere; `state` a header and [`SavedMachine`]; `memory` guest RAM from address 0 on, its
 //! regions end to end, zeroes as holes. A folder has its name only once all in it is on the disk, and is never changed after that:
