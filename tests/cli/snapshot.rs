@@ -1,7 +1,10 @@
 //! `vmm snapshot` and `vmm restore` with a tiny guest that counts.
 
 use std::fs;
+use std::io;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::counting::*;
 use crate::images::*;
@@ -163,6 +166,65 @@ fn what_cannot_be_saved_is_told_and_leaves_nothing() {
     refuses("", "nowhere/s", "No such file");
     refuses("", "/", "not a folder's name");
     assert!(place.fails("snapshot create nobody s", HOST).contains("nobody"));
+}
+
+#[test]
+fn a_disk_that_is_full_is_told_and_the_machine_runs_on() {
+    if !has_kvm("a_disk_that_is_full_is_told_and_the_machine_runs_on") {
+        return;
+    }
+    let place = Place::new();
+    place.file("turns", kernel(&TURNS));
+    // A limit on files is what a full disk can be without a disk: the same error path, by another number.
+    let mut limited = std::process::Command::new("sh");
+    let run = "ulimit -f 2000; exec \"$0\" --kernel turns --mem 32M --console off --name v";
+    limited.args(["-c", run, crate::PROGRAM]);
+    place.set_up(&mut limited);
+    let _guest = Running::new(limited);
+    place.await_running("v");
+    for options in ["", "--stop "] {
+        let before = names(place.dir.path());
+        let said = place.fails(&format!("snapshot create {options}v s"), HOST);
+        assert!(
+            said.contains("s/memory: File too large") || said.contains("memory: File too large"),
+            "{said}"
+        );
+        assert_eq!(names(place.dir.path()), before);
+        assert_eq!(place.status("v")["state"], "running");
+    }
+}
+
+#[test]
+fn a_monitor_that_is_killed_while_it_saves_leaves_a_whole_snapshot_or_none_and_nobody() {
+    if !has_kvm("a_monitor_that_is_killed_while_it_saves_leaves_a_whole_snapshot_or_none_and_nobody") {
+        return;
+    }
+    let place = Place::new();
+    place.file("turns", kernel(&TURNS));
+    for round in 0..12 {
+        let name = format!("killed-{round}-{}", std::process::id());
+        let guest =
+            Running::new(place.command(&format!("--kernel turns --mem 32M --console off --name {name}")));
+        place.await_running(&name);
+        let create = Running::new(place.command(&format!("snapshot create {name} s{round}")));
+        // Some are killed before they begin, some meanwhile, some after.
+        thread::sleep(Duration::from_millis(3 * round));
+        guest.signal(rustix::process::Signal::KILL);
+        create.finish();
+        guest.finish();
+        let folder = place.path(&format!("s{round}"));
+        if folder.exists() {
+            place.done(&format!("snapshot verify s{round}"));
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let lives = |process: io::Result<fs::DirEntry>| {
+            let command = process.and_then(|process| fs::read(process.path().join("cmdline")));
+            command.is_ok_and(|command| command.windows(name.len()).any(|part| part == name.as_bytes()))
+        };
+        while fs::read_dir("/proc").unwrap().any(lives) {
+            assert!(Instant::now() < deadline, "somebody works on");
+        }
+    }
 }
 
 #[test]

@@ -197,3 +197,36 @@ fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::File { what, path, source }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::OwnedFd;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A snapshot whose checksums are right, whatever its state is.
+    fn of(state: &[u8]) -> Result<Snapshot, Error> {
+        let text = serde_json::to_vec(&VmConfig::default()).unwrap();
+        let (config, checksum) = (crc32fast::hash(&text), crc32fast::hash(state));
+        let header = postcard::to_stdvec(&Header { config, state: checksum, memory: 0, size: 0 }).unwrap();
+        let file = |parts: &[&[u8]]| {
+            let mut file = tempfile::tempfile().unwrap();
+            parts.iter().for_each(|part| file.write_all(part).unwrap());
+            OwnedFd::from(file)
+        };
+        let state = file(&[&MAGIC, &VERSION.to_le_bytes(), &header, state]);
+        Snapshot::of(Parts::from([file(&[&text]), state, file(&[])]))
+    }
+
+    proptest! {
+        #[test]
+        fn a_state_that_is_none_is_refused_whatever_it_says(state in prop::collection::vec(any::<u8>(), 0..2000)) {
+            let snapshot = of(&state).unwrap();
+            let refused = matches!(snapshot.into_origin(), Err(Error::Damaged { .. }));
+            prop_assert!(refused, "lengths in it promise more than there is");
+        }
+    }
+}

@@ -94,7 +94,8 @@ impl Part {
 
     /// At most `most` bytes of it.
     pub fn read(&self, most: u64) -> Result<Vec<u8>, Error> {
-        let mut bytes = Vec::new();
+        let len = self.file.metadata().map_err(self.failed("look at"))?.len();
+        let mut bytes = Vec::with_capacity(len.min(most) as usize + 1);
         // Who wrote it may have left off at its end.
         (&self.file).rewind().map_err(self.failed("read"))?;
         (&self.file).take(most).read_to_end(&mut bytes).map_err(self.failed("read"))?;
