@@ -183,7 +183,11 @@ fn tempfile() -> std::io::Result<fs::File> {
     Ok(rustix::fs::memfd_create("errors", rustix::fs::MemfdFlags::CLOEXEC)?.into())
 }
 
-fn wait_for(output: &impl AsFd, end: Instant, name: &str) -> Result<(), String> {
+/// Waits until there is something to read.
+///
+/// # Errors
+/// There is nothing until `end`; or poll(2) fails.
+pub fn wait_for(output: &impl AsFd, end: Instant, name: &str) -> Result<(), String> {
     let left = end.saturating_duration_since(Instant::now());
     let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
     match poll(&mut [PollFd::new(output, PollFlags::IN)], Some(&timeout)) {

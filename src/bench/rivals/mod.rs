@@ -22,6 +22,7 @@ mod place;
 mod process;
 pub mod program;
 mod qemu;
+mod restored;
 mod vmm;
 pub mod weight;
 
@@ -90,7 +91,7 @@ type Maker = fn(&Setting, &Root) -> Found;
 /// All that start the program: processes, containers, engines, virtual machines.
 pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
     // With whether it takes part where the clock counts instructions, and each start takes minutes.
-    let makers: [(Maker, bool); 18] = [
+    let makers: [(Maker, bool); 20] = [
         (process::spawn, true),
         (process::container, true),
         (bwrap::bwrap, false),
@@ -100,6 +101,7 @@ pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
         (engines::docker, false),
         (engines::ctr, false),
         (vmm::tuned, true),
+        (restored::linux, false),
         (vmm::stock, false),
         (qemu::linux, true),
         (firecracker::firecracker, false),
@@ -107,6 +109,7 @@ pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
         (kvmtool::kvmtool, false),
         (alioth::linux, false),
         (vmm::bare_metal, false),
+        (restored::bare_metal, false),
         (alioth::bare_metal, false),
         (qemu::bare_metal, false),
     ];
@@ -116,11 +119,18 @@ pub fn all(setting: &Setting, root: &Root) -> Vec<Found> {
 
 /// Those whose idle instances are weighed.
 pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
-    let mut makers: Vec<Maker> =
-        vec![process::spawn, process::container, oci::crun, engines::podman, vmm::tuned, qemu::linux];
+    let mut makers: Vec<Maker> = vec![
+        process::spawn,
+        process::container,
+        oci::crun,
+        engines::podman,
+        vmm::tuned,
+        restored::linux,
+        qemu::linux,
+    ];
     if setting.linux_guests().is_err() {
         // Where no Linux runs, at least the monitors are weighed.
-        makers.extend([vmm::bare_metal as Maker, alioth::bare_metal, qemu::bare_metal]);
+        makers.extend([vmm::bare_metal as Maker, restored::bare_metal, alioth::bare_metal, qemu::bare_metal]);
     }
     makers.into_iter().map(|make| make(setting, root)).collect()
 }

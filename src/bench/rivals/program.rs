@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeAssembler, al, byte_ptr, dx, eax, ecx, edi, edx, esi, qword_ptr, r12, r13, rsi, rsp,
+    CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebx, ecx, edi, edx, esi, qword_ptr, r12, r13, rax, rbx,
+    rcx, rdi, rsi, rsp,
 };
 
 use super::Life;
@@ -30,6 +31,12 @@ pub const WAIT: &str = "wait";
 /// Before any of these: it speaks by writing to the port of the first serial line itself, with no driver in between.
 pub const BY_PORT: &str = "port-";
 
+/// Before any of those: it says [`HELD`], and goes on once the clock has jumped: its machine was saved, and goes on some seconds
+/// later. Until then it looks every millisecond.
+pub const HOLD: &str = "held-";
+/// What it says then.
+pub const HELD: &[u8] = b"bench: held";
+
 /// Where the program begins, in the page where most static programs are loaded.
 const START: u64 = 0x40_0000 + elf::CODE;
 /// The first serial port.
@@ -38,9 +45,11 @@ const COM1: u32 = 0x3f8;
 // arch/x86/entry/syscalls/syscall_64.tbl
 const WRITE: u32 = 1;
 const PAUSE: u32 = 34;
+const NANOSLEEP: u32 = 35;
 const GETPID: u32 = 39;
 const REBOOT: u32 = 169;
 const IOPERM: u32 = 173;
+const CLOCK_GETTIME: u32 = 228;
 const EXIT_GROUP: u32 = 231;
 
 // linux/reboot.h
@@ -61,11 +70,15 @@ fn code() -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     let [mut marker, mut by_port, mut end, mut reboot, mut wait, mut fail, mut exit] =
         [(); 7].map(|()| a.create_label());
+    let [mut hold, mut held, mut look, mut speak, mut nap] = [(); 5].map(|()| a.create_label());
     let length = MARKER.len() as u32 + 1;
 
     // The stack as the kernel leaves it (System V ABI for x86-64, 3.4.1): argc, argv[0], argv[1] and so on.
     a.mov(r12, qword_ptr(rsp))?;
     a.mov(r13, qword_ptr(rsp + r12 * 8))?;
+    a.cmp(byte_ptr(r13), i32::from(HOLD.as_bytes()[0]))?;
+    a.je(hold)?;
+    a.set_label(&mut speak)?;
     a.lea(rsi, qword_ptr(marker))?;
     // Alone it sees its own path, which does not begin like this.
     a.cmp(byte_ptr(r13), i32::from(BY_PORT.as_bytes()[0]))?;
@@ -126,6 +139,34 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.mov(eax, EXIT_GROUP)?;
     a.syscall()?;
 
+    a.set_label(&mut hold)?;
+    a.add(r13, HOLD.len() as i32)?;
+    a.mov(eax, WRITE)?;
+    a.mov(edi, 1)?;
+    a.lea(rsi, qword_ptr(held))?;
+    a.mov(edx, HELD.len() as u32 + 1)?;
+    a.syscall()?;
+    a.sub(rsp, 16)?;
+    a.mov(rbx, i64::MAX)?;
+    a.set_label(&mut look)?;
+    a.mov(eax, CLOCK_GETTIME)?;
+    // CLOCK_REALTIME
+    a.xor(edi, edi)?;
+    a.mov(rsi, rsp)?;
+    a.syscall()?;
+    a.mov(rax, qword_ptr(rsp))?;
+    a.mov(rcx, rax)?;
+    a.sub(rcx, rbx)?;
+    a.mov(rbx, rax)?;
+    // The first time it is far below.
+    a.cmp(rcx, 2)?;
+    a.jge(speak)?;
+    a.mov(eax, NANOSLEEP)?;
+    a.lea(rdi, qword_ptr(nap))?;
+    a.xor(esi, esi)?;
+    a.syscall()?;
+    a.jmp(look)?;
+
     a.set_label(&mut wait)?;
     a.mov(eax, PAUSE)?;
     a.syscall()?;
@@ -134,6 +175,12 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.set_label(&mut marker)?;
     a.db(MARKER)?;
     a.db(b"\n")?;
+    a.set_label(&mut held)?;
+    a.db(HELD)?;
+    a.db(b"\n")?;
+    // struct timespec
+    a.set_label(&mut nap)?;
+    a.dq(&[0, 1_000_000])?;
     a.assemble(START)
 }
 
@@ -178,6 +225,54 @@ pub fn bare_metal(life: Life, ending: Ending) -> Result<Vec<u8>, String> {
     code().map(|code| elf::pvh_kernel(&code)).map_err(|error| format!("assemble the guest: {error}"))
 }
 
+/// The same for a machine that is saved: it writes to `touched` MiB from 16 MiB on, says [`BARE_HELD`], and waits for a jump of the
+/// time-stamp counter by 2^32 before it goes on as that does.
+///
+/// # Errors
+/// None that a user can cause.
+pub fn bare_metal_held(life: Life, touched: u32) -> Result<Vec<u8>, String> {
+    let code = || -> Result<Vec<u8>, IcedError> {
+        let mut a = CodeAssembler::new(32)?;
+        let [mut touch, mut look] = [(); 2].map(|()| a.create_label());
+        a.mov(edi, 16u32 << 20)?;
+        a.set_label(&mut touch)?;
+        a.mov(dword_ptr(edi), edi)?;
+        a.add(edi, 4096)?;
+        a.cmp(edi, ((16 + touched) << 20) as i32)?;
+        a.jb(touch)?;
+        a.mov(dx, COM1)?;
+        a.mov(al, u32::from(BARE_HELD))?;
+        a.out(dx, al)?;
+        a.rdtsc()?;
+        a.mov(ebx, edx)?;
+        a.set_label(&mut look)?;
+        a.rdtsc()?;
+        a.mov(ecx, edx)?;
+        a.sub(ecx, ebx)?;
+        a.mov(ebx, edx)?;
+        // The upper half counts up by one every second or two.
+        a.cmp(ecx, 2)?;
+        a.jb(look)?;
+        a.mov(dx, COM1)?;
+        a.mov(al, u32::from(BARE_MARKER))?;
+        a.out(dx, al)?;
+        match life {
+            Life::Once => {
+                a.xor(eax, eax)?;
+                a.out(0xf4, al)?;
+            }
+            Life::Idle => {
+                a.cli()?;
+                a.hlt()?;
+            }
+        }
+        a.assemble(elf::LOAD)
+    };
+    code().map(|code| elf::pvh_kernel(&code)).map_err(|error| format!("assemble the guest: {error}"))
+}
+
+/// What [`bare_metal_held`] says first.
+pub const BARE_HELD: u8 = b'h';
 /// What [`bare_metal`] says.
 pub const BARE_MARKER: u8 = b'x';
 
