@@ -126,6 +126,26 @@ fn a_snapshot_of_another_kernel_whose_kvm_has_as_much_is_restored() {
 }
 
 #[test]
+fn each_restored_machine_has_a_generation_id_of_its_own() {
+    if !has_kvm("each_restored_machine_has_a_generation_id_of_its_own") {
+        return;
+    }
+    let (place, _guest) = counting("");
+    place.done("snapshot create v s");
+    let _restored = ["one", "two"].map(|name| {
+        let running = Running::new(place.command(&format!("restore s --serial file={name} --name {name}")));
+        await_words(&place, name, 3);
+        place.done(&format!("snapshot create {name} {name}.snap"));
+        running
+    });
+    // Behind the RSDP.
+    let id = |folder| fs::read(place.path(folder).join("memory")).unwrap()[0xe_0030..0xe_0040].to_vec();
+    let [saved, one, two] = ["s", "one.snap", "two.snap"].map(id);
+    assert!(saved != one && one != two && two != saved, "{saved:x?} {one:x?} {two:x?}");
+    assert!([saved, one, two].iter().all(|id| *id != [0; 16]));
+}
+
+#[test]
 fn a_paused_machine_stays_paused_and_is_saved_twice_alike() {
     if !has_kvm("a_paused_machine_stays_paused_and_is_saved_twice_alike") {
         return;

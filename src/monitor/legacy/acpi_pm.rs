@@ -1,5 +1,5 @@
 //! The registers of hardware-reduced ACPI (ACPI 6.5, 4.8.3.7): sleep control and status, reset, and the event register
-//! behind the power button.
+//! that tells of the power button, of PCI functions that come and go, and of a new generation ID.
 //!
 //! A guest finds them through the FADT and the DSDT (`boot::tables::acpi`). [`layout::ACPI_PM_SIZE`] ports at
 //! [`layout::ACPI_PM`], each one byte wide.
@@ -30,6 +30,8 @@ pub const EVENT: u64 = 4;
 pub const EVENT_POWER_BUTTON: u8 = 1;
 /// Event: PCI functions have come, or are to go (`pci::hot_plug`).
 pub const EVENT_PCI: u8 = 2;
+/// Event: the machine is a copy, and has another generation ID (`boot::tables::generation`).
+pub const EVENT_GENERATION: u8 = 4;
 /// Offset of a register that ACPI knows nothing of: what boots a disk writes [`GAVE_UP`] to it when it finds
 /// nothing to boot.
 pub const BOOT: u64 = 5;
@@ -67,6 +69,11 @@ impl AcpiPm {
     /// PCI functions have come, or are to go: the guest looks which.
     pub fn announce_pci(&mut self) {
         self.raise(EVENT_PCI);
+    }
+
+    /// The machine is a copy: its generation ID is another.
+    pub fn announce_generation(&mut self) {
+        self.raise(EVENT_GENERATION);
     }
 
     fn raise(&mut self, event: u8) {
@@ -113,7 +120,7 @@ impl Stateful for AcpiPm {
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
-        if state.events & !(EVENT_POWER_BUTTON | EVENT_PCI) != 0 {
+        if state.events & !(EVENT_POWER_BUTTON | EVENT_PCI | EVENT_GENERATION) != 0 {
             return Err(StateError::Invalid(format!("ACPI events {:#x}", state.events)));
         }
         self.events = state.events;
@@ -159,17 +166,18 @@ mod tests {
     }
 
     #[test]
-    fn the_power_button_interrupts_and_is_read_once_even_after_a_restore() {
+    fn what_came_about_interrupts_and_is_read_once_even_after_a_restore() {
         let (mut pressed, interrupt) = device();
         pressed.press_power_button();
-        assert_eq!(interrupt.count(), 1);
+        pressed.announce_generation();
+        assert_eq!(interrupt.count(), 2);
         let (mut restored, _) = device();
         restored.restore_bytes(&pressed.save_bytes()).unwrap();
         for device in [&mut pressed, &mut restored] {
-            assert_eq!(read(device, EVENT), EVENT_POWER_BUTTON);
+            assert_eq!(read(device, EVENT), EVENT_POWER_BUTTON | EVENT_GENERATION);
             assert_eq!(read(device, EVENT), 0);
         }
-        assert!(restored.restore_bytes(&[4]).is_err());
+        assert!(restored.restore_bytes(&[8]).is_err());
         assert_eq!(read(&mut restored, 3), 0xff, "a gap between the registers");
     }
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::handle::{AlreadyEnded, Paused};
 use super::{Error, Handle, Machine, kvm_path};
+use crate::boot::tables::{self, generation};
 use crate::bus::lock;
 use crate::kvm::{self, Kvm, SavedVcpu, SavedVm, Signature};
 use crate::state::StateError;
@@ -54,6 +55,9 @@ pub enum RestoreError {
     /// The host is out of something that interrupts need.
     #[error("cannot raise its interrupts once more")]
     Interrupts(#[source] io::Error),
+    /// It would take itself for the one that was saved.
+    #[error("cannot give it a generation ID of its own")]
+    Generation(#[source] tables::Error),
     /// This host's KVM does not take its part.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
@@ -70,7 +74,7 @@ impl RestoreError {
                 "restore it where it was saved; a baseline, `cpu=x86-64-v2`, makes machines that run on more hosts",
             ),
             Self::Kvm(_) => Some("restore it on a host with the same processor and at least as new a kernel"),
-            Self::Interrupts(_) => None,
+            Self::Interrupts(_) | Self::Generation(_) => None,
         }
     }
 }
@@ -142,6 +146,9 @@ impl Machine {
         if let Some(pci) = &self.shared.pci {
             pci.segment.follow_all();
         }
+        // Before any of its vCPUs can ask for a random number.
+        generation::renew(self.shared.memory.ram()).map_err(RestoreError::Generation)?;
+        lock(&self.shared.power).announce_generation();
         self.repeat_interrupts()?;
         let vcpus: Vec<_> = self.vcpus.iter().zip(&saved.vcpus).collect();
         Ok(self.vm.start_clocks(&saved.vm, &vcpus)?)

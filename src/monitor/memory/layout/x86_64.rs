@@ -42,6 +42,9 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_SIZE: u64 = 0x1_0000;
 /// ACPI tables; the RSDP is first, in the range that ACPI 6.5, 5.2.5.1 lets a guest search.
 pub const ACPI: u64 = 0xe_0000;
+/// The VM generation ID, 16 bytes: between the RSDP, which has 36 bytes, and the tables, which are aligned to 64. It needs no page of
+/// its own there, and is out of what a guest uses as RAM.
+pub const GENERATION: u64 = ACPI + 48;
 /// Room for the ACPI tables.
 pub const ACPI_SIZE: u64 = 0x1_e000;
 /// The MultiProcessor Specification's tables end here at the latest: in the last range that it (1.4, 4) lets a guest search.
@@ -120,7 +123,7 @@ pub const ACPI_PM: u64 = 0x600;
 pub const ACPI_PM_SIZE: u64 = 8;
 /// The registers by which PCI functions come and go (`pci::hot_plug`).
 pub const PCI_HOT_PLUG: u64 = 0x610;
-/// The Generic Event Device's interrupt (power button, PCI functions that come and go).
+/// The Generic Event Device's interrupt (power button, generation ID, PCI functions that come and go).
 pub const ACPI_GSI: u32 = 5;
 /// Port of the POST code, used for boot marks when asked for.
 pub const POST: u64 = 0x80;

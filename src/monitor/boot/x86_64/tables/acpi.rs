@@ -20,7 +20,8 @@ use zerocopy::{Immutable, IntoBytes};
 
 use super::{Platform, VirtioMmio};
 use crate::legacy::acpi_pm::{
-    EVENT, EVENT_PCI, EVENT_POWER_BUTTON, RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_S5,
+    EVENT, EVENT_GENERATION, EVENT_PCI, EVENT_POWER_BUTTON, RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS,
+    SLEEP_TYPE_S5,
 };
 use crate::memory::layout;
 
@@ -42,6 +43,10 @@ const MADT_REVISION: u8 = 5;
 const DSDT_REVISION: u8 = 2;
 /// Notification value of a pressed power button (ACPI 6.5, 5.6.6).
 const NOTIFY_PRESSED: u8 = 0x80;
+/// Notification value of a VM generation ID that has changed ("Virtual Machine Generation ID", Microsoft 2012).
+const NOTIFY_GENERATION: u8 = 0x80;
+/// The device of the generation ID.
+const GENERATION: &str = "\\_SB_.VGEN";
 /// The largest APIC id that a Processor Local APIC structure can hold is 254; 255 means all.
 const LAST_XAPIC_ID: u32 = 254;
 
@@ -148,6 +153,9 @@ fn dsdt(platform: &Platform) -> Sdt {
     if platform.com1 {
         com1(&mut devices);
     }
+    if platform.generation {
+        generation(&mut devices);
+    }
     events(platform, &mut devices);
     pvpanic(&mut devices);
 
@@ -204,8 +212,24 @@ fn com1(sink: &mut Vec<u8>) {
     .to_aml_bytes(sink);
 }
 
-/// The power button, and the Generic Event Device (ACPI 6.5, 5.6.9) that reports it, and PCI functions that come and go: its
-/// interrupt runs `_EVT`, which reads (and so clears) the event register and notifies.
+/// The VM generation ID, as Linux's and FreeBSD's drivers and Windows look for it ("Virtual Machine Generation ID", Microsoft 2012).
+/// The second compatible ID is for who takes no more than 8 characters.
+fn generation(sink: &mut Vec<u8>) {
+    const NAME: &str = "VM_Gen_Counter";
+    Device::new(
+        GENERATION.into(),
+        vec![
+            &Name::new("_HID".into(), &"VMM0001"),
+            &Name::new("_CID".into(), &Package::new(vec![&NAME, &"VMGENCTR"])),
+            &Name::new("_DDN".into(), &NAME),
+            &Name::new("ADDR".into(), &Package::new(vec![&(layout::GENERATION as u32), &0u8])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The power button, and the Generic Event Device (ACPI 6.5, 5.6.9) that reports it, a new generation ID, and PCI functions that come
+/// and go: its interrupt runs `_EVT`, which reads (and so clears) the event register and notifies.
 fn events(platform: &Platform, sink: &mut Vec<u8>) {
     Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]).to_aml_bytes(sink);
 
@@ -225,7 +249,14 @@ fn events(platform: &Platform, sink: &mut Vec<u8>) {
     let is_pci = And::new(&ZERO, &Local(0), &EVENT_PCI);
     let look = MethodCall::new(pci::CHANGED.into(), Vec::new());
     let changed = If::new(&is_pci, vec![&look]);
+    let generation = Path::new(GENERATION);
+    let is_another = And::new(&ZERO, &Local(0), &EVENT_GENERATION);
+    let tell = Notify::new(&generation, &NOTIFY_GENERATION);
+    let copied = If::new(&is_another, vec![&tell]);
     let mut told: Vec<&dyn Aml> = vec![&read, &pressed];
+    if platform.generation {
+        told.push(&copied);
+    }
     if platform.pci.is_some() {
         told.push(&changed);
     }
@@ -265,7 +296,7 @@ fn pvpanic(sink: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Pci;
+    use super::super::{Pci, generation};
     use super::*;
     use std::path::Path as FilePath;
     use std::process::Command;
@@ -276,7 +307,7 @@ mod tests {
         let virtio_mmio = slots.map(|(slot, gsi)| VirtioMmio { base: base(slot), gsi }).collect();
         let lines = (1..32).zip(layout::PCI_GSIS.into_iter().cycle()).collect();
         let pci = Some(Pci { lines, memory: vec![layout::PCI_MEMORY, 5 << 30..6 << 30] });
-        Platform { cpus, io_apic_pins: layout::IO_APIC_PINS, virtio_mmio, com1: true, pci }
+        Platform { cpus, io_apic_pins: layout::IO_APIC_PINS, virtio_mmio, com1: true, generation: true, pci }
     }
 
     fn int(bytes: &[u8], at: usize, len: usize) -> u64 {
@@ -357,6 +388,15 @@ mod tests {
     }
 
     #[test]
+    fn the_generation_id_has_a_place_that_no_table_takes() {
+        let bytes = tables(&platform(1), layout::ACPI);
+        let at = (layout::GENERATION - layout::ACPI) as usize;
+        assert_eq!(bytes[at..at + generation::SIZE], [0; generation::SIZE]);
+        assert!(walk(&bytes, layout::ACPI).iter().all(|(_, table)| table.as_ptr() > bytes[at..].as_ptr()));
+        assert_eq!(layout::GENERATION % 8, 0);
+    }
+
+    #[test]
     fn the_largest_platform_fits() {
         let cpus = crate::config::Cpus::MAX;
         let size = tables(&platform(cpus), layout::ACPI).len() as u64;
@@ -392,9 +432,10 @@ mod tests {
         assert!(text.contains("0 Errors, 0 Warnings, 0 Remarks"), "{text}");
         let source = std::fs::read_to_string(folder.path().join("DSDT.dsl")).unwrap();
         assert_eq!(source.matches("LNRO0005").count(), layout::VIRTIO_GSIS.len());
-        for device in
-            ["PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001", "PNP0A08", "PNP0C02", "_PRT", "_OSC", "_EJ0"]
-        {
+        for device in [
+            "PNP0501", "PNP0C0C", "ACPI0013", "QEMU0001", "VMGENCTR", "PNP0A08", "PNP0C02", "_PRT", "_OSC",
+            "_EJ0",
+        ] {
             assert!(source.contains(device), "{device}");
         }
         // The windows of the bridge, each from its first to its last address.

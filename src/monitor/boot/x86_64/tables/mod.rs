@@ -4,10 +4,12 @@
 
 pub mod acpi;
 pub mod e820;
+pub mod generation;
 pub mod loader;
 pub mod mp;
 pub mod reset;
 
+use std::io;
 use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -26,6 +28,8 @@ pub struct Platform {
     pub virtio_mmio: Vec<VirtioMmio>,
     /// There is a 16550 at [`layout::COM1`].
     pub com1: bool,
+    /// There is a generation ID at [`layout::GENERATION`].
+    pub generation: bool,
     /// There is a PCI bus.
     pub pci: Option<Pci>,
 }
@@ -61,6 +65,9 @@ pub enum Error {
     /// Guest memory does not reach to their place.
     #[error("write to guest memory below 1 MiB")]
     Write(#[source] vm_memory::GuestMemoryError),
+    /// The host has no random bytes.
+    #[error("read random bytes")]
+    Random(#[source] io::Error),
 }
 
 /// Writes the ACPI tables, the MP tables and what is for resets, and gives the guest physical address of the RSDP.
@@ -73,6 +80,9 @@ pub fn write(ram: &GuestRam, platform: &Platform) -> Result<u64, Error> {
         return Err(Error::TooBig { size: bytes.len() });
     }
     ram.write_slice(&bytes, GuestAddress(layout::ACPI)).map_err(Error::Write)?;
+    if platform.generation {
+        generation::renew(ram)?;
+    }
     mp::write(ram, platform, layout::MP_TABLES_END).map_err(Error::Write)?;
     reset::write(ram).map_err(Error::Write)?;
     Ok(layout::ACPI)
