@@ -20,6 +20,8 @@ pub const MAX_DATA: usize = 64 << 10;
 const MAX_PAYLOAD: usize = MAX_DATA + 1;
 /// The longest request: arguments and environment.
 pub const MAX_REQUEST: usize = 1 << 20;
+/// Bytes that tell one copy of a guest from all others.
+pub const GENERATION: usize = 16;
 /// A kind, and a length of three bytes.
 const HEADER: usize = 4;
 /// What a hello begins with.
@@ -106,6 +108,23 @@ pub enum Request {
     SetNetwork(Network),
     /// Have the guest power off, as if somebody had pressed its button. Answered before it does.
     ShutDown,
+    /// Make a guest that is a copy another one.
+    Renew(Renewal),
+}
+
+/// What a guest is told that is a copy.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Renewal {
+    /// Tells this copy from all others.
+    pub generation: [u8; GENERATION],
+    /// Nanoseconds since 1970. A clock that is right within the second that the message may have taken is left alone.
+    pub time: u64,
+    /// As for [`Request::Reseed`].
+    pub seed: Vec<u8>,
+    /// The host name that it is to have; empty: the one that it has.
+    pub hostname: Vec<u8>,
+    /// It is to have another machine ID (machine-id(5)).
+    pub machine_id: bool,
 }
 
 /// The set-up of one network interface, IPv4.
@@ -239,6 +258,7 @@ const RESEED: u8 = 22;
 const SET_HOSTNAME: u8 = 23;
 const SET_NETWORK: u8 = 24;
 const SHUT_DOWN: u8 = 25;
+const RENEW: u8 = 26;
 const SIGNAL: u8 = 32;
 const RESIZE: u8 = 33;
 const DATA: u8 = 48;
@@ -345,6 +365,13 @@ impl Request {
                 }
             }),
             Self::ShutDown => framed(out, SHUT_DOWN, |_| ()),
+            Self::Renew(renewal) => framed(out, RENEW, |out| {
+                out.extend_from_slice(&renewal.generation);
+                out.extend_from_slice(&renewal.time.to_le_bytes());
+                put_bytes(out, &renewal.seed);
+                put_bytes(out, &renewal.hostname);
+                out.push(u8::from(renewal.machine_id));
+            }),
         }
     }
 
@@ -371,6 +398,13 @@ impl Request {
                 dns: Some(address(r)?).filter(|address| !address.is_unspecified()),
             }),
             SHUT_DOWN => Self::ShutDown,
+            RENEW => Self::Renew(Renewal {
+                generation: r.array()?,
+                time: r.u64()?,
+                seed: r.bytes()?.to_vec(),
+                hostname: r.text()?,
+                machine_id: boolean(r)?,
+            }),
             _ => return None,
         })
     }
@@ -460,7 +494,7 @@ impl Decoder {
         let Some(rest) = self.bytes.get(self.taken..) else { return Ok(None) };
         let Some((&[kind, a, b, c], rest)) = rest.split_first_chunk::<HEADER>() else { return Ok(None) };
         let length = u32::from_le_bytes([a, b, c, 0]) as usize;
-        let known = matches!(kind, HELLO | EXEC..=SHUT_DOWN | SIGNAL | RESIZE | DATA..=STOP | STARTED..=TOLD);
+        let known = matches!(kind, HELLO | EXEC..=RENEW | SIGNAL | RESIZE | DATA..=STOP | STARTED..=TOLD);
         if !known {
             return Err(Malformed::Kind(kind));
         }
@@ -539,6 +573,11 @@ mod tests {
                 }
             ),
             Just(Request::ShutDown),
+            (any::<[u8; GENERATION]>(), any::<u64>(), bytes(), bytes(), any::<bool>()).prop_map(
+                |(generation, time, seed, hostname, machine_id)| {
+                    Request::Renew(Renewal { generation, time, seed, hostname, machine_id })
+                }
+            ),
         ]
     }
 
@@ -584,7 +623,7 @@ mod tests {
         #[test]
         fn no_bytes_make_the_decoder_panic_or_say_more_than_was_there(
             bytes in proptest::collection::vec(any::<u8>(), 0..400),
-            kind in prop_oneof![Just(HELLO), EXEC..=SHUT_DOWN, DATA..=STOP, STARTED..=TOLD],
+            kind in prop_oneof![Just(HELLO), EXEC..=RENEW, DATA..=STOP, STARTED..=TOLD],
         ) {
             for start in [vec![], vec![kind, bytes.len() as u8, (bytes.len() >> 8) as u8, 0]] {
                 let mut decoder = Decoder::default();

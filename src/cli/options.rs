@@ -15,6 +15,7 @@ use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
+use super::agent::renewal::RestoreOptions;
 use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
@@ -149,6 +150,9 @@ pub struct Options {
     /// The snapshot that it goes on from.
     #[arg(skip)]
     pub snapshot: Option<Snapshot>,
+    /// What the agent of a guest that goes on is to do.
+    #[arg(skip)]
+    pub renewal: Option<RestoreOptions>,
     /// Seconds that the guest has to power off after SIGTERM, SIGINT or vmm stop, before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,

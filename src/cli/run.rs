@@ -16,10 +16,12 @@ use vmm_trace::debug::gdb;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
 
+use super::agent::renewal::RestoreOptions;
 use super::detached::{self, Background};
 use super::flags;
 use super::options::Options;
 use super::plan::plan;
+use super::restore::Renewer;
 use super::silence::Silence;
 
 /// How to run: what the options say about the run and not about the machine.
@@ -30,6 +32,8 @@ pub struct RunOptions {
     background: Option<Background>,
     /// What it goes on from.
     snapshot: Option<Snapshot>,
+    /// What its agent is to do then.
+    renewal: Option<RestoreOptions>,
     /// The configuration before it was fitted to this process, if that changed it.
     original: Option<VmConfig>,
 }
@@ -54,14 +58,26 @@ impl RunOptions {
             return Err(Failure::new(Code::BadArgument, error).hint(Some("add --trace FILE")));
         }
         let (stop_timeout, dumpable) = (Duration::from_secs(options.stop_timeout), options.dumpable);
-        Ok(Self { stop_timeout, record, dumpable, background: None, snapshot: None, original: None })
+        Ok(Self {
+            stop_timeout,
+            record,
+            dumpable,
+            background: None,
+            snapshot: None,
+            renewal: None,
+            original: None,
+        })
     }
 }
 
 /// `vmm run`.
 pub fn run(mut options: Options) -> Result<Code, Failure> {
+    let renewal = options.renewal.take();
     if options.detach && !options.detached {
-        return detached::start();
+        return detached::start(|name| match renewal.filter(RestoreOptions::is_required) {
+            Some(renewal) => renewal.apply(name),
+            None => Ok(()),
+        });
     }
     let (mut run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
     let gdb = options.gdb.clone();
@@ -76,6 +92,8 @@ pub fn run(mut options: Options) -> Result<Code, Failure> {
         run_options.background = Some(Background::new(&mut config, remove)?);
     }
     run_options.snapshot = snapshot;
+    // What is required is waited for by the process that started this one.
+    run_options.renewal = renewal.filter(|renewal| background.is_none() || !renewal.is_required());
     if dry_run {
         print(&plan(config)?)?;
         return Ok(Code::Success);
@@ -92,7 +110,7 @@ pub fn run(mut options: Options) -> Result<Code, Failure> {
 /// Runs what `config` describes, under `debugger` if there is one.
 pub fn live(
     config: VmConfig,
-    RunOptions { stop_timeout, record, dumpable, mut background, snapshot, original }: RunOptions,
+    RunOptions { stop_timeout, record, dumpable, mut background, snapshot, renewal, original }: RunOptions,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
     if !dumpable {
@@ -115,9 +133,11 @@ pub fn live(
         background.named()?;
     }
     let mut ptys = Announcer::default();
+    let mut renewer = renewal.zip(session.name()).map(|(options, name)| Renewer::new(options, name));
     // Under a debugger a guest may be silent for as long as it likes, and one that goes on has opened its consoles before.
     let mut silence = (debugger.is_none() && !goes_on).then(|| Silence::of(&config)).flatten();
     let mut observers: Vec<&mut dyn Observer> = vec![&mut ptys];
+    observers.extend(renewer.as_mut().map(|renewer| renewer as &mut dyn Observer));
     observers.extend(silence.as_mut().map(|silence| silence as &mut dyn Observer));
     observers.extend(recorded.as_mut().map(|recorded| recorded as &mut dyn Observer));
     observers.extend(background.as_mut().map(|background| background as &mut dyn Observer));

@@ -185,7 +185,16 @@ impl Failure {
     /// Prints it on stderr. `spell` turns settings, which the libraries write in backquotes, into the options of the command line
     /// at hand.
     pub fn print(&self, spell: impl Fn(&str) -> Cow<'_, str>) {
-        let mut text = format!("vmm: error: {:#}\n", self.error);
+        self.say("error", spell);
+    }
+
+    /// The same where what failed is not what was asked for.
+    pub fn warn(&self, spell: impl Fn(&str) -> Cow<'_, str>) {
+        self.say("warning", spell);
+    }
+
+    fn say(&self, kind: &str, spell: impl Fn(&str) -> Cow<'_, str>) {
+        let mut text = format!("vmm: {kind}: {:#}\n", self.error);
         if let Some(hint) = &self.hint {
             text.push_str(&format!("hint: {hint}\n"));
         }

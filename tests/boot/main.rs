@@ -13,6 +13,7 @@ mod disk;
 mod firmware;
 mod fork;
 mod guest;
+mod identity;
 mod kernels;
 mod labs;
 mod life;

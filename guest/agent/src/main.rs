@@ -11,11 +11,13 @@ mod orders;
 mod output;
 mod port;
 mod process;
+mod renewal;
 mod session;
 mod users;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 
@@ -48,12 +50,15 @@ fn main() -> ExitCode {
         [b"--unix", path] => {
             listen::unix(path).map_err(|error| format!("listen on {}: {error}", path.escape_ascii()))
         }
-        // What the agent runs itself as, for each archive: its streams are then pipes like any command's.
+        // What the agent runs itself as, for each archive and renewal: its streams are then pipes like any command's.
         [process::PACK, path, name] => return archive(tar::pack(path, name, std::io::stdout())),
         [process::UNPACK, path, owners, rename] => {
             let (owners, rename) = (owners == process::YES, rename == process::YES);
             let policy = tar::Policy { owners, devices: true, rename };
             return archive(tar::unpack(std::io::stdin(), path, policy));
+        }
+        [process::RENEW, generation, machine_id] => {
+            return renewal::run(Path::new("/"), generation, machine_id == process::YES);
         }
         _ => Err(USAGE.to_owned()),
     };

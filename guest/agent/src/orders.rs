@@ -8,7 +8,7 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::ioctl::{self, Setter, opcode};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::system::{sethostname, sysinfo, uname};
-use rustix::time::{ClockId, Timespec, clock_settime};
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use std::sync::atomic::Ordering;
 use vmm_agent::protocol::{Exec, Facts, Network};
 
@@ -38,6 +38,18 @@ pub fn set_time(nanoseconds: u64) -> io::Result<()> {
         tv_nsec: (nanoseconds % SECOND) as i64,
     };
     Ok(clock_settime(ClockId::Realtime, time)?)
+}
+
+/// Sets the clock, unless it is right as far as anybody can tell: `nanoseconds` was now when the message left, which may have been on
+/// its way for a moment.
+pub fn correct_time(nanoseconds: u64) -> io::Result<()> {
+    const ON_ITS_WAY: u64 = 1_000_000_000;
+    let now = clock_gettime(ClockId::Realtime);
+    let now = u64::try_from(i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec)).unwrap_or(0);
+    match (nanoseconds..nanoseconds.saturating_add(ON_ITS_WAY)).contains(&now) {
+        true => Ok(()),
+        false => set_time(nanoseconds),
+    }
 }
 
 pub fn set_hostname(name: &[u8]) -> io::Result<()> {

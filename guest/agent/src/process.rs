@@ -26,12 +26,14 @@ use crate::users::{Database, User};
 pub const PACK: &[u8] = b"--pack";
 /// And to unpack one.
 pub const UNPACK: &[u8] = b"--unpack";
+/// And to make the guest, which is a copy, another one.
+pub const RENEW: &[u8] = b"--renew";
 /// What follows is one of these for each choice.
 pub const YES: &[u8] = b"yes";
 pub const NO: &[u8] = b"no";
 
 /// What every command gets, unless the client says otherwise.
-const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Why a command was not started.
 pub type Refusal = (Reason, String);
@@ -86,7 +88,7 @@ pub fn start(exec: &Exec) -> Result<Started, Refusal> {
     }
 }
 
-/// Starts the agent itself with `arguments`, to pack or unpack an archive.
+/// Starts the agent itself with `arguments`: to pack or unpack an archive, or for a renewal.
 pub fn start_own(arguments: &[&[u8]], stdin: bool) -> Result<Started, Refusal> {
     let mut command = Command::new("/proc/self/exe");
     command

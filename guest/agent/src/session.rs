@@ -10,7 +10,8 @@ use vmm_agent::protocol::{Decoder, Exit, Malformed, Message, Reason, Request, VE
 use crate::job::Job;
 use crate::orders;
 use crate::output::Output;
-use crate::process::{self, NO, PACK, UNPACK, YES};
+use crate::process::{self, NO, PACK, RENEW, UNPACK, YES};
+use crate::renewal;
 
 /// How long a client may take to say what it wants, and to take what is said to it at the end of a session that failed.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -178,11 +179,11 @@ fn begin(request: Request, job: &mut Option<Job>, output: &mut Output) {
     let done = |result: std::io::Result<()>, what: &str| {
         result.map_err(|error| (Reason::Refused, format!("the guest cannot {what}: {error}")))
     };
+    let said = |choice| if choice { YES } else { NO };
     let started = match request {
         Request::Exec(exec) => process::start(&exec).and_then(Job::of),
         Request::Pack { path, name } => process::start_own(&[PACK, &path, &name], false).and_then(Job::of),
         Request::Unpack { path, owners, rename } => {
-            let said = |choice| if choice { YES } else { NO };
             process::start_own(&[UNPACK, &path, said(owners), said(rename)], true).and_then(Job::of)
         }
         Request::Connect { address } => Job::connect(&address),
@@ -199,6 +200,11 @@ fn begin(request: Request, job: &mut Option<Job>, output: &mut Output) {
             let what = format!("set up {}", network.device.escape_ascii());
             return answer(done(orders::set_network(&network), &what), output);
         }
+        Request::Renew(renewal) => renewal::first(&renewal).and_then(|()| {
+            let generation = renewal::text(&renewal.generation);
+            let arguments = [RENEW, generation.as_bytes(), said(renewal.machine_id)];
+            process::start_own(&arguments, false).and_then(Job::of)
+        }),
         Request::ShutDown => return answer(done(orders::shut_down(), "power off"), output),
     };
     match started {

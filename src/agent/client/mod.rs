@@ -1,6 +1,7 @@
 //! The host's end: reaches an agent, has it do one thing, and carries the streams.
 
 mod dial;
+mod outcome;
 mod port;
 mod run;
 

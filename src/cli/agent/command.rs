@@ -2,7 +2,7 @@
 
 use clap::Subcommand;
 
-use super::{install, order};
+use super::{install, order, renewal};
 use vmm_command::{Code, Failure};
 
 /// The options of `vmm agent`.
@@ -22,6 +22,8 @@ enum Command {
     Reseed(order::Options),
     /// Set a guest's host name, until it boots anew
     Hostname(order::HostnameOptions),
+    /// Make a guest that is a copy another one: seed, clock, generation, and what its programs do about it
+    Renew(renewal::Options),
     /// Set up a network interface of a guest (IPv4), until it boots anew
     Network(order::NetworkOptions),
 }
@@ -36,6 +38,7 @@ pub fn agent(options: Options) -> Result<Code, Failure> {
         Command::Time(options) => order::time(&options),
         Command::Reseed(options) => order::reseed(&options),
         Command::Hostname(options) => order::hostname(options),
+        Command::Renew(options) => renewal::renew(&options),
         Command::Network(options) => order::network(options),
     }
 }

@@ -3,6 +3,7 @@
 pub mod command;
 mod install;
 mod order;
+pub mod renewal;
 pub mod terminal;
 
 use std::ffi::OsString;
@@ -60,17 +61,26 @@ impl Reach {
     /// # Errors
     /// There is none, or it is paused, or has no socket device.
     pub fn guest(&self, name: &str) -> Result<Guest, Failure> {
+        self.find(name)?.ok_or_else(|| {
+            let hint = "start it with one: vmm run --vsock --kernel ...";
+            let error = anyhow!("{name:?} has no vsock device, by which its agent is reached");
+            Failure::new(Code::Host, error).hint(Some(hint))
+        })
+    }
+
+    /// The same; none if it has no device by which its agent could be reached.
+    ///
+    /// # Errors
+    /// There is none, or it is paused.
+    pub fn find(&self, name: &str) -> Result<Option<Guest>, Failure> {
         let status = Client::connect(&Registry::of_user(), name)?.ask(Command::Status)?;
         if status.state == State::Paused {
             let hint = format!("let it run on: vmm resume {name}");
             return Err(Failure::new(Code::Host, anyhow!("{name:?} is paused")).hint(Some(hint)));
         }
         let port = status.ports.into_iter().find(|port| port.name == NAME).map(|port| Way::Port(port.path));
-        let Some(way) = status.vsock.map(Way::Vsock).or(status.vsock_cid.map(Way::Cid)).or(port) else {
-            let hint = "start it with one: vmm run --vsock --kernel ...";
-            let error = anyhow!("{name:?} has no vsock device, by which its agent is reached");
-            return Err(Failure::new(Code::Host, error).hint(Some(hint)));
-        };
+        let way = status.vsock.map(Way::Vsock).or(status.vsock_cid.map(Way::Cid)).or(port);
+        let Some(way) = way else { return Ok(None) };
         let now = Instant::now();
         let all = self.timeout.map_or(PATIENCE, Duration::from_secs);
         let up = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
@@ -78,12 +88,8 @@ impl Reach {
         let boot = if self.timeout.is_some() { all } else { all.saturating_sub(up) };
         let later = |time| now.checked_add(time).unwrap_or(now + PATIENCE);
         let longer = all.as_secs().saturating_mul(2).max(60);
-        Ok(Guest {
-            way,
-            patience: Patience { boot: later(boot), answer: later(all) },
-            name: name.to_owned(),
-            longer,
-        })
+        let patience = Patience { boot: later(boot), answer: later(all) };
+        Ok(Some(Guest { way, patience, name: name.to_owned(), longer }))
     }
 }
 

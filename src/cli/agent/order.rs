@@ -12,7 +12,7 @@ use vmm_agent::protocol::{Network, Request};
 use vmm_command::{Code, Failure};
 
 /// What a guest's random pool gets: 256 bits are all that it holds.
-const SEED: usize = 32;
+pub const SEED: usize = 32;
 
 /// Bytes that Linux takes for a host name (`__NEW_UTS_LEN`), and for the name of an interface (`IFNAMSIZ` less its NUL).
 const LONGEST_HOSTNAME: usize = 64;
@@ -94,7 +94,7 @@ impl Address {
 }
 
 /// A host name as RFC 1123, section 2.1, has it.
-fn hostname_of(text: &str) -> Result<String, String> {
+pub fn hostname_of(text: &str) -> Result<String, String> {
     let part = |part: &str| {
         (1..64).contains(&part.len())
             && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')

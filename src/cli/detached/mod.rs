@@ -28,12 +28,13 @@ const KEPT: Size = Size::mib(1);
 /// Names are shorter.
 const LONGEST_NAME: u64 = 256;
 
-/// Starts what this process was asked to run in another one. Prints the name of the virtual machine when it runs.
+/// Starts what this process was asked to run in another one. Prints the name of the virtual machine when it runs and `ready`, which is
+/// given the name, has returned.
 ///
 /// # Errors
-/// There can be no process. Why it does not run is told by the other one.
-pub fn start() -> Result<Code, Failure> {
-    Starting::begin(&[])?.finish()
+/// There can be no process; it does not get ready. Why it does not run is told by the other one.
+pub fn start(ready: impl FnOnce(&str) -> Result<(), Failure>) -> Result<Code, Failure> {
+    Starting::begin(&[])?.finish(ready)
 }
 
 /// A process that starts a virtual machine in the background.
@@ -55,18 +56,19 @@ impl Starting {
         Ok(Self(command.spawn().map_err(failed)?))
     }
 
-    /// Waits until the virtual machine runs, and prints its name.
+    /// Waits until the virtual machine runs and `ready`, which is given its name, has returned, and prints the name.
     ///
     /// # Errors
-    /// The name cannot be printed. Why the virtual machine does not run is told by its process.
-    pub fn finish(mut self) -> Result<Code, Failure> {
+    /// It does not get ready; the name cannot be printed. Why the virtual machine does not run is told by its process.
+    pub fn finish(mut self, ready: impl FnOnce(&str) -> Result<(), Failure>) -> Result<Code, Failure> {
         let mut name = String::new();
         if let Some(said) = self.0.stdout.take() {
             BufReader::new(said.take(LONGEST_NAME)).read_line(&mut name).map_err(failed)?;
         }
         if name.ends_with('\n') {
-            // Who cannot be told the name by one way needs it by the other.
             let name = name.trim_end();
+            ready(name)?;
+            // Who cannot be told the name by one way needs it by the other.
             print(&format!("{name}\n")).map_err(|failure| {
                 failure.hint(Some(format!("{name:?} runs all the same; to end it: vmm stop {name}")))
             })?;

@@ -195,6 +195,11 @@ impl<'a> Session<'a> {
         self.orders() > self.orders
     }
 
+    /// The name under which it is controlled.
+    pub fn name(&self) -> Option<&str> {
+        self.controlled.as_ref().map(|controlled| controlled.running.name())
+    }
+
     /// Tells those who wait for the end of the run that this process will exit with `status`. They hear it when the session is
     /// dropped.
     pub fn will_exit(&self, status: u8) {

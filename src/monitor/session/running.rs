@@ -95,6 +95,11 @@ impl Running {
         Self { started, status, original, now, viewers, orders, killed_status, keeper }
     }
 
+    /// Under which it is registered.
+    pub fn name(&self) -> &str {
+        &self.status.name
+    }
+
     /// The machine is built: what was asked for meanwhile reaches it now.
     pub fn built(&self, machine: Handle, ptys: Vec<Pty>) {
         let mut now = self.now();

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use vmm_agent::client::Session;
-use vmm_agent::protocol::{Decoder, Exit, Facts, Message, Network, Reason, Request, VERSION};
+use vmm_agent::protocol::{Decoder, Exit, Facts, Message, Network, Reason, Request, Stream, VERSION};
 
 use super::Guest;
 use crate::place::*;
@@ -29,6 +29,11 @@ fn guest(answer: Message<'static>) -> (Guest, Receiver<Request>) {
                         Message::Hello { nonce, .. } => Message::Hello { version: VERSION, nonce },
                         Message::Request(Request::Facts) => Message::Facts(Facts::default()),
                         Message::Request(request) => {
+                            if matches!(request, Request::Renew(_)) {
+                                let complaint = Message::Data(Stream::Stderr, b"10-a: exit status: 3\n");
+                                let first = [Message::Started.to_vec(), complaint.to_vec()].concat();
+                                theirs.write_all(&first).unwrap();
+                            }
                             asked.send(request).unwrap();
                             answer.clone()
                         }
@@ -75,6 +80,27 @@ fn a_guest_is_told_the_time_a_seed_its_name_and_its_network() {
     };
     let arguments = "agent network web 10.0.2.16/24 --gateway 10.0.2.2 --dns 10.0.2.3 --device ens3";
     assert_eq!(asked(arguments), Request::SetNetwork(all));
+}
+
+#[test]
+fn a_copy_gets_another_generation_and_seed_each_time_and_names_if_that_is_asked_for() {
+    let (guest, requests) = guest(Message::Exit(Exit::Code(0)));
+    let asked = |options: &str| {
+        let output = guest.vmm(&format!("agent renew web {options}"));
+        assert!(output.status.success(), "{options}: {}", text(&output.stderr));
+        let Request::Renew(renewal) = requests.try_recv().unwrap() else { panic!("another request") };
+        renewal
+    };
+    let (one, two) = (asked(""), asked("--hostname copy --machine-id"));
+    assert!(one.generation != two.generation && one.seed != two.seed && two.time > one.time);
+    assert_eq!((one.seed.len(), &*one.hostname, one.machine_id), (32, &b""[..], false));
+    assert_eq!((two.seed.len(), &*two.hostname, two.machine_id), (32, &b"copy"[..], true));
+}
+
+#[test]
+fn what_fails_in_a_copy_is_told() {
+    let (guest, _requests) = guest(Message::Exit(Exit::Code(1)));
+    refused(&guest.place, "agent renew web", HOST, &["10-a: exit status: 3"]);
 }
 
 #[test]

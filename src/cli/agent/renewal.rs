@@ -1,0 +1,144 @@
+//! A guest that is a copy is made another one by its agent: `vmm agent renew`, and what `vmm restore` does by itself.
+
+use std::io;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, anyhow};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use super::order::{SEED, hostname_of};
+use super::{Guest, PATIENCE, Reach};
+use vmm_agent::client::Error;
+use vmm_agent::protocol::{Exit, GENERATION, Renewal, Request};
+use vmm_command::{Code, Failure};
+use vmm_monitor::api;
+use vmm_monitor::api::client::Client;
+use vmm_monitor::api::protocol::Command;
+use vmm_monitor::api::registry::Registry;
+
+/// What else than its seed, its clock and its generation is to be another.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Changes {
+    /// Give the guest this host name, until it boots anew
+    #[arg(long, value_name = "HOSTNAME", value_parser = hostname_of)]
+    hostname: Option<String>,
+    /// Give the guest another machine ID: a new /etc/machine-id
+    #[arg(long)]
+    machine_id: bool,
+}
+
+/// The options of `vmm agent renew`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    reach: Reach,
+    #[command(flatten)]
+    changes: Changes,
+    /// The virtual machine's name, as vmm list shows it
+    name: String,
+}
+
+/// The options of `vmm restore`.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct RestoreOptions {
+    /// Kill it if the agent in its guest does not make it another machine (seed, clock, programs in /etc/vmm/generation.d), which is
+    /// else a warning, and nothing where there is no agent; with -d, print its name only then
+    #[arg(long)]
+    renew: bool,
+    /// Give its guest this host name; implies --renew
+    #[arg(long, value_name = "HOSTNAME", value_parser = hostname_of)]
+    hostname: Option<String>,
+    /// Give its guest another machine ID: a new /etc/machine-id; implies --renew
+    #[arg(long)]
+    machine_id: bool,
+}
+
+/// `vmm agent renew`.
+///
+/// # Errors
+/// There is no agent, or not all was done.
+pub fn renew(options: &Options) -> Result<Code, Failure> {
+    let guest = options.reach.guest(&options.name)?;
+    tell(&guest, &options.changes, guest.patience.answer)?;
+    Ok(Code::Success)
+}
+
+impl RestoreOptions {
+    /// Whether a machine is of no use without it.
+    pub fn is_required(&self) -> bool {
+        self.renew || self.hostname.is_some() || self.machine_id
+    }
+
+    /// Has the agent of `name`, which was just restored, make it another machine. A machine whose agent does not, though that was asked
+    /// for, is killed.
+    ///
+    /// # Errors
+    /// There is an agent, or was to be one, and not all was done.
+    pub fn apply(&self, name: &str) -> Result<(), Failure> {
+        match self.tell(name) {
+            Err(failure) if self.is_required() => {
+                // Unless it has ended meanwhile.
+                let client = Client::connect(&Registry::of_user(), name);
+                let _ = client.and_then(|mut client| client.ask(Command::Kill));
+                Err(failure)
+            }
+            Err(failure) if is_nobody_there(&failure) => Ok(()),
+            told => told,
+        }
+    }
+
+    fn tell(&self, name: &str) -> Result<(), Failure> {
+        let reach = Reach::default();
+        let guest = match self.is_required() {
+            true => reach.guest(name)?,
+            // One that has booted has its agent now, or has none.
+            false => match reach.find(name)? {
+                Some(guest) => guest.again(),
+                None => return Ok(()),
+            },
+        };
+        let changes = Changes { hostname: self.hostname.clone(), machine_id: self.machine_id };
+        tell(&guest, &changes, Instant::now() + PATIENCE)
+    }
+}
+
+/// There is no agent, or the machine has ended.
+fn is_nobody_there(failure: &Failure) -> bool {
+    let has_agent = !matches!(failure.cause(), Some(Error::NobodyListens(_)));
+    !has_agent || matches!(failure.cause(), Some(api::Error::NoSuchVm(_)))
+}
+
+/// Has the agent of `guest` do it by `deadline`.
+fn tell(guest: &Guest, changes: &Changes, deadline: Instant) -> Result<(), Failure> {
+    // So that what was waited for the agent is not missing in the time. The first connection after a restore may meet the reset of those
+    // that the saved machine had.
+    let facts = guest.facts().or_else(|error| match error {
+        Error::Lost(_) => guest.facts(),
+        error => Err(error),
+    });
+    facts.map_err(|error| guest.failure(error))?;
+    let (generation, seed) = (random::<GENERATION>()?, random::<SEED>()?.to_vec());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let time = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+    let hostname = changes.hostname.clone().unwrap_or_default().into_bytes();
+    let renewal = Renewal { generation, time, seed, hostname, machine_id: changes.machine_id };
+    let session = guest.start(Request::Renew(renewal)).map_err(|error| guest.failure(error))?;
+    match session.outcome(deadline).map_err(|error| guest.failure(error))? {
+        (Exit::Code(0), _) => Ok(()),
+        (_, complaints) => {
+            let complaints = complaints.lines().collect::<Vec<_>>().join("; ");
+            let error = anyhow!("the guest is not another machine in all: {complaints}");
+            let hint =
+                format!("put that right in it, and have it done once more: vmm agent renew {}", guest.name);
+            Err(Failure::new(Code::Host, error).hint(Some(hint)))
+        }
+    }
+}
+
+/// Bytes of the host's generator.
+fn random<const N: usize>() -> Result<[u8; N], Failure> {
+    let mut bytes = [0; N];
+    let got = getrandom(&mut bytes, GetRandomFlags::empty()).map_err(io::Error::from);
+    let all = got.and_then(|got| if got == N { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) });
+    all.context("cannot read random bytes of the host").map_err(|error| Failure::new(Code::Host, error))
+}
