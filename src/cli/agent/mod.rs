@@ -138,6 +138,11 @@ impl Guest {
         }
     }
 
+    /// The same guest, which has booted: what refuses is not there.
+    pub fn booted(self) -> Self {
+        Self { patience: Patience { boot: Instant::now(), ..self.patience }, ..self }
+    }
+
     /// The same guest for a connection that is made now, by whoever runs on.
     pub fn again(&self) -> Self {
         let now = Instant::now();

@@ -1,20 +1,23 @@
 //! A guest that is a copy is made another one by its agent: `vmm agent renew`, and what `vmm restore` does by itself.
 
 use std::io;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::order::{SEED, hostname_of};
-use super::{Guest, PATIENCE, Reach};
+use super::{Guest, Reach};
 use vmm_agent::client::Error;
-use vmm_agent::protocol::{Exit, GENERATION, Renewal, Request};
+use vmm_agent::protocol::{Exit, GENERATION, Reason, Renewal, Request};
 use vmm_command::{Code, Failure};
 use vmm_monitor::api;
 use vmm_monitor::api::client::Client;
 use vmm_monitor::api::protocol::Command;
 use vmm_monitor::api::registry::Registry;
+
+/// For a guest that was just restored to be another machine: it may be slow at first, as its memory comes from a disk.
+const FOR_COPIES: Duration = Duration::from_secs(60);
 
 /// What else than its seed, its clock and its generation is to be another.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -59,7 +62,7 @@ pub struct RestoreOptions {
 /// There is no agent, or not all was done.
 pub fn renew(options: &Options) -> Result<Code, Failure> {
     let guest = options.reach.guest(&options.name)?;
-    tell(&guest, &options.changes, guest.patience.answer)?;
+    tell(&guest, &options.changes)?;
     Ok(Code::Success)
 }
 
@@ -88,17 +91,17 @@ impl RestoreOptions {
     }
 
     fn tell(&self, name: &str) -> Result<(), Failure> {
-        let reach = Reach::default();
+        let reach = Reach { timeout: Some(FOR_COPIES.as_secs()) };
         let guest = match self.is_required() {
             true => reach.guest(name)?,
             // One that has booted has its agent now, or has none.
             false => match reach.find(name)? {
-                Some(guest) => guest.again(),
+                Some(guest) => guest.booted(),
                 None => return Ok(()),
             },
         };
         let changes = Changes { hostname: self.hostname.clone(), machine_id: self.machine_id };
-        tell(&guest, &changes, Instant::now() + PATIENCE)
+        tell(&guest, &changes)
     }
 }
 
@@ -108,8 +111,8 @@ fn is_nobody_there(failure: &Failure) -> bool {
     !has_agent || matches!(failure.cause(), Some(api::Error::NoSuchVm(_)))
 }
 
-/// Has the agent of `guest` do it by `deadline`.
-fn tell(guest: &Guest, changes: &Changes, deadline: Instant) -> Result<(), Failure> {
+/// Has the agent of `guest` do it.
+fn tell(guest: &Guest, changes: &Changes) -> Result<(), Failure> {
     // So that what was waited for the agent is not missing in the time. The first connection after a restore may meet the reset of those
     // that the saved machine had.
     let facts = guest.facts().or_else(|error| match error {
@@ -122,14 +125,18 @@ fn tell(guest: &Guest, changes: &Changes, deadline: Instant) -> Result<(), Failu
     let time = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
     let hostname = changes.hostname.clone().unwrap_or_default().into_bytes();
     let renewal = Renewal { generation, time, seed, hostname, machine_id: changes.machine_id };
-    let session = guest.start(Request::Renew(renewal)).map_err(|error| guest.failure(error))?;
-    match session.outcome(deadline).map_err(|error| guest.failure(error))? {
+    let session = guest.start(Request::Renew(renewal)).map_err(|error| {
+        let is_old = matches!(error, Error::Failed { reason: Reason::Protocol, .. });
+        guest
+            .failure(error)
+            .hint(is_old.then_some("the agent in the guest may be older than this: vmm agent install"))
+    })?;
+    match session.outcome(guest.patience.answer).map_err(|error| guest.failure(error))? {
         (Exit::Code(0), _) => Ok(()),
         (_, complaints) => {
             let complaints = complaints.lines().collect::<Vec<_>>().join("; ");
             let error = anyhow!("the guest is not another machine in all: {complaints}");
-            let hint =
-                format!("put that right in it, and have it done once more: vmm agent renew {}", guest.name);
+            let hint = "put that right in the guest: docs/agent.md has what is done there";
             Err(Failure::new(Code::Host, error).hint(Some(hint)))
         }
     }
