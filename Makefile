@@ -14,7 +14,7 @@ SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers;
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
 .PHONY: run test lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips bench bench-net bench-net-counted tuned bench-compare weight \
-	start-order tools build compilers vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole snapshot-whole clean-guests
+	start-order tools build compilers vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole snapshot-whole copies clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -213,6 +213,13 @@ plug-whole:
 	@cargo guest bundle --out $(GUESTS) --only stock --only cloud-6.12 --only generic-6.1 --only generic-6.12
 	@cargo build --quiet --package rig
 	@$(call whole,plug,$(PLUG_WHOLE))
+
+# Copies of a machine whose kernel is another of Debian's. Minutes in the rig; no part of `make test`.
+copies:
+	@cargo guest bundle --out $(GUESTS) --only cloud-6.12 --only generic-6.1 --only generic-6.12
+	@cargo build --quiet --package rig
+	@boot=$$(cargo test --no-run --package vmm --test boot 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p'); \
+	VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 1800 -- "$$boot" identity:: --ignored
 
 # Each driver of a device on the PCI bus unbound and bound 200 times with traffic, in Debian's kernel; and the bus without ACPI. Half an
 # hour in the rig; no part of `make test`.

@@ -12,6 +12,7 @@ use vmm_command::{Code, Failure};
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::snapshot::{self, Parts, Snapshot};
 
+use super::agent::renewal::CopyOptions;
 use super::control::connect;
 use super::detached::Starting;
 use super::flags::with_flags;
@@ -48,6 +49,8 @@ pub struct Options {
     #[arg(long, hide = true, value_delimiter = ',')]
     parts: Vec<u32>,
     #[command(flatten)]
+    renewal: CopyOptions,
+    #[command(flatten)]
     options: options::Options,
 }
 
@@ -66,6 +69,7 @@ pub fn fork(mut options: Options) -> Result<Code, Failure> {
     if let Ok(parts) = options.parts.as_slice().try_into() {
         let snapshot = child(Snapshot::of(Parts::inherited(parts)?)?, &options.options)?;
         (options.options.snapshot, options.options.name) = (Some(snapshot), options.called);
+        options.options.renewal = Some(options.renewal);
         return run::run(options.options);
     }
     let parts = match options.source.contains('/') {
@@ -81,7 +85,7 @@ pub fn fork(mut options: Options) -> Result<Code, Failure> {
     let mut children = Vec::new();
     let begun = for_each(names, |name| begin(name).map(|child| children.push(child)));
     let run = children.into_iter().map(|child| {
-        child.finish().unwrap_or_else(|failure| {
+        child.finish(|name| options.renewal.await_required(name)).unwrap_or_else(|failure| {
             failure.print(with_flags);
             failure.code
         })

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
-use super::agent::renewal::RestoreOptions;
+use super::agent::renewal::CopyOptions;
 use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
@@ -152,7 +152,7 @@ pub struct Options {
     pub snapshot: Option<Snapshot>,
     /// What the agent of a guest that goes on is to do.
     #[arg(skip)]
-    pub renewal: Option<RestoreOptions>,
+    pub renewal: Option<CopyOptions>,
     /// Seconds that the guest has to power off after SIGTERM, SIGINT or vmm stop, before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stop_timeout: u64,

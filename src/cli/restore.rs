@@ -8,7 +8,7 @@ use vmm_command::Failure;
 use vmm_monitor::session::{Built, End, Observer};
 use vmm_monitor::snapshot::Snapshot;
 
-use super::agent::renewal::RestoreOptions;
+use super::agent::renewal::CopyOptions;
 use super::flags::with_flags;
 use super::options;
 
@@ -32,7 +32,7 @@ pub struct Options {
     #[arg(value_name = "FOLDER")]
     snapshot: PathBuf,
     #[command(flatten)]
-    renewal: RestoreOptions,
+    renewal: CopyOptions,
     #[command(flatten)]
     options: options::Options,
 }
@@ -55,11 +55,11 @@ impl Options {
 }
 
 /// Has the agent of the guest make it another machine as soon as it runs. On a thread: the run waits for no guest.
-pub struct Renewer(Option<(RestoreOptions, String)>);
+pub struct Renewer(Option<(CopyOptions, String)>);
 
 impl Renewer {
     /// For the session of this name.
-    pub fn new(options: RestoreOptions, name: &str) -> Self {
+    pub fn new(options: CopyOptions, name: &str) -> Self {
         Self(Some((options, name.to_owned())))
     }
 }

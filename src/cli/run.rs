@@ -16,7 +16,7 @@ use vmm_trace::debug::gdb;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
 
-use super::agent::renewal::RestoreOptions;
+use super::agent::renewal::CopyOptions;
 use super::detached::{self, Background};
 use super::flags;
 use super::options::Options;
@@ -33,7 +33,7 @@ pub struct RunOptions {
     /// What it goes on from.
     snapshot: Option<Snapshot>,
     /// What its agent is to do then.
-    renewal: Option<RestoreOptions>,
+    renewal: Option<CopyOptions>,
     /// The configuration before it was fitted to this process, if that changed it.
     original: Option<VmConfig>,
 }
@@ -74,10 +74,7 @@ impl RunOptions {
 pub fn run(mut options: Options) -> Result<Code, Failure> {
     let renewal = options.renewal.take();
     if options.detach && !options.detached {
-        return detached::start(|name| match renewal.filter(RestoreOptions::is_required) {
-            Some(renewal) => renewal.apply(name),
-            None => Ok(()),
-        });
+        return detached::start(|name| renewal.map_or(Ok(()), |renewal| renewal.await_required(name)));
     }
     let (mut run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
     let gdb = options.gdb.clone();

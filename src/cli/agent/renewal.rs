@@ -41,9 +41,9 @@ pub struct Options {
     name: String,
 }
 
-/// The options of `vmm restore`.
+/// The options of `vmm restore` and `vmm fork`.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub struct RestoreOptions {
+pub struct CopyOptions {
     /// Kill it if the agent in its guest does not make it another machine (seed, clock, programs in /etc/vmm/generation.d), which is
     /// else a warning, and nothing where there is no agent; with -d, print its name only then
     #[arg(long)]
@@ -66,7 +66,7 @@ pub fn renew(options: &Options) -> Result<Code, Failure> {
     Ok(Code::Success)
 }
 
-impl RestoreOptions {
+impl CopyOptions {
     /// Whether a machine is of no use without it.
     pub fn is_required(&self) -> bool {
         self.renew || self.hostname.is_some() || self.machine_id
@@ -88,6 +88,14 @@ impl RestoreOptions {
             Err(failure) if is_nobody_there(&failure) => Ok(()),
             told => told,
         }
+    }
+
+    /// The same for who waits for what is required alone.
+    ///
+    /// # Errors
+    /// As for [`CopyOptions::apply`].
+    pub fn await_required(&self, name: &str) -> Result<(), Failure> {
+        if self.is_required() { self.apply(name) } else { Ok(()) }
     }
 
     fn tell(&self, name: &str) -> Result<(), Failure> {
