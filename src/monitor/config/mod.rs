@@ -4,6 +4,7 @@
 //! it and from nothing else. Field names are the command line's. A part that the command line writes as
 //! `--mem 512M,prefault` may be written in JSON as that same string or as an object. Opens no file itself.
 
+mod disk;
 mod firmware;
 pub mod host_path;
 pub(crate) mod kernel;
@@ -19,6 +20,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use disk::{Disk, ImageFormat, Overlay};
 pub use firmware::Firmware;
 pub use kernel::Kernel;
 pub use net::{Mac, Net, NetTarget, dump as net_dump};
@@ -120,7 +122,7 @@ impl VmConfig {
             _ => None,
         });
         let inputs = kernel.iter_mut().chain(initrd).chain(option_rom).chain(firmware);
-        let devices = disk.iter_mut().map(|disk| &mut disk.path).chain(net);
+        let devices = disk.iter_mut().flat_map(Disk::paths).chain(net);
         let devices = devices.chain(vsock.iter_mut().filter_map(|vsock| vsock.path.as_mut()));
         let ends = self.console.0.iter_mut().chain([&mut self.serial]);
         let ends = ends.chain(self.port.iter_mut().map(|port| &mut port.to)).filter_map(|end| match end {
@@ -249,36 +251,6 @@ impl Default for Cpus {
     fn default() -> Self {
         Self(1)
     }
-}
-
-/// A disk: `path=FILE[,readonly][,format=raw][,serial=TEXT][,block-size=512|4096]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Disk {
-    /// Raw image file or block device.
-    #[serde(with = "host_path")]
-    pub path: PathBuf,
-    /// Refuse writes.
-    #[serde(default, deserialize_with = "text::flag")]
-    pub readonly: bool,
-    /// What the image is. Absent: a raw one, if nothing in it says otherwise.
-    #[serde(default)]
-    pub format: Option<ImageFormat>,
-    /// What the guest reads as the disk's serial number: at most 20 bytes.
-    #[serde(default)]
-    pub serial: Option<String>,
-    /// Logical block size. Absent: 512.
-    #[serde(default)]
-    pub block_size: Option<Size>,
-}
-
-/// A disk image's format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ImageFormat {
-    /// Byte for byte what the guest sees, also where that begins like another format: a guest can write what
-    /// it likes.
-    Raw,
 }
 
 /// Where hvc0 goes. Absent: the monitor's own stdin and stdout, unless the serial port took them.
@@ -426,21 +398,7 @@ impl VmConfig {
                 );
             }
         }
-        for disk in &self.disk {
-            let path = disk.path.display();
-            if disk.serial.as_ref().is_some_and(|s| s.len() > 20 || !s.is_ascii()) {
-                return invalid(
-                    format!("disk {path}: the serial number is not 1 to 20 ASCII characters"),
-                    "shorten it: serial=root-1",
-                );
-            }
-            if disk.block_size.is_some_and(|s| ![512, 4096].contains(&s.bytes())) {
-                return invalid(
-                    format!("disk {path}: unsupported block size"),
-                    "use block-size=512 or block-size=4096",
-                );
-            }
-        }
+        self.disk.iter().try_for_each(Disk::validate)?;
         net::validate(&self.net)?;
         if self.net_dump.is_some()
             && let Some(net) = self.net.iter().find(|net| net.is_served_elsewhere())

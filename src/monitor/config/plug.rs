@@ -35,12 +35,14 @@ impl Plug {
     /// # Errors
     /// There is none.
     pub fn make_absolute(&mut self) -> std::io::Result<()> {
-        let path = match self {
-            Self::Disk(disk) => &mut disk.path,
-            Self::Net(Net { to: NetTarget::Socket(path) | NetTarget::VhostUser(path), .. }) => path,
-            Self::Net(_) => return Ok(()),
+        let paths = match self {
+            Self::Disk(disk) => disk.paths().collect(),
+            Self::Net(Net { to: NetTarget::Socket(path) | NetTarget::VhostUser(path), .. }) => vec![path],
+            Self::Net(_) => Vec::new(),
         };
-        *path = std::path::absolute(&*path)?;
+        for path in paths {
+            *path = std::path::absolute(&*path)?;
+        }
         Ok(())
     }
 }
@@ -67,7 +69,8 @@ impl fmt::Display for Plug {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Disk(disk) => {
-                write!(f, "disk={}{}", disk.path.display(), if disk.readonly { ",readonly" } else { "" })
+                write!(f, "disk={}{}", disk.path.display(), if disk.readonly { ",readonly" } else { "" })?;
+                disk.overlay.iter().try_for_each(|overlay| write!(f, ",{overlay}"))
             }
             Self::Net(net) => write!(f, "net={}", net.to),
         }

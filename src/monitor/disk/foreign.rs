@@ -1,9 +1,12 @@
 //! Image formats that are not raw, by their marks: to be refused, and never to be interpreted. A guest can
-//! write any of these into the first sector of a raw disk; whoever says that a disk is raw is believed.
+//! write any of these into the first sector of a raw disk; whoever says that a disk is raw is believed. An overlay of ours alone
+//! is none either.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+
+use super::overlay;
 
 /// What an image is, where it is not raw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,7 +16,7 @@ pub struct Foreign {
     how: How,
 }
 
-/// How a raw image is made of it.
+/// How a raw image is made of it, by a command that can be pasted into a shell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum How {
     /// qemu-img knows it.
@@ -22,10 +25,13 @@ enum How {
     Stream(&'static str),
     /// It is an archive: the command that unpacks it and keeps what was packed.
     Unpack(&'static str),
+    /// By itself it is no disk.
+    Over,
 }
 
 /// Offset of a mark (counted from the end if negative), the mark, and what has it.
-const MARKS: [(i64, &[u8], Foreign); 20] = [
+const MARKS: [(i64, &[u8], Foreign); 21] = [
+    (0, &overlay::MAGIC, Foreign { name: "an overlay", how: How::Over }),
     (0, b"QFI\xfb", convert("qcow2")),
     (0, b"QED\0", convert("qed")),
     (0, b"KDMV", convert("vmdk")),
@@ -75,8 +81,8 @@ impl Foreign {
         MARKS.iter().find(is).map(|(_, _, found)| *found)
     }
 
-    /// What makes it raw, to be pasted into a shell.
-    pub fn command(&self, path: &Path) -> String {
+    /// What to do with it.
+    pub fn advice(&self, path: &Path) -> String {
         let path = path.display().to_string();
         let plain = |c: char| c.is_ascii_alphanumeric() || "/._+-".contains(c);
         let quoted = |path: &str| match path.chars().all(plain) {
@@ -85,13 +91,20 @@ impl Foreign {
         };
         match self.how {
             How::Convert => {
-                format!("qemu-img convert -O raw {} {}", quoted(&path), quoted(&format!("{path}.raw")))
+                format!(
+                    "convert it: qemu-img convert -O raw {} {}",
+                    quoted(&path),
+                    quoted(&format!("{path}.raw"))
+                )
             }
             // By its standard input: not every tool takes a name that it would not have given.
             How::Stream(command) => {
-                format!("{command} <{} >{}", quoted(&path), quoted(&format!("{path}.raw")))
+                format!("convert it: {command} <{} >{}", quoted(&path), quoted(&format!("{path}.raw")))
             }
-            How::Unpack(command) => format!("{command} {}", quoted(&path)),
+            How::Unpack(command) => format!("convert it: {command} {}", quoted(&path)),
+            How::Over => {
+                format!("name it with the image that it is over: path=IMAGE,overlay={}", quoted(&path))
+            }
         }
     }
 }

@@ -1,10 +1,13 @@
 //! Disks as a front end sees them: submit, then collect completions. Knows no virtio.
 //!
-//! A back end (raw file, later image formats and faster engines) implements [`Disk`]; virtio-blk is one front end.
+//! A back end ([`Raw`], later faster engines) implements [`Disk`]; virtio-blk is one front end. Where a disk's bytes are, in its
+//! image or in an overlay over it, the back end's `Image` knows.
 
 mod foreign;
 mod image;
+mod overlay;
 mod raw;
+mod store;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -12,8 +15,10 @@ use std::path::PathBuf;
 
 use crate::config::host_path::quoted;
 use crate::memory::Buffers;
+use crate::output;
 
 pub use foreign::Foreign;
+pub use overlay::{Base, Unfit};
 pub use raw::{Images, Raw};
 
 /// Why a disk could not be opened.
@@ -74,6 +79,42 @@ pub enum Error {
         /// The device's own.
         native: u32,
     },
+    /// An overlay's map would be too large.
+    #[error("disk image {path} has {size} bytes, and one with an overlay can have {most}", path = path.display())]
+    TooLarge {
+        /// The image.
+        path: PathBuf,
+        /// Its bytes.
+        size: u64,
+        /// The most.
+        most: u64,
+    },
+    /// The host refused it.
+    #[error("cannot open overlay {path}", path = path.display())]
+    Overlay {
+        /// The overlay.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// It does not belong to the image.
+    #[error("overlay {path} cannot be used: {unfit}", path = path.display())]
+    Unfit {
+        /// The overlay.
+        path: PathBuf,
+        /// Why.
+        unfit: Unfit,
+    },
+    /// There is no place for an overlay without a name.
+    #[error("cannot make a temporary overlay in {folder}", folder = folder.display())]
+    Temporary {
+        /// Where.
+        folder: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl Error {
@@ -100,16 +141,25 @@ impl Error {
             Self::Busy { .. } => "what stores the image does not answer: start again when it does".to_owned(),
             Self::NotAnImage { .. } => "use a raw disk image or a block device".to_owned(),
             Self::Foreign { path, format } => {
-                let command = format.command(path);
-                format!(
-                    "convert it: {command}; if it is a raw disk that only looks like that, add ,format=raw"
-                )
+                let advice = format.advice(path);
+                format!("{advice}; if it is a raw disk that only looks like that, add ,format=raw")
             }
             Self::Size { path, size, block_size } => {
                 let round = size.next_multiple_of(u64::from(*block_size)).max(1 << 20);
                 format!("if it is a raw image, grow it: truncate -s {round} {}", quoted(path))
             }
             Self::BlockSize { native, .. } => format!("use block-size={native} or a larger power of two"),
+            Self::TooLarge { path, .. } => {
+                format!("make a copy to write to: cp --sparse=always {0} {0}.copy", quoted(path))
+            }
+            Self::Overlay { path, source } => output::hint(path, source, "disk.overlay"),
+            Self::Unfit { unfit, .. } => unfit.hint().to_owned(),
+            Self::Temporary { folder, .. } => {
+                format!(
+                    "have TMPDIR name a folder where you may write and there is room: ls -ld {0}; df {0}",
+                    quoted(folder)
+                )
+            }
         })
     }
 }

@@ -22,6 +22,10 @@ const THREADS: usize = 2;
 /// A disk that is dropped waits for its threads this long. One that hangs keeps its thread, and what that
 /// has, to itself.
 const LAST_WAIT: Duration = Duration::from_millis(500);
+/// The same if what the guest wrote and did not flush would be lost.
+const LAST_FLUSH: Duration = Duration::from_secs(10);
+/// The tag of a flush that is the disk's own.
+const NOBODY: u16 = u16::MAX;
 
 /// An open raw image.
 #[derive(Debug)]
@@ -169,9 +173,19 @@ impl Disk for Raw {
 impl Drop for Raw {
     fn drop(&mut self) {
         let mut work = self.shared.work();
+        let mut wait = LAST_WAIT;
+        // What was written since the last flush is for the next run, too, as it is where there is no overlay.
+        if work.begun == 0 && !self.threads.is_empty() && self.shared.image.is_unsaved() {
+            if work.held {
+                work.queue.clear();
+                work.held = false;
+            }
+            work.queue.push_back((NOBODY, Io::Flush));
+            wait = LAST_FLUSH;
+        }
         work.closing = true;
         self.shared.arrived.notify_all();
-        let end = Instant::now() + LAST_WAIT;
+        let end = Instant::now() + wait;
         // Who held it has waited already.
         while work.begun > 0 || (!work.held && !work.queue.is_empty()) {
             let left = end.saturating_duration_since(Instant::now());
@@ -244,7 +258,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        let config = config::Disk { path, readonly: false, format: None, serial: None, block_size: None };
+        let config = config::Disk {
+            path,
+            readonly: false,
+            overlay: None,
+            format: None,
+            serial: None,
+            block_size: None,
+        };
         let mut raw = Raw::open(&config).unwrap();
         let shared = Arc::get_mut(&mut raw.shared).unwrap();
         Arc::get_mut(&mut shared.image).unwrap().sync = |file| {
@@ -279,7 +300,14 @@ mod tests {
         let image = disk.shared.image.clone();
         let mut images = Images(BTreeMap::from([(0, image.clone())]));
         let path = "not opened again".into();
-        let config = config::Disk { path, readonly: false, format: None, serial: None, block_size: None };
+        let config = config::Disk {
+            path,
+            readonly: false,
+            overlay: None,
+            format: None,
+            serial: None,
+            block_size: None,
+        };
         let closed = GATE.lock().unwrap();
         disk.submit(1, Io::Flush);
         let end = Instant::now() + Duration::from_secs(10);

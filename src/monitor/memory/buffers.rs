@@ -78,6 +78,18 @@ impl Buffers {
         back
     }
 
+    /// Takes the first `len` bytes off as buffers of their own; all of them if there are fewer.
+    pub fn split_off_front(&mut self, len: usize) -> Self {
+        let mut front = Self::empty(self.ram.clone());
+        // Only what it calls could fail.
+        let _ = self.consume(len, |_, address, part| {
+            front.ranges.push((address, part.len()));
+            front.left += part.len();
+            Ok(())
+        });
+        front
+    }
+
     /// The memory as host slices, in order, for vectored I/O. They live as long as the RAM that `self` shares.
     pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
         // get_slice succeeded in push and RAM never shrinks, so nothing is left out.
@@ -168,5 +180,15 @@ mod tests {
         assert_eq!((front.len(), back.len()), (2, 3));
         assert_eq!(back.slices().map(|s| s.len()).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(front.split_off_back(9).len(), 2);
+    }
+
+    #[test]
+    fn splits_from_the_front() {
+        let mut back = buffers();
+        let front = back.split_off_front(4);
+        assert_eq!((front.len(), back.len()), (4, 1));
+        assert_eq!(front.slices().map(|s| s.len()).collect::<Vec<_>>(), [3, 1]);
+        assert_eq!(back.slices().map(|s| s.len()).collect::<Vec<_>>(), [1]);
+        assert_eq!((back.split_off_front(9).len(), back.len()), (1, 0));
     }
 }

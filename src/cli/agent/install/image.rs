@@ -71,7 +71,14 @@ pub fn install(path: &Path, program: &[u8]) -> Result<Init, Failure> {
 }
 
 fn config(path: &Path) -> Config {
-    Config { path: path.to_owned(), readonly: false, format: None, serial: None, block_size: None }
+    Config {
+        path: path.to_owned(),
+        readonly: false,
+        overlay: None,
+        format: None,
+        serial: None,
+        block_size: None,
+    }
 }
 
 fn unusable(path: &Path, error: disk::Error) -> Failure {
@@ -80,7 +87,7 @@ fn unusable(path: &Path, error: disk::Error) -> Failure {
             "stop the virtual machine that has it (vmm list), or install from inside (docs/agent.md)"
                 .to_owned(),
         ),
-        disk::Error::Foreign { format, .. } => Some(format!("convert it: {}", format.command(path))),
+        disk::Error::Foreign { format, .. } => Some(format.advice(path)),
         // What the error itself would have one try makes a disk of it, and no guest's.
         disk::Error::Size { .. } | disk::Error::NotAnImage { .. } => {
             Some("name the raw disk image of a guest (docs/agent.md)".to_owned())
