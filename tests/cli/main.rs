@@ -14,6 +14,7 @@ mod lives;
 mod net;
 mod net_life;
 mod obeys;
+mod overlay;
 mod page;
 mod place;
 mod snapshot;

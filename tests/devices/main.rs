@@ -19,6 +19,7 @@ mod net_switch;
 mod net_traffic;
 mod net_vhost_user;
 mod on_pci;
+mod overlay;
 mod subjects;
 mod turns;
 mod vsock;

@@ -1,0 +1,218 @@
+//! Disks with an overlay, under a tiny guest that counts its runs on one.
+
+use std::fs;
+
+use crate::images::*;
+use crate::place::*;
+
+/// What the guest's end is as an exit code.
+const ENDED: i32 = 43;
+
+/// Reads the first sector of the first disk, which is a virtio-mmio device (virtio 1.3, 4.2.2), adds one to its first byte, writes it,
+/// says that byte on the serial port, and does `end`. It knows how to flush, and does not.
+fn counts_runs(end: &[u8]) -> Vec<u8> {
+    const DEVICE: u32 = 0xfe00_0000;
+    const DESCRIPTORS: u32 = 32 << 20;
+    const AVAILABLE: u32 = DESCRIPTORS + 0x1000;
+    const USED: u32 = DESCRIPTORS + 0x2000;
+    const HEADERS: u32 = DESCRIPTORS + 0x3000;
+    const BUFFER: u32 = DESCRIPTORS + 0x4000;
+    let mut code = Vec::new();
+    // mov dword [address], value
+    let store = |code: &mut Vec<u8>, address: u32, value: u32| {
+        code.extend([0xc7, 0x05]);
+        code.extend(address.to_le_bytes());
+        code.extend(value.to_le_bytes());
+    };
+    for status in [0, 1, 3] {
+        store(&mut code, DEVICE + 0x70, status);
+    }
+    // VIRTIO_BLK_F_FLUSH, and VIRTIO_F_VERSION_1.
+    for (half, features) in [(0, 1 << 9), (1, 1)] {
+        store(&mut code, DEVICE + 0x24, half);
+        store(&mut code, DEVICE + 0x20, features);
+    }
+    let queue = [(0x30, 0), (0x38, 8), (0x80, DESCRIPTORS), (0x90, AVAILABLE), (0xa0, USED), (0x44, 1)];
+    for (register, value) in [(0x70, 11)].into_iter().chain(queue).chain([(0x70, 15)]) {
+        store(&mut code, DEVICE + register, value);
+    }
+    // Both requests: type and sector; the buffer, which the device writes for the first; a status byte.
+    for request in 0..2 {
+        let header = HEADERS + 0x100 * request;
+        store(&mut code, header, request);
+        let chain = [(header, 16, 1), (BUFFER, 512, if request == 0 { 3 } else { 1 }), (header + 0x80, 1, 2)];
+        for (link, (at, length, flags)) in (3 * request..).zip(chain) {
+            let descriptor = DESCRIPTORS + 16 * link;
+            store(&mut code, descriptor, at);
+            store(&mut code, descriptor + 8, length);
+            store(&mut code, descriptor + 12, flags | (link + 1) << 16);
+        }
+    }
+    store(&mut code, AVAILABLE + 4, 3 << 16);
+    for request in 1..3u32 {
+        store(&mut code, AVAILABLE, request << 16);
+        store(&mut code, DEVICE + 0x50, 0);
+        // cmp word [USED + 2], request; jne to the cmp
+        code.extend([0x66, 0x81, 0x3d]);
+        code.extend((USED + 2).to_le_bytes());
+        code.extend((request as u16).to_le_bytes());
+        code.extend([0x75, 0xf5]);
+        if request == 1 {
+            // inc byte [BUFFER]
+            code.extend([0xfe, 0x05]);
+            code.extend(BUFFER.to_le_bytes());
+        }
+    }
+    // mov al, [BUFFER]; mov dx, 0x3f8; out dx, al
+    code.push(0xa0);
+    code.extend(BUFFER.to_le_bytes());
+    code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]);
+    code.extend(end);
+    code
+}
+
+/// A place with the guest, as `counts` and, if it is to stay when it has counted, as `stays`; an image, whose first byte is a `0`; and
+/// folders for what is temporary and for nothing.
+fn place() -> Place {
+    let place = Place::new();
+    place.file("counts", pvh_kernel(&counts_runs(&out(0xf4, 0x15))));
+    place.file("stays", pvh_kernel(&counts_runs(&HALT)));
+    place.file("base", vec![b'0'; 16 << 10]);
+    ["tmp", "folder"].into_iter().for_each(|name| fs::create_dir(place.path(name)).unwrap());
+    place
+}
+
+fn command(place: &Place, kernel: &str, disk: &str, said: &str) -> std::process::Command {
+    let mut command = place.command(&format!(
+        "--kernel {kernel} --mem 64M --debug-exit --console off --serial file={said} --disk path={disk}"
+    ));
+    command.env("TMPDIR", place.path("tmp"));
+    command
+}
+
+/// What a run says.
+#[track_caller]
+fn run(place: &Place, disk: &str) -> String {
+    let output = finish(command(place, "counts", disk, "said").spawn().unwrap());
+    assert_eq!(output.status.code(), Some(ENDED), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stderr), "");
+    fs::read_to_string(place.path("said")).unwrap()
+}
+
+/// One that has counted and stays.
+fn staying(place: &Place, disk: &str, said: &str) -> Running {
+    let running = Running::new(command(place, "stays", disk, said));
+    let end = std::time::Instant::now() + PATIENCE;
+    while fs::read(place.path(said)).unwrap_or_default().is_empty() {
+        assert!(std::time::Instant::now() < end, "it does not count");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    running
+}
+
+fn is_empty(place: &Place, folder: &str) -> bool {
+    fs::read_dir(place.path(folder)).unwrap().next().is_none()
+}
+
+#[test]
+fn an_overlay_is_thrown_away_or_kept_and_the_image_stays_as_it_is() {
+    if !has_kvm("an_overlay_is_thrown_away_or_kept_and_the_image_stays_as_it_is") {
+        return;
+    }
+    let place = place();
+    for _ in 0..2 {
+        assert_eq!(run(&place, "base,overlay"), "1");
+    }
+    // Made by the first run; nothing flushes but the end of each.
+    for count in ["1", "2", "3"] {
+        assert_eq!(run(&place, "base,overlay=kept"), count);
+    }
+    place.file(
+        "machine",
+        r#"{"kernel": "counts", "mem": "64M", "console": "off", "serial": "file=said", "debug_exit": 244,
+        "disk": [{"path": "base", "overlay": "kept"}]}"#,
+    );
+    let output = place.vmm("--config machine");
+    assert_eq!(output.status.code(), Some(ENDED), "{}", text(&output.stderr));
+    assert_eq!(fs::read_to_string(place.path("said")).unwrap(), "4");
+    assert_eq!(run(&place, "base,overlay=other"), "1");
+    assert!(fs::read(place.path("base")).unwrap().iter().all(|byte| *byte == b'0'));
+    assert!(is_empty(&place, "tmp"));
+    let plan = place.done("--kernel counts --disk path=base,overlay=kept --dry-run");
+    assert!(plan.contains(r#""overlay": "kept""#), "{plan}");
+    // Without one it is the image that counts, and no overlay belongs to it any more.
+    assert_eq!(run(&place, "base"), "1");
+    let disk = "--kernel counts --disk path=base,overlay=kept";
+    refused(&place, disk, BAD_ARGUMENT, &["overlay kept", "the image was last changed"]);
+}
+
+#[test]
+fn machines_at_once_share_an_image_and_a_killed_one_leaves_nothing() {
+    if !has_kvm("machines_at_once_share_an_image_and_a_killed_one_leaves_nothing") {
+        return;
+    }
+    let place = place();
+    let running = [
+        staying(&place, "base,overlay", "one"),
+        staying(&place, "base,overlay", "two"),
+        staying(&place, "base,overlay=kept", "three"),
+    ];
+    for said in ["one", "two", "three"] {
+        assert_eq!(fs::read(place.path(said)).unwrap(), b"1");
+    }
+    assert!(is_empty(&place, "tmp"), "also while they run");
+    for (disk, file) in [("base", "base"), ("base,overlay=kept", "kept")] {
+        let arguments = format!("--kernel counts --disk path={disk}");
+        refused(&place, &arguments, BAD_ARGUMENT, &[file, "in use by another process"]);
+    }
+    // Dropping them kills them: by SIGKILL.
+    drop(running);
+    assert!(is_empty(&place, "tmp") && fs::read(place.path("base")).unwrap() == vec![b'0'; 16 << 10]);
+    // What was not flushed is lost, as after a power failure.
+    assert_eq!(run(&place, "base,overlay=kept"), "1");
+}
+
+#[test]
+fn a_machine_that_is_ended_keeps_what_it_wrote_paused_or_not() {
+    if !has_kvm("a_machine_that_is_ended_keeps_what_it_wrote_paused_or_not") {
+        return;
+    }
+    let place = place();
+    let running = staying(&place, "base,overlay=kept --name v", "said");
+    running.signal(rustix::process::Signal::HUP);
+    assert_eq!(running.finish().status.code(), Some(KILLED));
+    let running = staying(&place, "base,overlay=kept --name v", "second");
+    assert_eq!(fs::read(place.path("second")).unwrap(), b"2");
+    place.done("pause v");
+    place.done("kill v");
+    assert_eq!(running.finish().status.code(), Some(KILLED));
+    assert_eq!(run(&place, "base,overlay=kept"), "3");
+}
+
+#[test]
+fn overlays_that_cannot_be_are_refused() {
+    if !has_kvm("overlays_that_cannot_be_are_refused") {
+        return;
+    }
+    let place = place();
+    place.file("text", "no overlay");
+    assert_eq!(run(&place, "base,overlay=kept"), "1");
+    place.file("larger", vec![b'0'; 20 << 10]);
+    place.file("cut", &fs::read(place.path("kept")).unwrap()[..20_000]);
+    for (disk, words) in [
+        ("base,overlay=text", &["overlay text", "not an overlay"][..]),
+        ("base,overlay=base", &["its own overlay"]),
+        ("base,overlay=folder", &["overlay folder", "directory"]),
+        ("base,overlay=no/folder", &["overlay no/folder", "No such file"]),
+        ("base,overlay=cut", &["overlay cut", "20000 bytes"]),
+        ("larger,overlay=kept", &["overlay kept", "16384 bytes", "20480"]),
+        ("base,overlay,readonly", &["read-only"]),
+        ("missing,overlay=new", &["missing", "No such file"]),
+        ("kept", &["kept is an overlay, not a raw image"]),
+    ] {
+        refused(&place, &format!("--kernel counts --disk path={disk}"), BAD_ARGUMENT, words);
+    }
+    let mut command = place.command("--kernel counts --disk path=base,overlay");
+    command.env("TMPDIR", place.path("no/folder"));
+    refused_command(&place, command, BAD_ARGUMENT, &["temporary overlay", "no/folder"]);
+}
