@@ -45,6 +45,35 @@ fn debian_root_is_written_verified_and_clean() {
     tool(Command::new("e2fsck").arg("-fn").arg(&image));
 }
 
+/// Two boots of Debian from an image that others may read meanwhile: the second finds what the first wrote, and a third, whose overlay
+/// is thrown away, does not.
+#[test]
+fn debian_is_written_over_an_image_that_stays_as_it_is() {
+    if !available("Debian over an image") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = bundle("debian.ext4");
+    let sum = || tool(Command::new("cksum").arg(&image));
+    let (before, overlay) = (sum(), dir.path().join("overlay"));
+    let boot = |overlay: &str, script: &str| {
+        let cmdline = format!(
+            "console=hvc0 quiet root=/dev/vda rw init=/sbin/guest-init vmm.run=\"echo BEGIN; {script}; echo END\""
+        );
+        let mut command = bare(Kernel::TunedPvh, &cmdline);
+        let disk = format!("{},overlay{overlay}", image.display());
+        command.args(["--mem", "512M", "--cpus", "2", "--disk", &disk]);
+        Guest::start(command).finish().body().join(" ")
+    };
+    let kept = format!("={}", overlay.display());
+    let write = "fio --name=v --filename=/root/v --size=16M --rw=randrw --bsrange=512-64k --ioengine=psync --verify=crc32c \
+                 --verify_fatal=1 --do_verify=1 --minimal >/dev/null; echo fio=$?; md5sum /root/v >/root/sum; fstrim /; sync";
+    assert_eq!(boot(&kept, write), "fio=0");
+    assert_eq!(boot(&kept, "md5sum -c /root/sum; rm /root/sum"), "/root/v: OK");
+    assert_eq!(boot("", "ls /root/v 2>/dev/null || echo nothing"), "nothing");
+    assert_eq!(sum(), before);
+}
+
 #[test]
 fn a_read_only_disk_stays_as_it_is() {
     if !available("read-only disk") {
