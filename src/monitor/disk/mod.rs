@@ -150,7 +150,7 @@ impl Error {
             }
             Self::BlockSize { native, .. } => format!("use block-size={native} or a larger power of two"),
             Self::TooLarge { path, .. } => {
-                format!("make a copy to write to: cp --sparse=always {0} {0}.copy", quoted(path))
+                format!("make a copy to write to: cp {0} {0}.copy", quoted(path))
             }
             Self::Overlay { path, source } => output::hint(path, source, "disk.overlay"),
             Self::Unfit { unfit, .. } => unfit.hint().to_owned(),

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -335,5 +335,5 @@ fn a_disk_that_is_too_large_for_a_map_is_refused() {
         return;
     }
     assert!(matches!(Image::open(&disk), Err(Error::TooLarge { size, .. }) if size == LARGEST + 512));
-    assert!(!PathBuf::from(keep.path().join("overlay")).exists());
+    assert!(!keep.path().join("overlay").exists());
 }
