@@ -1,4 +1,4 @@
-//! Disks with an overlay, under a tiny guest that counts its runs on one.
+//! Disks with an overlay, and saved ones, under a tiny guest that counts on its disk.
 
 use std::fs;
 
@@ -9,8 +9,9 @@ use crate::place::*;
 const ENDED: i32 = 43;
 
 /// Reads the first sector of the first disk, which is a virtio-mmio device (virtio 1.3, 4.2.2), adds one to its first byte, writes it,
-/// says that byte on the serial port, and does `end`. It knows how to flush, and does not.
-fn counts_runs(end: &[u8]) -> Vec<u8> {
+/// says that byte on the serial port, and does `end`; without one it does all that again after a moment. It knows how to flush, and
+/// does not.
+fn counts(end: Option<&[u8]>) -> Vec<u8> {
     const DEVICE: u32 = 0xfe00_0000;
     const DESCRIPTORS: u32 = 32 << 20;
     const AVAILABLE: u32 = DESCRIPTORS + 0x1000;
@@ -48,16 +49,21 @@ fn counts_runs(end: &[u8]) -> Vec<u8> {
             store(&mut code, descriptor + 12, flags | (link + 1) << 16);
         }
     }
-    store(&mut code, AVAILABLE + 4, 3 << 16);
-    for request in 1..3u32 {
-        store(&mut code, AVAILABLE, request << 16);
+    for pair in 0..4 {
+        store(&mut code, AVAILABLE + 4 + 4 * pair, 3 << 16);
+    }
+    code.extend([0x31, 0xdb]); // xor ebx, ebx
+    let again = code.len();
+    for request in 0..2 {
+        // inc ebx; mov [AVAILABLE + 2], bx
+        code.extend([0x43, 0x66, 0x89, 0x1d]);
+        code.extend((AVAILABLE + 2).to_le_bytes());
         store(&mut code, DEVICE + 0x50, 0);
-        // cmp word [USED + 2], request; jne to the cmp
-        code.extend([0x66, 0x81, 0x3d]);
+        // cmp [USED + 2], bx; jne to the cmp
+        code.extend([0x66, 0x39, 0x1d]);
         code.extend((USED + 2).to_le_bytes());
-        code.extend((request as u16).to_le_bytes());
-        code.extend([0x75, 0xf5]);
-        if request == 1 {
+        code.extend([0x75, 0xf7]);
+        if request == 0 {
             // inc byte [BUFFER]
             code.extend([0xfe, 0x05]);
             code.extend(BUFFER.to_le_bytes());
@@ -67,16 +73,25 @@ fn counts_runs(end: &[u8]) -> Vec<u8> {
     code.push(0xa0);
     code.extend(BUFFER.to_le_bytes());
     code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]);
-    code.extend(end);
+    match end {
+        Some(end) => code.extend(end),
+        None => {
+            // mov ecx, 10000; loop to itself; jmp again
+            code.extend([0xb9, 0x10, 0x27, 0x00, 0x00, 0xe2, 0xfe, 0xe9]);
+            let back = again as i32 - (code.len() as i32 + 4);
+            code.extend(back.to_le_bytes());
+        }
+    }
     code
 }
 
-/// A place with the guest, as `counts` and, if it is to stay when it has counted, as `stays`; an image, whose first byte is a `0`; and
+/// A place with the guest that ends, as `counts`, that stays when it has counted, as `stays`, and that goes on, as `goes_on`; an image, whose first byte is a `0`; and
 /// folders for what is temporary and for nothing.
 fn place() -> Place {
     let place = Place::new();
-    place.file("counts", pvh_kernel(&counts_runs(&out(0xf4, 0x15))));
-    place.file("stays", pvh_kernel(&counts_runs(&HALT)));
+    place.file("counts", pvh_kernel(&counts(Some(&out(0xf4, 0x15)))));
+    place.file("stays", pvh_kernel(&counts(Some(&HALT))));
+    place.file("goes_on", pvh_kernel(&counts(None)));
     place.file("base", vec![b'0'; 16 << 10]);
     ["tmp", "folder"].into_iter().for_each(|name| fs::create_dir(place.path(name)).unwrap());
     place
@@ -102,12 +117,22 @@ fn run(place: &Place, disk: &str) -> String {
 /// One that has counted and stays.
 fn staying(place: &Place, disk: &str, said: &str) -> Running {
     let running = Running::new(command(place, "stays", disk, said));
+    said_more(place, said, 0);
+    running
+}
+
+/// What is said once that is more than `count` bytes.
+#[track_caller]
+fn said_more(place: &Place, said: &str, count: usize) -> Vec<u8> {
     let end = std::time::Instant::now() + PATIENCE;
-    while fs::read(place.path(said)).unwrap_or_default().is_empty() {
+    loop {
+        let said = fs::read(place.path(said)).unwrap_or_default();
+        if said.len() > count {
+            return said;
+        }
         assert!(std::time::Instant::now() < end, "it does not count");
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    running
 }
 
 fn is_empty(place: &Place, folder: &str) -> bool {
@@ -215,4 +240,60 @@ fn overlays_that_cannot_be_are_refused() {
     let mut command = place.command("--kernel counts --disk path=base,overlay");
     command.env("TMPDIR", place.path("no/folder"));
     refused_command(&place, command, BAD_ARGUMENT, &["temporary overlay", "no/folder"]);
+}
+
+/// That the machine saved in `folder` goes on with what comes after `last`, in `said`.
+#[track_caller]
+fn goes_on(place: &Place, folder: &str, last: u8, said: &str) -> Running {
+    let mut command = place.command(&format!("restore {folder} --serial file={said} --name {said}"));
+    command.env("TMPDIR", place.path("tmp"));
+    let running = Running::new(command);
+    let counted = said_more(place, said, 3);
+    let expected: Vec<_> = (1..=counted.len()).map(|more| last.wrapping_add(more as u8)).collect();
+    assert_eq!(counted, expected, "after {last}");
+    running
+}
+
+#[test]
+fn a_restored_machine_has_its_disk_as_it_was_when_it_was_saved() {
+    if !has_kvm("a_restored_machine_has_its_disk_as_it_was_when_it_was_saved") {
+        return;
+    }
+    let place = place();
+    place.file("own", vec![b'0'; 16 << 10]);
+    for (number, disk) in ["base,overlay", "base,overlay=kept", "own"].into_iter().enumerate() {
+        let file = |name: &str| format!("{name}{number}");
+        let saved = Running::new(command(&place, "goes_on", &format!("{disk} --name v"), &file("said")));
+        said_more(&place, &file("said"), 3);
+        place.done("pause v");
+        let last = *fs::read(place.path(&file("said"))).unwrap().last().unwrap();
+        place.done(&format!("snapshot create v {}", file("s")));
+        place.done("resume v");
+        // The disk of the one that was saved is not that any more.
+        let before = fs::read(place.path(&file("said"))).unwrap().len();
+        said_more(&place, &file("said"), before + 3);
+
+        // Two of one, at once, and not beside what was saved only.
+        let first = goes_on(&place, &file("s"), last, &file("a"));
+        let second = goes_on(&place, &file("s"), last, &file("b"));
+        drop(saved);
+        place.done(&format!("pause {}", file("a")));
+        let last = *fs::read(place.path(&file("a"))).unwrap().last().unwrap();
+        place.done(&format!("snapshot create {} {}", file("a"), file("t")));
+        drop((first, second));
+        if disk != "own" {
+            // It needs the image, and no other folder.
+            fs::remove_dir_all(place.path(&file("s"))).unwrap();
+        }
+        fs::rename(place.path(&file("t")), place.path("moved")).unwrap();
+        drop(goes_on(&place, "./moved", last, &file("c")));
+        drop(goes_on(&place, "moved", last, &file("d")));
+        place.done("snapshot verify moved");
+        let plan = place.done("snapshot show moved");
+        assert!(plan.contains(&format!("\"lower\": \"{}\"", place.path("moved/disk0").display())), "{plan}");
+        assert!(place.fails("fork ./moved", BAD_ARGUMENT).contains("disks that the guest may write to"));
+        fs::remove_dir_all(place.path("moved")).unwrap();
+    }
+    assert!(is_empty(&place, "tmp"));
+    assert!(fs::read(place.path("base")).unwrap().iter().all(|byte| *byte == b'0'));
 }

@@ -181,7 +181,6 @@ fn what_cannot_be_saved_is_told_and_leaves_nothing() {
         assert_eq!(names(place.dir.path()), before, "{options}");
         assert_eq!(place.status("v")["state"], "running");
     };
-    refuses("--disk disk", "s", "disks that the guest may write to");
     refuses("", "disk", "File exists");
     refuses("", "nowhere/s", "No such file");
     refuses("", "/", "not a folder's name");

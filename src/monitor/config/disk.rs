@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::Value;
@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::text::{Size, flag};
 use super::{Invalid, host_path};
 
-/// A disk: `path=FILE[,readonly][,overlay[=FILE]][,format=raw][,serial=TEXT][,block-size=512|4096]`.
+/// A disk: `path=FILE[,readonly][,overlay[=FILE]][,lower=FILE][,format=raw][,serial=TEXT][,block-size=512|4096]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Disk {
@@ -23,6 +23,9 @@ pub struct Disk {
     /// Where writes go, in place of the image. Absent: into it.
     #[serde(default, deserialize_with = "overlay", skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
+    /// An overlay that is only read, between the image and what is written: a snapshot's.
+    #[serde(default, with = "host_path::optional", skip_serializing_if = "Option::is_none")]
+    pub lower: Option<PathBuf>,
     /// What the image is. Absent: a raw one, if nothing in it says otherwise.
     #[serde(default)]
     pub format: Option<ImageFormat>,
@@ -59,7 +62,17 @@ impl Disk {
             Some(Overlay::Kept(path)) => Some(path),
             Some(Overlay::Temporary) | None => None,
         };
-        std::iter::once(&mut self.path).chain(overlay)
+        std::iter::once(&mut self.path).chain(overlay).chain(&mut self.lower)
+    }
+
+    /// The files that it names, with what they are.
+    pub fn files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let overlay = match &self.overlay {
+            Some(Overlay::Kept(path)) => Some(path),
+            Some(Overlay::Temporary) | None => None,
+        };
+        let over = overlay.into_iter().chain(&self.lower).map(|path| ("overlay", path.as_path()));
+        std::iter::once(("disk", self.path.as_path())).chain(over)
     }
 
     /// Checks what can be checked without opening anything.
@@ -79,8 +92,12 @@ impl Disk {
                 "nothing is written to a disk that is read-only, and an overlay is what is written",
                 "drop readonly: with overlay the image stays as it is",
             ),
-            Some(Overlay::Kept(overlay)) if *overlay == self.path => {
-                invalid("an image cannot be its own overlay", "name another file; a new one is made")
+            None if self.lower.is_some() && !self.readonly => invalid(
+                "nothing is written to its lower overlay",
+                "say where writes go, overlay or overlay=FILE, or make it readonly",
+            ),
+            Some(Overlay::Kept(overlay)) if *overlay == self.path || Some(overlay) == self.lower.as_ref() => {
+                invalid("a file cannot be its own overlay", "name another file; a new one is made")
             }
             _ => Ok(()),
         }
@@ -134,6 +151,8 @@ mod tests {
             (b"a.img,overlay=b,,c", kept(b"b,c")),
             (b"path=a.img,overlay=on,format=raw", kept(b"on")),
             (b"a.img,overlay=\xff", kept(b"\xff")),
+            (b"a.img,overlay,lower=\xff", Some(Overlay::Temporary)),
+            (b"a.img,readonly,lower=b", None),
         ] {
             let disk: Disk = OsStr::from_bytes(text).try_into().unwrap();
             assert_eq!((disk.overlay.as_ref(), disk.validate()), (overlay.as_ref(), Ok(())), "{text:?}");
@@ -157,6 +176,8 @@ mod tests {
             ("a,overlay,readonly", "drop readonly"),
             ("a,overlay=b,readonly=on", "drop readonly"),
             ("a,overlay=a", "another file"),
+            ("a,overlay=b,lower=b", "another file"),
+            ("a,lower=b", "where writes go"),
         ] {
             let error = text.parse::<Disk>().unwrap().validate().unwrap_err();
             assert!(error.hint.contains(word), "{error:?}");
@@ -165,12 +186,16 @@ mod tests {
 
     #[test]
     fn both_files_of_a_disk_are_found_from_another_folder() {
-        let mut config = VmConfig { disk: vec!["a,overlay=b".parse().unwrap()], ..VmConfig::default() };
+        let mut config =
+            VmConfig { disk: vec!["a,overlay=b,lower=c".parse().unwrap()], ..VmConfig::default() };
         config.make_absolute();
         let here = std::env::current_dir().unwrap();
         assert_eq!(config.disk[0].path, here.join("a"));
         assert_eq!(config.disk[0].overlay, Some(Overlay::Kept(here.join("b"))));
-        let mut plug = Plug::try_from(OsStr::new("disk=a,overlay=b")).unwrap();
+        let files: Vec<_> = config.disk[0].files().collect();
+        let [a, b, c] = ["a", "b", "c"].map(|name| here.join(name));
+        assert_eq!(files, [("disk", a.as_path()), ("overlay", &b), ("overlay", &c)]);
+        let mut plug = Plug::try_from(OsStr::new("disk=a,overlay=b,lower=c")).unwrap();
         assert_eq!(plug.to_string(), "disk=a,overlay=b");
         plug.make_absolute().unwrap();
         let (Plug::Disk(plugged), [named]) = (plug, &config.disk[..]) else { panic!("no disk") };

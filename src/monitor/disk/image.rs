@@ -12,7 +12,7 @@ use rustix::fs::FlockOperation;
 
 use super::overlay::{Base, Overlay};
 use super::store::Store;
-use super::{Error, Foreign, Info, Io};
+use super::{Error, Foreign, Info, Io, copy};
 use crate::config;
 
 /// The unit of offsets and lengths.
@@ -131,15 +131,12 @@ impl Image {
             physical_block_size,
             discard: !config.readonly,
         };
-        let overlay = match &config.overlay {
-            None => None,
-            Some(_) if let Some(most) = Overlay::too_small_for(size) => {
+        let overlay = match config.overlay.is_some() || config.lower.is_some() {
+            false => None,
+            true if let Some(most) = Overlay::too_small_for(size) => {
                 return Err(Error::TooLarge { path: path.clone(), size, most });
             }
-            Some(overlay) => {
-                let base = Base::of(&file, size).map_err(failed)?;
-                Some(Box::new(Overlay::open(overlay, &base)?))
-            }
+            true => Overlay::open(config, &Base::of(&file, size).map_err(failed)?)?,
         };
         let store = Store { file, device, block_size };
         let (begun, sync) = (AtomicUsize::new(0), |file: &File| rustix::fs::fdatasync(file));
@@ -194,6 +191,17 @@ impl Image {
         match &self.overlay {
             None => Ok((self.sync)(&self.store.file)?),
             Some(overlay) => overlay.flush(self.sync),
+        }
+    }
+
+    /// Copies what the disk has now to `to`, an empty file: an overlay's, if there is one. Nothing is written to the disk meanwhile.
+    pub fn save(&self, to: &File) -> io::Result<()> {
+        match &self.overlay {
+            Some(overlay) => overlay.save(to),
+            None if self.store.device => {
+                Err(io::Error::other("a block device is not copied: give it an overlay"))
+            }
+            None => copy::whole(&self.store.file, to),
         }
     }
 

@@ -3,6 +3,7 @@
 //! A back end ([`Raw`], later faster engines) implements [`Disk`]; virtio-blk is one front end. Where a disk's bytes are, in its
 //! image or in an overlay over it, the back end's `Image` knows.
 
+mod copy;
 mod foreign;
 mod image;
 mod overlay;

@@ -4,6 +4,7 @@
 //! uses costs none. A faster engine can stand behind the same trait.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
@@ -58,6 +59,14 @@ impl Images {
             }
         };
         Raw::on(image, config)
+    }
+
+    /// Copies what the `index`th disk has now to `to`, an empty file: that of an overlay, if the disk has one. The disk is at rest.
+    ///
+    /// # Errors
+    /// There is no such disk, or the host refuses.
+    pub fn save(&self, index: usize, to: &File) -> io::Result<()> {
+        self.0.get(&index).ok_or(io::ErrorKind::NotFound)?.save(to)
     }
 
     /// Closes the `index`th image: its lock goes with the last request that is under way.
@@ -244,7 +253,6 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::sync::atomic::AtomicUsize;
     use std::thread;
 
@@ -262,6 +270,7 @@ mod tests {
             path,
             readonly: false,
             overlay: None,
+            lower: None,
             format: None,
             serial: None,
             block_size: None,
@@ -304,6 +313,7 @@ mod tests {
             path,
             readonly: false,
             overlay: None,
+            lower: None,
             format: None,
             serial: None,
             block_size: None,

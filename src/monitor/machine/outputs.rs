@@ -47,7 +47,9 @@ pub fn check(config: &VmConfig, inputs: &[Named], outputs: &[Named]) -> Result<(
         inputs.push(("firmware", path));
     }
     inputs.extend(config.option_rom.iter().map(|path| ("option ROM", path.as_path())));
-    inputs.extend(config.disk.iter().map(|disk| ("disk", disk.path.as_path())));
+    for (what, path) in config.disk.iter().flat_map(|disk| disk.files()) {
+        inputs.push((what, path));
+    }
     for (what, path) in inputs {
         taken.extend(identity(path).map(|identity| (identity, format!("the run's {what}"))));
     }

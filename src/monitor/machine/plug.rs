@@ -13,6 +13,8 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -166,6 +168,11 @@ impl Plugboard {
     fn host(&self) -> Result<MutexGuard<'_, Pluggable>, PlugError> {
         let host = lock(&self.host);
         if host.machines == self.machine { Ok(host) } else { Err(PlugError::Ended) }
+    }
+
+    /// Copies what the configuration's disk `index` has now to `to`.
+    pub fn save_disk(&self, index: usize, to: &File) -> io::Result<()> {
+        self.host().map_err(io::Error::other)?.images.save(index, to)
     }
 
     /// Checks what can be checked of `plug` without opening anything.

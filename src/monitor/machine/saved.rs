@@ -4,6 +4,7 @@
 //! configuration and has not run.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::sync::mpsc::channel;
 
@@ -80,6 +81,14 @@ impl RestoreError {
 }
 
 impl Handle {
+    /// Copies what the configuration's disk `index` has to `to`, an empty file: that of an overlay, if the disk has one.
+    ///
+    /// # Errors
+    /// It cannot be copied.
+    pub fn save_disk(&self, _: &Paused<'_>, index: usize, to: &File) -> io::Result<()> {
+        self.0.plugboard.save_disk(index, to)
+    }
+
     /// The machine's state. To save twice gives the same.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::memory::Writing;
 use super::parts::{Part, Parts};
-use super::{Error, Header, MAGIC, VERSION, file};
+use super::{Error, Header, MAGIC, VERSION, disks, file};
 use crate::config::VmConfig;
 use crate::machine::{Handle, Paused, Phase, SavedMachine};
 use crate::output;
@@ -28,17 +28,22 @@ pub fn create(
     supported(config)?;
     let new = NewFolder::begin(folder)?;
     let parts = Parts::create(&new.hidden)?;
-    let complete = |taken: Taken| {
-        taken.finish(config, machine, &parts)?;
-        for part in [&parts.config, &parts.state, &parts.memory] {
+    let (hidden, saved) = (new.hidden.clone(), disks::saved(config));
+    let begin = |paused: &Paused<'_>, may_last| {
+        let disks = disks::save(machine, paused, config, &hidden)?;
+        Ok((Taken::begin(machine, paused, &parts, may_last)?, disks))
+    };
+    let complete = |(taken, disks): (Taken, Vec<Part>)| {
+        taken.finish(&saved, machine, &parts)?;
+        for part in [&parts.config, &parts.state, &parts.memory].into_iter().chain(&disks) {
             part.file.sync_all().map_err(part.failed("write"))?;
         }
         new.name()
     };
     match stop {
-        None => complete(standing_still(machine, |paused| Taken::begin(machine, paused, &parts, true))?),
+        None => complete(standing_still(machine, |paused| begin(paused, true))?),
         Some(stop) => standing_still(machine, |paused| {
-            complete(Taken::begin(machine, paused, &parts, false)?)?;
+            complete(begin(paused, false)?)?;
             stop();
             Ok(())
         }),
@@ -51,6 +56,9 @@ pub fn create(
 /// [`Error`]
 pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
     supported(config)?;
+    if config.disk.iter().any(|disk| !disk.readonly) {
+        return Err(Error::Disks);
+    }
     let parts = Parts::unnamed()?;
     let taken = standing_still(machine, |paused| Taken::begin(machine, paused, &parts, true))?;
     taken.finish(config, machine, &parts)?;
@@ -60,7 +68,6 @@ pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
 /// What has a life of its own outside.
 fn supported(config: &VmConfig) -> Result<(), Error> {
     let what = match config {
-        _ if config.disk.iter().any(|disk| !disk.readonly) => "disks that the guest may write to",
         _ if config.firmware.is_some() => "a machine with firmware",
         _ if config.net.iter().any(|net| net.is_served_elsewhere()) => {
             "a network that others serve (vhost, vhost-user)"

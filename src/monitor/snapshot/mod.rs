@@ -1,12 +1,13 @@
 //! Machines in files: the configuration, the state and the memory of one at one moment, in a folder, or in files without names for
 //! those that go on from it at once.
 //!
-//! `config.json` is what [`VmConfig`] is elsewhere; `state` a header and [`SavedMachine`]; `memory` guest RAM from address 0 on, its
+//! `config.json` is what [`VmConfig`] is elsewhere; `disk0` and so on are disks that the guest may write to; `state` a header and [`SavedMachine`]; `memory` guest RAM from address 0 on, its
 //! regions end to end, zeroes as holes. A folder has its name only once all in it is on the disk, and is never changed after that:
 //! machines map `memory` privately. What is in it is as untrusted as any other input.
 
 mod child;
 mod create;
+mod disks;
 mod memory;
 mod parts;
 
@@ -49,6 +50,9 @@ pub enum Error {
     /// The configuration has what a snapshot cannot hold.
     #[error("a snapshot cannot hold {0}")]
     Unsupported(&'static str),
+    /// Files without names are the machine's state and memory alone.
+    #[error("copies of a machine cannot have disks that the guest may write to")]
+    Disks,
     /// The machine does not come to rest.
     #[error(transparent)]
     Pause(#[from] PauseError),
@@ -102,14 +106,24 @@ impl Snapshot {
     /// # Errors
     /// [`Error`]
     pub fn open(folder: &Path) -> Result<Self, Error> {
-        Self::of(Parts::open(folder)?)
+        let mut snapshot = Self::read(Parts::open(folder)?)?;
+        disks::locate(&mut snapshot.config, folder)?;
+        Ok(snapshot)
     }
 
     /// That of `parts`. Its memory is not read.
     ///
     /// # Errors
-    /// They are none.
+    /// They are none, or not all of it.
     pub fn of(parts: Parts) -> Result<Self, Error> {
+        let mut snapshot = Self::read(parts)?;
+        if disks::are_in_folder(&mut snapshot.config) {
+            return Err(Error::Disks);
+        }
+        Ok(snapshot)
+    }
+
+    fn read(parts: Parts) -> Result<Self, Error> {
         let text = parts.config.read(MAX_CONFIG)?;
         let damaged =
             |part: &Part, what: &str| Error::Damaged { path: part.path.clone(), what: what.to_owned() };
@@ -187,6 +201,9 @@ impl Error {
             Self::File { .. } => Some("name a new folder, where you may write and there is room: df, ls -ld"),
             Self::Unsupported(_) => {
                 Some("start the machine without it: docs/snapshot.md has what can be saved")
+            }
+            Self::Disks => {
+                Some("save it, and restore that as often as you like: vmm snapshot create, vmm restore")
             }
             Self::Pause(_) | Self::Machine(_) => None,
         }

@@ -75,6 +75,7 @@ fn config(path: &Path) -> Config {
         path: path.to_owned(),
         readonly: false,
         overlay: None,
+        lower: None,
         format: None,
         serial: None,
         block_size: None,

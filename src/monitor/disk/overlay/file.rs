@@ -125,8 +125,8 @@ pub struct Opened {
 pub fn open(path: &Path, base: &Base) -> Result<Opened, Error> {
     let failed = |source| Error::Overlay { path: path.to_owned(), source };
     loop {
-        match existing(path) {
-            Ok(file) => return load(file, path, base),
+        match existing(path, false) {
+            Ok(file) => return load(file, path, base, false),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
@@ -139,19 +139,25 @@ pub fn open(path: &Path, base: &Base) -> Result<Opened, Error> {
     }
 }
 
-fn existing(path: &Path) -> io::Result<File> {
-    // Without O_NONBLOCK a FIFO would be waited for.
-    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path)
+/// Opens the overlay at `path` of `base`, which is there and is only read.
+pub fn open_lower(path: &Path, base: &Base) -> Result<Opened, Error> {
+    let file = existing(path, true).map_err(|source| Error::Overlay { path: path.to_owned(), source })?;
+    load(file, path, base, true)
 }
 
-fn load(file: File, path: &Path, base: &Base) -> Result<Opened, Error> {
+fn existing(path: &Path, readonly: bool) -> io::Result<File> {
+    // Without O_NONBLOCK a FIFO would be waited for.
+    OpenOptions::new().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
+fn load(file: File, path: &Path, base: &Base, readonly: bool) -> Result<Opened, Error> {
     let failed = |source| Error::Overlay { path: path.to_owned(), source };
     let unfit = |unfit| Error::Unfit { path: path.to_owned(), unfit };
     let facts = file.metadata().map_err(failed)?;
     if !facts.is_file() {
         return Err(unfit(Unfit::Foreign));
     }
-    lock_image(&file, path, false)?;
+    lock_image(&file, path, readonly)?;
     let mut header = [0; size_of::<Header>()];
     let read = file.read_exact_at(&mut header, 0).ok().and_then(|()| Header::read_from_bytes(&header).ok());
     let header = read.ok_or_else(|| unfit(Unfit::Foreign))?;
@@ -190,12 +196,22 @@ fn create(path: &Path, base: &Base) -> io::Result<File> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&hidden.0)?;
     // Nobody else has it yet.
     let _ = lock_image(&file, path, false);
-    file.write_all_at(Header::of(base).as_bytes(), 0)?;
-    file.set_len(base.data() + base.size)?;
+    write_header(&file, base)?;
     file.sync_all()?;
     renameat_with(CWD, &hidden.0, CWD, path, RenameFlags::NOREPLACE)?;
     File::open(folder)?.sync_all()?;
     Ok(file)
+}
+
+/// Makes `file` as long as the overlay of `base` is, and begins it.
+pub fn write_header(file: &File, base: &Base) -> io::Result<()> {
+    file.set_len(base.data() + base.size)?;
+    file.write_all_at(Header::of(base).as_bytes(), 0)
+}
+
+/// Where a block of the map is in a file.
+pub fn place(block: usize) -> u64 {
+    MAP + (block * BLOCK) as u64
 }
 
 /// Goes, unless it has been renamed.
@@ -207,8 +223,9 @@ impl Drop for Hidden {
     }
 }
 
-/// A file of `size` bytes that nobody else can open, and that is gone with this process, however that ends.
-pub fn temporary(size: u64) -> Result<File, Error> {
+/// The overlay of `base` in a file that nobody else can open, and that is gone with this process, however that ends. It has neither
+/// header nor map.
+pub fn temporary(base: &Base) -> Result<Opened, Error> {
     // What a guest writes can be much, and /tmp is often in memory.
     let folder = std::env::var_os("TMPDIR").filter(|folder| !folder.is_empty()).unwrap_or("/var/tmp".into());
     let unnamed = || {
@@ -220,8 +237,8 @@ pub fn temporary(size: u64) -> Result<File, Error> {
             }
             file => file,
         }?;
-        file.set_len(size)?;
-        Ok(file)
+        file.set_len(base.data() + base.size)?;
+        Ok(Opened { file, data: base.data(), map: Map::new(base.clusters()) })
     };
     unnamed().map_err(|source| Error::Temporary { folder: folder.clone().into(), source })
 }

@@ -72,6 +72,11 @@ impl Map {
         }
     }
 
+    /// The blocks that were made.
+    pub fn made(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().enumerate().filter(|(_, block)| block.get().is_some()).map(|(index, _)| index)
+    }
+
     /// A block as it is in a file.
     pub fn bytes(&self, block: usize) -> [u8; BLOCK] {
         let mut bytes = [0; BLOCK];

@@ -19,6 +19,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::Error;
+use super::copy;
 use super::store::Store;
 use crate::config;
 use crate::memory::Buffers;
@@ -39,8 +40,10 @@ pub struct Overlay {
     store: Store,
     /// Where the disk begins in `store`.
     data: u64,
-    /// Bytes of the disk.
-    size: u64,
+    /// The disk's image.
+    base: Base,
+    /// What is read where this one has nothing, if not the base: one that is not written to.
+    below: Option<Box<Overlay>>,
     map: Map,
     /// Blocks of the map that are not in the file as they are in memory. Who has clusters come holds it from the look at the map
     /// on, so that nobody else has the same ones come meanwhile.
@@ -121,18 +124,28 @@ impl Unfit {
 }
 
 impl Overlay {
-    /// That of `base`, the disk's image, where `config` has it.
-    pub fn open(config: &config::Overlay, base: &Base) -> Result<Self, Error> {
-        let (file, data, map, kept) = match config {
-            config::Overlay::Temporary => (file::temporary(base.size)?, 0, Map::new(base.clusters()), false),
-            config::Overlay::Kept(path) => {
-                let file::Opened { file, data, map } = file::open(path, base)?;
-                (file, data, map, true)
-            }
+    /// Those of `config`, over `base`, which is the disk's image, if it has any.
+    pub fn open(config: &config::Disk, base: &Base) -> Result<Option<Box<Self>>, Error> {
+        let lower = match &config.lower {
+            Some(path) => Some(Self::of(file::open_lower(path, base)?, *base, None, false)),
+            None => None,
         };
+        match &config.overlay {
+            None => Ok(lower),
+            Some(config::Overlay::Temporary) => {
+                Ok(Some(Self::of(file::temporary(base)?, *base, lower, false)))
+            }
+            Some(config::Overlay::Kept(path)) => {
+                Ok(Some(Self::of(file::open(path, base)?, *base, lower, true)))
+            }
+        }
+    }
+
+    fn of(opened: file::Opened, base: Base, below: Option<Box<Self>>, kept: bool) -> Box<Self> {
+        let file::Opened { file, data, map } = opened;
         let store = Store { file, device: false, block_size: 512 };
         let (unsaved, failed) = (Mutex::default(), Mutex::default());
-        Ok(Self { store, data, size: base.size, map, unsaved, kept, failed })
+        Box::new(Self { store, data, base, below, map, unsaved, kept, failed })
     }
 
     /// Whether a disk of `size` bytes is too large to have one: then the largest.
@@ -150,7 +163,10 @@ impl Overlay {
             let part = part.as_ref().unwrap_or(&to);
             moved += match is_here {
                 true => self.store.transfer(self.data + offset, part, false),
-                false => base.transfer(offset, part, false),
+                false => match &self.below {
+                    None => base.transfer(offset, part, false),
+                    Some(below) => below.read(base, offset, part.clone()),
+                },
             }?;
             offset = next;
         }
@@ -204,7 +220,7 @@ impl Overlay {
         let mut unsaved = lock(&self.unsaved);
         let (first, last) = (offset / CLUSTER, (end - 1) / CLUSTER);
         self.fill(base, first * CLUSTER, offset)?;
-        self.fill(base, end, self.size.min((last + 1) * CLUSTER))?;
+        self.fill(base, end, self.base.size.min((last + 1) * CLUSTER))?;
         let done = write()?;
         self.map.add(first, last + 1, |block| {
             if self.kept {
@@ -214,15 +230,45 @@ impl Overlay {
         Ok(done)
     }
 
-    /// Copies the range, a part of a cluster, from `base`, unless the cluster is there.
+    /// Copies the range, a part of a cluster, from what is below, unless the cluster is there.
     fn fill(&self, base: &Store, offset: u64, end: u64) -> io::Result<()> {
         if offset >= end || self.run(offset, end).0 {
             return Ok(());
         }
         let mut bytes = [0; CLUSTER as usize];
         let bytes = &mut bytes[..(end - offset) as usize];
-        base.file.read_exact_at(bytes, offset)?;
+        match &self.below {
+            Some(below) if below.run(offset, end).0 => {
+                below.store.file.read_exact_at(bytes, below.data + offset)
+            }
+            _ => base.file.read_exact_at(bytes, offset),
+        }?;
         self.store.file.write_all_at(bytes, self.data + offset)
+    }
+
+    /// Makes `to`, an empty file, the overlay of the base that has what this one and those below it have now. Nothing is written to
+    /// it meanwhile.
+    pub fn save(&self, to: &File) -> io::Result<()> {
+        let bottom = self.below.as_deref().unwrap_or(self);
+        copy::whole(&bottom.store.file, to)?;
+        let copy = Store { file: to.try_clone()?, device: false, block_size: 512 };
+        let mut at = 0;
+        while self.below.is_some() && at < self.base.size {
+            let (is_here, next) = self.run(at, self.base.size);
+            if is_here {
+                // Holes are zeroes here, and not what is below.
+                copy.write_zeroes(self.data + at, next - at, true)?;
+                copy::range(&self.store.file, to, self.data + at, next - at)?;
+            }
+            at = next;
+        }
+        file::write_header(to, &self.base)?;
+        for block in self.map.made().chain(bottom.map.made()) {
+            let mut bytes = self.map.bytes(block);
+            bytes.iter_mut().zip(bottom.map.bytes(block)).for_each(|(byte, below)| *byte |= below);
+            to.write_all_at(&bytes, file::place(block))?;
+        }
+        Ok(())
     }
 
     /// Whether there are clusters that the next run would not find.
@@ -252,8 +298,7 @@ impl Overlay {
                 return Ok(());
             }
             for (block, bytes) in blocks {
-                let at = (map::BLOCK * (block + 1)) as u64;
-                if let Err(error) = self.store.file.write_all_at(&bytes, at) {
+                if let Err(error) = self.store.file.write_all_at(&bytes, file::place(block)) {
                     lock(&self.unsaved).append(&mut left);
                     return Err(error);
                 }

@@ -54,7 +54,15 @@ fn base() -> (tempfile::TempDir, config::Disk) {
     let bytes: Vec<u8> = (0..SECTORS).flat_map(|sector| [base_byte(sector); SECTOR]).collect();
     fs::write(&path, bytes).unwrap();
     let overlay = Some(config::Overlay::Kept(dir.path().join("overlay")));
-    let disk = config::Disk { path, readonly: false, overlay, format: None, serial: None, block_size: None };
+    let disk = config::Disk {
+        path,
+        readonly: false,
+        overlay,
+        lower: None,
+        format: None,
+        serial: None,
+        block_size: None,
+    };
     (dir, disk)
 }
 
@@ -108,6 +116,8 @@ enum Op {
     Discard(usize, usize),
     Flush,
     Reopen,
+    /// It is saved, and goes on over that.
+    Save,
     /// Power goes at a flush after so many syncs, or without one; what else is on the disk then is by chance.
     Crash(Option<u32>, u64),
 }
@@ -121,6 +131,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => range().prop_map(|(sector, count)| Op::Discard(sector, count)),
         2 => Just(Op::Flush),
         1 => Just(Op::Reopen),
+        1 => Just(Op::Save),
         2 => (prop::option::of(0..2u32), any::<u64>()).prop_map(|(syncs, seed)| Op::Crash(syncs, seed)),
     ]
 }
@@ -131,12 +142,13 @@ struct Machine {
     image: Option<Image>,
     now: Vec<u8>,
     possible: Vec<BTreeSet<u8>>,
+    saved: u32,
 }
 
 impl Machine {
     fn new(disk: &config::Disk) -> Self {
         let now: Vec<_> = (0..SECTORS).map(base_byte).collect();
-        let mut machine = Self { disk: disk.clone(), image: None, possible: Vec::new(), now };
+        let mut machine = Self { disk: disk.clone(), image: None, possible: Vec::new(), now, saved: 0 };
         machine.settled();
         machine.open();
         machine
@@ -232,6 +244,17 @@ impl Machine {
                 self.settled();
                 self.open();
             }
+            Op::Save => {
+                let folder = self.overlay().parent().unwrap().to_owned();
+                self.saved += 1;
+                let [lower, overlay] =
+                    ["lower", "overlay"].map(|name| folder.join(format!("{name}{}", self.saved)));
+                self.image().save(&File::create(&lower).unwrap()).unwrap();
+                self.disk.lower = Some(lower);
+                self.disk.overlay = Some(config::Overlay::Kept(overlay));
+                self.settled();
+                self.open();
+            }
             Op::Crash(syncs, seed) => {
                 if let Some(syncs) = syncs {
                     POWER.with_borrow_mut(|power| power.syncs = syncs);
@@ -293,6 +316,36 @@ fn an_overlay_that_is_thrown_away_is_never_synced() {
     drop(image);
     assert_eq!(read(&Image::open(&disk).unwrap(), 2, 4), [3, 4, 5, 6]);
     assert_eq!(fs::read_dir(&keep).unwrap().count(), 1, "there is no file");
+}
+
+#[test]
+fn a_saved_overlay_can_be_read_alone_and_is_not_written_to() {
+    let (keep, mut disk) = base();
+    disk.overlay = Some(config::Overlay::Temporary);
+    let image = Image::open(&disk).unwrap();
+    write(&image, 5, 20, 0xcc);
+    let lower = keep.path().join("lower");
+    image.save(&File::create(&lower).unwrap()).unwrap();
+    let before = fs::read(&lower).unwrap();
+    disk.lower = Some(lower.clone());
+    let over = Image::open(&disk).unwrap();
+    // A part of a cluster of which the lower one has all, and one of which it has nothing.
+    write(&over, 10, 1, 0xdd);
+    write(&over, 100, 1, 0xdd);
+    perform(&over, Io::Discard { offset: 0, len: 400 * 512 }).unwrap();
+    perform(&over, Io::WriteZeroes { offset: 8 * 512, len: 512, unmap: true }).unwrap();
+    assert_eq!(read(&over, 5, 3), [0xcc; 3], "what is below is not discarded");
+    drop(over);
+    (disk.readonly, disk.overlay) = (true, None);
+    let alone = Image::open(&disk).unwrap();
+    assert_eq!(read(&alone, 4, 22)[..], [&[5][..], &[0xcc; 20], &[26]].concat());
+    let from = buffers(512);
+    assert!(perform(&alone, Io::Write { offset: 0, from }).is_err());
+    assert!(fs::read(&lower).unwrap() == before);
+    // Of another base it is refused as any overlay is.
+    fs::write(&disk.path, [1; 512]).unwrap();
+    drop(alone);
+    assert!(matches!(Image::open(&disk), Err(Error::Unfit { unfit: Unfit::OtherBase { .. }, .. })));
 }
 
 #[test]
