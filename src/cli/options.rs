@@ -51,9 +51,9 @@ pub struct Options {
     /// Windows), ,nested=on (VT-x or AMD-V), ,msr-deny=MSR[-MSR] (raises #GP), ,vendor=intel|amd [default: host]
     #[arg(long, value_name = "MODEL", allow_hyphen_values = true)]
     cpu: Option<Cpu>,
-    /// Disk: path=FILE[,readonly][,overlay[=FILE]][,format=raw][,serial=TEXT][,block-size=512|4096], where a comma in FILE is
-    /// written twice; repeat it for /dev/vdb and so on. With overlay the image stays as it is: what is written is thrown away at
-    /// the end, or kept in FILE. Without --kernel, boots the system installed on it
+    /// Disk: path=FILE[,readonly][,overlay[=FILE]][,lower=FILE][,format=raw][,serial=TEXT][,block-size=512|4096], where a comma in
+    /// FILE is written twice; repeat it for /dev/vdb and so on. With overlay the image stays as it is: what is written is thrown
+    /// away at the end, or kept in FILE; a snapshot's overlay can be its lower one. Without --kernel, boots the system installed on it
     #[arg(long, value_name = "path=FILE", value_parser = os_text::<Disk, _>())]
     disk: Vec<Disk>,
     /// Network device: user (needs nothing: DHCP, names, TCP, UDP, ping; then any of ,ipv6=off ,restrict=on ,dns=ADDR

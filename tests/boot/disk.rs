@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::guest::{Guest, Kernel, available, bare, bundle, run, vmm};
+use crate::snapshot::{await_running, exec, well};
 
 fn tool(command: &mut Command) -> String {
     let output = command.output().unwrap();
@@ -117,4 +118,50 @@ fn what_was_fsynced_outlives_a_killed_monitor() {
     let wanted: Vec<_> = (1..=last).map(|i| format!("v{i}")).collect();
     assert_eq!(ended.body(), wanted);
     tool(Command::new("e2fsck").arg("-fn").arg(&image));
+}
+
+/// A guest is saved while it writes to its disk; then it removes all that it wrote. Two restored ones have it all, and write more.
+#[test]
+fn restored_guests_have_the_file_system_that_was_saved_with_them() {
+    if !available("restored disks") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("data.ext4");
+    ext4(&image);
+    let before = fs::read(&image).unwrap();
+    let script = "mkdir -p /m; mount -t ext4 /dev/vda /m; echo up; i=0; while [ $i -lt 300 ]; do i=$((i+1)); \
+                  head -c 20000 /dev/urandom >/m/d$i; md5sum /m/d$i >/m/s$i; sleep 0.2; done; while :; do sleep 1; done";
+    let mut command = vmm(Kernel::TunedPvh, script);
+    let disk = format!("{},overlay", image.display());
+    command.args(["--mem", "256M", "--name", "saved", "--vsock", "--disk", &disk]);
+    let guest = Guest::start(command);
+    guest.wait_for("up", 1);
+    let folder = dir.path().join("s");
+    let folder = folder.to_str().unwrap();
+    exec(&guest, "saved", "while [ $(ls /m | grep -c s) -lt 20 ]; do sleep 0.1; done");
+    assert_eq!(guest.control(&["snapshot", "create", "saved", folder]).0, Some(0));
+    exec(&guest, "saved", "rm /m/*; sync");
+    let restored = ["one", "two"].map(|name| {
+        let mut command = guest.command(&["restore", folder, "--name", name]);
+        command.stdin(std::process::Stdio::null());
+        Guest::start_in(command, guest.runtime())
+    });
+    for (name, process) in ["one", "two"].iter().zip(&restored) {
+        await_running(&guest, process, name);
+        // But for the last, which is being written, and from the disk.
+        let check = "sync; echo 3 >/proc/sys/vm/drop_caches; n=$(ls /m | grep -c s); i=0; \
+                     while [ $((i+=1)) -lt $n ]; do md5sum -c /m/s$i >/dev/null || echo $i is bad; done; echo $((n >= 20))";
+        assert_eq!(exec(&guest, name, check), "1", "{name}");
+        exec(&guest, name, &format!("echo {name} >/m/mine; sync; echo 3 >/proc/sys/vm/drop_caches"));
+    }
+    for name in ["one", "two"] {
+        assert_eq!(
+            exec(&guest, name, "cat /m/mine; dmesg | grep -c 'EXT4-fs error'; true"),
+            format!("{name}\n0")
+        );
+        well(&guest, name);
+    }
+    assert_eq!(exec(&guest, "saved", "ls /m/mine 2>/dev/null || echo none"), "none");
+    assert!(fs::read(&image).unwrap() == before, "and the image stays as it is");
 }
