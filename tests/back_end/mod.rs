@@ -4,7 +4,7 @@
 
 #![allow(dead_code, reason = "some want faults, and some a network")]
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -84,6 +84,8 @@ struct Ring {
 pub struct Seen {
     pub requests: Vec<u32>,
     pub accepted: u64,
+    /// Where each ring was last said to go on (SET_VRING_BASE).
+    pub bases: BTreeMap<usize, u16>,
     connection: Option<UnixStream>,
 }
 
@@ -307,7 +309,10 @@ impl Server<'_> {
                 (ring.descriptors, ring.used, ring.available) =
                     (number(8).unwrap(), number(16).unwrap(), number(24).unwrap());
             }
-            10 => (ring.next, ring.next_used) = (value, value),
+            10 => {
+                (ring.next, ring.next_used) = (value, value);
+                self.seen.lock().unwrap().bases.insert(index, value);
+            }
             GET_VRING_BASE => {
                 answer = Some(first & 0xffff_ffff | u64::from(ring.next) << 32);
                 *ring = Ring::default();

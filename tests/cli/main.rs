@@ -16,6 +16,7 @@ mod net_life;
 mod obeys;
 mod overlay;
 mod page;
+mod pci;
 mod place;
 mod snapshot;
 mod strangers;

@@ -37,6 +37,13 @@ pub fn with_each_transport(mut test: impl FnMut(Transport)) {
     TRANSPORT.set(Transport::Mmio);
 }
 
+/// Runs `test` with guests that find their devices on PCI.
+pub fn on_pci(test: impl FnOnce()) {
+    TRANSPORT.set(Transport::Pci);
+    test();
+    TRANSPORT.set(Transport::Mmio);
+}
+
 /// Where the device is.
 pub const BASE: u64 = 0xfe00_0000;
 const GSI: u32 = 16;

@@ -18,6 +18,7 @@ mod net_headers;
 mod net_switch;
 mod net_traffic;
 mod net_vhost_user;
+mod net_vhost_user_pci;
 mod on_pci;
 mod overlay;
 mod subjects;

@@ -12,7 +12,7 @@ use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::net::Net;
 
 use crate::back_end::{BackEnd, Conduct, FEATURES, Fault, GET_VRING_BASE, MQ, REPLY_ACK, Wire};
-use crate::guest::{DATA, EVENT_IDX, Guest, NEEDS_RESET, STATUS};
+use crate::guest::{DATA, EVENT_IDX, Guest, NEEDS_RESET, STATUS, with_each_transport};
 use crate::net::{RECEIVE, TO_HOST, TRANSMIT, command, numbered, offer, send};
 use crate::subjects::frame;
 
@@ -25,14 +25,14 @@ const NET_MQ: u64 = 1 << 22;
 /// Where configuration space has the link's status.
 const LINK: u64 = 6;
 
-struct Place {
+pub struct Place {
     dir: tempfile::TempDir,
     pairs: u16,
     ports: Ports,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self { dir: tempfile::tempdir().unwrap(), pairs: 1, ports: Ports::default() }
     }
 
@@ -40,7 +40,7 @@ impl Place {
         self.dir.path().join("back-end")
     }
 
-    fn back_end(&self, conduct: Conduct) -> BackEnd {
+    pub fn back_end(&self, conduct: Conduct) -> BackEnd {
         let _ = std::fs::remove_file(self.path());
         BackEnd::listen(&self.path(), conduct, Wire::Echo)
     }
@@ -50,7 +50,7 @@ impl Place {
     }
 
     /// The device that a machine would get here, now.
-    fn device(&mut self) -> Box<dyn VirtioDevice> {
+    pub fn device(&mut self) -> Box<dyn VirtioDevice> {
         let config = self.config();
         Box::new(Net::new(self.ports.get(0, &config, None).unwrap(), None))
     }
@@ -67,7 +67,7 @@ impl Place {
 }
 
 /// A frame goes to the back end, and comes back.
-fn exchange(guest: &mut Guest, number: usize) {
+pub fn exchange(guest: &mut Guest, number: usize) {
     let said = frame(TO_HOST, &number.to_be_bytes());
     let old = guest.rings[RECEIVE].available();
     let buffer = guest.rings[RECEIVE].add(&[], &[(DATA + 0x3000, 10), (DATA + 0x4000, 2000)]);
@@ -107,6 +107,25 @@ fn a_back_end_carries_frames_over_pauses_resets_and_new_devices() {
     exchange(&mut guest, 99);
     let owners = back_end.seen.lock().unwrap().requests.iter().filter(|request| **request == 3).count();
     assert_eq!(owners, 1, "one connection");
+}
+
+#[test]
+fn after_a_reset_a_back_end_begins_at_the_start_of_the_rings() {
+    with_each_transport(|transport| {
+        let mut place = Place::new();
+        let back_end = place.back_end(Conduct::default());
+        let mut guest = Guest::shared(place.device());
+        for round in 0..3 {
+            guest.start(0);
+            exchange(&mut guest, 10 * round);
+            let bases = || back_end.seen.lock().unwrap().bases.values().copied().collect::<Vec<_>>();
+            assert_eq!(bases(), [0, 0], "{transport:?}, round {round}");
+            exchange(&mut guest, 10 * round + 1);
+            guest.settle();
+            exchange(&mut guest, 10 * round + 2);
+            assert_eq!(bases(), [2, 2], "{transport:?}, round {round}: it goes on after a pause");
+        }
+    });
 }
 
 #[test]

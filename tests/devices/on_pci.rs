@@ -1,6 +1,7 @@
 //! [`OnPci`]: a device on a PCI bus behind the register numbers of virtio over MMIO, so that whatever drives the one drives the other.
 //!
-//! What PCI has no register for does nothing: a queue is not disabled, and interrupts are not acknowledged.
+//! What PCI has no register for does nothing: a queue is not disabled, and interrupts are not acknowledged. What PCI alone has is
+//! reached behind those registers, from [`BAR`] on.
 
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
@@ -19,8 +20,15 @@ const NUMBER: u8 = 1;
 /// Where the structures are in the BAR.
 const DEVICE: u64 = 0x2000;
 const NOTIFY: u64 = 0x3000;
-const TABLE: u64 = 0x4000;
+pub const TABLE: u64 = 0x4000;
 const PAGE: u64 = 0x1000;
+/// The device's memory as PCI has it begins behind virtio-mmio's registers, with the common configuration.
+pub const BAR: u64 = 0x1_0000;
+/// Its MSI-X pending bits.
+pub const PENDING: u64 = 0x5000;
+/// Common configuration (virtio 1.3, 4.1.4.3).
+pub const QUEUE_SELECT: u64 = 0x16;
+pub const QUEUE_MSIX_VECTOR: u64 = 0x1a;
 
 pub struct OnPci {
     function: Arc<Mutex<Pci>>,
@@ -123,6 +131,9 @@ impl OnPci {
 
 impl Device for OnPci {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(BAR) {
+            return self.memory.read(offset, data);
+        }
         match (offset.checked_sub(0x100), <&mut [u8; 4]>::try_from(&mut *data)) {
             (Some(offset), _) if offset < PAGE => self.memory.read(DEVICE + offset, data),
             (Some(_), _) => {}
@@ -132,6 +143,9 @@ impl Device for OnPci {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        if let Some(offset) = offset.checked_sub(BAR) {
+            return self.memory.write(offset, data);
+        }
         match (offset.checked_sub(0x100), data.try_into()) {
             (Some(offset), _) if offset < PAGE => self.memory.write(DEVICE + offset, data),
             (Some(_), _) => Effect::None,

@@ -283,6 +283,25 @@ mod tests {
     }
 
     #[test]
+    fn every_function_has_room_to_be_moved_past_all_others() {
+        let config = VmConfig {
+            disk: vec!["d".parse().unwrap(); 30],
+            transport: Transport::Pci,
+            ..VmConfig::default()
+        };
+        let list = inventory(&config, &Changes::default(), None).unwrap();
+        let functions: Vec<_> = list.iter().filter(|slot| matches!(slot.place, Place::Pci(_))).collect();
+        assert_eq!(functions.len(), 31, "as many as a bus has");
+        let window = windows(&list).next().unwrap();
+        let taken = functions.iter().map(|slot| slot.base..slot.base + slot.size);
+        assert!(taken.clone().all(|range| window.start <= range.start && range.end <= window.end));
+        // Behind the last of them there is room for all of them once more, and for a hole as large before each.
+        let end = taken.clone().map(|range| range.end).max().unwrap();
+        let all: u64 = taken.map(|range| range.end - range.start).sum();
+        assert!(window.end - end >= 3 * all, "{all:#x} of {window:x?} up to {end:#x}");
+    }
+
+    #[test]
     fn more_devices_than_there_is_room_for_are_refused() {
         let config = VmConfig { disk: vec!["d".parse().unwrap(); 18], ..VmConfig::default() };
         let refused = inventory(&config, &Changes::default(), None).unwrap_err();
