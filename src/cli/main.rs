@@ -21,6 +21,7 @@ mod plan;
 mod restore;
 mod run;
 mod silence;
+mod slack;
 mod snapshot;
 mod step;
 mod top;

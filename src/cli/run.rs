@@ -23,6 +23,7 @@ use super::options::Options;
 use super::plan::plan;
 use super::restore::Renewer;
 use super::silence::Silence;
+use super::slack;
 
 /// How to run: what the options say about the run and not about the machine.
 pub struct RunOptions {
@@ -120,7 +121,10 @@ pub fn live(
     let outputs = record.iter().map(|record| record.file.path.clone()).collect();
     let original = original.unwrap_or_else(|| config.clone());
     let keeper = background.as_ref().map(Background::keeper);
-    let serving = log_output::serve;
+    let serving = || {
+        log_output::serve();
+        slack::give_back();
+    };
     let controls = Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs, original };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
     let origin = snapshot.map(Snapshot::into_origin).transpose()?;

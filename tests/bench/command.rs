@@ -126,6 +126,13 @@ fn idle_instances_are_weighed_alone_and_in_numbers() {
         // whether a stack that begins anywhere in a page reaches into a second.
         let lighter = if who == bare { ten[0] < one[0] } else { ten[0] <= one[0] };
         assert!(ten[0] > 0.0 && lighter, "{who}: {one:?} {ten:?}");
+        // The first and nine more are what the ten are.
+        let further = samples("processes: PSS, each further one of 10", who)[0];
+        let first = (one[0] + one[1]) / 2.0;
+        assert!((first + 9.0 * further - 10.0 * ten[0]).abs() < 0.01, "{who}: {one:?} {further} {ten:?}");
+        // Of a further VM's weight most is what it has written.
+        let own = samples("processes: anonymous, each of 10", who)[0];
+        assert!(who != bare || (own > 100.0 && further > own / 2.0), "{who}: {own} {further}");
         let guest = samples("guest RAM resident, each of 10", who)[0];
         assert_eq!(guest > 0.0, who != "fork + exec", "{who}: {guest}");
     }

@@ -11,12 +11,13 @@ pub fn cloud_hypervisor(setting: &Setting, root: &Root) -> Found {
     let (program, there) = found(setting, "cloud-hypervisor");
     let (kernel, check) = kernel(setting.tuned_kernel(), "tuned-vmlinux");
     let initramfs = root.initramfs.to_string_lossy().into_owned();
-    let rival = Fixed::new("Cloud Hypervisor", program, move |life| {
+    let mut rival = Fixed::new("Cloud Hypervisor", program, move |life| {
         let mut arguments = words(["--kernel", &kernel.to_string_lossy(), "--initramfs", &initramfs]);
         arguments.extend(words(["--cpus", "boot=1", "--memory", &format!("size={RAM_MIB}M")]));
         arguments.extend(words(["--console", "off", "--serial", "tty", "--cmdline"]));
         arguments.push(cmdline("8250.nr_uarts=0", 't', &format!("{BY_PORT}{}", end(life))));
         arguments
     });
+    rival.guest_ram = true;
     rival.if_possible(there.and(check))
 }

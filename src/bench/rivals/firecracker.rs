@@ -37,8 +37,9 @@ pub fn firecracker(setting: &Setting, root: &Root) -> Found {
     };
     let written = write(Life::Once).and_then(|()| write(Life::Idle));
     let scratch = setting.scratch.clone();
-    let rival = Fixed::new("Firecracker", program, move |life| {
+    let mut rival = Fixed::new("Firecracker", program, move |life| {
         words(["--no-api", "--level", "Error", "--config-file", &scratch.join(file(life)).to_string_lossy()])
     });
+    rival.guest_ram = true;
     rival.if_possible(there.and(check).and(written))
 }

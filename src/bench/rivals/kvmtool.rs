@@ -19,6 +19,6 @@ pub fn kvmtool(setting: &Setting, root: &Root) -> Found {
         arguments.push(cmdline("8250.nr_uarts=0", 'k', &format!("{BY_PORT}{end}")));
         arguments
     });
-    rival.version = "version";
+    (rival.version, rival.guest_ram) = ("version", true);
     rival.if_possible(there.and(check))
 }

@@ -127,6 +127,10 @@ pub fn idle(setting: &Setting, root: &Root) -> Vec<Found> {
         vmm::tuned,
         restored::linux,
         qemu::linux,
+        firecracker::firecracker,
+        cloud_hypervisor::cloud_hypervisor,
+        kvmtool::kvmtool,
+        alioth::linux,
     ];
     if setting.linux_guests().is_err() {
         // Where no Linux runs, at least the monitors are weighed.

@@ -13,8 +13,8 @@ use super::RAM_MIB;
 pub struct Weight {
     /// Each page's size shared among all processes that map it, guest RAM apart.
     pub pss: u64,
-    /// What they have written and share with nobody, guest RAM apart.
-    pub private_dirty: u64,
+    /// Pages that are no file's, guest RAM apart: what they have written of their own.
+    pub anonymous: u64,
     /// The most that was ever resident (VmHWM), less the guest RAM that is now.
     pub peak: u64,
     /// Resident guest RAM.
@@ -52,7 +52,7 @@ impl Weight {
                 self.guest += mapping.rss;
             } else {
                 self.pss += mapping.pss;
-                self.private_dirty += mapping.private_dirty;
+                self.anonymous += mapping.anonymous;
             }
         }
     }
@@ -67,7 +67,7 @@ struct Mapping {
     about: String,
     rss: u64,
     pss: u64,
-    private_dirty: u64,
+    anonymous: u64,
 }
 
 impl Mapping {
@@ -91,7 +91,7 @@ impl Mapping {
                     let fields = [
                         ("Rss:", &mut mapping.rss),
                         ("Pss:", &mut mapping.pss),
-                        ("Private_Dirty:", &mut mapping.private_dirty),
+                        ("Anonymous:", &mut mapping.anonymous),
                     ];
                     for (key, field) in fields {
                         *field += kib(line, key).unwrap_or(0);
@@ -188,17 +188,19 @@ Size:             131072 kB
 Rss:                4000 kB
 Pss:                4000 kB
 Private_Dirty:      4000 kB
+Anonymous:             0 kB
 7f02-7f03 r-xp 00000000 08:01 7 /usr/bin/vmm
 Size:               1000 kB
 Rss:                 800 kB
 Pss:                 400 kB
 Pss_Dirty:           100 kB
 Private_Clean:        50 kB
-Private_Dirty:         8 kB
+Private_Dirty:       300 kB
+Anonymous:             8 kB
 ";
         let mut weight = Weight::default();
         weight.add(smaps);
-        assert_eq!(weight, Weight { pss: 400, private_dirty: 8, peak: 0, guest: 4000, guests: 1 });
+        assert_eq!(weight, Weight { pss: 400, anonymous: 8, peak: 0, guest: 4000, guests: 1 });
     }
 
     #[test]
@@ -240,9 +242,9 @@ Private_Dirty:         8 kB
     #[test]
     fn what_a_process_writes_is_seen() {
         let (small, large) = (shell(1), shell(8 << 20));
-        assert!(large.private_dirty > small.private_dirty + (7 << 10), "{small:?} {large:?}");
-        assert!(large.peak >= large.private_dirty, "{large:?}");
-        assert!(large.pss >= large.private_dirty && small.pss < 16 << 10, "{small:?} {large:?}");
+        assert!(large.anonymous > small.anonymous + (7 << 10), "{small:?} {large:?}");
+        assert!(large.peak >= large.anonymous, "{large:?}");
+        assert!(large.pss >= large.anonymous && small.pss < 16 << 10, "{small:?} {large:?}");
         assert!(Weight::of(&[i32::MAX]).is_err());
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{merge, own_mounts};
 use crate::host::Host;
+use crate::measure::stats::quantile;
 use crate::measure::{self, Absent, Contender, INTERRUPTED, Plan, Quantity};
 use crate::result::{self, Better, Figure, Suite, Unit};
 use crate::rivals::idle::{Instances, at_once};
@@ -26,9 +27,11 @@ const fn kib(name: &'static str) -> Quantity {
     Quantity { name, unit: Unit::Kibibytes, better: Better::Lower }
 }
 
+const PSS: &str = "processes: PSS";
+
 const QUANTITIES: [Quantity; 6] = [
-    kib("processes: PSS"),
-    kib("processes: private dirty"),
+    kib(PSS),
+    kib("processes: anonymous"),
     kib("processes: peak resident"),
     kib("guest RAM resident"),
     kib("kernel memory"),
@@ -77,12 +80,15 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
     let mut parts = vec![alone(&mut entrants, &absent, plan, &mut |share, whose| {
         progress(0.1 + 0.3 * share, whose);
     })];
+    let firsts: Vec<_> = parts[0].1.iter().filter(|figure| figure.name.starts_with(PSS)).cloned().collect();
+    let first = |name: &str| firsts.iter().find_map(|figure| median(figure, name));
     let failed = |name: &str| parts[0].0.iter().any(|found| found.name == name && found.failure.is_some());
     entrants.retain(|entrant| !failed(entrant.rival.name()));
     let all = entrants.len() as f64;
     for (index, entrant) in entrants.iter_mut().enumerate() {
         let mut part = |share: f64, whose: &str| progress(0.4 + 0.6 * (index as f64 + share) / all, whose);
-        let (climbed, left) = climb(entrant, setting.instances, budget, &mut part)?;
+        let first = first(entrant.rival.name());
+        let (climbed, left) = climb(entrant, setting.instances, budget, first, &mut part)?;
         parts.extend(climbed);
         left_out.extend(left);
     }
@@ -109,7 +115,7 @@ fn try_out(mut rival: Box<dyn Rival>, progress: &mut dyn FnMut(f64, &str)) -> Re
     match first.and_then(|weight| again.map(|()| weight)) {
         Ok(weight) => {
             // And what the kernel has for it: the host's own figures tell nothing of a single one.
-            let kib = (weight.private_dirty + weight.guest + 1024) as f64;
+            let kib = (weight.anonymous + weight.guest + 1024) as f64;
             Ok(Entrant { rival, time: start.elapsed() / at_once() as u32, kib })
         }
         Err(why) => Err(Absent { name: rival.name().to_owned(), command: rival.shown(), why }),
@@ -134,6 +140,7 @@ fn climb(
     entrant: &mut Entrant,
     most: usize,
     budget: Duration,
+    first: Option<f64>,
     progress: &mut dyn FnMut(f64, &str),
 ) -> Result<(Vec<Part>, Option<String>), String> {
     let name = entrant.rival.name().to_owned();
@@ -158,6 +165,12 @@ fn climb(
         let mut told =
             |_: f64, _: &str| progress(count as f64 / 2.0 / most as f64, &format!("{count} of {name}"));
         let mut part = named(measure::series(&mut contender, &[], &QUANTITIES, plan, &mut told), count);
+        if let (Some(first), Some(figure)) =
+            (first, part.1.iter().find(|figure| figure.name.starts_with(PSS)))
+        {
+            let further = further(figure, count, first);
+            part.1.insert(1, further);
+        }
         let failure = part.0.iter_mut().find_map(|contender| contender.failure.as_mut());
         let failed = failure.map(|why| *why = format!("with {count} instances: {why}")).is_some();
         parts.push(part);
@@ -174,6 +187,19 @@ fn named((contenders, mut figures): Part, count: usize) -> Part {
     figures.iter_mut().for_each(|figure| figure.name = format!("{}, each of {count}", figure.name));
     figures.retain(|figure| !figure.series.is_empty());
     (contenders, figures)
+}
+
+fn median(figure: &Figure, who: &str) -> Option<f64> {
+    let series = figure.series.iter().find(|series| series.who == who)?;
+    Some(quantile(&series.samples, 0.5))
+}
+
+/// What each one more than the first adds, of a `figure` of each of `count` where the first alone has `first`.
+fn further(figure: &Figure, count: usize, first: f64) -> Figure {
+    let mut further = Figure { name: format!("{PSS}, each further one of {count}"), ..figure.clone() };
+    let samples = further.series.iter_mut().flat_map(|series| &mut series.samples);
+    samples.for_each(|each| *each = (*each * count as f64 - first) / (count - 1) as f64);
+    further
 }
 
 /// As many idle instances as `goal` says.
@@ -203,7 +229,7 @@ impl Idle<'_> {
                 weight.guests
             ));
         }
-        let own = [weight.pss, weight.private_dirty, weight.peak, weight.guest].map(|kib| kib as f64);
+        let own = [weight.pss, weight.anonymous, weight.peak, weight.guest].map(|kib| kib as f64);
         let host =
             [after.kernel as f64 - before.kernel as f64, before.available as f64 - after.available as f64];
         Ok(own.into_iter().chain(host).map(|kib| kib / count as f64).collect())
@@ -249,9 +275,10 @@ fn method(most: usize, budget: Duration, left_out: &[String]) -> Vec<String> {
          whatever stays running beside it (a monitor, conmon) is weighed with it, a daemon is not."
             .to_owned(),
         "Processes: sums over /proc/PID/smaps, without guest RAM. PSS shares a page's size among all processes that map it, \
-         instances or not; private dirty is what only this process has and has written; peak resident is the most that it ever had (VmHWM), shared pages \
-         in full."
+         instances or not; anonymous pages are no file's: what the process has written of its own; peak resident is the most that \
+         it ever had (VmHWM), shared pages in full."
             .to_owned(),
+        "Each further one: what all of them have, less the median of one alone, among the others.".to_owned(),
         format!("Guest RAM resident: the mapping, or adjoining ones, of exactly the guest's size, {RAM_MIB} MiB: what the guest's kernel and programs \
          have touched of it."),
         "Kernel memory: how much Slab, PageTables, SecPageTables, KernelStack and Percpu of /proc/meminfo grow. Less MemAvailable: \
