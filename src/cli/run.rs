@@ -121,11 +121,9 @@ pub fn live(
     let outputs = record.iter().map(|record| record.file.path.clone()).collect();
     let original = original.unwrap_or_else(|| config.clone());
     let keeper = background.as_ref().map(Background::keeper);
-    let serving = || {
-        log_output::serve();
-        slack::give_back();
-    };
-    let controls = Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs, original };
+    let (serving, lasting) = (log_output::serve, slack::give_back);
+    let controls =
+        Controls { stop_timeout, viewers, serving, lasting, killed_status, keeper, outputs, original };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
     let origin = snapshot.map(Snapshot::into_origin).transpose()?;
     let goes_on = origin.is_some();

@@ -90,6 +90,8 @@ pub struct Controls {
     pub viewers: Arc<dyn Viewers>,
     /// Called when the control thread starts, before it: for threads of the owner's, which shorter runs do without.
     pub serving: fn(),
+    /// Called on the thread of [`Session::run`] when a machine lasts: for what shorter runs, and the start, do without.
+    pub lasting: fn(),
     /// The exit status of this process if it has to be ended because a killed machine does not end by itself.
     pub killed_status: u8,
     /// Keeps how the run ended, if the process has to be ended so.
@@ -109,6 +111,7 @@ struct Controlled {
     running: Arc<Running>,
     stop_timeout: Duration,
     serving: fn(),
+    lasting: fn(),
     outputs: Vec<PathBuf>,
 }
 
@@ -166,7 +169,8 @@ impl<'a> Session<'a> {
         let entry = Registry::of_user().register(config.name.as_deref())?;
         log::info!("{}: control socket registered", entry.name());
         let vsock = entry.vsock();
-        let Controls { stop_timeout, viewers, serving, killed_status, keeper, outputs, original } = controls;
+        let Controls { stop_timeout, viewers, serving, lasting, killed_status, keeper, outputs, original } =
+            controls;
         let running =
             Arc::new(Running::new(entry.name(), config, original, &vsock, viewers, killed_status, keeper));
         let unserved = Some((entry, signals));
@@ -177,6 +181,7 @@ impl<'a> Session<'a> {
             running,
             stop_timeout,
             serving,
+            lasting,
             outputs,
         });
         let mut session = Self::private(config, recorder)?;
@@ -256,7 +261,10 @@ impl<'a> Session<'a> {
                 running.built(machine.handle(), ptys);
             }
             let mut served = Ok(());
-            let mut outcome = machine.run(&mut || served = self.serve());
+            let mut outcome = machine.run(&mut || {
+                served = self.serve();
+                self.controlled.iter().for_each(|controlled| (controlled.lasting)());
+            });
             let asked = running.map_or(Asked::Nothing, |running| running.ended());
             let again = match outcome {
                 Ok(Outcome::Reset) => self.config.on_reboot == OnReboot::Reset,
