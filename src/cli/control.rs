@@ -18,7 +18,7 @@ use vmm_monitor::kvm::VcpuState;
 use vmm_monitor::net::traffic::Counts;
 
 /// How much longer than the guest's own time to wait for the monitor's end.
-const GRACE: Duration = Duration::from_secs(10);
+pub(super) const GRACE: Duration = Duration::from_secs(10);
 
 /// How long a guest has to heed its power button, before its agent is asked.
 const BUTTON: Duration = Duration::from_secs(3);

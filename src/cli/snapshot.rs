@@ -4,7 +4,7 @@ use std::path::{PathBuf, absolute};
 
 use clap::Subcommand;
 
-use super::control::connect;
+use super::control::{GRACE, connect};
 use super::plan::plan;
 use vmm_command::{Code, Failure, print};
 use vmm_monitor::snapshot::Snapshot;
@@ -74,6 +74,10 @@ pub fn snapshot(options: Options) -> Result<Code, Failure> {
 
 fn create(options: &CreateOptions) -> Result<Code, Failure> {
     let folder = absolute(&options.folder).map_err(|error| Failure::new(Code::Host, error))?;
-    connect(&options.name)?.snapshot(&folder, options.stop)?;
+    let mut client = connect(&options.name)?;
+    client.snapshot(&folder, options.stop)?;
+    if options.stop {
+        client.wait_for_end(GRACE)?;
+    }
     Ok(Code::Success)
 }

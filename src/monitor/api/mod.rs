@@ -174,11 +174,11 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// In words, why not.
     fn remove_device(&self, name: &str, force: bool) -> Result<Attached, String>;
-    /// Saves it in a new folder. It stands still meanwhile, and goes on if it ran, or ends if it is to `stop`. From a thread of its own.
+    /// Saves it in a new folder. It goes on if it ran, unless it is to `stay` where it was saved. From a thread of its own.
     ///
     /// # Errors
     /// In words, why there is no such folder.
-    fn snapshot(&self, folder: &Path, stop: bool) -> Result<(), String>;
+    fn snapshot(&self, folder: &Path, stay: bool) -> Result<(), String>;
     /// Saves it in files without names, for other processes to go on from: configuration, state and memory. From a thread of its own.
     ///
     /// # Errors

@@ -6,9 +6,10 @@
 //! {"version":1,"error":"the guest is starting"}
 //! ```
 //!
-//! After the reply to `stop` and `kill` the server keeps the connection open until the virtual machine is gone, so that
-//! its end is the news of that. The reply to `wait` comes when the run is over, and is the last thing on its connection. With the first `sample` the client becomes a viewer of the machine, and stays one as long
-//! as the connection lasts: one that does not ask again within some seconds is cut off like any other. Does no I/O itself.
+//! After the reply to `stop`, `kill` and a `snapshot` that stops it the server keeps the connection open until the virtual machine
+//! is gone, so that its end is the news of that. The reply to `wait` comes when the run is over, and is the last thing on its
+//! connection. With the first `sample` the client becomes a viewer of the machine, and stays one as long as the connection lasts: one
+//! that does not ask again within some seconds is cut off like any other. Does no I/O itself.
 
 use std::path::PathBuf;
 
@@ -102,7 +103,7 @@ impl Command {
 
     /// The virtual machine ends by this; the connection lasts until then.
     pub fn ends(&self) -> bool {
-        matches!(self, Self::Stop { .. } | Self::Kill)
+        matches!(self, Self::Stop { .. } | Self::Kill | Self::Snapshot { stop: true, .. })
     }
 }
 

@@ -341,6 +341,8 @@ impl Orders {
             let _ = self.control.resume();
         }
         let asked = self.errand.clients.pop_front();
+        // Whoever asked hears that it is saved before it ends by that.
+        let ends = matches!((&result, &asked), (Done::Saved(Ok(())), Some((_, command))) if command.ends());
         let mut descriptors = Vec::new();
         let reply = match result {
             Done::Forked(result) => self.done(result.map(|files| descriptors.extend(files))),
@@ -348,7 +350,10 @@ impl Orders {
             Done::Looked(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
             Done::Changed(device) => device.map_or_else(Answer::Error, Answer::Device),
         };
-        self.reply(asked, reply, &descriptors, sources);
+        self.reply(asked, (reply, ends), &descriptors, sources);
+        if ends {
+            self.kill();
+        }
         // Those who came meanwhile get their turn.
         while let Some((token, command)) = self.errand.clients.pop_front() {
             let result = match command {
@@ -360,7 +365,7 @@ impl Orders {
                 },
             };
             let reply = self.done(result);
-            self.reply(Some((token, command)), reply, &[], sources);
+            self.reply(Some((token, command)), (reply, false), &[], sources);
         }
     }
 
@@ -372,13 +377,13 @@ impl Orders {
     fn reply(
         &mut self,
         client: Option<(u32, Command)>,
-        reply: Answer,
+        (reply, ends): (Answer, bool),
         descriptors: &[OwnedFd],
         sources: &mut Sources<'_, '_>,
     ) {
         let Some((token, _)) = client else { return };
         let Some(mut client) = self.clients.remove(&token) else { return };
-        let mut keep = answer_with(&mut client, reply, false, descriptors);
+        let mut keep = answer_with(&mut client, reply, ends, descriptors);
         if keep == Keep::Yes {
             keep = self.serve_lines(&mut client, token);
         }

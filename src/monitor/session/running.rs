@@ -218,11 +218,10 @@ impl Control for Running {
         self.machine()?.remove_device(name, force).map_err(|error| error.to_string())
     }
 
-    fn snapshot(&self, folder: &Path, stop: bool) -> Result<(), String> {
+    fn snapshot(&self, folder: &Path, stay: bool) -> Result<(), String> {
         let mut config = self.original.clone();
         config.make_absolute();
-        let stop = stop.then_some(|| self.kill());
-        self.with_machine(|machine| snapshot::create(machine, &config, folder, stop))
+        self.with_machine(|machine| snapshot::create(machine, &config, folder, stay))
     }
 
     fn fork(&self) -> Result<[OwnedFd; 3], String> {

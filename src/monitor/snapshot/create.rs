@@ -15,16 +15,11 @@ use crate::machine::{Handle, Paused, Phase, SavedMachine};
 use crate::output;
 
 /// Saves `machine`, which was built as `config` says, into the new `folder`. It stands still as short as may be, and goes on
-/// if it ran; with `stop` until that is called, when all is done.
+/// if it ran; one that is to `stay` as it was saved stands still from then on.
 ///
 /// # Errors
 /// [`Error`]; nothing is left behind.
-pub fn create(
-    machine: &Handle,
-    config: &VmConfig,
-    folder: &Path,
-    stop: Option<impl FnOnce()>,
-) -> Result<(), Error> {
+pub fn create(machine: &Handle, config: &VmConfig, folder: &Path, stay: bool) -> Result<(), Error> {
     supported(config)?;
     let new = NewFolder::begin(folder)?;
     let parts = Parts::create(&new.hidden)?;
@@ -40,13 +35,9 @@ pub fn create(
         }
         new.name()
     };
-    match stop {
-        None => complete(standing_still(machine, |paused| begin(paused, true))?),
-        Some(stop) => standing_still(machine, |paused| {
-            complete(begin(paused, false)?)?;
-            stop();
-            Ok(())
-        }),
+    match stay {
+        false => complete(standing_still(machine, false, |paused| begin(paused, true))?),
+        true => standing_still(machine, true, |paused| complete(begin(paused, false)?)),
     }
 }
 
@@ -60,7 +51,7 @@ pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
         return Err(Error::Disks);
     }
     let parts = Parts::unnamed()?;
-    let taken = standing_still(machine, |paused| Taken::begin(machine, paused, &parts, true))?;
+    let taken = standing_still(machine, false, |paused| Taken::begin(machine, paused, &parts, true))?;
     taken.finish(config, machine, &parts)?;
     Ok(parts)
 }
@@ -79,9 +70,10 @@ fn supported(config: &VmConfig) -> Result<(), Error> {
     Err(Error::Unsupported(what))
 }
 
-/// Does `work` while `machine` stands still, which goes on afterwards if it ran.
+/// Does `work` while `machine` stands still, which goes on afterwards if it ran, unless it is to `stay` where it was when that is done.
 fn standing_still<T>(
     machine: &Handle,
+    stay: bool,
     work: impl FnOnce(&Paused<'_>) -> Result<T, Error>,
 ) -> Result<T, Error> {
     let (ran, since) = (machine.phase() == Phase::Running, Instant::now());
@@ -91,7 +83,7 @@ fn standing_still<T>(
         false => work(&paused),
     };
     drop(paused);
-    if ran {
+    if ran && !(stay && done.is_ok()) {
         // It has ended meanwhile, or somebody else resumed it.
         let _ = machine.resume();
         log::info!("it stood still for {:.1?}", since.elapsed());
