@@ -75,7 +75,7 @@
 //!    rest → nothing moves. Every part can then give its state ([`state::Saved`]). If a device is not at rest
 //!    in time (its disk hangs), the pause fails and the machine runs on.
 //!
-//! 6. **Snapshot**: a pause → [`SavedMachine`](machine::SavedMachine), and RAM's pages that are not zero → files. **Restore** is the
+//! 6. **Snapshot**: a pause → [`SavedMachine`](machine::SavedMachine), RAM's pages that are not zero, and disks that the guest writes to → files. **Restore** is the
 //!    first flow with another [`Origin`](machine::Origin): memory mapped from the file, no kernel, and state in place of an
 //!    [`Entry`](boot::Entry).
 //!

@@ -4,7 +4,6 @@
 //! uses costs none. A faster engine can stand behind the same trait.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
@@ -61,12 +60,9 @@ impl Images {
         Raw::on(image, config)
     }
 
-    /// Copies what the `index`th disk has now to `to`, an empty file: that of an overlay, if the disk has one. The disk is at rest.
-    ///
-    /// # Errors
-    /// There is no such disk, or the host refuses.
-    pub fn save(&self, index: usize, to: &File) -> io::Result<()> {
-        self.0.get(&index).ok_or(io::ErrorKind::NotFound)?.save(to)
+    /// The `index`th image, if it is open: to be saved while its disk is at rest.
+    pub fn get(&self, index: usize) -> Option<Arc<Image>> {
+        self.0.get(&index).cloned()
     }
 
     /// Closes the `index`th image: its lock goes with the last request that is under way.
@@ -253,6 +249,7 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::sync::atomic::AtomicUsize;
     use std::thread;
 

@@ -172,7 +172,9 @@ impl Plugboard {
 
     /// Copies what the configuration's disk `index` has now to `to`.
     pub fn save_disk(&self, index: usize, to: &File) -> io::Result<()> {
-        self.host().map_err(io::Error::other)?.images.save(index, to)
+        // It may take its time, and nobody is to wait for the lock meanwhile.
+        let image = self.host().map_err(io::Error::other)?.images.get(index);
+        image.ok_or(io::ErrorKind::NotFound)?.save(to)
     }
 
     /// Checks what can be checked of `plug` without opening anything.
