@@ -117,7 +117,7 @@ pub enum Request {
 pub struct Renewal {
     /// Tells this copy from all others.
     pub generation: [u8; GENERATION],
-    /// Nanoseconds since 1970. A clock that is right within the second that the message may have taken is left alone.
+    /// Nanoseconds since 1970. A clock that is ahead by less than a minute is left alone: that much the message may have taken.
     pub time: u64,
     /// As for [`Request::Reseed`].
     pub seed: Vec<u8>,

@@ -92,11 +92,14 @@ fn copies_are_told_apart(kernel: Kernel, hears: bool) {
     let _one = restore(&first, &saved, "one");
     let renewed = restore_renewed(&first, &saved, "two", &["--hostname", "copy", "--machine-id"]);
     assert_eq!((renewed.status.code(), &*text(&renewed.stdout)), (Some(0), "two\n"), "{renewed:?}");
+    let mut fork = first.command(&["fork", "web", "--renew", "--name", "forked"]);
+    let forked = fork.env("XDG_STATE_HOME", first.runtime()).output().unwrap();
+    assert_eq!((forked.status.code(), &*text(&forked.stdout)), (Some(0), "forked\n"), "{forked:?}");
     // That of the second was waited for, that of the first comes by itself.
     let told =
         "i=0; until [ -e /tmp/told ] || [ $i = 600 ]; do i=$((i + 1)); sleep 0.1; done; [ -e /tmp/told ]";
     exec(&first, "one", told);
-    let all = ["web", "one", "two"];
+    let all = ["web", "one", "two", "forked"];
     assert_distinct(&ask_all(&first, &all, UUIDS));
     assert_distinct(&ask_all(&first, &all[1..], "cat /run/vmm/generation"));
     for name in &all[1..] {
@@ -104,13 +107,13 @@ fn copies_are_told_apart(kernel: Kernel, hears: bool) {
         assert_eq!(exec(&first, name, HEARD), if hears { "1" } else { "0" }, "{name}");
     }
     assert_eq!(exec(&first, "web", HEARD), "0", "the one that was saved is no copy");
-    assert_eq!(ask_all(&first, &all, "hostname"), ["guest\n", "guest\n", "copy\n"]);
+    assert_eq!(ask_all(&first, &all, "hostname"), ["guest\n", "guest\n", "copy\n", "guest\n"]);
     let seconds: Vec<f64> =
         ask_all(&first, &all, "date +%s").iter().map(|told| told.trim().parse().unwrap()).collect();
     assert!(seconds[0] < 1_300_000_000.0, "a clock that is wrong is the saved machine's own: {seconds:?}");
     assert!(seconds[1..].iter().all(|seconds| (seconds - now()).abs() < 60.0), "{seconds:?}");
     let ids = ask_all(&first, &all, "cat /etc/machine-id");
-    assert!(ids[0] == "1\n" && ids[1] == ids[0] && ids[2].trim().len() == 32, "{ids:?}");
+    assert!(ids[0] == "1\n" && ids[1] == ids[0] && ids[2].trim().len() == 32 && ids[3] == ids[0], "{ids:?}");
 
     // What fails in the guest is told, and a copy that was to be another is none if it is not.
     exec(&first, "web", "touch /tmp/fail");
@@ -127,7 +130,7 @@ fn copies_are_told_apart(kernel: Kernel, hears: bool) {
         assert!(Instant::now() < deadline, "it was to be killed");
         thread::sleep(Duration::from_millis(20));
     }
-    assert_eq!(first.control(&["kill", "two"]).0, Some(0));
+    assert_eq!(first.control(&["kill", "two", "forked"]).0, Some(0));
 }
 
 #[test]
@@ -209,7 +212,7 @@ fn clock_ahead(guest: &Guest, name: &str) -> (f64, f64) {
     (least, most)
 }
 
-/// Sets the clock of guest `name` to one that is ahead by less than a second: that much an agent takes for the time that its message
+/// Sets the clock of guest `name` to one that is ahead by less than a minute: that much an agent takes for the time that its message
 /// took, and leaves alone.
 fn set_ahead(guest: &Guest, name: &str) {
     let status = guest.control(&["status", name, "--json"]).1;

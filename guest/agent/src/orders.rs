@@ -41,9 +41,9 @@ pub fn set_time(nanoseconds: u64) -> io::Result<()> {
 }
 
 /// Sets the clock, unless it is right as far as anybody can tell: `nanoseconds` was now when the message left, which may have been on
-/// its way for a moment.
+/// its way for as long as its sender waits. A clock that is right is not to be set back by that.
 pub fn correct_time(nanoseconds: u64) -> io::Result<()> {
-    const ON_ITS_WAY: u64 = 1_000_000_000;
+    const ON_ITS_WAY: u64 = 60 * 1_000_000_000;
     let now = clock_gettime(ClockId::Realtime);
     let now = u64::try_from(i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec)).unwrap_or(0);
     match (nanoseconds..nanoseconds.saturating_add(ON_ITS_WAY)).contains(&now) {
