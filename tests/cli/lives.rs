@@ -371,6 +371,15 @@ fn monitors_that_are_stopped_are_listed_as_such_and_delay_nobody() {
         (&json[1]["pid"], &json[1]["error"]),
         (&stopped[0].pid().into(), &"\"stopped0\" does not answer".into())
     );
+    // Who asks for one of them hears so at once, and not when a monitor's time to answer is over.
+    let asked = Instant::now();
+    for command in ["status", "status --vcpus", "pause", "resume", "stop", "kill", "device list"] {
+        let output = place.vmm(&format!("{command} stopped0"));
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(HOST), "{command}: {said}");
+        assert!(said.contains("does not answer") && said.contains("kill -CONT"), "{command}: {said}");
+    }
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
     // Woken, they answer again.
     stopped.iter().for_each(|guest| guest.signal(Signal::CONT));
     for n in 0..4 {

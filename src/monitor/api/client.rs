@@ -70,6 +70,7 @@ impl Client {
             let client = client.and_then(|stream| Self::new(registry, &name, stream));
             let pid = client.as_ref().ok().and_then(Self::pid);
             let client = client.and_then(|mut client| {
+                client.check_awake()?;
                 client.patience(Some(deadline))?;
                 client.stream.write_all(&request).map_err(|e| client.broken(e))?;
                 Ok(client)
@@ -93,6 +94,16 @@ impl Client {
     fn pid(&self) -> Option<u32> {
         let peer = rustix::net::sockopt::socket_peercred(&self.stream).ok()?;
         u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
+    }
+
+    /// That the process there is not stopped: it would answer when it is woken, which nobody need wait for.
+    fn check_awake(&self) -> Result<(), Error> {
+        let stat = self.pid().and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok());
+        // The state follows the name, which may have anything in it (proc_pid_stat(5)). One whose state cannot be read is asked.
+        match stat.as_deref().and_then(|stat| stat.rsplit_once(')')) {
+            Some((_, rest)) if rest.starts_with(" T") => Err(Error::NoAnswer(self.name.clone())),
+            _ => Ok(()),
+        }
     }
 
     /// Has `command` carried out; the status is that after it.
@@ -177,8 +188,7 @@ impl Client {
 
     /// The answer to a command, however long that takes.
     fn take_its_time(&mut self, command: Command) -> Result<Answer, Error> {
-        self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
-        self.stream.write_all(&protocol::request(command)).map_err(|e| self.broken(e))?;
+        self.send(command)?;
         let line = self.read_line(None)?;
         self.parse(&line)
     }
@@ -218,10 +228,15 @@ impl Client {
     }
 
     fn exchange(&mut self, command: Command) -> Result<Answer, Error> {
-        self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
-        self.stream.write_all(&protocol::request(command)).map_err(|e| self.broken(e))?;
+        self.send(command)?;
         let line = self.read_line(Instant::now().checked_add(PATIENCE))?;
         self.parse(&line)
+    }
+
+    fn send(&mut self, command: Command) -> Result<(), Error> {
+        self.check_awake()?;
+        self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
+        self.stream.write_all(&protocol::request(command)).map_err(|e| self.broken(e))
     }
 
     fn parse(&self, line: &[u8]) -> Result<Answer, Error> {
