@@ -73,7 +73,7 @@ fn ends_that_cannot_be() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let arguments = format!("--kernel kernel --console off -p {port}:80");
-    refused(&place, &arguments, BAD_ARGUMENT, &["cannot publish", &port, "in use"]);
+    refused(&place, &arguments, HOST, &["cannot publish", &port, "in use"]);
     let arguments = "--kernel kernel --console off --net user,publish=192.0.2.1:8080:80/udp";
     refused(&place, arguments, BAD_ARGUMENT, &["192.0.2.1:8080/udp", "cannot publish"]);
     std::fs::create_dir_all(place.path("run/vmm")).unwrap();
@@ -149,7 +149,7 @@ fn what_root_may_not_without_its_privileges(place: &Place) {
     let lowest = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
     if lowest.trim().parse::<u16>().unwrap() > 7 {
         let command = || without("net_bind_service", "-p 7:80");
-        refused_command(place, command(), BAD_ARGUMENT, &["127.0.0.1:7/tcp", "Permission denied"]);
+        refused_command(place, command(), HOST, &["127.0.0.1:7/tcp", "Permission denied"]);
         let hint = text(&command().output().unwrap().stderr);
         assert!(hint.contains("ip_unprivileged_port_start=7"), "{hint}");
     }

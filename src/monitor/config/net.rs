@@ -318,7 +318,18 @@ pub fn validate(list: &[Net]) -> Result<(), Invalid> {
                 );
             }
         }
-        if matches!(net.to, NetTarget::User(_)) {
+        if let NetTarget::User(network) = &net.to {
+            let mut published = network.publish.iter().enumerate();
+            let clash = published.find_map(|(n, one)| {
+                let address = network.publish[..n].iter().find_map(|other| one.clash(*other))?;
+                Some(format!("{address}/{} is published twice", one.protocol()))
+            });
+            if let Some(clash) = clash {
+                return invalid(
+                    clash,
+                    "publish another port of the host: each leads to one port of the guest",
+                );
+            }
             if net.mtu.is_some_and(|mtu| mtu < UserNet::MIN_MTU) {
                 return invalid("the MTU is too small".to_owned(), "drop mtu=, or use mtu=576 to mtu=65535");
             }

@@ -204,7 +204,8 @@ fn object(text: &OsStr, first: &str, word: &str, lists: &[&str]) -> Result<Value
         Err(_) => Value::from(bytes),
     };
     let mut map = Map::new();
-    for (i, item) in items(text).iter().enumerate() {
+    let items = items(text);
+    for (i, item) in items.iter().enumerate() {
         let (key, value) = match pair(item) {
             Some((key, [])) if !key.is_empty() => {
                 return fail(format_args!("{text:?}: {}= is empty", shown(key)));
@@ -217,7 +218,13 @@ fn object(text: &OsStr, first: &str, word: &str, lists: &[&str]) -> Result<Value
             None => (shown(item), Value::from(true)),
         };
         if key.is_empty() || value == "" {
-            return fail(format_args!("{text:?}: expected {first}=...[,key=value][,flag]"));
+            return fail(match item.is_empty() {
+                true if items.len() == 1 => {
+                    format!("{text:?} is empty: expected {}[,key=value][,flag]", first.to_uppercase())
+                }
+                true => format!("{text:?}: there is nothing before or after one of the commas"),
+                false => format!("{text:?}: {:?} has no key before the =", shown(item)),
+            });
         }
         if lists.contains(&&*key) {
             let list = map.entry(key.clone().into_owned()).or_insert_with(|| Value::Array(Vec::new()));

@@ -196,6 +196,18 @@ impl Publish {
         })
     }
 
+    /// A port of the host that this one takes, and `other`, too.
+    pub fn clash(self, other: Self) -> Option<SocketAddr> {
+        let whole = |address: IpAddr| address.is_unspecified();
+        let same = self.address == other.address
+            || self.address.is_ipv4() == other.address.is_ipv4()
+                && (whole(self.address) || whole(other.address));
+        let first = self.host.max(other.host);
+        let taken = |publish: Self| first - publish.host < publish.count;
+        let clash = same && self.udp == other.udp && taken(self) && taken(other);
+        clash.then(|| SocketAddr::new(self.address, first))
+    }
+
     /// What is published, as a number to open a socket by.
     pub fn protocol(self) -> &'static str {
         if self.udp { "udp" } else { "tcp" }
@@ -286,7 +298,9 @@ impl FromStr for Resolver {
                 "{text:?} is not an address of a DNS server like 9.9.9.9 or 127.0.0.1:5353"
             ))
         };
-        address.map(Self).ok_or_else(wrong)
+        // No address of one host's.
+        let none = |ip: IpAddr| ip.is_unspecified() || ip.is_multicast() || ip == Ipv4Addr::BROADCAST;
+        address.filter(|address| !none(address.ip())).map(Self).ok_or_else(wrong)
     }
 }
 
@@ -353,6 +367,37 @@ mod tests {
             "-:1",
         ] {
             assert!(wrong.parse::<Publish>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_port_of_the_host_leads_to_one_place() {
+        let publish = |text: &str| text.parse::<Publish>().unwrap();
+        for (one, other, clash) in [
+            ("8080:80", "8080:81", Some("127.0.0.1:8080")),
+            ("8000-8009:80-89", "8005-8020:5-20", Some("127.0.0.1:8005")),
+            ("1-65535:1-65535", "65535:1", Some("127.0.0.1:65535")),
+            ("0.0.0.0:8080:80", "8080:80", Some("0.0.0.0:8080")),
+            ("[::1]:8080:80", "[::]:8080:80", Some("[::1]:8080")),
+            ("8080:80", "8080:80/udp", None),
+            ("8080:80", "8081:80", None),
+            ("8080:80", "[::1]:8080:80", None),
+            ("8080:80", "127.0.0.2:8080:80", None),
+        ] {
+            let clashes = publish(one).clash(publish(other)).map(|address| address.to_string());
+            assert_eq!(clashes.as_deref(), clash, "{one} {other}");
+            assert_eq!(publish(other).clash(publish(one)).is_some(), clash.is_some(), "{other} {one}");
+        }
+    }
+
+    #[test]
+    fn a_resolver_has_the_address_of_a_host() {
+        for text in ["9.9.9.9", "127.0.0.1:5353", "::1", "[fd00::3]:5353"] {
+            assert_eq!(text.parse::<Resolver>().unwrap().to_string(), text);
+        }
+        for wrong in ["0.0.0.0", "[::]:53", "224.0.0.251", "255.255.255.255", "ff02::fb", "9.9.9.9:0", "dns"]
+        {
+            assert!(wrong.parse::<Resolver>().is_err(), "{wrong}");
         }
     }
 

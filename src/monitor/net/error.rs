@@ -250,9 +250,10 @@ impl Error {
 
     /// Whether the caller's request was wrong (and not the host lacking something).
     pub fn is_bad_argument(&self) -> bool {
-        !matches!(
-            self,
-            Self::Host(_) | Self::User(user::Error::Host(_)) | Self::VhostUser(vhost::Error::Host(_))
-        )
+        match self {
+            Self::User(error) => error.is_bad_argument(),
+            Self::Host(_) | Self::VhostUser(vhost::Error::Host(_)) => false,
+            _ => true,
+        }
     }
 }

@@ -3,6 +3,8 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 
+use rustix::process::{Resource, getrlimit};
+
 use crate::config::{Allow, Publish};
 use crate::event_loop::Interest;
 
@@ -23,6 +25,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// There are more ports than open files.
+    #[error("cannot publish {ports} ports: each takes an open file, and this process may have {limit}")]
+    Files {
+        /// All that are to be published.
+        ports: usize,
+        /// Open files.
+        limit: u64,
+    },
     /// A setting that would open nothing.
     #[error("`net=user,allow={allow}` opens nothing: {why}")]
     Dead {
@@ -39,10 +49,25 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the caller's request was wrong (and not the host refusing it).
+    pub fn is_bad_argument(&self) -> bool {
+        match self {
+            Self::Publish { source, .. } => source.kind() == io::ErrorKind::AddrNotAvailable,
+            Self::Dead { .. } => true,
+            Self::Files { .. } | Self::Host(_) => false,
+        }
+    }
+
     /// What to try.
     pub fn hint(&self) -> String {
         let (address, protocol, source) = match self {
             Self::Publish { address, protocol, source } => (address, protocol, source),
+            Self::Files { ports, .. } => {
+                return format!(
+                    "publish fewer, or raise this shell's limit on open files: sudo prlimit --nofile={} --pid $$",
+                    ports + SPARE_FILES
+                );
+            }
             Self::Dead { hint, .. } => return (*hint).to_owned(),
             Self::Host(_) => return "see what the limits are: ulimit -a".to_owned(),
         };
@@ -61,6 +86,9 @@ impl Error {
     }
 }
 
+/// What a machine takes beside its published ports, and the connections to them, at the least.
+const SPARE_FILES: usize = 1024;
+
 /// Sockets of one protocol, each with the guest's port that it leads to.
 type Open<S> = Vec<(S, u16)>;
 
@@ -69,7 +97,13 @@ pub fn open(list: &[Publish]) -> Result<(Open<TcpListener>, Open<UdpSocket>), Er
     let (mut tcp, mut udp) = (Vec::new(), Vec::new());
     for publish in list {
         for (address, port) in publish.ports() {
-            let failed = |source| Error::Publish { address, protocol: publish.protocol(), source };
+            let failed = |source: io::Error| match source.raw_os_error() {
+                Some(libc::EMFILE) => Error::Files {
+                    ports: list.iter().map(|publish| usize::from(publish.count)).sum(),
+                    limit: getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX),
+                },
+                _ => Error::Publish { address, protocol: publish.protocol(), source },
+            };
             if publish.udp {
                 let socket = UdpSocket::bind(address).map_err(failed)?;
                 socket.set_nonblocking(true).map_err(failed)?;
@@ -169,6 +203,7 @@ mod tests {
         let error = open(&[publish]).unwrap_err();
         assert_eq!(error.to_string(), format!("cannot publish 127.0.0.1:{port}/tcp"));
         assert!(error.hint().contains(&format!("ss -tlnp sport = :{port}")));
+        assert!(!error.is_bad_argument());
         let elsewhere: Publish = "192.0.2.1:4000:80/udp".parse().unwrap();
         assert!(open(&[elsewhere]).unwrap_err().hint().contains("ip -brief address"));
     }
