@@ -92,6 +92,32 @@ impl Place {
 }
 
 #[test]
+fn a_run_whose_record_is_on_a_full_disk_has_its_exit_code_kept() {
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+    if !has_kvm("a_run_whose_record_is_on_a_full_disk_has_its_exit_code_kept") {
+        return;
+    }
+    let place = place();
+    let state = place.path("state");
+    fs::create_dir(&state).unwrap();
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o700)).unwrap();
+    if mount("vmm-test", &state, "tmpfs", MountFlags::empty(), Some(c"size=256k")).is_err() {
+        return eprintln!("SKIP: a_run_whose_record_is_on_a_full_disk: needs to mount a tmpfs");
+    }
+    place.detach("halt", "--name full");
+    let full = std::io::copy(&mut std::io::repeat(0), &mut fs::File::create(state.join("fill")).unwrap());
+    assert_eq!(full.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+    place.says("kill full");
+    assert_eq!(place.says("wait full"), "10\n");
+    let folder = state.join("vmm/full");
+    let mut left: Vec<_> = fs::read_dir(&folder).unwrap().map(|file| file.unwrap()).collect();
+    left.retain(|file| file.file_name().to_string_lossy().starts_with("end"));
+    let [end] = &left[..] else { panic!("{left:?}") };
+    assert_eq!(end.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    unmount(&state, UnmountFlags::DETACH).unwrap();
+}
+
+#[test]
 fn it_runs_on_and_what_it_said_and_how_it_ended_are_kept() {
     if !has_kvm("it_runs_on_and_what_it_said_and_how_it_ended_are_kept") {
         return;

@@ -158,6 +158,9 @@ impl Background {
     /// Says that the guest runs, and gives the terminal up.
     fn leave(&mut self) -> anyhow::Result<()> {
         let Shared { record, running, remove, .. } = &*self.shared;
+        if !*remove && let Err(error) = record.take_end_room() {
+            log::warn!("{}: no room to keep how this run ends: {error}", record.name());
+        }
         let said = writeln!(io::stdout(), "{}", record.name()).and_then(|()| io::stdout().flush());
         said.context("the command that started it is gone")?;
         let messages = Rotating::create(&record.messages(), KEPT.bytes());

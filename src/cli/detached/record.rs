@@ -4,8 +4,8 @@
 //! nobody has, the run is over.
 
 use std::env;
-use std::fs::{self, DirBuilder};
-use std::io::{self, ErrorKind};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -16,6 +16,9 @@ use serde::{Deserialize, Serialize};
 use vmm_command::{Code, Failure};
 use vmm_monitor::api::registry::{Registry, generate_name};
 use vmm_monitor::output;
+
+/// Bytes of the file that tells how a run ended: its numbers at their longest, and blanks.
+const END_ROOM: usize = 64;
 
 /// All records of this user.
 #[derive(Debug)]
@@ -177,7 +180,7 @@ impl Record {
     /// # Errors
     /// That cannot be noted.
     pub fn set_transient(&self) -> io::Result<()> {
-        fs::write(self.transient_file(), "")
+        output::create(&self.transient_file()).map(drop)
     }
 
     fn end_file(&self) -> PathBuf {
@@ -204,6 +207,19 @@ impl Record {
         self.end().is_none() && self.messages().exists()
     }
 
+    /// Where the end of a run has its bytes while it is not known.
+    fn end_room(&self) -> PathBuf {
+        self.folder.join("end.room")
+    }
+
+    /// Takes the room that [`Record::set_end`] needs: a run that fills its disk has an end, too.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn take_end_room(&self) -> io::Result<()> {
+        output::create(&self.end_room())?.write_all(&[b' '; END_ROOM])
+    }
+
     /// Keeps that the run ended with `code`, now, unless it is known already how it ended.
     ///
     /// # Errors
@@ -215,11 +231,19 @@ impl Record {
         if self.end().is_some() {
             return Ok(());
         }
-        let write = |path: &Path| {
-            fs::write(path, serde_json::to_vec(&End { code, at })?)?;
-            fs::rename(path, self.end_file())
+        let write = || {
+            let mut text = serde_json::to_vec(&End { code, at })?;
+            text.resize(text.len().max(END_ROOM), b' ');
+            // In place, where there is room: a file that is emptied first may not get its bytes back.
+            let mut file = match fs::rename(self.end_room(), &part) {
+                Ok(()) => File::options().write(true).open(&part)?,
+                Err(_) => output::create(&part)?,
+            };
+            file.write_all(&text)?;
+            fs::rename(&part, self.end_file())
         };
-        write(&part).with_context(|| format!("cannot write {}", self.end_file().display()))
+        let written = write().inspect_err(|_| drop(fs::remove_file(&part)));
+        written.with_context(|| format!("cannot write {}", self.end_file().display()))
     }
 
     /// Removes it. Nothing happens if it is not there.
