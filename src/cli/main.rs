@@ -212,8 +212,8 @@ fn alone<T: Args>(arguments: &[OsString]) -> Option<T> {
 
 /// Reads the arguments. Prints what there is to say about them; an error is the exit code.
 fn parse(mut arguments: Vec<OsString>) -> Result<Command, ExitCode> {
-    let first = arguments.get(1).and_then(|argument| argument.to_str()).unwrap_or_default();
-    if first.starts_with('-') && !["-h", "--help", "-V", "--version"].contains(&first) {
+    let first = arguments.get(1).and_then(|argument| argument.to_str()).unwrap_or_default().to_owned();
+    if first.starts_with('-') && !["-h", "--help", "-V", "--version"].contains(&first.as_str()) {
         arguments.insert(1, "run".into());
     }
     // Building all commands with their help costs a tenth of the time in which a small guest starts, and a third of that of a
@@ -228,6 +228,11 @@ fn parse(mut arguments: Vec<OsString>) -> Result<Command, ExitCode> {
     if let Some(command) = quick {
         return Ok(command);
     }
+    // No command was run, whose code could be this one.
+    let wrong = match first.as_str() {
+        "exec" | "shell" => Code::Command(Code::NOT_RUN),
+        _ => Code::BadArgument,
+    };
     let after = format!("{EXAMPLES}\n{}\n{KEYS}", vmm_command::table());
     let command = Cli::command().after_help(after.clone()).mut_subcommand("run", |run| run.after_help(after));
     let parsed = command.try_get_matches_from(arguments).and_then(|m| Cli::from_arg_matches(&m));
@@ -238,11 +243,11 @@ fn parse(mut arguments: Vec<OsString>) -> Result<Command, ExitCode> {
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
-            Code::BadArgument.into()
+            wrong.into()
         }
         _ => {
             Failure::usage(&error).print(flags::with_flags);
-            Code::BadArgument.into()
+            wrong.into()
         }
     })
 }

@@ -76,6 +76,10 @@ fn codes_are_those_of_docker() {
         ("exec -e =bar web true", 125, "names no variable"),
         ("exec other true", 125, "other"),
         ("exec -it web true", 125, "no terminal"),
+        ("exec web", 125, "COMMAND"),
+        ("exec --timeout 0.5 web true", 125, "0.5"),
+        ("exec --no-such web true", 125, "--no-such"),
+        ("shell", 125, "NAME"),
     ] {
         let mut command = guest.command("");
         command.args(arguments.split(' ').map(|argument| argument.replace('\t', " ")));
