@@ -414,6 +414,11 @@ fn two_machines_never_have_one_address_and_names_go_with_their_machines() {
     let again = join("lab", Some("web"));
     assert_eq!(neighbours.find("web"), Some(one), "its address is free again");
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 2 * 3);
+    // The same where nobody has met it since: its name is no answer, in the place of nobody's.
+    drop(UnixDatagram::bind(folder.join("00000000000000bb")).unwrap());
+    std::os::unix::fs::symlink("10.1.2.3/gone", folder.join("00000000000000bb.name")).unwrap();
+    assert_eq!((neighbours.find("gone"), neighbours.find("web")), (None, Some(one)));
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 2 * 3);
     drop((db, nameless, again, elsewhere));
     assert!(!folder.exists());
 }

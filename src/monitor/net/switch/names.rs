@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FlockOperation, flock, symlink};
 
-use super::segment::Id;
+use super::segment::{self, Id};
 use crate::net::mac;
 
 /// Addresses of machines end in 1 to this; the server of DHCP has the next one.
@@ -40,7 +40,7 @@ pub fn enter(folder: &Path, id: Id, segment: &str, mac: [u8; 6], name: Option<&s
     // Held until the entry is there: of two who enter at once, the second sees what the first has taken.
     let lock = File::open(folder)?;
     flock(&lock, FlockOperation::LockExclusive)?;
-    let taken: Vec<_> = entries(folder).map(|(address, _)| address).collect();
+    let taken: Vec<_> = entries(folder).map(|entry| entry.address).collect();
     let first = mac::hash(&mac) % u64::from(LAST);
     let hosts = (0..u64::from(LAST)).map(|n| 1 + ((first + n) % u64::from(LAST)) as u8);
     let free = hosts.map(|host| address(segment, host)).find(|address| !taken.contains(address));
@@ -49,14 +49,21 @@ pub fn enter(folder: &Path, id: Id, segment: &str, mac: [u8; 6], name: Option<&s
     Ok(address)
 }
 
-/// Addresses and names of those who are there.
-fn entries(folder: &Path) -> impl Iterator<Item = (Ipv4Addr, String)> {
+/// One machine's.
+struct Entry {
+    id: Id,
+    address: Ipv4Addr,
+    name: String,
+}
+
+fn entries(folder: &Path) -> impl Iterator<Item = Entry> {
     let paths = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    let entries = paths.filter(|path| path.extension().is_some_and(|end| end == "name"));
-    entries.filter_map(|path| {
-        let text = fs::read_link(path).ok()?;
+    paths.filter_map(|path| {
+        let id = path.file_name()?.to_str()?.strip_suffix(".name")?;
+        let text = fs::read_link(&path).ok()?;
         let (address, name) = text.to_str()?.split_once('/')?;
-        Some((address.parse().ok()?, name.to_owned()))
+        let id = Id::from_str_radix(id, 16).ok()?;
+        Some(Entry { id, address: address.parse().ok()?, name: name.to_owned() })
     })
 }
 
@@ -73,7 +80,10 @@ impl Neighbours {
     /// The address of the one called `name`, in letters of either case.
     pub fn find(&self, name: &str) -> Option<Ipv4Addr> {
         let folders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut all = folders.iter().flat_map(|folder| entries(folder));
-        all.find_map(|(address, other)| other.eq_ignore_ascii_case(name).then_some(address))
+        folders.iter().find_map(|folder| {
+            let mut named = entries(folder).filter(|entry| entry.name.eq_ignore_ascii_case(name));
+            // What a machine that was killed has left is no answer.
+            named.find(|entry| segment::is_there(folder, entry.id)).map(|entry| entry.address)
+        })
     }
 }

@@ -46,6 +46,40 @@ fn path(folder: &Path, id: Id) -> PathBuf {
     folder.join(format!("{id:016x}"))
 }
 
+/// A socket whose messages go to the port `id` of the segment in `folder`. `None` if it is gone, and then nothing is left of it.
+fn reach(folder: &Path, id: Id) -> Option<OwnedFd> {
+    let open = || {
+        let socket = socket()?;
+        // What one port does not fetch is none of the others' room: so each has a socket.
+        let _ = sockopt::set_socket_send_buffer_size(&socket, BUFFER);
+        connect(&socket, &SocketAddrUnix::new(path(folder, id))?)?;
+        Ok::<_, Errno>(socket)
+    };
+    match open() {
+        Ok(socket) => Some(socket),
+        Err(Errno::CONNREFUSED) => {
+            bury(folder, id);
+            None
+        }
+        Err(error) => {
+            log::debug!("switch: port {id:016x}: {error}");
+            None
+        }
+    }
+}
+
+/// The port `id` was killed: nobody else takes away what it has here.
+fn bury(folder: &Path, id: Id) {
+    // The socket last: whoever finds one without a port clears away both.
+    let _ = unlink(names::path(folder, id));
+    let _ = unlink(path(folder, id));
+}
+
+/// Whether port `id` of the segment in `folder` is there.
+pub fn is_there(folder: &Path, id: Id) -> bool {
+    reach(folder, id).is_some()
+}
+
 impl Segment {
     /// Enters the segment called `name` of those in `runtime`, and makes it if nobody is there; with the socket on which the others
     /// reach us.
@@ -73,10 +107,6 @@ impl Segment {
         Err(Errno::NOENT.into())
     }
 
-    fn path(&self, id: Id) -> PathBuf {
-        path(&self.folder, id)
-    }
-
     /// The others that are there, if they may be others than when this was asked before: a look at the folder's time tells.
     pub fn news(&mut self) -> Vec<Id> {
         let changed = fs::metadata(&self.folder).and_then(|folder| folder.modified()).ok();
@@ -99,31 +129,12 @@ impl Segment {
 
     /// A socket whose messages go to the port `id`. `None` if it is gone, and then nothing is left of it.
     pub fn reach(&self, id: Id) -> Option<OwnedFd> {
-        let open = || {
-            let socket = socket()?;
-            // What one port does not fetch is none of the others' room: so each has a socket.
-            let _ = sockopt::set_socket_send_buffer_size(&socket, BUFFER);
-            connect(&socket, &SocketAddrUnix::new(self.path(id))?)?;
-            Ok::<_, Errno>(socket)
-        };
-        match open() {
-            Ok(socket) => Some(socket),
-            Err(Errno::CONNREFUSED) => {
-                self.bury(id);
-                None
-            }
-            Err(error) => {
-                log::debug!("switch: port {id:016x}: {error}");
-                None
-            }
-        }
+        reach(&self.folder, id)
     }
 
     /// The port `id` was killed: nobody else takes away what it has here.
     pub fn bury(&self, id: Id) {
-        // The socket last: whoever finds one without a port clears away both.
-        let _ = unlink(names::path(&self.folder, id));
-        let _ = unlink(self.path(id));
+        bury(&self.folder, id);
     }
 }
 
