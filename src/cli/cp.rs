@@ -3,18 +3,23 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use anyhow::anyhow;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use super::agent::Reach;
 use vmm_agent::client::{Session, Streams, run};
 use vmm_agent::protocol::{Exit, Request};
 use vmm_agent::tar::{self, Policy};
 use vmm_command::{Code, Failure};
+use vmm_monitor::api::signals::is_ignored;
 
 /// The most that is kept of what the guest's end says about its failure.
 const MAX_WORDS: usize = 4096;
@@ -27,7 +32,7 @@ pub struct Options {
     archive: bool,
     #[command(flatten)]
     reach: Reach,
-    /// What to copy: PATH, NAME:PATH in a guest, or - for a tar stream on standard input. A folder's content alone: PATH/.
+    /// What to copy: PATH, NAME:PATH in a guest, or - for a tar stream on standard input. PATH/. is a folder's content alone
     #[arg(value_name = "SRC")]
     from: OsString,
     /// Where to: NAME:PATH in a guest, PATH, or - for a tar stream on standard output
@@ -71,7 +76,7 @@ pub fn cp(options: Options) -> Result<Code, Failure> {
     match (End::of(&from), End::of(&to)) {
         (End::Guest(name, path), to @ (End::Host(_) | End::Stream)) => {
             let request = Request::Pack { path: absolute(path), name: name_of(path) };
-            out_of(start(name, request)?, to, archive)?;
+            return out_of(start(name, request)?, to, archive);
         }
         (from @ (End::Host(_) | End::Stream), End::Guest(name, path)) => {
             let rename = matches!(from, End::Host(_));
@@ -122,39 +127,67 @@ fn into(session: Session, from: End<'_>) -> Result<(), Failure> {
         stderr: Box::new(words.clone()),
     };
     let End::Host(path) = from else {
-        return words.judge(run(session, streams(Box::new(io::stdin())))?);
+        return words.judge(run(session, streams(Box::new(io::stdin())))?, Ok(()));
     };
     let (reader, writer) = io::pipe().map_err(|error| Failure::new(Code::Host, error))?;
     let (path, name) = (path.to_vec(), name_of(path));
     let packer = thread::spawn(move || tar::pack(&path, &name, writer));
     let exit = run(session, streams(Box::new(reader)))?;
     match joined(packer) {
-        // Who reads no more has a reason, which counts more than ours for not writing.
-        result @ (Ok(()) | Err(tar::Error::Stream(..))) => words.judge(exit).and(result.map_err(failed)),
         // An archive that was cut short is what the guest complains of.
-        Err(error) => Err(failed(error)),
+        Err(error @ (tar::Error::File { .. } | tar::Error::Format(_))) => Err(failed(error)),
+        // Who reads no more has a reason, which counts more than ours for not writing.
+        result => words.judge(exit, result),
     }
 }
 
-fn out_of(session: Session, to: End<'_>, owners: bool) -> Result<(), Failure> {
+fn out_of(session: Session, to: End<'_>, owners: bool) -> Result<Code, Failure> {
     let words = Words::default();
     let streams = |stdout| Streams { stdin: None, stdout, stderr: Box::new(words.clone()) };
     let End::Host(path) = to else {
-        return words.judge(run(session, streams(Box::new(io::stdout())))?);
+        words.judge(run(session, streams(Box::new(io::stdout())))?, Ok(()))?;
+        return Ok(Code::Success);
     };
-    let (reader, writer) = io::pipe().map_err(|error| Failure::new(Code::Host, error))?;
+    let host = |error| Failure::new(Code::Host, error);
+    let signal = end_on_signals(session.connection().map_err(host)?).map_err(host)?;
+    let (reader, writer) = io::pipe().map_err(host)?;
     let path = path.to_vec();
     // What comes out of a guest is a stranger's: no device of theirs becomes one here.
     let policy = Policy { owners, devices: false, rename: true };
     let unpacker = thread::spawn(move || tar::unpack(reader, &path, policy));
     let exit = run(session, streams(Box::new(writer)));
-    let (exit, unpacked) = (exit?, joined(unpacker));
+    // However the stream has ended: who unpacks it takes away what is not whole.
+    let unpacked = joined(unpacker);
+    if let Some(signal) = signal.get() {
+        return Ok(Code::Command(128 + signal));
+    }
+    let exit = exit?;
     match unpacked {
         // Why it was cut short is for the other end to say.
-        result @ (Ok(()) | Err(tar::Error::Cut)) => words.judge(exit).and(result.map_err(failed)),
+        result @ (Ok(()) | Err(tar::Error::Cut | tar::Error::Left { .. })) => words.judge(exit, result)?,
         // That nobody read on is what the guest complains of.
-        Err(error) => Err(failed(error)),
+        Err(error) => return Err(failed(error)),
     }
+    Ok(Code::Success)
+}
+
+/// Ends the session on `connection` by the first signal that asks this process to end, whose number is then there; the second ends
+/// the process at once.
+fn end_on_signals(connection: UnixStream) -> io::Result<Arc<OnceLock<u8>>> {
+    let mut signals =
+        Signals::new([SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| !is_ignored(*signal)))?;
+    let first = Arc::new(OnceLock::new());
+    let told = first.clone();
+    thread::spawn(move || {
+        for signal in signals.forever() {
+            if told.set(signal as u8).is_err() {
+                std::process::exit(128 + signal);
+            }
+            // Of one that is over already nothing is left to end.
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+    });
+    Ok(first)
 }
 
 fn joined(thread: thread::JoinHandle<Result<(), tar::Error>>) -> Result<(), tar::Error> {
@@ -184,9 +217,10 @@ impl Write for Words {
 }
 
 impl Words {
-    fn judge(&self, exit: Exit) -> Result<(), Failure> {
+    /// What came of both ends' work. The guest's failure counts more than what `ours` is; that a file was left out is told beside it.
+    fn judge(&self, exit: Exit, ours: Result<(), tar::Error>) -> Result<(), Failure> {
         if exit == Exit::Code(0) {
-            return Ok(());
+            return ours.map_err(failed);
         }
         let words = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let words = String::from_utf8_lossy(&words);
@@ -194,6 +228,10 @@ impl Words {
             ("", Exit::Signal(signal)) => anyhow!("the agent's copying was ended by signal {signal}"),
             ("", Exit::Code(code)) => anyhow!("the agent's copying ended with code {code}"),
             (words, _) => anyhow!("in the guest: {words}"),
+        };
+        let error = match ours {
+            Err(left @ tar::Error::Left { .. }) => anyhow!("{error}; and here: {left}"),
+            _ => error,
         };
         Err(Failure::new(Code::Host, error))
     }

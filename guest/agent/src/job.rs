@@ -45,6 +45,8 @@ struct Command {
     pid: Pid,
     /// Readable when it has ended.
     ended: OwnedFd,
+    /// As [`Started`] has it.
+    ends_by_itself: bool,
 }
 
 /// The near end of stdin.
@@ -118,8 +120,8 @@ impl Job {
     /// # Errors
     /// The kernel is older than 5.3.
     pub fn of(started: Started) -> Result<Self, Refusal> {
-        let Started { child, stdin, stdout, stderr, tty } = started;
-        let command = Command::of(&child).map_err(|error| {
+        let Started { child, stdin, stdout, stderr, tty, ends_by_itself } = started;
+        let command = Command::of(&child, ends_by_itself).map_err(|error| {
             (Reason::Refused, format!("the guest's kernel has no process descriptors (Linux 5.3): {error}"))
         })?;
         let stderr = stderr.map(|fd| Source::new(Stream::Stderr, fd));
@@ -341,7 +343,9 @@ impl Job {
         let Self { command, stdin, outputs, tty, .. } = self;
         drop((stdin, outputs, tty));
         let Some(command) = command else { return };
-        let _ = kill_process_group(command.pid, Signal::HUP);
+        if !command.ends_by_itself {
+            let _ = kill_process_group(command.pid, Signal::HUP);
+        }
         let _ = kill_process_group(command.pid, Signal::CONT);
         let limit = Timespec { tv_sec: HANGUP.as_secs() as i64, tv_nsec: 0 };
         let mut ended = [PollFd::new(&command.ended, PollFlags::IN)];
@@ -353,10 +357,10 @@ impl Job {
 }
 
 impl Command {
-    fn of(child: &Child) -> io::Result<Self> {
+    fn of(child: &Child, ends_by_itself: bool) -> io::Result<Self> {
         let pid = Pid::from_child(child);
         match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(ended) => Ok(Self { pid, ended }),
+            Ok(ended) => Ok(Self { pid, ended, ends_by_itself }),
             Err(error) => {
                 let _ = kill_process_group(pid, Signal::KILL);
                 let _ = waitpid(Some(pid), WaitOptions::empty());

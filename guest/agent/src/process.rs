@@ -46,6 +46,8 @@ pub struct Started {
     pub stderr: Option<OwnedFd>,
     /// The near end of its terminal, if it has one.
     pub tty: Option<OwnedFd>,
+    /// It ends with its streams, and is to: it takes away what it has begun.
+    pub ends_by_itself: bool,
 }
 
 /// Starts what `exec` says.
@@ -97,7 +99,8 @@ pub fn start_own(arguments: &[&[u8]], stdin: bool) -> Result<Started, Refusal> {
         .args(arguments.iter().map(|argument| OsStr::from_bytes(argument)));
     in_own_session(&mut command);
     let failed = |error| (Reason::Refused, format!("the agent cannot start itself: {error}"));
-    on_pipes(command, stdin).map_err(failed)?.map_err(failed)
+    let started = on_pipes(command, stdin).map_err(failed)?.map_err(failed)?;
+    Ok(Started { ends_by_itself: true, ..started })
 }
 
 fn not_started(name: &[u8], error: io::Error) -> Refusal {
@@ -225,7 +228,14 @@ fn on_pipes(mut command: Command, stdin: bool) -> io::Result<io::Result<Started>
     command.stdout(far_out).stderr(far_err);
     let (stdout, stderr) = (nonblocking(stdout)?, Some(nonblocking(stderr)?));
     // The command with its ends of the pipes is dropped here: their end is then the child's alone to hold.
-    Ok(command.spawn().map(|child| Started { child, stdin: near, stdout, stderr, tty: None }))
+    Ok(command.spawn().map(|child| Started {
+        child,
+        stdin: near,
+        stdout,
+        stderr,
+        tty: None,
+        ends_by_itself: false,
+    }))
 }
 
 fn on_terminal(
@@ -247,7 +257,15 @@ fn on_terminal(
     let near = nonblocking(near)?;
     let keyboard = if stdin_wanted { Some(near.try_clone()?) } else { None };
     let stdout = near.try_clone()?;
-    Ok(command.spawn().map(|child| Started { child, stdin: keyboard, stdout, stderr: None, tty: Some(near) }))
+    let started = |child| Started {
+        child,
+        stdin: keyboard,
+        stdout,
+        stderr: None,
+        tty: Some(near),
+        ends_by_itself: false,
+    };
+    Ok(command.spawn().map(started))
 }
 
 /// Sets a terminal's size; the kernel tells the programs on it.

@@ -172,6 +172,14 @@ impl Session {
         self.sender.clone()
     }
 
+    /// Its connection, for who is to end it from another thread: a shutdown of it is a lost connection to [`run`].
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn connection(&self) -> io::Result<UnixStream> {
+        self.stream.try_clone()
+    }
+
     fn ask(stream: UnixStream, request: Request, deadline: Instant) -> Result<(Self, Answer), Error> {
         let started = Instant::now();
         let lost = |error| Error::Lost(Some(error));

@@ -53,9 +53,9 @@ pub fn run(mut session: Session, streams: Streams) -> Result<Exit, Error> {
         gate.end();
     }
     // What has come is written, however long its reader takes.
-    for writer in [stdout, stderr] {
+    for (writer, what) in [(stdout, "write to standard output"), (stderr, "write to standard error")] {
         let written = writer.join().unwrap_or(Ok(()));
-        written.map_err(|error| Error::Stream("write what the command wrote", error))?;
+        written.map_err(|error| Error::Stream(what, error))?;
     }
     let exit = result?;
     match stdin_failed.lock().unwrap_or_else(PoisonError::into_inner).take() {

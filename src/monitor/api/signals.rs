@@ -123,6 +123,11 @@ fn hold(signal: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether the parent had this process ignore `signal`: `nohup`, a shell's `&`.
+pub fn is_ignored(signal: i32) -> bool {
+    ignored() & 1 << (signal - 1) != 0
+}
+
 /// The set of signals that are ignored: bit n - 1 is signal n. From proc(5), as there is no other way without `unsafe`;
 /// a host without /proc is one where nothing is.
 fn ignored() -> u64 {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 
 use super::Guest;
@@ -47,6 +48,49 @@ fn files_and_folders_go_in_and_come_back() {
     ok(&guest, &format!("cp web:{there}/tree/sub/. flat"));
     assert_eq!(fs::read(place.path("back/link")).unwrap(), b"inner");
     assert_eq!(fs::read(place.path("flat/file")).unwrap(), b"inner");
+}
+
+#[test]
+fn a_socket_that_is_left_out_hides_no_error_of_the_guest() {
+    let guest = Guest::new();
+    let place = &guest.place;
+    let here = place.dir.path().display().to_string();
+    fs::create_dir(place.path("tree")).unwrap();
+    place.file("tree/file", "inner");
+    let _socket = UnixListener::bind(place.path("tree/sock")).unwrap();
+    let left = "tree/sock is a socket, and was left out";
+    for (to, error) in [
+        ("/no/such/folder", "in the guest: cannot copy to /no/such/folder: there is no folder to put it in"),
+        ("/dev/null/tree", "in the guest: cannot copy to /dev/null/tree: "),
+    ] {
+        let output = guest.vmm(&format!("cp tree web:{to}"));
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(4), "{said}");
+        assert!(said.starts_with(&format!("vmm: error: {error}")) && said.contains(left), "{said}");
+    }
+    // What can be copied is, and the rest told, whichever end left it out.
+    for arguments in [format!("cp tree web:{here}/copy"), format!("cp web:{here}/tree back")] {
+        let output = guest.vmm(&arguments);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(4), "{said}");
+        assert!(said.contains(left) && !said.contains("cannot"), "{said}");
+    }
+    for folder in ["copy", "back"] {
+        assert_eq!(fs::read(place.path(folder).join("file")).unwrap(), b"inner");
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_of_the_stream_that_met_it() {
+    let guest = Guest::new();
+    guest.place.file("one", "content");
+    let one = guest.place.path("one").display().to_string();
+    let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").unwrap());
+    for arguments in [format!("cp web:{one} -"), format!("exec web cat {one}")] {
+        let output = finish(guest.command(&arguments).stdout(full()).spawn().unwrap());
+        let said = text(&output.stderr);
+        assert!(said.contains("cannot write to standard output on the host: No space left"), "{said}");
+    }
 }
 
 #[test]
