@@ -160,6 +160,9 @@ fn add_busybox(archive: &mut Archive) -> Result<()> {
             archive.add(&applet, Entry::Symlink("/bin/busybox".to_owned()))?;
         }
     }
+    // Where Debian's busybox looks for it.
+    let lease = Entry::File { mode: 0o755, data: include_bytes!("udhcpc.sh").to_vec() };
+    archive.add("etc/udhcpc/default.script", lease)?;
     Ok(())
 }
 

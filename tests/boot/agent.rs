@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::process::{Pid, Signal, kill_process};
 use vmm_agent::client::{self, Patience, Session, dial};
 use vmm_agent::protocol::{PORT, Reason, Request};
 
@@ -72,13 +73,57 @@ fn works(kernel: Kernel) {
     server.kill().unwrap();
     server.wait().unwrap();
 
+    no_part_is_left(&guest);
     orders(&guest);
+    comes_back(&guest);
     // PID 1 reaps what they left.
     let left = "sleep 0.2 & exit 0";
     assert_eq!(guest.control(&["exec", "web", "sh", "-c", left]).0, Some(0));
     let zombies = "sleep 0.5; grep -l '^State:.*zombie' /proc/[0-9]*/status | wc -l";
     assert_eq!(guest.control(&["exec", "web", "sh", "-c", zombies]).1, "0\n");
     assert_eq!(guest.control(&["kill", "web"]).0, Some(0));
+}
+
+/// A copy that is interrupted leaves nothing: here in the file system of the build folder, which has files without a name or, like the
+/// rig's, has none.
+fn no_part_is_left(guest: &Guest) {
+    let make = "head -c 48000000 /dev/urandom >/tmp/big";
+    assert_eq!(guest.control(&["exec", "web", "sh", "-c", make]).0, Some(0));
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let names = || -> Vec<_> {
+        std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().file_name()).collect()
+    };
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let mut copy = guest.command(&["cp", "web:/tmp/big", dir.path().to_str().unwrap()]).spawn().unwrap();
+        let mut runs = true;
+        while names().is_empty() && runs {
+            runs = copy.try_wait().unwrap().is_none();
+            thread::yield_now();
+        }
+        if runs {
+            kill_process(Pid::from_child(&copy), signal).unwrap();
+        }
+        match copy.wait().unwrap().code() {
+            // It was whole before.
+            Some(0) => std::fs::remove_file(dir.path().join("big")).unwrap(),
+            code => assert_eq!(code, Some(128 + signal.as_raw())),
+        }
+        assert!(names().is_empty(), "{:?}", names());
+    }
+    assert_eq!(guest.control(&["exec", "web", "rm", "/tmp/big"]).0, Some(0));
+}
+
+/// An agent that is killed is not the guest's last.
+fn comes_back(guest: &Guest) {
+    let agent = |options: &[&str], script: &str| {
+        guest.control(&[&["exec"], options, &["web", "sh", "-c", script]].concat())
+    };
+    let pid = || agent(&["--timeout", "60"], "echo $PPID").1;
+    for _ in 0..3 {
+        let before = pid();
+        assert_eq!(agent(&[], "kill -9 $PPID; sleep 60").0, Some(125), "the connection is lost");
+        assert_ne!(pid(), before);
+    }
 }
 
 /// What the host says to a guest that was copied while it ran.

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use crate::guest::{Guest, Kernel, available, bare, vmm};
+use crate::guest::{Guest, Kernel, available, bare, copy_of_disk, vmm};
 
 const FOUR_MIB: &str = "head -c 4194304 /dev/urandom >/d; echo BEGIN; sha256sum </d";
 
@@ -82,6 +82,27 @@ fn a_guest_that_is_told_its_address_has_it_before_its_first_program() {
         let route = "default via 10.0.2.2 dev eth0";
         let wanted = ["10.0.2.15/24", route, "nameserver 10.0.2.3", "1 packets received"];
         assert_eq!(body, wanted, "{kernel:?}: {}", ended.text);
+    }
+}
+
+/// A root that init switches to has its own file of resolvers, which may be read-only.
+#[test]
+fn a_root_that_init_switches_to_asks_the_server_that_the_guest_was_told() {
+    if !available("ip= and vmm.root=") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let own = copy_of_disk("debian.ext4", dir.path()).display().to_string();
+    for (disk, flags) in [(format!("{own},readonly"), "ro"), (own, "rw")] {
+        let ip = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off:10.0.2.3";
+        let script = "echo BEGIN; cat /etc/resolv.conf; test -e /etc/debian_version && echo Debian; echo END";
+        let root = format!("vmm.root=/dev/vda vmm.rootflags={flags}");
+        let cmdline = format!("console=hvc0 quiet panic=-1 {ip} {root} vmm.run=\"{script}\"");
+        let mut command = bare(Kernel::TunedPvh, &cmdline);
+        command.arg("--initrd").arg(Kernel::TunedPvh.initramfs());
+        command.args(["--mem", "512M", "--net", "user", "--disk", &disk]);
+        let ended = Guest::start(command).finish();
+        assert_eq!(ended.body(), ["nameserver 10.0.2.3", "Debian"], "{flags}: {}", ended.text);
     }
 }
 
@@ -268,7 +289,7 @@ fn two_guests_reach_each_other_on_a_switch() {
     assert!(!dir.path().join("vmm/switch-boot-test").exists(), "the segment goes with its last machine");
 }
 
-/// Two VMs with a user network and a segment: each takes its address there by DHCP, and finds the other by its name.
+/// Two VMs with a user network and a segment: each takes its addresses by DHCP, as our images do it, and finds the other by its name.
 #[test]
 fn two_guests_on_a_switch_find_each_other_by_name() {
     if !available("names on a switch") {
@@ -276,10 +297,8 @@ fn two_guests_on_a_switch_find_each_other_by_name() {
     }
     let dir = tempfile::tempdir().unwrap();
     let start = |name: &str, script: &str| {
-        let set_up = "printf '%s\\n' '#!/bin/sh' 'test $1 = bound && ip addr add $ip/$mask dev $interface' >/u; \
-                      chmod +x /u; ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; \
-                      mkdir -p /etc; echo nameserver 10.0.2.3 >/etc/resolv.conf; \
-                      ip link set eth1 up; udhcpc -q -n -i eth1 -s /u >/dev/null 2>&1; echo BEGIN";
+        let set_up = "for i in eth0 eth1; do ip link set $i up; udhcpc -q -n -i $i >/dev/null 2>&1; done; \
+                      ip -4 -o addr show dev eth0 | grep -o 10.0.2.15/24; ip route | grep -c default; echo BEGIN";
         let mut command = vmm(Kernel::TunedPvh, &format!("{set_up}; {script}; echo END"));
         command.args(["--mem", "256M", "--name", name, "--net", "user", "--net", "switch=names-test"]);
         Guest::start_in(command, dir.path())
@@ -296,6 +315,13 @@ fn two_guests_on_a_switch_find_each_other_by_name() {
     let (db, web) = (db.finish(), web.finish());
     assert_eq!(db.body(), ["finds web", "reached", "1"], "{}\n{}", db.text, web.text);
     assert_eq!(web.body(), ["finds db"], "{}", web.text);
+    let lease = |text: &str| text.contains("10.0.2.15/24\n1\nBEGIN");
+    assert!(
+        lease(&web.text.replace('\r', "")) && lease(&db.text.replace('\r', "")),
+        "{}\n{}",
+        web.text,
+        db.text
+    );
     assert!(!dir.path().join("vmm/switch-names-test").exists(), "the segment goes with its last machine");
 }
 

@@ -3,8 +3,8 @@
 //! formatting: it should cost a booting guest as few pages and instructions as it can.
 //!
 //! A run, top to bottom: mount what every program expects, read the orders from the kernel command line, load modules,
-//! open the console, switch to another root if asked, start the agent if there is one, run the command (or a shell), wait for its end or for the power
-//! button, report the exit code, end the machine.
+//! open the console, switch to another root if asked, start the agent if there is one, run the command (or a shell), wait for
+//! its end or for the power button, report the exit code, end the machine.
 #![no_std]
 
 #[cfg(test)]
@@ -63,7 +63,11 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
     let watch = Watch::start();
     let agent = Agent::find();
     let rooted = orders.root.is_none_or(|root| mounts::switch_root(root, &orders));
-    if let Some(agent) = agent.filter(|_| rooted) {
+    if let Some(dns) = orders.ip.and_then(|ip| ip.dns) {
+        mounts::name_resolver(dns);
+    }
+    let mut agent = agent.filter(|_| rooted);
+    if let Some(agent) = &mut agent {
         // SAFETY: this function's own contract.
         unsafe { agent.start() };
     }
@@ -73,7 +77,8 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
         false => None,
     };
     let outcome = match child {
-        Some(child) => watch.until_end_of(child, orders.end),
+        // SAFETY: this function's own contract.
+        Some(child) => unsafe { watch.until_end_of(child, orders.end, agent) },
         None => Outcome { code: Some(finish::NOT_RUN), end: orders.end, child: None },
     };
     finish::finish(&orders, outcome, &watch)

@@ -3,11 +3,16 @@
 use crate::console::{complain, say};
 use crate::orders::Orders;
 use core::ffi::CStr;
+use core::net::Ipv4Addr;
 use interface::Ip;
 use rustix::fs::{Mode, OFlags, Timespec, mkdir, open, symlink};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount, mount_move};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use rustix::path::Arg;
+
+/// Whom programs ask for names, and where that is said for a root that is read-only.
+const RESOLVERS: &CStr = c"/etc/resolv.conf";
+const RESOLVERS_BESIDE: &CStr = c"/run/resolv.conf";
 
 /// Up to `N` bytes of text; what does not fit is cut off.
 pub struct Text<const N: usize> {
@@ -140,7 +145,7 @@ pub fn load_modules() {
     }
 }
 
-/// Sets up what `ip=` asks for, and says whom to ask for names.
+/// Sets up the interface that `ip=` asks for.
 pub fn set_up_network(ip: &Ip<'_>) {
     let mut path = Text::<64>::new();
     path.push(b"/sys/class/net/");
@@ -153,7 +158,10 @@ pub fn set_up_network(ip: &Ip<'_>) {
     if let Err(error) = ip.set_up() {
         complain(b"set up", ip.device, error);
     }
-    let Some(dns) = ip.dns else { return };
+}
+
+/// Says whom to ask for names: in the file of whatever is `/` by now, or over that of a root that cannot be written.
+pub fn name_resolver(dns: Ipv4Addr) {
     let mut text = Text::<64>::new();
     text.push(b"nameserver");
     for (before, number) in [b' ', b'.', b'.', b'.'].into_iter().zip(dns.octets()) {
@@ -161,12 +169,18 @@ pub fn set_up_network(ip: &Ip<'_>) {
         text.push(Text::<10>::decimal(number.into()).bytes());
     }
     text.push(b"\n");
+    let write = |path: &CStr| {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+        let file = open(path, flags, Mode::from_raw_mode(0o644))?;
+        rustix::io::write(&file, text.bytes())
+    };
     let _ = mkdir(c"/etc", Mode::from_raw_mode(0o755));
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
-    let written = open(c"/etc/resolv.conf", flags, Mode::from_raw_mode(0o644))
-        .and_then(|file| rustix::io::write(&file, text.bytes()));
+    let written = match write(RESOLVERS) {
+        Err(Errno::ROFS) => write(RESOLVERS_BESIDE).and_then(|_| mount_bind(RESOLVERS_BESIDE, RESOLVERS)),
+        result => result.map(drop),
+    };
     if let Err(error) = written {
-        complain(b"write", b"/etc/resolv.conf", error);
+        complain(b"write", RESOLVERS.to_bytes(), error);
     }
 }
 

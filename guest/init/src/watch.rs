@@ -1,6 +1,7 @@
 //! What init waits for: its children, signals that ask for an end, and the power button. No acpid runs in our guests, and
 //! the kernel itself does nothing about the button but report a key, so PID 1 listens to it.
 
+use crate::agent::Agent;
 use crate::finish::{NOT_RUN, Outcome};
 use crate::kernel::{has_power_key, next_signal, take_signals};
 use crate::mounts::Text;
@@ -85,12 +86,17 @@ impl Watch {
         }
     }
 
-    /// Reaps children until `child` ends or somebody asks for an end, which is `end` unless they say otherwise.
-    pub fn until_end_of(&self, child: Pid, end: End) -> Outcome {
+    /// Reaps children until `child` ends or somebody asks for an end, which is `end` unless they say otherwise. Keeps `agent`
+    /// running meanwhile.
+    ///
+    /// # Safety
+    /// The process must have one thread.
+    pub unsafe fn until_end_of(&self, child: Pid, end: End, mut agent: Option<Agent>) -> Outcome {
         loop {
-            match self.next(None) {
+            let pause = agent.as_ref().and_then(Agent::pause);
+            match self.next(pause) {
                 Event::Child => {
-                    if let Some(code) = self.reap(child) {
+                    if let Some(code) = self.reap(child, &mut agent) {
                         return Outcome { code: Some(code), end, child: None };
                     }
                 }
@@ -99,21 +105,26 @@ impl Watch {
                 }
                 Event::Timeout => {}
             }
+            if let Some(agent) = agent.as_mut().filter(|agent| agent.pause() == Some(0)) {
+                // SAFETY: this function's own contract.
+                unsafe { agent.start() };
+            }
         }
     }
 
     /// Reaps all that have ended; the exit code of `child` if it was among them.
-    pub fn reap(&self, child: Pid) -> Option<i32> {
+    fn reap(&self, child: Pid, agent: &mut Option<Agent>) -> Option<i32> {
         // Without a descriptor for signals this is where init sleeps.
         let options = if self.signals.is_some() { WaitOptions::NOHANG } else { WaitOptions::empty() };
-        let mut code = None;
         while let Ok(Some((pid, status))) = wait(options) {
             if pid == child {
-                code = Some(exit_code(status));
-                break;
+                return Some(exit_code(status));
+            }
+            if let Some(agent) = agent {
+                agent.note_end_of(pid);
             }
         }
-        code
+        None
     }
 }
 
