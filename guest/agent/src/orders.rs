@@ -70,8 +70,8 @@ pub fn set_network(network: &Network) -> io::Result<()> {
     }
     if let Some(dns) = dns {
         // An initramfs may have none.
-        fs::create_dir_all("/etc")?;
-        fs::write(RESOLVERS_NEW, format!("nameserver {dns}\n"))?;
+        fs::create_dir_all("/etc").map_err(about_resolvers)?;
+        fs::write(RESOLVERS_NEW, format!("nameserver {dns}\n")).map_err(about_resolvers)?;
     }
     let set_up = Ip { address, mask: mask.into(), gateway, device: &network.device, dns }.set_up();
     if dns.is_none() {
@@ -82,7 +82,12 @@ pub fn set_network(network: &Network) -> io::Result<()> {
         return Err(error.into());
     }
     // In place of a link, too: what it leads to belongs to a service.
-    fs::rename(RESOLVERS_NEW, RESOLVERS)
+    fs::rename(RESOLVERS_NEW, RESOLVERS).map_err(about_resolvers)
+}
+
+/// What became of an interface is told by its name; this is about a file.
+fn about_resolvers(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("write {RESOLVERS}: {error}"))
 }
 
 /// Has the guest's init power off: by its own program, which each has, else as busybox's init takes it.
