@@ -64,7 +64,7 @@ impl Error {
             Self::Publish { address, protocol, source } => (address, protocol, source),
             Self::Files { ports, .. } => {
                 return format!(
-                    "publish fewer, or raise this shell's limit on open files: sudo prlimit --nofile={} --pid $$",
+                    "publish fewer, or raise this shell's limit on open files: sudo prlimit -n{} -p $$",
                     ports + SPARE_FILES
                 );
             }
