@@ -155,6 +155,27 @@ fn the_hosts_kernel_serves_a_taps_queues_over_pauses_and_reboots() {
     }
 }
 
+/// A tap that is deleted under its guest takes the link down, whoever moves the frames.
+#[test]
+fn a_tap_that_is_deleted_is_a_link_that_is_down() {
+    if !available("a tap that is deleted") {
+        return;
+    }
+    for (vhost, net) in [("off", 11), ("on", 12)] {
+        let name = format!("vmmtest{net}");
+        tap(&name, net);
+        let script = "ip link set eth0 up; cd /sys/class/net/eth0; until grep -q 1 carrier; do sleep 0.1; done; \
+                      echo is-up; until grep -q 0 carrier; do sleep 0.1; done; echo BEGIN; cat carrier; echo END";
+        let mut command = vmm(Kernel::TunedPvh, script);
+        command.args(["--mem", "256M", "--net", &format!("tap={name},queues=2,vhost={vhost}")]);
+        let guest = Guest::start(command);
+        guest.wait_for("is-up", 1);
+        ip(&format!("link delete {name}"));
+        let ended = guest.finish();
+        assert_eq!(ended.body(), ["0"], "vhost={vhost}: {}", ended.text);
+    }
+}
+
 /// Debian's kernel with its own driver, on a tap that vmm makes: it pings the host, and the host connects to it.
 #[test]
 fn a_stock_guest_is_reached_over_a_tap_that_goes_with_it() {

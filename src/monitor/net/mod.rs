@@ -7,6 +7,7 @@ mod dhcp;
 mod dump;
 mod error;
 mod fd;
+mod interfaces;
 mod mac;
 mod macvtap;
 mod server;
@@ -33,6 +34,7 @@ use crate::vhost::{Error as BackEndError, FrontEnd};
 use dump::{Dump, Dumped, Queue};
 pub use error::Error;
 pub use fd::from_descriptor;
+pub use interfaces::Interfaces;
 pub use server::Server;
 use switch::Neighbours;
 use traffic::{Network, Traffic};
@@ -91,6 +93,8 @@ pub trait Wire: Send {
     fn accept(&mut self, _offloads: Offloads) {}
     /// Takes part in the traffic, or no longer. Only of more than one queue.
     fn set_attached(&mut self, _on: bool) {}
+    /// Sees whether anybody is there still, where no frame passes here that would tell.
+    fn look(&mut self) {}
     /// Sends a frame whole. False if it has to wait, and is to be sent again then; true also for a frame that is dropped.
     fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool;
     /// Whether the last frame that [`Wire::send`] took was dropped: nobody is there, or the host's side refused it. True once.
@@ -248,7 +252,9 @@ impl Ports {
         let links = links.collect::<io::Result<Vec<_>>>().map_err(Error::Host)?;
         if config.vhost {
             let kernel = links.iter().map(|_| Vhost::open().map(Arc::new));
-            server = Server::Kernel(kernel.collect::<Result<_, _>>()?);
+            let pairs = kernel.collect::<Result<_, _>>()?;
+            let interfaces = Arc::new(Interfaces::watch().map_err(Error::Host)?);
+            server = Server::Kernel { pairs, interfaces };
         }
         let port = Port { server, ..Port::new(links, mac) };
         self.ports.insert(index, port.clone());

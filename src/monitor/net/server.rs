@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use super::{HEADER, Head, Link, Offloads, Vhost, Wire};
+use super::{HEADER, Head, Interfaces, Link, Offloads, Vhost, Wire};
 use crate::event_loop::Event;
 use crate::memory::{Buffers, GuestRam, Slices};
 use crate::vhost::{FrontEnd, Ring};
@@ -15,8 +15,13 @@ pub enum Server {
     /// The device, by [`Wire`].
     #[default]
     Monitor,
-    /// The host's kernel, one for each pair.
-    Kernel(Vec<Arc<Vhost>>),
+    /// The host's kernel.
+    Kernel {
+        /// One for each pair.
+        pairs: Vec<Arc<Vhost>>,
+        /// Tell when a link may have lost its other end.
+        interfaces: Arc<Interfaces>,
+    },
     /// Another process, whose frames go where it likes (vhost-user).
     BackEnd(Arc<FrontEnd>),
 }
@@ -26,7 +31,7 @@ impl Server {
     pub fn pairs(&self) -> usize {
         match self {
             Self::Monitor => 0,
-            Self::Kernel(pairs) => pairs.len(),
+            Self::Kernel { pairs, .. } => pairs.len(),
             Self::BackEnd(back_end) => back_end.broken().len(),
         }
     }
@@ -35,8 +40,16 @@ impl Server {
     pub fn broken(&self) -> Vec<&Event> {
         match self {
             Self::Monitor => Vec::new(),
-            Self::Kernel(pairs) => pairs.iter().map(|vhost| vhost.broken()).collect(),
+            Self::Kernel { pairs, .. } => pairs.iter().map(|vhost| vhost.broken()).collect(),
             Self::BackEnd(back_end) => back_end.broken().iter().collect(),
+        }
+    }
+
+    /// What is readable when a link may have lost its other end, where this process moves no frame that would tell.
+    pub fn interfaces(&self) -> Option<&Interfaces> {
+        match self {
+            Self::Kernel { interfaces, .. } => Some(interfaces),
+            _ => None,
         }
     }
 
@@ -58,7 +71,7 @@ impl Server {
     ) -> io::Result<()> {
         match self {
             Self::Monitor => Ok(()),
-            Self::Kernel(pairs) => {
+            Self::Kernel { pairs, .. } => {
                 let all = pairs.iter().zip(&rings).zip(links);
                 let started =
                     all.map(|((vhost, rings), link)| vhost.start(ram, features, rings, link.as_fd()));
@@ -80,7 +93,7 @@ impl Server {
     pub fn stop(&self) -> Vec<(usize, u16)> {
         match self {
             Self::Monitor => Vec::new(),
-            Self::Kernel(pairs) => {
+            Self::Kernel { pairs, .. } => {
                 let mut all = Vec::new();
                 for (pair, vhost) in pairs.iter().enumerate() {
                     match vhost.stop() {

@@ -212,6 +212,15 @@ impl Wire for Tap {
         }
     }
 
+    fn look(&mut self) {
+        if self.up
+            && let Err(error) = Request::new("", &[]).issue(&self.fd, libc::TUNGETIFF)
+            && is_the_end(&error)
+        {
+            self.lose(&error);
+        }
+    }
+
     fn send(&mut self, header: &[u8; HEADER], frame: &Buffers) -> bool {
         let slices = Slices::of([frame], 0);
         if !self.up || !self.attached || !slices.is_whole() || slices.len() > MAX_FRAME {

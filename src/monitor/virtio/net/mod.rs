@@ -275,8 +275,9 @@ impl VirtioDevice for Net {
         let broken = self.port.server.broken().into_iter().map(Event::as_fd);
         let links = self.port.links.iter().map(AsFd::as_fd);
         // The monitor does not wait for links that the kernel serves.
-        let links = links.filter(|_| !matches!(self.port.server, Server::Kernel(_)));
-        broken.chain(links).chain(self.limiter.timer()).collect()
+        let links = links.filter(|_| !matches!(self.port.server, Server::Kernel { .. }));
+        let interfaces = self.port.server.interfaces().map(AsFd::as_fd);
+        broken.chain(interfaces).chain(links).chain(self.limiter.timer()).collect()
     }
 
     fn interest(&self, source: usize) -> Interest {
@@ -294,6 +295,9 @@ impl VirtioDevice for Net {
             served::broken(&self.port.server, source, queues);
         } else if let Server::BackEnd(back_end) = &self.port.server {
             back_end.look();
+        } else if let Some(interfaces) = self.port.server.interfaces() {
+            interfaces.take();
+            self.port.links.iter().for_each(|link| link.wire().look());
         } else if source < self.port.links.len() {
             self.serve(source, queues, true, true);
         } else {

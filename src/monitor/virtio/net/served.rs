@@ -16,7 +16,7 @@ use crate::virtio::queue::{Position, Virtqueue};
 pub fn able(server: &Server) -> u64 {
     match server {
         Server::Monitor => !0,
-        Server::Kernel(pairs) => {
+        Server::Kernel { pairs, .. } => {
             let kernel = pairs.iter().fold(!0, |all, vhost| all & vhost.features());
             !(features::FILTERS | features::MRG_RXBUF & !kernel)
         }
@@ -50,7 +50,7 @@ impl Offload for Net {
     fn hand_over(&mut self, ram: &GuestRam, rings: &[OffloadedRing<'_>]) -> io::Result<()> {
         let of_frames = match &self.port.server {
             // The rest of it is the tap's.
-            Server::Kernel(_) => features::MRG_RXBUF,
+            Server::Kernel { .. } => features::MRG_RXBUF,
             _ => features::OF_FRAMES | features::MQ,
         };
         let agreed = agreed(rings) | self.features & of_frames;
