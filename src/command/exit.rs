@@ -46,7 +46,10 @@ impl Code {
             Self::BadArgument,
             "bad argument, or a file that it names cannot be used; nothing on the disks can be booted",
         ),
-        (Self::Host, "the host lacks or refused something: KVM, memory, open files, a VM of that name"),
+        (
+            Self::Host,
+            "the host lacks or refused something: KVM, memory, open files, a port, a VM of that name",
+        ),
         (Self::GuestCrash, "the guest crashed (triple fault)"),
         (Self::Internal, "KVM could not run the guest (internal error or failed entry)"),
         (Self::Killed, "the VM was killed: vmm kill, a second signal, the timeout of a stop, Ctrl-A x"),

@@ -88,6 +88,8 @@ fn ends_that_cannot_be() {
         ("--net switch=a,queues=2", &["several queues"]),
         ("--net macvtap=lo", &["lo", "no macvtap"]),
         ("--net macvtap=none", &["none", "no network interface"]),
+        // Nobody is invited to a machine that there is not.
+        ("--gdb unix:gdb --net macvtap=none", &["none", "no network interface"]),
         ("--net macvtap=a,mac=02:00:00:00:00:01", &["address of its own"]),
     ] {
         refused(&place, &format!("--kernel kernel --console off {arguments}"), BAD_ARGUMENT, words);

@@ -32,14 +32,17 @@ pub use place::{Error, Place};
 pub struct Server {
     /// What gdb is told of a run's end: the monitor's exit status.
     status: fn(&Result<Outcome, machine::Error>) -> u8,
+    say: fn(&str),
+    /// How to connect, until that is said.
+    invitation: Option<String>,
     events: Sender<Event>,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Opens `place` and says on standard error how to connect. `kernel` is what gdb would read symbols from; `status` is the
-    /// exit status of this process for each way in which a run can end, which gdb is told.
+    /// Opens `place`, and has `say` tell how to connect when there is a machine that waits for it. `kernel` is what gdb would read
+    /// symbols from; `status` is the exit status of this process for each way in which a run can end, which gdb is told.
     ///
     /// # Errors
     /// [`Error`]
@@ -56,11 +59,11 @@ impl Server {
         };
         let kernel = kernel.filter(is_elf).unwrap_or(Path::new("vmlinux"));
         // Not a log line: it is what to do next.
-        say(&format!(
+        let invitation = format!(
             "vmm: the guest waits for gdb ({}): gdb {} -ex 'target remote {door}'\n",
             door.who(),
             kernel.display()
-        ));
+        );
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = Arc::new(wake.map_err(|error| Error::Thread(error.into()))?);
         let (events, received) = channel();
@@ -74,7 +77,8 @@ impl Server {
             started: false,
         };
         let thread = std::thread::Builder::new().name("gdb".to_owned()).spawn(|| session.run());
-        Ok(Self { status, events, wake, thread: Some(thread.map_err(Error::Thread)?) })
+        let thread = Some(thread.map_err(Error::Thread)?);
+        Ok(Self { status, say, invitation: Some(invitation), events, wake, thread })
     }
 
     fn tell(&self, event: Event) {
@@ -102,6 +106,10 @@ impl Observer for Server {
         let (events, wake) = (self.events.clone(), self.wake.clone());
         let debug = machine.debug(move |stop| tell(&events, &wake, Event::Stopped(stop)))?;
         self.tell(Event::Machine(debug));
+        // A reboot's machine is no news.
+        if let Some(invitation) = self.invitation.take() {
+            (self.say)(&invitation);
+        }
         Ok(())
     }
 
