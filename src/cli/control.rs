@@ -124,6 +124,9 @@ pub(super) fn connect(name: &str) -> Result<Client, Error> {
 /// Gives one machine an order.
 fn order(name: &str, json: bool, command: Command) -> Result<Client, Failure> {
     let mut client = connect(name)?;
+    if command == Command::Kill {
+        client.wake();
+    }
     let status = client.ask(command)?;
     if json {
         print(&pretty(&status)?)?;

@@ -373,16 +373,18 @@ fn monitors_that_are_stopped_are_listed_as_such_and_delay_nobody() {
     );
     // Who asks for one of them hears so at once, and not when a monitor's time to answer is over.
     let asked = Instant::now();
-    for command in ["status", "status --vcpus", "pause", "resume", "stop", "kill", "device list"] {
+    for command in ["status", "status --vcpus", "pause", "resume", "stop", "device list"] {
         let output = place.vmm(&format!("{command} stopped0"));
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(HOST), "{command}: {said}");
         assert!(said.contains("does not answer") && said.contains("kill -CONT"), "{command}: {said}");
     }
+    // Its end comes all the same to one that is killed.
+    place.done("kill stopped0");
     assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
-    // Woken, they answer again.
-    stopped.iter().for_each(|guest| guest.signal(Signal::CONT));
-    for n in 0..4 {
+    // Woken, the others answer again.
+    stopped[1..].iter().for_each(|guest| guest.signal(Signal::CONT));
+    for n in 1..4 {
         place.await_running(&format!("stopped{n}"));
         place.done(&format!("kill stopped{n}"));
     }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 
 use super::passing;
@@ -96,14 +97,24 @@ impl Client {
         u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
     }
 
+    /// The process there, if it is stopped (SIGSTOP).
+    fn stopped(&self) -> Option<u32> {
+        let pid = self.pid()?;
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The state follows the name, which may have anything in it (proc_pid_stat(5)).
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.starts_with(" T")).then_some(pid)
+    }
+
     /// That the process there is not stopped: it would answer when it is woken, which nobody need wait for.
     fn check_awake(&self) -> Result<(), Error> {
-        let stat = self.pid().and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok());
-        // The state follows the name, which may have anything in it (proc_pid_stat(5)). One whose state cannot be read is asked.
-        match stat.as_deref().and_then(|stat| stat.rsplit_once(')')) {
-            Some((_, rest)) if rest.starts_with(" T") => Err(Error::NoAnswer(self.name.clone())),
-            _ => Ok(()),
-        }
+        self.stopped().map_or(Ok(()), |_| Err(Error::NoAnswer(self.name.clone())))
+    }
+
+    /// Has the process there run on if it is stopped: for a command that is to be carried out whatever it does.
+    pub fn wake(&self) {
+        let pid = self.stopped().and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        // One that is gone by now is told by what is asked next.
+        pid.map(|pid| kill_process(pid, Signal::CONT));
     }
 
     /// Has `command` carried out; the status is that after it.
