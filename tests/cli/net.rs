@@ -76,6 +76,16 @@ fn ends_that_cannot_be() {
     refused(&place, &arguments, HOST, &["cannot publish", &port, "in use"]);
     let arguments = "--kernel kernel --console off --net user,publish=192.0.2.1:8080:80/udp";
     refused(&place, arguments, BAD_ARGUMENT, &["192.0.2.1:8080/udp", "cannot publish"]);
+    // More ports than open files: the hint has the number that does.
+    let many = || {
+        let mut command = std::process::Command::new("sh");
+        let script = "ulimit -n 64; exec \"$0\" --kernel kernel --console off -p 20000-20199:1-200";
+        command.args(["-c", script, crate::PROGRAM]);
+        place.set_up(&mut command);
+        command
+    };
+    refused_command(&place, many(), HOST, &["cannot publish 200 ports", "may have 64"]);
+    assert!(text(&many().output().unwrap().stderr).contains("prlimit -n1224 "));
     std::fs::create_dir_all(place.path("run/vmm")).unwrap();
     std::fs::set_permissions(place.path("run/vmm"), std::os::unix::fs::PermissionsExt::from_mode(0o700))
         .unwrap();
