@@ -1,9 +1,10 @@
-//! This program: machines that go on from a snapshot. It is made with the contender, of a guest that has started and waits.
+//! This program: machines that go on from a snapshot. It is made before the first sample, of a guest that has started and waits.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,11 +12,14 @@ use super::command::words;
 use super::fixed::Fixed;
 use super::idle::wait_for;
 use super::program::{self, BARE_HELD, BARE_MARKER, HELD, HOLD, Root};
-use super::vmm::{cmdline, end, kernel};
-use super::{Found, Life, RAM_MIB, Setting};
+use super::vmm::{cmdline, end, kernel, weighed};
+use super::{Found, Life, RAM_MIB, Rival, Setting};
+use crate::measure::{Absent, INTERRUPTED};
 
 /// From being saved to the first that goes on: guests wait for a jump of their clock by two seconds, or of their counter by twice 2^32.
 const AGE: Duration = Duration::from_secs(10);
+/// How soon Ctrl-C is seen.
+const GLANCE: Duration = Duration::from_millis(50);
 /// Until a guest is ready to be saved.
 const LIMIT: Duration = Duration::from_secs(60);
 /// What the guest without Linux has written to before it is saved.
@@ -24,87 +28,142 @@ const TOUCHED_MIB: u32 = 24;
 /// The small kernel with its first program.
 pub fn linux(setting: &Setting, root: &Root) -> Found {
     let (kernel, there) = kernel(setting.tuned_kernel(), "tuned-vmlinux");
-    let arguments = |life| {
+    let initramfs = root.initramfs.clone();
+    let start = move |life| {
         let guest = cmdline("console=hvc0", 't', &format!("{HOLD}{}", end(life)));
-        let initramfs = root.initramfs.to_string_lossy();
-        words(["--kernel", &kernel.to_string_lossy(), "--initrd", &initramfs, "--cmdline", &guest])
+        let (kernel, initramfs) = (kernel.to_string_lossy(), initramfs.to_string_lossy());
+        Ok(words(["--kernel", &kernel, "--initrd", &initramfs, "--cmdline", &guest]))
     };
-    let made = there.and_then(|()| saved(setting, "linux", HELD, arguments));
-    restored("vmm, restored", setting, "linux").if_possible(made)
+    Restored::found("vmm, restored", setting, HELD, start, there)
 }
 
 /// No Linux: a guest that has written to its memory, speaks and ends.
 pub fn bare_metal(setting: &Setting, _: &Root) -> Found {
-    let path = |life| setting.scratch.join(format!("held-{life:?}.elf"));
-    let make = |life| {
-        program::bare_metal_held(life, TOUCHED_MIB).and_then(|bytes| program::write(&path(life), &bytes))
-    };
-    let arguments = |life| {
-        let kernel = path(life);
-        words([
-            "--kernel",
-            &kernel.to_string_lossy(),
-            "--console",
-            "off",
-            "--serial",
-            "stdio",
-            "--debug-exit",
-        ])
-    };
-    let made = setting.kvm().and_then(|()| make(Life::Once)).and_then(|()| make(Life::Idle));
-    let made = made.and_then(|()| saved(setting, "bare", &[BARE_HELD], arguments));
-    let mut rival = restored("vmm, restored, no Linux", setting, "bare");
-    (rival.good_status, rival.marker) = (1, vec![BARE_MARKER]);
-    rival.if_possible(made)
-}
-
-fn restored(name: &'static str, setting: &Setting, guest: &'static str) -> Fixed {
     let scratch = setting.scratch.clone();
-    let mut rival = Fixed::new(name, setting.vmm.clone(), move |life| {
-        let mut arguments = words(["restore", &folder(&scratch, guest, life).to_string_lossy()]);
-        if life == Life::Idle {
-            arguments.push("--dumpable".to_owned());
+    let start = move |life| {
+        let kernel = scratch.join("held.elf");
+        program::write(&kernel, &program::bare_metal_held(life, TOUCHED_MIB)?)?;
+        let kernel = kernel.to_string_lossy();
+        Ok(words(["--kernel", &kernel, "--console", "off", "--serial", "stdio", "--debug-exit"]))
+    };
+    Restored::found("vmm, restored, no Linux", setting, &[BARE_HELD], start, setting.kvm())
+}
+
+/// One that goes on from a snapshot for each life.
+struct Restored {
+    fixed: Fixed,
+    setting: Setting,
+    /// What the guest says when it can be saved.
+    held: &'static [u8],
+    /// The options that start the guest to be saved.
+    start: Box<dyn Fn(Life) -> Result<Vec<String>, String>>,
+    /// Of those that are made: when they are old enough.
+    made: Vec<(Life, Instant)>,
+}
+
+impl Restored {
+    fn found(
+        name: &'static str,
+        setting: &Setting,
+        held: &'static [u8],
+        start: impl Fn(Life) -> Result<Vec<String>, String> + 'static,
+        check: Result<(), String>,
+    ) -> Found {
+        let scratch = setting.scratch.clone();
+        let mut fixed = Fixed::new(name, setting.vmm.clone(), move |life| {
+            let mut arguments = words(["restore", &folder(&scratch, name, life).to_string_lossy()]);
+            arguments.extend(weighed(life));
+            arguments
+        });
+        fixed.guest_ram = true;
+        if held == [BARE_HELD] {
+            (fixed.good_status, fixed.marker) = (1, vec![BARE_MARKER]);
         }
-        arguments
-    });
-    rival.guest_ram = true;
-    rival
-}
-
-fn folder(scratch: &Path, guest: &str, life: Life) -> PathBuf {
-    scratch.join(format!("{guest}-{life:?}.snap"))
-}
-
-/// Starts a guest for each life, and saves it when it has said that it is held.
-fn saved(
-    setting: &Setting,
-    guest: &str,
-    held: &[u8],
-    arguments: impl Fn(Life) -> Vec<String>,
-) -> Result<(), String> {
-    let runtime = setting.scratch.join(format!("{guest}-runtime"));
-    let made = std::fs::DirBuilder::new().mode(0o700).create(&runtime);
-    made.map_err(|error| format!("make {}: {error}", runtime.display()))?;
-    for life in [Life::Once, Life::Idle] {
-        let vmm = || {
-            let mut command = Command::new(&setting.vmm);
-            command.env("XDG_RUNTIME_DIR", &runtime).stdin(Stdio::null());
-            command
-        };
-        let mut command = vmm();
-        command.args(arguments(life)).args(["--name", "held", "--mem", &format!("{RAM_MIB}M")]);
-        let child = command.stdout(Stdio::piped()).spawn();
-        let mut child = Saved(child.map_err(|error| format!("start {}: {error}", setting.vmm.display()))?);
-        child.await_words(held)?;
-        let mut create = vmm();
-        create.args(["snapshot", "create", "--stop", "held"]).arg(folder(&setting.scratch, guest, life));
-        let created = create.output().map_err(|error| format!("start vmm snapshot: {error}"))?;
-        if !created.status.success() {
-            return Err(format!("vmm snapshot create: {}", String::from_utf8_lossy(&created.stderr).trim()));
+        match check {
+            Ok(()) => {
+                let (setting, start) = (setting.clone(), Box::new(start));
+                Ok(Box::new(Self { fixed, setting, held, start, made: Vec::new() }))
+            }
+            Err(why) => Err(Absent { name: name.to_owned(), command: fixed.shown(), why }),
         }
     }
-    thread::sleep(AGE);
-    Ok(())
+}
+
+impl Rival for Restored {
+    fn name(&self) -> &str {
+        self.fixed.name()
+    }
+
+    fn shown(&self) -> String {
+        self.fixed.shown()
+    }
+
+    fn version(&self) -> Option<String> {
+        self.fixed.version()
+    }
+
+    fn command(&mut self, life: Life) -> Result<Command, String> {
+        if !self.made.iter().any(|(made, _)| *made == life) {
+            let to = folder(&self.setting.scratch, self.fixed.name, life);
+            save(&self.setting, (self.start)(life)?, self.held, &to)?;
+            self.made.push((life, Instant::now() + AGE));
+        }
+        let due = self.made.iter().find(|(made, _)| *made == life).map(|(_, due)| *due);
+        while due.is_some_and(|due| Instant::now() < due) {
+            if INTERRUPTED.load(Ordering::SeqCst) {
+                return Err("interrupted".to_owned());
+            }
+            thread::sleep(GLANCE);
+        }
+        self.fixed.command(life)
+    }
+
+    fn marker(&self) -> &[u8] {
+        self.fixed.marker()
+    }
+
+    fn good_status(&self) -> i32 {
+        self.fixed.good_status()
+    }
+
+    fn guest_ram(&self) -> bool {
+        self.fixed.guest_ram()
+    }
+
+    fn limit(&self) -> Duration {
+        self.fixed.limit()
+    }
+}
+
+fn folder(scratch: &Path, name: &str, life: Life) -> PathBuf {
+    scratch.join(format!("{}-{life:?}.snap", name.replace([' ', ','], "")))
+}
+
+/// Starts the guest that `arguments` tell of, and saves it in the folder `to` when it says that it is `held`.
+fn save(setting: &Setting, arguments: Vec<String>, held: &[u8], to: &Path) -> Result<(), String> {
+    let runtime = setting.scratch.join("held-runtime");
+    match std::fs::DirBuilder::new().mode(0o700).create(&runtime) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+            return Err(format!("make {}: {error}", runtime.display()));
+        }
+        _ => {}
+    }
+    let vmm = || {
+        let mut command = Command::new(&setting.vmm);
+        command.env("XDG_RUNTIME_DIR", &runtime).stdin(Stdio::null());
+        command
+    };
+    let mut command = vmm();
+    command.args(arguments).args(["--name", "held", "--mem", &format!("{RAM_MIB}M")]);
+    let child = command.stdout(Stdio::piped()).spawn();
+    let mut child = Saved(child.map_err(|error| format!("start {}: {error}", setting.vmm.display()))?);
+    child.await_words(held)?;
+    let created = vmm().args(["snapshot", "create", "--stop", "held"]).arg(to).output();
+    let created = created.map_err(|error| format!("start vmm snapshot: {error}"))?;
+    match created.status.success() {
+        true => Ok(()),
+        false => Err(format!("vmm snapshot create: {}", String::from_utf8_lossy(&created.stderr).trim())),
+    }
 }
 
 /// The one that is saved. It ends with this.

@@ -80,7 +80,7 @@ pub fn bare_metal(setting: &Setting, _: &Root) -> Found {
 }
 
 /// What idles is weighed from outside (smaps), which is for root alone unless the monitor allows it.
-fn weighed(life: Life) -> Vec<String> {
+pub fn weighed(life: Life) -> Vec<String> {
     match life {
         Life::Once => Vec::new(),
         Life::Idle => words(["--dumpable"]),
