@@ -1,7 +1,7 @@
 //! `vmm run -d`: a run in a process of its own session, which stays when the terminal goes.
 //!
-//! [`start`], or [`Starting`] of several, is the command's own process: it starts the same program once more and waits until that says, by its standard output,
-//! that the guest runs. Until then errors go to the terminal; from then on there is the [`record`].
+//! [`start`], or a [`Starting`] for each of several, is the command's own process: it starts the same program once more and waits until
+//! that says, by its standard output, that the guest runs. Until then errors go to the terminal; from then on there is the [`record`].
 
 pub mod record;
 

@@ -37,6 +37,8 @@ fn guest(answer: Message<'static>) -> (Guest, Receiver<Request>) {
                             asked.send(request).unwrap();
                             answer.clone()
                         }
+                        // For what it complained of.
+                        Message::Credit(..) => continue,
                         other => panic!("{other:?}"),
                     };
                     theirs.write_all(&reply.to_vec()).unwrap();
