@@ -673,7 +673,8 @@ fn listener(entry: i32) -> Vec<u8> {
         a.mov(al, u32::from(b'!')).unwrap();
         a.out(dx, al).unwrap();
         a.set_label(&mut wait).unwrap();
-        a.mov(ecx, 300_000u32).unwrap();
+        // Some tenths of a second where all is emulated: an interrupt comes by a thread of the kernel's, which may have to wait its turn.
+        a.mov(ecx, 20_000_000u32).unwrap();
         a.sti().unwrap();
         let mut here = a.create_label();
         a.set_label(&mut here).unwrap();

@@ -6,6 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, bind, connect,
@@ -486,11 +488,19 @@ fn a_restored_guest_hears_that_its_connections_are_gone_and_makes_new_ones() {
     assert_eq!(guest.load(DATA + 0x1_0000, 4), [0; 4], "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET");
     send_data(&mut guest, &line, b"to nobody", 0);
     expect(&mut guest, &line, RST);
-    exchange(&host, &mut guest, 1);
-    // Once, and not at another pause.
+    // Nobody calls before it has heard of that, which its next buffer for events tells: what it has then it resets.
+    offer(&mut guest);
+    let _program = host.call(GUEST_PORT);
+    // Time in which a call comes through that nothing holds back.
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(offered(&mut guest), None);
     guest.rings[EVENT].add(&[], &[(DATA + 0x1_0000, 4)]);
     guest.notify(EVENT);
-    guest.settle();
+    let (header, _) = wait_offered(&mut guest);
+    let (op, to) = (header.op, header.dst_port);
+    assert_eq!((op, to), (REQUEST, GUEST_PORT));
+    exchange(&host, &mut guest, 1);
+    // It is told once, and not at another pause.
     assert_eq!(guest.rings[EVENT].used(), None);
 }
 

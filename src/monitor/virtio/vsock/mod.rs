@@ -26,7 +26,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use zerocopy::{Immutable, IntoBytes, KnownLayout, little_endian as le};
 
 use super::device::{Traits, VirtioDevice};
-use super::queue::Virtqueue;
+use super::queue::{Chain, Virtqueue};
 use crate::bus::Busy;
 use crate::event_loop::Interest;
 use crate::state::{StateError, Stateful};
@@ -75,6 +75,9 @@ pub struct Vsock {
     held_back: bool,
     /// The guest is to be told that its connections are gone.
     reset_due: bool,
+    /// It was told, and has not heard of it before it offers another buffer for events than these: it resets all connections that it
+    /// finds when it hears, so there are no new ones until then.
+    unheard: Option<Vec<u16>>,
 }
 
 /// [`Vsock`]'s saved state. Connections are not: their other ends stay on the host.
@@ -97,6 +100,7 @@ impl Vsock {
             message: None,
             held_back: false,
             reset_due: false,
+            unheard: None,
         }
     }
 
@@ -112,8 +116,8 @@ impl Vsock {
         }
         let sockets = self.sockets.clone();
         let mut host = sockets.host();
-        tell_reset(&mut self.reset_due, event);
-        if has_events {
+        self.tell_reset(event);
+        if has_events && self.unheard.is_none() {
             self.take_events(&mut host);
         }
         if has_packets {
@@ -125,6 +129,30 @@ impl Vsock {
             self.receive(&host, receive);
         }
         host.wake_at(self.table.deadline());
+    }
+
+    /// Tells the driver of what was lost by a restore, and finds out whether it has heard.
+    fn tell_reset(&mut self, queue: &mut Virtqueue) {
+        if self.reset_due {
+            // All of them before it can hear: what comes after that is its answer.
+            let mut others = Vec::new();
+            for chain in std::iter::from_fn(|| queue.pop()).collect::<Vec<_>>() {
+                match self.reset_due {
+                    true => self.reset_due = !told(queue, chain),
+                    false => others.push(chain.head),
+                }
+            }
+            self.unheard = (!self.reset_due).then_some(others);
+        } else if self.unheard.is_some()
+            && let Some(answer) = queue.pop()
+        {
+            queue.put_back(answer.head);
+            self.forget_unheard(queue);
+        }
+    }
+
+    fn forget_unheard(&mut self, queue: &mut Virtqueue) {
+        self.unheard.take().into_iter().flatten().rev().for_each(|head| queue.put_back(head));
     }
 
     fn take_events(&mut self, host: &mut Host) {
@@ -157,13 +185,18 @@ impl Vsock {
 
 /// Tells the driver, if that is `due`, of what was lost by a restore.
 fn tell_reset(due: &mut bool, queue: &mut Virtqueue) {
-    while *due && let Some(mut chain) = queue.pop() {
-        let event = TRANSPORT_RESET.to_le_bytes();
-        let fits = chain.writable.len() >= event.len();
-        let written = if fits { chain.writable.write(&event).unwrap_or(0) } else { 0 };
-        queue.complete(chain.head, written as u32);
-        *due = !fits;
+    while *due && let Some(chain) = queue.pop() {
+        *due = !told(queue, chain);
     }
+}
+
+/// Whether `chain`, which is done with, has room for the event, and has it.
+fn told(queue: &mut Virtqueue, mut chain: Chain) -> bool {
+    let event = TRANSPORT_RESET.to_le_bytes();
+    let fits = chain.writable.len() >= event.len();
+    let written = if fits { chain.writable.write(&event).unwrap_or(0) } else { 0 };
+    queue.complete(chain.head, written as u32);
+    fits
 }
 
 impl VirtioDevice for Vsock {
@@ -193,7 +226,7 @@ impl VirtioDevice for Vsock {
 
     /// Until the driver is ready, the host's programs wait in their sockets' queues, and what an earlier driver sent waits for them.
     fn interest(&self, _source: usize) -> Interest {
-        if self.running { Interest::INPUT } else { Interest::default() }
+        if self.running && self.unheard.is_none() { Interest::INPUT } else { Interest::default() }
     }
 
     fn on_event(&mut self, _source: usize, queues: &mut [Virtqueue]) {
@@ -233,12 +266,15 @@ impl VirtioDevice for Vsock {
         if let Some(queue) = queues.get_mut(RECEIVE) {
             self.rooms.put_back(queue);
         }
+        if let Some(queue) = queues.get_mut(EVENT) {
+            self.forget_unheard(queue);
+        }
         Ok(())
     }
 
     fn resume(&mut self, queues: &mut [Virtqueue]) {
         if let Some(queue) = queues.get_mut(EVENT) {
-            tell_reset(&mut self.reset_due, queue);
+            self.tell_reset(queue);
         }
     }
 
@@ -247,7 +283,7 @@ impl VirtioDevice for Vsock {
         self.running = false;
         self.table.clear();
         self.message = None;
-        (self.held_back, self.reset_due) = (false, false);
+        (self.held_back, self.reset_due, self.unheard) = (false, false, None);
     }
 }
 
