@@ -39,7 +39,8 @@ impl Session {
                 Err(error) => return Err(error),
             };
             let (stream, count) = read;
-            self.sender.send(&Message::Credit(stream, count)).map_err(lost)?;
+            // An agent that is done with it reads no more, and its last word is on the way.
+            let _ = self.sender.send(&Message::Credit(stream, count));
         }
     }
 }
