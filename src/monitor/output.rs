@@ -3,6 +3,7 @@
 //! They hold the guest's data, so only their owner may read them (0600; [`folder`]: 0700). [`create`] does not follow a symbolic
 //! link in the last component, so that others who may write to the folder cannot choose which file is overwritten.
 
+use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -54,7 +55,7 @@ fn lock(file: &File) -> io::Result<()> {
 
 /// What to try where [`create`] has failed with `error` for `path`, of which `example` is one that would do.
 pub fn hint(path: &Path, error: &io::Error, example: &str) -> String {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     match (error.kind(), error.raw_os_error()) {
         (io::ErrorKind::ResourceBusy, _) => {
             "give each run a file of its own, or end the other one: vmm list".to_owned()
@@ -78,6 +79,19 @@ pub fn hint(path: &Path, error: &io::Error, example: &str) -> String {
 /// As mkdir(2) has them.
 pub fn folder(path: &Path) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(path)
+}
+
+/// The folder that `path` is in, and a hidden name there for what gets its own once it is complete. None if `path` ends in no name.
+pub fn hidden(path: &Path) -> Option<(&Path, PathBuf)> {
+    let folder = folder_of(path);
+    let mut hidden = OsString::from(".");
+    hidden.push(path.file_name()?);
+    hidden.push(format!(".{}", std::process::id()));
+    Some((folder, folder.join(hidden)))
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Where a descriptor of this process can be opened anew, if `path` names one.

@@ -75,15 +75,7 @@ pub fn image(size: u64) -> (TempDir, config::Disk) {
     for sector in 0..size / 512 {
         file.write_all_at(&[sector as u8; 512], sector * 512).unwrap();
     }
-    let disk = config::Disk {
-        path,
-        readonly: false,
-        overlay: None,
-        lower: None,
-        format: None,
-        serial: None,
-        block_size: None,
-    };
+    let disk = config::Disk::at(path);
     (dir, disk)
 }
 

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::Reach;
 use vmm_agent::protocol::{Network, Request};
@@ -129,19 +130,27 @@ pub fn time(options: &Options) -> Result<Code, Failure> {
     let guest = options.reach.guest(&options.name)?;
     // Looked at when the agent is there: what was waited for it is not to be missing.
     guest.facts().map_err(|error| guest.failure(error))?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    guest.order(Request::SetTime(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)))?;
+    guest.order(Request::SetTime(nanoseconds()))?;
     Ok(Code::Success)
 }
 
 /// `vmm agent reseed`: from the host's generator.
 pub fn reseed(options: &Options) -> Result<Code, Failure> {
-    let mut seed = vec![0; SEED];
-    let read = rustix::rand::getrandom(&mut seed[..], rustix::rand::GetRandomFlags::empty());
-    read.map_err(io::Error::from)
-        .context("cannot read random bytes of the host")
-        .map_err(|error| Failure::new(Code::Host, error))?;
-    options.order(Request::Reseed(seed))
+    options.order(Request::Reseed(random::<SEED>()?.to_vec()))
+}
+
+/// The host's wall clock: nanoseconds since 1970.
+pub fn nanoseconds() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Bytes of the host's generator.
+pub fn random<const N: usize>() -> Result<[u8; N], Failure> {
+    let mut bytes = [0; N];
+    let got = getrandom(&mut bytes, GetRandomFlags::empty()).map_err(io::Error::from);
+    let all = got.and_then(|got| if got == N { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) });
+    all.context("cannot read random bytes of the host").map_err(|error| Failure::new(Code::Host, error))
 }
 
 /// `vmm agent hostname`.

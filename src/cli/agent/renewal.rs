@@ -1,12 +1,10 @@
 //! A guest that is a copy is made another one by its agent: `vmm agent renew`, and what `vmm restore` does by itself.
 
-use std::io;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use anyhow::{Context, anyhow};
-use rustix::rand::{GetRandomFlags, getrandom};
+use anyhow::anyhow;
 
-use super::order::{SEED, hostname_of};
+use super::order::{SEED, hostname_of, nanoseconds, random};
 use super::{Guest, Reach};
 use vmm_agent::client::Error;
 use vmm_agent::protocol::{Exit, GENERATION, Reason, Renewal, Request};
@@ -44,8 +42,8 @@ pub struct Options {
 /// The options of `vmm restore` and `vmm fork`.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct CopyOptions {
-    /// Kill it if the agent in its guest does not make it another machine (seed, clock, programs in /etc/vmm/generation.d), which is
-    /// else a warning, and nothing where there is no agent; with -d, print its name only then
+    /// Fail, and kill it, unless the agent in its guest makes it a machine of its own: seed, clock, programs in
+    /// /etc/vmm/generation.d. Without this option that is tried, and a failure is a warning. With -d, its name is printed afterwards
     #[arg(long)]
     renew: bool,
     /// Give its guest this host name; implies --renew
@@ -129,8 +127,7 @@ fn tell(guest: &Guest, changes: &Changes) -> Result<(), Failure> {
     });
     facts.map_err(|error| guest.failure(error))?;
     let (generation, seed) = (random::<GENERATION>()?, random::<SEED>()?.to_vec());
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let time = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+    let time = nanoseconds();
     let hostname = changes.hostname.clone().unwrap_or_default().into_bytes();
     let renewal = Renewal { generation, time, seed, hostname, machine_id: changes.machine_id };
     let session = guest.start(Request::Renew(renewal)).map_err(|error| {
@@ -143,17 +140,9 @@ fn tell(guest: &Guest, changes: &Changes) -> Result<(), Failure> {
         (Exit::Code(0), _) => Ok(()),
         (_, complaints) => {
             let complaints = complaints.lines().collect::<Vec<_>>().join("; ");
-            let error = anyhow!("the guest is not another machine in all: {complaints}");
+            let error = anyhow!("the agent could not make the guest a machine of its own: {complaints}");
             let hint = "put that right in the guest: docs/agent.md has what is done there";
             Err(Failure::new(Code::Host, error).hint(Some(hint)))
         }
     }
-}
-
-/// Bytes of the host's generator.
-fn random<const N: usize>() -> Result<[u8; N], Failure> {
-    let mut bytes = [0; N];
-    let got = getrandom(&mut bytes, GetRandomFlags::empty()).map_err(io::Error::from);
-    let all = got.and_then(|got| if got == N { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) });
-    all.context("cannot read random bytes of the host").map_err(|error| Failure::new(Code::Host, error))
 }

@@ -56,6 +56,19 @@ pub enum Overlay {
 }
 
 impl Disk {
+    /// The image at `path`, to be read and written, with all else as it is unless said.
+    pub fn at(path: PathBuf) -> Self {
+        Self {
+            path,
+            readonly: false,
+            overlay: None,
+            lower: None,
+            format: None,
+            serial: None,
+            block_size: None,
+        }
+    }
+
     /// The files that it names.
     pub(super) fn paths(&mut self) -> impl Iterator<Item = &mut PathBuf> {
         let overlay = match &mut self.overlay {

@@ -263,15 +263,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        let config = config::Disk {
-            path,
-            readonly: false,
-            overlay: None,
-            lower: None,
-            format: None,
-            serial: None,
-            block_size: None,
-        };
+        let config = config::Disk::at(path);
         let mut raw = Raw::open(&config).unwrap();
         let shared = Arc::get_mut(&mut raw.shared).unwrap();
         Arc::get_mut(&mut shared.image).unwrap().sync = |file| {
@@ -306,15 +298,7 @@ mod tests {
         let image = disk.shared.image.clone();
         let mut images = Images(BTreeMap::from([(0, image.clone())]));
         let path = "not opened again".into();
-        let config = config::Disk {
-            path,
-            readonly: false,
-            overlay: None,
-            lower: None,
-            format: None,
-            serial: None,
-            block_size: None,
-        };
+        let config = config::Disk::at(path);
         let closed = GATE.lock().unwrap();
         disk.submit(1, Io::Flush);
         let end = Instant::now() + Duration::from_secs(10);

@@ -134,15 +134,9 @@ struct NewFolder<'a> {
 
 impl<'a> NewFolder<'a> {
     fn begin(folder: &'a Path) -> Result<Self, Error> {
-        let name = folder.file_name().ok_or_else(|| {
+        let (parent, hidden) = output::hidden(folder).ok_or_else(|| {
             file("name", folder)(io::Error::new(io::ErrorKind::InvalidInput, "it is not a folder's name"))
         })?;
-        let parent =
-            folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}", std::process::id()));
-        let hidden = parent.join(hidden);
         output::folder(&hidden).map_err(file("make", &hidden))?;
         Ok(Self { folder, parent, hidden })
     }

@@ -71,15 +71,7 @@ pub fn install(path: &Path, program: &[u8]) -> Result<Init, Failure> {
 }
 
 fn config(path: &Path) -> Config {
-    Config {
-        path: path.to_owned(),
-        readonly: false,
-        overlay: None,
-        lower: None,
-        format: None,
-        serial: None,
-        block_size: None,
-    }
+    Config::at(path.to_owned())
 }
 
 fn unusable(path: &Path, error: disk::Error) -> Failure {

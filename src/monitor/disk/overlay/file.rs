@@ -8,7 +8,6 @@
 //!
 //! A file has its name only once its header is on the disk. It is as untrusted as any other input.
 
-use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -21,6 +20,7 @@ use super::map::{BLOCK, Map};
 use super::{CLUSTER, Unfit};
 use crate::disk::Error;
 use crate::disk::image::lock_image;
+use crate::output;
 
 /// The first bytes.
 pub const MAGIC: [u8; 8] = *b"VMMOVRLY";
@@ -187,12 +187,8 @@ fn load(file: File, path: &Path, base: &Base, readonly: bool) -> Result<Opened, 
 
 /// A new one, under a hidden name until all is on the disk.
 fn create(path: &Path, base: &Base) -> io::Result<File> {
-    let name = path.file_name().ok_or(io::ErrorKind::IsADirectory)?;
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut hidden = OsString::from(".");
-    hidden.push(name);
-    hidden.push(format!(".{}", std::process::id()));
-    let hidden = Hidden(folder.join(hidden));
+    let (folder, hidden) = output::hidden(path).ok_or(io::ErrorKind::IsADirectory)?;
+    let hidden = Hidden(hidden);
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&hidden.0)?;
     // Nobody else has it yet.
     let _ = lock_image(&file, path, false);

@@ -75,8 +75,8 @@ pub struct Vsock {
     held_back: bool,
     /// The guest is to be told that its connections are gone.
     reset_due: bool,
-    /// It was told, and has not heard of it before it offers another buffer for events than these: it resets all connections that it
-    /// finds when it hears, so there are no new ones until then.
+    /// The driver has been told; these are the buffers for events that it had offered by then, and another one shows that it has
+    /// heard. Linux resets every connection that it has at that moment, so none is made before.
     unheard: Option<Vec<u16>>,
 }
 
