@@ -18,7 +18,7 @@ use kvm_ioctls::Cap;
 pub use stats::Counters;
 pub use vcpu::{Vcpu, kick};
 pub use vm::Vm;
-pub use x86_64::{Controllers, Processor, SavedVcpu, SavedVm, Signature, StateList, VcpuState};
+pub use x86_64::{Controllers, Processor, SavedClocks, SavedVcpu, SavedVm, Signature, StateList, VcpuState};
 pub use x86_64::{cpuid, debug, host_has_hardware_virtualization, regs};
 
 /// Why the hypervisor could not be used. The texts name the ioctl, because that is what its documentation

@@ -3,6 +3,7 @@
 //! The order is that of the ioctls' cost: memory slots, then interrupt controllers, then interrupts and doorbells, then
 //! vCPUs. The first two are the [`Shell`]'s.
 
+use std::collections::VecDeque;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -80,7 +81,7 @@ pub fn load(
     steps.skip();
     let mut machine =
         build(config, list, &changes, &memory, vm, &processor, backends, recorder, &mut steps, start)?;
-    machine.seat = Some(seat);
+    machine.seats.push_back(seat);
     if let Some(payload) = origin.payload() {
         machine.warn_of_missing_clock(payload, processor.is_intels());
     }
@@ -269,7 +270,18 @@ fn build(
         }
     });
     let last_words = backends.ends.last_words();
-    Ok(Machine { shared, fw_cfg, vcpus, seat: None, events: ended, last_words, later: None, vm })
+    Ok(Machine {
+        shared,
+        fw_cfg,
+        vcpus,
+        seats: VecDeque::new(),
+        clocks: None,
+        started: None,
+        events: ended,
+        last_words,
+        later: None,
+        vm,
+    })
 }
 
 impl Machine {

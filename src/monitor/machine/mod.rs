@@ -16,6 +16,7 @@ mod shell;
 mod tests;
 
 use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -276,8 +277,12 @@ pub struct Machine {
     shared: Arc<Shared>,
     fw_cfg: Arc<Mutex<FwCfg>>,
     vcpus: Vec<kvm::Vcpu>,
-    /// The thread for the first of them.
-    seat: Option<vcpu::Seat>,
+    /// Threads for the first of them.
+    seats: VecDeque<vcpu::Seat>,
+    /// What the clocks go on from when it starts, if it was restored.
+    clocks: Option<kvm::SavedClocks>,
+    /// Whether [`Machine::start`] went well, once it was called.
+    started: Option<Result<(), Error>>,
     events: Receiver<Event>,
     last_words: LastWords,
     /// See [`Machine::later`].
@@ -305,6 +310,54 @@ impl Machine {
         self.vcpus.iter().filter_map(named).collect()
     }
 
+    /// Has a thread ready for each vCPU, so that [`Machine::start`] makes none: for a machine that stands ready.
+    ///
+    /// # Errors
+    /// The host is out of threads.
+    pub fn take_seats(&mut self) -> Result<(), Error> {
+        for vcpu in self.vcpus.iter().skip(self.seats.len()) {
+            let id = vcpu.id();
+            let (seat, _) = vcpu::Seat::new(id, || ()).map_err(|source| thread_of(id, source))?;
+            self.seats.push_back(seat);
+        }
+        Ok(())
+    }
+
+    /// Has the vCPUs run, each on a thread of its own, and the devices served. What failed is told by [`Machine::run`], too, which
+    /// has to follow.
+    pub fn start(&mut self) -> &Result<(), Error> {
+        let started = self.start_all();
+        self.started.insert(started)
+    }
+
+    fn start_all(&mut self) -> Result<(), Error> {
+        let clocks = self.start_clocks();
+        let mut started = clocks.map_err(Error::Restore);
+        for vcpu in self.vcpus.drain(..) {
+            let id = vcpu.id();
+            let (seat, shared, events) =
+                (self.seats.pop_front(), self.shared.vcpus.clone(), self.shared.events.clone());
+            let thread = match started {
+                Ok(()) => vcpu::Thread::start(vcpu, seat, shared, events),
+                Err(_) => {
+                    self.shared.vcpus.gate.left(id as usize);
+                    continue;
+                }
+            };
+            match thread {
+                Ok(thread) => lock(&self.shared.threads).push(thread),
+                Err(source) => {
+                    self.shared.vcpus.gate.left(id as usize);
+                    started = Err(thread_of(id, source));
+                }
+            }
+        }
+        if started.is_ok() {
+            self.serve_devices();
+        }
+        started
+    }
+
     /// Runs the guest until it ends, one thread per vCPU. Devices have flushed what they owe the host when it returns.
     /// Calls `meanwhile` once it has run for some milliseconds, or when its end takes long: the place to start what most short
     /// runs need not have. It may be called more than once.
@@ -312,22 +365,7 @@ impl Machine {
     /// # Errors
     /// A thread could not be started, or KVM_RUN failed.
     pub fn run(&mut self, meanwhile: &mut dyn FnMut()) -> Result<Outcome, Error> {
-        let mut started = Ok(());
-        for vcpu in self.vcpus.drain(..) {
-            let id = vcpu.id();
-            let (seat, shared, events) =
-                (self.seat.take(), self.shared.vcpus.clone(), self.shared.events.clone());
-            match vcpu::Thread::start(vcpu, seat, shared, events) {
-                Ok(thread) => lock(&self.shared.threads).push(thread),
-                Err(source) => {
-                    self.shared.vcpus.gate.left(id as usize);
-                    started = Err(Error::Host { what: format!("the thread of vCPU {id}"), source });
-                }
-            }
-        }
-        if started.is_ok() {
-            self.serve_devices();
-        }
+        let started = self.started.take().unwrap_or_else(|| self.start_all());
         let event = if started.is_ok() { self.wait(meanwhile) } else { Event::Kill };
         self.shared.vcpus.gate.shut(|| self.shared.kick_all());
         lock(&self.shared.threads).drain(..).for_each(vcpu::Thread::join);
@@ -423,6 +461,10 @@ impl Machine {
     pub fn later(&mut self, after: Duration, act: impl FnOnce() + Send + 'static) {
         self.later = Some((after, Box::new(act)));
     }
+}
+
+fn thread_of(vcpu: u32, source: io::Error) -> Error {
+    Error::Host { what: format!("the thread of vCPU {vcpu}"), source }
 }
 
 fn outcome(event: Event, words: &LastWords) -> Result<Outcome, Error> {

@@ -14,7 +14,7 @@ use super::handle::{AlreadyEnded, Paused};
 use super::{Error, Handle, Machine, kvm_path};
 use crate::boot::tables::{self, generation};
 use crate::bus::lock;
-use crate::kvm::{self, Kvm, SavedVcpu, SavedVm, Signature};
+use crate::kvm::{self, Kvm, SavedClocks, SavedVcpu, SavedVm, Signature};
 use crate::state::StateError;
 use crate::vcpu::gate::VcpuRequest;
 use crate::vm::Vm;
@@ -114,7 +114,7 @@ impl Handle {
 }
 
 impl Machine {
-    /// Takes over what was saved. Its clocks go on from here.
+    /// Takes over what was saved. Its clocks go on once it [starts](Machine::start).
     ///
     /// # Errors
     /// [`RestoreError`]; the machine is of no use then.
@@ -158,9 +158,20 @@ impl Machine {
         // Before any of its vCPUs can ask for a random number.
         generation::renew(self.shared.memory.ram()).map_err(RestoreError::Generation)?;
         lock(&self.shared.power).announce_generation();
-        self.repeat_interrupts()?;
-        let vcpus: Vec<_> = self.vcpus.iter().zip(&saved.vcpus).collect();
-        Ok(self.vm.start_clocks(&saved.vm, &vcpus)?)
+        drop(devices);
+        self.clocks = Some(SavedClocks::of(&saved.vm, &saved.vcpus));
+        self.repeat_interrupts()
+    }
+
+    /// Has the clocks go on of a machine that was restored, and whose vCPUs run next.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub(super) fn start_clocks(&mut self) -> Result<(), RestoreError> {
+        match self.clocks.take() {
+            Some(clocks) => Ok(self.vm.start_clocks(&clocks, &self.vcpus)?),
+            None => Ok(()),
+        }
     }
 
     /// Raises every interrupt line once. KVM may have been about to deliver an interrupt when the machine was saved (irqfds that

@@ -64,8 +64,7 @@ impl Shell {
             steps.done(Step::Processor);
             Ok(Made { vm, processor })
         };
-        let failed = |source| Error::Host { what: "the thread of vCPU 0".to_owned(), source };
-        let (seat, made) = Seat::new(make).map_err(failed)?;
+        let (seat, made) = Seat::new(0, make).map_err(|source| super::thread_of(0, source))?;
         Ok(Self { memory, seat, made })
     }
 

@@ -1,7 +1,7 @@
-//! The thread of vCPU 0 before there is a vCPU: something is done on it at once, beside the thread that made it, and then it waits
-//! for what it was made for.
+//! The thread of a vCPU before that runs: something is done on it at once, beside the thread that made it, and then it waits for what
+//! it was made for.
 //!
-//! A start has work for two processors, and this thread is needed anyway.
+//! A start has work for two processors, and the thread of vCPU 0 is needed anyway. A machine that stands ready has all of its.
 
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -19,16 +19,17 @@ pub struct Seat {
 }
 
 impl Seat {
-    /// Starts the thread, named `vcpu0`, which does `first`. The receiver gets the result; nothing, if that panicked.
+    /// Starts the thread of this vCPU, which does `first`. The receiver gets the result; nothing, if that panicked.
     ///
     /// # Errors
     /// The host is out of threads.
     pub fn new<T: Send + 'static>(
+        vcpu: u32,
         first: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<(Self, Receiver<T>)> {
         let (tell, told) = channel();
         let (work, waits) = channel::<Work>();
-        let thread = threads::spawn(Role::Vcpu(0), move || {
+        let thread = threads::spawn(Role::Vcpu(vcpu), move || {
             // Whoever asked is gone if something else went wrong meanwhile; then so is the other end of `work`.
             let _ = tell.send(first());
             if let Ok(work) = waits.recv() {

@@ -19,7 +19,7 @@ use kvm_ioctls::Cap;
 pub use look::VcpuState;
 pub use processor::{Processor, Signature};
 pub(super) use routes::Route;
-pub use state::{SavedVcpu, SavedVm, StateList};
+pub use state::{SavedClocks, SavedVcpu, SavedVm, StateList};
 pub(super) use vm::Arch;
 pub use vm::Controllers;
 

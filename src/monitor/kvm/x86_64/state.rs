@@ -26,6 +26,11 @@ const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// KVM takes fewer than 256 at a time (Linux's MAX_IO_MSRS).
 const MSRS_PER_CALL: usize = 128;
 
+/// Registers of the local APIC, by their place in its page (SDM vol. 3, table 12-1).
+const LVT_TIMER: usize = 0x320;
+const INITIAL_COUNT: usize = 0x380;
+const CURRENT_COUNT: usize = 0x390;
+
 /// What this host's KVM may have of a vCPU beside what all have: the MSRs, in the order in which they are to be set.
 #[derive(Debug, Clone)]
 pub struct StateList(Arc<[u32]>);
@@ -62,6 +67,27 @@ pub struct SavedVm {
     pit: Option<kvm_pit_state2>,
 }
 
+/// What the clocks and timers of a restored VM go on from, once its vCPUs run.
+#[derive(Debug)]
+pub struct SavedClocks {
+    clock: kvm_clock_data,
+    pit: Option<kvm_pit_state2>,
+    vcpus: Vec<VcpuClock>,
+}
+
+/// The same of one vCPU.
+#[derive(Debug)]
+struct VcpuClock {
+    tsc_khz: Option<u32>,
+    tsc_offset: Option<u64>,
+    /// The counter's value at which the timer fires, if there is that register.
+    deadline: Option<u64>,
+    /// Whether the timer is in the mode of deadlines and may interrupt.
+    awaits_deadline: bool,
+    /// Initial and current count of a timer that counts down.
+    count: Option<(u32, u32)>,
+}
+
 impl Vcpu {
     /// The vCPU's state. By the thread that runs it, which has finished the instruction that exited last, while all other vCPUs
     /// stand still. To ask twice gives the same.
@@ -91,7 +117,7 @@ impl Vcpu {
     }
 
     /// Gives a vCPU that was just created, and of which nothing but its number counts, the state of another. The counter of time
-    /// stands as it was then: [`Vm::start_clocks`] sets it.
+    /// is not set, and no timer runs: [`Vm::start_clocks`] sees to both.
     ///
     /// # Errors
     /// The ioctl that failed: this host has not what the other had.
@@ -114,8 +140,10 @@ impl Vcpu {
         ioctl("KVM_SET_XCRS", self.fd.set_xcrs(&state.xcrs))?;
         self.set_xsave(vm, &state.xsave)?;
         ioctl("KVM_SET_DEBUGREGS", self.fd.set_debug_regs(&state.debug))?;
-        // Before the deadline: KVM drops one that comes while the timer is not in that mode.
-        ioctl("KVM_SET_LAPIC", self.fd.set_lapic(&state.lapic))?;
+        // Before the deadline: KVM drops one that comes while the timer is not in that mode. A timer that counts would begin here.
+        let mut lapic = state.lapic;
+        set_register(&mut lapic, INITIAL_COUNT, 0);
+        ioctl("KVM_SET_LAPIC", self.fd.set_lapic(&lapic))?;
         // Not the deadline yet, which is compared with a counter that does not count right yet.
         let msrs = state.msrs.iter().copied().filter(|(index, _)| *index != IA32_TSC_DEADLINE);
         let msrs: Vec<_> = msrs.collect();
@@ -124,12 +152,18 @@ impl Vcpu {
     }
 
     /// Arms the timer that was armed. The counter counts right.
-    fn restore_deadline(&self, state: &SavedVcpu) -> Result<(), Error> {
-        let saved = |wanted| state.msrs.iter().find(|(index, _)| *index == wanted).map(|(_, value)| *value);
-        let deadline = match saved(IA32_TSC_DEADLINE) {
+    fn start_timer(&self, saved: &VcpuClock) -> Result<(), Error> {
+        if let Some((initial, current)) = saved.count {
+            // As it is now: interrupts may have come since it was restored.
+            let mut lapic = ioctl("KVM_GET_LAPIC", self.fd.get_lapic())?;
+            set_register(&mut lapic, INITIAL_COUNT, initial);
+            set_register(&mut lapic, CURRENT_COUNT, current);
+            ioctl("KVM_SET_LAPIC", self.fd.set_lapic(&lapic))?;
+        }
+        let deadline = match saved.deadline {
             None => return Ok(()),
             // One that has fired reads as 0, and its interrupt may not have been there yet: it fires again, at once.
-            Some(0) if state.awaits_deadline() => self.get_msrs(&[IA32_TSC])?.first().map_or(0, |now| now.1),
+            Some(0) if saved.awaits_deadline => self.get_msrs(&[IA32_TSC])?.first().map_or(0, |now| now.1),
             Some(deadline) => deadline,
         };
         self.set_msrs(&[(IA32_TSC_DEADLINE, deadline)])
@@ -222,14 +256,38 @@ impl SavedVcpu {
         &self.cpuid
     }
 
-    /// Whether its timer is in the mode of deadlines (SDM vol. 3, 12.5.4: bits 17 and 18 of the LVT timer register) and may interrupt.
-    fn awaits_deadline(&self) -> bool {
-        const LVT_TIMER: usize = 0x320;
+    fn clock(&self) -> VcpuClock {
         const MASKED: u32 = 1 << 16;
-        let register = self.lapic.regs[LVT_TIMER..LVT_TIMER + 4].iter().rev();
-        let timer = register.fold(0, |value, byte| value << 8 | u32::from(*byte as u8));
-        timer >> 17 & 3 == 2 && timer & MASKED == 0
+        // The mode is in bits 17 and 18 of the LVT timer register (SDM vol. 3, 12.5.4): 2 is that of deadlines.
+        let timer = register(&self.lapic, LVT_TIMER);
+        let has_deadlines = timer >> 17 & 3 == 2;
+        let counts = (register(&self.lapic, INITIAL_COUNT), register(&self.lapic, CURRENT_COUNT));
+        let msr = |wanted| self.msrs.iter().find(|(index, _)| *index == wanted).map(|(_, value)| *value);
+        VcpuClock {
+            tsc_khz: self.tsc_khz,
+            tsc_offset: self.tsc_offset,
+            deadline: msr(IA32_TSC_DEADLINE),
+            awaits_deadline: has_deadlines && timer & MASKED == 0,
+            count: Some(counts).filter(|(initial, _)| !has_deadlines && *initial != 0),
+        }
     }
+}
+
+impl SavedClocks {
+    /// Those of a machine that was saved.
+    pub fn of(vm: &SavedVm, vcpus: &[SavedVcpu]) -> Self {
+        Self { clock: vm.clock, pit: vm.pit, vcpus: vcpus.iter().map(SavedVcpu::clock).collect() }
+    }
+}
+
+/// A register of a local APIC.
+fn register(lapic: &kvm_lapic_state, at: usize) -> u32 {
+    lapic.regs[at..at + 4].iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte as u8))
+}
+
+fn set_register(lapic: &mut kvm_lapic_state, at: usize, value: u32) {
+    let bytes = value.to_le_bytes().map(|byte| byte as _);
+    lapic.regs[at..at + 4].copy_from_slice(&bytes);
 }
 
 /// Words of an XSAVE area as it was before KVM_CAP_XSAVE2.
@@ -279,7 +337,7 @@ impl Vm {
         })
     }
 
-    /// Gives a VM that was just created what another had; its clock stands still until [`Vm::start_clocks`].
+    /// Gives a VM that was just created what another had, but for its clock and timer: [`Vm::start_clocks`] sets them.
     ///
     /// # Errors
     /// The ioctl that failed.
@@ -287,21 +345,18 @@ impl Vm {
         for chip in &state.chips {
             ioctl("KVM_SET_IRQCHIP", self.fd.set_irqchip(chip))?;
         }
-        if let Some(pit) = &state.pit {
-            ioctl("KVM_SET_PIT2", self.fd.set_pit2(pit))?;
-        }
         Ok(())
     }
 
-    /// Has the clocks of a restored VM go on, a moment before its vCPUs do: the guest's clock (kvmclock) is ahead by the time that
+    /// Has the clocks and timers of a restored VM go on, a moment before its vCPUs do, however long ago it was restored: the guest's clock (kvmclock) is ahead by the time that
     /// went by on this host's wall clock since it was saved, and the counters of its vCPUs by as much, all alike
     /// (devices/vcpu.rst, 4.1). Where KVM tells too little for that (before Linux 5.16, or a counter that is not stable), both go
     /// on from where they stood.
     ///
     /// # Errors
     /// The ioctl that failed.
-    pub fn start_clocks(&self, state: &SavedVm, vcpus: &[(&Vcpu, &SavedVcpu)]) -> Result<(), Error> {
-        let then = &state.clock;
+    pub fn start_clocks(&self, saved: &SavedClocks, vcpus: &[Vcpu]) -> Result<(), Error> {
+        let then = &saved.clock;
         // What else KVM tells of a clock is not for it to be told.
         let flags = then.flags & KVM_CLOCK_REALTIME;
         let clock =
@@ -309,7 +364,7 @@ impl Vm {
         ioctl("KVM_SET_CLOCK", self.fd.set_clock(&clock))?;
         let now = ioctl("KVM_GET_CLOCK", self.fd.get_clock())?;
         let both_tell = then.flags & now.flags & KVM_CLOCK_HOST_TSC != 0;
-        for (vcpu, saved) in vcpus {
+        for (vcpu, saved) in vcpus.iter().zip(&saved.vcpus) {
             if let (true, Some(offset), Some(khz)) = (both_tell, saved.tsc_offset, saved.tsc_khz) {
                 let ahead = i128::from(now.clock) - i128::from(then.clock);
                 let ticks = ahead * i128::from(khz) / 1_000_000;
@@ -317,8 +372,11 @@ impl Vm {
                     offset.wrapping_add(ticks as u64).wrapping_add(then.host_tsc).wrapping_sub(now.host_tsc);
                 vcpu.set_tsc_offset(offset)?;
             }
-            vcpu.restore_deadline(saved)?;
+            vcpu.start_timer(saved)?;
             vcpu.announce_pause();
+        }
+        if let Some(pit) = &saved.pit {
+            ioctl("KVM_SET_PIT2", self.fd.set_pit2(pit))?;
         }
         Ok(())
     }
