@@ -6,11 +6,13 @@
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, OFlags, fcntl_getfl, fcntl_setfl, flock};
+use rustix::fs::{
+    AtFlags, FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock, open, openat, renameat, statat,
+};
 use rustix::io::Errno;
 
 use crate::config::host_path::quoted;
@@ -121,7 +123,9 @@ fn told(path: &Path, error: io::Error) -> io::Error {
 #[derive(Debug)]
 pub struct Rotating {
     file: File,
-    path: PathBuf,
+    /// That it is in: whatever the folder is called by now, and wherever this process is.
+    folder: OwnedFd,
+    name: OsString,
     /// Most bytes of one file.
     max: u64,
     written: u64,
@@ -138,8 +142,10 @@ impl Rotating {
         if !file.metadata()?.is_file() || inherited(path).is_some() {
             return Err(io::Error::other("it is no regular file, so it has no size to limit"));
         }
-        // A run may change its folder.
-        Ok(Self { file, path: std::path::absolute(path)?, max: max.max(1), written: 0, turns: 0 })
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let folder =
+            open(folder_of(path), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Self { file, folder, name, max: max.max(1), written: 0, turns: 0 })
     }
 
     /// Whether `len` bytes more fit into the file as it is.
@@ -178,12 +184,14 @@ impl Rotating {
     }
 
     fn move_away(&mut self) -> io::Result<()> {
-        let (ours, there) = (self.file.metadata()?, std::fs::symlink_metadata(&self.path)?);
-        if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+        let Self { folder, name, .. } = &*self;
+        let (ours, there) = (self.file.metadata()?, statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?);
+        if (ours.dev(), ours.ino()) != (there.st_dev, there.st_ino) {
             return Err(io::Error::other("another file has its name"));
         }
-        std::fs::rename(&self.path, older(&self.path))?;
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path)?;
+        renameat(folder, name, folder, older(Path::new(name)))?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = File::from(openat(folder, name, flags, Mode::RUSR | Mode::WUSR)?);
         // Another may have opened it in between: then it has the name, and this one goes on with what it has.
         lock(&file)?;
         self.file = file;
@@ -292,6 +300,13 @@ mod tests {
         assert_eq!(drops, [(4, false), (4, false), (4, false), (4, false), (4, true)]);
         assert_eq!(log.write(&[b'x'; 25]).unwrap(), (10, false), "as much as there is room for");
         assert_eq!((mode(&path), mode(&older), read(&path).len()), (0o600, 0o600, 10));
+        // Its folder may get another name.
+        let logs = dir.path().join("logs");
+        folder(&logs).unwrap();
+        let mut moved = Rotating::create(&logs.join("log"), 4).unwrap();
+        fs::rename(&logs, dir.path().join("kept")).unwrap();
+        (0..2).for_each(|_| _ = moved.write(b"abcd").unwrap());
+        assert_eq!(read(&dir.path().join("kept/log.1")), "abcd");
         // Somebody else's file in its place is not touched.
         fs::rename(&path, dir.path().join("moved")).unwrap();
         fs::write(&path, "theirs").unwrap();
