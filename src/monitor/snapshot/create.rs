@@ -53,6 +53,7 @@ pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
     let parts = Parts::unnamed()?;
     let taken = standing_still(machine, false, |paused| Taken::begin(machine, paused, &parts, true))?;
     taken.finish(config, machine, &parts)?;
+    parts.seal()?;
     Ok(parts)
 }
 

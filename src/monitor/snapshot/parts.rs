@@ -5,7 +5,7 @@ use std::io::{self, Read, Seek};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::{Error, file};
 use crate::output;
@@ -44,11 +44,22 @@ impl Parts {
 
     /// New ones that are gone when nobody has them open.
     pub(super) fn unnamed() -> Result<Self, Error> {
-        let new = |name| match memfd_create(name, MemfdFlags::CLOEXEC) {
+        let new = |name| match memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING) {
             Ok(new) => Ok(new),
             Err(error) => Err(file("make", Path::new(name))(error.into())),
         };
         Ok(Self::from([new("config.json")?, new("state")?, new("memory")?]))
+    }
+
+    /// Nobody changes them any more: several processes have [those without names](Self::unnamed), and each is a guest's.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn seal(&self) -> Result<(), Error> {
+        let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        [&self.config, &self.state, &self.memory].into_iter().try_for_each(|part| {
+            fcntl_add_seals(&part.file, seals).map_err(|error| part.failed("seal")(error.into()))
+        })
     }
 
     /// Those in `folder`, to be read.
