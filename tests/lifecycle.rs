@@ -101,11 +101,11 @@ impl Control for Fake {
         Ok(true)
     }
 
-    fn snapshot(&self, _: &Path, _: bool) -> Result<(), String> {
+    fn snapshot(&self, _: &Path, _: Option<&Path>, _: bool) -> Result<(), String> {
         Err("it has no memory".to_owned())
     }
 
-    fn fork(&self) -> Result<[OwnedFd; 3], String> {
+    fn fork(&self) -> Result<Vec<OwnedFd>, String> {
         Err("it has no memory".to_owned())
     }
 

@@ -66,20 +66,20 @@ impl Options {
 /// # Errors
 /// The virtual machine refuses; the folder is no snapshot.
 pub fn fork(mut options: Options) -> Result<Code, Failure> {
-    if let Ok(parts) = options.parts.as_slice().try_into() {
-        let snapshot = child(Snapshot::of(Parts::inherited(parts)?)?, &options.options)?;
+    if !options.parts.is_empty() {
+        let snapshot = child(Snapshot::of(Parts::inherited(&options.parts)?)?, &options.options)?;
         (options.options.snapshot, options.options.name) = (Some(snapshot), options.called);
         options.options.renewal = Some(options.renewal);
         return run::run(options.options);
     }
-    let parts = match options.source.contains('/') {
-        true => Parts::open(Path::new(&options.source))?,
-        false => Parts::from(connect(&options.source)?.fork()?),
+    let snapshot = match options.source.contains('/') {
+        true => Snapshot::open_for_copies(Path::new(&options.source))?,
+        false => Snapshot::of(Parts::of_descriptors(connect(&options.source)?.fork()?)?)?,
     };
     // Before there are as many errors as children.
-    let snapshot = child(Snapshot::of(parts)?, &options.options)?;
+    let snapshot = child(snapshot, &options.options)?;
     let names = names(&options)?;
-    let files = snapshot.into_parts().into_descriptors();
+    let files = snapshot.into_parts()?.into_descriptors();
     let parts = inherited(&files)?;
     let begin = |name: String| Starting::begin(&["--called", &name, "--parts", &parts]);
     let mut children = Vec::new();

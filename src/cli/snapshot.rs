@@ -15,6 +15,8 @@ Examples:
       it stands still for a moment, and runs on
   vmm snapshot create --stop web web.snap
       it ends with that
+  vmm snapshot create web later.snap --base web.snap
+      what differs from web.snap alone: it is small, and restored where web.snap is
   vmm snapshot verify web.snap
   vmm restore web.snap
 ";
@@ -46,6 +48,9 @@ struct CreateOptions {
     /// Kill it once it is saved
     #[arg(long)]
     stop: bool,
+    /// Leave out memory that is as in this snapshot, which the new one needs from then on
+    #[arg(long, value_name = "FOLDER")]
+    base: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -73,9 +78,10 @@ pub fn snapshot(options: Options) -> Result<Code, Failure> {
 }
 
 fn create(options: &CreateOptions) -> Result<Code, Failure> {
-    let folder = absolute(&options.folder).map_err(|error| Failure::new(Code::Host, error))?;
+    let absolute = |path: &PathBuf| absolute(path).map_err(|error| Failure::new(Code::Host, error));
+    let (folder, base) = (absolute(&options.folder)?, options.base.as_ref().map(absolute).transpose()?);
     let mut client = connect(&options.name)?;
-    client.snapshot(&folder, options.stop)?;
+    client.snapshot(&folder, base.as_deref(), options.stop)?;
     if options.stop {
         client.wait_for_end(GRACE)?;
     }

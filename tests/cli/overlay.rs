@@ -254,6 +254,59 @@ fn goes_on(place: &Place, folder: &str, last: u8, said: &str) -> Running {
     running
 }
 
+/// That the copy `name`, which is in the background, goes on with what comes after `last`. What it has said.
+#[track_caller]
+fn counts_on(place: &Place, name: &str, last: u8) -> Vec<u8> {
+    let end = std::time::Instant::now() + PATIENCE;
+    loop {
+        let said = place.vmm(&format!("logs {name}")).stdout;
+        let expected: Vec<_> = (1..=said.len()).map(|more| last.wrapping_add(more as u8)).collect();
+        assert_eq!(said, expected, "{name}, after {last}");
+        if said.len() > 3 {
+            return said;
+        }
+        assert!(std::time::Instant::now() < end, "{name} does not count");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn copies_have_disks_of_their_own_as_they_were() {
+    if !has_kvm("copies_have_disks_of_their_own_as_they_were") {
+        return;
+    }
+    let place = place();
+    let fork = |arguments: &str| {
+        let mut command = place.command(arguments);
+        command.env("TMPDIR", place.path("tmp"));
+        let output = finish(command.stdout(std::process::Stdio::piped()).spawn().unwrap());
+        assert!(output.status.success(), "{arguments}: {}", text(&output.stderr));
+    };
+    for (disk, file) in [("base,overlay", "one"), ("base,overlay=kept", "two")] {
+        let first = Running::new(command(&place, "goes_on", &format!("{disk} --name v"), file));
+        said_more(&place, file, 3);
+        place.done("pause v");
+        let said = fs::read(place.path(file)).unwrap();
+        let last = *said.last().unwrap();
+        fork("fork v --count 2");
+        place.done("resume v");
+        said_more(&place, file, said.len() + 3);
+        for name in ["v-1", "v-2"] {
+            counts_on(&place, name, last);
+        }
+        // A copy of a copy, which outlives both.
+        place.done("pause v-2");
+        let last = *counts_on(&place, "v-2", last).last().unwrap();
+        fork("fork v-2");
+        drop(first);
+        place.done("kill v-1 v-2");
+        counts_on(&place, "v-2-1", last);
+        place.done("kill v-2-1");
+        assert!(is_empty(&place, "tmp"));
+    }
+    assert!(fs::read(place.path("base")).unwrap().iter().all(|byte| *byte == b'0'));
+}
+
 #[test]
 fn a_restored_machine_has_its_disk_as_it_was_when_it_was_saved() {
     if !has_kvm("a_restored_machine_has_its_disk_as_it_was_when_it_was_saved") {
@@ -291,7 +344,14 @@ fn a_restored_machine_has_its_disk_as_it_was_when_it_was_saved() {
         place.done("snapshot verify moved");
         let plan = place.done("snapshot show moved");
         assert!(plan.contains(&format!("\"lower\": \"{}\"", place.path("moved/disk0").display())), "{plan}");
-        assert!(place.fails("fork ./moved", BAD_ARGUMENT).contains("disks that the guest may write to"));
+        // Copies of what was saved: each counts on a disk of its own.
+        place.done("fork ./moved --count 2 --name w");
+        ["w-1", "w-2"].into_iter().for_each(|name| _ = counts_on(&place, name, last));
+        place.done("pause w-1");
+        place.done("snapshot create w-1 again");
+        place.done("kill w-1 w-2");
+        drop(goes_on(&place, "again", *counts_on(&place, "w-1", last).last().unwrap(), &file("e")));
+        fs::remove_dir_all(place.path("again")).unwrap();
         fs::remove_dir_all(place.path("moved")).unwrap();
     }
     assert!(is_empty(&place, "tmp"));

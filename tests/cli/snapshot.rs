@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -93,6 +94,67 @@ fn memory_is_saved_as_it_was_at_one_moment_while_the_guest_runs_on() {
 }
 
 #[test]
+fn a_snapshot_over_another_has_what_differs_and_needs_it_as_it_was() {
+    if !has_kvm("a_snapshot_over_another_has_what_differs_and_needs_it_as_it_was") {
+        return;
+    }
+    let (place, guest) = counting("");
+    place.done("snapshot create v a");
+    let blocks = |name: &str| fs::metadata(place.path(name).join("memory")).unwrap().blocks();
+    // Each over the one before: of the running machine, then of one that goes on from the last, and from a copy.
+    await_words(&place, "said", 100);
+    place.done("snapshot create v b --base a");
+    drop(guest);
+    let restored = Running::new(place.command("restore b --serial file=one --name w"));
+    await_words(&place, "one", 3);
+    place.done("snapshot create --stop w c --base b");
+    restored.finish();
+    let sizes = ["a", "b", "c"].map(blocks);
+    assert!(sizes[1] < sizes[0] && sizes[2] < sizes[0], "what is the same is left out: {sizes:?}");
+    place.done("snapshot verify c");
+    place.done("fork ./c --name f");
+    let one = fs::read_to_string(place.path("one")).unwrap();
+    let logged = |name: &str| place.done(&format!("logs {name}"));
+    while logged("f").len() < 3 {
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(is_counted(&(one.clone() + &logged("f"))), "a copy goes on from there");
+    place.done("snapshot create f d --base c");
+    place.done("kill f");
+    // They are moved together, and all of it is still there.
+    fs::create_dir(place.path("moved")).unwrap();
+    for name in ["a", "b", "c", "d"] {
+        fs::rename(place.path(name), place.path("moved").join(name)).unwrap();
+    }
+    let _two = Running::new(place.command("restore moved/c --serial file=two"));
+    assert!(is_counted(&(one + &await_words(&place, "two", 3))));
+    let _three = Running::new(place.command("restore moved/d --serial file=three"));
+    assert!(is_counted(&await_words(&place, "three", 3)));
+
+    let refused = |arguments: &str, code: i32, why: &str| {
+        let failed = place.fails(arguments, code);
+        assert!(failed.contains(why), "{arguments}: {failed}");
+    };
+    let memory = place.path("moved/a/memory");
+    let kept = fs::read(&memory).unwrap();
+    let mut changed = kept.clone();
+    changed[0x5000] ^= 1;
+    fs::write(&memory, changed).unwrap();
+    refused("snapshot verify moved/c", BAD_ARGUMENT, "a/memory: its checksum is wrong");
+    fs::write(&memory, kept).unwrap();
+    place.done("snapshot verify moved/c");
+    // Another of its name, and none.
+    fs::rename(place.path("moved/a"), place.path("away")).unwrap();
+    refused("restore moved/c", BAD_ARGUMENT, "moved/a");
+    let (_guest, other) = (Running::new(place.command("restore away --serial file=four --name o")), "o");
+    await_words(&place, "four", 3);
+    place.done(&format!("snapshot create {other} moved/a"));
+    refused("restore moved/c", BAD_ARGUMENT, "is not what it was");
+    refused(&format!("snapshot create {other} e --base nowhere"), HOST, "nowhere");
+    assert!(!place.path("e").exists());
+}
+
+#[test]
 fn a_snapshot_of_another_kernel_whose_kvm_has_as_much_is_restored() {
     if !has_kvm("a_snapshot_of_another_kernel_whose_kvm_has_as_much_is_restored") {
         return;
@@ -103,13 +165,14 @@ fn a_snapshot_of_another_kernel_whose_kvm_has_as_much_is_restored() {
     let mut bytes = fs::read(&path).unwrap();
     let release = rustix::system::uname().release().to_bytes().to_vec();
     let at = bytes.windows(release.len()).position(|part| part == release).expect("the host's kernel");
-    // Behind the magic number and the version: the checksums of configuration and state, in groups of seven bits.
+    // Behind the magic number, the version and the header's checksum: those of configuration and state, in groups of seven bits.
     let number = |from: usize| from..=from + bytes[from..].iter().position(|byte| byte & 0x80 == 0).unwrap();
-    let parts = (0..4).fold(vec![number(12)], |mut parts, _| {
+    let parts = (0..4).fold(vec![number(16)], |mut parts, _| {
         parts.push(number(parts.last().unwrap().end() + 1));
         parts
     });
-    let (checksum, state) = (parts[1].clone(), *parts[3].end() + 1);
+    // The last says that there is no base.
+    let (checksum, state) = (parts[1].clone(), *parts[4].end() + 1);
     bytes[at] ^= 1;
     let mut left = crc32fast::hash(&bytes[state..]);
     let mut encoded = Vec::new();
@@ -118,7 +181,10 @@ fn a_snapshot_of_another_kernel_whose_kvm_has_as_much_is_restored() {
         left >>= 7;
     }
     encoded.push(left as u8);
+    let state = state + encoded.len() - checksum.clone().count();
     bytes.splice(checksum, encoded);
+    let header = crc32fast::hash(&bytes[16..state]);
+    bytes[12..16].copy_from_slice(&header.to_le_bytes());
     fs::write(&path, bytes).unwrap();
     place.done("restore -d s --serial file=more --name w");
     assert!(is_counted(&await_words(&place, "more", 3)));
@@ -289,7 +355,7 @@ fn a_folder_that_is_no_snapshot_or_a_damaged_one_is_refused_with_the_reason() {
         ("config.json", (&|bytes: &mut Vec<u8>| bytes.truncate(20)) as &dyn Fn(&mut Vec<u8>), "config.json"),
         ("config.json", &|bytes| *bytes.iter_mut().find(|byte| **byte == b'3').unwrap() = b'4', "checksum"),
         ("state", &|bytes| bytes.clear(), "not a machine's state"),
-        ("state", &|bytes| bytes[8] += 1, "version 2, and this vmm reads version 1"),
+        ("state", &|bytes| bytes[8] += 1, "version 3, and this vmm reads version 2"),
         ("state", &|bytes| bytes.truncate(bytes.len() - 1), "checksum"),
         ("state", &|bytes| *bytes.last_mut().unwrap() ^= 1, "checksum"),
         ("memory", &|bytes| bytes.truncate(4096), "4096 bytes, and 33554432 were saved"),

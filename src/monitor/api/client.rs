@@ -173,27 +173,27 @@ impl Client {
         self.device(Command::RemoveDevice { name: name.to_owned(), force })
     }
 
-    /// Has it saved in the new `folder`, whose path is absolute, however long that takes, and stopped hard then if it is to `stop`.
+    /// Has it saved in the new `folder`, over the snapshot `base` if there is one, however long that takes, and stopped hard then if it is
+    /// to `stop`. The paths are absolute.
     ///
     /// # Errors
     /// As for [`Client::ask`].
-    pub fn snapshot(&mut self, folder: &Path, stop: bool) -> Result<Status, Error> {
-        match self.take_its_time(Command::Snapshot { folder: folder.to_owned(), stop })? {
+    pub fn snapshot(&mut self, folder: &Path, base: Option<&Path>, stop: bool) -> Result<Status, Error> {
+        let (folder, base) = (folder.to_owned(), base.map(Path::to_owned));
+        match self.take_its_time(Command::Snapshot { folder, base, stop })? {
             Answer::Status(status) => Ok(status),
             other => Err(self.other(other)),
         }
     }
 
-    /// Has it saved in files without names, however long that takes: configuration, state and memory.
+    /// Has it saved in files without names, however long that takes: configuration, state and memory, then disks.
     ///
     /// # Errors
     /// As for [`Client::ask`].
-    pub fn fork(&mut self) -> Result<[OwnedFd; 3], Error> {
-        let answer = self.take_its_time(Command::Fork)?;
-        let passed = std::mem::take(&mut self.passed).try_into();
-        match (answer, passed) {
-            (Answer::Status(_), Ok(files)) => Ok(files),
-            (other, _) => Err(self.other(other)),
+    pub fn fork(&mut self) -> Result<Vec<OwnedFd>, Error> {
+        match self.take_its_time(Command::Fork)? {
+            Answer::Status(_) => Ok(std::mem::take(&mut self.passed)),
+            other => Err(self.other(other)),
         }
     }
 

@@ -178,12 +178,12 @@ pub trait Control: Send + Sync {
     ///
     /// # Errors
     /// In words, why there is no such folder.
-    fn snapshot(&self, folder: &Path, stay: bool) -> Result<(), String>;
+    fn snapshot(&self, folder: &Path, base: Option<&Path>, stay: bool) -> Result<(), String>;
     /// Saves it in files without names, for other processes to go on from: configuration, state and memory. From a thread of its own.
     ///
     /// # Errors
     /// In words, why there are none.
-    fn fork(&self) -> Result<[OwnedFd; 3], String>;
+    fn fork(&self) -> Result<Vec<OwnedFd>, String>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
     /// The exit status of this process, once it is known what that will be.

@@ -74,12 +74,15 @@ pub enum Command {
         /// Its path, which is absolute.
         #[serde(with = "crate::config::host_path")]
         folder: PathBuf,
+        /// That of the snapshot that has the memory which is the same there, if it is to leave that out. Absolute, too.
+        #[serde(default, with = "crate::config::host_path::optional")]
+        base: Option<PathBuf>,
         /// Stop it hard once it is saved.
         #[serde(default)]
         stop: bool,
     },
     /// Save it in files without names, whose descriptors come with the answer (SCM_RIGHTS): configuration, state and memory, in
-    /// this order.
+    /// this order, then the disks that the guest may write to.
     Fork,
 }
 

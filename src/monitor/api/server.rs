@@ -117,7 +117,7 @@ struct Errand {
 enum Done {
     Paused(Result<(), String>),
     Saved(Result<(), String>),
-    Forked(Result<[OwnedFd; 3], String>),
+    Forked(Result<Vec<OwnedFd>, String>),
     Looked(Result<Vec<VcpuState>, String>),
     Changed(Result<Attached, String>),
 }
@@ -320,7 +320,9 @@ impl Orders {
                     Done::Changed(device.and_then(|device| control.add_device(device)))
                 }
                 Command::RemoveDevice { name, force } => Done::Changed(control.remove_device(&name, force)),
-                Command::Snapshot { folder, stop } => Done::Saved(control.snapshot(&folder, stop)),
+                Command::Snapshot { folder, base, stop } => {
+                    Done::Saved(control.snapshot(&folder, base.as_deref(), stop))
+                }
                 Command::Fork => Done::Forked(control.fork()),
                 _ => Done::Paused(control.pause()),
             };

@@ -19,7 +19,7 @@ use crate::memory::Buffers;
 use crate::output;
 
 pub use foreign::Foreign;
-pub use overlay::{Base, Unfit};
+pub use overlay::{Base, Unfit, unnamed};
 pub use raw::{Images, Raw};
 
 /// Why a disk could not be opened.

@@ -1,6 +1,5 @@
 //! [`Origin`]: where the contents of a new machine come from.
 
-use std::fs::File;
 use std::path::PathBuf;
 
 use super::{Error, SavedMachine};
@@ -9,7 +8,7 @@ use crate::boot::{self, Entry, Payload, firmware};
 use crate::config::kernel::nothing_to_boot;
 use crate::config::{self, Firmware, VmConfig};
 use crate::legacy::fw_cfg::Items;
-use crate::memory::Memory;
+use crate::memory::{Memory, SavedRam};
 
 /// Where the contents of a machine's memory and registers come from.
 pub enum Origin {
@@ -29,7 +28,7 @@ pub enum Origin {
         /// All but its memory.
         machine: Box<SavedMachine>,
         /// Its memory, which is mapped and not to be changed.
-        memory: File,
+        memory: SavedRam,
     },
 }
 
@@ -99,10 +98,7 @@ impl Origin {
     /// Memory as the machine begins with it: zeroes, and the ROM, or what was saved.
     pub(super) fn memory(&self, config: &config::Memory) -> Result<Memory, Error> {
         Ok(match self {
-            Self::Saved { memory, .. } => {
-                let again = |source| Error::Host { what: "the saved memory".to_owned(), source };
-                Memory::private_copy(config, memory.try_clone().map_err(again)?)?
-            }
+            Self::Saved { memory, .. } => Memory::private_copy(config, memory.clone())?,
             _ => {
                 let mut memory = Memory::new(config)?;
                 if let Some(rom) = self.rom()? {

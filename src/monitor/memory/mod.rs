@@ -6,6 +6,7 @@
 mod buffers;
 pub mod dirty;
 pub mod frozen;
+mod layers;
 pub mod layout;
 mod slices;
 pub mod testdev;
@@ -27,7 +28,9 @@ use vm_memory::{
 use crate::config::{self, Size};
 
 pub use buffers::{Buffers, NotRam};
+pub use layers::{Layer, SavedRam, within};
 pub use slices::Slices;
+pub use touched::union;
 
 /// Guest RAM as devices and loaders see it. Every access is bounds-checked and goes through volatile or
 /// atomic operations, because the guest's vCPUs write to it at the same time.
@@ -103,6 +106,8 @@ impl Error {
 pub struct Memory {
     ram: Arc<GuestRam>,
     size: u64,
+    /// What lies over the file that it was made of.
+    layers: Arc<[Layer]>,
     rom: Option<Arc<GuestRegionMmap>>,
 }
 
@@ -120,18 +125,40 @@ impl Memory {
         Self::mapped(config, &file.map_or(Object::None, Object::Shared))
     }
 
-    /// RAM as it is in `base`, its regions end to end. What is written stays in this process: neither the file nor another that
-    /// maps it sees it. Whoever changes the file changes what has not been written to here.
+    /// RAM as it is in `saved`. What is written stays in this process: neither the files nor another that maps them sees it. Whoever
+    /// changes a file changes what has not been written to here.
     ///
     /// # Errors
     /// It cannot be mapped, or is not as long as `config` says.
-    pub fn private_copy(config: &config::Memory, base: File) -> Result<Self, Error> {
+    pub fn private_copy(config: &config::Memory, saved: SavedRam) -> Result<Self, Error> {
         let failed = |source| Error::Allocate { size: config.size, config: config.clone(), source };
-        let saved = base.metadata().map_err(failed)?.len();
-        if saved != config.size.bytes() {
-            return Err(Error::OtherSize { saved: Size::from_bytes(saved), size: config.size });
+        for file in [&saved.bottom].into_iter().chain(saved.layers.iter().map(|layer| &layer.file)) {
+            let len = file.metadata().map_err(failed)?.len();
+            if len != config.size.bytes() {
+                return Err(Error::OtherSize { saved: Size::from_bytes(len), size: config.size });
+            }
         }
-        Self::mapped(config, &Object::Private(Arc::new(base)))
+        let mut memory = Self::mapped(config, &Object::Private(saved.bottom))?;
+        for (place, region) in memory.places() {
+            for layer in &saved.layers {
+                layer.cover(region, place.start).map_err(failed)?;
+            }
+            if !saved.layers.is_empty() {
+                advise(config, region.as_ptr(), region.len() as usize);
+            }
+        }
+        memory.layers = saved.layers.into();
+        Ok(memory)
+    }
+
+    /// Its regions, each with where it is if they lie end to end.
+    pub fn places(&self) -> impl Iterator<Item = (Range<u64>, &GuestRegionMmap)> {
+        let mut end = 0;
+        self.ram.iter().map(move |region| {
+            let start = end;
+            end += region.len();
+            (start..end, region)
+        })
     }
 
     fn mapped(config: &config::Memory, object: &Object) -> Result<Self, Error> {
@@ -148,7 +175,7 @@ impl Memory {
             config: config.clone(),
             reason: e.to_string(),
         })?;
-        Ok(Self { ram: Arc::new(ram), size, rom: None })
+        Ok(Self { ram: Arc::new(ram), size, layers: Arc::default(), rom: None })
     }
 
     /// Puts a ROM below 4 GiB, so that its last byte is the last one there: the reset vector is 16 bytes before its end. Whole
@@ -258,18 +285,23 @@ fn map(
         }
     }
     let mapping = builder.with_mmap_flags(flags).build().map_err(|e| failed(e.to_string()))?;
+    advise(config, mapping.as_ptr(), mapping.size());
+    GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or_else(|| failed("address overflow".into()))
+}
+
+/// Tells the kernel what the `size` bytes from `start` on are for: a mapping of ours.
+fn advise(config: &config::Memory, start: *mut u8, size: usize) {
     // A host may give every large mapping huge pages unasked: then a guest that touches a page here and there holds 2 MiB each time.
     let advice = if config.thp { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
-    // SAFETY: the range is the mapping just made; the advice changes no contents.
-    let advised = unsafe { madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
+    // SAFETY: the range is a mapping that the caller has made; the advice changes no contents.
+    let advised = unsafe { madvise(start.cast(), size, advice) };
     if let (true, Err(error)) = (config.thp, advised) {
         log::warn!("no transparent huge pages for guest memory: {error}");
     }
     // SAFETY: as above. A core dump of the monitor is not the place for the guest's secrets, nor for its size.
-    if let Err(error) = unsafe { madvise(mapping.as_ptr().cast(), mapping.size(), Advice::LinuxDontDump) } {
+    if let Err(error) = unsafe { madvise(start.cast(), size, Advice::LinuxDontDump) } {
         log::warn!("guest memory stays in core dumps: {error}");
     }
-    GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or_else(|| failed("address overflow".into()))
 }
 
 /// Says that all of `range` will be used soon: each whole block of 2 MiB in it is then one huge page, where the host has one at

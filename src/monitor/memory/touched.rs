@@ -9,7 +9,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
-use super::Memory;
+use super::{Memory, within};
 
 const PAGE: u64 = 4096;
 /// Entries of pagemap that are read at a time.
@@ -30,9 +30,13 @@ impl Memory {
         if super::shared_object(region).is_some() {
             return Ok(of_file);
         }
+        let of_layers = region.file_offset().map_or_else(Vec::new, |object| {
+            let place = object.start()..object.start() + region.len();
+            self.layers.iter().flat_map(|layer| &layer.runs).filter_map(|run| within(run, &place)).collect()
+        });
         // Without it, all of it may have been touched.
         let held = held(region).unwrap_or_else(|_| vec![0..region.len()]);
-        Ok(union(of_file.into_iter().chain(held).collect()))
+        Ok(union(of_file.into_iter().chain(of_layers).chain(held).collect()))
     }
 }
 
@@ -78,7 +82,8 @@ fn held(region: &GuestRegionMmap) -> io::Result<Vec<Range<u64>>> {
     Ok(all)
 }
 
-fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+/// All that is in `ranges`, ascending, in as few stretches as there can be.
+pub fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_by_key(|range| range.start);
     let mut all: Vec<Range<u64>> = Vec::new();
     for range in ranges {
@@ -121,15 +126,15 @@ mod tests {
         file.seek(SeekFrom::Start(0x2000)).unwrap();
         file.write_all(&[7; 0x1000]).unwrap();
         let config = "16M".parse().unwrap();
-        let memory = Memory::private_copy(&config, file.try_clone().unwrap()).unwrap();
+        let memory = Memory::private_copy(&config, file.try_clone().unwrap().into()).unwrap();
         memory.ram().write_obj(1u8, GuestAddress(0x3000)).unwrap();
         memory.ram().write_obj(1u8, GuestAddress(0x9000)).unwrap();
         assert_eq!(touched(&memory), [0x2000..0x4000, 0x9000..0xa000]);
         assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(0x2000)).unwrap(), 7);
         memory.ram().write_obj(8u8, GuestAddress(0x2000)).unwrap();
-        let other = Memory::private_copy(&config, file).unwrap();
+        let other = Memory::private_copy(&config, file.into()).unwrap();
         assert_eq!(other.ram().read_obj::<u8>(GuestAddress(0x2000)).unwrap(), 7, "each has its own");
-        assert!(Memory::private_copy(&"32M".parse().unwrap(), tempfile::tempfile().unwrap()).is_err());
+        assert!(Memory::private_copy(&"32M".parse().unwrap(), tempfile::tempfile().unwrap().into()).is_err());
     }
 
     #[test]

@@ -218,13 +218,13 @@ impl Control for Running {
         self.machine()?.remove_device(name, force).map_err(|error| error.to_string())
     }
 
-    fn snapshot(&self, folder: &Path, stay: bool) -> Result<(), String> {
+    fn snapshot(&self, folder: &Path, base: Option<&Path>, stay: bool) -> Result<(), String> {
         let mut config = self.original.clone();
         config.make_absolute();
-        self.with_machine(|machine| snapshot::create(machine, &config, folder, stay))
+        self.with_machine(|machine| snapshot::create(machine, &config, folder, base, stay))
     }
 
-    fn fork(&self) -> Result<[OwnedFd; 3], String> {
+    fn fork(&self) -> Result<Vec<OwnedFd>, String> {
         let mut config = self.original.clone();
         config.make_absolute();
         self.with_machine(|machine| snapshot::fork(machine, &config)).map(Parts::into_descriptors)

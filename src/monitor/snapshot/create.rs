@@ -1,35 +1,46 @@
 //! A snapshot is made: a folder under another name, which gets its own once all is on the disk; or files without a name.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use super::memory::Writing;
+use super::base::{Base, HIGHEST};
+use super::memory::{Writing, Written};
 use super::parts::{Part, Parts};
-use super::{Error, Header, MAGIC, VERSION, disks, file};
+use super::{Error, Header, Snapshot, disks, file};
 use crate::config::VmConfig;
-use crate::machine::{Handle, Paused, Phase, SavedMachine};
+use crate::disk;
+use crate::machine::{self, Handle, Paused, Phase, SavedMachine};
+use crate::memory::Memory;
 use crate::output;
 
-/// Saves `machine`, which was built as `config` says, into the new `folder`. It stands still as short as may be, and goes on
-/// if it ran; one that is to `stay` as it was saved stands still from then on.
+/// Saves `machine`, which was built as `config` says, into the new `folder`; memory that is as in the snapshot `base` is left to that. It
+/// stands still as short as may be, and goes on if it ran; one that is to `stay` as it was saved stands still from then on.
 ///
 /// # Errors
 /// [`Error`]; nothing is left behind.
-pub fn create(machine: &Handle, config: &VmConfig, folder: &Path, stay: bool) -> Result<(), Error> {
+pub fn create(
+    machine: &Handle,
+    config: &VmConfig,
+    folder: &Path,
+    base: Option<&Path>,
+    stay: bool,
+) -> Result<(), Error> {
     supported(config)?;
+    let base = base.map(|base| Below::open(base, folder, config)).transpose()?;
     let new = NewFolder::begin(folder)?;
     let parts = Parts::create(&new.hidden)?;
     let (hidden, saved) = (new.hidden.clone(), disks::saved(config));
     let begin = |paused: &Paused<'_>, may_last| {
-        let disks = disks::save(machine, paused, config, &hidden)?;
-        Ok((Taken::begin(machine, paused, &parts, may_last)?, disks))
+        let disks = disks::save(machine, paused, config, |name, _| Part::create(hidden.join(name)))?;
+        let memory = base.as_ref().map(|base| base.memory.clone());
+        Ok((Taken::begin(machine, paused, &parts, memory, may_last)?, disks))
     };
     let complete = |(taken, disks): (Taken, Vec<Part>)| {
-        taken.finish(&saved, machine, &parts)?;
+        taken.finish(&saved, machine, &parts, base.as_ref().map(|base| &base.base))?;
         for part in [&parts.config, &parts.state, &parts.memory].into_iter().chain(&disks) {
             part.file.sync_all().map_err(part.failed("write"))?;
         }
@@ -47,14 +58,42 @@ pub fn create(machine: &Handle, config: &VmConfig, folder: &Path, stay: bool) ->
 /// [`Error`]
 pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
     supported(config)?;
-    if config.disk.iter().any(|disk| !disk.readonly) {
-        return Err(Error::Disks);
+    if let Some(disk) = disks::in_place(config) {
+        return Err(Error::InPlace(disk.path.clone()));
     }
-    let parts = Parts::unnamed()?;
-    let taken = standing_still(machine, false, |paused| Taken::begin(machine, paused, &parts, true))?;
-    taken.finish(config, machine, &parts)?;
+    let mut parts = Parts::unnamed()?;
+    let (taken, disks) = standing_still(machine, false, |paused| {
+        let disks = disks::save(machine, paused, config, |_, path| unnamed_disk(path))?;
+        Ok((Taken::begin(machine, paused, &parts, None, true)?, disks))
+    })?;
+    parts.disks = disks;
+    taken.finish(&disks::saved(config), machine, &parts, None)?;
     parts.seal()?;
     Ok(parts)
+}
+
+fn unnamed_disk(path: &Path) -> Result<Part, Error> {
+    let file = disk::unnamed().map_err(file("copy disk", path))?;
+    Ok(Part { path: path.to_owned(), file })
+}
+
+/// What a new snapshot is to lie over.
+struct Below {
+    base: Base,
+    memory: Memory,
+}
+
+impl Below {
+    fn open(base: &Path, folder: &Path, config: &VmConfig) -> Result<Self, Error> {
+        let snapshot = Snapshot::open(base)?;
+        if snapshot.height() == HIGHEST {
+            return Err(Error::High);
+        }
+        let described = Base::of(folder, base, &snapshot)?;
+        let memory = Memory::private_copy(&config.memory(), snapshot.into_ram());
+        let memory = memory.map_err(|error| Box::new(machine::Error::from(error)))?;
+        Ok(Self { base: described, memory })
+    }
 }
 
 /// What has a life of its own outside.
@@ -100,30 +139,42 @@ struct Taken {
 
 impl Taken {
     /// Takes the state of `machine`, and begins to write its memory, which `may_last` beyond the pause.
-    fn begin(machine: &Handle, paused: &Paused<'_>, parts: &Parts, may_last: bool) -> Result<Self, Error> {
+    fn begin(
+        machine: &Handle,
+        paused: &Paused<'_>,
+        parts: &Parts,
+        base: Option<Memory>,
+        may_last: bool,
+    ) -> Result<Self, Error> {
         let state = machine.save(paused).map_err(Box::new)?;
-        let memory = Writing::begin(machine.memory(), &parts.memory.file, may_last);
+        let memory = Writing::begin(machine.memory(), &parts.memory.file, base, may_last);
         Ok(Self { state, memory: memory.map_err(parts.memory.failed("write"))? })
     }
 
-    /// Completes `parts`.
-    fn finish(self, config: &VmConfig, machine: &Handle, parts: &Parts) -> Result<(), Error> {
-        let encoded = |error: postcard::Error| parts.state.failed("write")(io::Error::other(error));
+    /// Completes `parts`, which lie over `base` if there is one.
+    fn finish(
+        self,
+        config: &VmConfig,
+        machine: &Handle,
+        parts: &Parts,
+        base: Option<&Base>,
+    ) -> Result<(), Error> {
         let text =
             serde_json::to_vec_pretty(config).map_err(|error| parts.config.failed("write")(error.into()))?;
-        write(&parts.config, &[&text])?;
-        let memory = self.memory.finish().map_err(parts.memory.failed("write"))?;
+        parts.config.write(&[&text])?;
+        let Written { sum, runs } = self.memory.finish().map_err(parts.memory.failed("write"))?;
+        let encoded = |error: postcard::Error| parts.state.failed("write")(io::Error::other(error));
         let state = postcard::to_stdvec(&self.state).map_err(encoded)?;
         let (config, size) = (crc32fast::hash(&text), machine.memory().size());
-        let header = Header { config, state: crc32fast::hash(&state), memory, size };
-        let header = postcard::to_stdvec(&header).map_err(encoded)?;
-        write(&parts.state, &[&MAGIC, &VERSION.to_le_bytes(), &header, &state])
+        let header = Header {
+            config,
+            state: crc32fast::hash(&state),
+            memory: sum,
+            size,
+            base: base.map(|base| base.with(runs)),
+        };
+        header.write(&parts.state, &state)
     }
-}
-
-fn write(part: &Part, bytes: &[&[u8]]) -> Result<(), Error> {
-    let mut file = &part.file;
-    bytes.iter().try_for_each(|bytes| file.write_all(bytes)).map_err(part.failed("write"))
 }
 
 /// A folder that has its name when it is complete, and is gone otherwise.

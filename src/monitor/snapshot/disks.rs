@@ -7,7 +7,6 @@ use super::parts::Part;
 use super::{Error, file};
 use crate::config::{Disk, ImageFormat, Overlay, VmConfig};
 use crate::machine::{Handle, Paused};
-use crate::output;
 
 /// The file of disk `index` in a folder.
 fn name(index: usize) -> PathBuf {
@@ -27,21 +26,25 @@ pub fn saved(config: &VmConfig) -> VmConfig {
     config
 }
 
-/// Copies the disks of `machine`, which was built as `config` says, into `folder`.
+/// A disk of `config` that the guest writes to, and that has no overlay.
+pub fn in_place(config: &VmConfig) -> Option<&Disk> {
+    config.disk.iter().find(|disk| !disk.readonly && disk.overlay.is_none())
+}
+
+/// Copies each disk of `machine`, which was built as `config` says, that the guest may write to: into what `new` makes, which is given
+/// the file's name in a folder, and the disk's path.
 pub fn save(
     machine: &Handle,
     paused: &Paused<'_>,
     config: &VmConfig,
-    folder: &Path,
+    new: impl Fn(&Path, &Path) -> Result<Part, Error>,
 ) -> Result<Vec<Part>, Error> {
     let written = config.disk.iter().enumerate().filter(|(_, disk)| !disk.readonly);
     written
         .map(|(index, disk)| {
-            let path = folder.join(name(index));
-            // It is read, too, where the file system copies for itself.
-            let file = output::create(&path).map_err(file("make", &path))?;
-            machine.save_disk(paused, index, &file).map_err(self::file("copy disk", &disk.path))?;
-            Ok(Part { path, file })
+            let part = new(&name(index), &disk.path)?;
+            machine.save_disk(paused, index, &part.file).map_err(file("copy disk", &disk.path))?;
+            Ok(part)
         })
         .collect()
 }
@@ -50,9 +53,15 @@ fn in_folder(disk: &mut Disk) -> impl Iterator<Item = &mut PathBuf> {
     [&mut disk.path].into_iter().chain(&mut disk.lower).filter(|path| path.is_relative())
 }
 
-/// Whether disks of `config` are in a folder.
-pub fn are_in_folder(config: &mut VmConfig) -> bool {
-    config.disk.iter_mut().flat_map(in_folder).next().is_some()
+/// The files of a folder that disks of `config` are in.
+pub fn names(config: &VmConfig) -> Vec<PathBuf> {
+    config.clone().disk.iter_mut().flat_map(in_folder).map(|name| name.clone()).collect()
+}
+
+/// Has them found as `parts`, which are as many as there are [`names`].
+pub fn locate_parts(config: &mut VmConfig, parts: &[Part]) {
+    let names = config.disk.iter_mut().flat_map(in_folder);
+    names.zip(parts).for_each(|(name, part)| part.path.clone_into(name));
 }
 
 /// Has them found in `folder` from wherever they are looked for.

@@ -1,83 +1,199 @@
 //! The file of guest RAM: blocks of zeroes are holes.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Seek, Write};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use crc32fast::Hasher;
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::memory::Memory;
 use crate::memory::frozen::Frozen;
+use crate::memory::{Memory, union, within};
 
 /// What is a hole or not: a page.
 const BLOCK: usize = 4096;
 /// Blocks that are read at a time.
 const BATCH: usize = 256;
+/// Stretches of a file that lie over another.
+pub const MOST_RUNS: usize = 4096;
 
 /// RAM on its way into a file.
-pub enum Writing {
-    /// By a child, which has it as it was.
+pub struct Writing {
+    /// Its [`checksum`].
+    sum: Sum,
+    /// What is below it, and the file that tells which of its pages are in this one.
+    base: Option<(Memory, File)>,
+}
+
+enum Sum {
+    /// A child has the RAM as it was, and writes it.
     Frozen(Frozen),
-    /// It is there already. Its [`checksum`].
+    /// It is there already.
     Done(u32),
 }
 
+/// What was written.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Written {
+    /// Its [`checksum`].
+    pub sum: u32,
+    /// Which pages those are, if the others are in what is below: ascending, in bytes.
+    pub runs: Vec<Range<u64>>,
+}
+
 impl Writing {
-    /// Writes the RAM of `memory`, whose guest stands still, into the empty `file`. The guest may go on when this returns if that
+    /// Writes the RAM of `memory`, whose guest stands still, into the empty `file`: what is not as in `base`, if there is one. The guest may go on when this returns if that
     /// `may_last`, which costs it page faults.
     ///
     /// # Errors
     /// The file's.
-    pub fn begin(memory: &Memory, file: &File, may_last: bool) -> io::Result<Self> {
+    pub fn begin(memory: &Memory, file: &File, base: Option<Memory>, may_last: bool) -> io::Result<Self> {
+        let unnamed =
+            |base| Ok::<_, io::Error>((base, File::from(memfd_create("runs", MemfdFlags::CLOEXEC)?)));
+        let base = base.map(unnamed).transpose()?;
+        let over = base.as_ref().map(|(base, runs)| (base, runs));
         if may_last && memory.is_private() {
-            let base = memory.ram().iter().filter_map(|region| region.file_offset());
-            let keep: Vec<_> = base.map(|base| base.file().as_fd()).chain([file.as_fd()]).collect();
-            match Frozen::begin(&keep, || write(memory, file)) {
-                Ok(frozen) => return Ok(Self::Frozen(frozen)),
+            let files = [memory].into_iter().chain(base.as_ref().map(|(base, _)| base));
+            let files =
+                files.flat_map(|memory| memory.ram().iter()).filter_map(|region| region.file_offset());
+            let keep = files.map(|object| object.file().as_fd()).chain([file.as_fd()]);
+            let keep: Vec<_> = keep.chain(base.as_ref().map(|(_, runs)| runs.as_fd())).collect();
+            match Frozen::begin(&keep, || write(memory, file, over)) {
+                Ok(frozen) => return Ok(Self { sum: Sum::Frozen(frozen), base }),
                 Err(error) => log::warn!("the guest stands still until its memory is written: {error}"),
             }
         }
-        write(memory, file).map(Self::Done)
+        let sum = Sum::Done(write(memory, file, over)?);
+        Ok(Self { sum, base })
     }
 
-    /// Waits until it is written. Its [`checksum`].
+    /// Waits until it is written.
     ///
     /// # Errors
     /// The file's.
-    pub fn finish(self) -> io::Result<u32> {
-        match self {
-            Self::Frozen(frozen) => frozen.finish(),
-            Self::Done(checksum) => Ok(checksum),
-        }
+    pub fn finish(self) -> io::Result<Written> {
+        let sum = match self.sum {
+            Sum::Frozen(frozen) => frozen.finish()?,
+            Sum::Done(sum) => sum,
+        };
+        let runs = self.base.map_or_else(|| Ok(Vec::new()), |(_, runs)| read_runs(&runs))?;
+        Ok(Written { sum, runs })
     }
 }
 
-fn write(memory: &Memory, file: &File) -> io::Result<u32> {
+fn write(memory: &Memory, file: &File, over: Option<(&Memory, &File)>) -> io::Result<u32> {
     file.set_len(memory.size())?;
     let mut hasher = Hasher::new();
-    let mut buffer = vec![0; BATCH * BLOCK];
-    let mut start = 0;
-    for region in memory.ram().iter() {
-        for range in memory.touched(region)? {
-            for offset in range.clone().step_by(buffer.len()) {
-                let len = buffer.len().min((range.end - offset) as usize);
-                let bytes = &mut buffer[..len];
-                region.read_slice(bytes, MemoryRegionAddress(offset)).map_err(io::Error::other)?;
-                for run in runs(bytes) {
-                    let at = start + offset + run.start as u64;
-                    file.write_all_at(&bytes[run.clone()], at)?;
-                    add(&mut hasher, at, &bytes[run]);
-                }
-            }
+    let mut put = |at: u64, bytes: &[u8]| {
+        for run in runs(bytes) {
+            let at = at + run.start as u64;
+            file.write_all_at(&bytes[run.clone()], at)?;
+            add(&mut hasher, at, &bytes[run]);
         }
-        start += region.len();
+        Ok(())
+    };
+    match over {
+        None => each(memory, &touched(memory)?, &mut put)?,
+        Some((base, runs)) => {
+            let differing = few(differing(memory, base)?, MOST_RUNS);
+            each(memory, &differing, &mut put)?;
+            write_runs(runs, &differing)?;
+        }
     }
     Ok(hasher.finalize())
+}
+
+/// The stretches of RAM that may hold something else than zeroes, as they lie in a file.
+fn touched(memory: &Memory) -> io::Result<Vec<Range<u64>>> {
+    let mut all = Vec::new();
+    for (place, region) in memory.places() {
+        let touched = memory.touched(region)?.into_iter();
+        all.extend(touched.map(|range| place.start + range.start..place.start + range.end));
+    }
+    Ok(all)
+}
+
+/// Calls `found` with the bytes of each stretch in `ranges`, in whole blocks, and where in a file they lie.
+fn each(
+    memory: &Memory,
+    ranges: &[Range<u64>],
+    mut found: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; BATCH * BLOCK];
+    for (place, region) in memory.places() {
+        for part in ranges.iter().filter_map(|range| within(range, &place)) {
+            for offset in part.clone().step_by(buffer.len()) {
+                let len = buffer.len().min((part.end - offset) as usize);
+                let bytes = &mut buffer[..len];
+                region.read_slice(bytes, MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+                found(place.start + offset, bytes)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The blocks of `memory` that are not as in `base`, which is as long.
+fn differing(memory: &Memory, base: &Memory) -> io::Result<Vec<Range<u64>>> {
+    let either = union(touched(memory)?.into_iter().chain(touched(base)?).collect());
+    let mut all: Vec<Range<u64>> = Vec::new();
+    let mut other = vec![0; BATCH * BLOCK];
+    each(memory, &either, |at, bytes| {
+        let other = &mut other[..bytes.len()];
+        for (place, region) in base.places() {
+            // A piece of one machine's RAM is in one region of the other's: both have as much.
+            if let Some(part) = within(&(at..at + bytes.len() as u64), &place) {
+                region.read_slice(other, MemoryRegionAddress(part.start)).map_err(io::Error::other)?;
+            }
+        }
+        let blocks = bytes.chunks(BLOCK).zip(other.chunks(BLOCK)).zip((at..).step_by(BLOCK));
+        for ((_, _), at) in blocks.filter(|((ours, theirs), _)| ours != theirs) {
+            match all.last_mut() {
+                Some(run) if run.end == at => run.end += BLOCK as u64,
+                _ => all.push(at..at + BLOCK as u64),
+            }
+        }
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// At most `most` stretches with all that is in `runs`, and of what is between them the least: each is a mapping of every machine that
+/// goes on from them, and a process can have 65530.
+fn few(runs: Vec<Range<u64>>, most: usize) -> Vec<Range<u64>> {
+    let Some(surplus) = runs.len().checked_sub(most).filter(|surplus| *surplus > 0) else { return runs };
+    let mut gaps: Vec<_> = runs.windows(2).map(|pair| pair[1].start - pair[0].end).collect();
+    gaps.sort_unstable();
+    let (least, mut left) = (gaps[surplus - 1], surplus);
+    let mut all: Vec<Range<u64>> = Vec::new();
+    for run in runs {
+        match all.last_mut() {
+            Some(last) if left > 0 && run.start - last.end <= least => {
+                last.end = run.end;
+                left -= 1;
+            }
+            _ => all.push(run),
+        }
+    }
+    all
+}
+
+/// Tells who has the other end of `file`, an empty one without a name.
+fn write_runs(mut file: &File, runs: &[Range<u64>]) -> io::Result<()> {
+    let bytes: Vec<_> = runs.iter().flat_map(|run| [run.start, run.end]).flat_map(u64::to_le_bytes).collect();
+    file.write_all(&bytes)
+}
+
+fn read_runs(mut file: &File) -> io::Result<Vec<Range<u64>>> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    let numbers: Vec<_> = bytes.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+    Ok(numbers.as_chunks::<2>().0.iter().map(|[start, end]| *start..*end).collect())
 }
 
 /// The stretches of `bytes` that are not blocks of zeroes.
@@ -122,8 +238,20 @@ pub fn checksum(file: &File) -> io::Result<u32> {
     Ok(hasher.finalize())
 }
 
+/// Copies `run` of `from` to its place in `to`.
+pub fn copy(from: &File, run: Range<u64>, to: &File) -> io::Result<()> {
+    let mut buffer = vec![0; BATCH * BLOCK];
+    for at in run.clone().step_by(buffer.len()) {
+        let len = buffer.len().min((run.end - at) as usize);
+        let bytes = &mut buffer[..len];
+        from.read_exact_at(bytes, at)?;
+        to.write_all_at(bytes, at)?;
+    }
+    Ok(())
+}
+
 /// The next stretch of `file` from `at` on that is no hole.
-fn next_data(file: &File, at: u64) -> io::Result<Option<Range<u64>>> {
+pub fn next_data(file: &File, at: u64) -> io::Result<Option<Range<u64>>> {
     let start = match seek(file, SeekFrom::Data(at)) {
         Err(Errno::NXIO) => return Ok(None),
         start => start?,
@@ -133,35 +261,91 @@ fn next_data(file: &File, at: u64) -> io::Result<Option<Range<u64>>> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use vm_memory::GuestAddress;
 
     use super::*;
+    use crate::memory::{Layer, SavedRam};
+
+    fn written(memory: &Memory, file: &File, base: Option<Memory>, may_last: bool) -> Written {
+        Writing::begin(memory, file, base, may_last).unwrap().finish().unwrap()
+    }
+
+    fn put(memory: &Memory, address: u64, byte: u8) {
+        memory.ram().write_obj(byte, GuestAddress(address)).unwrap();
+    }
+
+    fn byte(memory: &Memory, address: u64) -> u8 {
+        memory.ram().read_obj(GuestAddress(address)).unwrap()
+    }
 
     #[test]
     fn ram_comes_back_from_its_file_and_the_checksum_tells_of_every_byte() {
         let config = "16M".parse().unwrap();
         let memory = Memory::new(&config).unwrap();
         for (address, byte) in [(0u64, 1u8), (0x1fff, 2), (0x70_0000, 3), ((16 << 20) - 1, 4)] {
-            memory.ram().write_obj(byte, GuestAddress(address)).unwrap();
+            put(&memory, address, byte);
         }
         // Touched, and zero.
-        memory.ram().write_obj(0u8, GuestAddress(0x50_0000)).unwrap();
+        put(&memory, 0x50_0000, 0);
         let file = tempfile::tempfile().unwrap();
-        let write = |memory: &Memory, file: &File, may_last| Writing::begin(memory, file, may_last)?.finish();
-        let sum = write(&memory, &file, false).unwrap();
-        assert_eq!(write(&memory, &tempfile::tempfile().unwrap(), true).unwrap(), sum, "by a child");
+        let sum = written(&memory, &file, None, false).sum;
+        assert_eq!(written(&memory, &tempfile::tempfile().unwrap(), None, true).sum, sum, "by a child");
         assert_eq!(checksum(&file).unwrap(), sum);
-        let copy = Memory::private_copy(&config, file.try_clone().unwrap()).unwrap();
-        let read = |memory: &Memory, address| memory.ram().read_obj::<u8>(GuestAddress(address)).unwrap();
+        let copy = Memory::private_copy(&config, file.try_clone().unwrap().into()).unwrap();
         for address in [0, 0x1fff, 0x70_0000, (16 << 20) - 1, 0x50_0000, 5] {
-            assert_eq!(read(&copy, address), read(&memory, address), "{address:#x}");
+            assert_eq!(byte(&copy, address), byte(&memory, address), "{address:#x}");
         }
         // That of a copy that has changed is another, and so is that of a file that has.
         let again = tempfile::tempfile().unwrap();
-        assert_eq!(write(&copy, &again, true).unwrap(), sum);
-        copy.ram().write_obj(9u8, GuestAddress(0x60_0000)).unwrap();
-        assert_ne!(write(&copy, &tempfile::tempfile().unwrap(), false).unwrap(), sum);
+        assert_eq!(written(&copy, &again, None, true).sum, sum);
+        put(&copy, 0x60_0000, 9);
+        assert_ne!(written(&copy, &tempfile::tempfile().unwrap(), None, false).sum, sum);
         again.write_all_at(&[1], 0x123_456).unwrap();
         assert_ne!(checksum(&again).unwrap(), sum);
+    }
+
+    #[test]
+    fn a_layer_has_what_differs_and_zeroes_too() {
+        let config = "5G".parse().unwrap();
+        let memory = Memory::new(&config).unwrap();
+        // The last is above the hole below 4 GiB.
+        let high = 0x1_0000_0000 + (1 << 20);
+        for address in [0x1000, 0x5000, 0x9000, high] {
+            put(&memory, address, 1);
+        }
+        let bottom = tempfile::tempfile().unwrap();
+        written(&memory, &bottom, None, false);
+        let mut saved = SavedRam::from(bottom);
+        // Each generation goes on from the one before.
+        let changes: [&[(u64, u8)]; 3] = [&[(0x1000, 0), (0x7000, 7)], &[(high, 3), (0x7000, 7)], &[]];
+        let runs: [&[Range<u64>]; 3] =
+            [&[0x1000..0x2000, 0x7000..0x8000], &[high - (1 << 30)..high - (1 << 30) + 0x1000], &[]];
+        for ((changes, runs), may_last) in changes.into_iter().zip(runs).zip([true, false, true]) {
+            let [memory, base] = [(); 2].map(|()| Memory::private_copy(&config, saved.clone()).unwrap());
+            changes.iter().for_each(|(address, byte)| put(&memory, *address, *byte));
+            let file = tempfile::tempfile().unwrap();
+            let written = written(&memory, &file, Some(base), may_last);
+            assert_eq!(written.runs, runs);
+            assert_eq!(checksum(&file).unwrap(), written.sum);
+            saved.layers.push(Layer { file: file.into(), runs: written.runs });
+        }
+        let copy = Memory::private_copy(&config, saved).unwrap();
+        let bytes = [0x1000, 0x5000, 0x7000, 0x9000, high].map(|address| byte(&copy, address));
+        assert_eq!(bytes, [0, 1, 7, 1, 3]);
+    }
+
+    proptest! {
+        #[test]
+        fn few_stretches_have_all_that_many_had(blocks in prop::collection::btree_set(0u64..200, 0..60), most in 1usize..20) {
+            let block = |at: &u64| at * 0x1000..(at + 1) * 0x1000;
+            let runs = union(blocks.iter().map(block).collect());
+            let few = few(runs.clone(), most);
+            prop_assert_eq!(few.len(), runs.len().min(most));
+            for run in &runs {
+                prop_assert!(few.iter().any(|few| few.start <= run.start && run.end <= few.end));
+            }
+            prop_assert!(few.windows(2).all(|pair| pair[0].end < pair[1].start));
+        }
     }
 }

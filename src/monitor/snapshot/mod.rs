@@ -5,6 +5,7 @@
 //! regions end to end, zeroes as holes. A folder has its name only once all in it is on the disk, and is never changed after that:
 //! machines map `memory` privately. What is in it is as untrusted as any other input.
 
+mod base;
 mod child;
 mod create;
 mod disks;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;
 use crate::machine::{self, Origin, PauseError, SavedMachine};
+use base::Base;
 use parts::Part;
 
 pub use child::{child, network_of_one};
@@ -27,7 +29,9 @@ pub use parts::Parts;
 /// The first bytes of `state`.
 const MAGIC: [u8; 8] = *b"VMMSTATE";
 /// Of what follows them.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// How damage shows.
+const WRONG_SUM: &str = "its checksum is wrong";
 /// More than any configuration, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
 /// More than any machine's state: 255 vCPUs and their XSAVE areas.
@@ -50,9 +54,12 @@ pub enum Error {
     /// The configuration has what a snapshot cannot hold.
     #[error("a snapshot cannot hold {0}")]
     Unsupported(&'static str),
-    /// Files without names are the machine's state and memory alone.
-    #[error("copies of a machine cannot have disks that the guest may write to")]
-    Disks,
+    /// A new one would be too high.
+    #[error("{} snapshots lie over each other", base::HIGHEST)]
+    High,
+    /// Two machines would write to it.
+    #[error("disk {} is written to in place, and each copy needs its own", .0.display())]
+    InPlace(PathBuf),
     /// The machine does not come to rest.
     #[error(transparent)]
     Pause(#[from] PauseError),
@@ -78,7 +85,7 @@ pub enum Error {
 }
 
 /// What precedes the state.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Header {
     /// CRC-32 of the configuration's file.
     config: u32,
@@ -88,6 +95,36 @@ struct Header {
     memory: u32,
     /// Bytes of the memory.
     size: u64,
+    /// What has the memory that is not in this one.
+    base: Option<Base>,
+}
+
+impl Header {
+    /// Writes all of the empty `file`: this, and the `state`.
+    fn write(&self, file: &Part, state: &[u8]) -> Result<(), Error> {
+        let header =
+            postcard::to_stdvec(self).map_err(|error| file.failed("write")(io::Error::other(error)))?;
+        file.write(&[&MAGIC, &VERSION.to_le_bytes(), &crc32fast::hash(&header).to_le_bytes(), &header, state])
+    }
+
+    /// The header in the `bytes` of `file`, and the state, whose checksum is right.
+    fn read<'a>(file: &Part, bytes: &'a [u8]) -> Result<(Self, &'a [u8]), Error> {
+        let rest = bytes.strip_prefix(&MAGIC).ok_or_else(|| file.damaged("not a machine's state"))?;
+        let cut = || file.damaged("cut short");
+        let (version, rest) = rest.split_first_chunk().ok_or_else(cut)?;
+        let version = u32::from_le_bytes(*version);
+        if version != VERSION {
+            return Err(Error::Version { path: file.path.clone(), found: version });
+        }
+        let (sum, rest) = rest.split_first_chunk().ok_or_else(cut)?;
+        let (header, state): (Self, _) =
+            postcard::take_from_bytes(rest).map_err(|error| file.damaged(&error.to_string()))?;
+        let is_whole = crc32fast::hash(&rest[..rest.len() - state.len()]) == u32::from_le_bytes(*sum);
+        match is_whole && crc32fast::hash(state) == header.state {
+            true => Ok((header, state)),
+            false => Err(file.damaged(WRONG_SUM)),
+        }
+    }
 }
 
 /// One that was opened.
@@ -98,6 +135,8 @@ pub struct Snapshot {
     parts: Parts,
     header: Header,
     state: Vec<u8>,
+    /// What it lies over, and where that is.
+    base: Option<(PathBuf, Box<Snapshot>)>,
 }
 
 impl Snapshot {
@@ -106,7 +145,19 @@ impl Snapshot {
     /// # Errors
     /// [`Error`]
     pub fn open(folder: &Path) -> Result<Self, Error> {
-        let mut snapshot = Self::read(Parts::open(folder)?)?;
+        let mut snapshot = Self::open_above(folder, 0)?;
+        disks::locate(&mut snapshot.config, folder)?;
+        Ok(snapshot)
+    }
+
+    /// The same for processes that will have its files and not the folder.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn open_for_copies(folder: &Path) -> Result<Self, Error> {
+        let mut snapshot = Self::open_above(folder, 0)?;
+        let names = disks::names(&snapshot.config).into_iter();
+        snapshot.parts.disks = names.map(|name| Part::open(folder.join(name))).collect::<Result<_, _>>()?;
         disks::locate(&mut snapshot.config, folder)?;
         Ok(snapshot)
     }
@@ -117,41 +168,31 @@ impl Snapshot {
     /// They are none, or not all of it.
     pub fn of(parts: Parts) -> Result<Self, Error> {
         let mut snapshot = Self::read(parts)?;
-        if disks::are_in_folder(&mut snapshot.config) {
-            return Err(Error::Disks);
+        if snapshot.header.base.is_some() {
+            return Err(snapshot.parts.state.damaged("its base is nowhere"));
         }
+        if disks::names(&snapshot.config).len() != snapshot.parts.disks.len() {
+            return Err(snapshot.parts.config.damaged("it has more disks, or fewer"));
+        }
+        disks::locate_parts(&mut snapshot.config, &snapshot.parts.disks);
         Ok(snapshot)
     }
 
     fn read(parts: Parts) -> Result<Self, Error> {
         let text = parts.config.read(MAX_CONFIG)?;
-        let damaged =
-            |part: &Part, what: &str| Error::Damaged { path: part.path.clone(), what: what.to_owned() };
         let config =
-            serde_json::from_slice(&text).map_err(|error| damaged(&parts.config, &error.to_string()))?;
-        let state = &parts.state;
-        let bytes = state.read(MAX_STATE)?;
-        let rest = bytes.strip_prefix(&MAGIC).ok_or_else(|| damaged(state, "not a machine's state"))?;
-        let (version, rest) = rest.split_first_chunk().ok_or_else(|| damaged(state, "cut short"))?;
-        let version = u32::from_le_bytes(*version);
-        if version != VERSION {
-            return Err(Error::Version { path: state.path.clone(), found: version });
-        }
-        let (header, saved): (Header, _) =
-            postcard::take_from_bytes(rest).map_err(|error| damaged(state, &error.to_string()))?;
-        let wrong = "its checksum is wrong";
-        if crc32fast::hash(saved) != header.state {
-            return Err(damaged(state, wrong));
-        }
+            serde_json::from_slice(&text).map_err(|error| parts.config.damaged(&error.to_string()))?;
+        let bytes = parts.state.read(MAX_STATE)?;
+        let (header, saved) = Header::read(&parts.state, &bytes)?;
         if crc32fast::hash(&text) != header.config {
-            return Err(damaged(&parts.config, wrong));
+            return Err(parts.config.damaged(WRONG_SUM));
         }
         let size = parts.memory.file.metadata().map_err(parts.memory.failed("look at"))?.len();
         if size != header.size {
-            return Err(damaged(&parts.memory, &format!("{size} bytes, and {} were saved", header.size)));
+            return Err(parts.memory.damaged(&format!("{size} bytes, and {} were saved", header.size)));
         }
         let state = saved.to_vec();
-        Ok(Self { config, parts, header, state })
+        Ok(Self { config, parts, header, state, base: None })
     }
 
     /// The machine's state.
@@ -159,13 +200,20 @@ impl Snapshot {
     /// # Errors
     /// It is none.
     fn machine(&self) -> Result<SavedMachine, Error> {
-        postcard::from_bytes(&self.state)
-            .map_err(|error| Error::Damaged { path: self.parts.state.path.clone(), what: error.to_string() })
+        postcard::from_bytes(&self.state).map_err(|error| self.parts.state.damaged(&error.to_string()))
     }
 
-    /// Its files.
-    pub fn into_parts(self) -> Parts {
-        self.parts
+    /// The folder that it is based on, if it is.
+    pub fn base(&self) -> Option<&Path> {
+        self.base.as_ref().map(|(path, _)| path.as_path())
+    }
+
+    /// Its files, for processes to go on from: none that would need other files.
+    ///
+    /// # Errors
+    /// The host is out of memory.
+    pub fn into_parts(self) -> Result<Parts, Error> {
+        if self.base.is_none() { Ok(self.parts) } else { self.flattened() }
     }
 
     /// Its state and memory, for a machine to go on from.
@@ -173,7 +221,7 @@ impl Snapshot {
     /// # Errors
     /// The state is none.
     pub fn into_origin(self) -> Result<Origin, Error> {
-        Ok(Origin::Saved { machine: Box::new(self.machine()?), memory: self.parts.memory.file })
+        Ok(Origin::Saved { machine: Box::new(self.machine()?), memory: self.into_ram() })
     }
 
     /// Reads the memory.
@@ -181,10 +229,11 @@ impl Snapshot {
     /// # Errors
     /// It is not what was saved.
     pub fn verify(&self) -> Result<(), Error> {
-        let Part { path, file } = &self.parts.memory;
-        match memory::checksum(file).map_err(self.parts.memory.failed("read"))? {
+        self.base.as_ref().map_or(Ok(()), |(_, base)| base.verify())?;
+        let memory = &self.parts.memory;
+        match memory::checksum(&memory.file).map_err(memory.failed("read"))? {
             found if found == self.header.memory => Ok(()),
-            _ => Err(Error::Damaged { path: path.clone(), what: "its checksum is wrong".to_owned() }),
+            _ => Err(memory.damaged(WRONG_SUM)),
         }
     }
 }
@@ -195,16 +244,17 @@ impl Error {
         match self {
             Self::Damaged { .. } => Some("save the machine again: vmm snapshot create NAME FOLDER"),
             Self::Version { .. } => Some("restore it with the vmm that saved it"),
-            Self::File { what: "open" | "read", .. } => {
+            Self::File { what: "open" | "read" | "find", .. } => {
                 Some("name a folder that vmm snapshot create has made")
             }
             Self::File { .. } => Some("name a new folder, where you may write and there is room: df, ls -ld"),
             Self::Unsupported(_) => {
                 Some("start the machine without it: docs/snapshot.md has what can be saved")
             }
-            Self::Disks => {
-                Some("save it, and restore that as often as you like: vmm snapshot create, vmm restore")
-            }
+            Self::InPlace(_) => Some(
+                "give the disk an overlay at its start, `disk.overlay`; or save the machine, and fork that: vmm snapshot create",
+            ),
+            Self::High => Some("save it whole: without a base"),
             Self::Pause(_) | Self::Machine(_) => None,
         }
     }
@@ -217,9 +267,6 @@ fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-    use std::os::fd::OwnedFd;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -228,14 +275,11 @@ mod tests {
     fn of(state: &[u8]) -> Result<Snapshot, Error> {
         let text = serde_json::to_vec(&VmConfig::default()).unwrap();
         let (config, checksum) = (crc32fast::hash(&text), crc32fast::hash(state));
-        let header = postcard::to_stdvec(&Header { config, state: checksum, memory: 0, size: 0 }).unwrap();
-        let file = |parts: &[&[u8]]| {
-            let mut file = tempfile::tempfile().unwrap();
-            parts.iter().for_each(|part| file.write_all(part).unwrap());
-            OwnedFd::from(file)
-        };
-        let state = file(&[&MAGIC, &VERSION.to_le_bytes(), &header, state]);
-        Snapshot::of(Parts::from([file(&[&text]), state, file(&[])]))
+        let header = Header { config, state: checksum, memory: 0, size: 0, base: None };
+        let parts = Parts::unnamed().unwrap();
+        parts.config.write(&[&text]).unwrap();
+        header.write(&parts.state, state).unwrap();
+        Snapshot::of(parts)
     }
 
     proptest! {

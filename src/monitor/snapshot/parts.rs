@@ -1,7 +1,7 @@
 //! [`Parts`]: the files of a snapshot, whether they are in a folder or have no name.
 
-use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -26,29 +26,29 @@ pub struct Parts {
     pub(super) state: Part,
     /// Its memory.
     pub(super) memory: Part,
+    /// Disks that its guest may write to: as many as its configuration has in the folder.
+    pub(super) disks: Vec<Part>,
 }
 
 impl Parts {
     fn of(mut part: impl FnMut(&str) -> Result<Part, Error>) -> Result<Self, Error> {
-        Ok(Self { config: part("config.json")?, state: part("state")?, memory: part("memory")? })
+        let disks = Vec::new();
+        Ok(Self { config: part("config.json")?, state: part("state")?, memory: part("memory")?, disks })
     }
 
     /// New ones in `folder`.
     pub(super) fn create(folder: &Path) -> Result<Self, Error> {
-        Self::of(|name| {
-            let path = folder.join(name);
-            let file = output::create(&path).map_err(file("make", &path))?;
-            Ok(Part { path, file })
-        })
+        Self::of(|name| Part::create(folder.join(name)))
     }
 
     /// New ones that are gone when nobody has them open.
     pub(super) fn unnamed() -> Result<Self, Error> {
-        let new = |name| match memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING) {
-            Ok(new) => Ok(new),
-            Err(error) => Err(file("make", Path::new(name))(error.into())),
-        };
-        Ok(Self::from([new("config.json")?, new("state")?, new("memory")?]))
+        Self::of(|name| {
+            let made = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING);
+            let path = PathBuf::from(format!("the copy's {name}"));
+            let file = made.map_err(|error| file("make", &path)(error.into()))?.into();
+            Ok(Part { path, file })
+        })
     }
 
     /// Nobody changes them any more: several processes have [those without names](Self::unnamed), and each is a guest's.
@@ -74,31 +74,56 @@ impl Parts {
     ///
     /// # Errors
     /// It has none of these numbers.
-    pub fn inherited(descriptors: [u32; 3]) -> Result<Self, Error> {
-        let mut descriptors = descriptors.into_iter();
-        Self::of(|_| Part::open(format!("/proc/self/fd/{}", descriptors.next().unwrap_or_default()).into()))
-    }
-
-    /// Their descriptors, as [`Parts::from`] and [`Parts::inherited`] has them.
-    pub fn into_descriptors(self) -> [OwnedFd; 3] {
-        [self.config, self.state, self.memory].map(|part| part.file.into())
-    }
-}
-
-impl From<[OwnedFd; 3]> for Parts {
-    fn from([config, state, memory]: [OwnedFd; 3]) -> Self {
-        let part =
-            |name: &str, file: OwnedFd| Part { path: format!("the copy's {name}").into(), file: file.into() };
-        Self {
-            config: part("config.json", config),
-            state: part("state", state),
-            memory: part("memory", memory),
+    pub fn inherited(descriptors: &[u32]) -> Result<Self, Error> {
+        let mut descriptors =
+            descriptors.iter().map(|number| PathBuf::from(format!("/proc/self/fd/{number}")));
+        let mut parts = Self::of(|name| match descriptors.next() {
+            Some(path) => Part::open(path),
+            None => Err(file("open", Path::new(name))(io::ErrorKind::NotFound.into())),
+        })?;
+        parts.disks = descriptors.map(Part::open).collect::<Result<_, _>>()?;
+        // Where one has a name it is known by that: what is saved of its machine tells of it.
+        for disk in &mut parts.disks {
+            if let Ok(path) = fs::canonicalize(&disk.path) {
+                disk.path = path;
+            }
         }
+        Ok(parts)
+    }
+
+    /// Their descriptors, as [`Parts::of_descriptors`] and [`Parts::inherited`] has them.
+    pub fn into_descriptors(self) -> Vec<OwnedFd> {
+        let parts = [self.config, self.state, self.memory].into_iter().chain(self.disks);
+        parts.map(|part| part.file.into()).collect()
+    }
+
+    /// Those whose descriptors these are.
+    ///
+    /// # Errors
+    /// They are too few.
+    pub fn of_descriptors(descriptors: Vec<OwnedFd>) -> Result<Self, Error> {
+        let mut descriptors = descriptors.into_iter();
+        let mut parts = Self::of(|name| {
+            let path = PathBuf::from(format!("the copy's {name}"));
+            let file =
+                descriptors.next().ok_or_else(|| file("open", &path)(io::ErrorKind::NotFound.into()))?;
+            Ok(Part { path, file: file.into() })
+        })?;
+        parts.disks =
+            descriptors.map(|file| Part { path: "the copy's disk".into(), file: file.into() }).collect();
+        Ok(parts)
     }
 }
 
 impl Part {
-    fn open(path: PathBuf) -> Result<Self, Error> {
+    /// A new one.
+    pub fn create(path: PathBuf) -> Result<Self, Error> {
+        let file = output::create(&path).map_err(file("make", &path))?;
+        Ok(Self { path, file })
+    }
+
+    /// One that is there, to be read.
+    pub fn open(path: PathBuf) -> Result<Self, Error> {
         let file = File::open(&path).map_err(file("open", &path))?;
         Ok(Self { path, file })
     }
@@ -111,6 +136,16 @@ impl Part {
         (&self.file).rewind().map_err(self.failed("read"))?;
         (&self.file).take(most).read_to_end(&mut bytes).map_err(self.failed("read"))?;
         Ok(bytes)
+    }
+
+    /// Adds `bytes` to its end.
+    pub fn write(&self, bytes: &[&[u8]]) -> Result<(), Error> {
+        bytes.iter().try_for_each(|bytes| (&self.file).write_all(bytes)).map_err(self.failed("write"))
+    }
+
+    /// It is not what a snapshot has there.
+    pub fn damaged(&self, what: &str) -> Error {
+        Error::Damaged { path: self.path.clone(), what: what.to_owned() }
     }
 
     /// An error of it.

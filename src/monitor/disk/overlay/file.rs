@@ -222,21 +222,29 @@ impl Drop for Hidden {
 /// The overlay of `base` in a file that nobody else can open, and that is gone with this process, however that ends. It has neither
 /// header nor map.
 pub fn temporary(base: &Base) -> Result<Opened, Error> {
-    // What a guest writes can be much, and /tmp is often in memory.
-    let folder = std::env::var_os("TMPDIR").filter(|folder| !folder.is_empty()).unwrap_or("/var/tmp".into());
-    let unnamed = || {
-        let flags = libc::O_TMPFILE;
-        let file = OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(&folder);
-        let file = match file {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {
-                removed(Path::new(&folder))
-            }
-            file => file,
-        }?;
-        file.set_len(base.data() + base.size)?;
-        Ok(Opened { file, data: base.data(), map: Map::new(base.clusters()) })
-    };
-    unnamed().map_err(|source| Error::Temporary { folder: folder.clone().into(), source })
+    let sized = |file: File| file.set_len(base.data() + base.size).map(|()| file);
+    let file = unnamed().and_then(sized).map_err(|source| Error::Temporary { folder: folder(), source })?;
+    Ok(Opened { file, data: base.data(), map: Map::new(base.clusters()) })
+}
+
+/// Where temporary overlays are. What a guest writes can be much, and /tmp is often in memory.
+fn folder() -> PathBuf {
+    std::env::var_os("TMPDIR").filter(|folder| !folder.is_empty()).unwrap_or("/var/tmp".into()).into()
+}
+
+/// A file without a name where temporary overlays are: it is gone when nobody has it open.
+///
+/// # Errors
+/// There is no place for it.
+pub fn unnamed() -> io::Result<File> {
+    let folder = folder();
+    let flags = libc::O_TMPFILE;
+    match OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(&folder) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {
+            removed(&folder)
+        }
+        file => file,
+    }
 }
 
 /// The same where the file system knows no files without names.

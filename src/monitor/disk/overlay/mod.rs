@@ -25,7 +25,7 @@ use crate::config;
 use crate::memory::Buffers;
 use map::Map;
 
-pub use file::{Base, MAGIC};
+pub use file::{Base, MAGIC, unnamed};
 
 /// Bytes that come into the overlay together. What file systems write in, so that little has to be copied from the base.
 pub const CLUSTER: u64 = 4096;

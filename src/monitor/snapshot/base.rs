@@ -1,0 +1,138 @@
+//! [`Base`]: the snapshot that has what another left out, because it was the same there.
+
+use std::ffi::OsString;
+use std::fs::canonicalize;
+use std::ops::Range;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::memory::{MOST_RUNS, checksum, copy, next_data};
+use super::parts::Parts;
+use super::{Error, Header, Snapshot, file};
+use crate::memory::{Layer, SavedRam};
+
+/// Snapshots that lie over each other: each is a file that stays open.
+pub const HIGHEST: usize = 64;
+/// What runs are made of, in bytes.
+const PAGE: u64 = 4096;
+
+/// See the module's text.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Base {
+    /// Its folder: a name if it is beside the other's, else an absolute path.
+    folder: Vec<u8>,
+    /// The checksums of its state and memory.
+    was: (u32, u32),
+    /// What of the memory is not as there: ascending, in bytes.
+    runs: Vec<Range<u64>>,
+}
+
+impl Base {
+    /// That of a snapshot that will be `folder`.
+    ///
+    /// # Errors
+    /// One of the folders cannot be found.
+    pub fn of(folder: &Path, base: &Path, snapshot: &Snapshot) -> Result<Self, Error> {
+        let found = |path: &Path| canonicalize(path).map_err(file("find", path));
+        let base = found(base)?;
+        let beside = match std::path::absolute(folder).map_err(file("find", folder))?.parent() {
+            Some(parent) => base.parent() == Some(&found(parent)?),
+            None => false,
+        };
+        let name = base.file_name().filter(|_| beside).unwrap_or(base.as_os_str());
+        let was = (snapshot.header.state, snapshot.header.memory);
+        Ok(Self { folder: name.to_owned().into_vec(), was, runs: Vec::new() })
+    }
+
+    /// The same of one whose memory differs in `runs`.
+    pub fn with(&self, runs: Vec<Range<u64>>) -> Self {
+        Self { runs, ..self.clone() }
+    }
+
+    /// Where it is for the snapshot in `folder`.
+    fn path(&self, folder: &Path) -> Result<PathBuf, Error> {
+        let folder = canonicalize(folder).map_err(file("find", folder))?;
+        let name = PathBuf::from(OsString::from_vec(self.folder.clone()));
+        Ok(folder.parent().unwrap_or(&folder).join(name))
+    }
+
+    fn is_possible(&self, size: u64) -> bool {
+        let mut end = 0;
+        let fits = |run: &Range<u64>| {
+            let after = std::mem::replace(&mut end, run.end);
+            run.start % PAGE == 0
+                && run.end % PAGE == 0
+                && after <= run.start
+                && run.start < run.end
+                && run.end <= size
+        };
+        self.runs.len() <= MOST_RUNS && self.runs.iter().all(fits)
+    }
+}
+
+impl Snapshot {
+    /// Opens the one in `folder`, over which there are `above` others.
+    pub(super) fn open_above(folder: &Path, above: usize) -> Result<Self, Error> {
+        let mut snapshot = Self::read(Parts::open(folder)?)?;
+        let Some(base) = &snapshot.header.base else { return Ok(snapshot) };
+        let state = &snapshot.parts.state;
+        if above == HIGHEST {
+            return Err(state.damaged(&format!("more than {HIGHEST} snapshots lie over each other")));
+        }
+        if !base.is_possible(snapshot.header.size) {
+            return Err(state.damaged("its memory is in impossible places"));
+        }
+        let path = base.path(folder)?;
+        let below = Self::open_above(&path, above + 1)?;
+        if (below.header.state, below.header.memory, below.header.size)
+            != (base.was.0, base.was.1, snapshot.header.size)
+        {
+            return Err(state.damaged(&format!("its base, {}, is not what it was", path.display())));
+        }
+        snapshot.base = Some((path, Box::new(below)));
+        Ok(snapshot)
+    }
+
+    /// How many snapshots lie over each other with this one.
+    pub(super) fn height(&self) -> usize {
+        self.base.as_ref().map_or(1, |(_, base)| base.height() + 1)
+    }
+
+    /// Its memory.
+    pub(super) fn into_ram(self) -> SavedRam {
+        let file = self.parts.memory.file;
+        let (Some((_, base)), Some(Base { runs, .. })) = (self.base, self.header.base) else {
+            return SavedRam::from(file);
+        };
+        let mut ram = base.into_ram();
+        ram.layers.push(Layer { file: Arc::new(file), runs });
+        ram
+    }
+
+    /// The same in files without names that need no others.
+    pub(super) fn flattened(mut self) -> Result<Parts, Error> {
+        let mut parts = Parts::unnamed()?;
+        parts.config.write(&[&self.parts.config.read(super::MAX_CONFIG)?])?;
+        let (header, state) = (self.header.clone(), self.state.clone());
+        parts.disks = std::mem::take(&mut self.parts.disks);
+        let SavedRam { bottom, layers } = self.into_ram();
+        let memory = &parts.memory;
+        let failed = || memory.failed("write");
+        memory.file.set_len(header.size).map_err(failed())?;
+        let mut at = 0;
+        while let Some(data) = next_data(&bottom, at).map_err(failed())? {
+            at = data.end;
+            copy(&bottom, data, &memory.file).map_err(failed())?;
+        }
+        for Layer { file, runs } in layers {
+            runs.into_iter().try_for_each(|run| copy(&file, run, &memory.file)).map_err(failed())?;
+        }
+        let sum = checksum(&memory.file).map_err(failed())?;
+        Header { memory: sum, base: None, ..header }.write(&parts.state, &state)?;
+        parts.seal()?;
+        Ok(parts)
+    }
+}
