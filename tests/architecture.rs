@@ -28,7 +28,7 @@ const LAYERS: [&[&str]; 9] = [
     &["boot", "vcpu"],
     &["machine"],
     &["snapshot"],
-    &["session", "api", "sandbox"],
+    &["session", "api", "pool", "sandbox"],
 ];
 
 /// Edges that the layers would allow and the design does not: device models know the `Vm` trait, never KVM, and

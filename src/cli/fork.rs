@@ -72,12 +72,8 @@ pub fn fork(mut options: Options) -> Result<Code, Failure> {
         options.options.renewal = Some(options.renewal);
         return run::run(options.options);
     }
-    let snapshot = match options.source.contains('/') {
-        true => Snapshot::open_for_copies(Path::new(&options.source))?,
-        false => Snapshot::of(Parts::of_descriptors(connect(&options.source)?.fork()?)?)?,
-    };
     // Before there are as many errors as children.
-    let snapshot = child(snapshot, &options.options)?;
+    let snapshot = child(snapshot(&options.source)?, &options.options)?;
     let names = names(&options)?;
     let files = snapshot.into_parts()?.into_descriptors();
     let parts = inherited(&files)?;
@@ -93,8 +89,16 @@ pub fn fork(mut options: Options) -> Result<Code, Failure> {
     Ok(run.fold(begun, worse))
 }
 
+/// Of the folder or the running machine that `source` names, for processes that will have its files.
+pub fn snapshot(source: &str) -> Result<Snapshot, Failure> {
+    Ok(match source.contains('/') {
+        true => Snapshot::open_for_copies(Path::new(source))?,
+        false => Snapshot::of(Parts::of_descriptors(connect(source)?.fork()?)?)?,
+    })
+}
+
 /// What a child goes on from.
-fn child(mut snapshot: Snapshot, options: &options::Options) -> Result<Snapshot, Failure> {
+pub fn child(mut snapshot: Snapshot, options: &options::Options) -> Result<Snapshot, Failure> {
     snapshot.config = snapshot::child(snapshot.config);
     match snapshot::network_of_one(&snapshot.config) {
         Some(network) if !options.has_networks() => {
@@ -127,7 +131,7 @@ fn names(options: &Options) -> Result<Vec<String>, Failure> {
 }
 
 /// Has children inherit `files`, and tells by which numbers.
-fn inherited(files: &[OwnedFd]) -> Result<String, Failure> {
+pub fn inherited(files: &[OwnedFd]) -> Result<String, Failure> {
     for file in files {
         fcntl_setfd(file, FdFlags::empty()).map_err(|error| Failure::new(Code::Host, error))?;
     }

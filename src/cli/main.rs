@@ -18,6 +18,7 @@ mod list;
 mod logs;
 mod options;
 mod plan;
+mod pool;
 mod restore;
 mod run;
 mod silence;
@@ -71,6 +72,8 @@ Examples:
       save it in a folder, and start another where it was (docs/snapshot.md)
   vmm fork web --count 3
       three more that go on from where it is, as web-1, web-2 and web-3
+  vmm pool start web ./web.snap --size 10; vmm pool take web
+      ten copies that stand ready, of which one runs at once, as web-1 (docs/snapshot.md)
   vmm list; vmm pause web; vmm resume web; vmm stop web
       control it from another terminal
 ";
@@ -127,6 +130,8 @@ enum Command {
     Restore(Box<restore::Options>),
     /// Start copies of a running or saved virtual machine, in the background
     Fork(Box<fork::Options>),
+    /// Keep copies of a virtual machine ready, and take them when they are needed
+    Pool(Box<pool::Options>),
     /// Show what the guest of a virtual machine in the background wrote to its console
     Logs(logs::Options),
     /// Wait until virtual machines have ended, and print their exit codes
@@ -159,6 +164,7 @@ fn main() -> ExitCode {
         Command::Run(options) => options.verbose,
         Command::Restore(options) => options.verbose(),
         Command::Fork(options) => options.verbose(),
+        Command::Pool(options) => options.verbose(),
         _ => 0,
     });
     let result = match command {
@@ -177,6 +183,7 @@ fn main() -> ExitCode {
         Command::Snapshot(options) => snapshot::snapshot(options),
         Command::Restore(options) => options.into_run().and_then(run::run),
         Command::Fork(options) => fork::fork(*options),
+        Command::Pool(options) => pool::pool(*options),
         Command::Logs(options) => logs::logs(options),
         Command::Wait(options) => wait::wait(options),
         Command::Rm(options) => wait::remove(options),
@@ -223,6 +230,7 @@ fn parse(mut arguments: Vec<OsString>) -> Result<Command, ExitCode> {
         Some("exec") => alone(&arguments).map(Command::Exec),
         Some("restore") => alone(&arguments).map(|options| Command::Restore(Box::new(options))),
         Some("fork") => alone(&arguments).map(|options| Command::Fork(Box::new(options))),
+        Some("pool") => alone(&arguments).map(|options| Command::Pool(Box::new(options))),
         _ => None,
     };
     if let Some(command) = quick {

@@ -23,6 +23,7 @@ use vmm_monitor::config::{
     OutputFile, Port, Publish, Transport, UserNet, VmConfig, Vsock, net_dump, port_number,
 };
 use vmm_monitor::machine::outputs;
+use vmm_monitor::pool::Spare;
 use vmm_monitor::snapshot::Snapshot;
 use vmm_trace::debug::gdb::Place;
 
@@ -151,6 +152,9 @@ pub struct Options {
     /// The snapshot that it goes on from.
     #[arg(skip)]
     pub snapshot: Option<Snapshot>,
+    /// The pool that it stands ready for.
+    #[arg(skip)]
+    pub spare: Option<Spare>,
     /// What the agent of a guest that goes on is to do.
     #[arg(skip)]
     pub renewal: Option<CopyOptions>,

@@ -1,10 +1,12 @@
 //! `vmm restore`: a run that begins where a saved machine stopped, and whose guest is told so.
 
 use std::error::Error;
+use std::io;
 use std::path::PathBuf;
 use std::thread;
 
 use vmm_command::Failure;
+use vmm_monitor::pool::Wanted;
 use vmm_monitor::session::{Built, End, Observer};
 use vmm_monitor::snapshot::Snapshot;
 
@@ -55,26 +57,39 @@ impl Options {
 }
 
 /// Has the agent of the guest make it another machine as soon as it runs. On a thread: the run waits for no guest.
-pub struct Renewer(Option<(CopyOptions, String)>);
+pub struct Renewer {
+    /// None once it is done.
+    options: Option<CopyOptions>,
+    name: Option<String>,
+}
 
 impl Renewer {
-    /// For the session of this name.
-    pub fn new(options: CopyOptions, name: &str) -> Self {
-        Self(Some((options, name.to_owned())))
+    /// For the session of this name, or for one that stands ready and has none yet.
+    pub fn new(options: CopyOptions, name: Option<&str>) -> Self {
+        Self { options: Some(options), name: name.map(str::to_owned) }
+    }
+
+    fn begin(&mut self) -> io::Result<()> {
+        let Some(name) = self.name.take() else { return Ok(()) };
+        // A machine that comes after a reboot is no copy.
+        let Some(options) = self.options.take() else { return Ok(()) };
+        let renew = move || {
+            if let Err(failure) = options.apply(&name) {
+                if options.is_required() { failure.print(with_flags) } else { failure.warn(with_flags) }
+            }
+        };
+        thread::Builder::new().name("renewal".to_owned()).spawn(renew).map(drop)
     }
 }
 
 impl Observer for Renewer {
     fn built(&mut self, _: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
-        // A machine that comes after a reboot is no copy.
-        if let Some((options, name)) = self.0.take() {
-            thread::Builder::new().name("renewal".to_owned()).spawn(move || {
-                if let Err(failure) = options.apply(&name) {
-                    if options.is_required() { failure.print(with_flags) } else { failure.warn(with_flags) }
-                }
-            })?;
-        }
-        Ok(())
+        Ok(self.begin()?)
+    }
+
+    fn taken(&mut self, wanted: &Wanted) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.name = wanted.renew.then(|| wanted.name.clone());
+        Ok(self.begin()?)
     }
 
     fn ended(&mut self, _: &End<'_>) {}

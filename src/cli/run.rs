@@ -9,6 +9,7 @@ use vmm_command::{Code, Failure, log_output, print};
 use vmm_monitor::api;
 use vmm_monitor::config::{OutputFile, VmConfig};
 use vmm_monitor::machine::{self, Outcome};
+use vmm_monitor::pool::Spare;
 use vmm_monitor::recorder::Recorder;
 use vmm_monitor::session::{Built, Controls, End, Observer, Session};
 use vmm_monitor::snapshot::Snapshot;
@@ -33,6 +34,8 @@ pub struct RunOptions {
     background: Option<Background>,
     /// What it goes on from.
     snapshot: Option<Snapshot>,
+    /// The pool that it stands ready for.
+    spare: Option<Spare>,
     /// What its agent is to do then.
     renewal: Option<CopyOptions>,
     /// The configuration before it was fitted to this process, if that changed it.
@@ -65,6 +68,7 @@ impl RunOptions {
             dumpable,
             background: None,
             snapshot: None,
+            spare: None,
             renewal: None,
             original: None,
         })
@@ -80,16 +84,16 @@ pub fn run(mut options: Options) -> Result<Code, Failure> {
     let (mut run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
     let gdb = options.gdb.clone();
     let background = options.detached.then_some(options.rm);
-    let snapshot = options.snapshot.take();
+    let (snapshot, spare) = (options.snapshot.take(), options.spare.take());
     let mut config = match &snapshot {
         Some(snapshot) => options.resolve_saved(&snapshot.config),
         None => options.resolve(),
     }?;
     if let Some(remove) = background {
         run_options.original = Some(config.clone());
-        run_options.background = Some(Background::new(&mut config, remove)?);
+        run_options.background = Some(Background::new(&mut config, spare.as_ref(), remove)?);
     }
-    run_options.snapshot = snapshot;
+    (run_options.snapshot, run_options.spare) = (snapshot, spare);
     // What is required is waited for by the process that started this one.
     run_options.renewal = renewal.filter(|renewal| background.is_none() || !renewal.is_required());
     if dry_run {
@@ -108,7 +112,7 @@ pub fn run(mut options: Options) -> Result<Code, Failure> {
 /// Runs what `config` describes, under `debugger` if there is one.
 pub fn live(
     config: VmConfig,
-    RunOptions { stop_timeout, record, dumpable, mut background, snapshot, renewal, original }: RunOptions,
+    RunOptions { stop_timeout, record, dumpable, mut background, snapshot, spare, renewal, original }: RunOptions,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
     if !dumpable {
@@ -122,8 +126,9 @@ pub fn live(
     let original = original.unwrap_or_else(|| config.clone());
     let keeper = background.as_ref().map(Background::keeper);
     let (serving, lasting) = (log_output::serve, slack::give_back);
+    let is_spare = spare.is_some();
     let controls =
-        Controls { stop_timeout, viewers, serving, lasting, killed_status, keeper, outputs, original };
+        Controls { stop_timeout, viewers, serving, lasting, killed_status, keeper, outputs, original, spare };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
     let origin = snapshot.map(Snapshot::into_origin).transpose()?;
     let goes_on = origin.is_some();
@@ -132,7 +137,8 @@ pub fn live(
         background.named()?;
     }
     let mut ptys = Announcer::default();
-    let mut renewer = renewal.zip(session.name()).map(|(options, name)| Renewer::new(options, name));
+    let mut renewer =
+        renewal.zip(session.name()).map(|(options, name)| Renewer::new(options, (!is_spare).then_some(name)));
     // Under a debugger a guest may be silent for as long as it likes, and one that goes on has opened its consoles before.
     let mut silence = (debugger.is_none() && !goes_on).then(|| Silence::of(&config)).flatten();
     let mut observers: Vec<&mut dyn Observer> = vec![&mut ptys];
@@ -147,6 +153,10 @@ pub fn live(
     let result = finish(&mut session, recorded).and_then(|()| code(outcome?));
     let status = result.as_ref().map_or_else(|failure| failure.code, |code| *code);
     if let Some(background) = background {
+        if background.is_spare() {
+            // Its pool is told why.
+            return result;
+        }
         if let Err(failure) = &result {
             failure.print(flags::with_flags);
         }

@@ -196,6 +196,17 @@ impl Failure {
         self.say("warning", spell);
     }
 
+    /// The error alone, for who has no use for the rest.
+    pub fn into_error(self) -> anyhow::Error {
+        self.error
+    }
+
+    /// The error and what to try, for who tells somebody else.
+    pub fn words(&self, spell: impl Fn(&str) -> Cow<'_, str>) -> (String, Option<String>) {
+        let error = spell(&format!("{:#}", self.error)).into_owned();
+        (error, self.hint.as_ref().map(|hint| spell(hint).into_owned()))
+    }
+
     fn say(&self, kind: &str, spell: impl Fn(&str) -> Cow<'_, str>) {
         let mut text = format!("vmm: {kind}: {:#}\n", self.error);
         if let Some(hint) = &self.hint {

@@ -89,6 +89,7 @@ impl From<session::Error> for Failure {
         match error {
             session::Error::Machine(error) => error.into(),
             session::Error::Api(error) => error.into(),
+            error @ session::Error::Unwanted => Self::new(Code::Host, error),
             session::Error::Observer(error) => match error.downcast::<file::Error>() {
                 Ok(error) => (*error).into(),
                 Err(error) => match error.downcast::<machine::Error>() {

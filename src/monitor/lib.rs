@@ -25,6 +25,7 @@
 //! | [`machine`] | [`machine::inventory`] lists what a configuration amounts to, [`machine::load`] builds that around a [`Shell`](machine::Shell) and fills it from its [`Origin`](machine::Origin), [`Machine`](machine::Machine) runs it |
 //! | [`snapshot`] | folders, or files without names: a machine's configuration, state and memory at one moment, and the [`Origin`](machine::Origin) of another |
 //! | [`api`] | names, control sockets, signals |
+//! | [`pool`] | machines that stand ready in processes of their own until somebody takes them |
 //! | [`session`] | [`Session`](session::Session): a run from start to end, over the machines that reboots make |
 //!
 //! Above it are crates of their own, each in its folder of `src`: `trace` (vmm-trace: records in files, told as sentences; labs; a
@@ -46,7 +47,7 @@
 //! boot vcpu
 //! machine
 //! snapshot
-//! session api
+//! session api pool
 //! ```
 //!
 //! **Architecture.** What is x86-64's alone lies in a folder of that name in its module: in `boot`, `config`, `kvm`, `recorder`
@@ -105,6 +106,7 @@ pub mod net;
 pub mod output;
 pub mod pci;
 pub mod poller;
+pub mod pool;
 pub mod printable;
 pub mod recorder;
 pub mod runtime_dir;

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::{CWD, Mode, RenameFlags, fchmod, renameat_with};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
@@ -86,6 +86,19 @@ impl Listener {
     /// [`Errno::AGAIN`]: nobody does. Others: the host is out of descriptors, and somebody may wait.
     pub fn accept(&self) -> Result<OwnedFd, Errno> {
         accept_with(&self.fd, SocketFlags::CLOEXEC)
+    }
+
+    /// Has it listen at `path`, in the same file system, as [`Listener::bind`] would; who has connected stays.
+    ///
+    /// # Errors
+    /// Something else is there, or the host refuses. It listens where it was, then.
+    pub fn move_to(&mut self, path: &Path) -> Result<(), Error> {
+        let failed =
+            |source: Errno| Error::Socket { what: "listen on", path: path.to_owned(), source: source.into() };
+        remove_stale(path, &SocketAddrUnix::new(path).map_err(failed)?)?;
+        renameat_with(CWD, &self.path, CWD, path, RenameFlags::NOREPLACE).map_err(failed)?;
+        self.path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Ok(())
     }
 
     /// Where it listens.

@@ -63,6 +63,14 @@ pub fn spawn<T: Send + 'static>(
 /// Signals that are orders.
 const ORDERS: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
 
+/// Does `wait` on a thread that takes no orders by signal, and has it take them meanwhile.
+pub fn hear_orders<T>(wait: impl FnOnce() -> T) -> T {
+    ORDERS.iter().for_each(|signal| _ = unblock_signal(*signal));
+    let result = wait();
+    ORDERS.iter().for_each(|signal| _ = block_signal(*signal));
+    result
+}
+
 /// While this lives, the thread that made it takes no orders by signal, nor do those that it starts, except for the control
 /// thread: the kernel gives a signal to any thread that takes it, even to one that a hung disk holds up for ever.
 #[derive(Debug)]

@@ -26,6 +26,7 @@ mod pci;
 mod pci_whole;
 mod plug;
 mod plug_whole;
+mod pool;
 mod reboot;
 mod snapshot;
 mod snapshot_whole;

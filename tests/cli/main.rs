@@ -18,6 +18,7 @@ mod overlay;
 mod page;
 mod pci;
 mod place;
+mod pool;
 mod snapshot;
 mod strangers;
 mod terminal;

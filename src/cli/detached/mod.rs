@@ -10,8 +10,8 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 
@@ -19,6 +19,7 @@ use vmm_command::{Code, Failure, log_output, print};
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::config::{CharTarget, Console, OutputFile, Size, VmConfig};
 use vmm_monitor::output::Rotating;
+use vmm_monitor::pool::{Spare, Wanted};
 use vmm_monitor::session::{Built, End, Keeper, Observer};
 
 use record::{Record, Records};
@@ -46,14 +47,8 @@ impl Starting {
     /// # Errors
     /// There can be no process.
     pub fn begin(more: &[&str]) -> Result<Self, Failure> {
-        let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
-        let word = match arguments.first() {
-            Some(first) if !first.as_encoded_bytes().starts_with(b"-") => arguments.remove(0),
-            _ => "run".into(),
-        };
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("vmm").arg(word).arg("--detached").args(more).args(arguments).stdout(Stdio::piped());
-        Ok(Self(command.spawn().map_err(failed)?))
+        let more = [&["--detached"], more].concat();
+        Ok(Self(again(&more).stdout(Stdio::piped()).spawn().map_err(failed)?))
     }
 
     /// Waits until the virtual machine runs and `ready`, which is given its name, has returned, and prints the name.
@@ -79,6 +74,21 @@ impl Starting {
     }
 }
 
+/// This program once more, for what this process was asked to do, with `more` options.
+pub fn again(more: &[&str]) -> Command {
+    let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    let words = match arguments.first().and_then(|first| first.to_str()) {
+        Some("pool") => 2,
+        Some(first) if !first.starts_with('-') => 1,
+        _ => 0,
+    };
+    let rest = arguments.split_off(words.min(arguments.len()));
+    let run = (words == 0).then_some("run");
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("vmm").args(run).args(arguments).args(more).args(rest);
+    command
+}
+
 fn failed(error: io::Error) -> Failure {
     let error = anyhow::Error::new(error).context("cannot start a process for the virtual machine");
     Failure::new(Code::Host, error)
@@ -89,12 +99,16 @@ fn failed(error: io::Error) -> Failure {
 pub struct Background {
     records: Records,
     shared: Arc<Shared>,
+    /// It has no name yet, and nobody waits for it by standard output.
+    is_spare: bool,
 }
 
 /// What also the thread knows that ends a process whose machine does not end: it waits for nobody, so there is no lock.
 #[derive(Debug)]
 struct Shared {
     record: Record,
+    /// That of a spare once it is taken.
+    taken: OnceLock<Record>,
     /// What is in the record is this run's.
     ours: AtomicBool,
     /// The record goes when the run is over.
@@ -107,16 +121,19 @@ impl Background {
     ///
     /// # Errors
     /// There is no place for records.
-    pub fn new(config: &mut VmConfig, remove: bool) -> Result<Self, Failure> {
+    pub fn new(config: &mut VmConfig, spare: Option<&Spare>, remove: bool) -> Result<Self, Failure> {
         // Fails for who leads one already.
         let _ = rustix::process::setsid();
         let records = Records::of_user()?;
-        let record = match &config.name {
+        let is_spare = spare.is_some();
+        let record = match spare.map(Spare::name).or(config.name.as_deref()) {
             Some(name) => records.of(name),
             None => records.reserve(&Registry::of_user())?,
         };
-        let ours = config.name.is_none();
-        config.name = Some(record.name().to_owned());
+        let ours = config.name.is_none() && !is_spare;
+        if !is_spare {
+            config.name = Some(record.name().to_owned());
+        }
         let console = || CharTarget::File(OutputFile { path: record.console(), max: Some(KEPT) });
         if config.console() == CharTarget::Stdio {
             config.console = Console(Some(console()));
@@ -129,7 +146,13 @@ impl Background {
             port.to = console();
         }
         let (ours, running) = (AtomicBool::new(ours), AtomicBool::new(false));
-        Ok(Self { records, shared: Arc::new(Shared { record, ours, remove, running }) })
+        let shared = Arc::new(Shared { record, taken: OnceLock::new(), ours, remove, running });
+        Ok(Self { records, shared, is_spare })
+    }
+
+    /// Whether it stands ready, or ended before it was taken.
+    pub fn is_spare(&self) -> bool {
+        self.is_spare
     }
 
     /// Who keeps the end of a run that another thread ends.
@@ -161,18 +184,11 @@ impl Background {
         if !*remove && let Err(error) = record.take_end_room() {
             log::warn!("{}: no room to keep how this run ends: {error}", record.name());
         }
-        let said = writeln!(io::stdout(), "{}", record.name()).and_then(|()| io::stdout().flush());
-        said.context("the command that started it is gone")?;
-        let messages = Rotating::create(&record.messages(), KEPT.bytes());
-        log_output::move_to(
-            messages.with_context(|| format!("cannot create {}", record.messages().display()))?,
-        );
-        let nothing =
-            File::options().read(true).write(true).open("/dev/null").context("cannot open /dev/null")?;
-        rustix::stdio::dup2_stdin(&nothing)?;
-        rustix::stdio::dup2_stdout(&nothing)?;
-        rustix::stdio::dup2_stderr(&nothing)?;
-        running.store(true, Ordering::Relaxed);
+        if !self.is_spare {
+            say_name(record.name())?;
+        }
+        keep_messages(record)?;
+        running.store(!self.is_spare, Ordering::Relaxed);
         if *remove {
             record.set_transient().context("cannot note that nothing is to be kept")?;
         }
@@ -183,10 +199,43 @@ impl Background {
     }
 }
 
+/// Tells the command that has started this process, and waits for it, that `name` runs.
+pub fn say_name(name: &str) -> anyhow::Result<()> {
+    let said = writeln!(io::stdout(), "{name}").and_then(|()| io::stdout().flush());
+    said.context("the command that started it is gone")
+}
+
+/// Has what this process says be kept in `record`, and not be on its terminal.
+fn keep_messages(record: &Record) -> anyhow::Result<()> {
+    let messages = Rotating::create(&record.messages(), KEPT.bytes());
+    log_output::move_to(messages.with_context(|| format!("cannot create {}", record.messages().display()))?);
+    leave_terminal()
+}
+
+/// Gives the terminal up.
+pub fn leave_terminal() -> anyhow::Result<()> {
+    let nothing =
+        File::options().read(true).write(true).open("/dev/null").context("cannot open /dev/null")?;
+    rustix::stdio::dup2_stdin(&nothing)?;
+    rustix::stdio::dup2_stdout(&nothing)?;
+    rustix::stdio::dup2_stderr(&nothing)?;
+    Ok(())
+}
+
 impl Observer for Background {
     fn built(&mut self, _: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
         // A reboot's machine is not news.
         if self.shared.running.load(Ordering::Relaxed) { Ok(()) } else { Ok(self.leave()?) }
+    }
+
+    fn taken(&mut self, wanted: &Wanted) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let record = self.records.pass_on(&self.shared.record, &wanted.name);
+        let record = record.map_err(Failure::into_error)?;
+        // Nobody else sets it.
+        let _ = self.shared.taken.set(record);
+        self.shared.running.store(true, Ordering::Relaxed);
+        self.is_spare = false;
+        Ok(())
     }
 
     fn ended(&mut self, _: &End<'_>) {}
@@ -199,11 +248,15 @@ impl Drop for Background {
 }
 
 impl Shared {
+    fn record(&self) -> &Record {
+        self.taken.get().unwrap_or(&self.record)
+    }
+
     fn set_end(&self, code: u8) {
         if self.remove || !self.running.load(Ordering::Relaxed) {
             return;
         }
-        if let Err(error) = self.record.set_end(code) {
+        if let Err(error) = self.record().set_end(code) {
             log::warn!("{error:#}");
         }
     }
@@ -212,7 +265,7 @@ impl Shared {
     fn tidy(&self) {
         match self.running.load(Ordering::Relaxed) {
             false if self.ours.load(Ordering::Relaxed) => self.record.give_up(),
-            true if self.remove => drop(self.record.remove()),
+            true if self.remove => drop(self.record().remove()),
             _ => {}
         }
     }

@@ -14,7 +14,7 @@ use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
 use vmm_command::{Code, Failure};
-use vmm_monitor::api::registry::{Registry, generate_name};
+use vmm_monitor::api::registry::{Registry, generate_name, of_pool};
 use vmm_monitor::output;
 
 /// Bytes of the file that tells how a run ended: its numbers at their longest, and blanks.
@@ -64,9 +64,9 @@ impl Records {
         Record { name: name.to_owned(), folder: self.path.join(name) }
     }
 
-    /// That of `name`, if there is one.
+    /// That of `name`, if there is one. Those of pools and their spares, whose names have a `@`, are theirs alone.
     pub fn find(&self, name: &str) -> Option<Record> {
-        let fine = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
+        let fine = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '@']);
         Some(self.of(name)).filter(|record| fine && record.folder.is_dir())
     }
 
@@ -75,6 +75,10 @@ impl Records {
     /// # Errors
     /// They are there and cannot be read.
     pub fn list(&self) -> Result<Vec<Record>, Failure> {
+        Ok(self.names()?.iter().filter_map(|name| self.find(name)).collect())
+    }
+
+    fn names(&self) -> Result<Vec<String>, Failure> {
         let entries = match fs::read_dir(&self.path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.map_err(|error| self.failure(error))?,
@@ -82,14 +86,24 @@ impl Records {
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let mut names: Vec<_> = names.filter(|name| name.chars().all(|c| c.is_ascii_graphic())).collect();
         names.sort_unstable();
-        Ok(names.iter().filter_map(|name| self.find(name)).collect())
+        Ok(names)
     }
 
-    /// Removes those of runs that were to leave nothing (`--rm`), and whose monitors were killed before they could see to that.
+    /// Removes those of runs that were to leave nothing (`--rm`), and of pools and their spares, where the processes were killed before
+    /// they could see to that.
     ///
     /// # Errors
     /// They cannot be read or removed.
     pub fn sweep(&self, registry: &Registry) -> Result<(), Failure> {
+        for name in self.names()? {
+            if let Some((pool, _)) = name.split_once('@')
+                && !name.starts_with('.')
+                && !registry.alive(&of_pool(pool))?
+                && !registry.alive(&name)?
+            {
+                self.of(&name).remove_all()?;
+            }
+        }
         for record in self.list()? {
             if !record.transient_file().exists() || registry.alive(&record.name)? {
                 continue;
@@ -135,6 +149,17 @@ impl Records {
             record.give_up();
             self.failure(error)
         })
+    }
+
+    /// Has `record`, whose run goes on as `name`, be the one of that name, in place of an earlier one.
+    ///
+    /// # Errors
+    /// They cannot be moved.
+    pub fn pass_on(&self, record: &Record, name: &str) -> Result<Record, Failure> {
+        let to = self.of(name);
+        to.remove_all()?;
+        fs::rename(&record.folder, &to.folder).map_err(|error| self.failure(error))?;
+        Ok(to)
     }
 
     fn make(&self, record: &Record) -> io::Result<()> {

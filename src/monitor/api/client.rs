@@ -11,12 +11,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 
 use super::passing;
-use super::protocol::{self, Answer, Command, Ended, MAX_REPLY, MachineSample};
-use super::registry::Registry;
+use super::protocol::{self, Answer, Command, Ended, MAX_REPLY, MachineSample, Taken};
+use super::registry::{Registry, of_pool};
 use super::{Error, Status};
 use crate::config::Plug;
 use crate::kvm::VcpuState;
 use crate::machine::Attached;
+use crate::pool::PoolStatus;
 
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -53,6 +54,19 @@ impl Client {
     /// There is none, or it does not take connections.
     pub fn connect(registry: &Registry, name: &str) -> Result<Self, Error> {
         Self::new(registry, name, registry.connect(name)?)
+    }
+
+    /// Connects to the pool called `name`.
+    ///
+    /// # Errors
+    /// There is none, or it does not take connections.
+    pub fn connect_pool(registry: &Registry, name: &str) -> Result<Self, Error> {
+        let absent = |error| match error {
+            Error::NoSuchVm(_) => Error::NoSuchPool(name.to_owned()),
+            error => error,
+        };
+        let called = of_pool(name);
+        registry.connect(&called).and_then(|stream| Self::new(registry, &called, stream)).map_err(absent)
     }
 
     fn new(registry: &Registry, name: &str, stream: UnixStream) -> Result<Self, Error> {
@@ -193,6 +207,29 @@ impl Client {
     pub fn fork(&mut self) -> Result<Vec<OwnedFd>, Error> {
         match self.take_its_time(Command::Fork)? {
             Answer::Status(_) => Ok(std::mem::take(&mut self.passed)),
+            other => Err(self.other(other)),
+        }
+    }
+
+    /// Takes `count` machines from a pool: they run when it answers, however long that takes. `name` and `renew` are as
+    /// [`Command::Take`] has them.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn take(&mut self, count: u32, name: Option<String>, renew: bool) -> Result<Taken, Error> {
+        match self.take_its_time(Command::Take { count, name, renew })? {
+            Answer::Taken(taken) => Ok(taken),
+            other => Err(self.other(other)),
+        }
+    }
+
+    /// How a pool stands. `command` is [`Command::Status`], or [`Command::Stop`] to end it.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn ask_pool(&mut self, command: Command) -> Result<PoolStatus, Error> {
+        match self.exchange(command)? {
+            Answer::Pool(status) => Ok(status),
             other => Err(self.other(other)),
         }
     }

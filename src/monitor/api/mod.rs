@@ -257,6 +257,12 @@ pub enum Error {
     /// Nothing of this name runs.
     #[error("no virtual machine called {0:?} is running")]
     NoSuchVm(String),
+    /// The name belongs to a pool that is alive.
+    #[error("a pool called {0:?} is there already")]
+    PoolTaken(String),
+    /// No pool has this name.
+    #[error("there is no pool called {0:?}")]
+    NoSuchPool(String),
     /// A control socket cannot be made or used.
     #[error("cannot {what} control socket {}", path.display())]
     Socket {
@@ -320,6 +326,8 @@ impl Error {
                 format!("choose another name, `name=NAME`, or stop the one that runs: vmm stop {name}").into()
             }
             Self::NoSuchVm(_) => "see what is running: vmm list".into(),
+            Self::PoolTaken(name) => format!("choose another name, or end it: vmm pool stop {name}").into(),
+            Self::NoSuchPool(_) => "see which there are: vmm pool list".into(),
             Self::NoAnswer(_) => {
                 "its process may be stopped or stuck; vmm list shows its PID, and kill -CONT PID wakes it"
                     .into()

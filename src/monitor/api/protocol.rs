@@ -19,6 +19,7 @@ use serde_json::Value;
 use super::{Sample, Status};
 use crate::kvm::VcpuState;
 use crate::machine::Attached;
+use crate::pool::PoolStatus;
 use crate::printable::{self, Printable};
 
 /// The protocol's version, in every message. Another one is refused.
@@ -81,6 +82,16 @@ pub enum Command {
         #[serde(default)]
         stop: bool,
     },
+    /// Of a pool: machines that go on from its spares.
+    Take {
+        /// How many.
+        count: u32,
+        /// The name of one, or of several NAME-1 and so on; absent: the pool's name with numbers.
+        #[serde(default)]
+        name: Option<String>,
+        /// Each has its guest told by its agent that it is a copy. Otherwise whoever takes them sees to that.
+        renew: bool,
+    },
     /// Save it in files without names, whose descriptors come with the answer (SCM_RIGHTS): configuration, state and memory, in
     /// this order, then the disks that the guest may write to.
     Fork,
@@ -140,8 +151,22 @@ pub enum Answer {
     Devices(Vec<Attached>),
     /// Answers [`Command::AddDevice`] and [`Command::RemoveDevice`]: the device as it is now.
     Device(Attached),
+    /// Answers [`Command::Take`].
+    Taken(Taken),
+    /// A pool's answer to [`Command::Status`], [`Command::Stop`] and [`Command::Kill`].
+    Pool(PoolStatus),
     /// It is not done, and why.
     Error(String),
+}
+
+/// Machines that were taken from a pool, which run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    /// Their names.
+    pub names: Vec<String>,
+    /// Why there are not as many as were asked for, if there are not.
+    #[serde(default)]
+    pub error: Option<String>,
 }
 
 /// The end of a run.
@@ -234,6 +259,7 @@ mod tests {
             add("disk=/a b,readonly"),
             add("net=user,publish=8080:80"),
             Command::RemoveDevice { name: "virtio-blk1".to_owned(), force: true },
+            Command::Take { count: 3, name: Some("w".to_owned()), renew: true },
         ] {
             let line = request(command.clone());
             assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);

@@ -3,7 +3,10 @@
 //! A name is alive if something listens on its socket; what is left of a killed monitor is cleaned up by whoever meets
 //! it. Every change to the directory happens under its lock, so that two starts cannot both clean up and take one name. It
 //! stays when the last name is given back: making and removing it costs each start and end more than all else that they do here.
+//!
+//! Beside machines, pools and their spares listen here, under names that no machine can have: `NAME@pool` and `NAME@1` to begin with.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::mem;
@@ -15,7 +18,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{
-    AtFlags, FileType, FlockOperation, Mode, OFlags, fchmod, flock, fstat, mkdir, open, unlinkat,
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, fchmod, flock, fstat, mkdir, open,
+    renameat_with, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::net::{
@@ -33,6 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const VSOCK: &str = ".vsock";
 /// What follows that in the names of its sockets.
 const VSOCK_FILES: [&str; 2] = ["", ".seqpacket"];
+/// What follows the name of a pool.
+const POOL: &str = "@pool";
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 64;
 
@@ -110,6 +116,17 @@ impl Registry {
         }
     }
 
+    /// Takes `name` for a pool.
+    ///
+    /// # Errors
+    /// As [`Registry::register`] has them.
+    pub fn register_pool(&self, name: &str) -> Result<Entry, Error> {
+        self.register(Some(&of_pool(name))).map_err(|error| match error {
+            Error::NameTaken(_) => Error::PoolTaken(name.to_owned()),
+            error => error,
+        })
+    }
+
     fn listen(&self, _: &Locked, name: &str) -> Result<Entry, Error> {
         let path = self.socket(name);
         let failed = |what| {
@@ -141,11 +158,45 @@ impl Registry {
         })
     }
 
+    /// Has what listens as `from` be called `to` from now on.
+    ///
+    /// # Errors
+    /// The name is taken, or the directory or socket cannot be used.
+    pub fn rename(&self, from: &str, to: &str) -> Result<(), Error> {
+        let _locked = self.lock(false)?;
+        let (old, path) = (self.socket(from), self.socket(to));
+        let failed =
+            |source: Errno| Error::Socket { what: "rename", path: path.clone(), source: source.into() };
+        address(&path).map_err(failed)?;
+        let rename = || renameat_with(CWD, &old, CWD, &path, RenameFlags::NOREPLACE);
+        let renamed = match rename() {
+            Err(Errno::EXIST) if self.alive(to)? => return Err(Error::NameTaken(to.to_owned())),
+            Err(Errno::EXIST) => rustix::fs::unlink(&path).and_then(|()| rename()),
+            renamed => renamed,
+        };
+        renamed.map_err(failed)
+    }
+
     /// The names of the virtual machines that are alive, sorted. Removes what dead ones left.
     ///
     /// # Errors
     /// The directory is there but cannot be used.
     pub fn names(&self) -> Result<Vec<String>, Error> {
+        let mut names = self.all_names()?;
+        names.retain(|name| !name.contains('@'));
+        Ok(names)
+    }
+
+    /// The names of the pools that are alive, sorted. Removes what dead ones left.
+    ///
+    /// # Errors
+    /// The directory is there but cannot be used.
+    pub fn pools(&self) -> Result<Vec<String>, Error> {
+        let names = self.all_names()?;
+        Ok(names.iter().filter_map(|name| name.strip_suffix(POOL)).map(str::to_owned).collect())
+    }
+
+    fn all_names(&self) -> Result<Vec<String>, Error> {
         let failed = |source| Error::Directory { path: self.path.clone(), source };
         let _locked = match self.lock(false) {
             Err(Error::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
@@ -153,10 +204,21 @@ impl Registry {
             }
             locked => locked?,
         };
-        let mut names = Vec::new();
+        let (mut names, mut files) = (Vec::new(), BTreeSet::new());
         for entry in fs::read_dir(&self.path).map_err(failed)? {
-            let file = entry.map_err(failed)?.file_name();
-            let Some(file) = file.to_str() else { continue };
+            files.extend(entry.map_err(failed)?.file_name().into_string());
+        }
+        let pools = files.iter().filter(|file| file.ends_with("@pool.sock"));
+        let pools = pools.filter_map(|file| file.strip_suffix(".sock"));
+        let alive: BTreeSet<_> = pools.filter(|pool| self.alive(pool).unwrap_or(true)).collect();
+        for file in &files {
+            // A pool that is alive cleans up after its spares. To probe one would fill the queue that it does not serve yet.
+            if let Some((pool, rest)) = file.split_once('@')
+                && !rest.starts_with("pool.")
+                && alive.contains(&*of_pool(pool))
+            {
+                continue;
+            }
             if let Some((name, _)) = file.rsplit_once(VSOCK).filter(|(_, rest)| VSOCK_FILES.contains(rest)) {
                 self.clean_up(name, file);
                 continue;
@@ -176,6 +238,18 @@ impl Registry {
         }
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// Removes what is left of `name`, if it is dead.
+    pub fn forget(&self, name: &str) {
+        let locked = self.lock(false);
+        if locked.is_err() || !matches!(self.alive(name), Ok(false)) {
+            return;
+        }
+        let vsock = VSOCK_FILES.map(|rest| format!("{name}{VSOCK}{rest}"));
+        for file in vsock.iter().chain([&format!("{name}.sock")]) {
+            let _ = fs::remove_file(self.path.join(file));
+        }
     }
 
     /// Removes `file`, a socket device's of `name`, if both are dead.
@@ -339,6 +413,11 @@ impl Entry {
         self.registry.vsock(&self.name)
     }
 
+    /// It was given another name: see [`Registry::rename`].
+    pub fn renamed(&mut self, name: &str) {
+        name.clone_into(&mut self.name);
+    }
+
     /// The socket, which does not block.
     pub fn listener(&self) -> &UnixListener {
         &self.listener
@@ -377,6 +456,16 @@ impl Drop for Entry {
     fn drop(&mut self) {
         self.give_back();
     }
+}
+
+/// The name under which the pool called `name` is registered.
+pub fn of_pool(name: &str) -> String {
+    format!("{name}{POOL}")
+}
+
+/// That of the `number`th spare that the pool called `name` has made.
+pub fn of_spare(name: &str, number: u32) -> String {
+    format!("{name}@{number}")
 }
 
 fn nonblocking_socket() -> Result<OwnedFd, Errno> {

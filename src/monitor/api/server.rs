@@ -422,6 +422,7 @@ impl Orders {
             | Command::RemoveDevice { .. }
             | Command::Snapshot { .. }
             | Command::Fork => Ok(()),
+            Command::Take { .. } => Err("it is a virtual machine, not a pool".to_owned()),
             Command::Resume => self.control.resume(),
             Command::Stop { timeout_seconds } => {
                 self.stop(timeout_seconds.map_or(self.stop_timeout, Duration::from_secs))

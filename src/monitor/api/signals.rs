@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use signal_hook::SigId;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXCPU, SIGXFSZ};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGXCPU, SIGXFSZ};
 use signal_hook::{flag, low_level};
 
 /// What a signal asks for.
@@ -83,6 +83,43 @@ impl Drop for Signals {
         for id in self.handlers.drain(..) {
             low_level::unregister(id);
         }
+    }
+}
+
+/// The ends of this process's children as something to poll.
+#[derive(Debug)]
+pub struct ChildEnds {
+    ended: UnixStream,
+    handler: SigId,
+}
+
+impl ChildEnds {
+    /// From now on.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn take() -> io::Result<Self> {
+        let (ended, writer) = UnixStream::pair()?;
+        ended.set_nonblocking(true)?;
+        let handler = low_level::pipe::register(SIGCHLD, writer)?;
+        Ok(Self { ended, handler })
+    }
+
+    /// What to wait on.
+    pub fn source(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+
+    /// Those that came are known: the next makes it readable again.
+    pub fn clear(&mut self) {
+        let mut bytes = [0; 64];
+        while matches!(self.ended.read(&mut bytes), Ok(1..)) {}
+    }
+}
+
+impl Drop for ChildEnds {
+    fn drop(&mut self) {
+        low_level::unregister(self.handler);
     }
 }
 

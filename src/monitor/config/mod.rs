@@ -389,15 +389,7 @@ impl VmConfig {
         if !(1..=Cpus::MAX).contains(&self.cpus.0) {
             return invalid(format!("`cpus={}`: out of range", self.cpus.0), "give 1 to 254 CPUs: `cpus=2`");
         }
-        if let Some(name) = &self.name {
-            let fine = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
-            if name.is_empty() || name.len() > 64 || !name.chars().all(fine) || name.starts_with(['.', '-']) {
-                return invalid(
-                    format!("{name:?} cannot be the name of a virtual machine"),
-                    "use 1 to 64 letters, digits, '_', '.' and '-', with a letter, digit or '_' first: `name=web-1`",
-                );
-            }
-        }
+        self.name.as_deref().map_or(Ok(()), check_name)?;
         self.disk.iter().try_for_each(Disk::validate)?;
         net::validate(&self.net)?;
         if self.net_dump.is_some()
@@ -459,4 +451,19 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// Whether `name` can be that of a virtual machine.
+///
+/// # Errors
+/// Why not, and what can.
+pub fn check_name(name: &str) -> Result<(), Invalid> {
+    let fine = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    if name.is_empty() || name.len() > 64 || !name.chars().all(fine) || name.starts_with(['.', '-']) {
+        let what = format!("{name:?} cannot be the name of a virtual machine");
+        let hint =
+            "use 1 to 64 letters, digits, '_', '.' and '-', with a letter, digit or '_' first: `name=web-1`";
+        return Err(Invalid { what, hint: hint.to_owned() });
+    }
+    Ok(())
 }

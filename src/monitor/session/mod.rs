@@ -23,8 +23,10 @@ use crate::chardev::{Endpoint, Ends};
 use crate::config::{OnPanic, OnReboot, VmConfig};
 use crate::event_loop::EventLoop;
 use crate::machine::{self, Machine, Origin, Outcome, Shell};
+use crate::pool::{Spare, Wanted};
 use crate::recorder::Recorder;
 use crate::threads::{OrdersElsewhere, Role};
+use crate::virtio;
 use running::{Asked, Running};
 
 pub use defect::end_on_panic;
@@ -38,6 +40,9 @@ pub enum Error {
     /// It cannot have its name, or be controlled.
     #[error(transparent)]
     Api(#[from] api::Error),
+    /// It stood ready, and nobody wants it any more.
+    #[error("nobody has taken it")]
+    Unwanted,
     /// An [`Observer`] refused.
     #[error(transparent)]
     Observer(Box<dyn error::Error + Send + Sync>),
@@ -50,6 +55,15 @@ pub trait Observer {
     /// # Errors
     /// The machine is not run, and the session is over.
     fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn error::Error + Send + Sync>>;
+
+    /// It stood ready, and now runs as it was `wanted`.
+    ///
+    /// # Errors
+    /// The machine is killed, and the session is over.
+    fn taken(&mut self, wanted: &Wanted) -> Result<(), Box<dyn error::Error + Send + Sync>> {
+        let _ = wanted;
+        Ok(())
+    }
 
     /// Its run is over.
     fn ended(&mut self, end: &End<'_>);
@@ -100,6 +114,8 @@ pub struct Controls {
     pub outputs: Vec<PathBuf>,
     /// The configuration before it was fitted to this process. Snapshots record it.
     pub original: VmConfig,
+    /// The first machine stands ready until its pool wants it, and has no other name until then.
+    pub spare: Option<Spare>,
 }
 
 struct Controlled {
@@ -108,6 +124,8 @@ struct Controlled {
     server: Option<Server>,
     /// Until there is a server: whoever connects or signals before is kept waiting, not lost.
     unserved: Option<(Entry, Signals)>,
+    /// Until the first machine is wanted.
+    spare: Option<Spare>,
     running: Arc<Running>,
     stop_timeout: Duration,
     serving: fn(),
@@ -166,11 +184,21 @@ impl<'a> Session<'a> {
         let orders = OrdersElsewhere::from_now_on();
         let shell = Shell::early(config, origin.as_ref(), &recorder);
         let signals = Signals::take().map_err(api::Error::Thread)?;
-        let entry = Registry::of_user().register(config.name.as_deref())?;
+        let Controls {
+            stop_timeout,
+            viewers,
+            serving,
+            lasting,
+            killed_status,
+            keeper,
+            outputs,
+            original,
+            spare,
+        } = controls;
+        let name = spare.as_ref().map(Spare::name).or(config.name.as_deref());
+        let entry = Registry::of_user().register(name)?;
         log::info!("{}: control socket registered", entry.name());
         let vsock = entry.vsock();
-        let Controls { stop_timeout, viewers, serving, lasting, killed_status, keeper, outputs, original } =
-            controls;
         let running =
             Arc::new(Running::new(entry.name(), config, original, &vsock, viewers, killed_status, keeper));
         let unserved = Some((entry, signals));
@@ -178,6 +206,7 @@ impl<'a> Session<'a> {
             _orders: orders,
             server: None,
             unserved,
+            spare,
             running,
             stop_timeout,
             serving,
@@ -242,9 +271,10 @@ impl<'a> Session<'a> {
     }
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
-        // Other starts do without the thread until they last.
+        // Other starts do without the thread until they last. One that stands ready first is its pool's affair until then.
         let outputs = self.controlled.as_ref().map_or(&[][..], |controlled| &controlled.outputs);
-        if files::may_hang(self.config, outputs) {
+        let spare = self.controlled.as_ref().and_then(|controlled| controlled.spare.clone());
+        if spare.is_none() && files::may_hang(self.config, outputs) {
             self.serve()?;
         }
         loop {
@@ -256,9 +286,27 @@ impl<'a> Session<'a> {
             for observer in &mut *observers {
                 observer.built(&mut built).map_err(Error::Observer)?;
             }
+            let wanted = match self.controlled.as_mut().and_then(|controlled| controlled.spare.take()) {
+                Some(spare) => Some(self.stand(&spare, &mut machine)?),
+                None => None,
+            };
             let running = self.controlled.as_ref().map(|controlled| controlled.running.clone());
             if let Some(running) = &running {
                 running.built(machine.handle(), ptys);
+            }
+            let mut refused = None;
+            if let Some((wanted, spare)) = wanted.zip(spare.as_ref())
+                && machine.start().is_ok()
+            {
+                let taken = observers.iter_mut().try_for_each(|observer| observer.taken(&wanted));
+                // Without its pool it runs all the same.
+                match taken {
+                    Ok(()) => _ = spare.runs(),
+                    Err(error) => {
+                        machine.handle().kill();
+                        refused = Some(Error::Observer(error));
+                    }
+                }
             }
             let mut served = Ok(());
             let mut outcome = machine.run(&mut || {
@@ -281,6 +329,9 @@ impl<'a> Session<'a> {
             for observer in &mut *observers {
                 observer.ended(&end);
             }
+            if let Some(error) = refused {
+                return Err(error);
+            }
             // Why nobody serves says more than that the machine was killed for want of it.
             served?;
             if !reboots {
@@ -294,6 +345,30 @@ impl<'a> Session<'a> {
             };
             log::info!("{why}: starting it again");
         }
+    }
+
+    /// Waits until `machine`, the one of `spare`, is wanted, and takes the name by which it is.
+    fn stand(&mut self, spare: &Spare, machine: &mut Machine) -> Result<Wanted, Error> {
+        machine.take_seats()?;
+        let Some(Controlled { unserved: Some((entry, signals)), running, lasting, .. }) =
+            &mut self.controlled
+        else {
+            return Err(Error::Unwanted);
+        };
+        lasting();
+        let wanted = spare.wait(signals).ok_or(Error::Unwanted)?;
+        // It listens there already.
+        entry.renamed(&wanted.name);
+        let vsock = entry.vsock();
+        self.backends
+            .doors
+            .move_to(vsock.clone())
+            .map_err(virtio::Error::from)
+            .map_err(machine::Error::from)?;
+        if let Some(running) = Arc::get_mut(running) {
+            running.renamed(&wanted.name, &vsock, self.config);
+        }
+        Ok(wanted)
     }
 
     /// Has orders, terminal and serial input served from now on.

@@ -4,7 +4,7 @@
 //! otherwise.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -68,7 +68,6 @@ impl Running {
         killed_status: u8,
         keeper: Option<Arc<dyn Keeper>>,
     ) -> Self {
-        let absolute = |path: &Path| std::path::absolute(path).unwrap_or(path.to_owned());
         let (kernels, ours): (Vec<_>, Vec<_>) = config.vsock.iter().partition(|config| config.vhost);
         let sockets = ours.first().map(|config| config.path.as_deref().unwrap_or(vsock));
         let ports = config.port.iter().filter_map(|port| match &port.to {
@@ -93,6 +92,15 @@ impl Running {
         let orders = AtomicU32::new(0);
         let (started, now) = (Instant::now(), Arc::default());
         Self { started, status, original, now, viewers, orders, killed_status, keeper }
+    }
+
+    /// It begins now, under another name, with its socket device at `vsock` unless the configuration says otherwise.
+    pub fn renamed(&mut self, name: &str, vsock: &Path, config: &VmConfig) {
+        self.started = Instant::now();
+        name.clone_into(&mut self.status.name);
+        if config.vsock.as_ref().is_some_and(|vsock| !vsock.vhost && vsock.path.is_none()) {
+            self.status.vsock = Some(absolute(vsock));
+        }
     }
 
     /// Under which it is registered.
@@ -156,6 +164,10 @@ impl Running {
     ) -> Result<T, String> {
         call(&self.machine()?).map_err(|error| error_chain(&error))
     }
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or(path.to_owned())
 }
 
 fn lock(now: &Mutex<Now>) -> MutexGuard<'_, Now> {

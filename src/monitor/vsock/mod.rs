@@ -118,12 +118,7 @@ pub struct Host {
 
 impl Host {
     fn open(path: &Path) -> Result<Self, Error> {
-        // The longest that lies beside it: `_` and ten digits, or `.seqpacket`.
-        const LONGEST: usize = 107 - 11;
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        if path.as_os_str().len() > LONGEST {
-            return Err(Error::TooLong { path, most: LONGEST });
-        }
+        let path = checked(path)?;
         let listener = |path: &Path, kind: Kind| Ok((Listener::bind(path, kind.socket_type())?, kind));
         let listeners = [
             listener(&path, Kind::Stream)?,
@@ -150,6 +145,15 @@ impl Host {
     fn listen(&self) -> io::Result<()> {
         let mut listeners = self.listeners.iter().zip(0..);
         listeners.try_for_each(|((listener, _), id)| self.poller.add_steady(listener, Source::Listener, id))
+    }
+
+    /// Has it lie at `path`. Nobody has known where it was.
+    fn move_to(&mut self, path: &Path) -> Result<(), Error> {
+        let path = checked(path)?;
+        let paths = [path.clone(), beside(&path, ".seqpacket")];
+        self.path = path;
+        let mut moves = self.listeners.iter_mut().zip(paths);
+        moves.try_for_each(|((listener, _), path)| listener.move_to(&path)).map_err(Error::Listen)
     }
 
     /// The most connections at a time.
@@ -262,6 +266,17 @@ impl Host {
     }
 }
 
+/// `path` as an absolute one, if a socket can lie there.
+fn checked(path: &Path) -> Result<PathBuf, Error> {
+    // The longest that lies beside it: `_` and ten digits, or `.seqpacket`.
+    const LONGEST: usize = 107 - 11;
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    if path.as_os_str().len() > LONGEST {
+        return Err(Error::TooLong { path, most: LONGEST });
+    }
+    Ok(path)
+}
+
 /// The path that `suffix` makes of `path`.
 fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut path = OsString::from(path);
@@ -306,12 +321,28 @@ pub struct Doors {
     open: Option<Sockets>,
     kernel: Option<Arc<Vhost>>,
     default: Option<PathBuf>,
+    /// They are open, and lie there.
+    is_default: bool,
 }
 
 impl Doors {
     /// Where they are if the configuration does not say.
     pub fn lie_at(&mut self, path: PathBuf) {
         self.default = Some(path);
+    }
+
+    /// Has those that lie there lie at `path`.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn move_to(&mut self, path: PathBuf) -> Result<(), Error> {
+        if let Some(open) = &self.open
+            && self.is_default
+        {
+            open.host().move_to(&path)?;
+        }
+        self.default = Some(path);
+        Ok(())
     }
 
     /// The sockets, opened now if they are asked for the first time.
@@ -324,6 +355,7 @@ impl Doors {
         }
         let path = config.path.as_ref().or(self.default.as_ref()).ok_or(Error::NoPath)?;
         let sockets = Sockets::open(path)?;
+        self.is_default = config.path.is_none();
         self.open = Some(sockets.clone());
         Ok(sockets)
     }

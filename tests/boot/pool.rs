@@ -1,0 +1,84 @@
+//! Linux from a pool: it stands ready for a while, and then each that is taken goes on from the same moment, alone, at today's time.
+
+use std::collections::BTreeSet;
+use std::thread;
+use std::time::Duration;
+
+use crate::guest::{Guest, Kernel, available, vmm};
+use crate::snapshot::{exec, number, well};
+
+/// Ends the pool `p` and what was taken from it, however the test ends: they are no children of it.
+struct Pool<'a>(&'a Guest);
+
+impl Pool<'_> {
+    fn say(&self, arguments: &[&str]) -> String {
+        let mut command = self.0.command(&[&["pool"], arguments].concat());
+        let output = command.env("XDG_STATE_HOME", self.0.runtime()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {said}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+impl Drop for Pool<'_> {
+    fn drop(&mut self) {
+        self.0.control(&["pool", "stop", "p"]);
+        self.0.control(&["kill", "p-1", "p-2", "p-1-1"]);
+    }
+}
+
+#[test]
+fn a_linux_with_two_cpus_that_has_stood_ready_goes_on_as_a_copy_does() {
+    if !available("a_linux_with_two_cpus_that_has_stood_ready_goes_on_as_a_copy_does") {
+        return;
+    }
+    let mut command = vmm(Kernel::TunedPvh, "echo up; while :; do echo x >>/tmp/ticks; sleep 0.1; done");
+    command.args(["--name", "g", "--vsock", "--rng", "--net", "user", "--cpus", "2", "--transport", "pci"]);
+    let first = Guest::start(command);
+    first.wait_for("up", 1);
+    let nonce = exec(
+        &first,
+        "g",
+        "ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ping -c 1 -W 10 10.0.2.2 >/dev/null; \
+         cat /proc/sys/kernel/random/uuid | tee /tmp/nonce",
+    );
+    let ticks = number(&exec(&first, "g", "wc -l </tmp/ticks"));
+    let pool = Pool(&first);
+    assert_eq!(pool.say(&["start", "p", "g", "--size", "2"]), "p\n");
+    let uptime = number(&exec(&first, "g", "cat /proc/uptime"));
+    let stood = Duration::from_secs(10);
+    thread::sleep(stood);
+    assert_eq!(pool.say(&["take", "p"]), "p-1\n");
+    let (then, later) = {
+        let told = exec(&first, "p-1", "wc -l </tmp/ticks; sleep 2; wc -l </tmp/ticks");
+        let told: Vec<_> = told.lines().map(number).collect();
+        (told[0], told[1])
+    };
+    // It has slept: nothing happened in it, and its clock went on.
+    assert!(then >= ticks && then < ticks + 80.0 && later > then, "{ticks}, {then}, {later}");
+    assert!(number(&exec(&first, "p-1", "cat /proc/uptime")) >= uptime + stood.as_secs_f64());
+    // The other one has its agent called by who takes it.
+    assert_eq!(pool.say(&["take", "p", "--renew"]), "p-2\n");
+    let mut fork = first.command(&["fork", "p-1"]);
+    let forked = fork.env("XDG_STATE_HOME", first.runtime()).output().unwrap();
+    assert_eq!(forked.status.code(), Some(0), "{}", String::from_utf8_lossy(&forked.stderr));
+    let all = ["p-1", "p-2", "p-1-1"];
+    for name in all {
+        let script = format!("cat /tmp/nonce; echo {name} >/tmp/nonce; ping -c 1 -W 10 10.0.2.2 >/dev/null");
+        assert_eq!(exec(&first, name, &script), nonce, "the same run");
+    }
+    for name in all {
+        assert_eq!(exec(&first, name, "cat /tmp/nonce"), name, "its own memory");
+        well(&first, name);
+    }
+    let generation = "i=0; until [ -e /run/vmm/generation ] || [ $i = 600 ]; do i=$((i + 1)); sleep 0.1; done; \
+         cat /run/vmm/generation";
+    for script in ["cat /proc/sys/kernel/random/uuid", generation] {
+        let told: BTreeSet<_> = all.iter().map(|name| exec(&first, name, script)).collect();
+        assert_eq!(told.len(), all.len(), "{told:?}");
+    }
+    pool.say(&["stop", "p"]);
+    for name in all {
+        exec(&first, name, "true");
+    }
+}
