@@ -98,7 +98,7 @@ fn build(kind: u8, vm: &Arc<FakeVm>) -> Box<dyn Device> {
 
 /// Brings a device on MMIO as far as DRIVER_OK, with `queues` of its queues.
 fn negotiate(device: &mut dyn Device, queues: u32) {
-    let mut write = |at: u64, value: u32| drop(device.write(at, &value.to_le_bytes()));
+    let mut write = |at: u64, value: u32| _ = device.write(at, &value.to_le_bytes());
     write(STATUS, 1);
     write(STATUS, 3);
     write(FEATURES_SELECT, 1);
@@ -121,7 +121,7 @@ fn drive(device: &mut dyn Device, steps: &[u8]) {
         let (at, bytes) = (u64::from(step[1] & 0x7f), [step[2], step[3], 0, 0]);
         let len = if step[0] & 1 == 0 { 1 } else { 4 };
         match step[0] & 2 {
-            0 => drop(device.write(at, &bytes[..len])),
+            0 => _ = device.write(at, &bytes[..len]),
             _ => device.read(at, &mut [0xff; 4][..len]),
         }
     }
