@@ -109,7 +109,7 @@ bench: build
 	@[ ! -e $(TUNED) ] || $(BIN)/guest bundle --only tuned --out $(GUESTS)
 	@mkdir -p $(OUT)
 	$(SAY) 'here'
-	@$(HERE) boot steps scale exits --at-most 2 --json $(OUT)/here.json >$(OUT)/here.txt
+	@$(HERE) boot fork steps scale exits --at-most 2 --json $(OUT)/here.json >$(OUT)/here.txt
 	@$(HERE) memory image --samples 3 --at-most 4 --json $(OUT)/memory.json >$(OUT)/memory.txt
 	$(SAY) 'where KVM boots Linux'
 	@$(THERE) boot exits --samples 6 --warm-up 0 --at-most 8 --json $(OUT)/boot-linux.json >$(OUT)/boot-linux.txt

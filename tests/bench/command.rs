@@ -91,7 +91,10 @@ fn help_and_list_tell_what_there_is() {
     let suites: Vec<_> = list.lines().filter_map(|line| line.split_once(' ')).map(|(name, _)| name).collect();
     assert_eq!(
         suites,
-        ["boot", "steps", "memory", "image", "exits", "cpu", "mem", "block", "net", "console", "scale"]
+        [
+            "boot", "fork", "steps", "memory", "image", "exits", "cpu", "mem", "block", "net", "console",
+            "scale"
+        ]
     );
 }
 

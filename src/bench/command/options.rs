@@ -35,7 +35,7 @@ Exit codes: 0 done; 2 bad arguments or files; 4 nothing in a suite could be meas
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
-    /// What to measure: boot, steps, memory, image, exits, cpu, mem, block, net, console, scale [default: all]
+    /// What to measure: boot, fork, steps, memory, image, exits, cpu, mem, block, net, console, scale [default: all]
     #[arg(value_name = "NAME")]
     pub suites: Vec<Name>,
     /// List the suites, without measuring anything
@@ -50,7 +50,7 @@ pub struct Options {
     /// Stop sampling a contender (after three samples) once its samples have taken so many seconds in total
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     at_most: Option<u64>,
-    /// Maximum number of idle instances that the memory suite starts per contender
+    /// Most instances per contender that the memory suite keeps idle, and that the fork suite starts at once
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub instances: usize,
     /// Path of a rival's binary: firecracker, cloud-hypervisor, alioth, lkvm, qemu-system-x86_64, crun, runc, bwrap, podman, passt ...
@@ -147,6 +147,9 @@ impl Options {
 pub fn list() -> String {
     let about = |name| match name {
         Name::Boot => "start to first output and to exit: processes, containers, VMs, other monitors",
+        Name::Fork => {
+            "saved machines that go on, 1 to 100 at once: to the first instruction, a command, exit; memory"
+        }
         Name::Steps => "a start by its steps, beside the bare calls of the same kernel (any /dev/kvm)",
         Name::Memory => "what 1 to 100 idle instances cost in memory",
         Name::Image => "what instances on one image cost on disk, and how long making them takes",

@@ -1,5 +1,7 @@
 //! Takes samples that can be trusted: contenders interleaved in random order, warm-up apart, failures kept.
 
+pub mod crowd;
+pub mod offspring;
 pub mod span;
 pub mod stats;
 

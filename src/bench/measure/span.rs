@@ -55,14 +55,28 @@ impl Drop for Running {
 /// # Errors
 /// It cannot be started, ends without all marks, or has not ended after `limit`: with what it said. Or Ctrl-C.
 pub fn measure(
+    command: Command,
+    marks: &[&[u8]],
+    limit: Duration,
+    at_mark: &mut dyn FnMut(usize, u32) -> Result<(), String>,
+) -> Result<Span, String> {
+    with_input(command, Stdio::null(), marks, limit, at_mark)
+}
+
+/// The same for one that reads `input`.
+///
+/// # Errors
+/// As [`measure`].
+pub fn with_input(
     mut command: Command,
+    input: Stdio,
     marks: &[&[u8]],
     limit: Duration,
     at_mark: &mut dyn FnMut(usize, u32) -> Result<(), String>,
 ) -> Result<Span, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let failed = |what: &str, error: std::io::Error| format!("{what} {name}: {error}");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let start = Instant::now();
     let child = command.spawn().map_err(|error| failed("start", error))?;
     let mut running = Running { child, over: false };

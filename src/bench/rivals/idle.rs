@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
 
+use super::launch::{Launch, Output, Request};
 use super::{Life, Rival};
 use crate::measure::INTERRUPTED;
 
@@ -51,16 +52,33 @@ impl Instances {
     /// One that did not come up, with what it said.
     pub fn grow(&mut self, rival: &mut dyn Rival, count: usize) -> Result<(), String> {
         while self.count < count {
+            let batch = at_once().min(count - self.count);
+            let launches: Result<Vec<_>, _> =
+                (0..batch).map(|_| Launch::of_rival(rival, Life::Idle)).collect();
+            let who = Speaker { name: rival.name(), words: rival.marker(), limit: rival.limit() };
+            self.launch(launches?, &who)?;
+        }
+        Ok(())
+    }
+
+    /// The same with what `launches` start.
+    ///
+    /// # Errors
+    /// As [`Instances::grow`].
+    pub fn launch(&mut self, launches: Vec<Launch>, who: &Speaker<'_>) -> Result<(), String> {
+        let mut launches = launches.into_iter().peekable();
+        while launches.peek().is_some() {
             if INTERRUPTED.load(Ordering::SeqCst) {
                 return Err("interrupted".to_owned());
             }
-            let batch = at_once().min(count - self.count);
-            let starting: Result<Vec<_>, _> = (0..batch).map(|_| Starting::new(rival)).collect();
+            let batch = launches.by_ref().take(at_once());
+            let starting: Result<Vec<_>, _> = batch.map(|launch| Starting::new(launch, who)).collect();
             for starting in starting? {
                 let number = self.count + 1;
-                let up = starting.wait(rival).map_err(|why| format!("instance {number}: {why}"))?;
+                let machines = starting.machines();
+                let up = starting.wait(who).map_err(|why| format!("instance {number}: {why}"))?;
                 self.children.extend(up);
-                self.count += 1;
+                self.count += machines;
             }
         }
         Ok(())
@@ -103,34 +121,70 @@ pub fn at_once() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// Whoever is started: its name, what it says when it is there, and how soon it must.
+pub struct Speaker<'a> {
+    /// For errors.
+    pub name: &'a str,
+    /// What it says last.
+    pub words: &'a [u8],
+    /// From its start on.
+    pub limit: Duration,
+}
+
 /// One that is on its way. Given up, it is killed.
 struct Starting {
     child: Option<Child>,
+    request: Option<Request>,
+    output: Output,
     /// Where it complains, if its command ends when the instance runs: a file, since the instance keeps it open.
     errors: Option<fs::File>,
     end: Instant,
 }
 
 impl Starting {
-    fn new(rival: &mut dyn Rival) -> Result<Self, String> {
-        let mut command = rival.command(Life::Idle)?;
-        let failed = |error: std::io::Error| format!("start {}: {error}", rival.name());
-        let errors = rival.detaches().then(tempfile).transpose().map_err(failed)?;
-        command.stdin(Stdio::null());
+    fn new(launch: Launch, who: &Speaker<'_>) -> Result<Self, String> {
+        let Launch { mut command, input, request, output } = launch;
+        let failed = |error: std::io::Error| format!("start {}: {error}", who.name);
+        let stays = matches!(output, Output::Own);
+        let errors = (!stays).then(tempfile).transpose().map_err(failed)?;
+        command.stdin(input.unwrap_or_else(Stdio::null));
         match &errors {
             Some(file) => command.stdout(Stdio::null()).stderr(file.try_clone().map_err(failed)?),
             None => command.stdout(Stdio::piped()).stderr(Stdio::null()),
         };
-        let child = command.spawn().map_err(failed)?;
-        Ok(Self { child: Some(child), errors, end: Instant::now() + rival.limit() })
+        let child = Some(command.spawn().map_err(failed)?);
+        Ok(Self { child, request, output, errors, end: Instant::now() + who.limit })
+    }
+
+    fn machines(&self) -> usize {
+        match self.output {
+            Output::Shared { machines, .. } => machines,
+            _ => 1,
+        }
     }
 
     /// Until it is up. The process that it is, if its command stays.
-    fn wait(mut self, rival: &dyn Rival) -> Result<Option<Child>, String> {
+    fn wait(mut self, who: &Speaker<'_>) -> Result<Option<Child>, String> {
+        if let Some(request) = self.request.take() {
+            request()?;
+        }
         let child = self.child.as_mut().ok_or("it is gone")?;
-        match &mut self.errors {
-            Some(errors) => detached(child, errors, rival, self.end).map(|()| None),
-            None => spoken(child, rival, self.end).map(|()| self.child.take()),
+        if let Some(errors) = &mut self.errors {
+            detached(child, errors, who, self.end)?;
+        }
+        match &mut self.output {
+            Output::None => Ok(None),
+            Output::Shared { pipe, machines } => {
+                let pipe =
+                    pipe.try_clone().map_err(|error| format!("read what {} says: {error}", who.name))?;
+                await_words(&mut fs::File::from(pipe), who.words, *machines, self.end, who.name)?;
+                Ok(None)
+            }
+            Output::Own => {
+                let output = child.stdout.as_mut().ok_or("no pipe")?;
+                await_words(output, who.words, 1, self.end, who.name)?;
+                Ok(self.child.take())
+            }
         }
     }
 }
@@ -144,12 +198,20 @@ impl Drop for Starting {
     }
 }
 
-/// Waits until it has said its line.
-fn spoken(child: &mut Child, rival: &dyn Rival, end: Instant) -> Result<(), String> {
-    let output = child.stdout.as_mut().ok_or("no pipe")?;
+/// Waits until `words` have been said `times` times through `output`.
+///
+/// # Errors
+/// It ends before, or they are not there until `until`.
+pub fn await_words(
+    output: &mut (impl Read + AsFd),
+    words: &[u8],
+    times: usize,
+    until: Instant,
+    name: &str,
+) -> Result<(), String> {
     let (mut said, mut space) = (Vec::new(), [0; 4096]);
-    while !said.windows(rival.marker().len()).any(|window| window == rival.marker()) {
-        wait_for(&*output, end, rival.name())?;
+    while said.windows(words.len().max(1)).filter(|window| *window == words).count() < times {
+        wait_for(&*output, until, name)?;
         let count = output.read(&mut space).map_err(|error| format!("read its output: {error}"))?;
         said.extend_from_slice(&space[..count]);
         if count == 0 {
@@ -160,13 +222,13 @@ fn spoken(child: &mut Child, rival: &dyn Rival, end: Instant) -> Result<(), Stri
 }
 
 /// Waits for the end of a command that ends when its instance runs.
-fn detached(child: &mut Child, errors: &mut fs::File, rival: &dyn Rival, end: Instant) -> Result<(), String> {
-    let name = rival.name();
+fn detached(child: &mut Child, errors: &mut fs::File, who: &Speaker<'_>, end: Instant) -> Result<(), String> {
+    let name = who.name;
     let status = loop {
         match child.try_wait().map_err(|error| format!("wait for {name}: {error}"))? {
             Some(status) => break status,
             None if Instant::now() > end => {
-                return Err(format!("{name} was not up after {:?}", rival.limit()));
+                return Err(format!("{name} was not up after {:?}", who.limit));
             }
             None => sleep(Duration::from_micros(200)),
         }
@@ -197,19 +259,28 @@ pub fn wait_for(output: &impl AsFd, end: Instant, name: &str) -> Result<(), Stri
     }
 }
 
+/// The process that started `pid`, or took its place.
+pub fn parent_of(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // "PID (NAME) STATE PPID ...", and a name may hold anything.
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+}
+
+/// The numbers of all processes.
+///
+/// # Errors
+/// /proc cannot be read.
+pub fn all_processes() -> Result<impl Iterator<Item = i32>, String> {
+    let entries = fs::read_dir("/proc").map_err(|error| format!("read /proc: {error}"))?;
+    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()))
+}
+
 /// All processes below this one.
 fn descendants() -> Result<BTreeSet<i32>, String> {
-    let entries = fs::read_dir("/proc").map_err(|error| format!("read /proc: {error}"))?;
     let mut below: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
-    for entry in entries.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
-            continue;
-        };
+    for pid in all_processes()? {
         // Gone meanwhile: not one to count.
-        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
-        // "PID (NAME) STATE PPID ...", and a name may hold anything.
-        let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
-        if let Some(parent) = parent {
+        if let Some(parent) = parent_of(pid) {
             below.entry(parent).or_default().push(pid);
         }
     }

@@ -17,12 +17,13 @@ mod firecracker;
 mod fixed;
 pub mod idle;
 mod kvmtool;
+pub mod launch;
 mod oci;
 mod place;
 mod process;
 pub mod program;
 mod qemu;
-mod restored;
+pub mod restored;
 mod vmm;
 pub mod weight;
 

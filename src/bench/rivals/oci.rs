@@ -12,12 +12,33 @@ use super::{Found, Life, Setting};
 
 /// crun, which can do without cgroups.
 pub fn crun(setting: &Setting, root: &Root) -> Found {
-    make("crun", &["--cgroup-manager=disabled"], setting, root)
+    make("crun", WITHOUT_CGROUPS, Dev::OfRoot, setting, root)
 }
 
 /// runc, which cannot.
 pub fn runc(setting: &Setting, root: &Root) -> Found {
-    make("runc", &[], setting, root)
+    make("runc", &[], Dev::OfRoot, setting, root)
+}
+
+/// crun for many at once.
+pub fn many_by_crun(setting: &Setting, root: &Root) -> Found {
+    make("crun", WITHOUT_CGROUPS, Dev::OfEach, setting, root)
+}
+
+/// runc for many at once.
+pub fn many_by_runc(setting: &Setting, root: &Root) -> Found {
+    make("runc", &[], Dev::OfEach, setting, root)
+}
+
+const WITHOUT_CGROUPS: &[&str] = &["--cgroup-manager=disabled"];
+
+/// Where a container's device nodes are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Dev {
+    /// In the root file system that all share, once.
+    OfRoot,
+    /// In a tmpfs of its own: of those that start at the same time, one would find what another is making.
+    OfEach,
 }
 
 struct Runtime {
@@ -29,7 +50,7 @@ struct Runtime {
     idle: PathBuf,
 }
 
-fn make(name: &'static str, options: &[&str], setting: &Setting, root: &Root) -> Found {
+fn make(name: &'static str, options: &[&str], dev: Dev, setting: &Setting, root: &Root) -> Found {
     let (program, there) = found(setting, name);
     let folder = setting.scratch.join(name);
     let state = folder.join("state");
@@ -38,12 +59,12 @@ fn make(name: &'static str, options: &[&str], setting: &Setting, root: &Root) ->
     let runtime = Runtime { options: all, state, once: folder.join("once"), idle: folder.join("idle") };
     Container::made(name, program, runtime, |runtime, _| {
         there?;
-        bundle(&runtime.once, root, &[INIT])?;
-        bundle(&runtime.idle, root, &[INIT, WAIT])
+        bundle(&runtime.once, root, dev, &[INIT])?;
+        bundle(&runtime.idle, root, dev, &[INIT, WAIT])
     })
 }
 
-fn bundle(folder: &PathBuf, root: &Root, arguments: &[&str]) -> Result<(), String> {
+fn bundle(folder: &PathBuf, root: &Root, dev: Dev, arguments: &[&str]) -> Result<(), String> {
     let mut namespaces: Vec<_> = ["pid", "network", "ipc", "uts", "mount", "cgroup"]
         .into_iter()
         .map(|kind| json!({ "type": kind }))
@@ -57,11 +78,16 @@ fn bundle(folder: &PathBuf, root: &Root, arguments: &[&str]) -> Result<(), Strin
         linux["gidMappings"] = json!([{ "containerID": 0, "hostID": group.as_raw(), "size": 1 }]);
     }
     linux["namespaces"] = json!(namespaces);
+    let mut mounts = vec![json!({ "destination": "/proc", "type": "proc", "source": "proc" })];
+    if dev == Dev::OfEach {
+        let options = ["nosuid", "strictatime", "mode=755", "size=64k"];
+        mounts.push(json!({ "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": options }));
+    }
     let config = json!({
         "ociVersion": "1.0.0",
         "process": { "terminal": false, "user": { "uid": 0, "gid": 0 }, "args": arguments, "cwd": "/" },
         "root": { "path": root.folder, "readonly": true },
-        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+        "mounts": mounts,
         "linux": linux,
     });
     let file = folder.join("config.json");

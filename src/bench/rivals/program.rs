@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebx, ecx, edi, edx, esi, qword_ptr, r12, r13, rax, rbx,
-    rcx, rdi, rsi, rsp,
+    CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebx, edi, edx, esi, qword_ptr, r10d, r12, r13, rbx, rcx,
+    rdi, rdx, rsi, rsp,
 };
 
 use super::Life;
+use super::restored::hold;
 use crate::elf;
 use cpio::{Archive, Entry};
 
@@ -31,11 +32,17 @@ pub const WAIT: &str = "wait";
 /// Before any of these: it speaks by writing to the port of the first serial line itself, with no driver in between.
 pub const BY_PORT: &str = "port-";
 
-/// Before any of those: it says [`HELD`], and goes on once the clock has jumped: its machine was saved, and goes on some seconds
-/// later. Until then it looks every millisecond.
+/// The same through the kernel's file of ports, for machines that go on from a snapshot: QEMU's emulated processors, the rig's among
+/// them, deny a program its ports once its task register was set by KVM (they take a busy task for none).
+pub const BY_NODE: &str = "node-";
+
+/// Before any of those: it says [`HELD`] and spins until somebody has let it go in its machine's saved memory
+/// (`restored::hold`). Then it says [`ON`] and becomes, by execve, a command that was given what follows.
 pub const HOLD: &str = "held-";
-/// What it says then.
+/// What it says when it can be saved.
 pub const HELD: &[u8] = b"bench: held";
+/// What it says when it goes on.
+pub const ON: &[u8] = b"bench: on";
 
 /// Where the program begins, in the page where most static programs are loaded.
 const START: u64 = 0x40_0000 + elf::CODE;
@@ -44,12 +51,13 @@ const COM1: u32 = 0x3f8;
 
 // arch/x86/entry/syscalls/syscall_64.tbl
 const WRITE: u32 = 1;
+const OPEN: u32 = 2;
+const PWRITE64: u32 = 18;
 const PAUSE: u32 = 34;
-const NANOSLEEP: u32 = 35;
 const GETPID: u32 = 39;
+const EXECVE: u32 = 59;
 const REBOOT: u32 = 169;
 const IOPERM: u32 = 173;
-const CLOCK_GETTIME: u32 = 228;
 const EXIT_GROUP: u32 = 231;
 
 // linux/reboot.h
@@ -70,41 +78,26 @@ fn code() -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     let [mut marker, mut by_port, mut end, mut reboot, mut wait, mut fail, mut exit] =
         [(); 7].map(|()| a.create_label());
-    let [mut hold, mut held, mut look, mut speak, mut nap] = [(); 5].map(|()| a.create_label());
-    let length = MARKER.len() as u32 + 1;
+    let [mut hold, mut look, mut say, mut held, mut on, mut word, mut path] =
+        [(); 7].map(|()| a.create_label());
+    let [mut by_node, mut byte, mut node, mut end_of_word] = [(); 4].map(|()| a.create_label());
+    debug_assert_eq!(BY_PORT.len(), BY_NODE.len());
 
     // The stack as the kernel leaves it (System V ABI for x86-64, 3.4.1): argc, argv[0], argv[1] and so on.
     a.mov(r12, qword_ptr(rsp))?;
     a.mov(r13, qword_ptr(rsp + r12 * 8))?;
+    // Alone it sees its own path, which does not begin like any of the words.
     a.cmp(byte_ptr(r13), i32::from(HOLD.as_bytes()[0]))?;
     a.je(hold)?;
-    a.set_label(&mut speak)?;
     a.lea(rsi, qword_ptr(marker))?;
-    // Alone it sees its own path, which does not begin like this.
+    a.mov(edx, MARKER.len() as u32 + 1)?;
+    a.call(say)?;
     a.cmp(byte_ptr(r13), i32::from(BY_PORT.as_bytes()[0]))?;
-    a.je(by_port)?;
-
-    a.mov(eax, WRITE)?;
-    a.mov(edi, 1)?;
-    a.mov(edx, length)?;
-    a.syscall()?;
-    a.cmp(eax, length)?;
-    a.jne(fail)?;
-    a.jmp(end)?;
-
-    a.set_label(&mut by_port)?;
+    a.je(end_of_word)?;
+    a.cmp(byte_ptr(r13), i32::from(BY_NODE.as_bytes()[0]))?;
+    a.jne(end)?;
+    a.set_label(&mut end_of_word)?;
     a.add(r13, BY_PORT.len() as i32)?;
-    a.mov(eax, IOPERM)?;
-    a.mov(edi, COM1)?;
-    a.mov(esi, 1)?;
-    a.mov(edx, 1)?;
-    a.syscall()?;
-    a.test(eax, eax)?;
-    a.jne(fail)?;
-    a.lea(rsi, qword_ptr(marker))?;
-    a.mov(ecx, length)?;
-    a.mov(edx, COM1)?;
-    a.rep().outsb()?;
 
     a.set_label(&mut end)?;
     a.mov(edi, 0)?;
@@ -139,48 +132,100 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.mov(eax, EXIT_GROUP)?;
     a.syscall()?;
 
-    a.set_label(&mut hold)?;
-    a.add(r13, HOLD.len() as i32)?;
+    // RDX bytes at RSI, by the port or not, as the word at R13 has it.
+    a.set_label(&mut say)?;
+    a.cmp(byte_ptr(r13), i32::from(BY_PORT.as_bytes()[0]))?;
+    a.je(by_port)?;
+    a.cmp(byte_ptr(r13), i32::from(BY_NODE.as_bytes()[0]))?;
+    a.je(by_node)?;
     a.mov(eax, WRITE)?;
     a.mov(edi, 1)?;
+    a.syscall()?;
+    a.cmp(eax, edx)?;
+    a.jne(fail)?;
+    a.ret()?;
+
+    a.set_label(&mut by_port)?;
+    a.push(rsi)?;
+    a.push(rdx)?;
+    a.mov(eax, IOPERM)?;
+    a.mov(edi, COM1)?;
+    a.mov(esi, 1)?;
+    a.mov(edx, 1)?;
+    a.syscall()?;
+    a.test(eax, eax)?;
+    a.jne(fail)?;
+    a.pop(rcx)?;
+    a.pop(rsi)?;
+    a.mov(edx, COM1)?;
+    a.rep().outsb()?;
+    a.ret()?;
+
+    a.set_label(&mut by_node)?;
+    a.push(rsi)?;
+    a.mov(ebx, edx)?;
+    a.mov(eax, OPEN)?;
+    a.lea(rdi, qword_ptr(node))?;
+    // O_WRONLY
+    a.mov(esi, 1)?;
+    a.syscall()?;
+    a.test(eax, eax)?;
+    a.js(fail)?;
+    a.mov(edi, eax)?;
+    a.pop(rsi)?;
+    a.set_label(&mut byte)?;
+    a.mov(eax, PWRITE64)?;
+    a.mov(edx, 1)?;
+    a.mov(r10d, COM1)?;
+    a.syscall()?;
+    a.cmp(eax, 1)?;
+    a.jne(fail)?;
+    a.inc(rsi)?;
+    a.dec(ebx)?;
+    a.jne(byte)?;
+    a.ret()?;
+
+    a.set_label(&mut hold)?;
+    a.add(r13, HOLD.len() as i32)?;
     a.lea(rsi, qword_ptr(held))?;
     a.mov(edx, HELD.len() as u32 + 1)?;
-    a.syscall()?;
-    a.sub(rsp, 16)?;
-    a.mov(rbx, i64::MAX)?;
+    a.call(say)?;
+    a.lea(rbx, qword_ptr(word))?;
     a.set_label(&mut look)?;
-    a.mov(eax, CLOCK_GETTIME)?;
-    // CLOCK_REALTIME
-    a.xor(edi, edi)?;
+    a.pause()?;
+    a.cmp(byte_ptr(rbx + hold::LAST as i32), i32::from(hold::HELD[hold::LAST]))?;
+    a.je(look)?;
+    a.lea(rsi, qword_ptr(on))?;
+    a.mov(edx, ON.len() as u32 + 1)?;
+    a.call(say)?;
+    // argv: its path, the rest of the word, and the end; no environment.
+    a.lea(rdi, qword_ptr(path))?;
+    a.xor(edx, edx)?;
+    a.push(rdx)?;
+    a.push(r13)?;
+    a.push(rdi)?;
     a.mov(rsi, rsp)?;
+    a.mov(eax, EXECVE)?;
     a.syscall()?;
-    a.mov(rax, qword_ptr(rsp))?;
-    a.mov(rcx, rax)?;
-    a.sub(rcx, rbx)?;
-    a.mov(rbx, rax)?;
-    // The first time it is far below.
-    a.cmp(rcx, 2)?;
-    a.jge(speak)?;
-    a.mov(eax, NANOSLEEP)?;
-    a.lea(rdi, qword_ptr(nap))?;
-    a.xor(esi, esi)?;
-    a.syscall()?;
-    a.jmp(look)?;
+    a.jmp(fail)?;
 
     a.set_label(&mut wait)?;
     a.mov(eax, PAUSE)?;
     a.syscall()?;
     a.jmp(wait)?;
 
-    a.set_label(&mut marker)?;
-    a.db(MARKER)?;
-    a.db(b"\n")?;
-    a.set_label(&mut held)?;
-    a.db(HELD)?;
-    a.db(b"\n")?;
-    // struct timespec
-    a.set_label(&mut nap)?;
-    a.dq(&[0, 1_000_000])?;
+    for (label, text) in [(&mut marker, MARKER), (&mut held, HELD), (&mut on, ON)] {
+        a.set_label(label)?;
+        a.db(text)?;
+        a.db(b"\n")?;
+    }
+    a.set_label(&mut word)?;
+    a.db(&hold::HELD)?;
+    a.set_label(&mut path)?;
+    a.db(INIT.as_bytes())?;
+    a.db(b"\0")?;
+    a.set_label(&mut node)?;
+    a.db(b"/dev/port\0")?;
     a.assemble(START)
 }
 
@@ -189,8 +234,48 @@ fn code() -> Result<Vec<u8>, IcedError> {
 pub enum Ending {
     /// A 0 to the debug-exit port 0xf4, of QEMU's device of that name and of vmm's.
     DebugExit,
-    /// S5 and SLP_EN (0x34) to a sleep control register (ACPI 6.5, 4.8.3.7) at port 0x600, where alioth has it.
+    /// S5 and SLP_EN (0x34) to a sleep control register (ACPI 6.5, 4.8.3.7) at port 0x600, where alioth and Cloud Hypervisor
+    /// have it.
     SleepControl,
+    /// The keyboard controller's reset, 0xfe to port 0x64, which is all that Firecracker has.
+    Reset,
+}
+
+impl Ending {
+    /// The file name of the guest that ends so, or sleeps.
+    pub fn file(self, life: Life, prefix: &str) -> String {
+        let ending = match (life, self) {
+            (Life::Idle, _) => "idle",
+            (Life::Once, Self::DebugExit) => "debug-exit",
+            (Life::Once, Self::SleepControl) => "sleep-control",
+            (Life::Once, Self::Reset) => "reset",
+        };
+        format!("{prefix}-{ending}.elf")
+    }
+
+    /// The instructions, or those that halt for good.
+    fn put(self, life: Life, a: &mut CodeAssembler) -> Result<(), IcedError> {
+        match (life, self) {
+            (Life::Once, Self::DebugExit) => {
+                a.xor(eax, eax)?;
+                a.out(0xf4, al)
+            }
+            (Life::Once, Self::SleepControl) => {
+                a.mov(dx, 0x600)?;
+                a.mov(al, 0x34)?;
+                a.out(dx, al)
+            }
+            (Life::Once, Self::Reset) => {
+                a.mov(al, 0xfe)?;
+                a.out(0x64, al)
+            }
+            (Life::Idle, _) => {
+                // No interrupt will come.
+                a.cli()?;
+                a.hlt()
+            }
+        }
+    }
 }
 
 /// A kernel of five or six instructions, for any monitor that enters an ELF file by PVH (in 32-bit mode): it writes
@@ -204,68 +289,42 @@ pub fn bare_metal(life: Life, ending: Ending) -> Result<Vec<u8>, String> {
         a.mov(dx, COM1)?;
         a.mov(al, u32::from(BARE_MARKER))?;
         a.out(dx, al)?;
-        match (life, ending) {
-            (Life::Once, Ending::DebugExit) => {
-                a.xor(eax, eax)?;
-                a.out(0xf4, al)?;
-            }
-            (Life::Once, Ending::SleepControl) => {
-                a.mov(dx, 0x600)?;
-                a.mov(al, 0x34)?;
-                a.out(dx, al)?;
-            }
-            (Life::Idle, _) => {
-                // No interrupt will come.
-                a.cli()?;
-                a.hlt()?;
-            }
-        }
+        ending.put(life, &mut a)?;
         a.assemble(elf::LOAD)
     };
     code().map(|code| elf::pvh_kernel(&code)).map_err(|error| format!("assemble the guest: {error}"))
 }
 
-/// The same for a machine that is saved: it writes to `touched` MiB from 16 MiB on, says [`BARE_HELD`], and waits for a jump of the
-/// time-stamp counter by 2^32 before it goes on as that does.
+/// The same for a machine that is saved: it writes to `touched` MiB from 16 MiB on, but for the first page, where it is itself, says
+/// [`BARE_HELD`], and spins until somebody has let it go in the saved memory (`restored::hold`).
 ///
 /// # Errors
 /// None that a user can cause.
-pub fn bare_metal_held(life: Life, touched: u32) -> Result<Vec<u8>, String> {
+pub fn bare_metal_held(life: Life, ending: Ending, touched: u32) -> Result<Vec<u8>, String> {
     let code = || -> Result<Vec<u8>, IcedError> {
         let mut a = CodeAssembler::new(32)?;
         let [mut touch, mut look] = [(); 2].map(|()| a.create_label());
-        a.mov(edi, 16u32 << 20)?;
+        // Behind the code, in its page.
+        let (start, word) = (elf::LOAD as u32, elf::LOAD + 2048);
+        for (part, at) in hold::HELD.chunks_exact(4).zip((word..).step_by(4)) {
+            a.mov(dword_ptr(at), i32::from_le_bytes([part[0], part[1], part[2], part[3]]))?;
+        }
+        a.mov(edi, start + 4096)?;
         a.set_label(&mut touch)?;
         a.mov(dword_ptr(edi), edi)?;
         a.add(edi, 4096)?;
-        a.cmp(edi, ((16 + touched) << 20) as i32)?;
+        a.cmp(edi, (start + (touched << 20)) as i32)?;
         a.jb(touch)?;
         a.mov(dx, COM1)?;
         a.mov(al, u32::from(BARE_HELD))?;
         a.out(dx, al)?;
-        a.rdtsc()?;
-        a.mov(ebx, edx)?;
         a.set_label(&mut look)?;
-        a.rdtsc()?;
-        a.mov(ecx, edx)?;
-        a.sub(ecx, ebx)?;
-        a.mov(ebx, edx)?;
-        // The upper half counts up by one every second or two.
-        a.cmp(ecx, 2)?;
-        a.jb(look)?;
-        a.mov(dx, COM1)?;
+        a.pause()?;
+        a.cmp(byte_ptr(word + hold::LAST as u64), i32::from(hold::HELD[hold::LAST]))?;
+        a.je(look)?;
         a.mov(al, u32::from(BARE_MARKER))?;
         a.out(dx, al)?;
-        match life {
-            Life::Once => {
-                a.xor(eax, eax)?;
-                a.out(0xf4, al)?;
-            }
-            Life::Idle => {
-                a.cli()?;
-                a.hlt()?;
-            }
-        }
+        ending.put(life, &mut a)?;
         a.assemble(elf::LOAD)
     };
     code().map(|code| elf::pvh_kernel(&code)).map_err(|error| format!("assemble the guest: {error}"))
@@ -281,7 +340,7 @@ pub const BARE_MARKER: u8 = b'x';
 pub struct Root {
     /// `/init`, and `/dev`, `/proc` and `/sys`, empty.
     pub folder: PathBuf,
-    /// The same, and /dev/console, without which a kernel gives its first program no output.
+    /// The same, and /dev/console, without which a kernel gives its first program no output, and /dev/port.
     pub initramfs: PathBuf,
 }
 
@@ -301,6 +360,7 @@ impl Root {
             add(folder, Entry::Directory { mode: 0o755 })?;
         }
         add("dev/console", Entry::CharDevice { mode: 0o600, major: 5, minor: 1 })?;
+        add("dev/port", Entry::CharDevice { mode: 0o600, major: 1, minor: 4 })?;
         write(&root.folder.join("init"), &program)?;
         add("init", Entry::File { mode: 0o755, data: program })?;
         let mut bytes = Vec::new();
@@ -334,6 +394,30 @@ mod tests {
         assert!(fs::metadata(&init).unwrap().len() < 1024);
         let output = Command::new(&init).output().unwrap();
         assert_eq!((output.stdout.trim_ascii_end(), output.status.code()), (MARKER, Some(0)), "{output:?}");
+    }
+
+    #[test]
+    fn a_held_one_says_so_and_stays() {
+        use std::io::Read;
+        let (_folder, init) = program();
+        let mut child = Command::new(&init).arg("held-wait").stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = vec![0; HELD.len() + 1];
+        child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let ended = child.try_wait().unwrap();
+        child.kill().unwrap();
+        let mut more = Vec::new();
+        child.stdout.take().unwrap().read_to_end(&mut more).unwrap();
+        child.wait().unwrap();
+        assert_eq!((said.trim_ascii_end(), ended, more), (HELD, None, Vec::new()));
+    }
+
+    #[test]
+    fn what_is_held_has_its_word_in_one_place() {
+        assert_eq!(hold::places(&image().unwrap()).len(), 1);
+        // It writes the word itself, and has room for it.
+        let guest = bare_metal_held(Life::Once, Ending::Reset, 1).unwrap();
+        assert!(guest.len() < 2048 && hold::places(&guest).is_empty(), "{}", guest.len());
     }
 
     #[test]

@@ -6,7 +6,12 @@ use super::program::{BARE_MARKER, Ending, Root};
 use super::vmm::{bare_kernel, cmdline, end, kernel};
 use super::{Found, RAM_MIB, Setting};
 
-const PROGRAM: &str = "qemu-system-x86_64";
+/// As Debian calls it.
+pub const PROGRAM: &str = "qemu-system-x86_64";
+
+/// Where its guest speaks: standard output, with standard input or without.
+pub const STDIO: &str = "stdio,id=c";
+pub const STDOUT: &str = "file,id=c,path=/dev/stdout";
 
 /// What it is given whatever the guest.
 fn common(machine: &str, cpu: &str) -> Vec<String> {
@@ -16,21 +21,35 @@ fn common(machine: &str, cpu: &str) -> Vec<String> {
     arguments
 }
 
-/// The same kernel and initramfs as vmm, through a virtio console.
+/// A machine with Linux, which speaks through a virtio console.
+pub fn linux_machine(kernel: &str, initramfs: &str, cmdline: &str, chardev: &str) -> Vec<String> {
+    // With acpi=off Linux cannot power the machine off.
+    let mut arguments = common("isa-serial=off,acpi=on", "host");
+    arguments.extend(words(["-kernel", kernel, "-initrd", initramfs, "-append", cmdline]));
+    // With more ports Linux learns of the console only some time after its start, and a program as quick as this one speaks
+    // to nobody.
+    arguments.extend(words(["-chardev", chardev, "-device", "virtio-serial-device,max_ports=1"]));
+    arguments.extend(words(["-device", "virtconsole,chardev=c"]));
+    arguments
+}
+
+/// A machine without Linux, which speaks through the serial port.
+pub fn bare_machine(kernel: &str, chardev: &str) -> Vec<String> {
+    // Where KVM is software, QEMU dies at setting the MSR of this feature.
+    let mut arguments = common("isa-serial=on,acpi=off", "host,-arch-capabilities");
+    arguments.extend(words(["-kernel", kernel, "-chardev", chardev, "-serial", "chardev:c"]));
+    arguments.extend(words(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]));
+    arguments
+}
+
+/// The same kernel and initramfs as vmm.
 pub fn linux(setting: &Setting, root: &Root) -> Found {
     let (program, there) = found(setting, PROGRAM);
     let (kernel, check) = kernel(setting.tuned_kernel(), "tuned-vmlinux");
     let initramfs = root.initramfs.to_string_lossy().into_owned();
     let mut rival = Fixed::new("QEMU microvm", program, move |life| {
-        // With acpi=off Linux cannot power the machine off.
-        let mut arguments = common("isa-serial=off,acpi=on", "host");
-        arguments.extend(words(["-kernel", &kernel.to_string_lossy(), "-initrd", &initramfs]));
-        arguments.extend(words(["-append", &cmdline("console=hvc0", 't', end(life))]));
-        // With more ports Linux learns of the console only some time after its start, and a program as quick as this one speaks
-        // to nobody.
-        arguments.extend(words(["-chardev", "stdio,id=c", "-device", "virtio-serial-device,max_ports=1"]));
-        arguments.extend(words(["-device", "virtconsole,chardev=c"]));
-        arguments
+        let cmdline = cmdline("console=hvc0", 't', end(life));
+        linux_machine(&kernel.to_string_lossy(), &initramfs, &cmdline, STDIO)
     });
     rival.guest_ram = true;
     rival.if_possible(there.and(check))
@@ -40,13 +59,8 @@ pub fn linux(setting: &Setting, root: &Root) -> Found {
 pub fn bare_metal(setting: &Setting, _: &Root) -> Found {
     let (program, there) = found(setting, PROGRAM);
     let (kernel, made) = bare_kernel(setting, Ending::DebugExit);
-    // Where KVM is software, QEMU dies at setting the MSR of this feature.
     let mut rival = Fixed::new("QEMU microvm, no Linux: 5 instructions", program, move |life| {
-        let kernel = kernel(life);
-        let mut arguments = common("isa-serial=on,acpi=off", "host,-arch-capabilities");
-        arguments.extend(words(["-kernel", &kernel.to_string_lossy(), "-serial", "stdio"]));
-        arguments.extend(words(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]));
-        arguments
+        bare_machine(&kernel(life).to_string_lossy(), STDIO)
     });
     (rival.good_status, rival.marker, rival.guest_ram) = (1, vec![BARE_MARKER], true);
     rival.if_possible(there.and(made).and_then(|()| setting.kvm()))

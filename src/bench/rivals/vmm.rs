@@ -93,11 +93,7 @@ pub fn bare_kernel(
     ending: Ending,
 ) -> (impl Fn(Life) -> PathBuf + 'static, Result<(), String>) {
     let scratch = setting.scratch.clone();
-    let path = move |life| match (life, ending) {
-        (Life::Once, Ending::DebugExit) => scratch.join("bare-metal.elf"),
-        (Life::Once, Ending::SleepControl) => scratch.join("bare-metal-sleep.elf"),
-        (Life::Idle, _) => scratch.join("bare-metal-idle.elf"),
-    };
+    let path = move |life| scratch.join(ending.file(life, "bare-metal"));
     let make = |life| program::bare_metal(life, ending).and_then(|bytes| program::write(&path(life), &bytes));
     let made = make(Life::Once).and_then(|()| make(Life::Idle));
     (path, made)

@@ -19,8 +19,12 @@ pub struct Weight {
     pub peak: u64,
     /// Resident guest RAM.
     pub guest: u64,
+    /// The same, each page's size shared among all who map it.
+    pub guest_pss: u64,
     /// Mappings that are guest RAM: those of exactly a guest's size.
     pub guests: usize,
+    /// What nobody else has, guest RAM among it: pages that are no file's, and what it alone has written of shared memory.
+    pub private: u64,
 }
 
 impl Weight {
@@ -48,8 +52,12 @@ impl Weight {
         let ram = guest_ram(&mappings);
         self.guests += usize::from(!ram.is_empty());
         for (at, mapping) in mappings.iter().enumerate() {
+            // Of a file that was just written, the pages that nobody else maps are Private_Dirty, too.
+            let is_shared = mapping.about.split(' ').next().is_some_and(|rights| rights.ends_with('s'));
+            self.private += if is_shared { mapping.private_dirty } else { mapping.anonymous };
             if ram.contains(&at) {
                 self.guest += mapping.rss;
+                self.guest_pss += mapping.pss;
             } else {
                 self.pss += mapping.pss;
                 self.anonymous += mapping.anonymous;
@@ -68,6 +76,7 @@ struct Mapping {
     rss: u64,
     pss: u64,
     anonymous: u64,
+    private_dirty: u64,
 }
 
 impl Mapping {
@@ -92,6 +101,7 @@ impl Mapping {
                         ("Rss:", &mut mapping.rss),
                         ("Pss:", &mut mapping.pss),
                         ("Anonymous:", &mut mapping.anonymous),
+                        ("Private_Dirty:", &mut mapping.private_dirty),
                     ];
                     for (key, field) in fields {
                         *field += kib(line, key).unwrap_or(0);
@@ -200,7 +210,16 @@ Anonymous:             8 kB
 ";
         let mut weight = Weight::default();
         weight.add(smaps);
-        assert_eq!(weight, Weight { pss: 400, anonymous: 8, peak: 0, guest: 4000, guests: 1 });
+        let expected = Weight {
+            pss: 400,
+            anonymous: 8,
+            peak: 0,
+            guest: 4000,
+            guests: 1,
+            guest_pss: 4000,
+            private: 4008,
+        };
+        assert_eq!(weight, expected);
     }
 
     #[test]

@@ -69,9 +69,9 @@ fn method(hidden: bool, repeatable: bool) -> Vec<String> {
         format!("VMs have 1 CPU and {RAM_MIB} MiB. The line comes through the virtio console of vmm and QEMU; in Firecracker, Cloud \
          Hypervisor, kvmtool and alioth the program writes it to the serial port itself, without a driver, which is the least that it can \
          cost there."),
-        "Restored: a virtual machine that was saved by vmm snapshot when it had started the program, which goes on, writes its line \
-         and ends. The snapshot is made once, before the first sample; the page cache has it. The one without Linux has written to \
-         24 MiB before."
+        "Restored: a virtual machine that was saved by vmm snapshot when its first program had started, and that goes on as that \
+         becomes, by execve, the program that everyone starts. The snapshot is made once, before the first sample; the page cache has \
+         it. The one without Linux has written to 24 MiB before."
             .to_owned(),
         "The stock kernel is a distribution's, as its package has it, a bzImage; all others boot the small kernel, an uncompressed \
          vmlinux except for kvmtool."

@@ -5,6 +5,7 @@ mod boot;
 mod console;
 mod cpu;
 mod exits;
+mod fork;
 mod image;
 mod mem;
 mod memory;
@@ -26,6 +27,8 @@ use crate::sandbox::mounts;
 pub enum Name {
     /// Start to first output and to exit.
     Boot,
+    /// From a snapshot to the first instruction, to a command, and to exit.
+    Fork,
     /// A start by its steps.
     Steps,
     /// What idle instances cost in memory.
@@ -50,8 +53,9 @@ pub enum Name {
 
 impl Name {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Boot,
+        Self::Fork,
         Self::Steps,
         Self::Memory,
         Self::Image,
@@ -68,6 +72,7 @@ impl Name {
     pub fn text(self) -> &'static str {
         match self {
             Self::Boot => "boot",
+            Self::Fork => "fork",
             Self::Steps => "steps",
             Self::Memory => "memory",
             Self::Image => "image",
@@ -120,6 +125,7 @@ pub fn run(
     }
     let suite = match name {
         Name::Boot => boot::run(setting, plan, progress),
+        Name::Fork => fork::run(setting, plan, progress),
         Name::Steps => steps::run(setting, plan, progress),
         Name::Memory => memory::run(setting, plan, progress),
         Name::Image => image::run(setting, plan, progress),
