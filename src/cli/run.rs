@@ -137,6 +137,7 @@ pub fn live(
         background.named()?;
     }
     let mut ptys = Announcer::default();
+    let renewal = renewal.filter(|options| options.concern(&config));
     let mut renewer =
         renewal.zip(session.name()).map(|(options, name)| Renewer::new(options, (!is_spare).then_some(name)));
     // Under a debugger a guest may be silent for as long as it likes, and one that goes on has opened its consoles before.

@@ -7,12 +7,14 @@ use anyhow::anyhow;
 use super::order::{SEED, hostname_of, nanoseconds, random};
 use super::{Guest, Reach};
 use vmm_agent::client::Error;
+use vmm_agent::port::NAME;
 use vmm_agent::protocol::{Exit, GENERATION, Reason, Renewal, Request};
 use vmm_command::{Code, Failure};
 use vmm_monitor::api;
 use vmm_monitor::api::client::Client;
 use vmm_monitor::api::protocol::Command;
 use vmm_monitor::api::registry::Registry;
+use vmm_monitor::config::VmConfig;
 
 /// For a guest that was just restored to be another machine: it may be slow at first, as its memory comes from a disk.
 const FOR_COPIES: Duration = Duration::from_secs(60);
@@ -68,6 +70,11 @@ impl CopyOptions {
     /// Whether a machine is of no use without it.
     pub fn is_required(&self) -> bool {
         self.renew || self.hostname.is_some() || self.machine_id
+    }
+
+    /// Whether there is anything to do for a machine of this configuration: without a way to an agent nobody is there to be told.
+    pub fn concern(&self, config: &VmConfig) -> bool {
+        self.is_required() || config.vsock.is_some() || config.port.iter().any(|port| port.name == NAME)
     }
 
     /// Has the agent of `name`, which was just restored, make it another machine. A machine whose agent does not, though that was asked
