@@ -110,6 +110,8 @@ pub enum Request {
     ShutDown,
     /// Make a guest that is a copy another one.
     Renew(Renewal),
+    /// The same, and run a command once all of that is done.
+    RenewAndExec(Renewal, Exec),
 }
 
 /// What a guest is told that is a copy.
@@ -259,6 +261,7 @@ const SET_HOSTNAME: u8 = 23;
 const SET_NETWORK: u8 = 24;
 const SHUT_DOWN: u8 = 25;
 const RENEW: u8 = 26;
+const RENEW_AND_EXEC: u8 = 27;
 const SIGNAL: u8 = 32;
 const RESIZE: u8 = 33;
 const DATA: u8 = 48;
@@ -332,17 +335,7 @@ impl Message<'_> {
 impl Request {
     fn put(&self, out: &mut Vec<u8>) {
         match self {
-            Self::Exec(exec) => framed(out, EXEC, |out| {
-                put_list(out, &exec.argv);
-                put_list(out, &exec.env);
-                put_bytes(out, &exec.cwd);
-                put_bytes(out, &exec.user);
-                out.push(u8::from(exec.stdin));
-                out.push(u8::from(exec.tty.is_some()));
-                if let Some(size) = exec.tty {
-                    put_size(out, size);
-                }
-            }),
+            Self::Exec(exec) => framed(out, EXEC, |out| exec.put(out)),
             Self::Pack { path, name } => framed(out, PACK, |out| {
                 put_bytes(out, path);
                 put_bytes(out, name);
@@ -365,24 +358,17 @@ impl Request {
                 }
             }),
             Self::ShutDown => framed(out, SHUT_DOWN, |_| ()),
-            Self::Renew(renewal) => framed(out, RENEW, |out| {
-                out.extend_from_slice(&renewal.generation);
-                out.extend_from_slice(&renewal.time.to_le_bytes());
-                put_bytes(out, &renewal.seed);
-                put_bytes(out, &renewal.hostname);
-                out.push(u8::from(renewal.machine_id));
+            Self::Renew(renewal) => framed(out, RENEW, |out| renewal.put(out)),
+            Self::RenewAndExec(renewal, exec) => framed(out, RENEW_AND_EXEC, |out| {
+                renewal.put(out);
+                exec.put(out);
             }),
         }
     }
 
     fn parse(kind: u8, r: &mut Reader<'_>) -> Option<Self> {
         Some(match kind {
-            EXEC => {
-                let (argv, env, cwd, user) = (r.list()?, r.list()?, r.text()?, r.text()?);
-                let stdin = boolean(r)?;
-                let tty = if boolean(r)? { Some(size(r)?) } else { None };
-                Self::Exec(Exec { argv, env, cwd, user, tty, stdin })
-            }
+            EXEC => Self::Exec(Exec::parse(r)?),
             PACK => Self::Pack { path: r.text()?, name: r.text()? },
             UNPACK => Self::Unpack { path: r.text()?, owners: boolean(r)?, rename: boolean(r)? },
             CONNECT => Self::Connect { address: r.text()? },
@@ -398,14 +384,50 @@ impl Request {
                 dns: Some(address(r)?).filter(|address| !address.is_unspecified()),
             }),
             SHUT_DOWN => Self::ShutDown,
-            RENEW => Self::Renew(Renewal {
-                generation: r.array()?,
-                time: r.u64()?,
-                seed: r.bytes()?.to_vec(),
-                hostname: r.text()?,
-                machine_id: boolean(r)?,
-            }),
+            RENEW => Self::Renew(Renewal::parse(r)?),
+            RENEW_AND_EXEC => Self::RenewAndExec(Renewal::parse(r)?, Exec::parse(r)?),
             _ => return None,
+        })
+    }
+}
+
+impl Exec {
+    fn put(&self, out: &mut Vec<u8>) {
+        put_list(out, &self.argv);
+        put_list(out, &self.env);
+        put_bytes(out, &self.cwd);
+        put_bytes(out, &self.user);
+        out.push(u8::from(self.stdin));
+        out.push(u8::from(self.tty.is_some()));
+        if let Some(size) = self.tty {
+            put_size(out, size);
+        }
+    }
+
+    fn parse(r: &mut Reader<'_>) -> Option<Self> {
+        let (argv, env, cwd, user) = (r.list()?, r.list()?, r.text()?, r.text()?);
+        let stdin = boolean(r)?;
+        let tty = if boolean(r)? { Some(size(r)?) } else { None };
+        Some(Self { argv, env, cwd, user, tty, stdin })
+    }
+}
+
+impl Renewal {
+    fn put(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.generation);
+        out.extend_from_slice(&self.time.to_le_bytes());
+        put_bytes(out, &self.seed);
+        put_bytes(out, &self.hostname);
+        out.push(u8::from(self.machine_id));
+    }
+
+    fn parse(r: &mut Reader<'_>) -> Option<Self> {
+        Some(Self {
+            generation: r.array()?,
+            time: r.u64()?,
+            seed: r.bytes()?.to_vec(),
+            hostname: r.text()?,
+            machine_id: boolean(r)?,
         })
     }
 }
@@ -494,7 +516,8 @@ impl Decoder {
         let Some(rest) = self.bytes.get(self.taken..) else { return Ok(None) };
         let Some((&[kind, a, b, c], rest)) = rest.split_first_chunk::<HEADER>() else { return Ok(None) };
         let length = u32::from_le_bytes([a, b, c, 0]) as usize;
-        let known = matches!(kind, HELLO | EXEC..=RENEW | SIGNAL | RESIZE | DATA..=STOP | STARTED..=TOLD);
+        let known =
+            matches!(kind, HELLO | EXEC..=RENEW_AND_EXEC | SIGNAL | RESIZE | DATA..=STOP | STARTED..=TOLD);
         if !known {
             return Err(Malformed::Kind(kind));
         }
@@ -547,12 +570,25 @@ mod tests {
         (any::<u16>(), any::<u16>()).prop_map(|(rows, columns)| Size { rows, columns })
     }
 
+    fn exec() -> impl Strategy<Value = Exec> {
+        let fields = (list(), list(), bytes(), bytes(), proptest::option::of(size()), any::<bool>());
+        fields.prop_map(|(argv, env, cwd, user, tty, stdin)| Exec { argv, env, cwd, user, tty, stdin })
+    }
+
+    fn renewal() -> impl Strategy<Value = Renewal> {
+        let fields = (any::<[u8; GENERATION]>(), any::<u64>(), bytes(), bytes(), any::<bool>());
+        fields.prop_map(|(generation, time, seed, hostname, machine_id)| Renewal {
+            generation,
+            time,
+            seed,
+            hostname,
+            machine_id,
+        })
+    }
+
     fn request() -> impl Strategy<Value = Request> {
-        let exec = (list(), list(), bytes(), bytes(), proptest::option::of(size()), any::<bool>());
         prop_oneof![
-            exec.prop_map(|(argv, env, cwd, user, tty, stdin)| {
-                Request::Exec(Exec { argv, env, cwd, user, tty, stdin })
-            }),
+            exec().prop_map(Request::Exec),
             (bytes(), bytes()).prop_map(|(path, name)| Request::Pack { path, name }),
             (bytes(), any::<bool>(), any::<bool>()).prop_map(|(path, owners, rename)| Request::Unpack {
                 path,
@@ -573,11 +609,8 @@ mod tests {
                 }
             ),
             Just(Request::ShutDown),
-            (any::<[u8; GENERATION]>(), any::<u64>(), bytes(), bytes(), any::<bool>()).prop_map(
-                |(generation, time, seed, hostname, machine_id)| {
-                    Request::Renew(Renewal { generation, time, seed, hostname, machine_id })
-                }
-            ),
+            renewal().prop_map(Request::Renew),
+            (renewal(), exec()).prop_map(|(renewal, exec)| Request::RenewAndExec(renewal, exec)),
         ]
     }
 
@@ -623,7 +656,7 @@ mod tests {
         #[test]
         fn no_bytes_make_the_decoder_panic_or_say_more_than_was_there(
             bytes in proptest::collection::vec(any::<u8>(), 0..400),
-            kind in prop_oneof![Just(HELLO), EXEC..=RENEW, DATA..=STOP, STARTED..=TOLD],
+            kind in prop_oneof![Just(HELLO), EXEC..=RENEW_AND_EXEC, DATA..=STOP, STARTED..=TOLD],
         ) {
             for start in [vec![], vec![kind, bytes.len() as u8, (bytes.len() >> 8) as u8, 0]] {
                 let mut decoder = Decoder::default();

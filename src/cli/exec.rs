@@ -13,7 +13,7 @@ use signal_hook::iterator::Signals;
 
 use super::agent::terminal::{self, Raw};
 use super::agent::{Reach, bytes};
-use vmm_agent::client::{Sender, Streams, run};
+use vmm_agent::client::{Sender, Session, Streams, run};
 use vmm_agent::protocol::{Exec, Message, Request};
 use vmm_command::{Code, Failure};
 
@@ -24,9 +24,10 @@ const FORWARDED: [i32; 6] = [SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGALRM
 const INSISTENT: usize = 3;
 const IMPATIENCE: Duration = Duration::from_secs(1);
 
-/// The options of `vmm exec`.
-#[derive(Debug, clap::Args)]
-pub struct Options {
+/// How a command is run, whoever starts its virtual machine.
+#[derive(Debug, Default, PartialEq, Eq, clap::Args)]
+#[group(skip)]
+pub struct How {
     /// Pass standard input on; else the command reads nothing
     #[arg(short, long)]
     interactive: bool,
@@ -42,6 +43,13 @@ pub struct Options {
     /// Run it as this user of the guest, by name or number, and with this group [default: root]
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<OsString>,
+}
+
+/// The options of `vmm exec`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    how: How,
     #[command(flatten)]
     reach: Reach,
     /// The virtual machine's name, as vmm list shows it
@@ -68,24 +76,36 @@ pub struct ShellOptions {
 /// # Errors
 /// The command was not run, or its end is not known.
 pub fn exec(options: Options) -> Result<Code, Failure> {
-    let Options { interactive, tty, env, workdir, user, reach, name, command } = options;
-    if tty && interactive && !terminal::is_there() {
-        let error = anyhow!("standard input is no terminal");
-        return Err(not_run(Failure::new(Code::Host, error).hint(Some("drop -t"))));
+    let Options { how, reach, name, command } = options;
+    how.exec(command).and_then(|exec| carry(exec, &reach, &name)).map_err(not_run)
+}
+
+impl How {
+    /// What the agent is to run as `command`.
+    ///
+    /// # Errors
+    /// A terminal is asked for where there is none; what is said says nothing.
+    pub fn exec(self, command: Vec<OsString>) -> Result<Exec, Failure> {
+        let Self { interactive, tty, env, workdir, user } = self;
+        if tty && interactive && !terminal::is_there() {
+            let error = anyhow!("standard input is no terminal");
+            return Err(Failure::new(Code::Host, error).hint(Some("drop -t")));
+        }
+        if let Some(text) =
+            env.iter().find(|text| text.is_empty() || text.as_encoded_bytes().starts_with(b"="))
+        {
+            let error = anyhow!("-e {text:?} names no variable");
+            return Err(Failure::new(Code::BadArgument, error).hint(Some("give a name: -e NAME=VALUE")));
+        }
+        Ok(Exec {
+            argv: bytes(command),
+            env: env.into_iter().filter_map(variable).collect(),
+            cwd: given("-w", workdir)?,
+            user: given("-u", user)?,
+            tty: tty.then(terminal::size),
+            stdin: interactive,
+        })
     }
-    if let Some(text) = env.iter().find(|text| text.is_empty() || text.as_encoded_bytes().starts_with(b"=")) {
-        let error = anyhow!("-e {text:?} names no variable");
-        return Err(not_run(Failure::new(Code::BadArgument, error).hint(Some("give a name: -e NAME=VALUE"))));
-    }
-    let exec = Exec {
-        argv: bytes(command),
-        env: env.into_iter().filter_map(variable).collect(),
-        cwd: given("-w", workdir).map_err(not_run)?,
-        user: given("-u", user).map_err(not_run)?,
-        tty: tty.then(terminal::size),
-        stdin: interactive,
-    };
-    carry(exec, &reach, &name).map_err(not_run)
 }
 
 /// `vmm shell`.
@@ -101,7 +121,7 @@ pub fn shell(options: ShellOptions) -> Result<Code, Failure> {
 
 /// What was the failure of a command that did not come to run, or of what carried it, has docker's code for that; those of a
 /// command that there is not, or that cannot be run, are shells' own.
-fn not_run(mut failure: Failure) -> Failure {
+pub fn not_run(mut failure: Failure) -> Failure {
     if !matches!(failure.code, Code::Command(_)) {
         failure.code = Code::Command(Code::NOT_RUN);
     }
@@ -130,37 +150,72 @@ fn variable(text: OsString) -> Option<Vec<u8>> {
 }
 
 fn carry(mut exec: Exec, reach: &Reach, name: &str) -> Result<Code, Failure> {
-    let (has_tty, has_stdin) = (exec.tty.is_some(), exec.stdin);
-    if has_tty {
-        // Programs on a terminal want to know which; what the user says of it counts.
-        exec.env.splice(0..0, variable("TERM".into()));
-    }
     let guest = reach.guest(name)?;
-    let host = |error| Failure::new(Code::Host, error);
-    // Before the command can run: one that runs is not to miss a signal.
-    let to = Arc::new(OnceLock::new());
-    pass_signals_on(to.clone(), has_tty).context("handle signals").map_err(host)?;
+    let leave = |signal| {
+        terminal::restore();
+        std::process::exit(128 + signal);
+    };
+    let carrier = Carrier::begin(&mut exec, leave)?;
     let session = guest.start(Request::Exec(exec)).map_err(|error| guest.failure(error))?;
-    let _ = to.set(session.sender());
-    let _raw = match has_tty && has_stdin {
-        true => Some(Raw::take().context("make the terminal raw").map_err(host)?),
-        false => None,
-    };
-    let file = |fd: &dyn AsFd| {
-        fd.as_fd().try_clone_to_owned().map(File::from).context("open a stream").map_err(host)
-    };
-    let streams = Streams {
-        // By the descriptors themselves: what the library would buffer is not the command's yet, or no more.
-        stdin: if has_stdin { Some(Box::new(file(&std::io::stdin())?)) } else { None },
-        stdout: Box::new(file(&std::io::stdout())?),
-        stderr: Box::new(file(&std::io::stderr())?),
-    };
-    Ok(Code::Command(run(session, streams)?.code()))
+    carrier.carry(session)
 }
 
-/// Starts the thread that hands signals to the command. Until there is a session they end this process, and by that what it asked
-/// for.
-fn pass_signals_on(to: Arc<OnceLock<Sender>>, has_tty: bool) -> std::io::Result<()> {
+/// Carries the streams and signals of a command, and from before there is one whatever signals come.
+pub struct Carrier {
+    to: Arc<OnceLock<Sender>>,
+    has_tty: bool,
+    has_stdin: bool,
+}
+
+impl Carrier {
+    /// For `exec`, before it can run: one that runs is not to miss a signal. Until there is a session signals are given to `leave`, which
+    /// ends what was begun; so are then those that the user insists on. It is called on a thread of its own.
+    ///
+    /// # Errors
+    /// The host is out of descriptors or threads.
+    pub fn begin(exec: &mut Exec, leave: impl Fn(i32) + Send + 'static) -> Result<Self, Failure> {
+        let (has_tty, has_stdin) = (exec.tty.is_some(), exec.stdin);
+        if has_tty {
+            // Programs on a terminal want to know which; what the user says of it counts.
+            exec.env.splice(0..0, variable("TERM".into()));
+        }
+        let to = Arc::new(OnceLock::new());
+        let passed = pass_signals_on(to.clone(), has_tty, leave).context("handle signals");
+        passed.map_err(|error| Failure::new(Code::Host, error))?;
+        Ok(Self { to, has_tty, has_stdin })
+    }
+
+    /// Carries those of `session` until it has ended.
+    ///
+    /// # Errors
+    /// The connection is lost; a stream here fails.
+    pub fn carry(self, session: Session) -> Result<Code, Failure> {
+        let Self { to, has_tty, has_stdin } = self;
+        let host = |error| Failure::new(Code::Host, error);
+        let _ = to.set(session.sender());
+        let _raw = match has_tty && has_stdin {
+            true => Some(Raw::take().context("make the terminal raw").map_err(host)?),
+            false => None,
+        };
+        let file = |fd: &dyn AsFd| {
+            fd.as_fd().try_clone_to_owned().map(File::from).context("open a stream").map_err(host)
+        };
+        let streams = Streams {
+            // By the descriptors themselves: what the library would buffer is not the command's yet, or no more.
+            stdin: if has_stdin { Some(Box::new(file(&std::io::stdin())?)) } else { None },
+            stdout: Box::new(file(&std::io::stdout())?),
+            stderr: Box::new(file(&std::io::stderr())?),
+        };
+        Ok(Code::Command(run(session, streams)?.code()))
+    }
+}
+
+/// Starts the thread that hands signals to the command, and to `leave` what is for vmm itself.
+fn pass_signals_on(
+    to: Arc<OnceLock<Sender>>,
+    has_tty: bool,
+    leave: impl Fn(i32) + Send + 'static,
+) -> std::io::Result<()> {
     let mut signals = Signals::new(FORWARDED.into_iter().chain([SIGWINCH, SIGCONT, SIGHUP]))?;
     thread::spawn(move || {
         let mut insisted: Vec<Instant> = Vec::new();
@@ -205,9 +260,4 @@ fn queue(to: Sender) -> mpsc::Sender<Message<'static>> {
     let (give, take) = mpsc::channel();
     thread::spawn(move || take.iter().try_for_each(|message| to.send(&message)));
     give
-}
-
-fn leave(signal: i32) -> ! {
-    terminal::restore();
-    std::process::exit(128 + signal);
 }

@@ -25,6 +25,7 @@ mod silence;
 mod slack;
 mod snapshot;
 mod step;
+mod template;
 mod top;
 mod trace;
 mod wait;
@@ -70,6 +71,8 @@ Examples:
       another disk while it runs, and without it again, if it has --transport pci
   vmm snapshot create web web.snap; vmm restore web.snap
       save it in a folder, and start another where it was (docs/snapshot.md)
+  vmm run --template --kernel vmlinux --initrd initramfs.cpio -- uname -a
+      run a command in a machine of its own: the first time it boots, from then on it goes on from where it was ready
   vmm fork web --count 3
       three more that go on from where it is, as web-1, web-2 and web-3
   vmm pool start web ./web.snap --size 10; vmm pool take web
@@ -100,7 +103,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Boot a virtual machine and stay attached until it ends, or leave it in the background with -d
-    Run(Box<options::Options>),
+    Run(Box<template::Options>),
     /// Show every exit of a virtual machine as a sentence: what the guest did, who answered, what it cost
     Trace(Box<trace::Options>),
     /// Learn from tiny guests with one idea each: every exit explained, as it happened on this host
@@ -132,6 +135,8 @@ enum Command {
     Fork(Box<fork::Options>),
     /// Keep copies of a virtual machine ready, and take them when they are needed
     Pool(Box<pool::Options>),
+    /// List or remove what vmm run --template keeps
+    Template(template::ListOptions),
     /// Show what the guest of a virtual machine in the background wrote to its console
     Logs(logs::Options),
     /// Wait until virtual machines have ended, and print their exit codes
@@ -161,14 +166,14 @@ fn main() -> ExitCode {
     session::end_on_panic(log_output::say);
     raise_file_limit();
     log_output::start(match &command {
-        Command::Run(options) => options.verbose,
+        Command::Run(options) => options.verbose(),
         Command::Restore(options) => options.verbose(),
         Command::Fork(options) => options.verbose(),
         Command::Pool(options) => options.verbose(),
         _ => 0,
     });
     let result = match command {
-        Command::Run(options) => run::run(*options),
+        Command::Run(options) => options.run(),
         Command::Trace(options) => trace::trace(*options),
         Command::Lab(options) => lab::lab(options),
         Command::Top(options) => top::top(*options),
@@ -184,6 +189,7 @@ fn main() -> ExitCode {
         Command::Restore(options) => options.into_run().and_then(run::run),
         Command::Fork(options) => fork::fork(*options),
         Command::Pool(options) => pool::pool(*options),
+        Command::Template(options) => template::template(options),
         Command::Logs(options) => logs::logs(options),
         Command::Wait(options) => wait::wait(options),
         Command::Rm(options) => wait::remove(options),
@@ -237,8 +243,11 @@ fn parse(mut arguments: Vec<OsString>) -> Result<Command, ExitCode> {
         return Ok(command);
     }
     // No command was run, whose code could be this one.
+    let has_command = arguments.iter().any(|argument| argument == "--");
     let wrong = match first.as_str() {
         "exec" | "shell" => Code::Command(Code::NOT_RUN),
+        "run" if has_command => Code::Command(Code::NOT_RUN),
+        option if option.starts_with('-') && has_command => Code::Command(Code::NOT_RUN),
         _ => Code::BadArgument,
     };
     let after = format!("{EXAMPLES}\n{}\n{KEYS}", vmm_command::table());

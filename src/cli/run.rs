@@ -25,6 +25,7 @@ use super::plan::plan;
 use super::restore::Renewer;
 use super::silence::Silence;
 use super::slack;
+use super::template::Task;
 
 /// How to run: what the options say about the run and not about the machine.
 pub struct RunOptions {
@@ -40,6 +41,23 @@ pub struct RunOptions {
     renewal: Option<CopyOptions>,
     /// The configuration before it was fitted to this process, if that changed it.
     original: Option<VmConfig>,
+    /// What is to be done with the machine that runs.
+    task: Option<Task>,
+}
+
+/// Where a run is: on the terminal, or in the background, and then whether nothing is to be kept of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Place(Option<bool>);
+
+impl Place {
+    /// As `options` have it.
+    pub fn of(options: &Options) -> Self {
+        Self(options.detached.then_some(options.rm))
+    }
+
+    fn is_terminal(self) -> bool {
+        self.0.is_none()
+    }
 }
 
 /// What to record of a run.
@@ -71,7 +89,35 @@ impl RunOptions {
             spare: None,
             renewal: None,
             original: None,
+            task: None,
         })
+    }
+
+    /// This process is the one in the background, if `place` says so: fits `config` to that, which is that of a `spare` or of a run.
+    ///
+    /// # Errors
+    /// There is no place for records.
+    pub fn fit(
+        &mut self,
+        config: &mut VmConfig,
+        spare: Option<&Spare>,
+        place: &Place,
+    ) -> Result<(), Failure> {
+        if let Some(remove) = place.0 {
+            self.original = Some(config.clone());
+            self.background = Some(Background::new(config, spare, remove)?);
+        }
+        Ok(())
+    }
+
+    /// The run goes on from `snapshot`, whose guest's agent is to do what `renewal` says.
+    pub fn go_on_from(&mut self, snapshot: Snapshot, renewal: Option<CopyOptions>) {
+        (self.snapshot, self.renewal) = (Some(snapshot), renewal);
+    }
+
+    /// `task` is to be done.
+    pub fn set_task(&mut self, task: Task) {
+        self.task = Some(task);
     }
 }
 
@@ -83,19 +129,16 @@ pub fn run(mut options: Options) -> Result<Code, Failure> {
     }
     let (mut run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
     let gdb = options.gdb.clone();
-    let background = options.detached.then_some(options.rm);
+    let place = Place::of(&options);
     let (snapshot, spare) = (options.snapshot.take(), options.spare.take());
     let mut config = match &snapshot {
         Some(snapshot) => options.resolve_saved(&snapshot.config),
         None => options.resolve(),
     }?;
-    if let Some(remove) = background {
-        run_options.original = Some(config.clone());
-        run_options.background = Some(Background::new(&mut config, spare.as_ref(), remove)?);
-    }
+    run_options.fit(&mut config, spare.as_ref(), &place)?;
     (run_options.snapshot, run_options.spare) = (snapshot, spare);
     // What is required is waited for by the process that started this one.
-    run_options.renewal = renewal.filter(|renewal| background.is_none() || !renewal.is_required());
+    run_options.renewal = renewal.filter(|renewal| place.is_terminal() || !renewal.is_required());
     if dry_run {
         print(&plan(config)?)?;
         return Ok(Code::Success);
@@ -112,7 +155,17 @@ pub fn run(mut options: Options) -> Result<Code, Failure> {
 /// Runs what `config` describes, under `debugger` if there is one.
 pub fn live(
     config: VmConfig,
-    RunOptions { stop_timeout, record, dumpable, mut background, snapshot, spare, renewal, original }: RunOptions,
+    RunOptions {
+        stop_timeout,
+        record,
+        dumpable,
+        mut background,
+        snapshot,
+        spare,
+        renewal,
+        original,
+        mut task,
+    }: RunOptions,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
     if !dumpable {
@@ -127,8 +180,19 @@ pub fn live(
     let keeper = background.as_ref().map(Background::keeper);
     let (serving, lasting) = (log_output::serve, slack::give_back);
     let is_spare = spare.is_some();
-    let controls =
-        Controls { stop_timeout, viewers, serving, lasting, killed_status, keeper, outputs, original, spare };
+    let takes_signals = task.as_ref().is_none_or(|task| !task.has_command());
+    let controls = Controls {
+        stop_timeout,
+        takes_signals,
+        viewers,
+        serving,
+        lasting,
+        killed_status,
+        keeper,
+        outputs,
+        original,
+        spare,
+    };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
     let origin = snapshot.map(Snapshot::into_origin).transpose()?;
     let goes_on = origin.is_some();
@@ -146,12 +210,17 @@ pub fn live(
     observers.extend(renewer.as_mut().map(|renewer| renewer as &mut dyn Observer));
     observers.extend(silence.as_mut().map(|silence| silence as &mut dyn Observer));
     observers.extend(recorded.as_mut().map(|recorded| recorded as &mut dyn Observer));
+    observers.extend(task.as_mut().map(|task| task as &mut dyn Observer));
     observers.extend(background.as_mut().map(|background| background as &mut dyn Observer));
     if let Some(debugger) = debugger {
         observers.push(debugger);
     }
     let outcome = session.run(&mut observers);
     let result = finish(&mut session, recorded).and_then(|()| code(outcome?));
+    let result = match task {
+        Some(task) => task.result(result),
+        None => result,
+    };
     let status = result.as_ref().map_or_else(|failure| failure.code, |code| *code);
     if let Some(background) = background {
         if background.is_spare() {

@@ -14,6 +14,7 @@ use rustix::fs::{
     AtFlags, FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock, open, openat, renameat, statat,
 };
 use rustix::io::Errno;
+use rustix::process::geteuid;
 
 use crate::config::host_path::quoted;
 
@@ -81,6 +82,20 @@ pub fn hint(path: &Path, error: &io::Error, example: &str) -> String {
 /// As mkdir(2) has them.
 pub fn folder(path: &Path) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(path)
+}
+
+/// Makes `path`, and what leads there, for this user alone, where it is not there yet.
+///
+/// # Errors
+/// As mkdir(2) has them; what is there is another user's, or others may write to it.
+pub fn own_folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    // Where others may write, somebody else may have been first.
+    let found = std::fs::metadata(path)?;
+    match found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0 {
+        true => Ok(()),
+        false => Err(io::Error::other("it belongs to another user, or others may write to it")),
+    }
 }
 
 /// The folder that `path` is in, and a hidden name there for what gets its own once it is complete. None if `path` ends in no name.

@@ -21,6 +21,7 @@ mod place;
 mod pool;
 mod snapshot;
 mod strangers;
+mod template;
 mod terminal;
 mod top;
 mod trace;

@@ -51,7 +51,7 @@ impl Place {
 
     pub fn set_up(&self, command: &mut Command) {
         command.current_dir(self.dir.path()).env("XDG_RUNTIME_DIR", self.path("run"));
-        command.env("XDG_STATE_HOME", self.path("state"));
+        command.env("XDG_STATE_HOME", self.path("state")).env("XDG_CACHE_HOME", self.path("cache"));
         command.env_remove("RUST_LOG").env_remove("VMM_KVM");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     }

@@ -2,8 +2,8 @@
 //! asked for, and a session of its own.
 
 use std::ffi::OsStr;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use rustix::fd::OwnedFd;
-use rustix::fs::{OFlags, Uid, fchown, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{MemfdFlags, OFlags, Uid, fchown, fcntl_getfl, fcntl_setfl, memfd_create};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{getuid, ioctl_tiocsctty, setsid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
@@ -28,9 +28,14 @@ pub const PACK: &[u8] = b"--pack";
 pub const UNPACK: &[u8] = b"--unpack";
 /// And to make the guest, which is a copy, another one.
 pub const RENEW: &[u8] = b"--renew";
-/// What follows is one of these for each choice.
+/// What follows is one of these for each choice: [`said`].
 pub const YES: &[u8] = b"yes";
-pub const NO: &[u8] = b"no";
+const NO: &[u8] = b"no";
+
+/// A choice as an argument.
+pub fn said(choice: bool) -> &'static [u8] {
+    if choice { YES } else { NO }
+}
 
 /// What every command gets, unless the client says otherwise.
 pub const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -92,15 +97,48 @@ pub fn start(exec: &Exec) -> Result<Started, Refusal> {
 
 /// Starts the agent itself with `arguments`: to pack or unpack an archive, or for a renewal.
 pub fn start_own(arguments: &[&[u8]], stdin: bool) -> Result<Started, Refusal> {
+    let started = on_pipes(own(arguments), stdin).map_err(own_failed)?.map_err(own_failed)?;
+    Ok(Started { ends_by_itself: true, ..started })
+}
+
+/// Runs the agent itself with `arguments`, to its end. The first of what it complains of; nothing if it has succeeded.
+///
+/// # Errors
+/// It cannot be started.
+pub fn run_own(arguments: &[&[u8]]) -> Result<Vec<String>, Refusal> {
+    const MOST: u64 = 2048;
+    let run = || {
+        // No pipe: what it leaves behind may have that open for as long as it likes.
+        let said = File::from(memfd_create("complaints", MemfdFlags::CLOEXEC)?);
+        let mut command = own(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?);
+        let status = command.status()?;
+        let mut text = Vec::new();
+        let mut said = said;
+        said.rewind()?;
+        said.take(MOST).read_to_end(&mut text)?;
+        Ok((status, text))
+    };
+    let (status, text) = run().map_err(own_failed)?;
+    if status.success() {
+        return Ok(Vec::new());
+    }
+    let lines: Vec<_> = String::from_utf8_lossy(&text).lines().map(str::to_owned).collect();
+    Ok(if lines.is_empty() { vec![status.to_string()] } else { lines })
+}
+
+fn own(arguments: &[&[u8]]) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("vmm-agent")
         .current_dir("/")
         .args(arguments.iter().map(|argument| OsStr::from_bytes(argument)));
     in_own_session(&mut command);
-    let failed = |error| (Reason::Refused, format!("the agent cannot start itself: {error}"));
-    let started = on_pipes(command, stdin).map_err(failed)?.map_err(failed)?;
-    Ok(Started { ends_by_itself: true, ..started })
+    command
+}
+
+fn own_failed(error: io::Error) -> Refusal {
+    (Reason::Refused, format!("the agent cannot start itself: {error}"))
 }
 
 fn not_started(name: &[u8], error: io::Error) -> Refusal {

@@ -15,7 +15,7 @@ use std::os::unix::fs::PermissionsExt;
 use vmm_agent::protocol::{GENERATION, Reason, Renewal};
 
 use crate::orders;
-use crate::process::{DEFAULT_PATH, Refusal};
+use crate::process::{self, DEFAULT_PATH, RENEW, Refusal, said};
 
 /// Where the copy's generation is, in hexadecimal digits and the end of a line.
 const FILE: &str = "run/vmm/generation";
@@ -48,15 +48,30 @@ pub fn first(renewal: &Renewal) -> Result<(), Refusal> {
     orders::set_hostname(&renewal.hostname).map_err(refused("set its host name"))
 }
 
+/// All of it. Returns when it is done: by a process of its own only where there are programs to run.
+///
+/// # Errors
+/// Not all could be done.
+pub fn complete(renewal: &Renewal) -> Result<(), Refusal> {
+    first(renewal)?;
+    let (root, generation) = (Path::new("/"), text(&renewal.generation));
+    let complaints = match programs(&root.join(PROGRAMS)) {
+        Ok(programs) if programs.is_empty() => files(root, generation.as_bytes(), renewal.machine_id),
+        _ => process::run_own(&[RENEW, generation.as_bytes(), said(renewal.machine_id)])?,
+    };
+    match complaints.is_empty() {
+        true => Ok(()),
+        false => {
+            let complaints = complaints.join("; ");
+            let what = format!("the agent could not make the guest a machine of its own: {complaints}");
+            Err((Reason::Refused, what))
+        }
+    }
+}
+
 /// The rest, below `root`, by a process of its own. Says on standard error what fails, and does all the same what does not.
 pub fn run(root: &Path, generation: &[u8], machine_id: bool) -> ExitCode {
-    let mut failures = Vec::new();
-    if let Err(error) = write(&root.join(FILE), &[generation, b"\n"].concat()) {
-        failures.push(format!("cannot write /{FILE}: {error}"));
-    }
-    if machine_id && let Err(error) = renew_machine_id(root) {
-        failures.push(format!("cannot write a new /{MACHINE_ID}: {error}"));
-    }
+    let mut failures = files(root, generation, machine_id);
     match programs(&root.join(PROGRAMS)) {
         Ok(programs) => {
             failures.extend(programs.iter().filter_map(|program| run_program(program, generation).err()));
@@ -65,6 +80,18 @@ pub fn run(root: &Path, generation: &[u8], machine_id: bool) -> ExitCode {
     }
     failures.iter().for_each(|failure| eprintln!("{failure}"));
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Writes what there is of files below `root`. Says what fails.
+fn files(root: &Path, generation: &[u8], machine_id: bool) -> Vec<String> {
+    let mut failures = Vec::new();
+    if let Err(error) = write(&root.join(FILE), &[generation, b"\n"].concat()) {
+        failures.push(format!("cannot write /{FILE}: {error}"));
+    }
+    if machine_id && let Err(error) = renew_machine_id(root) {
+        failures.push(format!("cannot write a new /{MACHINE_ID}: {error}"));
+    }
+    failures
 }
 
 /// Whoever reads it finds all of it or what was there before.

@@ -10,7 +10,7 @@ use vmm_agent::protocol::{Decoder, Exit, Malformed, Message, Reason, Request, VE
 use crate::job::Job;
 use crate::orders;
 use crate::output::Output;
-use crate::process::{self, NO, PACK, RENEW, UNPACK, YES};
+use crate::process::{self, PACK, RENEW, UNPACK, said};
 use crate::renewal;
 
 /// How long a client may take to say what it wants, and to take what is said to it at the end of a session that failed.
@@ -179,7 +179,6 @@ fn begin(request: Request, job: &mut Option<Job>, output: &mut Output) {
     let done = |result: std::io::Result<()>, what: &str| {
         result.map_err(|error| (Reason::Refused, format!("the guest cannot {what}: {error}")))
     };
-    let said = |choice| if choice { YES } else { NO };
     let started = match request {
         Request::Exec(exec) => process::start(&exec).and_then(Job::of),
         Request::Pack { path, name } => process::start_own(&[PACK, &path, &name], false).and_then(Job::of),
@@ -205,6 +204,10 @@ fn begin(request: Request, job: &mut Option<Job>, output: &mut Output) {
             let arguments = [RENEW, generation.as_bytes(), said(renewal.machine_id)];
             process::start_own(&arguments, false).and_then(Job::of)
         }),
+        // The command is to find nothing that it has in common with other copies.
+        Request::RenewAndExec(renewal, exec) => {
+            renewal::complete(&renewal).and_then(|()| process::start(&exec)).and_then(Job::of)
+        }
         Request::ShutDown => return answer(done(orders::shut_down(), "power off"), output),
     };
     match started {

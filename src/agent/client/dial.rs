@@ -37,10 +37,23 @@ pub struct Patience {
 /// # Errors
 /// Nobody listens there and the guest has had its time to boot, or it does not answer.
 pub fn dial(path: &Path, port: u32, patience: Patience) -> Result<UnixStream, Error> {
+    dial_with(|| UnixStream::connect(path), path, port, patience)
+}
+
+/// The same, by connections to `path` that `connect` makes.
+///
+/// # Errors
+/// As [`dial`].
+pub fn dial_with(
+    connect: impl Fn() -> io::Result<UnixStream>,
+    path: &Path,
+    port: u32,
+    patience: Patience,
+) -> Result<UnixStream, Error> {
     let failed = |source| Error::Socket { path: path.to_owned(), source };
     let call = || {
         // That there is none is no refusal of the guest's.
-        let mut stream = UnixStream::connect(path).map_err(failed)?;
+        let mut stream = connect().map_err(failed)?;
         let answered = ask(&mut stream, port, patience.answer).map(|listens| listens.then_some(stream));
         unless_timeout(answered).map_err(failed)
     };
@@ -121,11 +134,21 @@ fn dial_by(
 /// Whether somebody listens. Reads not one byte past the answer: what follows is the connection's.
 fn ask(stream: &mut UnixStream, port: u32, deadline: Instant) -> io::Result<bool> {
     stream.set_write_timeout(Some(left(deadline)))?;
-    match stream.write_all(format!("CONNECT {port}\n").as_bytes()) {
+    match stream.write_all(&call_to(port)) {
         Err(error) if is_gone(&error) => return Ok(false),
         result => result?,
     }
     stream.set_write_timeout(None)?;
+    is_answered(stream, deadline)
+}
+
+/// What the one who takes connections is told first.
+pub(super) fn call_to(port: u32) -> Vec<u8> {
+    format!("CONNECT {port}\n").into_bytes()
+}
+
+/// Whether somebody listens, of a stream that has said [`call_to`].
+pub(super) fn is_answered(stream: &mut UnixStream, deadline: Instant) -> io::Result<bool> {
     let mut answer = Vec::new();
     while answer.last() != Some(&b'\n') && answer.len() < MAX_ANSWER {
         stream.set_read_timeout(Some(left(deadline)))?;

@@ -15,7 +15,7 @@ use crate::protocol::{Decoder, Facts, MAX_REQUEST, Malformed, Message, PORT, Rea
 
 use crate::port::NAME;
 
-pub use dial::{Patience, dial, dial_cid};
+pub use dial::{Patience, dial, dial_cid, dial_with};
 pub use port::dial_port;
 pub use run::{Streams, run};
 
@@ -180,11 +180,33 @@ impl Session {
         self.stream.try_clone()
     }
 
+    /// The same on a `stream` that has yet to call the agent's port: all of it is said at once, without waiting for an answer.
+    ///
+    /// # Errors
+    /// As for [`Session::start`]; nobody listens there ([`Error::NobodyListens`]): then nothing of it was heard.
+    pub fn call(stream: UnixStream, request: Request, deadline: Instant) -> Result<Self, Error> {
+        match Self::ask_after(stream, Some(PORT), request, deadline)? {
+            (session, Answer::Started) => Ok(session),
+            _ => Err(Malformed::Order.into()),
+        }
+    }
+
     fn ask(stream: UnixStream, request: Request, deadline: Instant) -> Result<(Self, Answer), Error> {
+        Self::ask_after(stream, None, request, deadline)
+    }
+
+    /// Asks, behind a call to port `called` if that is still to be made.
+    fn ask_after(
+        stream: UnixStream,
+        called: Option<u32>,
+        request: Request,
+        deadline: Instant,
+    ) -> Result<(Self, Answer), Error> {
         let started = Instant::now();
         let lost = |error| Error::Lost(Some(error));
         let nonce = u64::from_ne_bytes(random().map_err(lost)?);
-        let mut opening = Message::Hello { version: VERSION, nonce }.to_vec();
+        let mut opening = called.map(dial::call_to).unwrap_or_default();
+        Message::Hello { version: VERSION, nonce }.put(&mut opening);
         let hello = opening.len();
         Message::Request(request).put(&mut opening);
         if opening.len() - hello > MAX_REQUEST {
@@ -195,6 +217,16 @@ impl Session {
         // What it takes of a request it takes at once; one that does not may be another version's, whose hello is to be read.
         session.stream.set_write_timeout(Some(left(deadline))).map_err(lost)?;
         let sent = session.stream.write_all(&opening);
+        if let Some(port) = called {
+            match dial::is_answered(&mut session.stream, deadline) {
+                Ok(true) => {}
+                Ok(false) => return Err(Error::NobodyListens(port)),
+                Err(error) if is_timeout(&error) => {
+                    return Err(Error::NoAnswer { port, waited: started.elapsed() });
+                }
+                Err(error) => return Err(lost(error)),
+            }
+        }
         let mut greeted = false;
         let answer = loop {
             let limit = left(deadline);

@@ -30,6 +30,23 @@ pub struct Changes {
     machine_id: bool,
 }
 
+impl Changes {
+    /// What the agent is told, now.
+    ///
+    /// # Errors
+    /// This host has no random numbers.
+    pub fn renewal(&self) -> Result<Renewal, Failure> {
+        let (generation, seed) = (random::<GENERATION>()?, random::<SEED>()?.to_vec());
+        let hostname = self.hostname.clone().unwrap_or_default().into_bytes();
+        Ok(Renewal { generation, time: nanoseconds(), seed, hostname, machine_id: self.machine_id })
+    }
+
+    /// Whether there are any.
+    pub fn are_none(&self) -> bool {
+        self.hostname.is_none() && !self.machine_id
+    }
+}
+
 /// The options of `vmm agent renew`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -133,11 +150,7 @@ fn tell(guest: &Guest, changes: &Changes) -> Result<(), Failure> {
         error => Err(error),
     });
     facts.map_err(|error| guest.failure(error))?;
-    let (generation, seed) = (random::<GENERATION>()?, random::<SEED>()?.to_vec());
-    let time = nanoseconds();
-    let hostname = changes.hostname.clone().unwrap_or_default().into_bytes();
-    let renewal = Renewal { generation, time, seed, hostname, machine_id: changes.machine_id };
-    let session = guest.start(Request::Renew(renewal)).map_err(|error| {
+    let session = guest.start(Request::Renew(changes.renewal()?)).map_err(|error| {
         let is_old = matches!(error, Error::Failed { reason: Reason::Protocol, .. });
         guest
             .failure(error)

@@ -4,9 +4,8 @@
 //! nobody has, the run is over.
 
 use std::env;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -163,12 +162,7 @@ impl Records {
     }
 
     fn make(&self, record: &Record) -> io::Result<()> {
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.path)?;
-        // Where others may write, somebody else may have been first.
-        let folder = fs::metadata(&self.path)?;
-        if folder.uid() != rustix::process::geteuid().as_raw() || folder.mode() & 0o022 != 0 {
-            return Err(io::Error::other("it belongs to another user, or others may write to it"));
-        }
+        output::own_folder(&self.path)?;
         output::folder(&record.folder)
     }
 

@@ -40,6 +40,18 @@ impl Signals {
     /// # Errors
     /// The host is out of descriptors.
     pub fn take() -> io::Result<Self> {
+        Self::take_over(true)
+    }
+
+    /// The same for who has another use for those that are orders to end: none of them comes.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn take_no_orders() -> io::Result<Self> {
+        Self::take_over(false)
+    }
+
+    fn take_over(orders: bool) -> io::Result<Self> {
         let (stop, stop_writer) = UnixStream::pair()?;
         let (kill, kill_writer) = UnixStream::pair()?;
         stop.set_nonblocking(true)?;
@@ -52,7 +64,7 @@ impl Signals {
             handlers.push(flag::register(signal, Arc::default())?);
         }
         for (signal, writer) in [(SIGTERM, &stop_writer), (SIGINT, &stop_writer), (SIGHUP, &kill_writer)] {
-            if ignored & (1 << (signal - 1)) == 0 {
+            if orders && ignored & (1 << (signal - 1)) == 0 {
                 hold(signal)?;
                 handlers.push(low_level::pipe::register(signal, writer.try_clone()?)?);
             }

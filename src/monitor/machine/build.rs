@@ -22,7 +22,7 @@ use crate::config::{Firmware, OnPanic, Transport, VmConfig};
 use crate::hyperv::Hypercalls;
 use crate::kvm::{self, Processor};
 use crate::legacy::acpi_pm::AcpiPm;
-use crate::legacy::boot_marks::BootMarks;
+use crate::legacy::boot_marks::{BootMarks, Ready};
 use crate::legacy::crtc::Crtc;
 use crate::legacy::debug_exit::DebugExit;
 use crate::legacy::debug_port::DebugPort;
@@ -123,6 +123,7 @@ fn build(
     if config.net_dump.is_some() {
         lock(&backends.pluggable).ports.note_frames();
     }
+    let ready = Arc::<Ready>::default();
     let mut board = Board::default();
     let dynamic: Arc<dyn Vm> = vm.clone();
     let pci =
@@ -147,7 +148,7 @@ fn build(
             Kind::DebugExit => shared(DebugExit),
             Kind::RtcCmos => shared(RtcCmos::new(memory.size(), config.cpus.0)),
             Kind::TextScreen => shared(Crtc::default()),
-            Kind::BootMarks => shared(BootMarks::new(start)),
+            Kind::BootMarks => shared(BootMarks::new(start, ready.clone())),
             Kind::Rom => shared(Rom),
             Kind::FwCfg => fw_cfg.clone(),
             Kind::DebugPort => shared(DebugPort::default()),
@@ -255,6 +256,7 @@ fn build(
         networks: Mutex::new(networks),
         pci,
         power,
+        ready,
         phase: Mutex::new(Phase::Running),
         events,
         killed: AtomicBool::new(false),

@@ -214,6 +214,11 @@ impl Handle {
         lock(&self.0.power).press_power_button();
     }
 
+    /// Waits until the guest has marked that it is ready (`boot_marks=on`), `limit` at most.
+    pub fn await_ready_mark(&self, limit: Duration) -> bool {
+        self.0.ready.wait(limit)
+    }
+
     /// Has KVM note which pages the guest writes to, from now on, or no longer.
     ///
     /// # Errors

@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 use crate::bus::{Busy, Device, Overlap, SharedDevice, Slot, lock};
 use crate::config;
 use crate::legacy::acpi_pm::AcpiPm;
+use crate::legacy::boot_marks::Ready;
 use crate::legacy::fw_cfg::FwCfg;
 use crate::memory::Memory;
 use crate::net::traffic::Network;
@@ -189,6 +190,7 @@ struct Shared {
     pci: Option<PciBus>,
     plugboard: Plugboard,
     power: Arc<Mutex<AcpiPm>>,
+    ready: Arc<Ready>,
     phase: Mutex<Phase>,
     events: Sender<Event>,
     /// Nobody waits for a device any more.

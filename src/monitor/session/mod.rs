@@ -27,6 +27,7 @@ use crate::pool::{Spare, Wanted};
 use crate::recorder::Recorder;
 use crate::threads::{OrdersElsewhere, Role};
 use crate::virtio;
+use crate::vsock::Dialer;
 use running::{Asked, Running};
 
 pub use defect::end_on_panic;
@@ -77,6 +78,8 @@ pub struct Built<'a> {
     pub ptys: &'a [Pty],
     /// The host ends of its consoles.
     pub ends: &'a Ends,
+    /// The way to its guest, if it has a socket device whose connections are ours.
+    pub dialer: Option<Dialer>,
 }
 
 /// The end of one machine of a session.
@@ -100,6 +103,8 @@ pub trait Keeper: fmt::Debug + Send + Sync {
 pub struct Controls {
     /// From a stop to a hard end, unless the stop says otherwise.
     pub stop_timeout: Duration,
+    /// SIGTERM, SIGINT and SIGHUP are orders to end; else they are the owner's.
+    pub takes_signals: bool,
     /// Adds up what the machine does while a viewer is attached.
     pub viewers: Arc<dyn Viewers>,
     /// Called when the control thread starts, before it: for threads of the owner's, which shorter runs do without.
@@ -183,7 +188,8 @@ impl<'a> Session<'a> {
         // Before anything that a signal would have to undo, and before there is another thread.
         let orders = OrdersElsewhere::from_now_on();
         let shell = Shell::early(config, origin.as_ref(), &recorder);
-        let signals = Signals::take().map_err(api::Error::Thread)?;
+        let signals = if controls.takes_signals { Signals::take() } else { Signals::take_no_orders() };
+        let signals = signals.map_err(api::Error::Thread)?;
         let Controls {
             stop_timeout,
             viewers,
@@ -194,6 +200,7 @@ impl<'a> Session<'a> {
             outputs,
             original,
             spare,
+            ..
         } = controls;
         let name = spare.as_ref().map(Spare::name).or(config.name.as_deref());
         let entry = Registry::of_user().register(name)?;
@@ -282,7 +289,8 @@ impl<'a> Session<'a> {
             let mut machine =
                 machine::load(self.config, self.origin.take(), shell, &mut self.backends, &self.recorder)?;
             let ptys = self.ptys();
-            let mut built = Built { machine: &mut machine, ptys: &ptys, ends: &self.backends.ends };
+            let (ends, dialer) = (&self.backends.ends, self.backends.doors.dialer());
+            let mut built = Built { machine: &mut machine, ptys: &ptys, ends, dialer };
             for observer in &mut *observers {
                 observer.built(&mut built).map_err(Error::Observer)?;
             }

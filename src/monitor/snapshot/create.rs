@@ -97,7 +97,7 @@ impl Below {
 }
 
 /// What has a life of its own outside.
-fn supported(config: &VmConfig) -> Result<(), Error> {
+pub(super) fn supported(config: &VmConfig) -> Result<(), Error> {
     let what = match config {
         _ if config.firmware.is_some() => "a machine with firmware",
         _ if config.net.iter().any(|net| net.is_served_elsewhere()) => {

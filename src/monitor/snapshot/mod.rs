@@ -9,8 +9,10 @@ mod base;
 mod child;
 mod create;
 mod disks;
+mod key;
 mod memory;
 mod parts;
+mod templates;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,7 +26,9 @@ use parts::Part;
 
 pub use child::{child, network_of_one};
 pub use create::{create, fork};
+pub use key::Key;
 pub use parts::Parts;
+pub use templates::{Found, New, Template, Templates};
 
 /// The first bytes of `state`.
 const MAGIC: [u8; 8] = *b"VMMSTATE";
@@ -60,6 +64,9 @@ pub enum Error {
     /// Two machines would write to it.
     #[error("disk {} is written to in place, and each copy needs its own", .0.display())]
     InPlace(PathBuf),
+    /// A template would not be of the machine that was booted.
+    #[error("{0} changed while the guest booted")]
+    Changed(String),
     /// The machine does not come to rest.
     #[error(transparent)]
     Pause(#[from] PauseError),
@@ -255,6 +262,7 @@ impl Error {
                 "give the disk an overlay at its start, `disk.overlay`; or save the machine, and fork that: vmm snapshot create",
             ),
             Self::High => Some("save it whole: without a base"),
+            Self::Changed(_) => Some("start it once more when nobody writes to its files"),
             Self::Pause(_) | Self::Machine(_) => None,
         }
     }

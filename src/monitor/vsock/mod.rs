@@ -17,8 +17,9 @@ mod vhost;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -217,6 +218,15 @@ impl Host {
         }
     }
 
+    /// Takes in a program of this process, as if it had connected. Its end of the connection, which blocks.
+    fn take_in(&mut self) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let (ours, id) = (OwnedFd::from(ours), self.next_id());
+        self.poller.add(&ours, Source::Caller, id, Interest::INPUT)?;
+        self.callers.add(id, ours, Kind::Stream);
+        Ok(theirs)
+    }
+
     fn hear(&mut self, id: u64) -> Option<Event> {
         let call = self.callers.ready(id)?;
         let end = self.poller.change(&call.fd, Source::Connection, id, call.kind.interest());
@@ -309,6 +319,21 @@ impl Sockets {
     }
 }
 
+/// The way to a guest for programs of this process, without the socket. It does not keep the sockets open.
+#[derive(Debug, Clone)]
+pub struct Dialer(Weak<Mutex<Host>>);
+
+impl Dialer {
+    /// A connection whose other end has yet to hear `CONNECT PORT`, as if it had been made by the socket.
+    ///
+    /// # Errors
+    /// The machine has ended; the host is out of descriptors.
+    pub fn dial(&self) -> io::Result<UnixStream> {
+        let host = self.0.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+        host.lock().unwrap_or_else(PoisonError::into_inner).take_in()
+    }
+}
+
 impl AsFd for Sockets {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
@@ -358,6 +383,11 @@ impl Doors {
         self.is_default = config.path.is_none();
         self.open = Some(sockets.clone());
         Ok(sockets)
+    }
+
+    /// The way to the guest for programs of this process; none if the sockets are not open.
+    pub fn dialer(&self) -> Option<Dialer> {
+        self.open.as_ref().map(|sockets| Dialer(Arc::downgrade(&sockets.host)))
     }
 
     /// The kernel's end, opened now if it is asked for the first time. Connections of an earlier guest have ended.
