@@ -21,6 +21,7 @@ mod plan;
 mod pool;
 mod restore;
 mod run;
+mod saved;
 mod silence;
 mod slack;
 mod snapshot;

@@ -6,8 +6,10 @@ use clap::Subcommand;
 
 use super::control::{GRACE, connect};
 use super::plan::plan;
+use super::saved;
+use super::wait::for_each;
 use vmm_command::{Code, Failure, print};
-use vmm_monitor::snapshot::Snapshot;
+use vmm_monitor::snapshot::{self, Snapshot};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -19,6 +21,7 @@ Examples:
       what differs from web.snap alone: it is small, and restored where web.snap is
   vmm snapshot verify web.snap
   vmm restore web.snap
+  vmm snapshot list; vmm snapshot rm web.snap
 ";
 
 /// The options of `vmm snapshot`.
@@ -37,6 +40,22 @@ enum Command {
     Show(FolderOptions),
     /// Read all of a folder, and say whether it is as it was saved
     Verify(FolderOptions),
+    /// List the snapshots in a folder
+    #[command(visible_alias = "ls")]
+    List {
+        /// Where they are
+        #[arg(default_value = ".")]
+        folder: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove snapshots, and nothing that is none
+    Rm {
+        /// Folders that vmm snapshot create made
+        #[arg(value_name = "FOLDER", required = true)]
+        folders: Vec<PathBuf>,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -74,6 +93,15 @@ pub fn snapshot(options: Options) -> Result<Code, Failure> {
             Snapshot::open(&folder)?.verify()?;
             Ok(Code::Success)
         }
+        Command::List { folder, json } => {
+            let all = snapshot::list(&folder).map_err(|error| {
+                let what = format!("cannot read folder {}", folder.display());
+                Failure::new(Code::BadArgument, anyhow::Error::new(error).context(what))
+                    .hint(Some("name one that has snapshots in it"))
+            })?;
+            saved::print(all.iter().map(|saved| (saved, None)), json)
+        }
+        Command::Rm { folders } => Ok(for_each(&folders, |folder| Ok(snapshot::remove(folder)?))),
     }
 }
 

@@ -30,6 +30,7 @@ mod pool;
 mod reboot;
 mod snapshot;
 mod snapshot_whole;
+mod template;
 mod trace;
 mod vhost;
 mod vhost_user;

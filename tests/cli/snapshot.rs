@@ -70,6 +70,40 @@ fn restored_machines_count_on_from_where_the_saved_one_was_and_it_counts_on_itse
 }
 
 #[test]
+fn snapshots_are_listed_and_removed_and_nothing_that_is_none() {
+    if !has_kvm("snapshots_are_listed_and_removed_and_nothing_that_is_none") {
+        return;
+    }
+    let (place, _guest) = counting("");
+    place.done("snapshot create v s");
+    place.done("snapshot create v t");
+    let list = |folder: &str| -> Vec<String> {
+        let told = place.done(&format!("snapshot list --json {folder}"));
+        let rows: Vec<serde_json::Value> = serde_json::from_str(&told).unwrap();
+        rows.iter().map(|row| row["name"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!((list(""), list("s")), (vec!["s".to_owned(), "t".to_owned()], vec![]));
+    let table = place.done("snapshot list");
+    assert!(table.lines().nth(1).unwrap().starts_with("s ") && table.contains(" 32M  count\n"), "{table}");
+    // More than a snapshot, a link to one, no folder, and a folder without one.
+    fs::write(place.path("t/mine"), "mine").unwrap();
+    std::os::unix::fs::symlink("s", place.path("link")).unwrap();
+    for (what, why) in
+        [("t", "it has mine, too"), ("link", "symbolic link"), ("said", "state"), ("run", "state")]
+    {
+        let before = place.contents().len();
+        let said = place.fails(&format!("snapshot rm {what}"), BAD_ARGUMENT);
+        assert!(said.contains(why) && place.contents().len() >= before, "{said}");
+    }
+    fs::remove_file(place.path("t/mine")).unwrap();
+    fs::write(place.path("t/memory"), "damaged").unwrap();
+    assert_eq!(list(""), ["s"]);
+    place.done("snapshot rm s t");
+    assert!(!place.path("s").exists() && !place.path("t").exists());
+    assert!(place.fails("snapshot list nowhere", BAD_ARGUMENT).contains("nowhere"));
+}
+
+#[test]
 fn memory_is_saved_as_it_was_at_one_moment_while_the_guest_runs_on() {
     if !has_kvm("memory_is_saved_as_it_was_at_one_moment_while_the_guest_runs_on") {
         return;

@@ -125,7 +125,13 @@ fn what_was_changed_is_booted_anew() {
     place.file("initrd", "one");
     place.file("disk", vec![0; 1 << 20]);
     let files = "--initrd initrd --disk disk";
-    assert!(boots(&place, "a", files) && !boots(&place, "b", files));
+    assert!(boots(&place, "a", files));
+    let mut command = place.command(&format!("{RUN} {files} -v --serial file=b --name b"));
+    command.stderr(fs::File::create(place.path("log")).unwrap());
+    let running = Running::new(command);
+    assert!(!booted(&place, "b"));
+    assert!(!fs::read_to_string(place.path("log")).unwrap().contains("stale"));
+    drop(running);
     // Of the same size, with the same time.
     for (index, file) in ["ready", "initrd", "disk"].into_iter().enumerate() {
         let path = place.path(file);

@@ -12,6 +12,7 @@ mod disks;
 mod key;
 mod memory;
 mod parts;
+mod shelf;
 mod templates;
 
 use std::io;
@@ -28,6 +29,7 @@ pub use child::{child, network_of_one};
 pub use create::{create, fork};
 pub use key::Key;
 pub use parts::Parts;
+pub use shelf::{Saved, list, remove};
 pub use templates::{Found, New, Template, Templates};
 
 /// The first bytes of `state`.
@@ -76,6 +78,14 @@ pub enum Error {
     /// A file is not what a snapshot has there.
     #[error("{}: {what}", path.display())]
     Damaged {
+        /// Which.
+        path: PathBuf,
+        /// How it shows.
+        what: String,
+    },
+    /// What was to be removed is something else.
+    #[error("{} is no snapshot: {what}", path.display())]
+    NoSnapshot {
         /// Which.
         path: PathBuf,
         /// How it shows.
@@ -250,7 +260,9 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Damaged { .. } => Some("save the machine again: vmm snapshot create NAME FOLDER"),
+            Self::NoSnapshot { .. } => Some("look at it first: ls -la FOLDER; vmm snapshot list"),
             Self::Version { .. } => Some("restore it with the vmm that saved it"),
+            Self::File { what: "remove", .. } => Some("see whose it is: ls -ld FOLDER"),
             Self::File { what: "open" | "read" | "find", .. } => {
                 Some("name a folder that vmm snapshot create has made")
             }

@@ -70,6 +70,11 @@ impl Parts {
         Self::of(|name| Part::open(folder.join(name)))
     }
 
+    /// The state alone of those in `folder`.
+    pub(super) fn state(folder: &Path) -> Result<Part, Error> {
+        Part::open(folder.join("state"))
+    }
+
     /// Those that this process was given as `descriptors`.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 //! One that is there is whole, and never changed: it is made under another name, and a run that uses it has its files open or
 //! mapped, so that it may be replaced or removed at any time. Whoever makes one holds its lock.
 
+use std::cmp::Reverse;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
@@ -14,7 +15,7 @@ use rustix::fs::{
     CWD, FlockOperation, RenameFlags, Timespec, Timestamps, UTIME_NOW, flock, renameat_with, utimensat,
 };
 
-use super::{Error, Key, Snapshot, create, file};
+use super::{Error, Key, Saved, Snapshot, create, file};
 use crate::config::VmConfig;
 use crate::error_chain;
 use crate::machine::Handle;
@@ -24,7 +25,7 @@ use crate::output;
 const MOST: usize = 16;
 const MOST_BYTES: u64 = 8 << 30;
 /// What a template has beside a snapshot's files.
-const KEY: &str = "key.json";
+pub(super) const KEY: &str = "key.json";
 /// What is made, in a folder of its own, and what is being removed.
 const MAKING: &str = ".making";
 const GOING: &str = ".going";
@@ -38,14 +39,8 @@ pub struct Templates {
 /// One of them.
 #[derive(Debug)]
 pub struct Template {
-    /// Its name: 16 hexadecimal digits.
-    pub name: String,
-    /// The machine that was saved.
-    pub config: VmConfig,
-    /// On the disk.
-    pub bytes: u64,
-    /// When it was made.
-    pub made: SystemTime,
+    /// The snapshot; its name has 16 hexadecimal digits.
+    pub saved: Saved,
     /// When a run used it last.
     pub used: SystemTime,
 }
@@ -86,17 +81,17 @@ impl Templates {
     /// # Errors
     /// The machine can have none ([`Key::of`]); the folder cannot be written to.
     pub fn find(&self, config: &VmConfig, anew: bool) -> Result<Found, Error> {
-        let key = Key::of(config)?;
+        let mut config = config.clone();
+        config.make_absolute();
+        let key = Key::of(&config)?;
         if !anew && let Some(template) = self.whole(&key) {
             return Ok(Found::Template(Box::new(template)));
         }
         let making = self.folder.join(format!("{MAKING}.{}", key.name()));
         let lock = lock(&making).map_err(file("lock", &making))?;
-        // Also for what another has made meanwhile.
-        let mut config = config.clone();
-        config.make_absolute();
         let new = New { templates: self.clone(), key: Key::settled(&config)?, config, making, _lock: lock };
         new.clear().map_err(file("clear", &new.making))?;
+        // Another may have made it meanwhile.
         match self.whole(&new.key) {
             Some(template) if !anew => Ok(Found::Template(Box::new(template))),
             _ => Ok(Found::Nothing(new)),
@@ -141,20 +136,14 @@ impl Templates {
     /// # Errors
     /// The folder cannot be read.
     pub fn list(&self) -> io::Result<Vec<Template>> {
-        let names =
-            fs::read_dir(&self.folder)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let mut all: Vec<_> = names.filter_map(|name| self.look(name)).collect();
-        all.sort_by_key(|template| std::cmp::Reverse(template.used));
+        let used = |saved: &Saved| {
+            let folder = self.folder.join(&saved.name);
+            fs::metadata(folder.join(KEY)).and_then(|_| fs::metadata(folder)?.modified()).ok()
+        };
+        let all = super::list(&self.folder)?.into_iter();
+        let mut all: Vec<_> = all.filter_map(|saved| Some(Template { used: used(&saved)?, saved })).collect();
+        all.sort_by_key(|template| Reverse(template.used));
         Ok(all)
-    }
-
-    fn look(&self, name: String) -> Option<Template> {
-        let folder = self.folder.join(&name);
-        let is_one = !name.starts_with('.') && folder.join(KEY).is_file();
-        let config = Snapshot::open(&folder).ok().filter(|_| is_one)?.config;
-        let used = fs::metadata(&folder).ok()?.modified().ok()?;
-        let made = fs::metadata(folder.join(KEY)).ok()?.modified().ok()?;
-        Some(Template { config, bytes: size(&folder), made, used, name })
     }
 
     /// Removes the one called `name`. False if there is none.
@@ -179,10 +168,10 @@ impl Templates {
     fn trim(&self) -> io::Result<()> {
         let mut bytes = 0;
         for (index, template) in self.list()?.into_iter().enumerate() {
-            bytes += template.bytes;
+            bytes += template.saved.bytes;
             if index > 0 && (index >= MOST || bytes > MOST_BYTES) {
-                log::info!("template {}: removed, as it was used least recently", template.name);
-                self.remove(&template.name)?;
+                log::info!("template {}: removed, as it was used least recently", template.saved.name);
+                self.remove(&template.saved.name)?;
             }
         }
         for entry in fs::read_dir(&self.folder)?.flatten() {
@@ -265,10 +254,4 @@ fn lock(path: &Path) -> io::Result<File> {
             return Ok(open);
         }
     }
-}
-
-/// The bytes on the disk of what is in `folder`.
-pub(super) fn size(folder: &Path) -> u64 {
-    let files = fs::read_dir(folder).into_iter().flatten().flatten();
-    files.filter_map(|file| file.metadata().ok()).map(|file| file.blocks() * 512).sum()
 }
