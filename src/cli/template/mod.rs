@@ -100,7 +100,7 @@ impl Options {
         let mut work = Work { new: None, boots: true, signs, command };
         if template {
             match templates()?.find(&config, rebuild)? {
-                Found::Nothing(new) => work.new = Some(new),
+                Found::Nothing(new) => work.new = Some(*new),
                 Found::Template(template) => {
                     // The rest is as it is said here: only host's ends may differ.
                     config.disk.clone_from(&template.config.disk);

@@ -63,8 +63,8 @@ impl Base {
         let mut end = 0;
         let fits = |run: &Range<u64>| {
             let after = std::mem::replace(&mut end, run.end);
-            run.start % PAGE == 0
-                && run.end % PAGE == 0
+            run.start.is_multiple_of(PAGE)
+                && run.end.is_multiple_of(PAGE)
                 && after <= run.start
                 && run.start < run.end
                 && run.end <= size

@@ -51,7 +51,7 @@ pub enum Found {
     /// It.
     Template(Box<Snapshot>),
     /// None, and whoever has this makes it.
-    Nothing(New),
+    Nothing(Box<New>),
 }
 
 /// A template that is to be made. Nobody else makes it while this lives.
@@ -94,7 +94,7 @@ impl Templates {
         // Another may have made it meanwhile.
         match self.whole(&new.key) {
             Some(template) if !anew => Ok(Found::Template(Box::new(template))),
-            _ => Ok(Found::Nothing(new)),
+            _ => Ok(Found::Nothing(Box::new(new))),
         }
     }
 
