@@ -65,6 +65,7 @@ fn machine() -> (Handle, Arc<Mutex<Hanging>>, Receiver<Event>) {
         pci: None,
         plugboard: Plugboard::new(&VmConfig::default(), &Arc::default(), &Changes::default()),
         power: Arc::new(Mutex::new(AcpiPm::new(interrupt))),
+        ready: Arc::default(),
         phase: Mutex::new(Phase::Running),
         events,
         killed: AtomicBool::new(false),

@@ -75,6 +75,7 @@ impl Session {
             networks: Mutex::default(),
             pci: (self.config.transport == Transport::Pci).then_some(pci),
             power: Arc::new(Mutex::new(AcpiPm::new(interrupt.clone()))),
+            ready: Arc::default(),
             phase: Mutex::new(Phase::Running),
             events: channel().0,
             killed: AtomicBool::new(false),
