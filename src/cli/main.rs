@@ -30,6 +30,7 @@ mod template;
 mod top;
 mod trace;
 mod wait;
+mod working_set;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

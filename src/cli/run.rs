@@ -26,6 +26,7 @@ use super::restore::Renewer;
 use super::silence::Silence;
 use super::slack;
 use super::template::Task;
+use super::working_set::FirstStart;
 
 /// How to run: what the options say about the run and not about the machine.
 pub struct RunOptions {
@@ -194,6 +195,9 @@ pub fn live(
         spare,
     };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
+    // Under a debugger a start is as long as somebody likes.
+    let unrecorded = snapshot.as_mut().and_then(Snapshot::unrecorded).filter(|_| debugger.is_none());
+    let mut first_start = unrecorded.map(FirstStart::new);
     let origin = snapshot.map(Snapshot::into_origin).transpose()?;
     let goes_on = origin.is_some();
     let mut session = Session::controlled(&config, origin, recorder, controls)?;
@@ -209,6 +213,7 @@ pub fn live(
     let mut observers: Vec<&mut dyn Observer> = vec![&mut ptys];
     observers.extend(renewer.as_mut().map(|renewer| renewer as &mut dyn Observer));
     observers.extend(silence.as_mut().map(|silence| silence as &mut dyn Observer));
+    observers.extend(first_start.as_mut().map(|first| first as &mut dyn Observer));
     observers.extend(recorded.as_mut().map(|recorded| recorded as &mut dyn Observer));
     observers.extend(task.as_mut().map(|task| task as &mut dyn Observer));
     observers.extend(background.as_mut().map(|background| background as &mut dyn Observer));

@@ -27,6 +27,8 @@ pub enum Role {
     Output,
     /// Writes log lines.
     Log,
+    /// Fetches pages of a saved machine's memory, and ends.
+    Fetch,
 }
 
 impl Role {
@@ -39,6 +41,7 @@ impl Role {
             Self::Device(name) | Self::Disk(name) => name.clone(),
             Self::Output => "output".to_owned(),
             Self::Log => "log".to_owned(),
+            Self::Fetch => "fetch".to_owned(),
         }
     }
 }

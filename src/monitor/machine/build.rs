@@ -86,10 +86,11 @@ pub fn load(
         machine.warn_of_missing_clock(payload, processor.is_intels());
     }
     machine.begin_with(contents)?;
+    steps.done(Step::Vcpus);
     if let Origin::Saved { machine: saved, .. } = &origin {
         machine.restore(saved)?;
+        steps.done(Step::State);
     }
-    steps.done(Step::Vcpus);
     Ok(machine)
 }
 

@@ -8,6 +8,7 @@ use crate::boot::{self, Entry, Payload, firmware};
 use crate::config::kernel::nothing_to_boot;
 use crate::config::{self, Firmware, VmConfig};
 use crate::legacy::fw_cfg::Items;
+use crate::memory::working_set::WorkingSet;
 use crate::memory::{Memory, SavedRam};
 
 /// Where the contents of a machine's memory and registers come from.
@@ -29,6 +30,8 @@ pub enum Origin {
         machine: Box<SavedMachine>,
         /// Its memory, which is mapped and not to be changed.
         memory: SavedRam,
+        /// What of it the guest needs first, if that is known.
+        working_set: Option<WorkingSet>,
     },
 }
 

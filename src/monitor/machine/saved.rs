@@ -15,6 +15,7 @@ use super::{Error, Handle, Machine, kvm_path};
 use crate::boot::tables::{self, generation};
 use crate::bus::lock;
 use crate::kvm::{self, Kvm, SavedClocks, SavedVcpu, SavedVm, Signature};
+use crate::recorder::{Step, Steps};
 use crate::state::StateError;
 use crate::vcpu::gate::VcpuRequest;
 use crate::vm::Vm;
@@ -168,10 +169,11 @@ impl Machine {
     /// # Errors
     /// KVM refuses.
     pub(super) fn start_clocks(&mut self) -> Result<(), RestoreError> {
-        match self.clocks.take() {
-            Some(clocks) => Ok(self.vm.start_clocks(&clocks, &self.vcpus)?),
-            None => Ok(()),
-        }
+        let Some(clocks) = self.clocks.take() else { return Ok(()) };
+        let mut steps = Steps::begin(&self.shared.vcpus.recorder, "monitor");
+        self.vm.start_clocks(&clocks, &self.vcpus)?;
+        steps.done(Step::Clocks);
+        Ok(())
     }
 
     /// Raises every interrupt line once. KVM may have been about to deliver an interrupt when the machine was saved (irqfds that

@@ -11,7 +11,9 @@ use super::{Error, Origin, kvm_path};
 use crate::config::VmConfig;
 use crate::kvm::{self, Controllers, Kvm, Processor};
 use crate::memory::Memory;
+use crate::memory::working_set::WorkingSet;
 use crate::recorder::{Recorder, Step, Steps};
+use crate::threads::{Role, spawn};
 use crate::vcpu::Seat;
 
 /// A machine without contents and devices, in the making.
@@ -47,6 +49,9 @@ impl Shell {
             None => Memory::new(&config.memory())?,
         };
         steps.done(Step::Memory);
+        if let Some(Origin::Saved { working_set: Some(set), .. }) = origin {
+            fetch(&memory, set, recorder);
+        }
         let (cpus, path) = (config.cpus.0, kvm_path());
         let controllers = if config.has_pics() { Controllers::All } else { Controllers::LocalApics };
         let has_processor = matches!(origin, Some(Origin::Saved { .. }));
@@ -87,5 +92,26 @@ impl Shell {
         let lost = |_| Error::Host { what: "the VM".to_owned(), source: io::ErrorKind::Interrupted.into() };
         let made = self.made.recv().map_err(lost)??;
         Ok((made, self.seat))
+    }
+}
+
+/// Begins to fetch the pages of `set`, on a thread beside the rest of the start. Its guest has them all the same where that fails:
+/// one by one.
+fn fetch(memory: &Memory, set: &WorkingSet, recorder: &Arc<Recorder>) {
+    let (memory, set, recorder) = (memory.clone(), set.clone(), recorder.clone());
+    let begun = spawn(Role::Fetch, move || {
+        let mut steps = Steps::begin(&recorder, "fetch");
+        let fetched = memory.fetch(&set);
+        steps.done(Step::Fetch);
+        let [read, written] = [false, true].map(|written| set.count(written));
+        match fetched {
+            Ok(()) => log::debug!(
+                "fetched what an earlier start touched: {written} pages that it wrote to, {read} that it read"
+            ),
+            Err(error) => log::debug!("what an earlier start touched is not fetched: {error}"),
+        }
+    });
+    if let Err(error) = begun {
+        log::debug!("what an earlier start touched is not fetched: {error}");
     }
 }

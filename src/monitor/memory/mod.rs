@@ -11,6 +11,7 @@ pub mod layout;
 mod slices;
 pub mod testdev;
 mod touched;
+pub mod working_set;
 
 use std::fs::File;
 use std::io;

@@ -11,11 +11,15 @@ use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
 use super::{Memory, within};
 
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 /// Entries of pagemap that are read at a time.
 const BATCH: u64 = 4096;
-/// Of an entry: the page is in memory, or was swapped out (Documentation/admin-guide/mm/pagemap.rst).
-const HELD: u64 = 1 << 63 | 1 << 62;
+/// Of an entry (Documentation/admin-guide/mm/pagemap.rst): the page is in memory.
+pub(super) const PRESENT: u64 = 1 << 63;
+/// It was swapped out.
+pub(super) const SWAPPED: u64 = 1 << 62;
+/// It is a file's, or shared.
+pub(super) const OF_FILE: u64 = 1 << 61;
 
 impl Memory {
     /// The stretches of `region`, in bytes from its start, of which somebody has touched a page or which come from a file.
@@ -59,27 +63,31 @@ fn data(file: &File, base: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
 
 /// The pages that this process has of a private mapping.
 fn held(region: &GuestRegionMmap) -> io::Result<Vec<Range<u64>>> {
+    let mut all: Vec<Range<u64>> = Vec::new();
+    each_entry(region, |page, entry| {
+        let at = page * PAGE;
+        match all.last_mut() {
+            _ if entry & (PRESENT | SWAPPED) == 0 => {}
+            Some(run) if run.end == at => run.end = at + PAGE,
+            _ => all.push(at..at + PAGE),
+        }
+    })?;
+    Ok(all)
+}
+
+/// Calls `see` with the number of each page of `region`, in order, and pagemap's entry of it.
+pub(super) fn each_entry(region: &GuestRegionMmap, mut see: impl FnMut(u64, u64)) -> io::Result<()> {
     let map = File::open("/proc/self/pagemap")?;
     let first = region.as_ptr().addr() as u64 / PAGE;
     let pages = region.len() / PAGE;
-    let mut all: Vec<Range<u64>> = Vec::new();
     let mut bytes = vec![0; BATCH as usize * 8];
     for batch in (0..pages).step_by(BATCH as usize) {
-        let count = BATCH.min(pages - batch) as usize;
-        let bytes = &mut bytes[..count * 8];
+        let bytes = &mut bytes[..BATCH.min(pages - batch) as usize * 8];
         map.read_exact_at(bytes, (first + batch) * 8)?;
-        for (entry, page) in bytes.chunks_exact(8).zip(batch..) {
-            if entry[7] & (HELD >> 56) as u8 == 0 {
-                continue;
-            }
-            let at = page * PAGE;
-            match all.last_mut() {
-                Some(run) if run.end == at => run.end = at + PAGE,
-                _ => all.push(at..at + PAGE),
-            }
-        }
+        let entries = bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry));
+        (batch..).zip(entries).for_each(|(page, entry)| see(page, entry));
     }
-    Ok(all)
+    Ok(())
 }
 
 /// All that is in `ranges`, ascending, in as few stretches as there can be.

@@ -23,11 +23,17 @@ pub enum Step {
     Recorder = 6,
     /// Asks KVM what it offers of the processor.
     Processor = 7,
+    /// Devices, vCPUs and the VM take over what was saved.
+    State = 8,
+    /// The guest's clocks go on.
+    Clocks = 9,
+    /// Fetches the pages of saved memory that the guest needs first; beside the others.
+    Fetch = 10,
 }
 
 impl Step {
     /// All of them, by their numbers.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::Open,
         Self::Memory,
         Self::Vm,
@@ -36,6 +42,9 @@ impl Step {
         Self::Vcpus,
         Self::Recorder,
         Self::Processor,
+        Self::State,
+        Self::Clocks,
+        Self::Fetch,
     ];
 
     /// That of this number.

@@ -14,6 +14,7 @@ mod memory;
 mod parts;
 mod shelf;
 mod templates;
+mod working_set;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::VmConfig;
 use crate::machine::{self, Origin, PauseError, SavedMachine};
 use base::Base;
+use crate::memory::working_set::WorkingSet;
 use parts::Part;
 
 pub use child::{child, network_of_one};
@@ -31,6 +33,7 @@ pub use key::Key;
 pub use parts::Parts;
 pub use shelf::{Saved, list, remove};
 pub use templates::{Found, New, Template, Templates};
+pub use working_set::Unrecorded;
 
 /// The first bytes of `state`.
 const MAGIC: [u8; 8] = *b"VMMSTATE";
@@ -154,6 +157,8 @@ pub struct Snapshot {
     state: Vec<u8>,
     /// What it lies over, and where that is.
     base: Option<(PathBuf, Box<Snapshot>)>,
+    working_set: Option<WorkingSet>,
+    unrecorded: Option<Unrecorded>,
 }
 
 impl Snapshot {
@@ -164,6 +169,10 @@ impl Snapshot {
     pub fn open(folder: &Path) -> Result<Self, Error> {
         let mut snapshot = Self::open_above(folder, 0)?;
         disks::locate(&mut snapshot.config, folder)?;
+        snapshot.working_set = working_set::read(folder, &snapshot.header);
+        if snapshot.working_set.is_none() {
+            snapshot.unrecorded = Unrecorded::of(folder, &snapshot.header);
+        }
         Ok(snapshot)
     }
 
@@ -209,7 +218,7 @@ impl Snapshot {
             return Err(parts.memory.damaged(&format!("{size} bytes, and {} were saved", header.size)));
         }
         let state = saved.to_vec();
-        Ok(Self { config, parts, header, state, base: None })
+        Ok(Self { config, parts, header, state, base: None, working_set: None, unrecorded: None })
     }
 
     /// The machine's state.
@@ -225,6 +234,11 @@ impl Snapshot {
         self.base.as_ref().map(|(path, _)| path.as_path())
     }
 
+    /// Where the pages that its machine needs first are to be written down, if they are not known.
+    pub fn unrecorded(&mut self) -> Option<Unrecorded> {
+        self.unrecorded.take()
+    }
+
     /// Its files, for processes to go on from: none that would need other files.
     ///
     /// # Errors
@@ -237,8 +251,9 @@ impl Snapshot {
     ///
     /// # Errors
     /// The state is none.
-    pub fn into_origin(self) -> Result<Origin, Error> {
-        Ok(Origin::Saved { machine: Box::new(self.machine()?), memory: self.into_ram() })
+    pub fn into_origin(mut self) -> Result<Origin, Error> {
+        let (machine, working_set) = (Box::new(self.machine()?), self.working_set.take());
+        Ok(Origin::Saved { machine, memory: self.into_ram(), working_set })
     }
 
     /// Reads the memory.

@@ -33,6 +33,9 @@ fn words(step: Step) -> (&'static str, &'static str) {
         Step::Devices => ("devices", "devices are made and wired up: host ends, interrupts, doorbells"),
         Step::Vcpus => ("vCPUs", "vCPUs are made and their registers set"),
         Step::Processor => ("processor", "KVM says what of this host's processor a guest may have"),
+        Step::State => ("state", "vCPUs, devices and the VM take over what was saved"),
+        Step::Clocks => ("clocks", "the guest's clocks go on"),
+        Step::Fetch => ("fetch", "pages that an earlier start touched are read and copied ahead"),
         Step::Recorder => ("this record", "its file, and the kernel asked for the exits inside KVM"),
     }
 }
