@@ -10,12 +10,14 @@ use vmm_monitor::api;
 use vmm_monitor::config::{OutputFile, VmConfig};
 use vmm_monitor::machine::{self, Outcome};
 use vmm_monitor::pool::Spare;
+use vmm_monitor::memory::Pagemap;
 use vmm_monitor::recorder::Recorder;
 use vmm_monitor::session::{Built, Controls, End, Observer, Session};
 use vmm_monitor::snapshot::Snapshot;
 use vmm_trace::debug::gdb;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
+use vmm_trace::saved_memory::SavedMemory;
 
 use super::agent::renewal::CopyOptions;
 use super::detached::{self, Background};
@@ -161,7 +163,7 @@ pub fn live(
         record,
         dumpable,
         mut background,
-        snapshot,
+        mut snapshot,
         spare,
         renewal,
         original,
@@ -169,6 +171,7 @@ pub fn live(
     }: RunOptions,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
+    let pagemap = record.as_ref().zip(snapshot.as_ref()).and_then(|_| Pagemap::open().ok());
     if !dumpable {
         api::close_to_debuggers().map_err(api::Error::Thread)?;
     }
@@ -195,6 +198,9 @@ pub fn live(
         spare,
     };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
+    if let (Some(recorded), Some(pagemap)) = (&mut recorded, pagemap) {
+        recorded.goes_on(SavedMemory::new(pagemap));
+    }
     // Under a debugger a start is as long as somebody likes.
     let unrecorded = snapshot.as_mut().and_then(Snapshot::unrecorded).filter(|_| debugger.is_none());
     let mut first_start = unrecorded.map(FirstStart::new);

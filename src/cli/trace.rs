@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use super::{options, run, step, top};
+use super::{options, restore, run, step, top};
 use crate::flags::with_flags;
 use vmm_command::Scratch;
 use vmm_command::{Code, Failure};
@@ -38,7 +38,7 @@ pub struct Options {
     live: Option<Option<String>>,
     #[command(flatten)]
     step: step::StepOptions,
-    /// What to run: options of vmm run, after -- or from the first that is none of the above
+    /// What to run: options of vmm run, or restore and its own, after -- or from the first that is none of the above
     #[arg(
         trailing_var_arg = true,
         allow_hyphen_values = true,
@@ -175,6 +175,17 @@ fn run_options(arguments: Vec<OsString>) -> Result<options::Options, Failure> {
     struct Run {
         #[command(flatten)]
         options: options::Options,
+    }
+    if arguments.first().is_some_and(|word| word == "restore") {
+        #[derive(Parser)]
+        #[command(name = "vmm trace --")]
+        struct Restore {
+            #[command(flatten)]
+            options: restore::Options,
+        }
+        let parsed =
+            Restore::command().try_get_matches_from(arguments).and_then(|m| Restore::from_arg_matches(&m));
+        return parsed.map_err(|error| Failure::usage(&error))?.options.into_run();
     }
     let parsed = Run::command().try_get_matches_from(arguments).and_then(|m| Run::from_arg_matches(&m));
     parsed.map(|run| run.options).map_err(|error| Failure::usage(&error))

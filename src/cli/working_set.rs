@@ -9,7 +9,7 @@ use vmm_monitor::session::{Built, End, Observer};
 use vmm_monitor::snapshot::Unrecorded;
 
 /// A start is over then, unless the machine ends before.
-const START: Duration = Duration::from_millis(300);
+const START: Duration = Duration::from_secs(1);
 
 /// Sees to it that it is written down, once.
 pub struct FirstStart {

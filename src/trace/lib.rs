@@ -21,4 +21,5 @@ pub mod reasons;
 pub mod recorded;
 pub mod recording;
 pub mod report;
+pub mod saved_memory;
 pub mod symbols;

@@ -10,6 +10,7 @@ use vmm_monitor::session::{Built, End, Observer};
 
 use crate::file::{self, Header};
 use crate::recording::{Ended, Recording, SEARCH, Start};
+use crate::saved_memory::SavedMemory;
 
 /// Records what the machines of a session do, reboots included, to one file. The monitor's own steps from here on belong to it.
 #[derive(Debug)]
@@ -22,13 +23,28 @@ pub struct Recorded<'a> {
     /// Once the last machine's run is over.
     ended: Option<Result<Ended, file::Error>>,
     killed: bool,
+    saved: Option<SavedMemory>,
 }
 
 impl<'a> Recorded<'a> {
     /// A recording of the session of `config`'s machines that writes to `recorder`.
     pub fn new(config: &'a VmConfig, file: OutputFile, recorder: Arc<Recorder>) -> Self {
         recorder.set_on(true);
-        Self { config, file, recorder, start: Start::now(), recording: None, ended: None, killed: false }
+        Self {
+            config,
+            file,
+            recorder,
+            start: Start::now(),
+            recording: None,
+            ended: None,
+            killed: false,
+            saved: None,
+        }
+    }
+
+    /// The first machine goes on from a saved one.
+    pub fn goes_on(&mut self, saved: SavedMemory) {
+        self.saved = Some(saved);
     }
 
     /// Completes the file, once the session's run is over. The guest's symbols are searched for only until `interrupted`, and
@@ -47,6 +63,7 @@ impl Observer for Recorded<'_> {
         let machine = &*built.machine;
         let handle = machine.handle();
         let ram = handle.ram().clone();
+        self.saved.iter_mut().for_each(|saved| saved.begins(handle.clone()));
         match &mut self.recording {
             Some(recording) => recording.resume(ram),
             None => {
@@ -60,6 +77,9 @@ impl Observer for Recorded<'_> {
     }
 
     fn ended(&mut self, end: &End<'_>) {
+        if let Some(mut saved) = self.saved.take() {
+            saved.ends(&self.recorder);
+        }
         match &mut self.recording {
             Some(recording) if end.reboots => recording.pause(end.interrupted),
             _ => self.ended = self.recording.take().map(Recording::stop),

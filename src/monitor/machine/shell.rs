@@ -49,7 +49,9 @@ impl Shell {
             None => Memory::new(&config.memory())?,
         };
         steps.done(Step::Memory);
-        if let Some(Origin::Saved { working_set: Some(set), .. }) = origin {
+        if let Some(Origin::Saved { working_set: Some(set), .. }) = origin
+            && memory.lacks(set)
+        {
             fetch(&memory, set, recorder);
         }
         let (cpus, path) = (config.cpus.0, kvm_path());
@@ -102,8 +104,8 @@ fn fetch(memory: &Memory, set: &WorkingSet, recorder: &Arc<Recorder>) {
     let begun = spawn(Role::Fetch, move || {
         let mut steps = Steps::begin(&recorder, "fetch");
         let fetched = memory.fetch(&set);
-        steps.done(Step::Fetch);
         let [read, written] = [false, true].map(|written| set.count(written));
+        steps.done_with(Step::Fetch, [read, written]);
         match fetched {
             Ok(()) => log::debug!(
                 "fetched what an earlier start touched: {written} pages that it wrote to, {read} that it read"

@@ -31,7 +31,7 @@ use crate::config::{self, Size};
 pub use buffers::{Buffers, NotRam};
 pub use layers::{Layer, SavedRam, within};
 pub use slices::Slices;
-pub use touched::union;
+pub use touched::{Pagemap, union};
 
 /// Guest RAM as devices and loaders see it. Every access is bounds-checked and goes through volatile or
 /// atomic operations, because the guest's vCPUs write to it at the same time.

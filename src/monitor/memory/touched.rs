@@ -64,7 +64,7 @@ fn data(file: &File, base: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
 /// The pages that this process has of a private mapping.
 fn held(region: &GuestRegionMmap) -> io::Result<Vec<Range<u64>>> {
     let mut all: Vec<Range<u64>> = Vec::new();
-    each_entry(region, |page, entry| {
+    Pagemap::open()?.each(region, |page, entry| {
         let at = page * PAGE;
         match all.last_mut() {
             _ if entry & (PRESENT | SWAPPED) == 0 => {}
@@ -75,19 +75,33 @@ fn held(region: &GuestRegionMmap) -> io::Result<Vec<Range<u64>>> {
     Ok(all)
 }
 
-/// Calls `see` with the number of each page of `region`, in order, and pagemap's entry of it.
-pub(super) fn each_entry(region: &GuestRegionMmap, mut see: impl FnMut(u64, u64)) -> io::Result<()> {
-    let map = File::open("/proc/self/pagemap")?;
-    let first = region.as_ptr().addr() as u64 / PAGE;
-    let pages = region.len() / PAGE;
-    let mut bytes = vec![0; BATCH as usize * 8];
-    for batch in (0..pages).step_by(BATCH as usize) {
-        let bytes = &mut bytes[..BATCH.min(pages - batch) as usize * 8];
-        map.read_exact_at(bytes, (first + batch) * 8)?;
-        let entries = bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry));
-        (batch..).zip(entries).for_each(|(page, entry)| see(page, entry));
+/// Which pages this process has. It has to be opened before the process closes itself to debuggers: then its files in /proc are
+/// root's.
+#[derive(Debug)]
+pub struct Pagemap(File);
+
+impl Pagemap {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// There is no /proc, or it is too late.
+    pub fn open() -> io::Result<Self> {
+        File::open("/proc/self/pagemap").map(Self)
     }
-    Ok(())
+
+    /// Calls `see` with the number of each page of `region`, in order, and its entry.
+    pub(super) fn each(&self, region: &GuestRegionMmap, mut see: impl FnMut(u64, u64)) -> io::Result<()> {
+        let first = region.as_ptr().addr() as u64 / PAGE;
+        let pages = region.len() / PAGE;
+        let mut bytes = vec![0; BATCH as usize * 8];
+        for batch in (0..pages).step_by(BATCH as usize) {
+            let bytes = &mut bytes[..BATCH.min(pages - batch) as usize * 8];
+            self.0.read_exact_at(bytes, (first + batch) * 8)?;
+            let entries = bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry));
+            (batch..).zip(entries).for_each(|(page, entry)| see(page, entry));
+        }
+        Ok(())
+    }
 }
 
 /// All that is in `ranges`, ascending, in as few stretches as there can be.

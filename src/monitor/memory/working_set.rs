@@ -4,14 +4,15 @@
 //! wait for the disk; one that it writes to is copied besides. They are much the same pages each time. A working set is advice: a
 //! wrong one costs time and memory, within bounds, and nothing else.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::ops::Range;
 
+use rustix::io::{ReadWriteFlags, preadv2};
 use rustix::mm::{Advice, madvise};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Memory;
-use super::touched::{OF_FILE, PAGE, PRESENT, SWAPPED, each_entry};
+use super::touched::{OF_FILE, PAGE, PRESENT, Pagemap, SWAPPED};
 
 /// Most pages that are copied ahead: 16 MiB, which the machine then has of its own.
 pub const MOST_WRITTEN: u64 = 4096;
@@ -24,6 +25,11 @@ pub const MOST_RUNS: usize = 16384;
 const AT_ONCE: usize = 64;
 /// Pages between two stretches that are read with them: fewer and longer reads are quicker.
 const GAP: u64 = 16;
+
+/// Stretches of which a page is looked for in the host's cache.
+const SAMPLES: usize = 16;
+/// Fewer pages than this are copied as quickly one by one.
+const FEW: u64 = 16;
 
 /// Pages in a row, by their numbers in the file: RAM from address 0 on, its regions end to end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,15 +82,29 @@ impl WorkingSet {
 }
 
 impl Memory {
+    /// How many pages have been touched of this memory, if it is a private mapping of a file: those that were read, as
+    /// [`Memory::working_set`] has them, and those that were written to.
+    pub fn touched_pages(&self, pagemap: &Pagemap) -> Option<[u64; 2]> {
+        let mut counts = [0; 2];
+        for region in self.ram.iter() {
+            region.file_offset().filter(|_| self.is_private())?;
+            let seen = pagemap.each(region, |_, entry| {
+                counts[usize::from(entry & OF_FILE == 0)] += u64::from(entry & (PRESENT | SWAPPED) != 0);
+            });
+            seen.ok()?;
+        }
+        Some(counts)
+    }
+
     /// The pages that have been touched of this memory, which is a private mapping of a file. The kernel maps some around those
     /// that are read, and they count as read. What is beyond the bounds is left out.
     ///
     /// # Errors
-    /// /proc is not there.
-    pub fn working_set(&self) -> io::Result<WorkingSet> {
+    /// They cannot be read from `pagemap`.
+    pub fn working_set(&self, pagemap: &Pagemap) -> io::Result<WorkingSet> {
         let (mut runs, mut base): (Vec<Run>, u64) = Default::default();
         for region in self.ram.iter() {
-            each_entry(region, |page, entry| {
+            pagemap.each(region, |page, entry| {
                 let (at, written) = (base + page, entry & OF_FILE == 0);
                 match runs.last_mut() {
                     _ if entry & (PRESENT | SWAPPED) == 0 => {}
@@ -105,13 +125,20 @@ impl Memory {
         Ok(WorkingSet { runs })
     }
 
-    /// Has the host begin to read all pages of `set` that it has not in memory, then copies those that will be written to.
+    /// Whether it is quicker to [`Memory::fetch`] the pages of `set` than to let the guest wait for each.
+    pub fn lacks(&self, set: &WorkingSet) -> bool {
+        set.count(true) >= FEW || !self.is_cached(set)
+    }
+
+    /// Has the host begin to read the pages of `set` if it lacks any, then copies those that will be written to.
     ///
     /// # Errors
     /// The host lacks memory, cannot read the file, or knows no such call (before Linux 5.14).
     pub fn fetch(&self, set: &WorkingSet) -> io::Result<()> {
-        for pages in set.reads() {
-            self.advise(pages, Advice::WillNeed)?;
+        if !self.is_cached(set) {
+            for pages in set.reads() {
+                self.advise(pages, Advice::WillNeed)?;
+            }
         }
         for Run { pages, .. } in set.runs.iter().filter(|run| run.written) {
             for start in pages.clone().step_by(AT_ONCE) {
@@ -120,6 +147,26 @@ impl Memory {
             }
         }
         Ok(())
+    }
+
+    /// Whether the host has pages of `set` in memory, by some of them: to ask for all takes as long as to read them again. Where it
+    /// does not say, it has not.
+    fn is_cached(&self, set: &WorkingSet) -> bool {
+        let every = set.runs.len().div_ceil(SAMPLES).max(1);
+        let mut samples = set.runs.iter().step_by(every);
+        samples.all(|run| {
+            let (mut byte, mut base) = ([0], 0);
+            let region = self.ram.iter().find(|region| {
+                base += region.len() / PAGE;
+                run.pages.start < base
+            });
+            let Some((region, object)) = region.and_then(|region| Some((region, region.file_offset()?)))
+            else {
+                return true;
+            };
+            let at = object.start() + (run.pages.start + region.len() / PAGE - base) * PAGE;
+            preadv2(object.file(), &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT).is_ok()
+        })
     }
 
     /// Gives the host `advice` on `pages`, as far as there are such.
@@ -167,12 +214,12 @@ mod tests {
 
     #[test]
     fn what_one_machine_touches_is_there_in_the_next() {
-        let (first, file) = saved();
+        let ((first, file), pagemap) = (saved(), Pagemap::open().unwrap());
         for page in [3, 4, 5, 1000] {
             first.ram().write_obj(7u8, GuestAddress(page * PAGE + 9)).unwrap();
         }
         first.ram().read_obj::<u8>(GuestAddress(2000 * PAGE)).unwrap();
-        let set = first.working_set().unwrap();
+        let set = first.working_set(&pagemap).unwrap();
         let written: Vec<_> = set.runs().iter().filter(|run| run.written).cloned().collect();
         assert_eq!(written, [run(3..6, true), run(1000..1001, true)]);
         let read = set.runs().iter().find(|run| run.pages.contains(&2000)).unwrap();
@@ -180,9 +227,10 @@ mod tests {
         assert_eq!(WorkingSet::of(set.runs().to_vec()), Some(set.clone()));
 
         let next = Memory::private_copy(&"16M".parse().unwrap(), file).unwrap();
-        assert_eq!(next.working_set().unwrap(), WorkingSet::default());
+        assert_eq!(next.working_set(&pagemap).unwrap(), WorkingSet::default());
+        assert!(next.is_cached(&set) && !next.lacks(&set), "four pages to write to");
         next.fetch(&set).unwrap();
-        assert_eq!(next.working_set().unwrap().runs(), written, "read ahead is not mapped");
+        assert_eq!(next.working_set(&pagemap).unwrap().runs(), written, "read ahead is not mapped");
         for page in [3, 1000, 2000] {
             assert_eq!(next.ram().read_obj::<u32>(GuestAddress(page * PAGE)).unwrap(), page as u32);
         }
@@ -194,7 +242,7 @@ mod tests {
         for page in (0..4096).filter(|page| page % 512 != 0) {
             memory.ram().write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
         }
-        let set = memory.working_set().unwrap();
+        let set = memory.working_set(&Pagemap::open().unwrap()).unwrap();
         assert_eq!(set.count(true), 4088);
         assert!(WorkingSet::of(vec![run(0..MOST_WRITTEN, true)]).is_some());
         for runs in [

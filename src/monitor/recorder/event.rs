@@ -86,7 +86,7 @@ pub enum Kind {
     /// `value`; `count` says which four: see [`Registers`](super::Registers).
     Registers = 19,
     /// The monitor's own work before the guest runs: `address` is the [`Step`](super::Step), `time` when it began, `value` the
-    /// ticks that it took.
+    /// ticks that it took; `guest` and `rip` are the step's counts, if it has some.
     Step = 20,
     /// RDMSR of a model-specific register that `--cpu` denies: `address` is its number. `count` is 0: nothing was read.
     MsrRead = 21,
@@ -96,11 +96,15 @@ pub enum Kind {
     Hypercall = 23,
     /// A frame of a network device: see [`Event::frame`].
     Frame = 24,
+    /// Of the memory of a machine that goes on from a saved one, at its end: pages that were read in `address`, those that were
+    /// written to in `value`; page faults of the monitor's process while the guest ran in `guest`, those that waited for a disk
+    /// in `rip`.
+    Pages = 25,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::PioIn,
         Self::PioOut,
         Self::MmioRead,
@@ -125,6 +129,7 @@ impl Kind {
         Self::MsrWrite,
         Self::Hypercall,
         Self::Frame,
+        Self::Pages,
     ];
 
     /// Whether it is an exit of a vCPU that reached the monitor.
@@ -139,7 +144,7 @@ impl Kind {
 
     /// Whether it belongs to another event, or to none of a guest's, and is not told by itself.
     pub fn is_detail(self) -> bool {
-        matches!(self, Self::Code | Self::Registers | Self::Step)
+        matches!(self, Self::Code | Self::Registers | Self::Step | Self::Pages)
     }
 }
 

@@ -27,7 +27,8 @@ pub enum Step {
     State = 8,
     /// The guest's clocks go on.
     Clocks = 9,
-    /// Fetches the pages of saved memory that the guest needs first; beside the others.
+    /// Fetches the pages of saved memory that the guest needs first, beside the others: how many that it reads, and that it writes
+    /// to.
     Fetch = 10,
 }
 
@@ -65,11 +66,16 @@ impl Steps {
 
     /// `step` is done, and the next one begins.
     pub fn done(&mut self, step: Step) {
+        self.done_with(step, [0; 2]);
+    }
+
+    /// The same of a step that has `counts`.
+    pub fn done_with(&mut self, step: Step, [guest, rip]: [u64; 2]) {
         if let Some((track, since)) = &mut self.0 {
             let now = clock::ticks();
             let (address, value) = (step as u64, now.wrapping_sub(*since));
             let kind = Kind::Step as u8;
-            track.write(Event { time: *since, address, value, kind, ..Event::default() });
+            track.write(Event { time: *since, guest, rip, address, value, kind, ..Event::default() });
             *since = now;
         }
     }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Header;
 use crate::machine::Handle;
+use crate::memory::Pagemap;
 use crate::memory::working_set::{Run, WorkingSet};
 use crate::output;
 
@@ -77,6 +78,7 @@ fn decode(bytes: &[u8], header: &Header) -> Option<WorkingSet> {
 pub struct Unrecorded {
     path: PathBuf,
     header: Header,
+    pagemap: Pagemap,
 }
 
 impl Unrecorded {
@@ -85,7 +87,7 @@ impl Unrecorded {
         let is_ours = fs::metadata(folder).is_ok_and(|folder| folder.uid() == geteuid().as_raw());
         let is_open = is_ours && access(folder, Access::WRITE_OK | Access::EXEC_OK).is_ok();
         let path = std::path::absolute(folder.join(NAME)).ok()?;
-        is_open.then_some(Self { path, header })
+        is_open.then_some(Self { path, header, pagemap: Pagemap::open().ok()? })
     }
 
     /// Writes down what `machine`, which goes on from the folder, has touched until now.
@@ -93,7 +95,7 @@ impl Unrecorded {
     /// # Errors
     /// It cannot be seen, or the file not be made.
     pub fn record(&self, machine: &Handle) -> io::Result<WorkingSet> {
-        let set = machine.memory().working_set()?;
+        let set = machine.memory().working_set(&self.pagemap)?;
         let bytes = encode(self.header, &set).ok_or(io::ErrorKind::InvalidData)?;
         let (_, hidden) = output::hidden(&self.path).ok_or(io::ErrorKind::InvalidInput)?;
         let written = output::create(&hidden).and_then(|mut file| file.write_all(&bytes));

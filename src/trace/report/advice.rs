@@ -33,9 +33,9 @@ const STORM: usize = 1000;
 
 /// Exits that a rule is about.
 #[derive(Debug, Clone, Copy, Default)]
-struct Sum {
-    exits: usize,
-    cost: f64,
+pub(super) struct Sum {
+    pub exits: usize,
+    pub cost: f64,
 }
 
 /// Reads in a row that see the same.
@@ -68,6 +68,7 @@ impl Report<'_> {
             self.polling(),
             self.storm(),
             self.page_faults(),
+            self.one_by_one(),
         ]
         .into_iter()
         .flatten()
@@ -86,7 +87,12 @@ impl Report<'_> {
             writeln!(out, "nothing to say: the record holds no exits that a change of options would save")?;
         }
         for Advice { what, exits, cost, change, .. } in &advice {
-            writeln!(out, "{:>8}  {what}: {exits} exits\n          {change}", duration(*cost))?;
+            // Those inside KVM are not always seen.
+            let (cost, exits) = match exits {
+                0 => ("?".to_owned(), String::new()),
+                _ => (duration(*cost), format!(": {exits} exits")),
+            };
+            writeln!(out, "{cost:>8}  {what}{exits}\n          {change}")?;
         }
         let old = self.trace.header.cmdline.as_deref().unwrap_or_default();
         let has = |word: &str| old.split_whitespace().any(|known| known == word);
@@ -211,14 +217,20 @@ impl Report<'_> {
         })
     }
 
-    /// Guest memory that is touched for the first time, a small page at a time.
-    fn page_faults(&self) -> Option<Advice> {
+    /// Exits inside KVM for guest memory that it has not mapped yet.
+    pub(super) fn page_faults_in_kvm(&self) -> Sum {
         let fault = |event: &&Event| {
             let reason = self.trace.reasons.get(&event.count.into()).map(String::as_str);
             event.kind() == Some(Kind::InKernel) && matches!(reason, Some("npf" | "EPT_VIOLATION"))
         };
-        let all = self.sum(self.trace.events.iter().map(|(_, event)| event).filter(fault));
-        (all.exits >= STORM).then(|| Advice {
+        self.sum(self.trace.events.iter().map(|(_, event)| event).filter(fault))
+    }
+
+    /// Guest memory that is touched for the first time, a small page at a time.
+    fn page_faults(&self) -> Option<Advice> {
+        let all = self.page_faults_in_kvm();
+        // Memory that comes from a file is what it is.
+        (all.exits >= STORM && self.saved().is_none()).then(|| Advice {
             what: "memory is given to the guest page by page as it is first touched".to_owned(),
             exits: all.exits,
             cost: all.cost,

@@ -177,5 +177,6 @@ pub fn plain_name(kind: Kind) -> &'static str {
         Kind::MsrWrite => "msr write",
         Kind::Hypercall => "hypercall",
         Kind::Frame => "frame",
+        Kind::Pages => "pages",
     }
 }

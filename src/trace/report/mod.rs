@@ -9,6 +9,7 @@ mod html;
 mod line;
 mod meaning;
 mod perfetto;
+mod saved;
 mod stages;
 mod stats;
 

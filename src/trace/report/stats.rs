@@ -6,7 +6,8 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use super::line::plain_name;
-use super::{Filter, Report, duration};
+use super::saved::Saved;
+use super::{Filter, Report, before, duration};
 use crate::reasons::Both;
 use crate::{devices, reasons};
 use vmm_monitor::recorder::Kind;
@@ -16,6 +17,11 @@ use vmm_monitor::recorder::Kind;
 pub struct Stats {
     /// Nanoseconds from the first event to the last.
     pub span: f64,
+    /// What the monitor did before the guest ran.
+    pub before: Vec<before::Row>,
+    /// The memory of a machine that goes on from a saved one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub saved_memory: Option<Saved>,
     /// By vCPU: where its time went.
     pub vcpus: Vec<Share>,
     /// By reason.
@@ -125,6 +131,8 @@ impl Report<'_> {
         let all: f64 = by_reason.values().flatten().sum();
         Stats {
             span: last - first.unwrap_or(last),
+            before: self.before(),
+            saved_memory: self.saved(),
             vcpus: vcpus
                 .into_iter()
                 .map(|(track, (guest, monitor))| Share { name: self.track(track).to_owned(), guest, monitor })
@@ -153,6 +161,7 @@ impl Report<'_> {
     /// As `out` has them.
     pub fn write_stats(&self, filter: &Filter, out: &mut dyn Write) -> io::Result<()> {
         let stats = self.stats(filter);
+        self.write_start(out)?;
         let exits: usize = stats.reasons.iter().map(|row| row.count).sum();
         writeln!(out, "{exits} exits reached the monitor in {}", duration(stats.span))?;
         for Share { name, guest, monitor } in &stats.vcpus {
