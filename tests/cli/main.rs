@@ -27,6 +27,7 @@ mod top;
 mod trace;
 mod trace_damage;
 mod vsock;
+mod working_set;
 
 /// What the tests run.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vmm");

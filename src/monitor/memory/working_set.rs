@@ -155,17 +155,16 @@ impl Memory {
         let every = set.runs.len().div_ceil(SAMPLES).max(1);
         let mut samples = set.runs.iter().step_by(every);
         samples.all(|run| {
-            let (mut byte, mut base) = ([0], 0);
-            let region = self.ram.iter().find(|region| {
-                base += region.len() / PAGE;
-                run.pages.start < base
+            let (at, mut byte) = (run.pages.start * PAGE, [0]);
+            let layer = self.layers.iter().rev().find(|layer| {
+                let next = layer.runs.partition_point(|run| run.end <= at);
+                layer.runs.get(next).is_some_and(|run| run.start <= at)
             });
-            let Some((region, object)) = region.and_then(|region| Some((region, region.file_offset()?)))
-            else {
-                return true;
-            };
-            let at = object.start() + (run.pages.start + region.len() / PAGE - base) * PAGE;
-            preadv2(object.file(), &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT).is_ok()
+            let bottom = self.ram.iter().next().and_then(|region| region.file_offset());
+            let file = layer.map(|layer| &*layer.file).or_else(|| Some(bottom?.file()));
+            file.is_some_and(|file| {
+                preadv2(file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT).is_ok()
+            })
         })
     }
 
@@ -209,7 +208,7 @@ mod tests {
         for page in 0..4096u32 {
             file.write_all_at(&page.to_le_bytes(), u64::from(page) * PAGE).unwrap();
         }
-        (Memory::private_copy(&"16M".parse().unwrap(), file.try_clone().unwrap()).unwrap(), file)
+        (Memory::private_copy(&"16M".parse().unwrap(), file.try_clone().unwrap().into()).unwrap(), file)
     }
 
     #[test]
@@ -226,7 +225,7 @@ mod tests {
         assert!(!read.written && set.count(false) <= 64, "with some around it: {set:?}");
         assert_eq!(WorkingSet::of(set.runs().to_vec()), Some(set.clone()));
 
-        let next = Memory::private_copy(&"16M".parse().unwrap(), file).unwrap();
+        let next = Memory::private_copy(&"16M".parse().unwrap(), file.into()).unwrap();
         assert_eq!(next.working_set(&pagemap).unwrap(), WorkingSet::default());
         assert!(next.is_cached(&set) && !next.lacks(&set), "four pages to write to");
         next.fetch(&set).unwrap();

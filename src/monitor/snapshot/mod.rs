@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;
 use crate::machine::{self, Origin, PauseError, SavedMachine};
-use base::Base;
 use crate::memory::working_set::WorkingSet;
+use base::Base;
 use parts::Part;
 
 pub use child::{child, network_of_one};

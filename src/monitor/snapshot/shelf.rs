@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 use std::time::SystemTime;
 
-use super::{Error, MAGIC, Parts, Snapshot, file, templates};
+use super::{Error, MAGIC, Parts, Snapshot, file, templates, working_set};
 use crate::config::VmConfig;
 use crate::output;
 
@@ -66,7 +66,8 @@ pub fn remove(folder: &Path) -> Result<(), Error> {
         let name = entry.map_err(failed())?.file_name();
         let is_part = name.to_str().is_some_and(|name| {
             let disk = name.strip_prefix("disk").is_some_and(|number| number.parse::<u32>().is_ok());
-            disk || ["config.json", "state", "memory", templates::KEY].contains(&name)
+            let is_fixed = ["config.json", "state", "memory", templates::KEY].contains(&name);
+            disk || is_fixed || working_set::is_named(name)
         });
         if !is_part {
             return Err(other(format!("it has {}, too", name.display())));

@@ -26,11 +26,27 @@ const MAGIC: [u8; 8] = *b"VMMPAGE\x01";
 const MAX: u64 = 256 << 10;
 const PAGE: u64 = 4096;
 
+/// Of a snapshot: the checksums of its configuration, state and memory, and bytes of memory.
+type Identity = (u32, u32, u32, u64);
+
+fn identity(header: &Header) -> Identity {
+    (header.config, header.state, header.memory, header.size)
+}
+
+/// Whether it is what this makes in a folder, or leaves there when it is killed.
+pub fn is_named(name: &str) -> bool {
+    name == NAME
+        || name
+            .strip_prefix('.')
+            .and_then(|name| name.strip_prefix(NAME))
+            .is_some_and(|rest| rest.starts_with('.'))
+}
+
 /// What follows its CRC-32.
 #[derive(Serialize, Deserialize)]
 struct Record {
-    /// The snapshot's.
-    of: Header,
+    /// The snapshot's checksums and size.
+    of: Identity,
     /// Of each run: pages between it and the one before, pages of it, and whether they are written to.
     runs: Vec<(u32, u32, bool)>,
 }
@@ -42,22 +58,22 @@ pub fn read(folder: &Path, header: &Header) -> Option<WorkingSet> {
     let file = OpenOptions::new().read(true).custom_flags(flags).open(folder.join(NAME)).ok()?;
     let mut bytes = Vec::new();
     file.take(MAX + 1).read_to_end(&mut bytes).ok()?;
-    decode(&bytes, header)
+    decode(&bytes, &identity(header))
 }
 
-fn encode(header: Header, set: &WorkingSet) -> Option<Vec<u8>> {
+fn encode(of: Identity, set: &WorkingSet) -> Option<Vec<u8>> {
     let mut end = 0;
     let runs = set.runs().iter().map(|Run { pages, written }| {
         let (gap, count) = (pages.start - end, pages.end - pages.start);
         end = pages.end;
         Some((u32::try_from(gap).ok()?, u32::try_from(count).ok()?, *written))
     });
-    let record = Record { of: header, runs: runs.collect::<Option<_>>()? };
+    let record = Record { of, runs: runs.collect::<Option<_>>()? };
     let record = postcard::to_stdvec(&record).ok()?;
     Some([&MAGIC[..], &crc32fast::hash(&record).to_le_bytes(), &record].concat())
 }
 
-fn decode(bytes: &[u8], header: &Header) -> Option<WorkingSet> {
+fn decode(bytes: &[u8], snapshot: &Identity) -> Option<WorkingSet> {
     let (checksum, record) = bytes.strip_prefix(&MAGIC)?.split_first_chunk()?;
     if bytes.len() as u64 > MAX || u32::from_le_bytes(*checksum) != crc32fast::hash(record) {
         return None;
@@ -70,24 +86,24 @@ fn decode(bytes: &[u8], header: &Header) -> Option<WorkingSet> {
         Run { pages: start..end, written }
     });
     let set = WorkingSet::of(runs.collect())?;
-    (of == *header && end <= header.size / PAGE).then_some(set)
+    (of == *snapshot && end <= of.3 / PAGE).then_some(set)
 }
 
 /// A folder without such a file, where this process may make one.
 #[derive(Debug)]
 pub struct Unrecorded {
     path: PathBuf,
-    header: Header,
+    snapshot: Identity,
     pagemap: Pagemap,
 }
 
 impl Unrecorded {
     /// `folder`, unless it is another user's or nobody may write there.
-    pub(super) fn of(folder: &Path, header: Header) -> Option<Self> {
+    pub(super) fn of(folder: &Path, header: &Header) -> Option<Self> {
         let is_ours = fs::metadata(folder).is_ok_and(|folder| folder.uid() == geteuid().as_raw());
         let is_open = is_ours && access(folder, Access::WRITE_OK | Access::EXEC_OK).is_ok();
         let path = std::path::absolute(folder.join(NAME)).ok()?;
-        is_open.then_some(Self { path, header, pagemap: Pagemap::open().ok()? })
+        is_open.then_some(Self { path, snapshot: identity(header), pagemap: Pagemap::open().ok()? })
     }
 
     /// Writes down what `machine`, which goes on from the folder, has touched until now.
@@ -96,7 +112,7 @@ impl Unrecorded {
     /// It cannot be seen, or the file not be made.
     pub fn record(&self, machine: &Handle) -> io::Result<WorkingSet> {
         let set = machine.memory().working_set(&self.pagemap)?;
-        let bytes = encode(self.header, &set).ok_or(io::ErrorKind::InvalidData)?;
+        let bytes = encode(self.snapshot, &set).ok_or(io::ErrorKind::InvalidData)?;
         let (_, hidden) = output::hidden(&self.path).ok_or(io::ErrorKind::InvalidInput)?;
         let written = output::create(&hidden).and_then(|mut file| file.write_all(&bytes));
         let named = written.and_then(|()| fs::rename(&hidden, &self.path));
@@ -114,7 +130,7 @@ mod tests {
     use super::*;
     use crate::memory::working_set::{MOST_READ, MOST_WRITTEN};
 
-    const HEADER: Header = Header { config: 1, state: 2, memory: 3, size: 64 << 20 };
+    const SNAPSHOT: Identity = (1, 2, 3, 64 << 20);
 
     /// With a checksum that is right, whatever is in it.
     fn sealed(record: &[u8]) -> Vec<u8> {
@@ -129,32 +145,32 @@ mod tests {
     #[test]
     fn what_is_written_is_read_again_for_the_same_snapshot_alone() {
         let set = set(&[(0, 3, true), (3, 40, false), (16_383, 16_384, true)]);
-        let bytes = encode(HEADER, &set).unwrap();
-        assert_eq!(decode(&bytes, &HEADER), Some(set));
-        assert_eq!(decode(&bytes, &Header { memory: 4, ..HEADER }), None);
+        let bytes = encode(SNAPSHOT, &set).unwrap();
+        assert_eq!(decode(&bytes, &SNAPSHOT), Some(set));
+        assert_eq!(decode(&bytes, &(1, 2, 4, 64 << 20)), None);
         for len in 0..bytes.len() {
-            assert_eq!(decode(&bytes[..len], &HEADER), None, "{len}");
+            assert_eq!(decode(&bytes[..len], &SNAPSHOT), None, "{len}");
         }
         for at in 0..bytes.len() {
             let mut bytes = bytes.clone();
             bytes[at] ^= 1;
-            assert_eq!(decode(&bytes, &HEADER), None, "{at}");
+            assert_eq!(decode(&bytes, &SNAPSHOT), None, "{at}");
         }
     }
 
     #[test]
     fn pages_that_the_memory_has_not_got_are_refused() {
         let record = |runs: &[(u32, u32, bool)]| {
-            sealed(&postcard::to_stdvec(&Record { of: HEADER, runs: runs.to_vec() }).unwrap())
+            sealed(&postcard::to_stdvec(&Record { of: SNAPSHOT, runs: runs.to_vec() }).unwrap())
         };
-        assert!(decode(&record(&[(16_383, 1, true)]), &HEADER).is_some());
+        assert!(decode(&record(&[(16_383, 1, true)]), &SNAPSHOT).is_some());
         for runs in [
             &[(16_384, 1, true)][..],
             &[(16_383, 2, false)],
             &[(0, 0, true)],
             &[(u32::MAX, u32::MAX, false); 2],
         ] {
-            assert_eq!(decode(&record(runs), &HEADER), None, "{runs:?}");
+            assert_eq!(decode(&record(runs), &SNAPSHOT), None, "{runs:?}");
         }
     }
 
@@ -165,14 +181,14 @@ mod tests {
             garbage in prop::collection::vec(any::<u8>(), 0..200),
             runs in prop::collection::vec((0u32..300, 0u32..300, any::<bool>()), 0..200),
         ) {
-            let record = postcard::to_stdvec(&Record { of: HEADER, runs }).unwrap();
+            let record = postcard::to_stdvec(&Record { of: SNAPSHOT, runs }).unwrap();
             let bytes = if of { record } else { [&record[..8], &garbage].concat() };
-            if let Some(set) = decode(&sealed(&bytes), &HEADER) {
+            if let Some(set) = decode(&sealed(&bytes), &SNAPSHOT) {
                 prop_assert!(set.count(true) <= MOST_WRITTEN && set.count(false) <= MOST_READ);
                 prop_assert!(set.runs().is_sorted_by(|a, b| a.pages.end <= b.pages.start));
-                prop_assert!(set.runs().iter().all(|run| run.pages.start < run.pages.end && run.pages.end <= HEADER.size / PAGE));
+                prop_assert!(set.runs().iter().all(|run| run.pages.start < run.pages.end && run.pages.end <= SNAPSHOT.3 / PAGE));
             }
-            let _ = decode(&bytes, &HEADER);
+            let _ = decode(&bytes, &SNAPSHOT);
         }
     }
 }
