@@ -69,7 +69,6 @@ fn machine() -> (Handle, Arc<Mutex<Hanging>>, Receiver<Event>) {
         phase: Mutex::new(Phase::Running),
         events,
         killed: AtomicBool::new(false),
-        ready: Arc::default(),
         vm: Weak::new(),
     };
     (Handle(Arc::new(shared)), device, ended)

@@ -79,7 +79,6 @@ impl Session {
             phase: Mutex::new(Phase::Running),
             events: channel().0,
             killed: AtomicBool::new(false),
-            ready: Arc::default(),
             vm: Weak::new(),
         };
         Scene { handle: Handle(Arc::new(shared)), vm, interrupt }
