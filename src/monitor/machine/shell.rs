@@ -105,7 +105,8 @@ fn fetch(memory: &Memory, set: &WorkingSet, recorder: &Arc<Recorder>) {
         let mut steps = Steps::begin(&recorder, "fetch");
         let fetched = memory.fetch(&set);
         let [read, written] = [false, true].map(|written| set.count(written));
-        steps.done_with(Step::Fetch, [read, written]);
+        // They are bounded.
+        steps.done_with(Step::Fetch, [read as u32, written as u32]);
         match fetched {
             Ok(()) => log::debug!(
                 "fetched what an earlier start touched: {written} pages that it wrote to, {read} that it read"

@@ -86,7 +86,8 @@ pub enum Kind {
     /// `value`; `count` says which four: see [`Registers`](super::Registers).
     Registers = 19,
     /// The monitor's own work before the guest runs: `address` is the [`Step`](super::Step), `time` when it began, `value` the
-    /// ticks that it took; `guest` and `rip` are the step's counts, if it has some.
+    /// ticks that it took; `guest` has the step's counts, if it has some, the
+    /// second above 32 bits.
     Step = 20,
     /// RDMSR of a model-specific register that `--cpu` denies: `address` is its number. `count` is 0: nothing was read.
     MsrRead = 21,

@@ -70,12 +70,13 @@ impl Steps {
     }
 
     /// The same of a step that has `counts`.
-    pub fn done_with(&mut self, step: Step, [guest, rip]: [u64; 2]) {
+    pub fn done_with(&mut self, step: Step, [first, second]: [u32; 2]) {
         if let Some((track, since)) = &mut self.0 {
             let now = clock::ticks();
             let (address, value) = (step as u64, now.wrapping_sub(*since));
             let kind = Kind::Step as u8;
-            track.write(Event { time: *since, guest, rip, address, value, kind, ..Event::default() });
+            let guest = u64::from(second) << 32 | u64::from(first);
+            track.write(Event { time: *since, guest, address, value, kind, ..Event::default() });
             *since = now;
         }
     }
