@@ -95,7 +95,9 @@ fn snapshots_are_listed_and_removed_and_nothing_that_is_none() {
         let said = place.fails(&format!("snapshot rm {what}"), BAD_ARGUMENT);
         assert!(said.contains(why) && place.contents().len() >= before, "{said}");
     }
-    fs::remove_file(place.path("t/mine")).unwrap();
+    for name in ["t/mine", "link"] {
+        fs::remove_file(place.path(name)).unwrap();
+    }
     fs::write(place.path("t/memory"), "damaged").unwrap();
     assert_eq!(list(""), ["s"]);
     place.done("snapshot rm s t");
