@@ -37,8 +37,8 @@ impl Report<'_> {
         let pages = find(&|event| event.kind() == Some(Kind::Pages))?;
         let is_fetch =
             |event: &Event| event.kind() == Some(Kind::Step) && event.address == Step::Fetch as u64;
-        let [read_ahead, copied_ahead] =
-            find(&is_fetch).map_or([0; 2], |event| [event.guest & u64::from(u32::MAX), event.guest >> 32]);
+        let counts = find(&is_fetch).map_or(0, |event| event.guest);
+        let (read_ahead, copied_ahead) = (counts & u64::from(u32::MAX), counts >> 32);
         let (read, written) = (pages.address, pages.value);
         let copied_ahead = copied_ahead.min(written);
         Some(Saved { written, read, copied_ahead, read_ahead, faults: pages.guest, from_disk: pages.rip })
