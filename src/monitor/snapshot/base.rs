@@ -15,7 +15,9 @@ use super::{Error, Header, Snapshot, file};
 use crate::memory::{Layer, SavedRam};
 
 /// Snapshots that lie over each other: each is a file that stays open.
-pub const HIGHEST: usize = 64;
+pub const HIGHEST: usize = 16;
+// Each stretch is a mapping, and cuts one below it in two; a process can have 65530 (vm.max_map_count).
+const _: () = assert!(2 * HIGHEST * MOST_RUNS < 65_530);
 /// What runs are made of, in bytes.
 const PAGE: u64 = 4096;
 

@@ -19,7 +19,7 @@ const BLOCK: usize = 4096;
 /// Blocks that are read at a time.
 const BATCH: usize = 256;
 /// Stretches of a file that lie over another.
-pub const MOST_RUNS: usize = 4096;
+pub const MOST_RUNS: usize = 1000;
 
 /// RAM on its way into a file.
 pub struct Writing {
@@ -163,7 +163,7 @@ fn differing(memory: &Memory, base: &Memory) -> io::Result<Vec<Range<u64>>> {
 }
 
 /// At most `most` stretches with all that is in `runs`, and of what is between them the least: each is a mapping of every machine that
-/// goes on from them, and a process can have 65530.
+/// goes on from them, and a process has room for so many.
 fn few(runs: Vec<Range<u64>>, most: usize) -> Vec<Range<u64>> {
     let Some(surplus) = runs.len().checked_sub(most).filter(|surplus| *surplus > 0) else { return runs };
     let mut gaps: Vec<_> = runs.windows(2).map(|pair| pair[1].start - pair[0].end).collect();
