@@ -1,13 +1,18 @@
 //! `vmm bench` as its user meets it: bad input, earlier results, another machine, a baseline, Ctrl-C.
 
-use std::fs;
-use std::io::{BufRead, BufReader};
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::Read;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 use serde_json::Value;
 
 use crate::SMALL;
@@ -343,22 +348,32 @@ fn an_interrupt_shows_what_there_is() {
     let place = Place::new();
     // More than can be done while this waits.
     let mut command = place.command("boot --samples 10000 --warm-up 0 --json run.json");
-    let mut child = command.spawn().unwrap();
+    let (mut terminal, other_end) = terminal();
+    let child = command.stderr(other_end).spawn().unwrap();
+    // It keeps the other end open.
+    drop(command);
     let pid = Pid::from_raw(child.id() as i32).unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    stderr.read_line(&mut line).unwrap();
-    assert_eq!(line, "vmm bench: boot (1 of 1)\n");
-    // Until the programs are copied and the first of them has run.
-    thread::sleep(Duration::from_secs(5));
-    kill_process(pid, Signal::INT).unwrap();
-    let rest = thread::spawn(move || {
-        let mut rest = String::new();
-        let _ = std::io::Read::read_to_string(&mut stderr, &mut rest);
-        rest
+    let (sender, pieces) = mpsc::channel();
+    thread::spawn(move || {
+        let mut piece = [0; 4096];
+        // A terminal whose other end nobody has open any more is an error to read from.
+        while let Ok(length @ 1..) = terminal.read(&mut piece) {
+            if sender.send(text(&piece[..length])).is_err() {
+                break;
+            }
+        }
     });
+    let mut stderr = String::new();
+    let mut interrupted = false;
+    while let Ok(piece) = pieces.recv_timeout(PATIENCE) {
+        stderr.push_str(&piece);
+        if !interrupted && begun_twice(&stderr) {
+            kill_process(pid, Signal::INT).unwrap();
+            interrupted = true;
+        }
+    }
     let output = finish(child);
-    let (stdout, stderr) = (text(&output.stdout), rest.join().unwrap());
+    let stdout = text(&output.stdout);
     assert_eq!(output.status.code(), Some(KILLED), "{stdout}{stderr}");
     assert!(stderr.contains("interrupted; showing what there is") && !stderr.contains("error"), "{stderr}");
     assert!(stdout.ends_with("interrupted: fewer samples than asked for\n"), "{stdout}");
@@ -368,4 +383,27 @@ fn an_interrupt_shows_what_there_is() {
     let samples = series[0]["samples"].as_array().map_or(0, Vec::len);
     assert!((1..10_000).contains(&samples), "{samples} samples: {series}");
     assert!(stdout.contains(series[0]["who"].as_str().unwrap()), "{stdout}");
+}
+
+/// Whether the progress on a terminal tells of a second sample of anyone: the first has been taken then.
+fn begun_twice(progress: &str) -> bool {
+    let mut whose: Vec<&str> =
+        progress.split('\r').filter_map(|line| Some(line.rsplit_once("%  ")?.1)).collect();
+    // The last may not have come whole.
+    whose.pop();
+    let all = whose.len();
+    whose.sort_unstable();
+    whose.dedup();
+    whose.len() < all
+}
+
+/// A terminal: its own end, and that of the program that runs on it.
+fn terminal() -> (File, File) {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    unlockpt(&master).unwrap();
+    let path = PathBuf::from(OsString::from_vec(ptsname(&master, Vec::new()).unwrap().into_bytes()));
+    // For writing alone: nothing is read from it, nor told to its driver.
+    let other_end =
+        OpenOptions::new().write(true).custom_flags(OFlags::NOCTTY.bits() as i32).open(path).unwrap();
+    (master.into(), other_end)
 }
