@@ -105,7 +105,7 @@ impl Place {
     fn take(&self, pool: &str, count: u32) -> (Vec<Duration>, Duration) {
         let mut client = Client::connect_pool(&self.registry, pool).unwrap();
         let start = Instant::now();
-        let taken = client.take(count, None, false).unwrap();
+        let taken = client.take(count, None, false, false).unwrap();
         let answered = start.elapsed();
         assert_eq!((taken.names.len() as u32, taken.error), (count, None));
         let spoken = (0..count).map(|_| self.written.recv_timeout(Duration::from_secs(10)).unwrap() - start);

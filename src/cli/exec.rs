@@ -119,6 +119,12 @@ pub fn shell(options: ShellOptions) -> Result<Code, Failure> {
     carry(Exec { user, tty, stdin: true, ..Exec::default() }, &reach, &name).map_err(not_run)
 }
 
+/// Something is given for a command that there is not.
+pub fn no_command() -> Failure {
+    let error = anyhow!("an option is given for a command in the guest, and there is no command");
+    Failure::new(Code::BadArgument, error).hint(Some("add it at the end: -- COMMAND"))
+}
+
 /// What was the failure of a command that did not come to run, or of what carried it, has docker's code for that; those of a
 /// command that there is not, or that cannot be run, are shells' own.
 pub fn not_run(mut failure: Failure) -> Failure {
@@ -151,13 +157,15 @@ fn variable(text: OsString) -> Option<Vec<u8>> {
 
 fn carry(mut exec: Exec, reach: &Reach, name: &str) -> Result<Code, Failure> {
     let guest = reach.guest(name)?;
-    let leave = |signal| {
-        terminal::restore();
-        std::process::exit(128 + signal);
-    };
     let carrier = Carrier::begin(&mut exec, leave)?;
     let session = guest.start(Request::Exec(exec)).map_err(|error| guest.failure(error))?;
     carrier.carry(session)
+}
+
+/// Ends this process, and with it what it waits for.
+pub fn leave(signal: i32) {
+    terminal::restore();
+    std::process::exit(128 + signal);
 }
 
 /// Carries the streams and signals of a command, and from before there is one whatever signals come.

@@ -1,8 +1,9 @@
 //! Linux from a pool: it stands ready for a while, and then each that is taken goes on from the same moment, alone, at today's time.
 
 use std::collections::BTreeSet;
+use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::guest::{Guest, Kernel, available, vmm};
 use crate::snapshot::{exec, number, well};
@@ -11,12 +12,26 @@ use crate::snapshot::{exec, number, well};
 struct Pool<'a>(&'a Guest);
 
 impl Pool<'_> {
-    fn say(&self, arguments: &[&str]) -> String {
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.0.command(&[&["pool"], arguments].concat());
-        let output = command.env("XDG_STATE_HOME", self.0.runtime()).output().unwrap();
+        command.env("XDG_STATE_HOME", self.0.runtime());
+        command
+    }
+
+    fn say(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(0), "{arguments:?}: {said}");
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a command in a copy of its own: what it wrote, and its exit code.
+    fn run(&self, options: &[&str], script: &str) -> (String, Option<i32>) {
+        let mut command = self.command(&["take", "p"]);
+        let output = command.args(options).args(["--", "sh", "-c", script]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.is_empty(), "{script}: {said}");
+        (String::from_utf8(output.stdout).unwrap(), output.status.code())
     }
 }
 
@@ -76,6 +91,27 @@ fn a_linux_with_two_cpus_that_has_stood_ready_goes_on_as_a_copy_does() {
     for script in ["cat /proc/sys/kernel/random/uuid", generation] {
         let told: BTreeSet<_> = all.iter().map(|name| exec(&first, name, script)).collect();
         assert_eq!(told.len(), all.len(), "{told:?}");
+    }
+    // One for a command, by the next free number; nothing of it stays.
+    let (one, code) = pool.run(&[], "cat /tmp/nonce /run/vmm/generation; exit 7");
+    assert_eq!((one.lines().next(), code), (Some(&*nonce), Some(7)), "{one}");
+    let options = ["--hostname", "other", "-t", "-e", "A=b c", "-w", "/tmp"];
+    let (other, code) =
+        pool.run(&options, "cat /run/vmm/generation; hostname; tty; echo $A; pwd; kill -9 $$");
+    let lines: Vec<_> = other.lines().collect();
+    let [generation, "other", tty, "b c", "/tmp"] = lines[..] else { panic!("{other}") };
+    assert!(!one.contains(generation) && tty.starts_with("/dev/pts/") && code == Some(137), "{other}");
+    let mut ends = pool.command(&["take", "p", "--", "sh", "-c", "poweroff -f; sleep 60"]);
+    assert_eq!(ends.output().unwrap().status.code(), Some(125));
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let (_, listed) = first.control(&["list"]);
+        // The title, and the first.
+        if listed.lines().count() == 2 + all.len() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{listed}");
+        thread::sleep(Duration::from_millis(100));
     }
     pool.say(&["stop", "p"]);
     for name in all {

@@ -208,6 +208,43 @@ fn spares_end_with_their_pool_and_what_was_taken_does_not() {
 }
 
 #[test]
+fn one_that_is_there_for_a_command_ends_with_it_however_that_ends() {
+    if !has_kvm("one_that_is_there_for_a_command_ends_with_it_however_that_ends") {
+        return;
+    }
+    let (place, first) = world("--vsock sock");
+    place.done("pool start web v --size 2");
+    drop(first);
+    // Its guest has no agent, so whoever runs the command waits until that is clear.
+    let ends = [("killed", Signal::KILL), ("told to end", Signal::TERM), ("hung up", Signal::HUP)];
+    for (index, (how, signal)) in ends.into_iter().enumerate() {
+        let command = Running::new(place.command(&format!("pool take web --name c{index} -- true")));
+        place.await_running(&format!("c{index}"));
+        command.signal(signal);
+        let status = command.finish().status;
+        assert!(!status.success(), "{how}: {status}");
+        await_true("its machine is gone", || place.done("list --all").lines().count() == 1);
+        assert!(!place.path(&format!("state/vmm/c{index}")).exists(), "{how}: nothing is kept");
+        await_full(&place, "web");
+    }
+    let waited = Instant::now();
+    let said = place.fails("pool take web --timeout 6 -- true", NOT_RUN);
+    assert!(said.contains("agent") && waited.elapsed() > Duration::from_secs(5), "{said}");
+    // It ends with its own process, too, which tells nobody.
+    let command = Running::new(place.command("pool take web --name own -- true"));
+    place.await_running("own");
+    kill(pid(&place.status("own")));
+    let output = command.finish();
+    assert_eq!(output.status.code(), Some(NOT_RUN), "{}", text(&output.stderr));
+    await_true("nothing is left of them", || {
+        place.vmm("pool list");
+        place.done("list --all").lines().count() == 1
+    });
+    place.done("pool stop web");
+    assert_eq!(fs::read_dir(place.path("run/vmm")).unwrap().count(), 0);
+}
+
+#[test]
 fn what_nobody_waits_for_any_more_is_not_made() {
     if !has_kvm("what_nobody_waits_for_any_more_is_not_made") {
         return;
@@ -306,17 +343,21 @@ fn pools_that_cannot_be_are_told() {
         ("pool take web --name v", HOST, "\"v\" is already running"),
         ("pool take web --name .x", HOST, ".x"),
         ("pool take web --count 0", BAD_ARGUMENT, "--count"),
+        ("pool take web -i", BAD_ARGUMENT, "there is no command"),
+        ("pool take web --count 2 -- true", BAD_ARGUMENT, "--count"),
+        ("pool take nobody -- true", NOT_RUN, "no pool called \"nobody\""),
+        ("pool take web -- true", NOT_RUN, "have no vsock device"),
         ("pool stop nobody", HOST, "no pool called \"nobody\""),
         ("status web", HOST, "\"web\""),
     ] {
         let said = place.fails(arguments, code);
         assert!(said.contains(why), "{arguments}: {said}");
     }
-    // Whatever was refused, nothing is missing.
-    assert_eq!(pool(&place, "web")["ready"], 1);
-    assert_eq!(place.done("pool take web"), "web-1\n");
+    // Whatever was refused, nothing is missing but the one that was of no use.
+    await_full(&place, "web");
+    assert_eq!(place.done("pool take web"), "web-2\n");
     place.done("pool stop web");
-    place.done("kill web-1");
+    place.done("kill web-2");
     assert!(left_of_pools(&place).is_empty());
 }
 

@@ -12,9 +12,6 @@ use crate::counting::*;
 use crate::images::*;
 use crate::place::*;
 
-/// Exit code of a run whose command was not run.
-const NOT_RUN: i32 = 125;
-
 /// Writes `!` to COM1, takes its time, says that it is ready, and counts.
 fn readying(turns: u32) -> Vec<u8> {
     let mut code = vec![0x66, 0xba, 0xf8, 0x03, 0xb0, b'!', 0xee]; // mov dx, 0x3f8; mov al, '!'; out dx, al

@@ -1,14 +1,16 @@
 //! A guest that is a copy is made another one by its agent: `vmm agent renew`, and what `vmm restore` does by itself.
 
-use std::time::Duration;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 
 use super::order::{SEED, hostname_of, nanoseconds, random};
 use super::{Guest, Reach};
-use vmm_agent::client::Error;
+use vmm_agent::client::{Error, Session};
 use vmm_agent::port::NAME;
-use vmm_agent::protocol::{Exit, GENERATION, Reason, Renewal, Request};
+use vmm_agent::protocol::{Exec, Exit, GENERATION, Reason, Renewal, Request};
 use vmm_command::{Code, Failure};
 use vmm_monitor::api;
 use vmm_monitor::api::client::Client;
@@ -18,6 +20,8 @@ use vmm_monitor::config::VmConfig;
 
 /// For a guest that was just restored to be another machine: it may be slow at first, as its memory comes from a disk.
 const FOR_COPIES: Duration = Duration::from_secs(60);
+/// Between two calls that a guest refuses.
+const REFUSED: Duration = Duration::from_millis(2);
 
 /// What else than its seed, its clock and its generation is to be another.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -89,6 +93,11 @@ impl CopyOptions {
         self.renew || self.hostname.is_some() || self.machine_id
     }
 
+    /// What is to be another.
+    pub fn into_changes(self) -> Changes {
+        Changes { hostname: self.hostname, machine_id: self.machine_id }
+    }
+
     /// Whether there is anything to do for a machine of this configuration: without a way to an agent nobody is there to be told.
     pub fn concern(&self, config: &VmConfig) -> bool {
         self.is_required() || config.vsock.is_some() || config.port.iter().any(|port| port.name == NAME)
@@ -130,8 +139,36 @@ impl CopyOptions {
                 None => return Ok(()),
             },
         };
-        let changes = Changes { hostname: self.hostname.clone(), machine_id: self.machine_id };
-        tell(&guest, &changes)
+        tell(&guest, &self.clone().into_changes())
+    }
+}
+
+/// Has the agent that `dial` reaches make its guest, which goes on from a snapshot, a machine of its own and run `exec`, all in one
+/// message.
+///
+/// # Errors
+/// Nobody is there before `deadline`; not all was done.
+pub fn renew_and_exec(
+    dial: impl Fn() -> Result<UnixStream, Failure>,
+    exec: &Exec,
+    changes: &Changes,
+    deadline: Instant,
+) -> Result<Session, Failure> {
+    loop {
+        let request = Request::RenewAndExec(changes.renewal()?, exec.clone());
+        match Session::call(dial()?, request, deadline) {
+            // A guest that was restored resets what came before it knows that.
+            Err(Error::NobodyListens(_)) if Instant::now() < deadline => thread::sleep(REFUSED),
+            Err(error @ Error::Failed { reason: Reason::Protocol, .. }) => {
+                let hint = "the agent in the guest may be older than this: vmm agent install";
+                return Err(Failure::from(error).hint(Some(hint)));
+            }
+            Err(error @ (Error::NobodyListens(_) | Error::NoAnswer { .. } | Error::Silent { .. })) => {
+                let hint = "it may have had no agent when it was saved: docs/agent.md has how to install it";
+                return Err(Failure::from(error).hint(Some(hint)));
+            }
+            called => return Ok(called?),
+        }
     }
 }
 

@@ -112,7 +112,7 @@ struct Shared {
     /// What is in the record is this run's.
     ours: AtomicBool,
     /// The record goes when the run is over.
-    remove: bool,
+    remove: AtomicBool,
     running: AtomicBool,
 }
 
@@ -145,7 +145,7 @@ impl Background {
         for port in config.port.iter_mut().filter(|port| port.to == CharTarget::Stdio) {
             port.to = console();
         }
-        let (ours, running) = (AtomicBool::new(ours), AtomicBool::new(false));
+        let [ours, running, remove] = [ours, false, remove].map(AtomicBool::new);
         let shared = Arc::new(Shared { record, taken: OnceLock::new(), ours, remove, running });
         Ok(Self { records, shared, is_spare })
     }
@@ -180,8 +180,9 @@ impl Background {
 
     /// Says that the guest runs, and gives the terminal up.
     fn leave(&mut self) -> anyhow::Result<()> {
-        let Shared { record, running, remove, .. } = &*self.shared;
-        if !*remove && let Err(error) = record.take_end_room() {
+        let Shared { record, running, .. } = &*self.shared;
+        let remove = self.shared.remove.load(Ordering::Relaxed);
+        if !remove && let Err(error) = record.take_end_room() {
             log::warn!("{}: no room to keep how this run ends: {error}", record.name());
         }
         if !self.is_spare {
@@ -189,7 +190,7 @@ impl Background {
         }
         keep_messages(record)?;
         running.store(!self.is_spare, Ordering::Relaxed);
-        if *remove {
+        if remove {
             record.set_transient().context("cannot note that nothing is to be kept")?;
         }
         if record.keep().is_err() {
@@ -231,6 +232,10 @@ impl Observer for Background {
     fn taken(&mut self, wanted: &Wanted) -> Result<(), Box<dyn Error + Send + Sync>> {
         let record = self.records.pass_on(&self.shared.record, &wanted.name);
         let record = record.map_err(Failure::into_error)?;
+        if wanted.tied {
+            record.set_transient().context("cannot note that nothing is to be kept")?;
+            self.shared.remove.store(true, Ordering::Relaxed);
+        }
         // Nobody else sets it.
         let _ = self.shared.taken.set(record);
         self.shared.running.store(true, Ordering::Relaxed);
@@ -253,7 +258,7 @@ impl Shared {
     }
 
     fn set_end(&self, code: u8) {
-        if self.remove || !self.running.load(Ordering::Relaxed) {
+        if self.remove.load(Ordering::Relaxed) || !self.running.load(Ordering::Relaxed) {
             return;
         }
         if let Err(error) = self.record().set_end(code) {
@@ -265,7 +270,7 @@ impl Shared {
     fn tidy(&self) {
         match self.running.load(Ordering::Relaxed) {
             false if self.ours.load(Ordering::Relaxed) => self.record.give_up(),
-            true if self.remove => drop(self.record().remove()),
+            true if self.remove.load(Ordering::Relaxed) => drop(self.record().remove()),
             _ => {}
         }
     }

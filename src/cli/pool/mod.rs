@@ -1,6 +1,7 @@
 //! `vmm pool`: copies of a machine that stand ready, each in a process of its own, until they are taken.
 
 mod start;
+mod take;
 
 use std::fmt::Write;
 
@@ -10,9 +11,8 @@ use vmm_monitor::api::client::Client;
 use vmm_monitor::api::protocol::Command as Order;
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::config::Size;
-use vmm_monitor::pool::{MAX_TAKEN, PoolStatus};
+use vmm_monitor::pool::PoolStatus;
 
-use super::agent::renewal::CopyOptions;
 use super::control::GRACE;
 use super::detached::record::Records;
 use super::flags::with_flags;
@@ -24,8 +24,8 @@ Examples:
       ten copies of a machine that vmm snapshot create saved stand ready
   vmm pool take web
       web-1: it runs at once, and another copy is made ready
-  vmm pool take web --count 5 --name try
-      try-1 to try-5
+  vmm pool take web -- make -C /src test
+      a command in a copy of its own, which is gone when that has ended
   vmm pool list
   vmm pool stop web
       what was taken runs on
@@ -43,27 +43,12 @@ pub struct Options {
 enum Command {
     /// Have copies of a running or saved virtual machine stand ready, in the background
     Start(Box<start::Options>),
-    /// Take copies that stand ready: they run at once, and are like those that vmm fork starts
-    Take(TakeOptions),
+    /// Take copies that stand ready: they run at once, and are like those that vmm fork starts; or one for a command
+    Take(Box<take::Options>),
     /// List the pools: how many copies stand ready, how many were taken, and what memory each that stands ready has for itself
     List(ListOptions),
     /// End pools, and the copies that stand ready; those that were taken run on
     Stop(StopOptions),
-}
-
-#[derive(Debug, clap::Args)]
-struct TakeOptions {
-    /// The pool's name, as vmm pool list shows it
-    #[arg(value_name = "POOL")]
-    pool: String,
-    /// How many; more than stand ready are made while it waits
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_TAKEN)))]
-    count: u32,
-    /// The name of one, or of several NAME-1 and so on, by the next free numbers [default: POOL-1 and so on]
-    #[arg(long, value_name = "NAME")]
-    name: Option<String>,
-    #[command(flatten)]
-    renewal: CopyOptions,
 }
 
 #[derive(Debug, clap::Args)]
@@ -97,27 +82,10 @@ impl Options {
 pub fn pool(options: Options) -> Result<Code, Failure> {
     match options.command {
         Command::Start(options) => start::start(*options),
-        Command::Take(options) => take(&options),
+        Command::Take(options) => take::take(*options),
         Command::List(options) => list(&options),
         Command::Stop(options) => Ok(for_each(&options.names, |name| stop(name))),
     }
-}
-
-fn take(TakeOptions { pool, count, name, renewal }: &TakeOptions) -> Result<Code, Failure> {
-    let mut client = Client::connect_pool(&Registry::of_user(), pool)?;
-    let taken = client.take(*count, name.clone(), !renewal.is_required())?;
-    let mut code = for_each(&taken.names, |name| {
-        renewal.await_required(name)?;
-        print(&format!("{name}\n"))
-    });
-    if let Some(error) = taken.error {
-        let missing = *count as usize - taken.names.len().min(*count as usize);
-        let error = anyhow::anyhow!("{missing} of {count} could not be taken: {error}");
-        let failure = Failure::new(Code::Host, error).hint(Some("see how the pool is: vmm pool list"));
-        failure.print(with_flags);
-        code = super::wait::worse(code, failure.code);
-    }
-    Ok(code)
 }
 
 fn list(options: &ListOptions) -> Result<Code, Failure> {

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use anyhow::anyhow;
 
 use super::agent::renewal::{Changes, CopyOptions};
-use super::exec::{How, not_run};
+use super::exec::{How, no_command, not_run};
 use super::options;
 use super::run::{self, Place, RunOptions, live};
 use task::{Command, Signs, Work};
@@ -62,8 +62,7 @@ impl Options {
     pub fn run(self) -> Result<Code, Failure> {
         let has_command = !self.command.is_empty();
         if !has_command && (self.how != How::default() || !self.changes.are_none()) {
-            let error = anyhow!("an option is given for a command in the guest, and there is no command");
-            return Err(Failure::new(Code::BadArgument, error).hint(Some("add it at the end: -- COMMAND")));
+            return Err(no_command());
         }
         if !self.template && !has_command {
             return run::run(self.options);

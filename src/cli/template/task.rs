@@ -11,13 +11,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 
-use super::super::agent::renewal::Changes;
-use super::super::agent::terminal;
-use super::super::exec::Carrier;
+use super::super::agent::renewal::{Changes, renew_and_exec};
+use super::super::exec::{self, Carrier};
 use super::super::flags::with_flags;
 use vmm_agent::client::{self, Patience, Session};
 use vmm_agent::port::NAME;
-use vmm_agent::protocol::{Exec, PORT, Reason, Request};
+use vmm_agent::protocol::{Exec, PORT};
 use vmm_command::{Code, Failure};
 use vmm_monitor::config::{CharTarget, VmConfig};
 use vmm_monitor::machine::{Handle, Phase};
@@ -27,9 +26,8 @@ use vmm_monitor::vsock::Dialer;
 
 /// For a guest to be ready, and for the agent of one that was ready to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two looks whether a machine that is waited for is still there, and between two calls that its agent refuses.
+/// Between two looks whether a machine that is waited for is still there.
 const AGAIN: Duration = Duration::from_millis(50);
-const REFUSED: Duration = Duration::from_millis(2);
 
 /// By what it shows that a guest is ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,8 +140,7 @@ impl Now {
             return self.kill();
         }
         // It is not there yet, or no more, and its output is not taken.
-        terminal::restore();
-        std::process::exit(128 + signal);
+        exec::leave(signal);
     }
 }
 
@@ -245,7 +242,8 @@ impl Work {
         }
         let Some(Command { exec, changes, carrier, .. }) = command else { return Ok(None) };
         let dialer = dialer.ok_or_else(gone)?;
-        carrier.carry(call(&dialer, exec, &changes)?).map(Some)
+        let dial = || dialer.dial().map_err(|_| gone());
+        carrier.carry(renew_and_exec(dial, &exec, &changes, Instant::now() + PATIENCE)?).map(Some)
     }
 }
 
@@ -288,22 +286,4 @@ fn await_ready(signs: &Signs, now: &Now, dialer: Option<&Dialer>) -> Result<(), 
         };
         Failure::new(Code::Host, anyhow!("the guest {what} within {seconds} s")).hint(Some(hint))
     })
-}
-
-/// Has the agent make the guest a machine of its own and run `exec`, all in one message.
-fn call(dialer: &Dialer, exec: Exec, changes: &Changes) -> Result<Session, Failure> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let stream = dialer.dial().map_err(|_| gone())?;
-        let request = Request::RenewAndExec(changes.renewal()?, exec.clone());
-        match Session::call(stream, request, deadline) {
-            // A guest that was restored resets what came before it knows that.
-            Err(client::Error::NobodyListens(_)) if Instant::now() < deadline => thread::sleep(REFUSED),
-            Err(error @ client::Error::Failed { reason: Reason::Protocol, .. }) => {
-                let hint = "the agent in the guest may be older than this: vmm agent install";
-                return Err(Failure::from(error).hint(Some(hint)));
-            }
-            called => return Ok(called?),
-        }
-    }
 }

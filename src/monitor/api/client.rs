@@ -211,13 +211,19 @@ impl Client {
         }
     }
 
-    /// Takes `count` machines from a pool: they run when it answers, however long that takes. `name` and `renew` are as
+    /// Takes `count` machines from a pool: they run when it answers, however long that takes. `name`, `renew` and `tied` are as
     /// [`Command::Take`] has them.
     ///
     /// # Errors
     /// As for [`Client::ask`].
-    pub fn take(&mut self, count: u32, name: Option<String>, renew: bool) -> Result<Taken, Error> {
-        match self.take_its_time(Command::Take { count, name, renew })? {
+    pub fn take(
+        &mut self,
+        count: u32,
+        name: Option<String>,
+        renew: bool,
+        tied: bool,
+    ) -> Result<Taken, Error> {
+        match self.take_its_time(Command::Take { count, name, renew, tied })? {
             Answer::Taken(taken) => Ok(taken),
             other => Err(self.other(other)),
         }

@@ -5,7 +5,7 @@
 //! speak [`protocol`]. The server sees the machine through [`Control`] only; `session` has that of a real one.
 
 pub mod client;
-mod passing;
+pub(crate) mod passing;
 pub mod protocol;
 pub mod registry;
 pub mod server;

@@ -17,7 +17,7 @@ pub const MOST: usize = 64;
 ///
 /// # Errors
 /// As sendmsg(2) has them.
-pub fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[OwnedFd]) -> io::Result<usize> {
+pub fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[impl AsFd]) -> io::Result<usize> {
     let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
     let mut control = SendAncillaryBuffer::new(&mut space);

@@ -91,6 +91,9 @@ pub enum Command {
         name: Option<String>,
         /// Each has its guest told by its agent that it is a copy. Otherwise whoever takes them sees to that.
         renew: bool,
+        /// Each ends, and leaves nothing, when the connection that asks for it does.
+        #[serde(default)]
+        tied: bool,
     },
     /// Save it in files without names, whose descriptors come with the answer (SCM_RIGHTS): configuration, state and memory, in
     /// this order, then the disks that the guest may write to.
@@ -259,7 +262,7 @@ mod tests {
             add("disk=/a b,readonly"),
             add("net=user,publish=8080:80"),
             Command::RemoveDevice { name: "virtio-blk1".to_owned(), force: true },
-            Command::Take { count: 3, name: Some("w".to_owned()), renew: true },
+            Command::Take { count: 3, name: Some("w".to_owned()), renew: true, tied: true },
         ] {
             let line = request(command.clone());
             assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);

@@ -89,7 +89,7 @@ impl Registry {
     }
 
     /// Where the socket device of `name` is if nobody says where.
-    fn vsock(&self, name: &str) -> PathBuf {
+    pub fn vsock(&self, name: &str) -> PathBuf {
         self.path.join(format!("{name}{VSOCK}"))
     }
 

@@ -16,6 +16,7 @@ use super::names::Names;
 use super::spare::{Lines, Said, message, parse};
 use super::stock::{Next, Stock};
 use super::{MAX_TAKEN, PoolStatus, Reason, Wanted};
+use crate::api::passing;
 use crate::api::protocol::{self, Answer, Command, Taken};
 use crate::api::registry::{Entry, Registry, of_spare};
 use crate::api::signals::{ChildEnds, Signals};
@@ -75,6 +76,8 @@ struct Take {
     client: u32,
     names: Names,
     renew: bool,
+    /// They end with the client's connection.
+    tied: bool,
     /// Machines without a spare so far.
     left: u32,
     /// Spares that have not said yet that they run.
@@ -226,7 +229,7 @@ impl Orders {
     fn obey(&mut self, token: u32, command: Command, sources: &mut Sources<'_, '_>) {
         let answer = match command {
             Command::Status => Answer::Pool(self.status()),
-            Command::Take { count, name, renew } => match self.take(token, count, name, renew) {
+            Command::Take { count, name, renew, tied } => match self.take(token, count, name, renew, tied) {
                 Ok(()) => {
                     if let Some(client) = self.clients.get_mut(&token) {
                         client.until = None;
@@ -272,7 +275,14 @@ impl Orders {
     }
 
     /// Takes a request in.
-    fn take(&mut self, client: u32, count: u32, name: Option<String>, renew: bool) -> Result<(), String> {
+    fn take(
+        &mut self,
+        client: u32,
+        count: u32,
+        name: Option<String>,
+        renew: bool,
+        tied: bool,
+    ) -> Result<(), String> {
         if !(1..=MAX_TAKEN).contains(&count) {
             return Err(format!("{count} machines at once: 1 to {MAX_TAKEN} can be taken"));
         }
@@ -288,6 +298,7 @@ impl Orders {
             client,
             names,
             renew,
+            tied,
             left: count,
             awaited: 0,
             given: Vec::new(),
@@ -314,9 +325,11 @@ impl Orders {
                 Ok(name) => {
                     // Names that were given are not looked at again, however many there are.
                     self.next_number = take.names.next_of(&self.name).unwrap_or(self.next_number);
-                    let wanted = message(&Wanted { name: name.clone(), renew: take.renew });
+                    let wanted = message(&Wanted { name: name.clone(), renew: take.renew, tied: take.tied });
                     // One that does not take it has ended, which is heard next.
-                    let _ = send(&spare.stream, &wanted, SendFlags::NOSIGNAL);
+                    let tie = self.clients.get(&take.client).filter(|_| take.tied);
+                    let tie: Vec<_> = tie.iter().map(|client| &client.stream).collect();
+                    let _ = passing::send(&spare.stream, &wanted, &tie);
                     take.given.push(name.clone());
                     spare.taker = Some((take.client, name));
                     take.left -= 1;

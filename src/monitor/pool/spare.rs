@@ -2,7 +2,7 @@
 //! is wanted, the spare that it runs. Then, as when either has ended, the socket is closed.
 
 use std::fs;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::api::passing;
 use crate::api::signals::Signals;
 use crate::threads;
 
@@ -53,6 +54,8 @@ pub struct Wanted {
     pub name: String,
     /// It has its guest told that it is a copy; otherwise others do.
     pub renew: bool,
+    /// It ends with the connection whose descriptor comes along, and nothing is to be left of it.
+    pub tied: bool,
 }
 
 /// The pool, as the process of a spare sees it. Clones are the same.
@@ -80,11 +83,11 @@ impl Spare {
     }
 
     /// Says that it stands ready, and waits until it is wanted. `None`: it never will be; its pool has ended, or one of `signals` asks
-    /// for its end.
-    pub(crate) fn wait(&self, signals: &Signals) -> Option<Wanted> {
+    /// for its end. With the connection with which it is to end, if it is tied to one.
+    pub(crate) fn wait(&self, signals: &Signals) -> Option<(Wanted, Option<OwnedFd>)> {
         let pool = &self.0.pool;
         self.say(&Said::Ready { private: private_bytes() }).ok()?;
-        let mut lines = Lines::default();
+        let (mut lines, mut passed) = (Lines::default(), Vec::new());
         loop {
             let [stop, kill] = signals.sources().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
             let mut fds = [PollFd::new(pool, PollFlags::IN), stop, kill];
@@ -95,11 +98,14 @@ impl Spare {
             if fds[1..].iter().any(|fd| !fd.revents().is_empty()) {
                 return None;
             }
-            if !fds[0].revents().is_empty() && !lines.read(pool) {
+            if !fds[0].revents().is_empty() && !lines.read_with(pool, &mut passed) {
                 return None;
             }
             if let Some(line) = lines.next() {
-                return parse(&line);
+                let wanted: Wanted = parse(&line)?;
+                // Untied it would run for ever.
+                let tie = if wanted.tied { Some(passed.pop()?) } else { None };
+                return Some((wanted, tie));
             }
         }
     }
@@ -149,9 +155,14 @@ pub(super) struct Lines(Vec<u8>);
 
 impl Lines {
     /// Takes in what has come. False if that was the last, or more than a message.
-    pub fn read(&mut self, mut from: &UnixStream) -> bool {
+    pub fn read(&mut self, from: &UnixStream) -> bool {
+        self.read_with(from, &mut Vec::new())
+    }
+
+    /// The same, with the descriptors that come along.
+    fn read_with(&mut self, from: &UnixStream, passed: &mut Vec<OwnedFd>) -> bool {
         let mut bytes = [0; MAX_MESSAGE];
-        match from.read(&mut bytes) {
+        match passing::receive(from, &mut bytes, passed) {
             Ok(count @ 1..) => self.0.extend_from_slice(&bytes[..count]),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Ok(0) | Err(_) => return false,
@@ -194,10 +205,12 @@ mod tests {
             let ready: Said = parse(&lines.next().unwrap()).unwrap();
             assert!(matches!(ready, Said::Ready { private: Some(1..) }), "{ready:?}");
             (&pool).write_all(br#"{"name":"w-1","#).unwrap();
-            (&pool).write_all(b"\"renew\":true}\n").unwrap();
+            (&pool).write_all(b"\"renew\":true,\"tied\":false}\n").unwrap();
             waiting.join().unwrap()
         });
-        assert_eq!(waiting, Some(Wanted { name: "w-1".to_owned(), renew: true }));
+        let (wanted, tie) = waiting.unwrap();
+        assert_eq!(wanted, Wanted { name: "w-1".to_owned(), renew: true, tied: false });
+        assert!(tie.is_none());
         spare.runs().unwrap();
         let reason = Reason { error: "too late".to_owned(), hint: None, code: None };
         assert!(!spare.failed(&reason), "it has had the last word");
@@ -206,7 +219,24 @@ mod tests {
 
         let (pool, socket) = UnixStream::pair().unwrap();
         drop(pool);
-        assert_eq!(Spare::new("p@2", socket.into()).wait(&signals), None);
+        assert!(Spare::new("p@2", socket.into()).wait(&signals).is_none());
+    }
+
+    #[test]
+    fn one_that_is_tied_has_what_it_is_tied_to() {
+        let signals = Signals::take().unwrap();
+        let wanted = message(&Wanted { name: "w-1".to_owned(), renew: false, tied: true });
+        for is_there in [true, false] {
+            let (pool, socket) = UnixStream::pair().unwrap();
+            let (mut client, connection) = UnixStream::pair().unwrap();
+            let ties: Vec<_> = Some(connection).into_iter().filter(|_| is_there).collect();
+            passing::send(&pool, &wanted, &ties).unwrap();
+            drop(ties);
+            let found = Spare::new("p@1", socket.into()).wait(&signals);
+            // Untied it is not to run.
+            assert_eq!(found.is_some(), is_there);
+            assert_eq!(client.write(b"x").is_ok(), is_there);
+        }
     }
 
     #[test]

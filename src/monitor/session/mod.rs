@@ -7,6 +7,7 @@
 mod defect;
 mod files;
 mod running;
+mod tie;
 
 use std::error;
 use std::fmt;
@@ -21,7 +22,7 @@ use crate::api::{self, Control, Pty, Viewers};
 use crate::backends::Backends;
 use crate::chardev::{Endpoint, Ends};
 use crate::config::{OnPanic, OnReboot, VmConfig};
-use crate::event_loop::EventLoop;
+use crate::event_loop::{EventLoop, Registration};
 use crate::machine::{self, Machine, Origin, Outcome, Shell};
 use crate::pool::{Spare, Wanted};
 use crate::recorder::Recorder;
@@ -29,6 +30,7 @@ use crate::threads::{OrdersElsewhere, Role};
 use crate::virtio;
 use crate::vsock::Dialer;
 use running::{Asked, Running};
+use tie::Tie;
 
 pub use defect::end_on_panic;
 
@@ -129,6 +131,8 @@ struct Controlled {
     server: Option<Server>,
     /// Until there is a server: whoever connects or signals before is kept waiting, not lost.
     unserved: Option<(Entry, Signals)>,
+    /// With what it ends.
+    tie: Option<Registration>,
     /// Until the first machine is wanted.
     spare: Option<Spare>,
     running: Arc<Running>,
@@ -213,6 +217,7 @@ impl<'a> Session<'a> {
             _orders: orders,
             server: None,
             unserved,
+            tie: None,
             spare,
             running,
             stop_timeout,
@@ -302,21 +307,24 @@ impl<'a> Session<'a> {
             if let Some(running) = &running {
                 running.built(machine.handle(), ptys);
             }
-            let mut refused = None;
+            let (mut refused, mut served) = (None, Ok(()));
             if let Some((wanted, spare)) = wanted.zip(spare.as_ref())
                 && machine.start().is_ok()
             {
                 let taken = observers.iter_mut().try_for_each(|observer| observer.taken(&wanted));
                 // Without its pool it runs all the same.
                 match taken {
-                    Ok(()) => _ = spare.runs(),
+                    Ok(()) => {
+                        _ = spare.runs();
+                        // It has long been more than a short run.
+                        served = self.serve();
+                    }
                     Err(error) => {
                         machine.handle().kill();
                         refused = Some(Error::Observer(error));
                     }
                 }
             }
-            let mut served = Ok(());
             let mut outcome = machine.run(&mut || {
                 served = self.serve();
                 self.controlled.iter().for_each(|controlled| (controlled.lasting)());
@@ -358,13 +366,13 @@ impl<'a> Session<'a> {
     /// Waits until `machine`, the one of `spare`, is wanted, and takes the name by which it is.
     fn stand(&mut self, spare: &Spare, machine: &mut Machine) -> Result<Wanted, Error> {
         machine.take_seats()?;
-        let Some(Controlled { unserved: Some((entry, signals)), running, lasting, .. }) =
+        let Some(Controlled { unserved: Some((entry, signals)), tie, running, lasting, .. }) =
             &mut self.controlled
         else {
             return Err(Error::Unwanted);
         };
         lasting();
-        let wanted = spare.wait(signals).ok_or(Error::Unwanted)?;
+        let (wanted, connection) = spare.wait(signals).ok_or(Error::Unwanted)?;
         // It listens there already.
         entry.renamed(&wanted.name);
         let vsock = entry.vsock();
@@ -375,6 +383,10 @@ impl<'a> Session<'a> {
             .map_err(machine::Error::from)?;
         if let Some(running) = Arc::get_mut(running) {
             running.renamed(&wanted.name, &vsock, self.config);
+        }
+        if let Some(connection) = connection {
+            let added = self.events.add(Tie::new(connection, running.clone()));
+            *tie = Some(added.map_err(api::Error::Thread)?);
         }
         Ok(wanted)
     }
