@@ -84,6 +84,7 @@ fn saved_machines_go_on_one_and_ten_at_once() {
         kernel: None,
         bzimage: None,
         stock: None,
+        agent: None,
         scratch: scratch.path().to_owned(),
         instances: 10,
         repeatable_clock: false,

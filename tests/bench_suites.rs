@@ -18,6 +18,7 @@ fn measure(name: Name, quick: bool) -> Result<Suite, String> {
         kernel: None,
         bzimage: None,
         stock: None,
+        agent: None,
         scratch: scratch.path().to_owned(),
         instances: 10,
         repeatable_clock: quick,

@@ -140,6 +140,7 @@ fn setting(options: &Options, scratch: &Path) -> anyhow::Result<Setting> {
         kernel: here("tuned-vmlinux"),
         bzimage: here("tuned-bzImage"),
         stock: here("stock-bzImage").zip(here("stock.cpio")),
+        agent: here("tuned.cpio"),
         scratch: scratch.to_owned(),
         instances: options.instances,
         repeatable_clock: options.icount,

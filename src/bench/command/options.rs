@@ -59,7 +59,7 @@ pub struct Options {
     /// The vmm to measure [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     vmm: Option<PathBuf>,
-    /// Directory with the guests' kernels (tuned-vmlinux, tuned-bzImage, stock-bzImage, stock.cpio), as `cargo guest
+    /// Directory with the guests' kernels (tuned-vmlinux, tuned-bzImage, tuned.cpio, stock-bzImage, stock.cpio), as `cargo guest
     /// bundle` makes it [default: target/guests]
     #[arg(long, value_name = "FOLDER", value_parser = OsStringValueParser::new().try_map(|text| folder(&text)))]
     guests: Option<PathBuf>,

@@ -69,6 +69,7 @@ mod tests {
             kernel: None,
             bzimage: None,
             stock: None,
+            agent: None,
             scratch: folder.path().to_owned(),
             instances: 1,
             repeatable_clock: false,

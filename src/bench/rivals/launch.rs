@@ -76,6 +76,10 @@ pub trait Launcher {
     fn good_status(&self) -> i32;
     /// A start that takes longer has failed.
     fn limit(&self) -> Duration;
+    /// Whether what it starts is all that is to be weighed.
+    fn is_weighed(&self) -> bool {
+        true
+    }
     /// Removes what idle instances that were killed have left.
     fn tidy(&mut self) {}
 }

@@ -155,6 +155,8 @@ pub struct Setting {
     pub bzimage: Option<PathBuf>,
     /// A distribution's kernel, a bzImage, and the initramfs that it needs.
     pub stock: Option<(PathBuf, PathBuf)>,
+    /// The initramfs of a guest with an agent.
+    pub agent: Option<PathBuf>,
     /// A folder for what is made on the way; gone when the run is over.
     pub scratch: PathBuf,
     /// The most idle instances that are weighed at a time.

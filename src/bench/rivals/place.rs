@@ -152,6 +152,7 @@ mod tests {
             kernel: None,
             bzimage: None,
             stock: None,
+            agent: None,
             scratch,
             instances: 1,
             repeatable_clock: false,

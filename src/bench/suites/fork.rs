@@ -134,7 +134,7 @@ fn part(
 ) -> (Vec<result::Contender>, Vec<Figure>) {
     let count = step.count;
     let mut those: Vec<Box<dyn Contender + '_>> = Vec::new();
-    for launcher in launchers.iter_mut() {
+    for launcher in launchers.iter_mut().filter(|launcher| !idle || launcher.is_weighed()) {
         those.push(match idle {
             true => Box::new(Idle { launcher, count }),
             false => Box::new(Timed { launcher, count }),
@@ -178,7 +178,12 @@ fn method(setting: &Setting) -> Vec<String> {
          powers the machine off (resets it where the monitor knows nothing else). Exit: the monitor's process is gone."
             .to_owned(),
         "A container's first output is its command's: crun and runc run the same program on the same root file system, each with a \
-         /dev of its own."
+         /dev of its own. So is that of vmm run --template and vmm pool take: the agent in the guest runs the same program there, once \
+         it has made the machine one of its own."
+            .to_owned(),
+        "Exit, of vmm pool take, is that of the command that was called, whose copy is ended by then but need not be gone: that is its \
+         pool's affair, as it was before it was taken, and the pool makes another. What it costs shows in the next sample's processes, \
+         not in the span."
             .to_owned(),
         format!(
             "Guests have 1 CPU and {RAM_MIB} MiB. \"No Linux\" is a guest of some instructions, which has written to 24 MiB before. Of one \

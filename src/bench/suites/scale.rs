@@ -295,6 +295,7 @@ mod tests {
             kernel: None,
             bzimage: None,
             stock: None,
+            agent: None,
             scratch: "/tmp".into(),
             instances: 1,
             repeatable_clock: false,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+mod agent;
 mod client;
 mod cloud_hypervisor;
 mod firecracker;
@@ -26,11 +27,13 @@ const TOUCHED_MIB: u32 = 24;
 
 /// All that bring up many at once, by the command that runs in them or without one.
 pub fn all(setting: &Setting, root: &Root) -> Vec<FoundLauncher> {
-    let makers: [fn(&Setting, &Root) -> FoundLauncher; 12] = [
+    let makers: [fn(&Setting, &Root) -> FoundLauncher; 14] = [
         |setting, root| super::launch::each(oci::many_by_crun(setting, root)),
         |setting, root| super::launch::each(oci::many_by_runc(setting, root)),
         vmm::restore_linux,
         vmm::fork_linux,
+        agent::template,
+        agent::pool,
         firecracker::linux,
         cloud_hypervisor::linux,
         qemu::linux,
