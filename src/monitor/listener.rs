@@ -5,11 +5,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, RenameFlags, fchmod, renameat_with};
+use rustix::fs::{CWD, Mode, RenameFlags, fchmod, renameat_with, unlink};
 use rustix::io::Errno;
+use rustix::net::sockopt::{socket_peercred, socket_type};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
 };
+use rustix::process::{Pid, geteuid, test_kill_process};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -64,7 +66,7 @@ impl Listener {
     pub fn bind(path: &Path, kind: SocketType) -> Result<Self, Error> {
         let failed = |what| move |source| Error::Socket { what, path: path.to_owned(), source };
         let address = SocketAddrUnix::new(path).map_err(|e| failed("listen on")(e.into()))?;
-        remove_stale(path, &address)?;
+        remove_stale(path, &address, kind)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let start = || -> io::Result<OwnedFd> {
             let listener = socket_with(AddressFamily::UNIX, kind, flags, None)?;
@@ -95,7 +97,8 @@ impl Listener {
     pub fn move_to(&mut self, path: &Path) -> Result<(), Error> {
         let failed =
             |source: Errno| Error::Socket { what: "listen on", path: path.to_owned(), source: source.into() };
-        remove_stale(path, &SocketAddrUnix::new(path).map_err(failed)?)?;
+        let kind = socket_type(&self.fd).map_err(failed)?;
+        remove_stale(path, &SocketAddrUnix::new(path).map_err(failed)?, kind)?;
         renameat_with(CWD, &self.path, CWD, path, RenameFlags::NOREPLACE).map_err(failed)?;
         self.path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         Ok(())
@@ -114,23 +117,67 @@ impl AsFd for Listener {
 }
 
 /// Removes what an ended process left at `path`; anything else that is there is an error.
-fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), Error> {
+fn remove_stale(path: &Path, address: &SocketAddrUnix, kind: SocketType) -> Result<(), Error> {
     let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
     if !found.file_type().is_socket() {
         return Err(Error::NotASocket(path.to_owned()));
     }
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-        .and_then(|probe| connect(&probe, address));
-    match probe {
-        Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(|source| Error::Socket {
-            what: "remove the stale socket",
-            path: path.to_owned(),
-            source,
-        }),
-        Err(Errno::NOENT) => Ok(()),
-        _ => Err(Error::InUse(path.to_owned())),
+    if serves(address, kind) {
+        return Err(Error::InUse(path.to_owned()));
     }
+    let failed = |source: Errno| Error::Socket {
+        what: "remove the stale socket",
+        path: path.to_owned(),
+        source: source.into(),
+    };
+    // Aside first: another start may have put its own there meanwhile, and that goes back.
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(format!(".{}", std::process::id()));
+    let aside = PathBuf::from(aside);
+    let moved = |from: &Path, to: &Path| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE);
+    let Ok(address) = SocketAddrUnix::new(&*aside) else {
+        return unlink(path).map_err(failed);
+    };
+    match moved(path, &aside) {
+        Err(Errno::NOENT) => return Ok(()),
+        moved => moved.map_err(failed)?,
+    }
+    if serves(&address, kind) && moved(&aside, path).is_ok() {
+        return Err(Error::InUse(path.to_owned()));
+    }
+    unlink(&aside).map_err(failed)
+}
+
+/// Somebody listens at `address` who will go on doing so. Not a process that has been killed: it closes its sockets one after the other,
+/// and what it has beside them, a VM above all, takes its time.
+fn serves(address: &SocketAddrUnix, kind: SocketType) -> bool {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = socket_with(AddressFamily::UNIX, kind, flags, None);
+    match probe.and_then(|probe| connect(&probe, address).map(|()| probe)) {
+        Ok(probe) => !socket_peercred(&probe).is_ok_and(|peer| peer.uid == geteuid() && is_ending(peer.pid)),
+        Err(Errno::CONNREFUSED | Errno::NOENT) => false,
+        Err(_) => true,
+    }
+}
+
+/// No thread of the process `pid` runs any more, or it is gone already.
+fn is_ending(pid: Pid) -> bool {
+    /// Of a thread (PF_EXITING in include/linux/sched.h).
+    const EXITING: u32 = 4;
+    if test_kill_process(pid) == Err(Errno::SRCH) {
+        return true;
+    }
+    let flags = |thread: std::fs::DirEntry| -> Option<u32> {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).ok()?;
+        // They are the seventh after the name, which may have anything in it (proc_pid_stat(5)).
+        stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(6)?.parse().ok()
+    };
+    let threads = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero()));
+    threads.is_ok_and(|mut threads| {
+        // One that is gone by now has no flags.
+        threads
+            .all(|thread| thread.is_ok_and(|thread| flags(thread).is_none_or(|flags| flags & EXITING != 0)))
+    })
 }
 
 impl Drop for Listener {

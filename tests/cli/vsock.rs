@@ -1,10 +1,17 @@
 //! The socket device: sockets that cannot be, and what is left of those that were.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::getsockname;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::images::*;
 use crate::place::*;
@@ -116,4 +123,68 @@ fn what_a_killed_monitor_left_is_replaced_and_cleaned_up() {
     assert!(place.path("run/vmm/web.vsock").exists());
     assert!(text(&place.vmm("list --json").stdout).contains("[]"));
     assert!(!place.path("run/vmm/web.vsock").exists() && !place.path("run/vmm/web.vsock.seqpacket").exists());
+}
+
+/// Waits until nobody listens at `socket` any more.
+fn await_refusal(socket: &Path) {
+    let deadline = Instant::now() + PATIENCE;
+    while UnixStream::connect(socket).err().is_none_or(|error| error.kind() != ErrorKind::ConnectionRefused) {
+        assert!(Instant::now() < deadline, "{} is served", socket.display());
+        thread::sleep(Duration::from_micros(200));
+    }
+}
+
+#[test]
+fn a_name_that_is_free_after_a_kill_is_free_with_its_sockets() {
+    if !has_kvm("a_name_that_is_free_after_a_kill_is_free_with_its_sockets") {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    for vsock in ["--vsock", "--vsock my.sock"] {
+        let mut running = place.start("web", vsock);
+        for _ in 0..15 {
+            running.child().kill().unwrap();
+            // Its process still has a VM to close.
+            await_refusal(&place.path("run/vmm/web.sock"));
+            let next = place.start("web", vsock);
+            assert_eq!(wait(running.child()).code(), None, "it was killed");
+            running = next;
+        }
+        UnixStream::connect(told(&place)).unwrap();
+    }
+}
+
+#[test]
+fn a_socket_is_replaced_whose_owner_is_dead_though_something_holds_it() {
+    let test = "a_socket_is_replaced_whose_owner_is_dead_though_something_holds_it";
+    if !has_kvm(test) {
+        return;
+    }
+    let place = Place::new();
+    place.file("halt", kernel(&HALT));
+    let mut running = place.start("web", "--vsock my.sock");
+    let process = pidfd_open(Pid::from_raw(running.pid()).unwrap(), PidfdFlags::empty()).unwrap();
+    let mut held = Vec::new();
+    for number in 0..64 {
+        match pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) {
+            Ok(fd) if getsockname(&fd).is_ok_and(|at| format!("{at:?}").contains("my.sock")) => held.push(fd),
+            Err(Errno::PERM) => return eprintln!("SKIP: {test}: needs root, for another process's sockets"),
+            _ => {}
+        }
+    }
+    assert_eq!(held.len(), 2, "for bytes, and for messages");
+    let arguments = "--kernel halt --console off --name other --vsock my.sock";
+    refused(&place, arguments, BAD_ARGUMENT, &["my.sock", "in use"]);
+    running.child().kill().unwrap();
+    wait(running.child());
+    UnixStream::connect(place.path("my.sock")).expect("it is held");
+    let other = place.start("other", "--vsock my.sock");
+    drop(other);
+    let left = fs::read_dir(place.dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(
+        !left
+            .into_iter()
+            .any(|name| name.to_string_lossy().starts_with("my.sock.") && name != "my.sock.seqpacket")
+    );
 }

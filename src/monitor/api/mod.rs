@@ -7,6 +7,7 @@
 pub mod client;
 pub(crate) mod passing;
 pub mod protocol;
+pub mod reception;
 pub mod registry;
 pub mod server;
 pub mod signals;

@@ -49,6 +49,9 @@ pub struct Registry {
 }
 
 /// A name that is ours, and the socket that listens on it. Dropping it gives both back.
+///
+/// The socket has one descriptor, which is among the first that a process opens. Linux closes those of a process that is killed from
+/// the highest on down: when the name of one is free, the sockets and locks are too that it had under that name.
 #[derive(Debug)]
 pub struct Entry {
     registry: Registry,
@@ -432,7 +435,7 @@ impl Entry {
         }
     }
 
-    /// Removes the socket's file without waiting for anybody: for a process that has to end now.
+    /// Gives it back without waiting for anybody: for a process that has to end now, and closes the rest by that.
     pub fn abandon(&self) {
         let Ok(folder) =
             rustix::fs::open(&self.registry.path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
@@ -447,6 +450,10 @@ impl Entry {
         // Ours only: someone may have removed the file and started another of this name.
         let stat = rustix::fs::statat(folder, &*file, AtFlags::SYMLINK_NOFOLLOW);
         if stat.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.inode) {
+            // The name goes last: from then on others make files of these names.
+            for file in VSOCK_FILES.map(|rest| format!("{}{VSOCK}{rest}", self.name)) {
+                let _ = unlinkat(folder, file, AtFlags::empty());
+            }
             let _ = unlinkat(folder, &*file, AtFlags::empty());
         }
     }

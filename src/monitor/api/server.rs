@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::protocol::{self, Answer, Command, Ended, MAX_REQUEST, MachineSample};
+use super::reception::Reception;
 use super::registry::Entry;
 use super::signals::{Signals, Wish};
 use super::{Control, Error, State, Status, Watch, passing};
@@ -126,14 +127,12 @@ struct Orders {
     control: Arc<dyn Control>,
     entry: Arc<Entry>,
     stop_timeout: Duration,
-    listener: UnixListener,
+    reception: Reception,
     signals: Option<Signals>,
     timer: Timer,
     errand: Errand,
     clients: BTreeMap<u32, Client>,
     next_client: u32,
-    /// The listener is not waited for until then: no room, or no descriptors.
-    accept_again: Option<Instant>,
     /// The stop in progress becomes hard then.
     stop_at: Option<Instant>,
     /// The process ends then, whatever holds the machine up.
@@ -160,13 +159,12 @@ impl Orders {
             control,
             entry: entry.clone(),
             stop_timeout,
-            listener: entry.listener().try_clone()?,
+            reception: Reception::new(entry.clone(), LISTENER, MAX_CLIENTS),
             signals,
             timer: Timer::new()?,
             errand,
             clients: BTreeMap::new(),
             next_client: FIRST_CLIENT,
-            accept_again: None,
             stop_at: None,
             give_up_at: None,
             stopping: false,
@@ -175,36 +173,16 @@ impl Orders {
     }
 
     fn accept(&mut self, sources: &mut Sources<'_, '_>) {
-        while self.clients.len() < MAX_CLIENTS {
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    log::warn!("control socket: {error}");
-                    break;
-                }
-            };
-            let token = self.next_client;
-            let added =
-                stream.set_nonblocking(true).and_then(|()| sources.add(&stream, token, Interest::INPUT));
-            if added.is_ok() {
-                // Clients are few and short-lived: a token comes round long after its last user has gone.
-                self.next_client = self.next_client.checked_add(1).unwrap_or(FIRST_CLIENT);
-                let until = Some(Instant::now() + CLIENT_TIMEOUT);
-                let client = Client { stream, input: Vec::new(), until, watch: None, waits: false };
-                self.clients.insert(token, client);
-            }
-        }
-        // A listener that stays readable while nothing can be accepted would keep the thread busy.
-        self.listen(sources, Interest::default());
-        self.accept_again = Some(Instant::now() + Duration::from_secs(1));
-    }
-
-    fn listen(&self, sources: &mut Sources<'_, '_>, interest: Interest) {
-        if let Err(error) = sources.change(&self.listener, LISTENER, interest) {
-            log::error!("control socket: {error}");
-        }
+        let (clients, next) = (&mut self.clients, &mut self.next_client);
+        self.reception.take_in(clients.len(), sources, |stream, sources| {
+            let token = *next;
+            sources.add(&stream, token, Interest::INPUT)?;
+            // Clients are few and short-lived: a token comes round long after its last user has gone.
+            *next = token.checked_add(1).unwrap_or(FIRST_CLIENT);
+            let until = Some(Instant::now() + CLIENT_TIMEOUT);
+            clients.insert(token, Client { stream, input: Vec::new(), until, watch: None, waits: false });
+            Ok(())
+        });
     }
 
     fn cut_off(&mut self, client: &Client, sources: &mut Sources<'_, '_>) {
@@ -510,11 +488,7 @@ impl Orders {
         for client in late.iter().filter_map(|token| self.clients.remove(token)).collect::<Vec<_>>() {
             self.cut_off(&client, sources);
         }
-        if due(&self.accept_again) {
-            self.accept_again = None;
-            self.listen(sources, Interest::INPUT);
-        }
-        let others = [self.stop_at, self.give_up_at, self.accept_again];
+        let others = [self.stop_at, self.give_up_at, self.reception.keep_time(now, sources)];
         let next = self.clients.values().map(|client| client.until).chain(others).flatten().min();
         self.timer.set(next.map(|at| at.saturating_duration_since(now)));
     }
@@ -537,7 +511,7 @@ fn answer_with(client: &mut Client, reply: Answer, ends: bool, descriptors: &[Ow
 
 impl Handler for Orders {
     fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
-        sources.add(&self.listener, LISTENER, Interest::INPUT)?;
+        self.reception.start(sources)?;
         sources.add(&self.timer, TIMER, Interest::INPUT)?;
         sources.add(&self.errand.over, ERRAND, Interest::INPUT)?;
         let mut signals = self.signals.iter().flat_map(Signals::sources);

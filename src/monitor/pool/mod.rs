@@ -15,6 +15,7 @@ use std::error;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::Child;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use serde::{Deserialize, Serialize};
@@ -111,7 +112,7 @@ pub fn run(
     config::check_name(name)?;
     let registry = Registry::of_user();
     let signals = Signals::take().map_err(failed)?;
-    let entry = registry.register_pool(name)?;
+    let entry = Arc::new(registry.register_pool(name)?);
     let events = EventLoop::new().map_err(failed)?;
     let (work, waiting) = channel();
     let orders = Orders::new(&entry, &registry, (name, source, size), signals, starter, work);

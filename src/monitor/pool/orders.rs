@@ -5,8 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::process;
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use super::stock::{Next, Stock};
 use super::{MAX_TAKEN, PoolStatus, Reason, Wanted};
 use crate::api::passing;
 use crate::api::protocol::{self, Answer, Command, Taken};
+use crate::api::reception::Reception;
 use crate::api::registry::{Entry, Registry, of_spare};
 use crate::api::signals::{ChildEnds, Signals};
 use crate::error_chain;
@@ -92,7 +94,7 @@ pub(super) struct Orders {
     source: String,
     size: u32,
     registry: Registry,
-    listener: UnixListener,
+    reception: Reception,
     signals: Signals,
     children: ChildEnds,
     /// Who waits for all spares to be ready for the first time.
@@ -104,8 +106,6 @@ pub(super) struct Orders {
     next_peer: u32,
     /// Of the next machine that is called by the pool's name.
     next_number: u64,
-    /// The listener is not waited for until then: no room, or no descriptors.
-    accept_again: Option<Instant>,
     /// In order.
     takes: VecDeque<Take>,
     /// Why a spare failed, since one was made.
@@ -117,7 +117,7 @@ pub(super) struct Orders {
 impl Orders {
     /// Of the pool that `entry` is of: its name, what it is of, and its size.
     pub fn new(
-        entry: &Entry,
+        entry: &Arc<Entry>,
         registry: &Registry,
         (name, source, size): (&str, &str, u32),
         signals: Signals,
@@ -129,7 +129,7 @@ impl Orders {
             source: source.to_owned(),
             size,
             registry: registry.clone(),
-            listener: entry.listener().try_clone()?,
+            reception: Reception::new(entry.clone(), LISTENER, MAX_CLIENTS),
             signals,
             children: ChildEnds::take()?,
             starter: Some(starter),
@@ -139,7 +139,6 @@ impl Orders {
             clients: BTreeMap::new(),
             next_peer: FIRST_PEER,
             next_number: 1,
-            accept_again: None,
             takes: VecDeque::new(),
             failure: None,
             work,
@@ -164,41 +163,15 @@ impl Orders {
         }
     }
 
-    fn peer(&mut self) -> u32 {
-        let peer = self.next_peer;
-        // One comes round long after its last user has gone.
-        self.next_peer = peer.checked_add(1).unwrap_or(FIRST_PEER);
-        peer
-    }
-
     fn accept(&mut self, sources: &mut Sources<'_, '_>) {
-        while self.clients.len() < MAX_CLIENTS {
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    log::warn!("the pool's socket: {error}");
-                    break;
-                }
-            };
-            let token = self.peer();
-            let added =
-                stream.set_nonblocking(true).and_then(|()| sources.add(&stream, token, Interest::INPUT));
-            if added.is_ok() {
-                let until = Some(Instant::now() + CLIENT_TIMEOUT);
-                self.clients.insert(token, Client { stream, input: Lines::default(), until });
-            }
-        }
-        // A listener that stays readable while nothing can be accepted would keep the thread busy.
-        self.listen(sources, Interest::default());
-        self.accept_again = Some(Instant::now() + Duration::from_secs(1));
-    }
-
-    fn listen(&self, sources: &mut Sources<'_, '_>, interest: Interest) {
-        if let Err(error) = sources.change(&self.listener, LISTENER, interest) {
-            log::error!("the pool's socket: {error}");
-        }
+        let (clients, next) = (&mut self.clients, &mut self.next_peer);
+        self.reception.take_in(clients.len(), sources, |stream, sources| {
+            let token = peer(next);
+            sources.add(&stream, token, Interest::INPUT)?;
+            let until = Some(Instant::now() + CLIENT_TIMEOUT);
+            clients.insert(token, Client { stream, input: Lines::default(), until });
+            Ok(())
+        });
     }
 
     fn cut_off(&mut self, token: u32, sources: &mut Sources<'_, '_>) {
@@ -434,10 +407,7 @@ impl Orders {
                 self.cut_off(token, sources);
             }
         }
-        if self.accept_again.is_some_and(|at| at <= now) {
-            self.accept_again = None;
-            self.listen(sources, Interest::INPUT);
-        }
+        let again = self.reception.keep_time(now, sources);
         let mut at = None;
         while !self.ends {
             match self.stock.next(now) {
@@ -450,12 +420,12 @@ impl Orders {
             }
         }
         let clients = self.clients.values().filter_map(|client| client.until).filter(|_| !self.ends).min();
-        let next = [at, self.stock.deadline(), clients, self.accept_again].into_iter().flatten().min();
+        let next = [at, self.stock.deadline(), clients, again].into_iter().flatten().min();
         self.timer.set(next.map(|at| at.saturating_duration_since(now)));
     }
 
     fn make(&mut self, now: Instant, sources: &mut Sources<'_, '_>) {
-        let number = self.peer();
+        let number = peer(&mut self.next_peer);
         self.stock.make(number, now);
         let added = UnixStream::pair().and_then(|(stream, socket)| {
             stream.set_nonblocking(true)?;
@@ -476,6 +446,14 @@ impl Orders {
     }
 }
 
+/// The next token for a client or a spare.
+fn peer(next: &mut u32) -> u32 {
+    let peer = *next;
+    // One comes round long after its last user has gone.
+    *next = peer.checked_add(1).unwrap_or(FIRST_PEER);
+    peer
+}
+
 impl Take {
     /// Of several reasons the first is told.
     fn fail(&mut self, why: &str) {
@@ -485,7 +463,7 @@ impl Take {
 
 impl Handler for Orders {
     fn start(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
-        sources.add(&self.listener, LISTENER, Interest::INPUT)?;
+        self.reception.start(sources)?;
         sources.add(&self.timer, TIMER, Interest::INPUT)?;
         sources.add(self.children.source(), CHILDREN, Interest::INPUT)?;
         // That it is gone is told without being asked for.
