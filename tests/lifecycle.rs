@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmm_monitor::api::client::Client;
-use vmm_monitor::api::protocol::{Command, Ended, MAX_REQUEST};
+use vmm_monitor::api::protocol::{Command, Ended, MAX_REQUEST, Refusal};
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::api::server::Server;
 use vmm_monitor::api::signals::Signals;
@@ -85,12 +85,12 @@ impl Control for Fake {
         Ok(Vec::new())
     }
 
-    fn add_device(&self, _: Plug) -> Result<Attached, String> {
-        Err("it has no bus".to_owned())
+    fn add_device(&self, _: Plug) -> Result<Attached, Refusal> {
+        Err("it has no bus".into())
     }
 
-    fn remove_device(&self, name: &str, _: bool) -> Result<Attached, String> {
-        Err(format!("it has no {name}"))
+    fn remove_device(&self, name: &str, _: bool) -> Result<Attached, Refusal> {
+        Err(format!("it has no {name}").into())
     }
 
     fn power_button(&self) -> Result<bool, String> {
@@ -101,12 +101,12 @@ impl Control for Fake {
         Ok(true)
     }
 
-    fn snapshot(&self, _: &Path, _: Option<&Path>, _: bool) -> Result<(), String> {
-        Err("it has no memory".to_owned())
+    fn snapshot(&self, _: &Path, _: Option<&Path>, _: bool) -> Result<(), Refusal> {
+        Err("it has no memory".into())
     }
 
-    fn fork(&self) -> Result<Vec<OwnedFd>, String> {
-        Err("it has no memory".to_owned())
+    fn fork(&self) -> Result<Vec<OwnedFd>, Refusal> {
+        Err("it has no memory".into())
     }
 
     fn kill(&self) {

@@ -136,6 +136,7 @@ fn the_first_run_and_those_from_its_template_do_the_same_each_as_a_machine_of_it
     // A guest that ends takes its command along.
     let output = place.output(&[], &["sh", "-c", "poweroff -f; sleep 60"]);
     assert_eq!(output.status.code(), Some(125), "{}", said(&output));
+    assert!(said(&output).contains("powered off before the command had ended"), "{}", said(&output));
 }
 
 #[test]

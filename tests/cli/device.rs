@@ -118,7 +118,10 @@ fn a_guest_that_hears_nothing_keeps_its_disk_until_it_is_taken_away() {
     place.done("pause v");
     for command in ["add v disk=b", "remove v virtio-blk0", "remove v virtio-blk0 --force"] {
         let error = place.fails(&format!("device {command}"), HOST);
-        assert_eq!(error, "vmm: error: \"v\" refused: it is paused: resume it first\n", "{command}");
+        assert_eq!(
+            error, "vmm: error: \"v\" refused: it is paused\nhint: resume it first: vmm resume NAME\n",
+            "{command}"
+        );
     }
     place.done("resume v");
     place.done("device remove v virtio-blk0 --force");
@@ -129,7 +132,7 @@ fn a_guest_that_hears_nothing_keeps_its_disk_until_it_is_taken_away() {
         place.done(&format!("device add v disk=image{number}"));
     }
     let full = place.fails("device add v disk=a", HOST);
-    assert!(full.contains("no place is free for another device: remove one"), "{full}");
+    assert!(full.contains("no place is free for another device\nhint: remove a device"), "{full}");
     place.done("kill v");
     let gone = place.fails("device list v", HOST);
     assert!(gone.contains("no virtual machine called \"v\" is running"), "{gone}");
@@ -151,18 +154,22 @@ fn what_makes_no_sense_is_refused_with_what_to_try() {
         ("add v disk=a,readonly=maybe", BAD_ARGUMENT, "readonly"),
         ("add v net=user,colour=red", BAD_ARGUMENT, "unknown field `colour`"),
         ("add w disk=a", HOST, "no virtual machine called \"w\" is running"),
-        ("add v disk=missing", HOST, "No such file or directory (os error 2); check the path"),
+        ("add v disk=missing", HOST, "No such file or directory (os error 2)\nhint: check the path"),
         ("add v disk=dump", HOST, "the network dump"),
-        ("add v disk=a,block-size=100", HOST, "unsupported block size; use block-size=512"),
+        ("add v disk=a,block-size=100", HOST, "unsupported block size\nhint: use block-size=512"),
         ("add v net=user", HOST, "a guest has one user network"),
-        ("add v net=switch=s", HOST, "start it without --net-dump"),
-        ("add v net=fd=3", HOST, "name a tap, a switch or a socket"),
+        ("add v net=switch=s", HOST, "\nhint: start it without --net-dump"),
+        ("add v net=fd=3", HOST, "\nhint: name a tap, a switch or a socket"),
         (
             "remove v virtio-rng",
             HOST,
-            "virtio-rng is there for good: disks and network devices can be removed",
+            "virtio-rng is there for good\nhint: disks and network devices can be removed",
         ),
-        ("remove v vda", HOST, "it has no device called \"vda\": vmm device list shows what it has"),
+        (
+            "remove v vda",
+            HOST,
+            "it has no device called \"vda\"\nhint: see what it has: vmm device list NAME",
+        ),
         ("remove v", BAD_ARGUMENT, "<DEVICE>"),
     ] {
         let error = place.fails(&format!("device {command}"), code);
@@ -173,7 +180,8 @@ fn what_makes_no_sense_is_refused_with_what_to_try() {
     assert!(place.done("device list mmio").contains("virtio-blk0  -        present   disk="));
     for command in ["add mmio disk=b", "remove mmio virtio-blk0"] {
         let error = place.fails(&format!("device {command}"), HOST);
-        let words = "devices come and go on a PCI bus only, and it has none: start it with --transport pci";
+        let words =
+            "devices come and go on a PCI bus only, and it has none\nhint: start it with --transport pci";
         assert!(error.contains(words), "{command}: {error}");
     }
 }

@@ -1,11 +1,15 @@
 //! `vmm snapshot` and `vmm restore` with a tiny guest that counts.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use crate::counting::*;
 use crate::images::*;
@@ -421,4 +425,71 @@ fn a_folder_that_is_no_snapshot_or_a_damaged_one_is_refused_with_the_reason() {
         assert!(said.contains(why), "{options}: {said}");
     }
     assert!(!place.path("run/vmm").exists() || names(&place.path("run/vmm")).is_empty());
+}
+
+#[test]
+fn another_user_than_root_saves_what_the_guest_has_touched_and_reads_no_more() {
+    let test = "another_user_than_root_saves_what_the_guest_has_touched_and_reads_no_more";
+    if !has_kvm(test) {
+        return;
+    }
+    const NOBODY: u32 = 65534;
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    // A node and a program of its own: those that there are may be closed to it.
+    let device = fs::metadata("/dev/kvm").unwrap().rdev();
+    let node = mknodat(CWD, place.path("kvm"), FileType::CharacterDevice, Mode::from(0o666), device);
+    fs::copy(crate::PROGRAM, place.path("vmm")).unwrap();
+    for path in ["", "run", "kvm", "vmm", "count"] {
+        if node.is_err() || chown(place.path(path), Some(NOBODY), Some(NOBODY)).is_err() {
+            return eprintln!("SKIP: {test}: needs root, to be another user");
+        }
+    }
+    let command = |arguments: &str| {
+        let mut command = Command::new(place.path("vmm"));
+        command.args(arguments.split_whitespace());
+        place.set_up(&mut command);
+        command.env("VMM_KVM", place.path("kvm")).uid(NOBODY).gid(NOBODY);
+        command
+    };
+    if File::options().read(true).write(true).open(place.path("kvm")).is_err() {
+        return eprintln!("SKIP: {test}: needs a file system that has devices for temporary files");
+    }
+    let start = "--kernel count --mem 512M --serial file=said --console off --name v";
+    let mut guest = Running::new(command(start));
+    await_words(&place, "said", 3);
+    // Page faults of children that it has waited for (proc_pid_stat(5)).
+    let faults = |pid: i32| -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().nth(8).unwrap().parse().unwrap()
+    };
+    let before = faults(guest.pid());
+    let saved = finish(command("snapshot create v s").spawn().unwrap());
+    assert_eq!(saved.status.code(), Some(0), "{}", text(&saved.stderr));
+    let more = faults(guest.pid()) - before;
+    assert!(more < 10_000, "{more} page faults, where memory has {} pages", 512 << 8);
+    guest.child().kill().unwrap();
+    let restored = Running::new(command("restore s --serial file=more --console off --name w"));
+    assert!(is_counted(&await_words(&place, "more", 10)));
+    drop(restored);
+}
+
+#[test]
+fn a_folder_with_a_fifo_in_it_is_refused_at_once() {
+    let (place, name) = (Place::new(), |file: &str| format!("d/{file}"));
+    for fifo in ["config.json", "state", "memory"] {
+        let _ = fs::remove_dir_all(place.path("d"));
+        fs::create_dir(place.path("d")).unwrap();
+        for file in ["config.json", "state", "memory"] {
+            match file == fifo {
+                true => mknodat(CWD, place.path(&name(file)), FileType::Fifo, Mode::from(0o600), 0).unwrap(),
+                false => place.file(&name(file), "{}"),
+            }
+        }
+        for command in ["restore d", "fork ./d", "snapshot show d", "snapshot verify d"] {
+            let said = place.fails(command, BAD_ARGUMENT);
+            assert!(said.contains(&format!("{fifo}: not a regular file\nhint: ")), "{command}: {said}");
+        }
+        assert_eq!(place.done("snapshot list").lines().count(), 1, "the heading alone");
+    }
 }

@@ -28,6 +28,8 @@ use vmm_monitor::vsock::Dialer;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks whether a machine that is waited for is still there.
 const AGAIN: Duration = Duration::from_millis(50);
+/// For a machine to end whose agent is gone: a guest that goes down ends its agent on the way.
+const GOING_DOWN: Duration = Duration::from_secs(5);
 
 /// By what it shows that a guest is ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,6 +125,14 @@ impl Now {
         self.state().machine.clone()
     }
 
+    /// Waits for the machine's end, until `deadline` at most.
+    fn await_end(&self, deadline: Instant) {
+        let is_there = || self.machine().is_some_and(|machine| machine.phase() != Phase::Ended);
+        while is_there() && Instant::now() < deadline {
+            thread::sleep(AGAIN);
+        }
+    }
+
     /// Ends the machine, unless it has ended by itself.
     fn kill(&self) {
         let mut state = self.state();
@@ -177,7 +187,7 @@ impl Task {
             (_, _, Some(signal)) => Ok(Code::Command(u8::try_from(128 + signal).unwrap_or(u8::MAX))),
             (Ok(Some(code)), ..) => Ok(code),
             // Why the machine ended says more than that it is gone.
-            (_, Err(failure), _) | (Err(failure), Ok(_), None) if killed => Err(failure),
+            (_, Err(failure), _) | (Err(failure), Ok(Code::Killed), None) if killed => Err(failure),
             (Ok(None), run, _) => run,
             (Err(_), run, _) if !self.has_command => {
                 log::warn!("the guest ended before it was ready: no template was made");
@@ -207,8 +217,14 @@ impl Observer for Task {
             thread::Builder::new().name("task".to_owned()).spawn(move || {
                 let done = work.run(&now, dialer);
                 let is_over = !matches!(done, Ok(None));
+                let is_lost = done.as_ref().is_err_and(|failure| {
+                    matches!(failure.cause::<client::Error>(), Some(client::Error::Lost(_)))
+                });
                 // Nobody waits for it only where the run could not begin.
                 let _ = give.send(done);
+                if is_lost {
+                    now.await_end(Instant::now() + GOING_DOWN);
+                }
                 if is_over {
                     now.kill();
                 }

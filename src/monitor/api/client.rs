@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 
 use super::passing;
-use super::protocol::{self, Answer, Command, Ended, MAX_REPLY, MachineSample, Taken};
+use super::protocol::{self, Answer, Command, Ended, MAX_REPLY, MachineSample, Refusal, Taken};
 use super::registry::{Registry, of_pool};
 use super::{Error, Status};
 use crate::config::Plug;
@@ -258,7 +258,7 @@ impl Client {
     fn other(&self, answer: Answer) -> Error {
         let name = self.name.clone();
         match answer {
-            Answer::Error(reason) => Error::Refused { name, reason },
+            Answer::Error(Refusal { reason, hint }) => Error::Refused { name, reason, hint },
             _ => Error::Protocol { name, reason: "it answers something else".to_owned() },
         }
     }

@@ -26,6 +26,7 @@ use crate::config::host_path::{self, quoted};
 use crate::kvm::VcpuState;
 use crate::machine::{Attached, Handle};
 use crate::net::traffic::{self, Counts};
+use protocol::Refusal;
 
 /// What a virtual machine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -169,22 +170,22 @@ pub trait Control: Send + Sync {
     ///
     /// # Errors
     /// In words, why it does not have it.
-    fn add_device(&self, device: Plug) -> Result<Attached, String>;
+    fn add_device(&self, device: Plug) -> Result<Attached, Refusal>;
     /// Asks the guest to let a device go, or takes it away. From a thread of its own.
     ///
     /// # Errors
     /// In words, why not.
-    fn remove_device(&self, name: &str, force: bool) -> Result<Attached, String>;
+    fn remove_device(&self, name: &str, force: bool) -> Result<Attached, Refusal>;
     /// Saves it in a new folder. It goes on if it ran, unless it is to `stay` where it was saved. From a thread of its own.
     ///
     /// # Errors
     /// In words, why there is no such folder.
-    fn snapshot(&self, folder: &Path, base: Option<&Path>, stay: bool) -> Result<(), String>;
+    fn snapshot(&self, folder: &Path, base: Option<&Path>, stay: bool) -> Result<(), Refusal>;
     /// Saves it in files without names, for other processes to go on from: configuration, state and memory. From a thread of its own.
     ///
     /// # Errors
     /// In words, why there are none.
-    fn fork(&self) -> Result<Vec<OwnedFd>, String>;
+    fn fork(&self) -> Result<Vec<OwnedFd>, Refusal>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
     /// The exit status of this process, once it is known what that will be.
@@ -293,6 +294,8 @@ pub enum Error {
         name: String,
         /// Its words.
         reason: String,
+        /// What to try, in its words.
+        hint: Option<String>,
     },
     /// The control thread or its signals cannot be set up.
     #[error("cannot start the control thread")]
@@ -339,7 +342,8 @@ impl Error {
             Self::Socket { source, .. } if source.kind() == io::ErrorKind::InvalidInput => {
                 "the path is too long for a socket: choose a shorter `name=NAME` or XDG_RUNTIME_DIR".into()
             }
-            Self::Socket { .. } | Self::Refused { .. } | Self::Thread(_) => return None,
+            Self::Refused { hint, .. } => return hint.clone().map(Cow::from),
+            Self::Socket { .. } | Self::Thread(_) => return None,
         })
     }
 }

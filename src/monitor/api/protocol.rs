@@ -4,6 +4,7 @@
 //! {"version":1,"command":"stop","timeout_seconds":10}
 //! {"version":1,"status":{"name":"calm-otter","pid":4711,"state":"stopping",...}}
 //! {"version":1,"error":"the guest is starting"}
+//! {"version":1,"error":"it has no device called \"net7\"","hint":"vmm device list shows what it has"}
 //! ```
 //!
 //! After the reply to `stop`, `kill` and a `snapshot` that stops it the server keeps the connection open until the virtual machine
@@ -136,6 +137,9 @@ struct Reply {
     version: u32,
     #[serde(flatten)]
     answer: Answer,
+    /// Of an error: what to try.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    hint: Option<String>,
 }
 
 /// What comes back.
@@ -159,7 +163,35 @@ pub enum Answer {
     /// A pool's answer to [`Command::Status`], [`Command::Stop`] and [`Command::Kill`].
     Pool(PoolStatus),
     /// It is not done, and why.
-    Error(String),
+    Error(Refusal),
+}
+
+/// Why something is not done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub struct Refusal {
+    /// In words.
+    pub reason: String,
+    /// What to try. On the line it stands beside the error: who does not know it yet reads that all the same.
+    pub hint: Option<String>,
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Self {
+        Self { reason, hint: None }
+    }
+}
+
+impl From<&str> for Refusal {
+    fn from(reason: &str) -> Self {
+        reason.to_owned().into()
+    }
+}
+
+impl From<Refusal> for String {
+    fn from(refusal: Refusal) -> Self {
+        refusal.reason
+    }
 }
 
 /// Machines that were taken from a pool, which run.
@@ -195,7 +227,11 @@ pub fn request(command: Command) -> Vec<u8> {
 
 /// A reply as the line that is sent.
 pub fn reply(answer: Answer) -> Vec<u8> {
-    line(&Reply { version: VERSION, answer })
+    let hint = match &answer {
+        Answer::Error(refusal) => refusal.hint.clone(),
+        _ => None,
+    };
+    line(&Reply { version: VERSION, answer, hint })
 }
 
 fn line(message: &impl Serialize) -> Vec<u8> {
@@ -223,8 +259,11 @@ pub fn parse_reply(line: &[u8]) -> Result<Answer, String> {
     check_version(line)?;
     // What a monitor says ends on a terminal: nothing in it acts there.
     let value = serde_json::from_slice(line).map(printable::value).map_err(|e| e.to_string())?;
-    let reply: Reply = serde_json::from_value(value).map_err(|e| e.to_string())?;
-    Ok(reply.answer)
+    let Reply { mut answer, hint, .. } = serde_json::from_value(value).map_err(|e| e.to_string())?;
+    if let Answer::Error(refusal) = &mut answer {
+        refusal.hint = hint;
+    }
+    Ok(answer)
 }
 
 /// Looks at the version before the rest, whose shape depends on it.
@@ -293,7 +332,8 @@ mod tests {
         };
         let sample = serde_json::json!({"kernel": evil, "reasons": {evil: [evil, 1]}});
         let seen = Answer::Sample(Box::new(MachineSample { status: status(evil), sample }));
-        for answer in [Answer::Status(status(evil)), seen, Answer::Error(evil.to_owned())] {
+        let refused = Answer::Error(Refusal { reason: evil.to_owned(), hint: Some(evil.to_owned()) });
+        for answer in [Answer::Status(status(evil)), seen, refused] {
             let text = format!("{:?}", parse_reply(&reply(answer)).unwrap());
             // Debug shows what it escapes with one backslash: what was escaped before has two.
             let clean = text.replace("\\\\u{1b}]0;x\\\\u{7}\\\\u{9b}2J\\\\u{202e}", "");
@@ -307,6 +347,19 @@ mod tests {
         ] {
             let error = parse_reply(line.as_bytes()).unwrap_err();
             assert!(!error.contains('\u{1b}'), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_hint_stands_beside_its_error() {
+        let refusal = Refusal { reason: "no".to_owned(), hint: Some("try".to_owned()) };
+        for (refusal, text) in [
+            (refusal, "{\"version\":1,\"error\":\"no\",\"hint\":\"try\"}\n"),
+            ("no".into(), "{\"version\":1,\"error\":\"no\"}\n"),
+        ] {
+            let line = reply(Answer::Error(refusal.clone()));
+            assert_eq!(str::from_utf8(&line), Ok(text));
+            assert_eq!(parse_reply(&line), Ok(Answer::Error(refusal)));
         }
     }
 

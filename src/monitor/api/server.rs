@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::protocol::{self, Answer, Command, Ended, MAX_REQUEST, MachineSample};
+use super::protocol::{self, Answer, Command, Ended, MAX_REQUEST, MachineSample, Refusal};
 use super::reception::Reception;
 use super::registry::Entry;
 use super::signals::{Signals, Wish};
@@ -117,10 +117,10 @@ struct Errand {
 /// Its result.
 enum Done {
     Paused(Result<(), String>),
-    Saved(Result<(), String>),
-    Forked(Result<Vec<OwnedFd>, String>),
+    Saved(Result<(), Refusal>),
+    Forked(Result<Vec<OwnedFd>, Refusal>),
     Looked(Result<Vec<VcpuState>, String>),
-    Changed(Result<Attached, String>),
+    Changed(Result<Attached, Refusal>),
 }
 
 struct Orders {
@@ -225,7 +225,7 @@ impl Orders {
             }
         }
         if client.input.len() >= MAX_REQUEST {
-            let answer = Answer::Error(format!("a request is at most {MAX_REQUEST} bytes"));
+            let answer = Answer::Error(format!("a request is at most {MAX_REQUEST} bytes").into());
             let _ = client.stream.write(&protocol::reply(answer));
             return Keep::No;
         }
@@ -236,27 +236,27 @@ impl Orders {
     fn serve(&mut self, client: &mut Client, token: u32, line: &[u8]) -> Keep {
         let command = match protocol::parse_request(line) {
             Ok(command) => command,
-            Err(reason) => return answer(client, Answer::Error(reason), false),
+            Err(reason) => return answer(client, Answer::Error(reason.into()), false),
         };
         log::debug!("control socket: {command:?}");
         if client.waits {
-            let _ = answer(client, Answer::Error("nothing may follow a wait".to_owned()), false);
+            let _ = answer(client, Answer::Error("nothing may follow a wait".into()), false);
             return Keep::No;
         }
         if command == Command::Wait {
             // This client is not among them while it is being served.
             if self.clients.values().filter(|other| other.waits).count() >= MAX_WAITING {
                 let reason = format!("{MAX_WAITING} clients wait for its end already");
-                return answer(client, Answer::Error(reason), false);
+                return answer(client, Answer::Error(reason.into()), false);
             }
             (client.waits, client.until) = (true, None);
             return Keep::Yes;
         }
         if command == Command::Devices {
-            return answer(client, self.control.devices().map_or_else(Answer::Error, Answer::Devices), false);
+            return answer(client, self.control.devices().map_or_else(refused, Answer::Devices), false);
         }
         if self.stopping && command.is_for_a_machine_that_stays() {
-            return answer(client, Answer::Error(BEING_STOPPED.to_owned()), false);
+            return answer(client, Answer::Error(BEING_STOPPED.into()), false);
         }
         // A machine that is being paused resumes when that is over.
         if command.may_take_time() || (command == Command::Resume && self.errand.under_way) {
@@ -266,7 +266,7 @@ impl Orders {
                     client.until = None;
                     Keep::UntilDone
                 }
-                Err(reason) => answer(client, Answer::Error(reason), false),
+                Err(reason) => answer(client, Answer::Error(reason.into()), false),
             };
         }
         let ends = command.ends();
@@ -277,7 +277,7 @@ impl Orders {
                 Answer::Sample(Box::new(MachineSample { status: self.status(), sample: watch.sample() }))
             }
             (Ok(()), _) => Answer::Status(self.status()),
-            (Err(reason), _) => Answer::Error(reason),
+            (Err(reason), _) => Answer::Error(reason.into()),
         };
         answer(client, reply, ends)
     }
@@ -295,7 +295,7 @@ impl Orders {
                 Command::AddDevice { device } => {
                     let device =
                         serde_json::from_value(device).map_err(|error| format!("not a device: {error}"));
-                    Done::Changed(device.and_then(|device| control.add_device(device)))
+                    Done::Changed(device.map_err(Refusal::from).and_then(|device| control.add_device(device)))
                 }
                 Command::RemoveDevice { name, force } => Done::Changed(control.remove_device(&name, force)),
                 Command::Snapshot { folder, base, stop } => {
@@ -326,9 +326,10 @@ impl Orders {
         let mut descriptors = Vec::new();
         let reply = match result {
             Done::Forked(result) => self.done(result.map(|files| descriptors.extend(files))),
-            Done::Paused(result) | Done::Saved(result) => self.done(result),
-            Done::Looked(states) => states.map_or_else(Answer::Error, Answer::Vcpus),
-            Done::Changed(device) => device.map_or_else(Answer::Error, Answer::Device),
+            Done::Paused(result) => self.done(result),
+            Done::Saved(result) => self.done(result),
+            Done::Looked(states) => states.map_or_else(refused, Answer::Vcpus),
+            Done::Changed(device) => device.map_or_else(refused, Answer::Device),
         };
         self.reply(asked, (reply, ends), &descriptors, sources);
         if ends {
@@ -349,8 +350,8 @@ impl Orders {
         }
     }
 
-    fn done(&self, result: Result<(), String>) -> Answer {
-        result.map_or_else(Answer::Error, |()| Answer::Status(self.status()))
+    fn done(&self, result: Result<(), impl Into<Refusal>>) -> Answer {
+        result.map_or_else(refused, |()| Answer::Status(self.status()))
     }
 
     /// Answers a client that has waited, and hears it again.
@@ -492,6 +493,10 @@ impl Orders {
         let next = self.clients.values().map(|client| client.until).chain(others).flatten().min();
         self.timer.set(next.map(|at| at.saturating_duration_since(now)));
     }
+}
+
+fn refused(why: impl Into<Refusal>) -> Answer {
+    Answer::Error(why.into())
 }
 
 /// Sends a reply. A client that waits for the machine's end may take its time from then on.

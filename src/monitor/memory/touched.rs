@@ -61,18 +61,60 @@ fn data(file: &File, base: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
     Ok(all)
 }
 
-/// The pages that this process has of a private mapping.
+/// The pages that this process has of a private mapping; perhaps more.
 fn held(region: &GuestRegionMmap) -> io::Result<Vec<Range<u64>>> {
-    let mut all: Vec<Range<u64>> = Vec::new();
-    Pagemap::open()?.each(region, |page, entry| {
-        let at = page * PAGE;
-        match all.last_mut() {
-            _ if entry & (PRESENT | SWAPPED) == 0 => {}
-            Some(run) if run.end == at => run.end = at + PAGE,
-            _ => all.push(at..at + PAGE),
+    // It is root's alone in a process that has closed itself to debuggers.
+    Pagemap::open().map_or_else(|_| resident(region), |pagemap| listed(&pagemap, region))
+}
+
+fn listed(pagemap: &Pagemap, region: &GuestRegionMmap) -> io::Result<Vec<Range<u64>>> {
+    let mut all = Vec::new();
+    pagemap.each(region, |page, entry| {
+        if entry & (PRESENT | SWAPPED) != 0 {
+            add(&mut all, page);
         }
     })?;
     Ok(all)
+}
+
+/// The same without asking for more than is in memory, so it fails where pages were swapped out. Of a file's mapping it may tell of
+/// pages that others have in memory.
+fn resident(region: &GuestRegionMmap) -> io::Result<Vec<Range<u64>>> {
+    let mut all = Vec::new();
+    let mut bytes = vec![0u8; BATCH as usize];
+    let pages = region.len() / PAGE;
+    for batch in (0..pages).step_by(BATCH as usize) {
+        let bytes = &mut bytes[..BATCH.min(pages - batch) as usize];
+        let first = region.as_ptr().wrapping_add((batch * PAGE) as usize);
+        // SAFETY: the pages are the region's, which is mapped as long as it is there, and `bytes` has one byte for each.
+        if unsafe { libc::mincore(first.cast(), bytes.len() * PAGE as usize, bytes.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        (batch..).zip(&*bytes).filter(|(_, byte)| **byte & 1 != 0).for_each(|(page, _)| add(&mut all, page));
+    }
+    // After that: what was swapped out before is swapped out still, because nobody touches it meanwhile.
+    match swapped()? {
+        0 => Ok(all),
+        _ => Err(io::Error::other("some of it was swapped out")),
+    }
+}
+
+/// KiB of this process that were swapped out (Documentation/filesystems/proc.rst, smaps_rollup). Counted page by page: sums that the
+/// kernel keeps are not exact.
+fn swapped() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Swap:"));
+    let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok());
+    number.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Adds a page to `all`, which are those before it.
+fn add(all: &mut Vec<Range<u64>>, page: u64) {
+    let at = page * PAGE;
+    match all.last_mut() {
+        Some(run) if run.end == at => run.end = at + PAGE,
+        _ => all.push(at..at + PAGE),
+    }
 }
 
 /// Which pages this process has. It has to be opened before the process closes itself to debuggers: then its files in /proc are
@@ -138,6 +180,21 @@ mod tests {
                 memory.ram().write_obj(1u8, GuestAddress(address)).unwrap();
             }
             assert_eq!(touched(&memory), [0x1000..0x3000, 0x10_0000..0x10_1000], "{text}");
+        }
+    }
+
+    #[test]
+    fn who_may_not_read_pagemap_is_told_the_same() {
+        let memory = Memory::new(&"64M".parse().unwrap()).unwrap();
+        for address in [0x1000, 0x2fff, 0x10_0000, (64 << 20) - 1] {
+            memory.ram().write_obj(1u8, GuestAddress(address)).unwrap();
+        }
+        let region = memory.ram().iter().next().unwrap();
+        let listed = listed(&Pagemap::open().unwrap(), region).unwrap();
+        assert!(listed.len() >= 3, "{listed:?}");
+        match resident(region) {
+            Ok(resident) => assert_eq!(resident, listed),
+            Err(error) => assert!(error.to_string().contains("swapped out"), "{error}"),
         }
     }
 

@@ -191,7 +191,7 @@ impl Orders {
             let Some(line) = client.input.next() else { break };
             match protocol::parse_request(&line) {
                 Ok(command) => self.obey(token, command, sources),
-                Err(reason) => self.answer(token, Answer::Error(reason), sources),
+                Err(reason) => self.answer(token, Answer::Error(reason.into()), sources),
             }
         }
         if !goes_on {
@@ -209,14 +209,14 @@ impl Orders {
                     }
                     return self.serve_takes(sources);
                 }
-                Err(reason) => Answer::Error(reason),
+                Err(reason) => Answer::Error(reason.into()),
             },
             Command::Stop { .. } | Command::Kill => {
                 // Its connection lasts until the pool has ended.
                 self.answer(token, Answer::Pool(self.status()), sources);
                 return self.end(Work::End);
             }
-            _ => Answer::Error("it is a pool, not a virtual machine".to_owned()),
+            _ => Answer::Error("it is a pool, not a virtual machine".into()),
         };
         self.answer(token, answer, sources);
     }

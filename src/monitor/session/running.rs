@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::Keeper;
+use crate::api::protocol::Refusal;
 use crate::api::{Control, PortSocket, Pty, Sample, State, Status, Viewer, Viewers, Watch};
 use crate::chardev::terminal;
 use crate::config::{CharTarget, Plug, VmConfig};
@@ -166,6 +167,10 @@ impl Running {
     }
 }
 
+fn refusal(error: &dyn std::error::Error, hint: Option<impl Into<String>>) -> Refusal {
+    Refusal { reason: error_chain(error), hint: hint.map(Into::into) }
+}
+
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or(path.to_owned())
 }
@@ -222,24 +227,26 @@ impl Control for Running {
         Ok(self.machine()?.devices())
     }
 
-    fn add_device(&self, device: Plug) -> Result<Attached, String> {
-        self.machine()?.add_device(device).map_err(|error| error.to_string())
+    fn add_device(&self, device: Plug) -> Result<Attached, Refusal> {
+        self.machine()?.add_device(device).map_err(|error| refusal(&error, error.hint()))
     }
 
-    fn remove_device(&self, name: &str, force: bool) -> Result<Attached, String> {
-        self.machine()?.remove_device(name, force).map_err(|error| error.to_string())
+    fn remove_device(&self, name: &str, force: bool) -> Result<Attached, Refusal> {
+        self.machine()?.remove_device(name, force).map_err(|error| refusal(&error, error.hint()))
     }
 
-    fn snapshot(&self, folder: &Path, base: Option<&Path>, stay: bool) -> Result<(), String> {
+    fn snapshot(&self, folder: &Path, base: Option<&Path>, stay: bool) -> Result<(), Refusal> {
         let mut config = self.original.clone();
         config.make_absolute();
-        self.with_machine(|machine| snapshot::create(machine, &config, folder, base, stay))
+        let saved = snapshot::create(&self.machine()?, &config, folder, base, stay);
+        saved.map_err(|error| refusal(&error, error.hint()))
     }
 
-    fn fork(&self) -> Result<Vec<OwnedFd>, String> {
+    fn fork(&self) -> Result<Vec<OwnedFd>, Refusal> {
         let mut config = self.original.clone();
         config.make_absolute();
-        self.with_machine(|machine| snapshot::fork(machine, &config)).map(Parts::into_descriptors)
+        let parts = snapshot::fork(&self.machine()?, &config);
+        parts.map(Parts::into_descriptors).map_err(|error| refusal(&error, error.hint()))
     }
 
     fn power_button(&self) -> Result<bool, String> {

@@ -1,11 +1,12 @@
 //! [`Parts`]: the files of a snapshot, whether they are in a folder or have no name.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::{Error, file};
 use crate::output;
@@ -129,8 +130,15 @@ impl Part {
 
     /// One that is there, to be read.
     pub fn open(path: PathBuf) -> Result<Self, Error> {
-        let file = File::open(&path).map_err(file("open", &path))?;
-        Ok(Self { path, file })
+        // Without O_NONBLOCK a FIFO would be waited for.
+        let flags = OFlags::NONBLOCK.bits().cast_signed();
+        let opened = OpenOptions::new().read(true).custom_flags(flags).open(&path);
+        let file = opened.map_err(file("open", &path))?;
+        let part = Self { path, file };
+        match part.file.metadata().map_err(part.failed("look at"))?.is_file() {
+            true => Ok(part),
+            false => Err(part.damaged("not a regular file")),
+        }
     }
 
     /// At most `most` bytes of it.

@@ -1,7 +1,8 @@
-//! [`PlugError`]: why a device cannot come or go. Its text says what to try: a control socket's clients get nothing else.
+//! [`PlugError`]: why a device cannot come or go.
+
+use std::borrow::Cow;
 
 use crate::config::Invalid;
-use crate::error_chain;
 use crate::machine::outputs::Clash;
 use crate::virtio;
 
@@ -9,44 +10,62 @@ use crate::virtio;
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
     /// It has virtio-mmio devices.
-    #[error("devices come and go on a PCI bus only, and it has none: start it with `transport=pci`")]
+    #[error("devices come and go on a PCI bus only, and it has none")]
     NoPci,
     /// The vCPUs stand still.
-    #[error("it is paused: resume it first")]
+    #[error("it is paused")]
     Paused,
     /// There is no machine, or the next one is being built.
     #[error("it has ended or is starting again")]
     Ended,
     /// The guest knows no more places.
-    #[error("no place is free for another device: remove one; a guest that reboots finds room for more")]
+    #[error("no place is free for another device")]
     Full,
     /// There is no such device.
-    #[error("it has no device called {0:?}: vmm device list shows what it has")]
+    #[error("it has no device called {0:?}")]
     Unknown(String),
     /// It stays as long as the machine.
-    #[error("{0} is there for good: disks and network devices can be removed")]
+    #[error("{0} is there for good")]
     Fixed(String),
     /// The device's settings cannot be.
-    #[error("{0}; {hint}", hint = .0.hint)]
+    #[error(transparent)]
     Config(#[from] Invalid),
     /// A run's output would be its image.
-    #[error("{0}; {hint}", hint = Clash::HINT)]
+    #[error(transparent)]
     Clash(#[from] Clash),
     /// A descriptor of another process.
-    #[error("fd={0} is a descriptor that a VM is started with: name a tap, a switch or a socket")]
+    #[error("fd={0} is a descriptor that a VM is started with")]
     Fd(u32),
     /// It would not be in the dump.
-    #[error(
-        "the network dump has the devices of the start only: start it without `net_dump=`, or with this device"
-    )]
+    #[error("the network dump has the devices of the start only")]
     Dump,
     /// The process at the other end cannot map guest memory.
-    #[error("no vhost-user back end can map this VM's memory: start it with `mem=SIZE,backing=memfd`")]
+    #[error("no vhost-user back end can map this VM's memory")]
     NotShared,
     /// The host has not got what it needs.
-    #[error("{chain}{hint}", chain = error_chain(.0), hint = .0.hint().map(|hint| format!("; {hint}")).unwrap_or_default())]
+    #[error(transparent)]
     Device(#[from] virtio::Error),
     /// It cannot be wired up.
-    #[error("{}", error_chain(.0))]
+    #[error(transparent)]
     Transport(#[from] virtio::transport::Error),
+}
+
+impl PlugError {
+    /// What to try.
+    pub fn hint(&self) -> Option<Cow<'_, str>> {
+        Some(match self {
+            Self::NoPci => "start it with `transport=pci`".into(),
+            Self::Paused => "resume it first: vmm resume NAME".into(),
+            Self::Full => "remove a device; a guest that reboots finds room for more".into(),
+            Self::Unknown(_) => "see what it has: vmm device list NAME".into(),
+            Self::Fixed(_) => "disks and network devices can be removed".into(),
+            Self::Config(invalid) => invalid.hint.as_str().into(),
+            Self::Clash(_) => Clash::HINT.into(),
+            Self::Fd(_) => "name a tap, a switch or a socket".into(),
+            Self::Dump => "start it without `net_dump=`, or with this device".into(),
+            Self::NotShared => "start it with `mem=SIZE,backing=memfd`".into(),
+            Self::Device(error) => return error.hint().map(Cow::from),
+            Self::Ended | Self::Transport(_) => return None,
+        })
+    }
 }
