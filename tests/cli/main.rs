@@ -5,6 +5,7 @@ mod bad_input;
 mod counting;
 mod detached;
 mod device;
+mod firmware;
 mod fork;
 mod fuse;
 #[path = "../images/mod.rs"]
@@ -20,6 +21,7 @@ mod pci;
 mod place;
 mod pool;
 mod snapshot;
+mod state;
 mod strangers;
 mod template;
 mod terminal;

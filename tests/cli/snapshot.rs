@@ -395,7 +395,7 @@ fn a_folder_that_is_no_snapshot_or_a_damaged_one_is_refused_with_the_reason() {
         ("config.json", (&|bytes: &mut Vec<u8>| bytes.truncate(20)) as &dyn Fn(&mut Vec<u8>), "config.json"),
         ("config.json", &|bytes| *bytes.iter_mut().find(|byte| **byte == b'3').unwrap() = b'4', "checksum"),
         ("state", &|bytes| bytes.clear(), "not a machine's state"),
-        ("state", &|bytes| bytes[8] += 1, "version 3, and this vmm reads version 2"),
+        ("state", &|bytes| bytes[8] += 1, "version 4, and this vmm reads version 3"),
         ("state", &|bytes| bytes.truncate(bytes.len() - 1), "checksum"),
         ("state", &|bytes| *bytes.last_mut().unwrap() ^= 1, "checksum"),
         ("memory", &|bytes| bytes.truncate(4096), "4096 bytes, and 33554432 were saved"),

@@ -344,7 +344,6 @@ fn what_cannot_have_a_template_is_refused_with_the_reason() {
     for (options, word) in [
         ("--kernel /dev/null --boot-marks", "not a regular file"),
         ("--kernel k --boot-marks --mem 64M,hugepages=2M", "huge pages"),
-        ("--kernel k --boot-marks --firmware", "firmware"),
     ] {
         let said = place.fails(&format!("run --template {options}"), BAD_ARGUMENT);
         assert!(said.contains(word), "{said}");

@@ -177,7 +177,7 @@ mod tests {
             assert_eq!(read(device, EVENT), EVENT_POWER_BUTTON | EVENT_GENERATION);
             assert_eq!(read(device, EVENT), 0);
         }
-        assert!(restored.restore_bytes(&[8]).is_err());
+        assert!(restored.restore_bytes(&[1, 8]).is_err());
         assert_eq!(read(&mut restored, 3), 0xff, "a gap between the registers");
     }
 }

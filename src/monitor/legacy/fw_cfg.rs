@@ -63,6 +63,11 @@ pub trait Source: Send {
     /// # Errors
     /// They cannot be read.
     fn copy(&self, offset: u64, len: u64, ram: &GuestRam, to: u64) -> io::Result<()>;
+    /// All of them, which fit into memory.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn bytes(&self) -> io::Result<Vec<u8>>;
 }
 
 /// An item's bytes.
@@ -157,12 +162,13 @@ pub struct FwCfg {
     dma_high: u32,
 }
 
-/// What the guest could tell apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// What the guest could tell apart: all that there is to read, too, which comes from files that may be others by now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     selected: u16,
     offset: u64,
     dma_high: u32,
+    items: Vec<(u16, Vec<u8>)>,
 }
 
 /// A DMA request as it lies in guest memory, each field big-endian.
@@ -182,6 +188,24 @@ impl FwCfg {
     /// Replaces all there is to read.
     pub fn set_items(&mut self, items: Items) {
         self.items = items.finish();
+    }
+
+    /// Takes in what it has elsewhere, `most` bytes with all else, so that [`Stateful::save`] has all there is.
+    ///
+    /// # Errors
+    /// It is more; a file cannot be read.
+    pub fn take_in(&mut self, most: u64) -> io::Result<()> {
+        let bytes = self.items.values().map(Content::len).fold(0, u64::saturating_add);
+        if bytes > most {
+            let [mib, most] = [bytes, most].map(|bytes| bytes.div_ceil(1 << 20));
+            return Err(io::Error::other(format!("firmware is given {mib} MiB, and {most} can be saved")));
+        }
+        for item in self.items.values_mut() {
+            if let Content::Source(source) = item {
+                *item = Content::Bytes(source.bytes()?);
+            }
+        }
+        Ok(())
     }
 
     /// Whether there is such an item does not matter: one that is not there is empty.
@@ -298,17 +322,25 @@ impl Stateful for FwCfg {
     type State = State;
 
     fn save(&self) -> State {
-        State { selected: self.selected, offset: self.offset, dma_high: self.dma_high }
+        let here = |(number, content): (&u16, &Content)| match content {
+            Content::Bytes(bytes) => Some((*number, bytes.clone())),
+            Content::Source(_) => None,
+        };
+        let items = self.items.iter().filter_map(here).collect();
+        State { selected: self.selected, offset: self.offset, dma_high: self.dma_high, items }
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
-        if state.offset > self.items.get(&state.selected).map_or(0, Content::len) {
+        let items = state.items.into_iter().map(|(number, bytes)| (number, Content::Bytes(bytes)));
+        let items: BTreeMap<_, _> = items.collect();
+        if state.offset > items.get(&state.selected).map_or(0, Content::len) {
             return Err(StateError::Invalid(format!(
                 "fw_cfg item {:#x} at {}",
                 state.selected, state.offset
             )));
         }
         (self.selected, self.offset, self.dma_high) = (state.selected, state.offset, state.dma_high);
+        self.items = items;
         Ok(())
     }
 }
@@ -320,13 +352,16 @@ mod tests {
     struct Broken;
     impl Source for Broken {
         fn len(&self) -> u64 {
-            u64::MAX
+            1 << 40
         }
         fn byte(&self, _: u64) -> io::Result<u8> {
             Err(io::ErrorKind::UnexpectedEof.into())
         }
         fn copy(&self, _: u64, _: u64, _: &GuestRam, _: u64) -> io::Result<()> {
             Err(io::ErrorKind::UnexpectedEof.into())
+        }
+        fn bytes(&self) -> io::Result<Vec<u8>> {
+            Ok(vec![9; 3])
         }
     }
 
@@ -408,12 +443,28 @@ mod tests {
     }
 
     #[test]
+    fn what_there_is_to_read_is_saved_with_it() {
+        let mut old = device();
+        let error = old.take_in(1 << 30).unwrap_err().to_string();
+        assert_eq!(error, "firmware is given 1048577 MiB, and 1024 can be saved");
+        old.take_in(u64::MAX).unwrap();
+        read(&mut old, 9, 1);
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let mut new = FwCfg::new(Items::default(), Arc::new(ram));
+        new.restore(old.save()).unwrap();
+        assert_eq!(new.save(), old.save());
+        let mut rest = [0; 4];
+        rest.chunks_mut(1).for_each(|byte| new.read(DATA, byte));
+        assert_eq!((rest, read(&mut new, 0x20, 4)), ([9, 9, 0, 0], vec![1, 2, 3, 0]));
+    }
+
+    #[test]
     fn impossible_state_is_refused() {
         let mut device = device();
         read(&mut device, 0x20, 2);
         let state = device.save();
-        device.restore(state).unwrap();
-        assert!(device.restore(State { offset: 4, ..state }).is_err());
-        assert!(device.restore(State { selected: 0x7777, offset: 1, dma_high: 0 }).is_err());
+        device.restore(state.clone()).unwrap();
+        assert!(device.restore(State { offset: 4, ..state.clone() }).is_err());
+        assert!(device.restore(State { selected: 0x7777, offset: 1, ..state }).is_err());
     }
 }

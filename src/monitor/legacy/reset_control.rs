@@ -83,6 +83,6 @@ mod tests {
             assert_eq!(device.write(0, &[0x06]), Effect::Reset);
             assert_eq!(device.write(0, &[0x06]), Effect::None, "no edge");
         }
-        assert!(restored.restore_bytes(&[0xff]).is_err());
+        assert!(restored.restore_bytes(&[1, 0xff]).is_err());
     }
 }

@@ -257,6 +257,7 @@ fn build(
         networks: Mutex::new(networks),
         pci,
         power,
+        fw_cfg,
         ready,
         phase: Mutex::new(Phase::Running),
         events,
@@ -275,7 +276,6 @@ fn build(
     let last_words = backends.ends.last_words();
     Ok(Machine {
         shared,
-        fw_cfg,
         vcpus,
         seats: VecDeque::new(),
         clocks: None,
@@ -299,7 +299,7 @@ impl Machine {
 
     /// Gives the machine what it starts with.
     fn begin_with(&mut self, contents: Contents) -> Result<(), Error> {
-        lock(&self.fw_cfg).set_items(contents.items);
+        lock(&self.shared.fw_cfg).set_items(contents.items);
         if let Some(entry) = contents.entry {
             self.vcpus.iter().try_for_each(|vcpu| vcpu.enter_at(&entry))?;
         }

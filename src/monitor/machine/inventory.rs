@@ -176,7 +176,7 @@ pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
         io_apic_pins: io_apic_pins(list),
         virtio_mmio: list.iter().filter_map(virtio).collect(),
         com1: has(Kind::Serial),
-        // Firmware moves the tables, and is not there to be told of a copy: no such machine can be saved.
+        // Firmware moves the tables, and has the memory where it would be.
         generation: !has(Kind::FwCfg),
         pci: has(Kind::PciEcam).then(|| Pci { lines: lines(), memory: windows(list).collect() }),
     }

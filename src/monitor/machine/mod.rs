@@ -45,7 +45,7 @@ pub use inventory::{inventory, platform, spare_functions};
 pub use origin::Origin;
 pub use plug::{Attached, Attachment, PlugError};
 use plug::{PciBus, Plugboard};
-pub use saved::{RestoreError, SavedMachine};
+pub use saved::{DecodeError, RestoreError, SavedMachine};
 pub use shell::Shell;
 
 /// Why a machine could not be built or run.
@@ -190,6 +190,8 @@ struct Shared {
     pci: Option<PciBus>,
     plugboard: Plugboard,
     power: Arc<Mutex<AcpiPm>>,
+    /// Empty without firmware.
+    fw_cfg: Arc<Mutex<FwCfg>>,
     ready: Arc<Ready>,
     phase: Mutex<Phase>,
     events: Sender<Event>,
@@ -277,7 +279,6 @@ impl Shared {
 /// A built machine that has not run yet.
 pub struct Machine {
     shared: Arc<Shared>,
-    fw_cfg: Arc<Mutex<FwCfg>>,
     vcpus: Vec<kvm::Vcpu>,
     /// Threads for the first of them.
     seats: VecDeque<vcpu::Seat>,

@@ -101,7 +101,13 @@ impl Origin {
     /// Memory as the machine begins with it: zeroes, and the ROM, or what was saved.
     pub(super) fn memory(&self, config: &config::Memory) -> Result<Memory, Error> {
         Ok(match self {
-            Self::Saved { memory, .. } => Memory::private_copy(config, memory.clone())?,
+            Self::Saved { memory, machine, .. } => {
+                let mut memory = Memory::private_copy(config, memory.clone())?;
+                if let Some(rom) = machine.rom() {
+                    memory.set_rom(rom)?;
+                }
+                memory
+            }
             _ => {
                 let mut memory = Memory::new(config)?;
                 if let Some(rom) = self.rom()? {

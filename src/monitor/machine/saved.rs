@@ -8,20 +8,21 @@ use std::fs::File;
 use std::io;
 use std::sync::mpsc::channel;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::handle::{AlreadyEnded, Paused};
-use super::{Error, Handle, Machine, kvm_path};
+use super::{Error, Handle, Machine, kvm_path, platform};
 use crate::boot::tables::{self, generation};
 use crate::bus::lock;
 use crate::kvm::{self, Kvm, SavedClocks, SavedVcpu, SavedVm, Signature};
 use crate::recorder::{Step, Steps};
-use crate::state::StateError;
+use crate::state::{self, StateError};
 use crate::vcpu::gate::VcpuRequest;
 use crate::vm::Vm;
 
 /// See the module's text.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone)]
 pub struct SavedMachine {
     /// Of the host that it was saved on.
     host: Signature,
@@ -29,6 +30,87 @@ pub struct SavedMachine {
     vcpus: Vec<SavedVcpu>,
     /// By name, in the machine's order.
     devices: Vec<(String, Vec<u8>)>,
+    rom: Option<Vec<u8>>,
+}
+
+/// The same as it is written down. Each part has its version in front (`state::encode`).
+#[derive(Serialize, Deserialize)]
+struct Encoded {
+    host: Vec<u8>,
+    vm: Vec<u8>,
+    vcpus: Vec<Vec<u8>>,
+    devices: Vec<(String, Vec<u8>)>,
+    rom: Option<Vec<u8>>,
+}
+
+/// Of what is no device's: [`Signature`], [`SavedVm`] and [`SavedVcpu`].
+const HOST: u8 = 1;
+const VM: u8 = 1;
+const VCPU: u8 = 1;
+/// Bytes of what firmware reads beside its ROM that can be saved: kernel and initrd, above all.
+const MAX_READ: u64 = 32 << 20;
+
+/// What is no saved machine.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// Nothing of it can be read.
+    #[error("not a machine")]
+    Whole(#[source] postcard::Error),
+    /// One of its parts cannot.
+    #[error("{part}")]
+    Part {
+        /// Which.
+        part: String,
+        /// Why.
+        #[source]
+        source: StateError,
+    },
+}
+
+impl SavedMachine {
+    /// As bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let Self { host, vm, vcpus, devices, rom } = self;
+        let encoded = Encoded {
+            host: state::encode(HOST, host),
+            vm: state::encode(VM, vm),
+            vcpus: vcpus.iter().map(|vcpu| state::encode(VCPU, vcpu)).collect(),
+            devices: devices.clone(),
+            rom: rom.clone(),
+        };
+        // Plain values, in memory.
+        postcard::to_stdvec(&encoded).unwrap_or_default()
+    }
+
+    /// What [`SavedMachine::encode`] gave, now or in an earlier version. What devices have, they read themselves.
+    ///
+    /// # Errors
+    /// [`DecodeError`]
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let Encoded { host, vm, vcpus, devices, rom } =
+            postcard::from_bytes(bytes).map_err(DecodeError::Whole)?;
+        let vcpus = vcpus.iter().enumerate();
+        let vcpus = vcpus.map(|(number, bytes)| part(&format!("vcpu{number}"), bytes, VCPU));
+        Ok(Self {
+            host: part("the host", &host, HOST)?,
+            vm: part("the VM", &vm, VM)?,
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            devices,
+            rom,
+        })
+    }
+
+    /// What is in its ROM, if it has one.
+    pub(super) fn rom(&self) -> Option<&[u8]> {
+        self.rom.as_deref()
+    }
+}
+
+/// One that has had no other version yet.
+fn part<T: DeserializeOwned>(part: &str, bytes: &[u8], version: u8) -> Result<T, DecodeError> {
+    let older = |found, _: &[u8]| Err(StateError::Version { found, oldest: version, newest: version });
+    let decoded = state::decode(bytes, version..=version, older);
+    decoded.map_err(|source| DecodeError::Part { part: part.to_owned(), source })
 }
 
 /// Why a machine does not take what was saved.
@@ -69,6 +151,9 @@ impl RestoreError {
     /// What to try.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
+            Self::Device { source: StateError::Version { .. }, .. } => {
+                Some("restore it with the vmm that saved it")
+            }
             Self::Different { .. } | Self::Device { .. } => {
                 Some("restore it with the devices that it was saved with: only their host ends may change")
             }
@@ -97,6 +182,8 @@ impl Handle {
     pub fn save(&self, _: &Paused<'_>) -> Result<SavedMachine, Error> {
         let vm = self.vm()?;
         let list = Kvm::open(&kvm_path())?.state_list()?;
+        let failed = |source| Error::Host { what: "what firmware reads".to_owned(), source };
+        lock(&self.0.fw_cfg).take_in(MAX_READ).map_err(failed)?;
         // Devices first: their last interrupts are in the vCPUs' state then.
         let devices = lock(&self.0.devices);
         let devices =
@@ -110,7 +197,8 @@ impl Handle {
             Ok(state.recv().map_err(|_| AlreadyEnded)??)
         });
         let vcpus = vcpus.collect::<Result<_, Error>>()?;
-        Ok(SavedMachine { host: Signature::of_host(), vm: vm.save()?, vcpus, devices })
+        let rom = self.0.memory.rom();
+        Ok(SavedMachine { host: Signature::of_host(), vm: vm.save()?, vcpus, devices, rom })
     }
 }
 
@@ -157,8 +245,10 @@ impl Machine {
             pci.segment.follow_all();
         }
         // Before any of its vCPUs can ask for a random number.
-        generation::renew(self.shared.memory.ram()).map_err(RestoreError::Generation)?;
-        lock(&self.shared.power).announce_generation();
+        if platform(self.vcpus.len() as u32, &lock(&self.shared.inventory)).generation {
+            generation::renew(self.shared.memory.ram()).map_err(RestoreError::Generation)?;
+            lock(&self.shared.power).announce_generation();
+        }
         drop(devices);
         self.clocks = Some(SavedClocks::of(&saved.vm, &saved.vcpus));
         self.repeat_interrupts()

@@ -9,6 +9,7 @@ use super::*;
 use crate::backends::Changes;
 use crate::bus::{Bus, Device, Effect};
 use crate::config::VmConfig;
+use crate::legacy::fw_cfg::Items;
 use crate::memory::GuestRam;
 use crate::state::Stateless;
 use crate::vcpu::dispatch::Buses;
@@ -44,13 +45,13 @@ impl Device for Hanging {
 fn machine() -> (Handle, Arc<Mutex<Hanging>>, Receiver<Event>) {
     let (events, ended) = channel();
     let device = Arc::new(Mutex::new(Hanging::default()));
-    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+    let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap());
     let interrupt = FakeVm::default().irq_line(9).unwrap();
     let shared = Shared {
         vcpus: Arc::new(vcpu::Shared {
             buses: Buses::new(Bus::default(), Bus::default()),
             gate: Gate::new(0),
-            ram: Arc::new(ram),
+            ram: ram.clone(),
             recorder: Arc::default(),
             observed: vcpu::Observed::default(),
             reset_flag: true,
@@ -65,6 +66,7 @@ fn machine() -> (Handle, Arc<Mutex<Hanging>>, Receiver<Event>) {
         pci: None,
         plugboard: Plugboard::new(&VmConfig::default(), &Arc::default(), &Changes::default()),
         power: Arc::new(Mutex::new(AcpiPm::new(interrupt))),
+        fw_cfg: Arc::new(Mutex::new(FwCfg::new(Items::default(), ram.clone()))),
         ready: Arc::default(),
         phase: Mutex::new(Phase::Running),
         events,

@@ -205,6 +205,15 @@ impl Memory {
         self.rom.as_ref().map(|region| (region.start_addr().0, region.as_ptr(), region.len()))
     }
 
+    /// What the ROM holds, if there is one.
+    pub fn rom(&self) -> Option<Vec<u8>> {
+        let region = self.rom.as_ref()?;
+        let mut bytes = vec![0; region.len() as usize];
+        // All of it is there.
+        region.read_slice(&mut bytes, MemoryRegionAddress(0)).ok()?;
+        Some(bytes)
+    }
+
     /// RAM and ROM, for who wants to see what the guest's processors see: code, above all. Not for devices, which could write
     /// to the ROM by it.
     pub fn all(&self) -> Arc<GuestRam> {

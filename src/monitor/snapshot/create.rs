@@ -99,7 +99,6 @@ impl Below {
 /// What has a life of its own outside.
 pub(super) fn supported(config: &VmConfig) -> Result<(), Error> {
     let what = match config {
-        _ if config.firmware.is_some() => "a machine with firmware",
         _ if config.net.iter().any(|net| net.is_served_elsewhere()) => {
             "a network that others serve (vhost, vhost-user)"
         }
@@ -163,8 +162,7 @@ impl Taken {
             serde_json::to_vec_pretty(config).map_err(|error| parts.config.failed("write")(error.into()))?;
         parts.config.write(&[&text])?;
         let Written { sum, runs } = self.memory.finish().map_err(parts.memory.failed("write"))?;
-        let encoded = |error: postcard::Error| parts.state.failed("write")(io::Error::other(error));
-        let state = postcard::to_stdvec(&self.state).map_err(encoded)?;
+        let state = self.state.encode();
         let (config, size) = (crc32fast::hash(&text), machine.memory().size());
         let header = Header {
             config,

@@ -221,7 +221,7 @@ mod tests {
             (r#"{"kernel": "/nowhere/k"}"#, "No such file"),
             (r#"{"net": ["tap=t"]}"#, "one machine alone"),
             (r#"{"disk": ["d"]}"#, "kept outside"),
-            (r#"{"firmware": "built-in"}"#, "firmware"),
+            (r#"{"firmware": "/dev/null"}"#, "not a regular file"),
         ] {
             let error = Key::of(&config(json)).unwrap_err();
             assert!(crate::error_chain(&error).contains(word), "{json}: {error}");

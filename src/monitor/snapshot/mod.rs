@@ -22,8 +22,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;
-use crate::machine::{self, Origin, PauseError, SavedMachine};
+use crate::error_chain;
+use crate::machine::{self, DecodeError, Origin, PauseError, SavedMachine};
 use crate::memory::working_set::WorkingSet;
+use crate::state::StateError;
 use base::Base;
 use parts::Part;
 
@@ -38,7 +40,7 @@ pub use working_set::Unrecorded;
 /// The first bytes of `state`.
 const MAGIC: [u8; 8] = *b"VMMSTATE";
 /// Of what follows them.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// How damage shows.
 const WRONG_SUM: &str = "its checksum is wrong";
 /// More than any configuration, in bytes.
@@ -92,6 +94,14 @@ pub enum Error {
         /// Which.
         path: PathBuf,
         /// How it shows.
+        what: String,
+    },
+    /// A part of it was made by another version.
+    #[error("{}: {what}", path.display())]
+    Newer {
+        /// Of what.
+        path: PathBuf,
+        /// Which part, and which version.
         what: String,
     },
     /// It was made by another version.
@@ -226,7 +236,12 @@ impl Snapshot {
     /// # Errors
     /// It is none.
     fn machine(&self) -> Result<SavedMachine, Error> {
-        postcard::from_bytes(&self.state).map_err(|error| self.parts.state.damaged(&error.to_string()))
+        SavedMachine::decode(&self.state).map_err(|error| match error {
+            DecodeError::Part { source: StateError::Version { .. }, .. } => {
+                Error::Newer { path: self.parts.state.path.clone(), what: error_chain(&error) }
+            }
+            _ => self.parts.state.damaged(&error_chain(&error)),
+        })
     }
 
     /// The folder that it is based on, if it is.
@@ -276,7 +291,7 @@ impl Error {
         match self {
             Self::Damaged { .. } => Some("save the machine again: vmm snapshot create NAME FOLDER"),
             Self::NoSnapshot { .. } => Some("look at it first: ls -la FOLDER; vmm snapshot list"),
-            Self::Version { .. } => Some("restore it with the vmm that saved it"),
+            Self::Version { .. } | Self::Newer { .. } => Some("restore it with the vmm that saved it"),
             Self::File { what: "remove", .. } => Some("see whose it is: ls -ld FOLDER"),
             Self::File { what: "open" | "read" | "find", .. } => {
                 Some("name a folder that vmm snapshot create has made")
@@ -290,7 +305,11 @@ impl Error {
             ),
             Self::High => Some("save it whole: without a base"),
             Self::Changed(_) => Some("start it once more when nobody writes to its files"),
-            Self::Pause(_) | Self::Machine(_) => None,
+            Self::Machine(error) => match &**error {
+                machine::Error::Restore(error) => error.hint(),
+                _ => None,
+            },
+            Self::Pause(_) => None,
         }
     }
 }
@@ -321,7 +340,7 @@ mod tests {
         #[test]
         fn a_state_that_is_none_is_refused_whatever_it_says(state in prop::collection::vec(any::<u8>(), 0..2000)) {
             let snapshot = of(&state).unwrap();
-            let refused = matches!(snapshot.into_origin(), Err(Error::Damaged { .. }));
+            let refused = matches!(snapshot.into_origin(), Err(Error::Damaged { .. } | Error::Newer { .. }));
             prop_assert!(refused, "lengths in it promise more than there is");
         }
     }

@@ -280,4 +280,11 @@ impl Source for Part {
         let from = self.offset + offset;
         self.image.load(from, len, ram, to, "what firmware reads").map_err(io::Error::other)
     }
+
+    fn bytes(&self) -> io::Result<Vec<u8>> {
+        let len = usize::try_from(self.len).map_err(io::Error::other)?;
+        let mut bytes = vec![0; len];
+        self.image.bytes(self.offset, &mut bytes, "what firmware reads").map_err(io::Error::other)?;
+        Ok(bytes)
+    }
 }

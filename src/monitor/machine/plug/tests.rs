@@ -13,7 +13,9 @@ use vm_memory::GuestAddress;
 use super::*;
 use crate::bus::{Bus, Device, Effect};
 use crate::config::Transport;
+use crate::error_chain;
 use crate::legacy::acpi_pm::{AcpiPm, EVENT, EVENT_PCI};
+use crate::legacy::fw_cfg::{FwCfg, Items};
 use crate::machine::inventory;
 use crate::pci::Ecam;
 use crate::pci::hot_plug::{ARRIVED, EJECT, WANTED};
@@ -60,7 +62,7 @@ impl Session {
             vcpus: Arc::new(vcpu::Shared {
                 buses: Buses::new(Bus::default(), Bus::default()),
                 gate: Gate::new(0),
-                ram,
+                ram: ram.clone(),
                 recorder: Arc::default(),
                 observed: vcpu::Observed::default(),
                 reset_flag: true,
@@ -75,6 +77,7 @@ impl Session {
             networks: Mutex::default(),
             pci: (self.config.transport == Transport::Pci).then_some(pci),
             power: Arc::new(Mutex::new(AcpiPm::new(interrupt.clone()))),
+            fw_cfg: Arc::new(Mutex::new(FwCfg::new(Items::default(), ram.clone()))),
             ready: Arc::default(),
             phase: Mutex::new(Phase::Running),
             events: channel().0,
@@ -149,8 +152,12 @@ impl Scene {
     }
 
     fn refused(&self, text: &str) -> String {
-        self.handle.add_device(plug(text)).unwrap_err().to_string()
+        told(&self.handle.add_device(plug(text)).unwrap_err())
     }
+}
+
+fn told(error: &PlugError) -> String {
+    format!("{}; {}", error_chain(error), error.hint().unwrap_or_default())
 }
 
 const ALL: u32 = u32::MAX;
@@ -243,7 +250,7 @@ fn what_cannot_come_or_go_is_refused_with_what_to_try() {
     let fixed = scene.handle.remove_device("virtio-rng", true).unwrap_err();
     assert!(fixed.to_string().contains("virtio-rng is there for good"), "{fixed}");
     scene.handle.add_device(disk.clone()).unwrap();
-    let taken = scene.handle.add_device(disk.clone()).unwrap_err().to_string();
+    let taken = told(&scene.handle.add_device(disk.clone()).unwrap_err());
     assert!(taken.contains("in use by another process"), "{taken}");
     // Eight places are there, and one is taken.
     for name in 'a'..'h' {
@@ -271,6 +278,6 @@ fn what_cannot_come_or_go_is_refused_with_what_to_try() {
         mmio.handle.add_device(disk).unwrap_err(),
         mmio.handle.remove_device("virtio-rng", false).unwrap_err(),
     ] {
-        assert!(error.to_string().contains("start it with `transport=pci`"), "{error}");
+        assert!(told(&error).contains("start it with `transport=pci`"), "{error}");
     }
 }
