@@ -1,6 +1,8 @@
 //! The `vmm` command as a user meets it: a table of input that cannot work, and tiny guests from start to end.
 
 mod agent;
+#[path = "../back_end/mod.rs"]
+mod back_end;
 mod bad_input;
 mod counting;
 mod detached;
@@ -20,6 +22,7 @@ mod page;
 mod pci;
 mod place;
 mod pool;
+mod served;
 mod snapshot;
 mod state;
 mod strangers;

@@ -129,6 +129,33 @@ fn after_a_reset_a_back_end_begins_at_the_start_of_the_rings() {
 }
 
 #[test]
+fn a_device_that_was_saved_goes_on_with_a_back_end_that_has_not_seen_it() {
+    with_each_transport(|transport| {
+        let mut place = Place::new();
+        let first = place.back_end(Conduct::default());
+        let mut guest = Guest::shared(place.device());
+        guest.start(0);
+        exchange(&mut guest, 1);
+        exchange(&mut guest, 2);
+        guest.device.pause(Instant::now() + Duration::from_secs(5)).unwrap();
+        let saved = guest.device.save_bytes();
+        let rest = guest.unplug();
+        // As in another process.
+        place.ports = Ports::default();
+        let second = place.back_end(Conduct::default());
+        let mut guest = Guest::on(rest, place.device());
+        guest.device.restore_bytes(&saved).unwrap();
+        assert!(second.seen.lock().unwrap().bases.is_empty(), "{transport:?}: it is at rest");
+        guest.device.resume();
+        exchange(&mut guest, 3);
+        let bases = |back_end: &BackEnd| -> Vec<_> {
+            back_end.seen.lock().unwrap().bases.values().copied().collect()
+        };
+        assert_eq!((bases(&first), bases(&second)), (vec![0, 0], vec![2, 2]), "{transport:?}");
+    });
+}
+
+#[test]
 fn a_back_end_serves_the_pairs_that_the_driver_uses() {
     let mut place = Place::new();
     place.pairs = 2;

@@ -321,7 +321,7 @@ impl VmConfig {
     }
 
     /// Whether another process has to map the RAM.
-    fn is_shared(&self) -> bool {
+    pub fn is_shared(&self) -> bool {
         self.net.iter().any(|net| matches!(net.to, NetTarget::VhostUser(_)))
     }
 

@@ -331,16 +331,21 @@ impl Stateful for FwCfg {
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
-        let items = state.items.into_iter().map(|(number, bytes)| (number, Content::Bytes(bytes)));
-        let items: BTreeMap<_, _> = items.collect();
-        if state.offset > items.get(&state.selected).map_or(0, Content::len) {
+        let here: BTreeMap<_, _> =
+            state.items.into_iter().map(|(number, bytes)| (number, Content::Bytes(bytes))).collect();
+        let elsewhere = |item: &&Content| matches!(item, Content::Source(_));
+        let selected =
+            here.get(&state.selected).or_else(|| self.items.get(&state.selected).filter(elsewhere));
+        if state.offset > selected.map_or(0, Content::len) {
             return Err(StateError::Invalid(format!(
                 "fw_cfg item {:#x} at {}",
                 state.selected, state.offset
             )));
         }
         (self.selected, self.offset, self.dma_high) = (state.selected, state.offset, state.dma_high);
-        self.items = items;
+        // What was not taken in is here as it was there.
+        self.items.retain(|_, item| elsewhere(&&*item));
+        self.items.extend(here);
         Ok(())
     }
 }

@@ -1,6 +1,9 @@
 //! [`Origin`]: where the contents of a new machine come from.
 
+use std::io;
 use std::path::PathBuf;
+
+use vm_memory::{Bytes, GuestMemoryBackend, MemoryRegionAddress};
 
 use super::{Error, SavedMachine};
 use crate::boot::tables::Platform;
@@ -98,18 +101,21 @@ impl Origin {
         })
     }
 
-    /// Memory as the machine begins with it: zeroes, and the ROM, or what was saved.
-    pub(super) fn memory(&self, config: &config::Memory) -> Result<Memory, Error> {
+    /// Memory as the machine that `config` describes begins with it: zeroes, and the ROM, or what was saved.
+    pub(super) fn memory(&self, config: &VmConfig) -> Result<Memory, Error> {
         Ok(match self {
             Self::Saved { memory, machine, .. } => {
-                let mut memory = Memory::private_copy(config, memory.clone())?;
+                let mut memory = Memory::private_copy(&config.memory(), memory.clone())?;
+                if config.is_shared() {
+                    memory = shared(&memory, &config.memory())?;
+                }
                 if let Some(rom) = machine.rom() {
                     memory.set_rom(rom)?;
                 }
                 memory
             }
             _ => {
-                let mut memory = Memory::new(config)?;
+                let mut memory = Memory::new(&config.memory())?;
                 if let Some(rom) = self.rom()? {
                     memory.set_rom(&rom)?;
                 }
@@ -117,4 +123,22 @@ impl Origin {
             }
         })
     }
+}
+
+/// What `private` holds, in memory that another process can map as well: that of a snapshot's file stays as it is.
+fn shared(private: &Memory, config: &config::Memory) -> Result<Memory, Error> {
+    let memory = Memory::new(config)?;
+    let failed = |source| Error::Host { what: "guest memory to be shared".to_owned(), source };
+    let mut bytes = vec![0; 1 << 20];
+    for (from, to) in private.ram().iter().zip(memory.ram().iter()) {
+        for range in private.touched(from).map_err(failed)? {
+            for at in range.clone().step_by(bytes.len()) {
+                let len = bytes.len().min((range.end - at) as usize);
+                let (bytes, at) = (&mut bytes[..len], MemoryRegionAddress(at));
+                let copied = from.read_slice(bytes, at).and_then(|()| to.write_slice(bytes, at));
+                copied.map_err(|error| failed(io::Error::other(error)))?;
+            }
+        }
+    }
+    Ok(memory)
 }

@@ -45,7 +45,7 @@ impl Shell {
     ) -> Result<Self, Error> {
         let mut steps = Steps::begin(recorder, "monitor");
         let memory = match origin {
-            Some(origin) => origin.memory(&config.memory())?,
+            Some(origin) => origin.memory(config)?,
             None => Memory::new(&config.memory())?,
         };
         steps.done(Step::Memory);

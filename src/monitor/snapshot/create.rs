@@ -99,10 +99,6 @@ impl Below {
 /// What has a life of its own outside.
 pub(super) fn supported(config: &VmConfig) -> Result<(), Error> {
     let what = match config {
-        _ if config.net.iter().any(|net| net.is_served_elsewhere()) => {
-            "a network that others serve (vhost, vhost-user)"
-        }
-        _ if config.vsock.iter().any(|vsock| vsock.vhost) => "sockets that the host's kernel serves (vhost)",
         _ if config.mem.hugepages.is_some() => "huge pages",
         _ => return Ok(()),
     };

@@ -66,6 +66,11 @@ impl Key {
         if network_of_one(config).is_some() {
             return Err(Error::Unsupported("a network that one machine alone can be on"));
         }
+        if config.vsock.iter().any(|vsock| vsock.vhost) {
+            return Err(Error::Unsupported(
+                "an address among the host's sockets, which one machine alone can have",
+            ));
+        }
         if config.disk.iter().any(|disk| !disk.readonly && disk.overlay != Some(Overlay::Temporary)) {
             return Err(Error::Unsupported("a disk whose writes are kept outside of it"));
         }
@@ -220,6 +225,7 @@ mod tests {
             (r#"{"kernel": "/dev/null"}"#, "not a regular file"),
             (r#"{"kernel": "/nowhere/k"}"#, "No such file"),
             (r#"{"net": ["tap=t"]}"#, "one machine alone"),
+            (r#"{"vsock": "vhost=on,cid=9"}"#, "one machine alone"),
             (r#"{"disk": ["d"]}"#, "kept outside"),
             (r#"{"firmware": "/dev/null"}"#, "not a regular file"),
         ] {
