@@ -13,13 +13,13 @@ use crate::guest::{Guest, Kernel, available, bare, copy_of_disk, vmm};
 
 const FOUR_MIB: &str = "head -c 4194304 /dev/urandom >/d; echo BEGIN; sha256sum </d";
 
-fn ip(arguments: &str) {
+pub fn ip(arguments: &str) {
     let output = Command::new("ip").args(arguments.split(' ')).output().expect("ip of iproute2");
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// A tap with two queues called `name` whose host has the address 10.98.`net`.1.
-fn tap(name: &str, net: u8) {
+pub fn tap(name: &str, net: u8) {
     ip(&format!("tuntap add dev {name} mode tap multi_queue"));
     ip(&format!("addr add 10.98.{net}.1/24 dev {name}"));
     ip(&format!("link set {name} up"));

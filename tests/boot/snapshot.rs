@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::guest::{Guest, Kernel, available, vmm};
+use crate::net;
 
 /// Runs a command in the guest `name` by its agent.
 #[track_caller]
@@ -105,4 +106,56 @@ fn debians_kernel_goes_on_where_it_was_saved() {
         return;
     }
     goes_on(Kernel::Stock, &["--cpus", "2", "--mem", "512M"]);
+}
+
+#[test]
+fn a_guest_that_firmware_booted_goes_on_where_it_was_saved() {
+    if !available("a_guest_that_firmware_booted_goes_on_where_it_was_saved") {
+        return;
+    }
+    goes_on(Kernel::TunedBzImage, &["--firmware", "--cpus", "2"]);
+}
+
+/// With network and sockets that the host's kernel serves: it has the guest's frames and connections of before and after.
+#[test]
+fn queues_that_the_hosts_kernel_serves_go_on_where_they_were_saved() {
+    if !available("queues_that_the_hosts_kernel_serves_go_on_where_they_were_saved") {
+        return;
+    }
+    let (tap, cid) = ("vmmtest14", "78");
+    net::tap(tap, 14);
+    for transport in ["mmio", "pci"] {
+        let mut command = vmm(Kernel::TunedPvh, "echo up; while :; do sleep 1; done");
+        command.args(["--name", "one", "--cpus", "2", "--transport", transport]);
+        command.args([
+            "--net",
+            &format!("tap={tap},queues=2,vhost=on"),
+            "--vsock",
+            &format!("vhost=on,cid={cid}"),
+        ]);
+        let first = Guest::start(command);
+        first.wait_for("up", 1);
+        exec(&first, "one", "ip addr add 10.98.14.2/24 dev eth0; ip link set eth0 up; echo kept >/tmp/kept");
+        let ping = "ping -q -i 0.01 -c 300 -W 10 10.98.14.1 | grep -o '[0-9]* packets received'";
+        let reaches =
+            |name: &str| assert_eq!(exec(&first, name, ping), "300 packets received", "{name}, {transport}");
+        reaches("one");
+        let folder = tempfile::tempdir().unwrap();
+        let saved = folder.path().join("saved");
+        let saved = saved.to_str().unwrap();
+        // Frames are under way.
+        exec(&first, "one", "ping -q -i 0.002 -w 60 10.98.14.1 >/dev/null 2>&1 &");
+        assert_eq!(first.control(&["snapshot", "create", "--stop", "one", saved]).0, Some(0));
+        let mut command = first.command(&["restore", saved, "--name", "two"]);
+        command.stdin(Stdio::null());
+        let runtime = first.runtime().to_owned();
+        let restored = Guest::start_in(command, &runtime);
+        await_running(&first, &restored, "two");
+        assert_eq!(exec(&first, "two", "cat /tmp/kept"), "kept");
+        exec(&first, "two", "killall ping; until ping -q -c 1 -W 1 10.98.14.1 >/dev/null; do :; done");
+        reaches("two");
+        assert_eq!(first.control(&["kill", "two"]).0, Some(0));
+        restored.finish();
+    }
+    net::ip(&format!("link delete {tap}"));
 }

@@ -140,6 +140,29 @@ fn the_first_run_and_those_from_its_template_do_the_same_each_as_a_machine_of_it
 }
 
 #[test]
+fn a_guest_without_an_agent_says_by_its_init_that_it_is_ready() {
+    if !available("a_guest_without_an_agent_says_by_its_init_that_it_is_ready") {
+        return;
+    }
+    let place = Place::new();
+    let run = |log: &str| {
+        let cmdline = "console=hvc0 quiet panic=-1 vmm.ready=0x80 vmm.run=\"echo up-$((6 * 7))\"";
+        let mut command = bare(Kernel::TunedPvh, cmdline);
+        command.arg("--initrd").arg(Kernel::TunedPvh.initramfs());
+        command.args(["--template", "--boot-marks", "--mem", "128M", "-v"]);
+        place.set_up(&mut command);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(said(&output).contains(log), "{log}: {}", said(&output));
+        stdout.into_owned()
+    };
+    // The mark comes when the command is about to: by the time that the guest is saved it may have spoken.
+    assert!(run(": made").contains("up-42"));
+    let _ = run("the guest goes on from there");
+}
+
+#[test]
 fn a_template_has_its_disk_anew_each_time_and_its_image_is_left_alone() {
     if !available("a_template_has_its_disk_anew_each_time_and_its_image_is_left_alone") {
         return;

@@ -28,6 +28,9 @@ use watch::Watch;
 /// The line that says: user space runs. Boot benchmarks wait for it.
 pub const MARKER: &[u8] = b"guest: init";
 
+/// The boot mark that says: the guest is ready. Templates are made then.
+pub const READY: u8 = 123;
+
 /// Room for /proc/cmdline: x86 keeps 2048 bytes.
 const COMMAND_LINE_SIZE: usize = 4096;
 
@@ -70,6 +73,9 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
     if let Some(agent) = &mut agent {
         // SAFETY: this function's own contract.
         unsafe { agent.start() };
+    }
+    if let Some(port) = orders.ready.filter(|_| rooted) {
+        kernel::write_port(port, READY);
     }
     let child = match rooted {
         // SAFETY: this function's own contract.

@@ -43,6 +43,8 @@ pub struct Orders<'a> {
     pub marker: bool,
     /// `vmm.mark=0x80`: write a byte to this boot-mark port first of all.
     pub mark: Option<u16>,
+    /// `vmm.ready=0x80`: say on this boot-mark port that the guest is ready, when its command is what comes next.
+    pub ready: Option<u16>,
     /// `ip=`, if it has an address: the kernel's own parameter, for kernels that leave it to others.
     pub ip: Option<Ip<'a>>,
     /// The last `console=`, without its options: the kernel's own choice for /dev/console.
@@ -89,6 +91,7 @@ impl<'a> Orders<'a> {
             (b"vmm.rootflags", Some(value)) => self.root_flags = Some(value),
             (b"vmm.marker", None) => self.marker = true,
             (b"vmm.mark", Some(value)) if number(value).is_some() => self.mark = number(value),
+            (b"vmm.ready", Some(value)) if number(value).is_some() => self.ready = number(value),
             (b"vmm.end", Some(b"poweroff")) => self.end = End::PowerOff,
             (b"vmm.end", Some(b"reboot")) => self.end = End::Reboot,
             (b"vmm.end", Some(b"halt")) => self.end = End::Halt,
@@ -198,13 +201,13 @@ mod tests {
     #[test]
     fn root_end_and_mark() {
         let orders = Orders::parse(
-            b"vmm.root=/dev/vda vmm.rootfstype=erofs vmm.rootflags=ro,noatime vmm.end=reboot vmm.mark=0x80",
+            b"vmm.root=/dev/vda vmm.rootfstype=erofs vmm.rootflags=ro,noatime vmm.end=reboot vmm.mark=0x80 vmm.ready=128",
         );
         assert_eq!(orders.root, Some(&b"/dev/vda"[..]));
         assert_eq!(orders.root_type, Some(&b"erofs"[..]));
         assert_eq!(orders.root_flags, Some(&b"ro,noatime"[..]));
         assert_eq!(orders.end, End::Reboot);
-        assert_eq!(orders.mark, Some(0x80));
+        assert_eq!((orders.mark, orders.ready), (Some(0x80), Some(0x80)));
         assert_eq!(Orders::parse(b"vmm.end=never").unknown, Some(&b"vmm.end=never"[..]));
     }
 }

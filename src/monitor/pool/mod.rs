@@ -10,6 +10,7 @@ mod names;
 mod orders;
 mod spare;
 mod stock;
+mod takes;
 
 use std::error;
 use std::io;

@@ -2,7 +2,7 @@
 //!
 //! It waits for nobody. What may take its time, above all starting a process, is [`Work`] for the thread of [`super::run`].
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -16,9 +16,10 @@ use rustix::net::{SendFlags, send};
 use super::names::Names;
 use super::spare::{Lines, Said, message, parse};
 use super::stock::{Next, Stock};
+use super::takes::{Take, Takes};
 use super::{MAX_TAKEN, PoolStatus, Reason, Wanted};
 use crate::api::passing;
-use crate::api::protocol::{self, Answer, Command, Taken};
+use crate::api::protocol::{self, Answer, Command};
 use crate::api::reception::Reception;
 use crate::api::registry::{Entry, Registry, of_spare};
 use crate::api::signals::{ChildEnds, Signals};
@@ -73,22 +74,6 @@ struct SpareEnd {
     taker: Option<(u32, String)>,
 }
 
-/// A client's request for machines, until it is answered.
-struct Take {
-    client: u32,
-    names: Names,
-    renew: bool,
-    /// They end with the client's connection.
-    tied: bool,
-    /// Machines without a spare so far.
-    left: u32,
-    /// Spares that have not said yet that they run.
-    awaited: u32,
-    /// Names in the order in which they were given.
-    given: Vec<String>,
-    result: Taken,
-}
-
 pub(super) struct Orders {
     name: String,
     source: String,
@@ -106,8 +91,7 @@ pub(super) struct Orders {
     next_peer: u32,
     /// Of the next machine that is called by the pool's name.
     next_number: u64,
-    /// In order.
-    takes: VecDeque<Take>,
+    takes: Takes,
     /// Why a spare failed, since one was made.
     failure: Option<Reason>,
     work: Sender<Work>,
@@ -139,7 +123,7 @@ impl Orders {
             clients: BTreeMap::new(),
             next_peer: FIRST_PEER,
             next_number: 1,
-            takes: VecDeque::new(),
+            takes: Takes::default(),
             failure: None,
             work,
             ends: false,
@@ -179,9 +163,7 @@ impl Orders {
             let _ = sources.remove(&client.stream);
         }
         // What it was given runs; nobody waits for more.
-        for take in self.takes.iter_mut().filter(|take| take.client == token) {
-            take.left = 0;
-        }
+        self.takes.cut_off(token);
     }
 
     fn hear_client(&mut self, token: u32, sources: &mut Sources<'_, '_>) {
@@ -259,38 +241,23 @@ impl Orders {
         if !(1..=MAX_TAKEN).contains(&count) {
             return Err(format!("{count} machines at once: 1 to {MAX_TAKEN} can be taken"));
         }
-        if self.takes.iter().any(|take| take.client == client) {
-            return Err("a request of this client's is under way".to_owned());
-        }
         let names = match name {
             Some(name) => Names::of(name, count).map_err(|error| error.to_string())?,
             None => Names::Numbered(self.name.clone(), self.next_number),
         };
-        let result = Taken { names: Vec::new(), error: None };
-        self.takes.push_back(Take {
-            client,
-            names,
-            renew,
-            tied,
-            left: count,
-            awaited: 0,
-            given: Vec::new(),
-            result,
-        });
-        Ok(())
+        self.takes.add(Take::new(client, names, count, (renew, tied)))
     }
 
     /// Gives out what there is, and answers whom nothing more is owed.
     fn serve_takes(&mut self, sources: &mut Sources<'_, '_>) {
-        while let Some(take) = self.takes.iter_mut().find(|take| take.left > 0) {
+        while let Some(take) = self.takes.first() {
             let now = Instant::now();
             let Some(number) = self.stock.take(now) else {
                 if !self.stock.gave_up() {
                     break;
                 }
                 let why = self.failure.as_ref().map_or("", |reason| &reason.error);
-                take.fail(&format!("its machines cannot be made: {why}"));
-                take.left = 0;
+                take.end(&format!("its machines cannot be made: {why}"));
                 continue;
             };
             let Some(spare) = self.spares.get_mut(&number) else { continue };
@@ -303,27 +270,18 @@ impl Orders {
                     let tie = self.clients.get(&take.client).filter(|_| take.tied);
                     let tie: Vec<_> = tie.iter().map(|client| &client.stream).collect();
                     let _ = passing::send(&spare.stream, &wanted, &tie);
-                    take.given.push(name.clone());
+                    take.gave(&name);
                     spare.taker = Some((take.client, name));
-                    take.left -= 1;
-                    take.awaited += 1;
                 }
                 Err(error) => {
                     self.stock.put_back(number, now);
-                    take.fail(&error_chain(&error));
-                    take.left = 0;
+                    take.end(&error_chain(&error));
                 }
             }
         }
-        self.stock.wanted = self.takes.iter().map(|take| take.left as usize).sum();
-        let (done, open): (VecDeque<_>, _) =
-            std::mem::take(&mut self.takes).into_iter().partition(|take| take.left == 0 && take.awaited == 0);
-        self.takes = open;
-        for mut take in done {
-            let ran: BTreeSet<_> = take.result.names.drain(..).collect();
-            take.result.names = take.given;
-            take.result.names.retain(|name| ran.contains(name));
-            self.answer(take.client, Answer::Taken(take.result), sources);
+        self.stock.wanted = self.takes.wanted();
+        for (client, taken) in self.takes.done() {
+            self.answer(client, Answer::Taken(taken), sources);
         }
     }
 
@@ -384,12 +342,8 @@ impl Orders {
 
     /// What became of a machine that a client has asked for.
     fn taken(&mut self, taker: Option<(u32, String)>, result: Result<(), &str>) {
-        let Some((client, name)) = taker else { return };
-        let Some(take) = self.takes.iter_mut().find(|take| take.client == client) else { return };
-        take.awaited = take.awaited.saturating_sub(1);
-        match result {
-            Ok(()) => take.result.names.push(name),
-            Err(why) => take.fail(&format!("{name}: {why}")),
+        if let Some((client, name)) = taker {
+            self.takes.became(client, name, result);
         }
     }
 
@@ -452,13 +406,6 @@ fn peer(next: &mut u32) -> u32 {
     // One comes round long after its last user has gone.
     *next = peer.checked_add(1).unwrap_or(FIRST_PEER);
     peer
-}
-
-impl Take {
-    /// Of several reasons the first is told.
-    fn fail(&mut self, why: &str) {
-        self.result.error.get_or_insert_with(|| why.to_owned());
-    }
 }
 
 impl Handler for Orders {
