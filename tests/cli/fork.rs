@@ -97,4 +97,5 @@ fn what_cannot_be_copied_is_told() {
     let _guest = place.start("d", "--disk disk");
     let in_place = place.fails("fork d", HOST);
     assert!(in_place.contains("/disk is written to in place"), "{in_place}");
+    assert!(in_place.contains("\nhint: give the disk an overlay at its start"), "{in_place}");
 }
