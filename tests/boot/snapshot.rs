@@ -116,6 +116,25 @@ fn a_guest_that_firmware_booted_goes_on_where_it_was_saved() {
     goes_on(Kernel::TunedBzImage, &["--firmware", "--cpus", "2"]);
 }
 
+/// Firmware has moved the tables with the generation ID's device.
+#[test]
+fn a_copy_of_a_guest_that_firmware_booted_hears_that_it_is_one() {
+    if !available("a_copy_of_a_guest_that_firmware_booted_hears_that_it_is_one") {
+        return;
+    }
+    let first = Guest::start({
+        let mut command = vmm(Kernel::TunedBzImage, "echo up; while :; do sleep 1; done");
+        command.args(["--name", "one", "--vsock", "--firmware"]);
+        command
+    });
+    first.wait_for("up", 1);
+    assert_eq!(first.control(&["fork", "one"]).0, Some(0));
+    let heard =
+        "until dmesg | grep -q 'crng reseeded due to virtual machine [f]ork'; do sleep 0.1; done; echo heard";
+    assert_eq!(exec(&first, "one-1", heard), "heard");
+    assert_eq!(first.control(&["kill", "one-1", "one"]).0, Some(0));
+}
+
 /// With network and sockets that the host's kernel serves: it has the guest's frames and connections of before and after.
 #[test]
 fn queues_that_the_hosts_kernel_serves_go_on_where_they_were_saved() {

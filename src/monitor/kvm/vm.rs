@@ -38,11 +38,11 @@ impl Vm {
     ) -> Result<Self, Error> {
         let fd = ioctl("KVM_CREATE_VM", kvm.create_vm())?;
         set_slots(&fd, memory.ram(), 0)?;
-        if let Some(rom) = memory.rom_slot() {
+        for (number, region) in (memory::slots(memory.ram()).count()..).zip(memory.read_only()) {
             if !kvm.check_extension(Cap::ReadonlyMem) {
                 return Err(Error::Missing("KVM_CAP_READONLY_MEM"));
             }
-            set_slot(&fd, memory::slots(memory.ram()).count(), rom, KVM_MEM_READONLY)?;
+            set_slot(&fd, number, region, KVM_MEM_READONLY)?;
         }
         let arch = Arch::set_up(&fd, controllers)?;
         let (ram, all) = (memory.ram().clone(), memory.all());

@@ -176,8 +176,10 @@ pub fn platform(cpus: u32, list: &[Slot]) -> Platform {
         io_apic_pins: io_apic_pins(list),
         virtio_mmio: list.iter().filter_map(virtio).collect(),
         com1: has(Kind::Serial),
-        // Firmware moves the tables, and has the memory where it would be.
-        generation: !has(Kind::FwCfg),
+        generation: match has(Kind::FwCfg) {
+            true => layout::GENERATION_BY_FIRMWARE,
+            false => layout::GENERATION,
+        },
         pci: has(Kind::PciEcam).then(|| Pci { lines: lines(), memory: windows(list).collect() }),
     }
 }

@@ -245,10 +245,9 @@ impl Machine {
             pci.segment.follow_all();
         }
         // Before any of its vCPUs can ask for a random number.
-        if platform(self.vcpus.len() as u32, &lock(&self.shared.inventory)).generation {
-            generation::renew(self.shared.memory.ram()).map_err(RestoreError::Generation)?;
-            lock(&self.shared.power).announce_generation();
-        }
+        let at = platform(self.vcpus.len() as u32, &lock(&self.shared.inventory)).generation;
+        generation::renew(&self.shared.memory.all(), at).map_err(RestoreError::Generation)?;
+        lock(&self.shared.power).announce_generation();
         drop(devices);
         self.clocks = Some(SavedClocks::of(&saved.vm, &saved.vcpus));
         self.repeat_interrupts()

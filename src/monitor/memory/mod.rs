@@ -110,6 +110,8 @@ pub struct Memory {
     /// What lies over the file that it was made of.
     layers: Arc<[Layer]>,
     rom: Option<Arc<GuestRegionMmap>>,
+    /// The page of the generation ID beside a ROM.
+    generation: Option<Arc<GuestRegionMmap>>,
 }
 
 impl Memory {
@@ -176,7 +178,7 @@ impl Memory {
             config: config.clone(),
             reason: e.to_string(),
         })?;
-        Ok(Self { ram: Arc::new(ram), size, layers: Arc::default(), rom: None })
+        Ok(Self { ram: Arc::new(ram), size, layers: Arc::default(), rom: None, generation: None })
     }
 
     /// Puts a ROM below 4 GiB, so that its last byte is the last one there: the reset vector is 16 bytes before its end. Whole
@@ -196,13 +198,20 @@ impl Memory {
         let failed =
             |reason: String| Error::Map { size: Size::from_bytes(size), config: anonymous.clone(), reason };
         region.write_slice(&padded, MemoryRegionAddress(0)).map_err(|e| failed(e.to_string()))?;
-        self.rom = Some(Arc::new(region));
+        let page = map(&anonymous, &Object::None, 0, layout::GENERATION_BY_FIRMWARE, 0x1000)?;
+        (self.rom, self.generation) = (Some(Arc::new(region)), Some(Arc::new(page)));
         Ok(())
     }
 
     /// The ROM's guest address, host address and size in bytes: what the hypervisor maps read-only.
     pub fn rom_slot(&self) -> Option<(u64, *mut u8, u64)> {
         self.rom.as_ref().map(|region| (region.start_addr().0, region.as_ptr(), region.len()))
+    }
+
+    /// What is read-only, in the same way: the ROM, and the page of the generation ID.
+    pub fn read_only(&self) -> impl Iterator<Item = (u64, *mut u8, u64)> {
+        let regions = [&self.rom, &self.generation].into_iter().flatten();
+        regions.map(|region| (region.start_addr().0, region.as_ptr(), region.len()))
     }
 
     /// What the ROM holds, if there is one.
@@ -217,8 +226,10 @@ impl Memory {
     /// RAM and ROM, for who wants to see what the guest's processors see: code, above all. Not for devices, which could write
     /// to the ROM by it.
     pub fn all(&self) -> Arc<GuestRam> {
-        let with = |rom: &Arc<GuestRegionMmap>| self.ram.insert_region(rom.clone()).ok().map(Arc::new);
-        self.rom.as_ref().and_then(with).unwrap_or_else(|| self.ram.clone())
+        [&self.rom, &self.generation]
+            .into_iter()
+            .flatten()
+            .fold(self.ram.clone(), |all, region| all.insert_region(region.clone()).map_or(all, Arc::new))
     }
 
     /// The RAM itself.

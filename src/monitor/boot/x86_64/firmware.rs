@@ -10,13 +10,14 @@ use std::path::PathBuf;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::sniff::{self, Format};
-use super::tables::{Platform, loader, mp, reset};
+use super::tables::{Platform, generation, loader, mp, reset};
 use super::{elf, linux};
 use crate::boot::error::{Error, Role};
 use crate::boot::image::Image;
 use crate::boot::initrd::{self, Limits};
 use crate::boot::{Payload, cmdline};
 use crate::config::{BootProtocol, Firmware};
+use crate::error_chain;
 use crate::legacy::fw_cfg::{Content, Items, Source};
 use crate::memory::{GuestRam, Memory, layout};
 
@@ -99,7 +100,9 @@ pub fn rom_size(firmware: &Firmware) -> io::Result<u64> {
 /// [`Error`], which names the file and has a hint.
 pub fn load(memory: &Memory, start: &Start, platform: &Platform) -> Result<Items, Error> {
     let mp = (*start.firmware == Firmware::BuiltIn).then_some(platform);
-    shadow(memory, mp).map_err(|what| Error::Firmware { path: start.firmware.to_string().into(), what })?;
+    let failed = |what| Error::Firmware { path: start.firmware.to_string().into(), what };
+    shadow(memory, mp).map_err(failed)?;
+    generation::renew(&memory.all(), platform.generation).map_err(|error| failed(error_chain(&error)))?;
 
     let mut items = Items::default();
     items.add_bytes(item::RAM_SIZE, memory.size().to_le_bytes());

@@ -118,7 +118,7 @@ impl Case {
 
     fn boot(&self, mem: &str) -> Result<(Entry, Guest), Error> {
         let memory = Memory::new(&mem.parse().unwrap()).unwrap();
-        let platform = tables::Platform { cpus: 1, ..tables::Platform::default() };
+        let platform = tables::Platform { cpus: 1, generation: layout::GENERATION, ..Default::default() };
         load(&memory, &self.payload, &platform).map(|entry| (entry, Guest(memory)))
     }
 
@@ -226,6 +226,9 @@ fn anonymous_memory_is_loaded_just_the_same() {
     let case = Case::new(&pvh_elf()).initrd(&[0x5a; 5000]);
     let bytes = |mem| {
         let (_, guest) = case.boot(mem).unwrap();
+        // That is random.
+        let id = [0; tables::generation::SIZE];
+        guest.0.ram().write_slice(&id, GuestAddress(layout::GENERATION)).unwrap();
         [(0, MIB), (PREFERRED, 2 * MIB), (62 * MIB, 2 * MIB)].map(|(at, len)| guest.bytes(at, len as usize))
     };
     let (sent, read) = (bytes("64M"), bytes("64M,backing=anonymous"));

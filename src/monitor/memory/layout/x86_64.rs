@@ -12,6 +12,7 @@
 //!   0xfe00_0000  virtio-mmio slots          4 KiB each; with `transport=pci` memory of functions that firmware moves there
 //!   0xfec0_0000  I/O APIC                   (in the kernel where there are 8259s)
 //!   0xfee0_0000  local APIC                 (in the kernel)
+//!   0xfeff_b000  VM generation ID           with firmware, read-only
 //!   0xfeff_c000  KVM's identity map and TSS (16 KiB, Intel without unrestricted guest)
 //!   0xff00_0000  firmware, ends at 4 GiB    16 MiB at most, read-only (the test device's memory, if asked for, at its start)
 //! 0x1_0000_0000 RAM the rest of it
@@ -83,6 +84,8 @@ pub const IO_APIC_PINS: u32 = 24;
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Bytes of registers of either APIC.
 pub const APIC_SIZE: u64 = 0x1000;
+/// The page of the VM generation ID where firmware puts the ACPI tables where it likes.
+pub const GENERATION_BY_FIRMWARE: u64 = 0xfeff_b000;
 /// KVM's identity-map page.
 pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
 /// KVM's three TSS pages.
@@ -229,7 +232,8 @@ mod tests {
             PCI_ECAM..PCI_ECAM + 0x10_0000,
             VIRTIO_MMIO..VIRTIO_MMIO + VIRTIO_MMIO_SIZE * VIRTIO_GSIS.len() as u64,
             IO_APIC..IO_APIC + 0x1000,
-            LOCAL_APIC..LOCAL_APIC + 0x10_0000 - 0x4000,
+            LOCAL_APIC..LOCAL_APIC + 0x10_0000 - 0x5000,
+            GENERATION_BY_FIRMWARE..GENERATION_BY_FIRMWARE + 0x1000,
             KVM_IDENTITY_MAP..KVM_TSS,
             KVM_TSS..KVM_TSS + 0x3000,
             ROM_END - ROM_MAX..ROM_END,

@@ -153,9 +153,7 @@ fn dsdt(platform: &Platform) -> Sdt {
     if platform.com1 {
         com1(&mut devices);
     }
-    if platform.generation {
-        generation(&mut devices);
-    }
+    generation(platform.generation, &mut devices);
     events(platform, &mut devices);
     pvpanic(&mut devices);
 
@@ -214,7 +212,7 @@ fn com1(sink: &mut Vec<u8>) {
 
 /// The VM generation ID, as Linux's and FreeBSD's drivers and Windows look for it ("Virtual Machine Generation ID", Microsoft 2012).
 /// The second compatible ID is for who takes no more than 8 characters.
-fn generation(sink: &mut Vec<u8>) {
+fn generation(at: u64, sink: &mut Vec<u8>) {
     const NAME: &str = "VM_Gen_Counter";
     Device::new(
         GENERATION.into(),
@@ -222,7 +220,7 @@ fn generation(sink: &mut Vec<u8>) {
             &Name::new("_HID".into(), &"VMM0001"),
             &Name::new("_CID".into(), &Package::new(vec![&NAME, &"VMGENCTR"])),
             &Name::new("_DDN".into(), &NAME),
-            &Name::new("ADDR".into(), &Package::new(vec![&(layout::GENERATION as u32), &0u8])),
+            &Name::new("ADDR".into(), &Package::new(vec![&(at as u32), &0u8])),
         ],
     )
     .to_aml_bytes(sink);
@@ -253,10 +251,7 @@ fn events(platform: &Platform, sink: &mut Vec<u8>) {
     let is_another = And::new(&ZERO, &Local(0), &EVENT_GENERATION);
     let tell = Notify::new(&generation, &NOTIFY_GENERATION);
     let copied = If::new(&is_another, vec![&tell]);
-    let mut told: Vec<&dyn Aml> = vec![&read, &pressed];
-    if platform.generation {
-        told.push(&copied);
-    }
+    let mut told: Vec<&dyn Aml> = vec![&read, &pressed, &copied];
     if platform.pci.is_some() {
         told.push(&changed);
     }
@@ -307,7 +302,14 @@ mod tests {
         let virtio_mmio = slots.map(|(slot, gsi)| VirtioMmio { base: base(slot), gsi }).collect();
         let lines = (1..32).zip(layout::PCI_GSIS.into_iter().cycle()).collect();
         let pci = Some(Pci { lines, memory: vec![layout::PCI_MEMORY, 5 << 30..6 << 30] });
-        Platform { cpus, io_apic_pins: layout::IO_APIC_PINS, virtio_mmio, com1: true, generation: true, pci }
+        Platform {
+            cpus,
+            io_apic_pins: layout::IO_APIC_PINS,
+            virtio_mmio,
+            com1: true,
+            generation: layout::GENERATION,
+            pci,
+        }
     }
 
     fn int(bytes: &[u8], at: usize, len: usize) -> u64 {

@@ -9,20 +9,20 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Error;
-use crate::memory::{GuestRam, layout};
+use crate::memory::GuestRam;
 
 /// Bytes of it.
 pub const SIZE: usize = 16;
 
-/// Writes another one.
+/// Writes another one, `at` its place in `memory`.
 ///
 /// # Errors
-/// The host has no random bytes; there is no memory at [`layout::GENERATION`].
-pub fn renew(ram: &GuestRam) -> Result<(), Error> {
+/// The host has no random bytes; there is no memory.
+pub fn renew(memory: &GuestRam, at: u64) -> Result<(), Error> {
     let mut bytes = [0; SIZE];
     let got = getrandom(&mut bytes, GetRandomFlags::empty()).map_err(|error| Error::Random(error.into()))?;
     if got != SIZE {
         return Err(Error::Random(io::ErrorKind::UnexpectedEof.into()));
     }
-    ram.write_slice(&bytes, GuestAddress(layout::GENERATION)).map_err(Error::Write)
+    memory.write_slice(&bytes, GuestAddress(at)).map_err(Error::Write)
 }

@@ -28,8 +28,8 @@ pub struct Platform {
     pub virtio_mmio: Vec<VirtioMmio>,
     /// There is a 16550 at [`layout::COM1`].
     pub com1: bool,
-    /// There is a generation ID at [`layout::GENERATION`].
-    pub generation: bool,
+    /// Where the generation ID is.
+    pub generation: u64,
     /// There is a PCI bus.
     pub pci: Option<Pci>,
 }
@@ -80,9 +80,7 @@ pub fn write(ram: &GuestRam, platform: &Platform) -> Result<u64, Error> {
         return Err(Error::TooBig { size: bytes.len() });
     }
     ram.write_slice(&bytes, GuestAddress(layout::ACPI)).map_err(Error::Write)?;
-    if platform.generation {
-        generation::renew(ram)?;
-    }
+    generation::renew(ram, platform.generation)?;
     mp::write(ram, platform, layout::MP_TABLES_END).map_err(Error::Write)?;
     reset::write(ram).map_err(Error::Write)?;
     Ok(layout::ACPI)
