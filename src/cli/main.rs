@@ -29,6 +29,7 @@ mod step;
 mod template;
 mod top;
 mod trace;
+mod tree;
 mod wait;
 mod working_set;
 

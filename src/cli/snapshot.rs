@@ -1,13 +1,15 @@
 //! `vmm snapshot`: virtual machines in folders.
 
-use std::path::{PathBuf, absolute};
+use std::cmp::Reverse;
+use std::path::{Path, PathBuf, absolute};
 
+use anyhow::anyhow;
 use clap::Subcommand;
 
 use super::control::{GRACE, connect};
 use super::plan::plan;
-use super::saved;
 use super::wait::for_each;
+use super::{saved, tree};
 use vmm_command::{Code, Failure, print};
 use vmm_monitor::snapshot::{self, Snapshot};
 
@@ -21,7 +23,10 @@ Examples:
       what differs from web.snap alone: it is small, and restored where web.snap is
   vmm snapshot verify web.snap
   vmm restore web.snap
-  vmm snapshot list; vmm snapshot rm web.snap
+  vmm snapshot list; vmm snapshot tree
+      those in this folder; and which lie over which
+  vmm snapshot rm later.snap web.snap
+      one that others need is removed with them, or with --force
 ";
 
 /// The options of `vmm snapshot`.
@@ -50,12 +55,10 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Remove snapshots, and nothing that is none
-    Rm {
-        /// Folders that vmm snapshot create made
-        #[arg(value_name = "FOLDER", required = true)]
-        folders: Vec<PathBuf>,
-    },
+    /// Show which snapshots lie over which (create --base), and what each has of its own
+    Tree(tree::Options),
+    /// Remove snapshots, and nothing that is none; not what others beside it or in this folder lie over
+    Rm(RemoveOptions),
 }
 
 #[derive(Debug, clap::Args)]
@@ -70,6 +73,16 @@ struct CreateOptions {
     /// Leave out memory that is as in this snapshot, which the new one needs from then on
     #[arg(long, value_name = "FOLDER")]
     base: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+struct RemoveOptions {
+    /// Folders that vmm snapshot create made
+    #[arg(value_name = "FOLDER", required = true)]
+    folders: Vec<PathBuf>,
+    /// Remove what others lie over, too: they cannot be restored any more
+    #[arg(short, long)]
+    force: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -101,8 +114,59 @@ pub fn snapshot(options: Options) -> Result<Code, Failure> {
             })?;
             saved::print(all.iter().map(|saved| (saved, None)), json)
         }
-        Command::Rm { folders } => Ok(for_each(&folders, |folder| Ok(snapshot::remove(folder)?))),
+        Command::Tree(options) => tree::tree(&options),
+        Command::Rm(options) => Ok(remove(options)),
     }
+}
+
+/// Removes them, first those that lie over others.
+fn remove(RemoveOptions { mut folders, force }: RemoveOptions) -> Code {
+    if !force {
+        folders.sort_by_cached_key(|folder| Reverse(height(folder)));
+    }
+    for_each(&folders, |folder| {
+        let needed = if force { Vec::new() } else { needed_by(folder) };
+        match needed.is_empty() {
+            true => Ok(snapshot::remove(folder)?),
+            false => Err(needed_failure(folder, &needed)),
+        }
+    })
+}
+
+/// How many snapshots it lies over.
+fn height(folder: &Path) -> usize {
+    let below = snapshot::family(&[folder.to_owned()]).unwrap_or_default();
+    below.iter().filter(|relative| relative.over().is_some()).count()
+}
+
+/// Those that lie over the one in `folder` and are beside it or in the current folder, where `vmm snapshot tree` shows them.
+fn needed_by(folder: &Path) -> Vec<PathBuf> {
+    let Ok(folder) = folder.canonicalize() else { return Vec::new() };
+    let beside = folder.parent().map(Path::to_owned);
+    // A place that cannot be read has none in sight.
+    let places = beside.into_iter().chain([PathBuf::from(".")]);
+    let all = places.flat_map(|place| snapshot::family(&[place]).unwrap_or_default()).collect::<Vec<_>>();
+    let mut needed: Vec<_> =
+        snapshot::above(&all, &folder).iter().map(|it| tree::short(&it.folder)).collect();
+    needed.sort();
+    needed.dedup();
+    needed
+}
+
+fn needed_failure(folder: &Path, needed: &[PathBuf]) -> Failure {
+    let words =
+        |separator| needed.iter().map(|it| it.display().to_string()).collect::<Vec<_>>().join(separator);
+    let folder = folder.display();
+    let error = anyhow!(
+        "cannot remove {folder}: {} over it",
+        match needed.len() {
+            1 => format!("{} lies", words(", ")),
+            _ => format!("{} lie", words(", ")),
+        }
+    );
+    let hint =
+        format!("remove all of them: vmm snapshot rm {} {folder}; or lose those, with --force", words(" "));
+    Failure::new(Code::BadArgument, error).hint(Some(hint))
 }
 
 fn create(options: &CreateOptions) -> Result<Code, Failure> {

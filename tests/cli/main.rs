@@ -31,6 +31,7 @@ mod terminal;
 mod top;
 mod trace;
 mod trace_damage;
+mod tree;
 mod vsock;
 mod working_set;
 

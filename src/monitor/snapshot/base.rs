@@ -55,10 +55,15 @@ impl Base {
     }
 
     /// Where it is for the snapshot in `folder`.
-    fn path(&self, folder: &Path) -> Result<PathBuf, Error> {
+    pub(super) fn path(&self, folder: &Path) -> Result<PathBuf, Error> {
         let folder = canonicalize(folder).map_err(file("find", folder))?;
         let name = PathBuf::from(OsString::from_vec(self.folder.clone()));
         Ok(folder.parent().unwrap_or(&folder).join(name))
+    }
+
+    /// Whether `below` is what it was when a snapshot of `size` bytes of memory was saved over it.
+    pub(super) fn is_over(&self, size: u64, below: &Header) -> bool {
+        (below.state, below.memory, below.size) == (self.was.0, self.was.1, size)
     }
 
     fn is_possible(&self, size: u64) -> bool {
@@ -89,9 +94,7 @@ impl Snapshot {
         }
         let path = base.path(folder)?;
         let below = Self::open_above(&path, above + 1)?;
-        if (below.header.state, below.header.memory, below.header.size)
-            != (base.was.0, base.was.1, snapshot.header.size)
-        {
+        if !base.is_over(snapshot.header.size, &below.header) {
             return Err(state.damaged(&format!("its base, {}, is not what it was", path.display())));
         }
         snapshot.base = Some((path, Box::new(below)));

@@ -9,6 +9,7 @@ mod base;
 mod child;
 mod create;
 mod disks;
+mod family;
 mod key;
 mod memory;
 mod parts;
@@ -31,6 +32,7 @@ use parts::Part;
 
 pub use child::{child, network_of_one};
 pub use create::{create, fork};
+pub use family::{Relative, Tie, above, family};
 pub use key::Key;
 pub use parts::Parts;
 pub use shelf::{Saved, list, remove};
