@@ -9,7 +9,7 @@ use vmm_command::{Code, Failure, log_output, print};
 use vmm_monitor::api;
 use vmm_monitor::config::{OutputFile, VmConfig};
 use vmm_monitor::machine::{self, Outcome};
-use vmm_monitor::memory::Pagemap;
+use vmm_monitor::memory::{self, Pagemap};
 use vmm_monitor::pool::Spare;
 use vmm_monitor::recorder::Recorder;
 use vmm_monitor::session::{Built, Controls, End, Observer, Session};
@@ -191,6 +191,7 @@ pub fn live(
         viewers,
         serving,
         lasting,
+        lost,
         killed_status,
         keeper,
         outputs,
@@ -290,6 +291,13 @@ fn code(outcome: Outcome) -> Result<Code, Failure> {
         }
         other => Ok(Code::of(&Ok(other))),
     }
+}
+
+/// Says that memory is lost, and gives the exit status for that.
+fn lost(error: memory::Error) -> u8 {
+    let failure = Failure::from(machine::Error::from(error));
+    failure.print(flags::with_flags);
+    failure.code.number()
 }
 
 fn status(outcome: &Result<Outcome, machine::Error>) -> u8 {

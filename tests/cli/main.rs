@@ -14,6 +14,7 @@ mod fuse;
 #[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;
 mod lives;
+mod lost;
 mod net;
 mod net_life;
 mod obeys;

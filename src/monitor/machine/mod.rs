@@ -373,6 +373,12 @@ impl Machine {
         self.shared.vcpus.gate.shut(|| self.shared.kick_all());
         lock(&self.shared.threads).drain(..).for_each(vcpu::Thread::join);
         *lock(&self.shared.phase) = Phase::Ended;
+        if let Event::Ended(Ended { end: Err(_) | Ok(End::Stuck(_)), .. }) = &event
+            && let Some(lost) = self.handle().memory().lost()
+        {
+            // Devices would meet it, too.
+            return Err(lost.into());
+        }
         if !matches!(event, Event::Kill) {
             self.finish_devices(meanwhile);
         }

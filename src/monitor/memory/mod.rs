@@ -8,6 +8,7 @@ pub mod dirty;
 pub mod frozen;
 mod layers;
 pub mod layout;
+pub mod lost;
 mod slices;
 pub mod testdev;
 mod touched;
@@ -16,6 +17,7 @@ pub mod working_set;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -65,6 +67,15 @@ pub enum Error {
         /// What was asked for.
         size: Size,
     },
+    /// A file that has it is not there as it was.
+    #[error("the guest's memory is lost: {}", path.display())]
+    Lost {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
+    },
     /// The memory object could not be mapped.
     #[error("cannot map {size} of guest memory ({}): {reason}", config.backing_name())]
     Map {
@@ -83,6 +94,12 @@ impl Error {
         let config = match self {
             Self::Allocate { config, .. } | Self::Map { config, .. } => config,
             Self::Rom { .. } => return None,
+            Self::Lost { .. } => {
+                return Some(
+                    "leave a snapshot's files alone while machines run from them; see what is left: vmm snapshot verify FOLDER"
+                        .to_owned(),
+                );
+            }
             Self::OtherSize { saved, .. } => return Some(format!("restore it with as much: `mem={saved}`")),
         };
         let (name, bytes) = match config.hugepages {
@@ -109,6 +126,8 @@ pub struct Memory {
     size: u64,
     /// What lies over the file that it was made of.
     layers: Arc<[Layer]>,
+    /// As long as it is mapped from files.
+    watch: Option<Arc<lost::Watch>>,
     rom: Option<Arc<GuestRegionMmap>>,
     /// The page of the generation ID beside a ROM.
     generation: Option<Arc<GuestRegionMmap>>,
@@ -141,7 +160,8 @@ impl Memory {
                 return Err(Error::OtherSize { saved: Size::from_bytes(len), size: config.size });
             }
         }
-        let mut memory = Self::mapped(config, &Object::Private(saved.bottom))?;
+        let mut memory = Self::mapped(config, &Object::Private(saved.bottom.clone()))?;
+        memory.watch = Some(lost::Watch::begin(&memory, &saved));
         for (place, region) in memory.places() {
             for layer in &saved.layers {
                 layer.cover(region, place.start).map_err(failed)?;
@@ -178,7 +198,7 @@ impl Memory {
             config: config.clone(),
             reason: e.to_string(),
         })?;
-        Ok(Self { ram: Arc::new(ram), size, layers: Arc::default(), rom: None, generation: None })
+        Ok(Self { ram: Arc::new(ram), size, layers: Arc::default(), watch: None, rom: None, generation: None })
     }
 
     /// Puts a ROM below 4 GiB, so that its last byte is the last one there: the reset vector is 16 bytes before its end. Whole

@@ -24,6 +24,7 @@ use crate::chardev::{Endpoint, Ends};
 use crate::config::{OnPanic, OnReboot, VmConfig};
 use crate::event_loop::{EventLoop, Registration};
 use crate::machine::{self, Machine, Origin, Outcome, Shell};
+use crate::memory;
 use crate::pool::{Spare, Wanted};
 use crate::recorder::Recorder;
 use crate::threads::{OrdersElsewhere, Role};
@@ -113,6 +114,8 @@ pub struct Controls {
     pub serving: fn(),
     /// Called on the thread of [`Session::run`] when a machine lasts: for what shorter runs, and the start, do without.
     pub lasting: fn(),
+    /// Says that memory of the machine is lost, and gives the exit status of this process, which ends with that.
+    pub lost: fn(memory::Error) -> u8,
     /// The exit status of this process if it has to be ended because a killed machine does not end by itself.
     pub killed_status: u8,
     /// Keeps how the run ended, if the process has to be ended so.
@@ -191,6 +194,9 @@ impl<'a> Session<'a> {
     ) -> Result<Self, Error> {
         // Before anything that a signal would have to undo, and before there is another thread.
         let orders = OrdersElsewhere::from_now_on();
+        if matches!(origin, Some(Origin::Saved { .. })) {
+            defect::end_on_lost_memory(controls.lost, controls.keeper.clone());
+        }
         let shell = Shell::early(config, origin.as_ref(), &recorder);
         let signals = if controls.takes_signals { Signals::take() } else { Signals::take_no_orders() };
         let signals = signals.map_err(api::Error::Thread)?;
