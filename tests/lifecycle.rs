@@ -18,6 +18,7 @@ use vmm_monitor::config::Plug;
 use vmm_monitor::event_loop::EventLoop;
 use vmm_monitor::kvm::VcpuState;
 use vmm_monitor::machine::Attached;
+use vmm_monitor::snapshot::Saving;
 use vmm_monitor::threads::Role;
 
 #[derive(Default)]
@@ -101,7 +102,7 @@ impl Control for Fake {
         Ok(true)
     }
 
-    fn snapshot(&self, _: &Path, _: Option<&Path>, _: bool) -> Result<(), Refusal> {
+    fn snapshot(&self, _: &Path, _: Saving<'_>) -> Result<(), Refusal> {
         Err("it has no memory".into())
     }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use vmm_command::Failure;
+use vmm_monitor::memory::Way;
 use vmm_monitor::pool::Wanted;
 use vmm_monitor::session::{Built, End, Observer};
 use vmm_monitor::snapshot::Snapshot;
@@ -33,6 +34,10 @@ pub struct Options {
     /// The folder that vmm snapshot create made
     #[arg(value_name = "FOLDER")]
     snapshot: PathBuf,
+    /// How memory gets into the machine: map (its file is mapped, and shared with others that are restored from it), copy (all of it
+    /// first), lazy (what is touched, by userfaultfd) or auto: map, and of a compressed snapshot lazy where that is allowed, else copy
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = way)]
+    memory: Way,
     #[command(flatten)]
     renewal: CopyOptions,
     #[command(flatten)]
@@ -50,10 +55,23 @@ impl Options {
     /// # Errors
     /// The folder is no snapshot.
     pub fn into_run(mut self) -> Result<options::Options, Failure> {
-        self.options.snapshot = Some(Snapshot::open(&self.snapshot)?);
+        let mut snapshot = Snapshot::open(&self.snapshot)?;
+        snapshot.go_by(self.memory);
+        self.options.snapshot = Some(snapshot);
         self.options.renewal = Some(self.renewal);
         Ok(self.options)
     }
+}
+
+/// As `--memory` has it.
+fn way(text: &str) -> Result<Way, String> {
+    Ok(match text {
+        "auto" => Way::Auto,
+        "map" => Way::Map,
+        "copy" => Way::Copy,
+        "lazy" => Way::Lazy,
+        _ => return Err("auto, map, copy or lazy".to_owned()),
+    })
 }
 
 /// Has the agent of the guest make it another machine as soon as it runs. On a thread: the run waits for no guest.

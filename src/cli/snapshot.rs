@@ -11,7 +11,7 @@ use super::plan::plan;
 use super::wait::for_each;
 use super::{saved, tree};
 use vmm_command::{Code, Failure, print};
-use vmm_monitor::snapshot::{self, Snapshot};
+use vmm_monitor::snapshot::{self, Saving, Snapshot};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -70,6 +70,9 @@ struct CreateOptions {
     /// Kill it once it is saved
     #[arg(long)]
     stop: bool,
+    /// Compress its memory: smaller, and expanded by vmm restore when it is touched (docs/snapshot.md)
+    #[arg(long)]
+    compress: bool,
     /// Leave out memory that is as in this snapshot, which the new one needs from then on
     #[arg(long, value_name = "FOLDER")]
     base: Option<PathBuf>,
@@ -173,7 +176,8 @@ fn create(options: &CreateOptions) -> Result<Code, Failure> {
     let absolute = |path: &PathBuf| absolute(path).map_err(|error| Failure::new(Code::Host, error));
     let (folder, base) = (absolute(&options.folder)?, options.base.as_ref().map(absolute).transpose()?);
     let mut client = connect(&options.name)?;
-    client.snapshot(&folder, base.as_deref(), options.stop)?;
+    let saving = Saving { base: base.as_deref(), compress: options.compress, stay: options.stop };
+    client.snapshot(&folder, saving)?;
     if options.stop {
         client.wait_for_end(GRACE)?;
     }

@@ -8,7 +8,7 @@ use crate::place::*;
 use crate::terminal::Terminal;
 
 /// Counts aloud, and reads another page before each character, from 2 to 31 MiB; then stands still.
-const READING: [u8; 47] = [
+pub const READING: [u8; 47] = [
     0x31, 0xdb, // xor ebx, ebx
     0xbf, 0x00, 0x00, 0x20, 0x00, // mov edi, 0x200000
     0x8b, 0x07, // mov eax, [edi]

@@ -15,6 +15,7 @@ mod fuse;
 mod images;
 mod lives;
 mod lost;
+mod memory_ways;
 mod net;
 mod net_life;
 mod obeys;

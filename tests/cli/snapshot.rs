@@ -207,12 +207,12 @@ fn a_snapshot_of_another_kernel_whose_kvm_has_as_much_is_restored() {
     let at = bytes.windows(release.len()).position(|part| part == release).expect("the host's kernel");
     // Behind the magic number, the version and the header's checksum: those of configuration and state, in groups of seven bits.
     let number = |from: usize| from..=from + bytes[from..].iter().position(|byte| byte & 0x80 == 0).unwrap();
-    let parts = (0..4).fold(vec![number(16)], |mut parts, _| {
+    let parts = (0..5).fold(vec![number(16)], |mut parts, _| {
         parts.push(number(parts.last().unwrap().end() + 1));
         parts
     });
     // The last says that there is no base.
-    let (checksum, state) = (parts[1].clone(), *parts[4].end() + 1);
+    let (checksum, state) = (parts[1].clone(), *parts[5].end() + 1);
     bytes[at] ^= 1;
     let mut left = crc32fast::hash(&bytes[state..]);
     let mut encoded = Vec::new();

@@ -18,6 +18,7 @@ use crate::config::Plug;
 use crate::kvm::VcpuState;
 use crate::machine::Attached;
 use crate::pool::PoolStatus;
+use crate::snapshot::Saving;
 
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -187,14 +188,15 @@ impl Client {
         self.device(Command::RemoveDevice { name: name.to_owned(), force })
     }
 
-    /// Has it saved in the new `folder`, over the snapshot `base` if there is one, however long that takes, and stopped hard then if it is
-    /// to `stop`. The paths are absolute.
+    /// Has it saved in the new `folder`, however long that takes, and stopped hard then if it is to stay as it was saved. The paths are
+    /// absolute.
     ///
     /// # Errors
     /// As for [`Client::ask`].
-    pub fn snapshot(&mut self, folder: &Path, base: Option<&Path>, stop: bool) -> Result<Status, Error> {
+    pub fn snapshot(&mut self, folder: &Path, saving: Saving<'_>) -> Result<Status, Error> {
+        let Saving { base, compress, stay: stop } = saving;
         let (folder, base) = (folder.to_owned(), base.map(Path::to_owned));
-        match self.take_its_time(Command::Snapshot { folder, base, stop })? {
+        match self.take_its_time(Command::Snapshot { folder, base, compress, stop })? {
             Answer::Status(status) => Ok(status),
             other => Err(self.other(other)),
         }

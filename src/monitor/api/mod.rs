@@ -26,6 +26,7 @@ use crate::config::host_path::{self, quoted};
 use crate::kvm::VcpuState;
 use crate::machine::{Attached, Handle};
 use crate::net::traffic::{self, Counts};
+use crate::snapshot::Saving;
 use protocol::Refusal;
 
 /// What a virtual machine is doing.
@@ -176,11 +177,11 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// In words, why not.
     fn remove_device(&self, name: &str, force: bool) -> Result<Attached, Refusal>;
-    /// Saves it in a new folder. It goes on if it ran, unless it is to `stay` where it was saved. From a thread of its own.
+    /// Saves it in a new folder. From a thread of its own.
     ///
     /// # Errors
     /// In words, why there is no such folder.
-    fn snapshot(&self, folder: &Path, base: Option<&Path>, stay: bool) -> Result<(), Refusal>;
+    fn snapshot(&self, folder: &Path, saving: Saving<'_>) -> Result<(), Refusal>;
     /// Saves it in files without names, for other processes to go on from: configuration, state and memory. From a thread of its own.
     ///
     /// # Errors

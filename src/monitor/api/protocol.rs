@@ -79,6 +79,9 @@ pub enum Command {
         /// That of the snapshot that has the memory which is the same there, if it is to leave that out. Absolute, too.
         #[serde(default, with = "crate::config::host_path::optional")]
         base: Option<PathBuf>,
+        /// Compress its memory.
+        #[serde(default)]
+        compress: bool,
         /// Stop it hard once it is saved.
         #[serde(default)]
         stop: bool,

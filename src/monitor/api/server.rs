@@ -21,6 +21,7 @@ use crate::bus::lock;
 use crate::event_loop::{Event, EventLoop, Handler, Interest, Registration, Sources};
 use crate::kvm::VcpuState;
 use crate::machine::Attached;
+use crate::snapshot::Saving;
 use crate::threads::{self, Role};
 use crate::timer::Timer;
 
@@ -298,8 +299,9 @@ impl Orders {
                     Done::Changed(device.map_err(Refusal::from).and_then(|device| control.add_device(device)))
                 }
                 Command::RemoveDevice { name, force } => Done::Changed(control.remove_device(&name, force)),
-                Command::Snapshot { folder, base, stop } => {
-                    Done::Saved(control.snapshot(&folder, base.as_deref(), stop))
+                Command::Snapshot { folder, base, compress, stop } => {
+                    let saving = Saving { base: base.as_deref(), compress, stay: stop };
+                    Done::Saved(control.snapshot(&folder, saving))
                 }
                 Command::Fork => Done::Forked(control.fork()),
                 _ => Done::Paused(control.pause()),

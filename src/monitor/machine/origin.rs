@@ -1,18 +1,15 @@
 //! [`Origin`]: where the contents of a new machine come from.
 
-use std::io;
 use std::path::PathBuf;
-
-use vm_memory::{Bytes, GuestMemoryBackend, MemoryRegionAddress};
 
 use super::{Error, SavedMachine};
 use crate::boot::tables::Platform;
 use crate::boot::{self, Entry, Payload, firmware};
 use crate::config::kernel::nothing_to_boot;
-use crate::config::{self, Firmware, VmConfig};
+use crate::config::{Firmware, VmConfig};
 use crate::legacy::fw_cfg::Items;
 use crate::memory::working_set::WorkingSet;
-use crate::memory::{Memory, SavedRam};
+use crate::memory::{Memory, SavedRam, Way};
 
 /// Where the contents of a machine's memory and registers come from.
 pub enum Origin {
@@ -33,6 +30,8 @@ pub enum Origin {
         machine: Box<SavedMachine>,
         /// Its memory, which is mapped and not to be changed.
         memory: SavedRam,
+        /// How it gets there.
+        way: Way,
         /// What of it the guest needs first, if that is known.
         working_set: Option<WorkingSet>,
     },
@@ -104,11 +103,10 @@ impl Origin {
     /// Memory as the machine that `config` describes begins with it: zeroes, and the ROM, or what was saved.
     pub(super) fn memory(&self, config: &VmConfig) -> Result<Memory, Error> {
         Ok(match self {
-            Self::Saved { memory, machine, .. } => {
-                let mut memory = Memory::private_copy(&config.memory(), memory.clone())?;
-                if config.is_shared() {
-                    memory = shared(&memory, &config.memory())?;
-                }
+            Self::Saved { memory, way, machine, .. } => {
+                // Mapped from a snapshot's file it could not be given to another process, which is to write to it.
+                let way = if config.is_shared() { Way::Copy } else { *way };
+                let mut memory = Memory::restored(&config.memory(), memory.clone(), way)?;
                 if let Some(rom) = machine.rom() {
                     memory.set_rom(rom)?;
                 }
@@ -123,22 +121,4 @@ impl Origin {
             }
         })
     }
-}
-
-/// What `private` holds, in memory that another process can map as well: that of a snapshot's file stays as it is.
-fn shared(private: &Memory, config: &config::Memory) -> Result<Memory, Error> {
-    let memory = Memory::new(config)?;
-    let failed = |source| Error::Host { what: "guest memory to be shared".to_owned(), source };
-    let mut bytes = vec![0; 1 << 20];
-    for (from, to) in private.ram().iter().zip(memory.ram().iter()) {
-        for range in private.touched(from).map_err(failed)? {
-            for at in range.clone().step_by(bytes.len()) {
-                let len = bytes.len().min((range.end - at) as usize);
-                let (bytes, at) = (&mut bytes[..len], MemoryRegionAddress(at));
-                let copied = from.read_slice(bytes, at).and_then(|()| to.write_slice(bytes, at));
-                copied.map_err(|error| failed(io::Error::other(error)))?;
-            }
-        }
-    }
-    Ok(memory)
 }

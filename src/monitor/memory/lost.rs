@@ -5,13 +5,9 @@
 //! gets a signal (SIGBUS) at its own access, in the middle of whatever it does: it tells the one that [`end_with`] names, and that ends
 //! the process.
 
-use std::fs::{self, File};
 use std::io;
 use std::mem;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -20,7 +16,7 @@ use std::time::Duration;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Error, Memory, SavedRam};
+use super::{Error, Memory, RamFile, SavedRam};
 
 /// Bytes that are read at a time to find what cannot be read.
 const BATCH: usize = 1 << 20;
@@ -83,17 +79,16 @@ impl Mapped {
 
     /// What is wrong with its files. None if all of them can be read.
     fn lost(&self) -> Option<Error> {
-        let files = [&self.saved.bottom].into_iter().chain(self.saved.layers.iter().map(|layer| &layer.file));
-        files.into_iter().find_map(|file| {
+        self.saved.files().find_map(|file| {
             let source = check(file, self.size).err()?;
-            Some(Error::Lost { path: path(file), source })
+            Some(Error::Lost { path: file.path().to_owned(), source })
         })
     }
 
     /// Has the process end because of it.
     fn end(&self) {
         end(self.lost().unwrap_or_else(|| Error::Lost {
-            path: path(&self.saved.bottom),
+            path: self.saved.bottom.path().to_owned(),
             source: io::Error::other("a page of it was gone, and is there again"),
         }));
     }
@@ -112,21 +107,26 @@ pub(super) fn end(error: Error) {
     }
 }
 
-fn path(file: &File) -> PathBuf {
-    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-    fs::read_link(&link).unwrap_or_else(|_| link.into())
+impl Error {
+    /// RAM of `size` bytes could not be read from `saved`: `error`.
+    pub(super) fn lost(saved: &SavedRam, size: u64, error: io::Error) -> Self {
+        // Which of several it was.
+        let found = saved.files().find_map(|file| Some((file, check(file, size).err()?)));
+        let (file, source) = found.unwrap_or((&saved.bottom, error));
+        Self::Lost { path: file.path().to_owned(), source }
+    }
 }
 
 /// Whether `file` has `size` bytes that can be read.
-fn check(file: &File, size: u64) -> io::Result<()> {
-    let len = file.metadata()?.len();
-    if len < size {
+fn check(file: &RamFile, size: u64) -> io::Result<()> {
+    let len = file.file().metadata()?.len();
+    if file.as_plain().is_some() && len < size {
         return Err(io::Error::other(format!("it was cut short: {len} bytes are left of {size}")));
     }
     let mut buffer = vec![0; BATCH];
     for at in (0..size).step_by(BATCH) {
         let len = BATCH.min((size - at) as usize);
-        file.read_exact_at(&mut buffer[..len], at)?;
+        file.read(at, &mut buffer[..len])?;
     }
     Ok(())
 }

@@ -6,9 +6,12 @@
 mod buffers;
 pub mod dirty;
 pub mod frozen;
-mod layers;
 pub mod layout;
+mod lazy;
 pub mod lost;
+pub mod packed;
+mod restored;
+mod saved;
 mod slices;
 pub mod testdev;
 mod touched;
@@ -31,7 +34,8 @@ use vm_memory::{
 use crate::config::{self, Size};
 
 pub use buffers::{Buffers, NotRam};
-pub use layers::{Layer, SavedRam, within};
+pub use restored::Way;
+pub use saved::{Layer, RamFile, SavedRam, within};
 pub use slices::Slices;
 pub use touched::{Pagemap, union};
 
@@ -76,6 +80,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// It is compressed.
+    #[error("compressed memory cannot be mapped")]
+    Packed,
+    /// Its pages cannot come when they are touched.
+    #[error("this process may not serve the guest's memory page by page (userfaultfd)")]
+    Lazy(#[source] io::Error),
     /// The memory object could not be mapped.
     #[error("cannot map {size} of guest memory ({}): {reason}", config.backing_name())]
     Map {
@@ -94,6 +104,13 @@ impl Error {
         let config = match self {
             Self::Allocate { config, .. } | Self::Map { config, .. } => config,
             Self::Rom { .. } => return None,
+            Self::Packed => return Some("drop `memory=map`: it is then expanded".to_owned()),
+            Self::Lazy(_) => {
+                return Some(
+                    "allow it, sudo sysctl -w vm.unprivileged_userfaultfd=1, or read all of it first, `memory=copy`"
+                        .to_owned(),
+                );
+            }
             Self::Lost { .. } => {
                 return Some(
                     "leave a snapshot's files alone while machines run from them; see what is left: vmm snapshot verify FOLDER"
@@ -126,8 +143,10 @@ pub struct Memory {
     size: u64,
     /// What lies over the file that it was made of.
     layers: Arc<[Layer]>,
-    /// As long as it is mapped from files.
+    /// Where it is mapped from files.
     watch: Option<Arc<lost::Watch>>,
+    /// Where its pages come when they are touched.
+    lazy: Option<Arc<lazy::Lazy>>,
     rom: Option<Arc<GuestRegionMmap>>,
     /// The page of the generation ID beside a ROM.
     generation: Option<Arc<GuestRegionMmap>>,
@@ -145,33 +164,6 @@ impl Memory {
             source,
         })?;
         Self::mapped(config, &file.map_or(Object::None, Object::Shared))
-    }
-
-    /// RAM as it is in `saved`. What is written stays in this process: neither the files nor another that maps them sees it. Whoever
-    /// changes a file changes what has not been written to here.
-    ///
-    /// # Errors
-    /// It cannot be mapped, or is not as long as `config` says.
-    pub fn private_copy(config: &config::Memory, saved: SavedRam) -> Result<Self, Error> {
-        let failed = |source| Error::Allocate { size: config.size, config: config.clone(), source };
-        for file in [&saved.bottom].into_iter().chain(saved.layers.iter().map(|layer| &layer.file)) {
-            let len = file.metadata().map_err(failed)?.len();
-            if len != config.size.bytes() {
-                return Err(Error::OtherSize { saved: Size::from_bytes(len), size: config.size });
-            }
-        }
-        let mut memory = Self::mapped(config, &Object::Private(saved.bottom.clone()))?;
-        memory.watch = Some(lost::Watch::begin(&memory, &saved));
-        for (place, region) in memory.places() {
-            for layer in &saved.layers {
-                layer.cover(region, place.start).map_err(failed)?;
-            }
-            if !saved.layers.is_empty() {
-                advise(config, region.as_ptr(), region.len() as usize);
-            }
-        }
-        memory.layers = saved.layers.into();
-        Ok(memory)
     }
 
     /// Its regions, each with where it is if they lie end to end.
@@ -198,7 +190,15 @@ impl Memory {
             config: config.clone(),
             reason: e.to_string(),
         })?;
-        Ok(Self { ram: Arc::new(ram), size, layers: Arc::default(), watch: None, rom: None, generation: None })
+        Ok(Self {
+            ram: Arc::new(ram),
+            size,
+            layers: Arc::default(),
+            watch: None,
+            lazy: None,
+            rom: None,
+            generation: None,
+        })
     }
 
     /// Puts a ROM below 4 GiB, so that its last byte is the last one there: the reset vector is 16 bytes before its end. Whole

@@ -161,7 +161,7 @@ impl Memory {
                 layer.runs.get(next).is_some_and(|run| run.start <= at)
             });
             let bottom = self.ram.iter().next().and_then(|region| region.file_offset());
-            let file = layer.map(|layer| &*layer.file).or_else(|| Some(bottom?.file()));
+            let file = layer.map(|layer| layer.file.file()).or_else(|| Some(bottom?.file()));
             file.is_some_and(|file| {
                 preadv2(file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT).is_ok()
             })

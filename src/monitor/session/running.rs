@@ -18,7 +18,7 @@ use crate::config::{CharTarget, Plug, VmConfig};
 use crate::error_chain;
 use crate::kvm::VcpuState;
 use crate::machine::{Attached, Handle, Phase};
-use crate::snapshot::{self, Parts};
+use crate::snapshot::{self, Parts, Saving};
 
 /// A virtual machine that this process runs.
 #[derive(Debug)]
@@ -235,10 +235,10 @@ impl Control for Running {
         self.machine()?.remove_device(name, force).map_err(|error| refusal(&error, error.hint()))
     }
 
-    fn snapshot(&self, folder: &Path, base: Option<&Path>, stay: bool) -> Result<(), Refusal> {
+    fn snapshot(&self, folder: &Path, saving: Saving<'_>) -> Result<(), Refusal> {
         let mut config = self.original.clone();
         config.make_absolute();
-        let saved = snapshot::create(&self.machine()?, &config, folder, base, stay);
+        let saved = snapshot::create(&self.machine()?, &config, folder, saving);
         saved.map_err(|error| refusal(&error, error.hint()))
     }
 

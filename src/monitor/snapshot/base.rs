@@ -2,14 +2,14 @@
 
 use std::ffi::OsString;
 use std::fs::canonicalize;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::memory::{MOST_RUNS, checksum, copy, next_data};
+use super::memory::{MOST_RUNS, flatten};
 use super::parts::Parts;
 use super::{Error, Header, Snapshot, file};
 use crate::memory::{Layer, SavedRam};
@@ -108,12 +108,12 @@ impl Snapshot {
 
     /// Its memory.
     pub(super) fn into_ram(self) -> SavedRam {
-        let file = self.parts.memory.file;
+        let (file, layers) = (self.ram, Vec::new());
         let (Some((_, base)), Some(Base { runs, .. })) = (self.base, self.header.base) else {
-            return SavedRam::from(file);
+            return SavedRam { bottom: file, layers };
         };
         let mut ram = base.into_ram();
-        ram.layers.push(Layer { file: Arc::new(file), runs });
+        ram.layers.push(Layer { file, runs });
         ram
     }
 
@@ -123,20 +123,15 @@ impl Snapshot {
         parts.config.write(&[&self.parts.config.read(super::MAX_CONFIG)?])?;
         let (header, state) = (self.header.clone(), self.state.clone());
         parts.disks = std::mem::take(&mut self.parts.disks);
-        let SavedRam { bottom, layers } = self.into_ram();
         let memory = &parts.memory;
-        let failed = || memory.failed("write");
-        memory.file.set_len(header.size).map_err(failed())?;
-        let mut at = 0;
-        while let Some(data) = next_data(&bottom, at).map_err(failed())? {
-            at = data.end;
-            copy(&bottom, data, &memory.file).map_err(failed())?;
-        }
-        for Layer { file, runs } in layers {
-            runs.into_iter().try_for_each(|run| copy(&file, run, &memory.file)).map_err(failed())?;
-        }
-        let sum = checksum(&memory.file).map_err(failed())?;
-        Header { memory: sum, base: None, ..header }.write(&parts.state, &state)?;
+        let below = self.parts.memory.path.clone();
+        let flat = flatten(&self.into_ram(), header.size, &memory.file);
+        let sum = flat.map_err(|error| match error.kind() {
+            ErrorKind::InvalidData => Error::Damaged { path: below, what: error.to_string() },
+            _ => memory.failed("write")(error),
+        })?;
+        let header = Header { memory: sum, base: None, is_packed: false, ..header };
+        header.write(&parts.state, &state)?;
         parts.seal()?;
         Ok(parts)
     }

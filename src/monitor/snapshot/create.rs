@@ -11,14 +11,25 @@ use super::base::{Base, HIGHEST};
 use super::memory::{Writing, Written};
 use super::parts::{Part, Parts};
 use super::{Error, Header, Snapshot, disks, file};
-use crate::config::VmConfig;
+use crate::config::{Size, VmConfig};
 use crate::disk;
 use crate::machine::{self, Handle, Paused, Phase, SavedMachine};
-use crate::memory::Memory;
+use crate::memory::{self, SavedRam};
 use crate::output;
 
-/// Saves `machine`, which was built as `config` says, into the new `folder`; memory that is as in the snapshot `base` is left to that. It
-/// stands still as short as may be, and goes on if it ran; one that is to `stay` as it was saved stands still from then on.
+/// How a machine is to be saved.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Saving<'a> {
+    /// Memory that is as in this snapshot is left to that.
+    pub base: Option<&'a Path>,
+    /// Memory is compressed.
+    pub compress: bool,
+    /// The machine stands still from then on.
+    pub stay: bool,
+}
+
+/// Saves `machine`, which was built as `config` says, into the new `folder`. It stands still as short as may be, and goes on if it ran,
+/// unless it is to stay as it was saved.
 ///
 /// # Errors
 /// [`Error`]; nothing is left behind.
@@ -26,18 +37,18 @@ pub fn create(
     machine: &Handle,
     config: &VmConfig,
     folder: &Path,
-    base: Option<&Path>,
-    stay: bool,
+    Saving { base, compress, stay }: Saving<'_>,
 ) -> Result<(), Error> {
     supported(config)?;
     let base = base.map(|base| Below::open(base, folder, config)).transpose()?;
     let new = NewFolder::begin(folder)?;
     let parts = Parts::create(&new.hidden)?;
     let (hidden, saved) = (new.hidden.clone(), disks::saved(config));
+    complete_memory(machine)?;
     let begin = |paused: &Paused<'_>, may_last| {
         let disks = disks::save(machine, paused, config, |name, _| Part::create(hidden.join(name)))?;
         let memory = base.as_ref().map(|base| base.memory.clone());
-        Ok((Taken::begin(machine, paused, &parts, memory, may_last)?, disks))
+        Ok((Taken::begin(machine, paused, &parts, compress, memory, may_last)?, disks))
     };
     let complete = |(taken, disks): (Taken, Vec<Part>)| {
         taken.finish(&saved, machine, &parts, base.as_ref().map(|base| &base.base))?;
@@ -62,14 +73,21 @@ pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
         return Err(Error::InPlace(disk.path.clone()));
     }
     let mut parts = Parts::unnamed()?;
+    complete_memory(machine)?;
     let (taken, disks) = standing_still(machine, false, |paused| {
         let disks = disks::save(machine, paused, config, |_, path| unnamed_disk(path))?;
-        Ok((Taken::begin(machine, paused, &parts, None, true)?, disks))
+        Ok((Taken::begin(machine, paused, &parts, false, None, true)?, disks))
     })?;
     parts.disks = disks;
     taken.finish(&disks::saved(config), machine, &parts, None)?;
     parts.seal()?;
     Ok(parts)
+}
+
+/// Waits for the pages of `machine` that would only come when they are touched, while it runs on: the child that writes memory would
+/// not get them.
+fn complete_memory(machine: &Handle) -> Result<(), Error> {
+    machine.memory().complete().map_err(Error::Incomplete)
 }
 
 fn unnamed_disk(path: &Path) -> Result<Part, Error> {
@@ -80,7 +98,7 @@ fn unnamed_disk(path: &Path) -> Result<Part, Error> {
 /// What a new snapshot is to lie over.
 struct Below {
     base: Base,
-    memory: Memory,
+    memory: SavedRam,
 }
 
 impl Below {
@@ -90,9 +108,12 @@ impl Below {
             return Err(Error::High);
         }
         let described = Base::of(folder, base, &snapshot)?;
-        let memory = Memory::private_copy(&config.memory(), snapshot.into_ram());
-        let memory = memory.map_err(|error| Box::new(machine::Error::from(error)))?;
-        Ok(Self { base: described, memory })
+        let (saved, size) = (Size::from_bytes(snapshot.header.size), config.mem.size);
+        if saved != size {
+            let error = memory::Error::OtherSize { saved, size };
+            return Err(Box::new(machine::Error::from(error)).into());
+        }
+        Ok(Self { base: described, memory: snapshot.into_ram() })
     }
 }
 
@@ -129,6 +150,7 @@ fn standing_still<T>(
 /// A machine at one moment.
 struct Taken {
     state: SavedMachine,
+    is_packed: bool,
     memory: Writing,
 }
 
@@ -138,12 +160,13 @@ impl Taken {
         machine: &Handle,
         paused: &Paused<'_>,
         parts: &Parts,
-        base: Option<Memory>,
+        is_packed: bool,
+        base: Option<SavedRam>,
         may_last: bool,
     ) -> Result<Self, Error> {
         let state = machine.save(paused).map_err(Box::new)?;
-        let memory = Writing::begin(machine.memory(), &parts.memory.file, base, may_last);
-        Ok(Self { state, memory: memory.map_err(parts.memory.failed("write"))? })
+        let memory = Writing::begin(machine.memory(), &parts.memory.file, is_packed, base, may_last);
+        Ok(Self { state, is_packed, memory: memory.map_err(parts.memory.failed("write"))? })
     }
 
     /// Completes `parts`, which lie over `base` if there is one.
@@ -165,6 +188,7 @@ impl Taken {
             state: crc32fast::hash(&state),
             memory: sum,
             size,
+            is_packed: self.is_packed,
             base: base.map(|base| base.with(runs)),
         };
         header.write(&parts.state, &state)

@@ -7,12 +7,12 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use crc32fast::Hasher;
-use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
-use rustix::io::Errno;
+use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::memory::frozen::Frozen;
-use crate::memory::{Memory, union, within};
+use crate::memory::packed::Packer;
+use crate::memory::{Memory, RamFile, SavedRam, union, within};
 
 /// What is a hole or not: a page.
 const BLOCK: usize = 4096;
@@ -26,7 +26,7 @@ pub struct Writing {
     /// Its [`checksum`].
     sum: Sum,
     /// What is below it, and the file that tells which of its pages are in this one.
-    base: Option<(Memory, File)>,
+    base: Option<(SavedRam, File)>,
 }
 
 enum Sum {
@@ -46,28 +46,34 @@ pub struct Written {
 }
 
 impl Writing {
-    /// Writes the RAM of `memory`, whose guest stands still, into the empty `file`: what is not as in `base`, if there is one. The guest may go on when this returns if that
-    /// `may_last`, which costs it page faults.
+    /// Writes the RAM of `memory`, whose guest stands still, into the empty `file`, `packed` or as it is: what is not as in `base`, if there
+    /// is one. The guest may go on when this returns if that `may_last`, which costs it page faults.
     ///
     /// # Errors
     /// The file's.
-    pub fn begin(memory: &Memory, file: &File, base: Option<Memory>, may_last: bool) -> io::Result<Self> {
+    pub fn begin(
+        memory: &Memory,
+        file: &File,
+        packed: bool,
+        base: Option<SavedRam>,
+        may_last: bool,
+    ) -> io::Result<Self> {
         let unnamed =
             |base| Ok::<_, io::Error>((base, File::from(memfd_create("runs", MemfdFlags::CLOEXEC)?)));
         let base = base.map(unnamed).transpose()?;
         let over = base.as_ref().map(|(base, runs)| (base, runs));
         if may_last && memory.is_private() {
-            let files = [memory].into_iter().chain(base.as_ref().map(|(base, _)| base));
-            let files =
-                files.flat_map(|memory| memory.ram().iter()).filter_map(|region| region.file_offset());
-            let keep = files.map(|object| object.file().as_fd()).chain([file.as_fd()]);
+            let ours = memory.ram().iter().filter_map(|region| region.file_offset());
+            let ours = ours.map(|object| object.file().as_fd());
+            let bases = base.iter().flat_map(|(base, _)| base.files()).map(|file| file.file().as_fd());
+            let keep = ours.chain(bases).chain([file.as_fd()]);
             let keep: Vec<_> = keep.chain(base.as_ref().map(|(_, runs)| runs.as_fd())).collect();
-            match Frozen::begin(&keep, || write(memory, file, over)) {
+            match Frozen::begin(&keep, || write(memory, file, packed, over)) {
                 Ok(frozen) => return Ok(Self { sum: Sum::Frozen(frozen), base }),
                 Err(error) => log::warn!("the guest stands still until its memory is written: {error}"),
             }
         }
-        let sum = Sum::Done(write(memory, file, over)?);
+        let sum = Sum::Done(write(memory, file, packed, over)?);
         Ok(Self { sum, base })
     }
 
@@ -85,13 +91,40 @@ impl Writing {
     }
 }
 
-fn write(memory: &Memory, file: &File, over: Option<(&Memory, &File)>) -> io::Result<u32> {
-    file.set_len(memory.size())?;
+/// Where blocks go, in order.
+enum Sink<'a> {
+    Plain(&'a File),
+    Packed(Packer<'a>),
+}
+
+impl Sink<'_> {
+    fn put(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Plain(file) => file.write_all_at(bytes, at),
+            Self::Packed(packer) => packer.put(at, bytes),
+        }
+    }
+
+    fn finish(self) -> io::Result<()> {
+        match self {
+            Self::Plain(_) => Ok(()),
+            Self::Packed(packer) => packer.finish(),
+        }
+    }
+}
+
+fn write(memory: &Memory, file: &File, packed: bool, over: Option<(&SavedRam, &File)>) -> io::Result<u32> {
+    let mut sink = if packed {
+        Sink::Packed(Packer::new(file, memory.size())?)
+    } else {
+        file.set_len(memory.size())?;
+        Sink::Plain(file)
+    };
     let mut hasher = Hasher::new();
     let mut put = |at: u64, bytes: &[u8]| {
         for run in runs(bytes) {
             let at = at + run.start as u64;
-            file.write_all_at(&bytes[run.clone()], at)?;
+            sink.put(at, &bytes[run.clone()])?;
             add(&mut hasher, at, &bytes[run]);
         }
         Ok(())
@@ -104,6 +137,7 @@ fn write(memory: &Memory, file: &File, over: Option<(&Memory, &File)>) -> io::Re
             write_runs(runs, &differing)?;
         }
     }
+    sink.finish()?;
     Ok(hasher.finalize())
 }
 
@@ -138,18 +172,13 @@ fn each(
 }
 
 /// The blocks of `memory` that are not as in `base`, which is as long.
-fn differing(memory: &Memory, base: &Memory) -> io::Result<Vec<Range<u64>>> {
-    let either = union(touched(memory)?.into_iter().chain(touched(base)?).collect());
+fn differing(memory: &Memory, base: &SavedRam) -> io::Result<Vec<Range<u64>>> {
+    let either = union(touched(memory)?.into_iter().chain(base.data()?).collect());
     let mut all: Vec<Range<u64>> = Vec::new();
     let mut other = vec![0; BATCH * BLOCK];
     each(memory, &either, |at, bytes| {
         let other = &mut other[..bytes.len()];
-        for (place, region) in base.places() {
-            // A piece of one machine's RAM is in one region of the other's: both have as much.
-            if let Some(part) = within(&(at..at + bytes.len() as u64), &place) {
-                region.read_slice(other, MemoryRegionAddress(part.start)).map_err(io::Error::other)?;
-            }
-        }
+        base.read(at, other)?;
         let blocks = bytes.chunks(BLOCK).zip(other.chunks(BLOCK)).zip((at..).step_by(BLOCK));
         for ((_, _), at) in blocks.filter(|((ours, theirs), _)| ours != theirs) {
             match all.last_mut() {
@@ -221,54 +250,61 @@ fn add(hasher: &mut Hasher, at: u64, bytes: &[u8]) {
 }
 
 /// CRC-32 of all that is in `file` and not zero.
-pub fn checksum(file: &File) -> io::Result<u32> {
+pub fn checksum(file: &RamFile) -> io::Result<u32> {
     let mut hasher = Hasher::new();
-    let mut buffer = vec![0; BATCH * BLOCK];
-    let mut at = 0;
-    while let Some(data) = next_data(file, at)? {
-        at = data.start;
-        while at < data.end {
-            let len = buffer.len().min((data.end - at) as usize);
-            let bytes = &mut buffer[..len];
-            file.read_exact_at(bytes, at)?;
-            runs(bytes).for_each(|run| add(&mut hasher, at + run.start as u64, &bytes[run]));
-            at += len as u64;
-        }
-    }
+    in_batches(file.data()?, |at, bytes| {
+        file.read(at, bytes)?;
+        runs(bytes).for_each(|run| add(&mut hasher, at + run.start as u64, &bytes[run]));
+        Ok(())
+    })?;
     Ok(hasher.finalize())
 }
 
-/// Copies `run` of `from` to its place in `to`.
-pub fn copy(from: &File, run: Range<u64>, to: &File) -> io::Result<()> {
+/// Copies what `saved` has to the empty `file`, each byte to its place, and zeroes as holes. Its [`checksum`].
+pub fn flatten(saved: &SavedRam, size: u64, file: &File) -> io::Result<u32> {
+    file.set_len(size)?;
+    let mut hasher = Hasher::new();
+    in_batches(saved.data()?, |at, bytes| {
+        saved.read(at, bytes)?;
+        runs(bytes).try_for_each(|run| {
+            add(&mut hasher, at + run.start as u64, &bytes[run.clone()]);
+            file.write_all_at(&bytes[run.clone()], at + run.start as u64)
+        })
+    })?;
+    Ok(hasher.finalize())
+}
+
+/// Calls `fill` for `ranges`, a piece at a time, with room for what is there.
+fn in_batches(
+    ranges: Vec<Range<u64>>,
+    mut fill: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+) -> io::Result<()> {
     let mut buffer = vec![0; BATCH * BLOCK];
-    for at in run.clone().step_by(buffer.len()) {
-        let len = buffer.len().min((run.end - at) as usize);
-        let bytes = &mut buffer[..len];
-        from.read_exact_at(bytes, at)?;
-        to.write_all_at(bytes, at)?;
+    for range in ranges {
+        for at in range.clone().step_by(buffer.len()) {
+            let len = buffer.len().min((range.end - at) as usize);
+            fill(at, &mut buffer[..len])?;
+        }
     }
     Ok(())
 }
 
-/// The next stretch of `file` from `at` on that is no hole.
-pub fn next_data(file: &File, at: u64) -> io::Result<Option<Range<u64>>> {
-    let start = match seek(file, SeekFrom::Data(at)) {
-        Err(Errno::NXIO) => return Ok(None),
-        start => start?,
-    };
-    Ok(Some(start..seek(file, SeekFrom::Hole(start))?))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use proptest::prelude::*;
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::memory::{Layer, SavedRam};
+    use crate::memory::Layer;
 
-    fn written(memory: &Memory, file: &File, base: Option<Memory>, may_last: bool) -> Written {
-        Writing::begin(memory, file, base, may_last).unwrap().finish().unwrap()
+    fn written(memory: &Memory, file: &File, base: Option<SavedRam>, may_last: bool) -> Written {
+        Writing::begin(memory, file, false, base, may_last).unwrap().finish().unwrap()
+    }
+
+    fn plain(file: &File) -> RamFile {
+        RamFile::plain(file.try_clone().unwrap(), Path::new("memory"))
     }
 
     fn put(memory: &Memory, address: u64, byte: u8) {
@@ -291,7 +327,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let sum = written(&memory, &file, None, false).sum;
         assert_eq!(written(&memory, &tempfile::tempfile().unwrap(), None, true).sum, sum, "by a child");
-        assert_eq!(checksum(&file).unwrap(), sum);
+        assert_eq!(checksum(&plain(&file)).unwrap(), sum);
         let copy = Memory::private_copy(&config, file.try_clone().unwrap().into()).unwrap();
         for address in [0, 0x1fff, 0x70_0000, (16 << 20) - 1, 0x50_0000, 5] {
             assert_eq!(byte(&copy, address), byte(&memory, address), "{address:#x}");
@@ -302,7 +338,7 @@ mod tests {
         put(&copy, 0x60_0000, 9);
         assert_ne!(written(&copy, &tempfile::tempfile().unwrap(), None, false).sum, sum);
         again.write_all_at(&[1], 0x123_456).unwrap();
-        assert_ne!(checksum(&again).unwrap(), sum);
+        assert_ne!(checksum(&plain(&again)).unwrap(), sum);
     }
 
     #[test]
@@ -322,13 +358,13 @@ mod tests {
         let runs: [&[Range<u64>]; 3] =
             [&[0x1000..0x2000, 0x7000..0x8000], &[high - (1 << 30)..high - (1 << 30) + 0x1000], &[]];
         for ((changes, runs), may_last) in changes.into_iter().zip(runs).zip([true, false, true]) {
-            let [memory, base] = [(); 2].map(|()| Memory::private_copy(&config, saved.clone()).unwrap());
+            let memory = Memory::private_copy(&config, saved.clone()).unwrap();
             changes.iter().for_each(|(address, byte)| put(&memory, *address, *byte));
             let file = tempfile::tempfile().unwrap();
-            let written = written(&memory, &file, Some(base), may_last);
+            let written = written(&memory, &file, Some(saved.clone()), may_last);
             assert_eq!(written.runs, runs);
-            assert_eq!(checksum(&file).unwrap(), written.sum);
-            saved.layers.push(Layer { file: file.into(), runs: written.runs });
+            assert_eq!(checksum(&plain(&file)).unwrap(), written.sum);
+            saved.layers.push(Layer { file: plain(&file), runs: written.runs });
         }
         let copy = Memory::private_copy(&config, saved).unwrap();
         let bytes = [0x1000, 0x5000, 0x7000, 0x9000, high].map(|address| byte(&copy, address));

@@ -2,7 +2,7 @@
 //! those that go on from it at once.
 //!
 //! `config.json` is what [`VmConfig`] is elsewhere; `disk0` and so on are disks that the guest may write to; `state` a header and [`SavedMachine`]; `memory` guest RAM from address 0 on, its
-//! regions end to end, zeroes as holes. A folder has its name only once all in it is on the disk, and is never changed after that:
+//! regions end to end, zeroes as holes, or the same compressed ([`Packed`]). A folder has its name only once all in it is on the disk, and is never changed after that:
 //! machines map `memory` privately. What is in it is as untrusted as any other input.
 
 mod base;
@@ -25,13 +25,15 @@ use serde::{Deserialize, Serialize};
 use crate::config::VmConfig;
 use crate::error_chain;
 use crate::machine::{self, DecodeError, Origin, PauseError, SavedMachine};
+use crate::memory::packed::Packed;
 use crate::memory::working_set::WorkingSet;
+use crate::memory::{RamFile, Way};
 use crate::state::StateError;
 use base::Base;
 use parts::Part;
 
 pub use child::{child, network_of_one};
-pub use create::{create, fork};
+pub use create::{Saving, create, fork};
 pub use family::{Relative, Tie, above, family};
 pub use key::Key;
 pub use parts::Parts;
@@ -76,6 +78,9 @@ pub enum Error {
     /// A template would not be of the machine that was booted.
     #[error("{0} changed while the guest booted")]
     Changed(String),
+    /// Pages of the machine that have not come yet cannot be read.
+    #[error("memory that the machine has not touched yet cannot be read")]
+    Incomplete(#[source] io::Error),
     /// The machine does not come to rest.
     #[error(transparent)]
     Pause(#[from] PauseError),
@@ -127,6 +132,8 @@ struct Header {
     memory: u32,
     /// Bytes of the memory.
     size: u64,
+    /// Its file is [`Packed`].
+    is_packed: bool,
     /// What has the memory that is not in this one.
     base: Option<Base>,
 }
@@ -165,10 +172,12 @@ pub struct Snapshot {
     /// The machine's configuration.
     pub config: VmConfig,
     parts: Parts,
+    ram: RamFile,
     header: Header,
     state: Vec<u8>,
     /// What it lies over, and where that is.
     base: Option<(PathBuf, Box<Snapshot>)>,
+    way: Way,
     working_set: Option<WorkingSet>,
     unrecorded: Option<Unrecorded>,
 }
@@ -225,12 +234,10 @@ impl Snapshot {
         if crc32fast::hash(&text) != header.config {
             return Err(parts.config.damaged(WRONG_SUM));
         }
-        let size = parts.memory.file.metadata().map_err(parts.memory.failed("look at"))?.len();
-        if size != header.size {
-            return Err(parts.memory.damaged(&format!("{size} bytes, and {} were saved", header.size)));
-        }
+        let ram = parts.ram(&header)?;
         let state = saved.to_vec();
-        Ok(Self { config, parts, header, state, base: None, working_set: None, unrecorded: None })
+        let (base, way) = (None, Way::default());
+        Ok(Self { config, parts, ram, header, state, base, way, working_set: None, unrecorded: None })
     }
 
     /// The machine's state.
@@ -251,17 +258,31 @@ impl Snapshot {
         self.base.as_ref().map(|(path, _)| path.as_path())
     }
 
-    /// Where the pages that its machine needs first are to be written down, if they are not known.
-    pub fn unrecorded(&mut self) -> Option<Unrecorded> {
-        self.unrecorded.take()
+    /// Its memory is to reach a machine by `way`.
+    pub fn go_by(&mut self, way: Way) {
+        self.way = way;
     }
 
-    /// Its files, for processes to go on from: none that would need other files.
+    /// Whether its memory is mapped. Only then is it of use to know which pages its machine needs first.
+    fn is_mapped(&self) -> bool {
+        let is_plain = |snapshot: &Self| !snapshot.header.is_packed;
+        let mut all =
+            std::iter::successors(Some(self), |snapshot| snapshot.base.as_ref().map(|(_, base)| &**base));
+        self.way == Way::Map || self.way == Way::Auto && all.all(is_plain)
+    }
+
+    /// Where the pages that its machine needs first are to be written down, if they are not known.
+    pub fn unrecorded(&mut self) -> Option<Unrecorded> {
+        self.unrecorded.take().filter(|_| self.is_mapped())
+    }
+
+    /// Its files, for processes to go on from, which share their memory: none that would need other files.
     ///
     /// # Errors
     /// The host is out of memory.
     pub fn into_parts(self) -> Result<Parts, Error> {
-        if self.base.is_none() { Ok(self.parts) } else { self.flattened() }
+        let is_whole = self.base.is_none() && !self.header.is_packed;
+        if is_whole { Ok(self.parts) } else { self.flattened() }
     }
 
     /// Its state and memory, for a machine to go on from.
@@ -269,8 +290,9 @@ impl Snapshot {
     /// # Errors
     /// The state is none.
     pub fn into_origin(mut self) -> Result<Origin, Error> {
-        let (machine, working_set) = (Box::new(self.machine()?), self.working_set.take());
-        Ok(Origin::Saved { machine, memory: self.into_ram(), working_set })
+        let (machine, is_mapped, way) = (Box::new(self.machine()?), self.is_mapped(), self.way);
+        let working_set = self.working_set.take().filter(|_| is_mapped);
+        Ok(Origin::Saved { machine, memory: self.into_ram(), way, working_set })
     }
 
     /// Reads the memory.
@@ -280,7 +302,7 @@ impl Snapshot {
     pub fn verify(&self) -> Result<(), Error> {
         self.base.as_ref().map_or(Ok(()), |(_, base)| base.verify())?;
         let memory = &self.parts.memory;
-        match memory::checksum(&memory.file).map_err(memory.failed("read"))? {
+        match memory::checksum(&self.ram).map_err(|error| memory.unreadable(error))? {
             found if found == self.header.memory => Ok(()),
             _ => Err(memory.damaged(WRONG_SUM)),
         }
@@ -311,7 +333,33 @@ impl Error {
                 machine::Error::Restore(error) => error.hint(),
                 _ => None,
             },
-            Self::Pause(_) => None,
+            Self::Pause(_) | Self::Incomplete(_) => None,
+        }
+    }
+}
+
+impl Parts {
+    /// The memory that `header` tells of.
+    fn ram(&self, header: &Header) -> Result<RamFile, Error> {
+        let (memory, size) = (&self.memory, header.size);
+        let file = memory.file.try_clone().map_err(memory.failed("open"))?;
+        if header.is_packed {
+            let packed = Packed::open(file, size).map_err(|error| memory.unreadable(error))?;
+            return Ok(RamFile::packed(packed, &memory.path));
+        }
+        match file.metadata().map_err(memory.failed("look at"))?.len() {
+            len if len == size => Ok(RamFile::plain(file, &memory.path)),
+            len => Err(memory.damaged(&format!("{len} bytes, and {size} were saved"))),
+        }
+    }
+}
+
+impl Part {
+    /// What reading its contents has met.
+    fn unreadable(&self, error: io::Error) -> Error {
+        match error.kind() {
+            io::ErrorKind::InvalidData => self.damaged(&error.to_string()),
+            _ => self.failed("read")(error),
         }
     }
 }
@@ -331,7 +379,7 @@ mod tests {
     fn of(state: &[u8]) -> Result<Snapshot, Error> {
         let text = serde_json::to_vec(&VmConfig::default()).unwrap();
         let (config, checksum) = (crc32fast::hash(&text), crc32fast::hash(state));
-        let header = Header { config, state: checksum, memory: 0, size: 0, base: None };
+        let header = Header { config, state: checksum, memory: 0, size: 0, is_packed: false, base: None };
         let parts = Parts::unnamed().unwrap();
         parts.config.write(&[&text]).unwrap();
         header.write(&parts.state, state).unwrap();
