@@ -77,7 +77,7 @@
 //!    in time (its disk hangs), the pause fails and the machine runs on.
 //!
 //! 6. **Snapshot**: a pause → [`SavedMachine`](machine::SavedMachine), RAM's pages that are not zero, and disks that the guest writes to → files. **Restore** is the
-//!    first flow with another [`Origin`](machine::Origin): memory mapped from the file, no kernel, and state in place of an
+//!    first flow with another [`Origin`](machine::Origin): memory mapped from the file (or [another way](memory::Way)), no kernel, and state in place of an
 //!    [`Entry`](boot::Entry).
 //!
 //! Where no kernel is named and there is a disk, the kernel is a program of ours that finds one there ([`config::Kernel`],
