@@ -314,20 +314,25 @@ impl<'a> Session<'a> {
                 running.built(machine.handle(), ptys);
             }
             let (mut refused, mut served) = (None, Ok(()));
-            if let Some((wanted, spare)) = wanted.zip(spare.as_ref())
-                && machine.start().is_ok()
-            {
-                let taken = observers.iter_mut().try_for_each(|observer| observer.taken(&wanted));
-                // Without its pool it runs all the same.
-                match taken {
-                    Ok(()) => {
-                        _ = spare.runs();
-                        // It has long been more than a short run.
-                        served = self.serve();
-                    }
-                    Err(error) => {
-                        machine.handle().kill();
-                        refused = Some(Error::Observer(error));
+            if let Some((wanted, spare)) = wanted.zip(spare.as_ref()) {
+                // Without its pool it runs all the same. Who has it for a command calls its agent next, and what is left to do here can be
+                // done meanwhile; others expect to find it whole.
+                if wanted.tied {
+                    _ = spare.runs();
+                }
+                if machine.start().is_ok() {
+                    match observers.iter_mut().try_for_each(|observer| observer.taken(&wanted)) {
+                        Ok(()) => {
+                            if !wanted.tied {
+                                _ = spare.runs();
+                            }
+                            // It has long been more than a short run.
+                            served = self.serve();
+                        }
+                        Err(error) => {
+                            machine.handle().kill();
+                            refused = Some(Error::Observer(error));
+                        }
                     }
                 }
             }
