@@ -11,6 +11,7 @@ use super::plan::plan;
 use super::wait::for_each;
 use super::{saved, tree};
 use vmm_command::{Code, Failure, print};
+use vmm_monitor::config::host_path::quoted;
 use vmm_monitor::snapshot::{self, Saving, Snapshot};
 
 const EXAMPLES: &str = "\
@@ -157,9 +158,8 @@ fn needed_by(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn needed_failure(folder: &Path, needed: &[PathBuf]) -> Failure {
-    let words =
-        |separator| needed.iter().map(|it| it.display().to_string()).collect::<Vec<_>>().join(separator);
-    let folder = folder.display();
+    let words = |separator| needed.iter().map(|it| quoted(it)).collect::<Vec<_>>().join(separator);
+    let folder = quoted(folder);
     let error = anyhow!(
         "cannot remove {folder}: {} over it",
         match needed.len() {

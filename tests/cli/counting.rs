@@ -43,8 +43,13 @@ pub fn await_words(place: &Place, file: &str, least: usize) -> String {
 
 /// A place with the guest, and the guest, called `v`, which has counted for a while.
 pub fn counting(more: &str) -> (Place, Running) {
+    speaking(&COUNTING, more)
+}
+
+/// The same with another guest that speaks by COM1.
+pub fn speaking(code: &[u8], more: &str) -> (Place, Running) {
     let place = Place::new();
-    place.file("count", kernel(&COUNTING));
+    place.file("count", kernel(code));
     let command = format!("--kernel count --mem 32M --serial file=said --console off --name v {more}");
     let guest = Running::new(place.command(&command));
     await_words(&place, "said", 3);

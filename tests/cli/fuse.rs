@@ -26,7 +26,7 @@ const FALLOCATE: u32 = 43;
 const OPEN_FLAGS: u32 = 1 | 1 << 5;
 /// Seconds for which the kernel may keep what it was told.
 const VALID: u32 = 3600;
-/// How long a MiB takes to be given back.
+/// How long a MiB takes to be read, or to be given back.
 const MIB_TAKES: Duration = Duration::from_millis(20);
 
 /// A mounted file system, and its server.
@@ -98,7 +98,11 @@ fn serve(mut device: &File, size: u64) -> Option<()> {
         LOOKUP => (0, [words(&[2, 0, 0, 0, VALID, 0, VALID, 0, 0, 0]), attributes(2, size)].concat()),
         GETATTR => (0, [words(&[VALID, 0, 0, 0]), attributes(node, size)].concat()),
         OPEN => (0, words(&[0, 0, OPEN_FLAGS, 0])),
-        READ => (0, vec![0; word(40 + 16) as usize]),
+        READ => {
+            let len = word(40 + 16);
+            thread::sleep(MIB_TAKES * len / (1 << 20));
+            (0, vec![0; len as usize])
+        }
         RELEASE => (0, Vec::new()),
         FALLOCATE => {
             thread::sleep(MIB_TAKES * (long(40 + 16) >> 20) as u32);

@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 
 use crate::counting::*;
-use crate::images::*;
 use crate::place::*;
 use crate::terminal::Terminal;
 
@@ -29,11 +28,7 @@ pub const READING: [u8; 47] = [
 
 /// A place with a snapshot `s` of a machine with this kernel.
 fn saved(code: &[u8]) -> Place {
-    let place = Place::new();
-    place.file("kernel", kernel(code));
-    let _guest =
-        Running::new(place.command("--kernel kernel --mem 32M --serial file=said --console off --name v"));
-    await_words(&place, "said", 3);
+    let (place, _guest) = speaking(code, "");
     place.done("snapshot create v s");
     place
 }

@@ -3,8 +3,13 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
+use rustix::process::Signal;
 
 use crate::counting::*;
+use crate::fuse::Fuse;
 use crate::images::*;
 use crate::place::*;
 
@@ -21,12 +26,7 @@ const FULL: [u8; 21] = [
 
 /// A place with a machine `v` that counts and whose memory is in use.
 fn full() -> (Place, Running) {
-    let place = Place::new();
-    place.file("full", kernel(&[&FULL[..], &COUNTING].concat()));
-    let command = "--kernel full --mem 32M --serial file=said --console off --name v";
-    let guest = Running::new(place.command(command));
-    await_words(&place, "said", 3);
-    (place, guest)
+    speaking(&[&FULL[..], &COUNTING].concat(), "")
 }
 
 fn blocks(place: &Place, name: &str) -> u64 {
@@ -185,4 +185,45 @@ fn a_process_that_may_not_serve_memory_page_by_page_says_so_or_copies_it() {
     assert_eq!(output.status.code(), Some(HOST), "{said}");
     let _copied = Running::new(run("auto"));
     assert!(is_counted(&await_words(&place, "auto", 3)));
+}
+
+#[test]
+fn a_restore_that_reads_all_memory_is_ended_by_whoever_wants_that() {
+    if !has_kvm("a_restore_that_reads_all_memory_is_ended_by_whoever_wants_that") {
+        return;
+    }
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    let guest =
+        Running::new(place.command("--kernel count --mem 1G --serial file=said --console off --name v"));
+    await_words(&place, "said", 3);
+    place.done("snapshot create v s");
+    drop(guest);
+    // Some 20 s of reading.
+    fs::create_dir(place.path("slow")).unwrap();
+    let _slow = match Fuse::mount(&place.path("slow"), 1 << 30) {
+        Ok(mounted) => mounted,
+        Err(error) => {
+            eprintln!(
+                "SKIP: a_restore_that_reads_all_memory_is_ended_by_whoever_wants_that: wants /dev/fuse and CAP_SYS_ADMIN: {error}"
+            );
+            return;
+        }
+    };
+    mount_bind(place.path("slow/disk"), place.path("s/memory")).unwrap();
+    for order in ["kill", "signal"] {
+        let mut restore = Running::new(place.command("restore s --memory copy --serial file=again --name c"));
+        while place.status("c")["state"] != "starting" {
+            assert!(restore.child().try_wait().unwrap().is_none(), "it has ended");
+        }
+        let begun = Instant::now();
+        match order {
+            "kill" => _ = place.done("kill c"),
+            _ => restore.signal(Signal::HUP),
+        }
+        let status = wait(restore.child());
+        assert_eq!(status.code(), Some(KILLED), "{order}");
+        assert!(begun.elapsed() < Duration::from_secs(8), "{order}: {:?}", begun.elapsed());
+    }
+    unmount(place.path("s/memory"), UnmountFlags::DETACH).unwrap();
 }

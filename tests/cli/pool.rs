@@ -344,6 +344,7 @@ fn pools_that_cannot_be_are_told() {
         ("pool take web --name .x", HOST, ".x"),
         ("pool take web --count 0", BAD_ARGUMENT, "--count"),
         ("pool take web -i", BAD_ARGUMENT, "there is no command"),
+        ("pool take web --timeout 5", BAD_ARGUMENT, "COMMAND"),
         ("pool take web --count 2 -- true", BAD_ARGUMENT, "--count"),
         ("pool take nobody -- true", NOT_RUN, "no pool called \"nobody\""),
         ("pool take web -- true", NOT_RUN, "have no vsock device"),

@@ -181,9 +181,8 @@ fn method(setting: &Setting) -> Vec<String> {
          /dev of its own. So is that of vmm run --template and vmm pool take: the agent in the guest runs the same program there, once \
          it has made the machine one of its own."
             .to_owned(),
-        "Exit, of vmm pool take, is that of the command that was called, whose copy is ended by then but need not be gone: that is its \
-         pool's affair, as it was before it was taken, and the pool makes another. What it costs shows in the next sample's processes, \
-         not in the span."
+        "Exit, of vmm pool take, is that of the command that was called: its copy is killed then. The end of that, and what it took to \
+         have it stand ready, are not in the span."
             .to_owned(),
         format!(
             "Guests have 1 CPU and {RAM_MIB} MiB. \"No Linux\" is a guest of some instructions, which has written to 24 MiB before. Of one \

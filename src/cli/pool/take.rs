@@ -49,6 +49,7 @@ pub struct Options {
         long,
         value_name = "SECONDS",
         default_value_t = 60,
+        requires = "command",
         help_heading = "Options of a command in the guest"
     )]
     timeout: u32,
@@ -113,10 +114,6 @@ fn run(Options { pool, name, renewal, how, timeout, command, .. }: Options) -> R
             _ => Failure::new(Code::Host, anyhow::Error::new(error).context(format!("cannot reach {name}"))),
         })
     };
-    carrier.carry(renew_and_exec(
-        dial,
-        &exec,
-        &changes,
-        Instant::now() + Duration::from_secs(timeout.into()),
-    )?)
+    let deadline = Instant::now() + Duration::from_secs(timeout.into());
+    carrier.carry(renew_and_exec(dial, &exec, &changes, deadline)?)
 }

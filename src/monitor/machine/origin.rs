@@ -100,13 +100,23 @@ impl Origin {
         })
     }
 
+    /// Whether all memory may be read before the machine that `config` describes begins, which takes its time.
+    pub(crate) fn reads_memory(&self, config: &VmConfig) -> bool {
+        match self {
+            Self::Saved { memory, way, .. } => match way_for(config, *way) {
+                Way::Copy => true,
+                Way::Auto => !memory.is_plain(),
+                Way::Map | Way::Lazy => false,
+            },
+            Self::Kernel(_) | Self::Firmware { .. } => false,
+        }
+    }
+
     /// Memory as the machine that `config` describes begins with it: zeroes, and the ROM, or what was saved.
     pub(super) fn memory(&self, config: &VmConfig) -> Result<Memory, Error> {
         Ok(match self {
             Self::Saved { memory, way, machine, .. } => {
-                // Mapped from a snapshot's file it could not be given to another process, which is to write to it.
-                let way = if config.is_shared() { Way::Copy } else { *way };
-                let mut memory = Memory::restored(&config.memory(), memory.clone(), way)?;
+                let mut memory = Memory::restored(&config.memory(), memory.clone(), way_for(config, *way))?;
                 if let Some(rom) = machine.rom() {
                     memory.set_rom(rom)?;
                 }
@@ -121,4 +131,9 @@ impl Origin {
             }
         })
     }
+}
+
+/// Mapped from a snapshot's file, memory could not be given to another process, which is to write to it.
+fn way_for(config: &VmConfig, way: Way) -> Way {
+    if config.is_shared() { Way::Copy } else { way }
 }

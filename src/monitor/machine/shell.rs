@@ -81,7 +81,8 @@ impl Shell {
         origin: Option<&Origin>,
         recorder: &Arc<Recorder>,
     ) -> Option<Result<Self, Error>> {
-        let is_cheap = config.firmware.is_none() && !config.mem.prefault && config.validate().is_ok();
+        let is_slow = config.mem.prefault || origin.is_some_and(|origin| origin.reads_memory(config));
+        let is_cheap = config.firmware.is_none() && !is_slow && config.validate().is_ok();
         is_cheap.then(|| Self::begin(config, origin, recorder))
     }
 

@@ -292,7 +292,8 @@ impl<'a> Session<'a> {
         // Other starts do without the thread until they last. One that stands ready first is its pool's affair until then.
         let outputs = self.controlled.as_ref().map_or(&[][..], |controlled| &controlled.outputs);
         let spare = self.controlled.as_ref().and_then(|controlled| controlled.spare.clone());
-        if spare.is_none() && files::may_hang(self.config, outputs) {
+        let reads_memory = self.origin.as_ref().is_some_and(|origin| origin.reads_memory(self.config));
+        if spare.is_none() && (reads_memory || files::may_hang(self.config, outputs)) {
             self.serve()?;
         }
         loop {

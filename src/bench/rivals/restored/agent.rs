@@ -220,7 +220,8 @@ impl Launcher for Commands {
 
 impl Drop for Commands {
     fn drop(&mut self) {
-        if self.is_prepared && matches!(self.way, Way::Pool { .. }) {
+        // Also of what was begun alone.
+        if matches!(self.way, Way::Pool { .. }) && self.own.join("run").exists() {
             let _ = self.say(["pool", "stop", POOL]);
             let _ = self.say(["kill", NAME]);
         }
