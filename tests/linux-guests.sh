@@ -10,11 +10,11 @@ trap 'rm -rf "$logs"' EXIT
 export VMM_REQUIRE_LINUX_GUESTS=1 rig logs
 
 one() {
-    local binary=$1 test=$2 log="$logs/${2//:/_}" code
+    local binary=$1 test=$2 log="$logs/${2//:/_}" code start=$SECONDS
     "$rig" --quiet --mem 3072 --timeout 900 -- "$binary" --exact "$test" --nocapture >"$log" 2>&1 </dev/null
     code=$?
     if [ $code = 0 ] && grep -q '^test result: ok. 1 passed' "$log" && ! grep -q SKIP "$log"; then
-        echo "test $test ... ok"
+        echo "test $test ... ok ($((SECONDS - start)) s)"
         return
     fi
     {
