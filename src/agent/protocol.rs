@@ -6,6 +6,8 @@
 
 use std::net::Ipv4Addr;
 
+use rustix::buffer::{SpareCapacity, spare_capacity};
+
 use crate::wire::{Reader, put_bytes, put_list};
 
 /// The version of the protocol. Another one is refused.
@@ -495,6 +497,9 @@ fn parse(kind: u8, payload: &[u8]) -> Option<Message<'_>> {
     r.end(message)
 }
 
+/// The least that there is [`Decoder::room`] for.
+const PIECE: usize = 32 << 10;
+
 /// Finds the messages in bytes as they come.
 #[derive(Debug, Default)]
 pub struct Decoder {
@@ -506,9 +511,22 @@ pub struct Decoder {
 impl Decoder {
     /// Adds what was received.
     pub fn feed(&mut self, bytes: &[u8]) {
+        self.forget();
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Room for what is received next, which adds what is put there. What it does not take is not touched: each page that a guest
+    /// touches for the first time since it was saved takes as long as many system calls.
+    pub fn room(&mut self) -> SpareCapacity<'_, u8> {
+        self.forget();
+        self.bytes.reserve(PIECE);
+        spare_capacity(&mut self.bytes)
+    }
+
+    /// What was given out makes room.
+    fn forget(&mut self) {
         self.bytes.drain(..self.taken);
         self.taken = 0;
-        self.bytes.extend_from_slice(bytes);
     }
 
     /// The length of the next message with its header, if it is whole.

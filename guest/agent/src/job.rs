@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
-use rustix::io::{Errno, ioctl_fionread, read, write};
+use rustix::io::{Errno, ioctl_fionread, write};
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process_group, pidfd_open, waitpid};
 use vmm_agent::protocol::{Exit, Malformed, Message, Reason, Size, Stream, WINDOW};
@@ -82,7 +82,7 @@ impl Source {
     /// Reads once; false at its end.
     fn read(&mut self, output: &mut Output) -> bool {
         let limit = (self.credit as usize).min(PIECE);
-        match output.put_read(self.stream, limit, |bytes| read(&self.fd, bytes)) {
+        match output.put_read(self.stream, limit, &self.fd) {
             Ok(0) => false,
             Ok(count) => {
                 self.credit -= count as u32;

@@ -3,15 +3,12 @@
 use std::io;
 
 use rustix::fd::{AsFd, BorrowedFd};
-use rustix::io::Errno;
+use rustix::io::{Errno, read};
 use rustix::net::{SendFlags, send};
 use vmm_agent::protocol::{MAX_DATA, Message, Stream};
 
 /// While so much waits, nothing is read that would add to it, streams or messages.
 const FULL: usize = 256 << 10;
-
-/// A message's header and the number of its stream.
-const DATA_HEADER: usize = 5;
 
 /// Bytes that wait to be sent.
 #[derive(Debug, Default)]
@@ -33,23 +30,21 @@ impl Output {
         self.bytes.len() - self.sent >= FULL
     }
 
-    /// Puts a message with what `read` reads, `limit` bytes at most, without copying it again. Nothing is put if it reads nothing.
-    pub fn put_read(
-        &mut self,
-        stream: Stream,
-        limit: usize,
-        read: impl FnOnce(&mut [u8]) -> Result<usize, Errno>,
-    ) -> Result<usize, Errno> {
+    /// Puts a message with what one read(2) of `from` reads, `limit` bytes at most, without copying it again, and without touching
+    /// memory for what it does not read. Nothing is put if it reads nothing.
+    pub fn put_read(&mut self, stream: Stream, limit: usize, from: impl AsFd) -> Result<usize, Errno> {
         let start = self.bytes.len();
         Message::Data(stream, &[]).put(&mut self.bytes);
-        self.bytes.resize(start + DATA_HEADER + limit.min(MAX_DATA), 0);
-        let result = read(&mut self.bytes[start + DATA_HEADER..]);
+        let limit = limit.min(MAX_DATA);
+        self.bytes.reserve(limit);
+        let result = read(from, &mut self.bytes.spare_capacity_mut()[..limit]).map(|(bytes, _)| bytes.len());
         let count = result.unwrap_or(0);
         if count == 0 {
             self.bytes.truncate(start);
             return result;
         }
-        self.bytes.truncate(start + DATA_HEADER + count);
+        // SAFETY: so many bytes behind those that were there are read, and their place is within the capacity.
+        unsafe { self.bytes.set_len(self.bytes.len() + count) };
         let length = (count as u32 + 1).to_le_bytes();
         self.bytes[start + 1..start + 4].copy_from_slice(&length[..3]);
         result

@@ -16,9 +16,6 @@ use crate::renewal;
 /// How long a client may take to say what it wants, and to take what is said to it at the end of a session that failed.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How much is received at once.
-const PIECE: usize = 32 << 10;
-
 /// A client's connection, which does not block.
 pub struct Session {
     connection: OwnedFd,
@@ -115,12 +112,14 @@ impl Session {
     }
 
     fn receive(&mut self) -> Result<(), Gone> {
-        let mut bytes = [0; PIECE];
-        match read(&self.connection, &mut bytes) {
+        match read(&self.connection, self.decoder.room()) {
             Ok(0) => return Err(Gone),
-            // All has been said.
-            Ok(_) if self.state == State::Ending => return Ok(()),
-            Ok(count) => self.decoder.feed(&bytes[..count]),
+            // All has been said: nothing of it is kept.
+            Ok(_) if self.state == State::Ending => {
+                self.decoder = Decoder::default();
+                return Ok(());
+            }
+            Ok(_) => {}
             Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
             Err(_) => return Err(Gone),
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use interface::vsock;
 use rustix::io::{Errno, retry_on_intr};
-use rustix::net::{SocketType, connect};
+use rustix::net::{RecvFlags, SocketType, connect, recv};
 
 use super::{Error, is_timeout, left};
 
@@ -152,10 +152,15 @@ pub(super) fn is_answered(stream: &mut UnixStream, deadline: Instant) -> io::Res
     let mut answer = Vec::new();
     while answer.last() != Some(&b'\n') && answer.len() < MAX_ANSWER {
         stream.set_read_timeout(Some(left(deadline)))?;
-        let mut byte = [0];
-        match stream.read(&mut byte) {
-            Ok(0) => return Ok(false),
-            Ok(_) => answer.push(byte[0]),
+        let mut bytes = [0; MAX_ANSWER];
+        match recv(&*stream, &mut bytes, RecvFlags::PEEK).map_err(io::Error::from) {
+            Ok((_, 0)) => return Ok(false),
+            Ok((_, count)) => {
+                let there = &mut bytes[..count];
+                let end = there.iter().position(|byte| *byte == b'\n').map_or(count, |at| at + 1);
+                stream.read_exact(&mut there[..end])?;
+                answer.extend_from_slice(&there[..end]);
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if is_gone(&error) => return Ok(false),
             Err(error) => return Err(error),

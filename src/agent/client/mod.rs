@@ -5,11 +5,13 @@ mod outcome;
 mod port;
 mod run;
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use rustix::io::{Errno, read};
 
 use crate::protocol::{Decoder, Facts, MAX_REQUEST, Malformed, Message, PORT, Reason, Request, VERSION};
 
@@ -263,12 +265,10 @@ impl Session {
     fn receive(&mut self) -> Result<Option<Message<'_>>, Error> {
         // A message that is there is found twice: the borrow checker does not see that the first look ends here.
         while !self.decoder.has_message()? {
-            let mut bytes = [0; 64 << 10];
-            match self.stream.read(&mut bytes) {
+            match read(&self.stream, self.decoder.room()) {
                 Ok(0) => return Ok(None),
-                Ok(count) => self.decoder.feed(&bytes[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(Error::Lost(Some(error))),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(Error::Lost(Some(error.into()))),
             }
         }
         Ok(self.decoder.next()?)

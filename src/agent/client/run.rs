@@ -1,10 +1,10 @@
-//! Carries a session's streams until its exit. One thread receives and never waits for anything else; one for each stream
+//! Carries a session's streams until its exit. One thread receives and never waits for anything else; one for each stream in use
 //! reads or writes here, where it may be held up as long as its peer likes without holding up the others.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use super::{Error, Sender, Session, failed};
 use crate::protocol::{Exit, MAX_DATA, Malformed, Message, Stream, WINDOW};
@@ -41,22 +41,15 @@ pub fn run(mut session: Session, streams: Streams) -> Result<Exit, Error> {
             }
         });
     }
-    let out = Arc::new(Gate::default());
-    let err = Arc::new(Gate::default());
-    let ends = [(Stream::Stdout, &out, streams.stdout), (Stream::Stderr, &err, streams.stderr)];
-    let [stdout, stderr] = ends.map(|(stream, gate, end)| {
-        let (gate, sender) = (gate.clone(), session.sender());
-        thread::spawn(move || write_output(stream, end, &gate, &sender))
-    });
-    let result = receive(&mut session, &credit, &out, &err);
-    for gate in [&credit, &out, &err] {
+    let mut out = Output::new(Stream::Stdout, "write to standard output", streams.stdout);
+    let mut err = Output::new(Stream::Stderr, "write to standard error", streams.stderr);
+    let result = receive(&mut session, &credit, &mut out, &mut err);
+    for gate in [&credit, &out.gate, &err.gate] {
         gate.end();
     }
     // What has come is written, however long its reader takes.
-    for (writer, what) in [(stdout, "write to standard output"), (stderr, "write to standard error")] {
-        let written = writer.join().unwrap_or(Ok(()));
-        written.map_err(|error| Error::Stream(what, error))?;
-    }
+    out.written()?;
+    err.written()?;
     let exit = result?;
     match stdin_failed.lock().unwrap_or_else(PoisonError::into_inner).take() {
         Some(error) => Err(Error::Stream("read standard input", error)),
@@ -64,20 +57,15 @@ pub fn run(mut session: Session, streams: Streams) -> Result<Exit, Error> {
     }
 }
 
-fn receive(session: &mut Session, credit: &Gate, out: &Gate, err: &Gate) -> Result<Exit, Error> {
+fn receive(session: &mut Session, credit: &Gate, out: &mut Output, err: &mut Output) -> Result<Exit, Error> {
+    let sender = session.sender();
     loop {
         match session.receive()? {
             None => return Err(Error::Lost(None)),
             Some(Message::Data(stream, bytes)) => {
-                let gate = output(stream, out, err)?;
-                let mut state = gate.lock();
-                if state.ended || state.bytes.len() + bytes.len() > WINDOW as usize {
-                    return Err(Malformed::Window.into());
-                }
-                state.bytes.extend(bytes);
-                gate.changed.notify_all();
+                output(stream, out, err)?.put(bytes, &sender)?;
             }
-            Some(Message::End(stream)) => output(stream, out, err)?.end(),
+            Some(Message::End(stream)) => output(stream, out, err)?.gate.end(),
             Some(Message::Credit(Stream::Stdin, count)) => {
                 let mut state = credit.lock();
                 state.credit =
@@ -92,11 +80,57 @@ fn receive(session: &mut Session, credit: &Gate, out: &Gate, err: &Gate) -> Resu
     }
 }
 
-fn output<'a>(stream: Stream, out: &'a Gate, err: &'a Gate) -> Result<&'a Gate, Malformed> {
+fn output<'a>(stream: Stream, out: &'a mut Output, err: &'a mut Output) -> Result<&'a mut Output, Malformed> {
     match stream {
         Stream::Stdout => Ok(out),
         Stream::Stderr => Ok(err),
         Stream::Stdin => Err(Malformed::Order),
+    }
+}
+
+/// One of the command's two outputs. Many a command has nothing to say on one of them, and is over sooner without its thread.
+struct Output {
+    stream: Stream,
+    /// What fails where it cannot be written.
+    what: &'static str,
+    gate: Arc<Gate>,
+    /// Until there is something to write.
+    end: Option<Box<dyn Write + Send>>,
+    writer: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Output {
+    fn new(stream: Stream, what: &'static str, end: Box<dyn Write + Send>) -> Self {
+        Self { stream, what, gate: Arc::default(), end: Some(end), writer: None }
+    }
+
+    /// Has `bytes` written.
+    ///
+    /// # Errors
+    /// They are more than the agent has credit for; the host is out of threads.
+    fn put(&mut self, bytes: &[u8], sender: &Sender) -> Result<(), Error> {
+        let mut state = self.gate.lock();
+        if state.ended || state.bytes.len() + bytes.len() > WINDOW as usize {
+            return Err(Malformed::Window.into());
+        }
+        state.bytes.extend(bytes);
+        drop(state);
+        self.gate.changed.notify_all();
+        if let Some(end) = self.end.take() {
+            let (stream, gate, sender) = (self.stream, self.gate.clone(), sender.clone());
+            let writer = thread::Builder::new().spawn(move || write_output(stream, end, &gate, &sender));
+            self.writer = Some(writer.map_err(|error| Error::Stream(self.what, error))?);
+        }
+        Ok(())
+    }
+
+    /// Waits until all is written.
+    ///
+    /// # Errors
+    /// It cannot be.
+    fn written(self) -> Result<(), Error> {
+        let written = self.writer.map_or(Ok(()), |writer| writer.join().unwrap_or(Ok(())));
+        written.map_err(|error| Error::Stream(self.what, error))
     }
 }
 
