@@ -38,7 +38,9 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::stdio::stdin;
 
 use vmm_command::{Code, Failure, log_output};
 use vmm_monitor::session;
@@ -168,6 +170,7 @@ fn main() -> ExitCode {
     };
     session::end_on_panic(log_output::say);
     raise_file_limit();
+    make_room_for_files();
     log_output::start(match &command {
         Command::Run(options) => options.verbose(),
         Command::Restore(options) => options.verbose(),
@@ -218,6 +221,14 @@ fn main() -> ExitCode {
 fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+/// Has the kernel make room for as many open files as most machines come to. It makes more where that is needed, but in a process
+/// of several threads nobody can open one until an RCU grace period is over (expand_fdtable, fs/file.c): 10 ms and more.
+fn make_room_for_files() {
+    const ROOM: i32 = 256;
+    // The number is free again at once; the room stays. Without it all goes on, in its time.
+    let _ = fcntl_dupfd_cloexec(stdin(), ROOM - 1);
 }
 
 /// The options of the command that `arguments` begin with, if they are in order and ask for no help.

@@ -304,6 +304,10 @@ fn a_spare_has_nothing_of_its_pool_or_of_others_but_memory_that_nobody_changes()
         let own = sockets(*spare);
         assert!(!own.is_empty() && own.is_disjoint(&seen), "{own:?}: {seen:?}");
         seen.extend(own);
+        // What it opens when it is taken is not to wait until the kernel has made its table longer.
+        let status = fs::read_to_string(format!("/proc/{spare}/status")).unwrap();
+        let room = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap();
+        assert!(room.trim().parse::<u32>().unwrap() >= 256, "{room}");
         let all = descriptors(*spare);
         let own_folder =
             all.iter().find_map(|(_, what)| what.strip_suffix("/console.log")).unwrap().to_owned();
