@@ -1,6 +1,8 @@
 //! Linux from a pool: it stands ready for a while, and then each that is taken goes on from the same moment, alone, at today's time.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -42,6 +44,26 @@ impl Drop for Pool<'_> {
     }
 }
 
+/// Pages of 4 KiB that KVM has mapped for the children of process `pool`, each of which has a VM.
+fn mapped_pages(pool: u64) -> Vec<u64> {
+    let read = |path: PathBuf| fs::read_to_string(path).unwrap_or_default();
+    let tasks = fs::read_dir(format!("/proc/{pool}/task")).unwrap();
+    let children: String = tasks.map(|task| read(task.unwrap().path().join("children"))).collect();
+    let vms: Vec<_> =
+        fs::read_dir("/sys/kernel/debug/kvm").unwrap().map(|entry| entry.unwrap().path()).collect();
+    let of = |child: &str| {
+        let is_its = |vm: &&PathBuf| vm.file_name().is_some_and(|name| is_of(&name.to_string_lossy(), child));
+        let vm = vms.iter().find(is_its)?;
+        read(vm.join("pages_4k")).trim().parse().ok()
+    };
+    children.split_whitespace().filter_map(of).collect()
+}
+
+/// Whether KVM calls a VM of process `pid` so: PID-DESCRIPTOR.
+fn is_of(vm: &str, pid: &str) -> bool {
+    vm.split_once('-').is_some_and(|(process, _)| process == pid)
+}
+
 #[test]
 fn a_linux_with_two_cpus_that_has_stood_ready_goes_on_as_a_copy_does() {
     if !available("a_linux_with_two_cpus_that_has_stood_ready_goes_on_as_a_copy_does") {
@@ -60,6 +82,10 @@ fn a_linux_with_two_cpus_that_has_stood_ready_goes_on_as_a_copy_does() {
     let ticks = number(&exec(&first, "g", "wc -l </tmp/ticks"));
     let pool = Pool(&first);
     assert_eq!(pool.say(&["start", "p", "g", "--size", "2"]), "p\n");
+    // KVM has mapped what its guest has, so that this need not stop at each page.
+    let told: serde_json::Value = serde_json::from_str(&pool.say(&["list", "--json"])).unwrap();
+    let mapped = mapped_pages(told[0]["pid"].as_u64().unwrap());
+    assert!(mapped.len() == 2 && mapped.iter().all(|pages| *pages > 2000), "{mapped:?}");
     let uptime = number(&exec(&first, "g", "cat /proc/uptime"));
     let stood = Duration::from_secs(10);
     thread::sleep(stood);

@@ -177,14 +177,12 @@ impl Lines {
     }
 }
 
-/// Memory that this process alone has (Documentation/filesystems/proc.rst, smaps_rollup).
+/// Memory that this process alone has (Documentation/filesystems/proc.rst, smaps_rollup). Of files it has nothing of its own: what it
+/// happens to be the only one to have mapped, of the saved memory above all, is there for all.
 fn private_bytes() -> Option<u64> {
     let text = fs::read_to_string("/proc/self/smaps_rollup").ok()?;
-    let kib = |field: &str| -> Option<u64> {
-        let line = text.lines().find_map(|line| line.strip_prefix(field))?;
-        line.trim().strip_suffix(" kB")?.parse().ok()
-    };
-    Some((kib("Private_Clean:")? + kib("Private_Dirty:")?) << 10)
+    let kib = text.lines().find_map(|line| line.strip_prefix("Anonymous:"))?;
+    Some(kib.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
 }
 
 #[cfg(test)]

@@ -378,6 +378,7 @@ impl<'a> Session<'a> {
     /// Waits until `machine`, the one of `spare`, is wanted, and takes the name by which it is.
     fn stand(&mut self, spare: &Spare, machine: &mut Machine) -> Result<Wanted, Error> {
         machine.take_seats()?;
+        machine.map_ahead();
         let Some(Controlled { unserved: Some((entry, signals)), tie, running, lasting, .. }) =
             &mut self.controlled
         else {
