@@ -184,7 +184,8 @@ fn private_bytes() -> Option<u64> {
         let line = text.lines().find_map(|line| line.strip_prefix(field))?;
         line.trim().strip_suffix(" kB")?.parse().ok()
     };
-    Some((kib("Private_Clean:")? + kib("Private_Dirty:")?) << 10)
+    let huge = kib("Private_Hugetlb:").unwrap_or(0);
+    Some((kib("Private_Clean:")? + kib("Private_Dirty:")? + huge) << 10)
 }
 
 #[cfg(test)]
