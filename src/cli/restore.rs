@@ -35,7 +35,8 @@ pub struct Options {
     #[arg(value_name = "FOLDER")]
     snapshot: PathBuf,
     /// How memory gets into the machine: map (its file is mapped, and shared with others that are restored from it), copy (all of it
-    /// first), lazy (what is touched, by userfaultfd) or auto: map, and of a compressed snapshot lazy where that is allowed, else copy
+    /// first), lazy (what is touched, by userfaultfd) or auto: map, of a compressed snapshot lazy where that is allowed, else copy,
+    /// and into huge pages copy
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = way)]
     memory: Way,
     #[command(flatten)]

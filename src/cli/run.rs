@@ -203,9 +203,10 @@ pub fn live(
         recorded.goes_on(SavedMemory::new(pagemap));
     }
     // Under a debugger a start is as long as somebody likes.
-    let unrecorded = snapshot.as_mut().and_then(Snapshot::unrecorded).filter(|_| debugger.is_none());
+    let unrecorded =
+        snapshot.as_mut().and_then(|snapshot| snapshot.unrecorded(&config)).filter(|_| debugger.is_none());
     let mut first_start = unrecorded.map(FirstStart::new);
-    let origin = snapshot.map(Snapshot::into_origin).transpose()?;
+    let origin = snapshot.map(|snapshot| snapshot.into_origin(&config)).transpose()?;
     let goes_on = origin.is_some();
     let mut session = Session::controlled(&config, origin, recorder, controls)?;
     if let Some(background) = &mut background {

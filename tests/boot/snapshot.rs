@@ -1,5 +1,7 @@
 //! Linux saved and restored: what was in its memory is, its clocks are right, its devices work, and the original goes on.
 
+use std::fs;
+use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -106,6 +108,25 @@ fn debians_kernel_goes_on_where_it_was_saved() {
         return;
     }
     goes_on(Kernel::Stock, &["--cpus", "2", "--mem", "512M"]);
+}
+
+/// Each of the three has huge pages of its own.
+#[test]
+fn a_guest_of_huge_pages_goes_on_where_it_was_saved() {
+    let name = "a_guest_of_huge_pages_goes_on_where_it_was_saved";
+    if !available(name) {
+        return;
+    }
+    let pool = Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages");
+    let pages = || fs::read_to_string(pool).unwrap_or_default().trim().parse::<u64>().unwrap_or(0);
+    let before = pages();
+    let set = fs::write(pool, (before + 3 * 128).to_string());
+    if pages() == before + 3 * 128 {
+        goes_on(Kernel::TunedPvh, &["--mem", "256M,hugepages=2M"]);
+    } else {
+        eprintln!("SKIP: {name}: wants root's right to reserve huge pages, 384 of them: {set:?}");
+    }
+    let _ = fs::write(pool, before.to_string());
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod device;
 mod firmware;
 mod fork;
 mod fuse;
+mod huge_pages;
 #[path = "../images/mod.rs"]
 #[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;

@@ -16,7 +16,7 @@ use crate::place::*;
 const WAYS: [&str; 4] = ["auto", "map", "copy", "lazy"];
 
 /// Writes its number to the start of each page from 2 to 10 MiB, and then counts aloud as [`COUNTING`] does.
-const FULL: [u8; 21] = [
+pub const FULL: [u8; 21] = [
     0xbf, 0x00, 0x00, 0x20, 0x00, // mov edi, 0x200000
     0x89, 0x3f, // mov [edi], edi
     0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 0x1000
@@ -29,12 +29,12 @@ fn full() -> (Place, Running) {
     speaking(&[&FULL[..], &COUNTING].concat(), "")
 }
 
-fn blocks(place: &Place, name: &str) -> u64 {
+pub fn blocks(place: &Place, name: &str) -> u64 {
     fs::metadata(place.path(name).join("memory")).unwrap().blocks()
 }
 
 /// The memory of snapshot `name`, but for the generation ID, which each restored machine has of its own.
-fn memory(place: &Place, name: &str) -> Vec<u8> {
+pub fn memory(place: &Place, name: &str) -> Vec<u8> {
     let mut memory = fs::read(place.path(name).join("memory")).unwrap();
     memory[0xe_0030..0xe_0040].fill(0);
     memory

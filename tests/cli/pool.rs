@@ -16,7 +16,7 @@ use crate::images::*;
 use crate::place::*;
 
 /// A place whose machines and pools end with it, however the test ends: they are no children of its process.
-struct World(Place);
+pub struct World(pub Place);
 
 impl Deref for World {
     type Target = Place;

@@ -13,7 +13,7 @@ use crate::images::*;
 use crate::place::*;
 
 /// Writes the number of its turn to the start of each page from 2 to 4 MiB, turn after turn, and says when it begins one.
-const TURNS: [u8; 34] = [
+pub const TURNS: [u8; 34] = [
     0x31, 0xdb, // xor ebx, ebx
     0xff, 0xc3, // inc ebx
     0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
@@ -49,22 +49,28 @@ fn await_record(place: &Place) {
     }
 }
 
+/// Whether the memory of snapshot `name` is that of one moment: those pages that the turn has come to have its number, and the others
+/// that of the last.
+pub fn is_one_turn(place: &Place, name: &str) -> bool {
+    let memory = fs::read(place.path(name).join("memory")).unwrap();
+    let pages = memory[2 << 20..4 << 20].chunks(4096);
+    let numbers: Vec<u32> = pages.map(|page| u32::from_le_bytes(page[..4].try_into().unwrap())).collect();
+    let changed = numbers.iter().take_while(|number| **number == numbers[0]).count();
+    let is_so = numbers[0] > 1 && numbers[changed..].iter().all(|number| *number == numbers[0] - 1);
+    if !is_so {
+        eprintln!("{numbers:?}");
+    }
+    is_so
+}
+
 /// Restores `s` until it has said `words`, and gives what a trace of that says of its memory.
 fn restored(place: &Place, name: &str, words: usize) -> Value {
     let guest = format!("restore s --name {name} --serial file={name} --trace {name}.trace");
     let guest = Running::new(place.command(&guest));
     await_words(place, name, words);
-    // What it has is that of one moment: those pages that the turn has come to have its number, and the others that of the last.
     place.done(&format!("snapshot create --stop {name} {name}.snap"));
     assert_eq!(guest.finish().status.code(), Some(KILLED));
-    let memory = fs::read(place.path(&format!("{name}.snap/memory"))).unwrap();
-    let pages = memory[2 << 20..4 << 20].chunks(4096);
-    let numbers: Vec<u32> = pages.map(|page| u32::from_le_bytes(page[..4].try_into().unwrap())).collect();
-    let changed = numbers.iter().take_while(|number| **number == numbers[0]).count();
-    assert!(
-        numbers[0] > 1 && numbers[changed..].iter().all(|number| *number == numbers[0] - 1),
-        "{numbers:?}"
-    );
+    assert!(is_one_turn(place, &format!("{name}.snap")));
     let stats = place.done(&format!("trace report {name}.trace --stats --json"));
     serde_json::from_str::<Value>(&stats).unwrap()["saved_memory"].clone()
 }

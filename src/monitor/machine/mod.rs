@@ -138,7 +138,9 @@ impl Error {
             Self::Config(_) | Self::Boot(_) | Self::Restore(_) => true,
             Self::TooManyDevices { .. } | Self::TooManyCpus { .. } | Self::Layout(_) => true,
             Self::Device(e) => e.is_bad_argument(),
-            Self::Memory(memory::Error::OtherSize { .. } | memory::Error::Packed) => true,
+            Self::Memory(
+                memory::Error::OtherSize { .. } | memory::Error::Packed | memory::Error::HugePages { .. },
+            ) => true,
             Self::Chardev(e) => e.is_bad_argument(),
             Self::Kvm(_) | Self::Memory(_) | Self::Transport(_) => false,
             Self::Host { .. } | Self::Ended(_) => false,

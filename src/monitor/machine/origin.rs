@@ -103,7 +103,7 @@ impl Origin {
     /// Whether all memory may be read before the machine that `config` describes begins, which takes its time.
     pub(crate) fn reads_memory(&self, config: &VmConfig) -> bool {
         match self {
-            Self::Saved { memory, way, .. } => match way_for(config, *way) {
+            Self::Saved { memory, way, .. } => match way.of(config) {
                 Way::Copy => true,
                 Way::Auto => !memory.is_plain(),
                 Way::Map | Way::Lazy => false,
@@ -116,7 +116,7 @@ impl Origin {
     pub(super) fn memory(&self, config: &VmConfig) -> Result<Memory, Error> {
         Ok(match self {
             Self::Saved { memory, way, machine, .. } => {
-                let mut memory = Memory::restored(&config.memory(), memory.clone(), way_for(config, *way))?;
+                let mut memory = Memory::restored(&config.memory(), memory.clone(), way.of(config))?;
                 if let Some(rom) = machine.rom() {
                     memory.set_rom(rom)?;
                 }
@@ -131,9 +131,4 @@ impl Origin {
             }
         })
     }
-}
-
-/// Mapped from a snapshot's file, memory could not be given to another process, which is to write to it.
-fn way_for(config: &VmConfig, way: Way) -> Way {
-    if config.is_shared() { Way::Copy } else { way }
 }

@@ -83,6 +83,12 @@ pub enum Error {
     /// It is compressed.
     #[error("compressed memory cannot be mapped")]
     Packed,
+    /// Its pages are huge: no file is mapped onto them, and they do not come when they are touched.
+    #[error("huge pages can only be filled by a copy of saved memory, before the machine begins")]
+    HugePages {
+        /// Of all of it.
+        size: Size,
+    },
     /// Its pages cannot come when they are touched.
     #[error("this process may not serve the guest's memory page by page (userfaultfd)")]
     Lazy(#[source] io::Error),
@@ -105,6 +111,11 @@ impl Error {
             Self::Allocate { config, .. } | Self::Map { config, .. } => config,
             Self::Rom { .. } => return None,
             Self::Packed => return Some("drop `memory=map`: it is then expanded".to_owned()),
+            Self::HugePages { size } => {
+                return Some(format!(
+                    "copy it, `memory=copy`, or restore it without huge pages, `mem={size}`"
+                ));
+            }
             Self::Lazy(_) => {
                 return Some(
                     "allow it, sudo sysctl -w vm.unprivileged_userfaultfd=1, or read all of it first, `memory=copy`"
@@ -130,10 +141,19 @@ impl Error {
             Some(config::HugePages::OneGiB) => ("1048576kB", 1 << 30),
         };
         let pages = config.size.bytes().div_ceil(bytes);
-        Some(format!(
-            "{pages} huge pages must be free: echo {pages} | sudo tee /sys/kernel/mm/hugepages/hugepages-{name}/nr_hugepages"
-        ))
+        let pool = format!("/sys/kernel/mm/hugepages/hugepages-{name}");
+        let all = pages.saturating_add(huge_pages_in_use(&pool));
+        Some(format!("{pages} huge pages must be free: echo {all} | sudo tee {pool}/nr_hugepages"))
     }
+}
+
+/// Huge pages of `pool`, a folder of the kernel's, that somebody has or was promised.
+fn huge_pages_in_use(pool: &str) -> u64 {
+    let count = |file: &str| -> u64 {
+        let text = std::fs::read_to_string(format!("{pool}/{file}")).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    };
+    (count("nr_hugepages") + count("resv_hugepages")).saturating_sub(count("free_hugepages"))
 }
 
 /// A virtual machine's RAM, and its ROM if it has one.
@@ -260,6 +280,12 @@ impl Memory {
     /// Whether no other process sees what is written to it.
     pub fn is_private(&self) -> bool {
         self.ram.iter().all(|region| shared_object(region).is_none())
+    }
+
+    /// Whether a process that is forked keeps it as it is now, whatever is written to it here. Of huge pages the host may have none
+    /// left to copy one to: the kernel then takes it from the child.
+    pub fn stays_in_a_child(&self) -> bool {
+        self.is_private() && self.ram.iter().all(|region| region.flags() & libc::MAP_HUGETLB == 0)
     }
 
     /// Bytes of RAM.
@@ -425,18 +451,13 @@ mod tests {
     fn huge_pages_that_the_host_has_not_got_are_an_error() {
         let error = Memory::new(&config("512T,hugepages=1G,prefault")).unwrap_err();
         assert!(error.to_string().contains("guest memory"), "{error}");
-        for (text, command) in [
-            (
-                "512T,hugepages=1G",
-                "echo 524288 | sudo tee /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages",
-            ),
-            (
-                "1T,hugepages=2M",
-                "echo 524288 | sudo tee /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
-            ),
-        ] {
+        for (text, pages, pool) in
+            [("512T,hugepages=1G", 524_288, "1048576kB"), ("1T,hugepages=2M", 524_288, "2048kB")]
+        {
             let hint = Memory::new(&config(text)).unwrap_err().hint().unwrap();
-            assert!(hint.ends_with(command), "{hint}");
+            assert!(hint.starts_with(&format!("{pages} huge pages must be free: echo ")), "{hint}");
+            let end = format!(" | sudo tee /sys/kernel/mm/hugepages/hugepages-{pool}/nr_hugepages");
+            assert!(hint.ends_with(&end), "{hint}");
         }
     }
 }

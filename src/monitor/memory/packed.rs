@@ -115,6 +115,11 @@ impl Packed {
         &self.file
     }
 
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
     /// The pieces that are not zeroes.
     pub fn data(&self) -> Vec<Range<u64>> {
         let pieces = self.index.iter().zip((0..).step_by(PIECE as usize)).filter(|(entry, _)| entry.len > 0);

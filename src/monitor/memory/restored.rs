@@ -13,7 +13,7 @@ use super::lazy::Lazy;
 use super::lost::Watch;
 use super::saved::{Layer, SavedRam};
 use super::{Error, GuestRam, Memory, Object, advise, within};
-use crate::config::{self, Size};
+use crate::config::{self, Size, VmConfig};
 use crate::threads::{Role, spawn};
 
 /// Bytes that a thread copies at a time.
@@ -35,13 +35,28 @@ pub enum Way {
     Lazy,
 }
 
+impl Way {
+    /// The one that leads to the memory of the machine that `config` describes. Mapped from a file it could not be given to another
+    /// process, which is to write to it; and a file's pages are not huge.
+    pub fn of(self, config: &VmConfig) -> Self {
+        match self {
+            _ if config.is_shared() => Self::Copy,
+            Self::Auto if config.mem.hugepages.is_some() => Self::Copy,
+            way => way,
+        }
+    }
+}
+
 impl Memory {
     /// RAM as it is in `saved`, which reaches it by `way`. What is written stays in this process.
     ///
     /// # Errors
-    /// It is not as long as `config` says; it cannot be mapped or read; this process may not have it that way.
+    /// It is not as long as `config` says; it cannot be mapped or read; this process may not have it that way, or not in such pages.
     pub fn restored(config: &config::Memory, saved: SavedRam, way: Way) -> Result<Self, Error> {
+        check_size(config, &saved)?;
         match way {
+            Way::Map | Way::Lazy if config.hugepages.is_some() => Err(Error::HugePages { size: config.size }),
+            Way::Auto if config.hugepages.is_some() => Self::copied(config, &saved),
             Way::Auto if saved.is_plain() => Self::private_copy(config, saved),
             Way::Auto if config.prefault => Self::copied(config, &saved),
             Way::Auto => match Self::lazy(config, &saved) {
@@ -64,12 +79,10 @@ impl Memory {
     /// It cannot be mapped, or is not as long as `config` says.
     pub fn private_copy(config: &config::Memory, saved: SavedRam) -> Result<Self, Error> {
         let failed = |source| Error::Allocate { size: config.size, config: config.clone(), source };
-        for file in saved.files() {
-            let len = file.as_plain().ok_or(Error::Packed)?.metadata().map_err(failed)?.len();
-            if len != config.size.bytes() {
-                return Err(Error::OtherSize { saved: Size::from_bytes(len), size: config.size });
-            }
+        if !saved.is_plain() {
+            return Err(Error::Packed);
         }
+        check_size(config, &saved)?;
         let bottom = saved.bottom.as_plain().ok_or(Error::Packed)?;
         let mut memory = Self::mapped(config, &Object::Private(bottom.clone()))?;
         memory.watch = Some(Watch::begin(&memory, &saved));
@@ -134,6 +147,17 @@ impl Memory {
         // A panic over there has ended the process.
         others.into_iter().fold(done, |done, thread| done.and(thread.join().unwrap_or(Ok(()))))
     }
+}
+
+/// Whether `saved` is as long as `config` says.
+fn check_size(config: &config::Memory, saved: &SavedRam) -> Result<(), Error> {
+    for file in saved.files() {
+        let len = file.size().map_err(|error| Error::lost(saved, config.size.bytes(), error))?;
+        if len != config.size.bytes() {
+            return Err(Error::OtherSize { saved: Size::from_bytes(len), size: config.size });
+        }
+    }
+    Ok(())
 }
 
 /// Copies `batch` of `saved` to its place in `ram`, which nobody else uses yet.

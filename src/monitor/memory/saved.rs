@@ -142,6 +142,17 @@ impl RamFile {
         }
     }
 
+    /// Bytes of RAM.
+    ///
+    /// # Errors
+    /// The file cannot be asked.
+    pub fn size(&self) -> io::Result<u64> {
+        match &self.contents {
+            Contents::Plain(file) => Ok(file.metadata()?.len()),
+            Contents::Packed(packed) => Ok(packed.size()),
+        }
+    }
+
     /// Reads the `bytes` from `at` on.
     ///
     /// # Errors

@@ -181,8 +181,13 @@ impl Lines {
 /// happens to be the only one to have mapped, of the saved memory above all, is there for all.
 fn private_bytes() -> Option<u64> {
     let text = fs::read_to_string("/proc/self/smaps_rollup").ok()?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("Anonymous:"))?;
-    Some(kib.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
+    let kib = |field: &str| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(field))?;
+        line.trim().strip_suffix(" kB")?.parse().ok()
+    };
+    // Huge pages are counted apart.
+    let huge = kib("Private_Hugetlb:").unwrap_or(0);
+    Some((kib("Anonymous:")? + huge) << 10)
 }
 
 #[cfg(test)]

@@ -39,7 +39,6 @@ pub fn create(
     folder: &Path,
     Saving { base, compress, stay }: Saving<'_>,
 ) -> Result<(), Error> {
-    supported(config)?;
     let base = base.map(|base| Below::open(base, folder, config)).transpose()?;
     let new = NewFolder::begin(folder)?;
     let parts = Parts::create(&new.hidden)?;
@@ -68,7 +67,6 @@ pub fn create(
 /// # Errors
 /// [`Error`]
 pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
-    supported(config)?;
     if let Some(disk) = disks::in_place(config) {
         return Err(Error::InPlace(disk.path.clone()));
     }
@@ -115,15 +113,6 @@ impl Below {
         }
         Ok(Self { base: described, memory: snapshot.into_ram() })
     }
-}
-
-/// What has a life of its own outside.
-pub(super) fn supported(config: &VmConfig) -> Result<(), Error> {
-    let what = match config {
-        _ if config.mem.hugepages.is_some() => "huge pages",
-        _ => return Ok(()),
-    };
-    Err(Error::Unsupported(what))
 }
 
 /// Does `work` while `machine` stands still, which goes on afterwards if it ran, unless it is to `stay` where it was when that is done.

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, create, network_of_one};
+use super::{Error, network_of_one};
 use crate::config::{CharTarget, Console, Firmware, NetTarget, Overlay, VmConfig};
 use crate::kvm::Signature;
 
@@ -62,7 +62,6 @@ impl Key {
     /// # Errors
     /// It cannot be saved, or others could not go on from it beside one another; one of its files cannot be told from others.
     pub fn of(config: &VmConfig) -> Result<Self, Error> {
-        create::supported(config)?;
         if network_of_one(config).is_some() {
             return Err(Error::Unsupported("a network that one machine alone can be on"));
         }

@@ -47,7 +47,8 @@ pub struct Written {
 
 impl Writing {
     /// Writes the RAM of `memory`, whose guest stands still, into the empty `file`, `packed` or as it is: what is not as in `base`, if there
-    /// is one. The guest may go on when this returns if that `may_last`, which costs it page faults.
+    /// is one. If that `may_last` the guest may go on when this returns, which costs it page faults; all is written by then where a child
+    /// would not keep memory as it is ([`Memory::stays_in_a_child`]).
     ///
     /// # Errors
     /// The file's.
@@ -62,7 +63,7 @@ impl Writing {
             |base| Ok::<_, io::Error>((base, File::from(memfd_create("runs", MemfdFlags::CLOEXEC)?)));
         let base = base.map(unnamed).transpose()?;
         let over = base.as_ref().map(|(base, runs)| (base, runs));
-        if may_last && memory.is_private() {
+        if may_last && memory.stays_in_a_child() {
             let ours = memory.ram().iter().filter_map(|region| region.file_offset());
             let ours = ours.map(|object| object.file().as_fd());
             let bases = base.iter().flat_map(|(base, _)| base.files()).map(|file| file.file().as_fd());

@@ -263,17 +263,21 @@ impl Snapshot {
         self.way = way;
     }
 
-    /// Whether its memory is mapped. Only then is it of use to know which pages its machine needs first.
-    fn is_mapped(&self) -> bool {
+    /// Whether its memory is mapped into the machine that `config` describes. Only then is it of use to know which pages that needs first.
+    fn is_mapped(&self, config: &VmConfig) -> bool {
         let is_plain = |snapshot: &Self| !snapshot.header.is_packed;
         let mut all =
             std::iter::successors(Some(self), |snapshot| snapshot.base.as_ref().map(|(_, base)| &**base));
-        self.way == Way::Map || self.way == Way::Auto && all.all(is_plain)
+        match self.way.of(config) {
+            Way::Map => true,
+            Way::Auto => all.all(is_plain),
+            Way::Copy | Way::Lazy => false,
+        }
     }
 
-    /// Where the pages that its machine needs first are to be written down, if they are not known.
-    pub fn unrecorded(&mut self) -> Option<Unrecorded> {
-        self.unrecorded.take().filter(|_| self.is_mapped())
+    /// Where the pages that its machine, which `config` describes, needs first are to be written down, if they are not known.
+    pub fn unrecorded(&mut self, config: &VmConfig) -> Option<Unrecorded> {
+        self.unrecorded.take().filter(|_| self.is_mapped(config))
     }
 
     /// Its files, for processes to go on from, which share their memory: none that would need other files.
@@ -285,12 +289,12 @@ impl Snapshot {
         if is_whole { Ok(self.parts) } else { self.flattened() }
     }
 
-    /// Its state and memory, for a machine to go on from.
+    /// Its state and memory, for the machine that `config` describes to go on from.
     ///
     /// # Errors
     /// The state is none.
-    pub fn into_origin(mut self) -> Result<Origin, Error> {
-        let (machine, is_mapped, way) = (Box::new(self.machine()?), self.is_mapped(), self.way);
+    pub fn into_origin(mut self, config: &VmConfig) -> Result<Origin, Error> {
+        let (machine, is_mapped, way) = (Box::new(self.machine()?), self.is_mapped(config), self.way);
         let working_set = self.working_set.take().filter(|_| is_mapped);
         Ok(Origin::Saved { machine, memory: self.into_ram(), way, working_set })
     }
@@ -390,7 +394,7 @@ mod tests {
         #[test]
         fn a_state_that_is_none_is_refused_whatever_it_says(state in prop::collection::vec(any::<u8>(), 0..2000)) {
             let snapshot = of(&state).unwrap();
-            let refused = matches!(snapshot.into_origin(), Err(Error::Damaged { .. } | Error::Newer { .. }));
+            let refused = matches!(snapshot.into_origin(&VmConfig::default()), Err(Error::Damaged { .. } | Error::Newer { .. }));
             prop_assert!(refused, "lengths in it promise more than there is");
         }
     }

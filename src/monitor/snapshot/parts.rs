@@ -2,11 +2,12 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::io::{FdFlags, fcntl_getfd};
 
 use super::{Error, file};
 use crate::output;
@@ -76,18 +77,23 @@ impl Parts {
         Part::open(folder.join("state"))
     }
 
-    /// Those that this process was given as `descriptors`.
+    /// Those that this process was given as `descriptors`, of which it keeps the disks' alone: they are found by those.
     ///
     /// # Errors
     /// It has none of these numbers.
     pub fn inherited(descriptors: &[u32]) -> Result<Self, Error> {
-        let mut descriptors =
-            descriptors.iter().map(|number| PathBuf::from(format!("/proc/self/fd/{number}")));
+        let mut descriptors = descriptors.iter();
+        // Opened anew, each process has its own place in it.
+        let open = |number: &u32| Part::open(PathBuf::from(format!("/proc/self/fd/{number}")));
         let mut parts = Self::of(|name| match descriptors.next() {
-            Some(path) => Part::open(path),
+            Some(number) => {
+                let part = open(number)?;
+                close_given(*number);
+                Ok(part)
+            }
             None => Err(file("open", Path::new(name))(io::ErrorKind::NotFound.into())),
         })?;
-        parts.disks = descriptors.map(Part::open).collect::<Result<_, _>>()?;
+        parts.disks = descriptors.map(open).collect::<Result<_, _>>()?;
         // Where one has a name it is known by that: what is saved of its machine tells of it.
         for disk in &mut parts.disks {
             if let Ok(path) = fs::canonicalize(&disk.path) {
@@ -118,6 +124,18 @@ impl Parts {
         parts.disks =
             descriptors.map(|file| Part { path: "the copy's disk".into(), file: file.into() }).collect();
         Ok(parts)
+    }
+}
+
+/// Closes descriptor `number` if this process was given it: a copy whose memory was copied would otherwise keep what that was copied from.
+fn close_given(number: u32) {
+    let Some(raw) = RawFd::try_from(number).ok().filter(|raw| *raw > 2) else { return };
+    // SAFETY: only asked for its flags; a number that is no descriptor is an error of that.
+    let given = unsafe { BorrowedFd::borrow_raw(raw) };
+    // Whatever this process has opened itself closes at exec, and is somebody's.
+    if fcntl_getfd(given).is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
+        // SAFETY: it is open, and nobody has it: it was passed to this process to be named by this number alone.
+        drop(unsafe { OwnedFd::from_raw_fd(raw) });
     }
 }
 
