@@ -56,6 +56,8 @@ pub(super) const STOPPED: u32 = 8;
 
 /// Tracks of exits inside KVM have this and the vCPU's number.
 pub(super) const IN_KERNEL: u32 = 1 << 16;
+/// Tracks of what else the kernel saw of the monitor's threads have this and a number of their own. Each has the thread's name.
+pub(super) const OF_THREADS: u32 = 1 << 17;
 
 /// Why there is no trace.
 #[derive(Debug, thiserror::Error)]
@@ -194,12 +196,17 @@ impl Trace {
         Ok(trace)
     }
 
-    /// Puts exits inside KVM on the tracks of their vCPUs. Those that went on to the monitor are there already.
+    /// Puts exits inside KVM on the tracks of their vCPUs, and what else the kernel saw on those of its threads. Exits that went on
+    /// to the monitor are there already.
     fn join_kernel(&mut self) {
-        let numbers: BTreeMap<u32, u32> = self
-            .tracks
-            .iter()
+        let own = || self.tracks.range(..IN_KERNEL);
+        let numbers: BTreeMap<u32, u32> = own()
             .filter_map(|(track, name)| Some((name.strip_prefix("vcpu")?.parse().ok()?, *track)))
+            .collect();
+        let threads: BTreeMap<u32, u32> = self
+            .tracks
+            .range(OF_THREADS..)
+            .filter_map(|(thread, name)| Some((*thread, *own().find(|(_, own)| *own == name)?.0)))
             .collect();
         let mut reached: BTreeMap<u32, Vec<(u64, usize)>> = BTreeMap::new();
         for (index, (track, event)) in self.events.iter().enumerate() {
@@ -215,10 +222,13 @@ impl Trace {
             let (time, index) = exits.get(next)?;
             (time - event.time <= event.handled.into()).then_some(*index)
         };
-        let known = |track: u32| track.checked_sub(IN_KERNEL).map(|vcpu| numbers.get(&vcpu).copied());
+        let known = |track: u32| match track {
+            OF_THREADS.. => threads.get(&track).copied(),
+            _ => track.checked_sub(IN_KERNEL).and_then(|vcpu| numbers.get(&vcpu).copied()),
+        };
         for (track, _) in &mut self.events {
             // A vCPU that never reached the monitor has no track of its own.
-            if let Some(Some(own)) = known(*track) {
+            if let Some(own) = known(*track) {
                 *track = own;
             }
         }
@@ -230,7 +240,7 @@ impl Trace {
         self.events
             .retain(|(track, event)| event.kind() != Some(Kind::InKernel) || became(*track, event).is_none());
         for (track, _) in &self.events {
-            if let Some(vcpu) = track.checked_sub(IN_KERNEL) {
+            if let Some(vcpu) = track.checked_sub(IN_KERNEL).filter(|_| *track < OF_THREADS) {
                 self.tracks.entry(*track).or_insert_with(|| format!("vcpu{vcpu}"));
             }
         }

@@ -1,4 +1,6 @@
-//! Exits that KVM answers by itself, from the kernel's own trace events (tracefs, `kvm:kvm_exit` and `kvm:kvm_entry`).
+//! Exits that KVM answers by itself, from the kernel's own trace events (tracefs, `kvm:kvm_exit` and `kvm:kvm_entry`); and page
+//! faults of the monitor's threads in guest memory (`exceptions:page_fault_user` and `page_fault_kernel`), by which devices touch
+//! it.
 //!
 //! A trace instance of our own, with the time-stamp counter as its clock, so that its times are the recorder's; filtered to
 //! this process and the threads that it starts. Needs root, as a rule. Source: Documentation/trace/ftrace.rst.
@@ -6,15 +8,38 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read};
+use std::ops::Range;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_monitor::config::cpu::Vendor;
+use vmm_monitor::memory::GuestRam;
 use vmm_monitor::recorder::{Event, Kind, clock};
 
 /// Where tracefs is mounted.
 const ROOTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 /// The buffer's size for each processor, in KiB.
 const BUFFER_KIB: &str = "16384";
+
+// Events, by their folders.
+const EXIT: &str = "kvm/kvm_exit";
+const ENTRY: &str = "kvm/kvm_entry";
+const GUEST_FAULT: &str = "kvm/kvm_page_fault";
+const HOST_FAULTS: [&str; 2] = ["exceptions/page_fault_user", "exceptions/page_fault_kernel"];
+/// All of them.
+const EVENTS: [&str; 5] = [EXIT, ENTRY, GUEST_FAULT, HOST_FAULTS[0], HOST_FAULTS[1]];
+/// What KVM calls an exit of VT-x whose address is not in its event.
+const EPT_VIOLATION: &str = "EPT_VIOLATION";
+
+/// Whose an event is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Actor {
+    /// The vCPU of this number.
+    Vcpu(u32),
+    /// The monitor's thread with this number in [`KernelExits::threads`].
+    Thread(u8),
+}
 
 /// The exits inside KVM, while they are wanted.
 #[derive(Debug)]
@@ -33,6 +58,10 @@ struct Parser {
     reasons: Vec<String>,
     /// By vCPU: the exit that has not been followed by an entry.
     open: BTreeMap<u32, Event>,
+    /// Where guest memory is in this process, and its guest address.
+    memory: Vec<(Range<u64>, u64)>,
+    /// The names of the threads that touched it.
+    threads: Vec<String>,
 }
 
 impl KernelExits {
@@ -53,10 +82,7 @@ impl KernelExits {
     }
 
     fn set_up(instance: &Path) -> io::Result<Self> {
-        let write = |file: &str, text: &str| {
-            let named = |error: io::Error| io::Error::new(error.kind(), format!("{file}: {error}"));
-            fs::write(instance.join(file), text).map_err(named)
-        };
+        let write = |file: &str, text: &str| write(instance, file, text);
         write("trace_clock", "x86-tsc")?;
         write("buffer_size_kb", BUFFER_KIB)?;
         write("options/event-fork", "1")?;
@@ -65,15 +91,37 @@ impl KernelExits {
             fs::read_dir("/proc/self/task")?.map(|thread| Ok(thread?.file_name().into_string().ok()));
         let threads = threads.filter_map(io::Result::transpose).collect::<io::Result<Vec<_>>>()?;
         write("set_event_pid", &threads.join(" "))?;
-        write("events/kvm/kvm_exit/enable", "1")?;
-        write("events/kvm/kvm_entry/enable", "1")?;
+        enable(instance, EXIT)?;
+        enable(instance, ENTRY)?;
         let pipe =
             OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(instance.join("trace_pipe"))?;
         Ok(Self { instance: instance.to_owned(), pipe, text: Vec::new(), parser: Parser::default() })
     }
 
-    /// Takes what there is, in order: the vCPU and its exit, finished by the next entry. `count` is the number of its reason.
-    pub fn take(&mut self, sink: &mut dyn FnMut(u32, Event)) {
+    /// Asks for page faults as well, as far as the kernel tells of them: the guest's addresses, which exits lack on a host of
+    /// Intel's, and those of this process in `ram`.
+    pub fn add_page_faults(&mut self, ram: &GuestRam, vendor: Vendor) {
+        if vendor == Vendor::Intel {
+            let _ = enable(&self.instance, GUEST_FAULT);
+        }
+        let place = |host: u64, size: u64, guest: u64| (host..host.saturating_add(size), guest);
+        let regions = ram
+            .iter()
+            .map(|region| place(region.as_ptr().addr() as u64, region.len(), region.start_addr().0));
+        self.parser.memory = regions.collect();
+        let inside = |(host, _): &(Range<u64>, u64)| {
+            format!("(address >= {:#x} && address < {:#x})", host.start, host.end)
+        };
+        let filter = self.parser.memory.iter().map(inside).collect::<Vec<_>>().join(" || ");
+        for event in HOST_FAULTS {
+            let filtered = write(&self.instance, &format!("events/{event}/filter"), &filter);
+            let _ = filtered.and_then(|()| enable(&self.instance, event));
+        }
+    }
+
+    /// Takes what there is, in order: the vCPU and its exit, finished by the next entry, whose `count` is the number of its reason;
+    /// the thread and its page fault.
+    pub fn take(&mut self, sink: &mut dyn FnMut(Actor, Event)) {
         let mut space = [0; 1 << 16];
         // An end for this turn, should the guest exit faster than this reads.
         for _ in 0..256 {
@@ -94,16 +142,21 @@ impl KernelExits {
     }
 
     /// The exits that no entry followed to the end, taken to have lasted until now: of vCPUs that were asleep, or with the monitor.
-    pub fn last(&mut self, sink: &mut dyn FnMut(u32, Event)) {
+    pub fn last(&mut self, sink: &mut dyn FnMut(Actor, Event)) {
         for (vcpu, mut event) in std::mem::take(&mut self.parser.open) {
             event.handled = u32::try_from(clock::ticks().wrapping_sub(event.time)).unwrap_or(u32::MAX);
-            sink(vcpu, event);
+            sink(Actor::Vcpu(vcpu), event);
         }
     }
 
     /// The reasons so far, by number.
     pub fn reasons(&self) -> &[String] {
         &self.parser.reasons
+    }
+
+    /// The names of threads so far, by number.
+    pub fn threads(&self) -> &[String] {
+        &self.parser.threads
     }
 
     /// Events that the kernel's buffer had no room for.
@@ -119,8 +172,8 @@ impl KernelExits {
 
 impl Drop for KernelExits {
     fn drop(&mut self) {
-        for event in ["kvm_exit", "kvm_entry"] {
-            let _ = fs::write(self.instance.join("events/kvm").join(event).join("enable"), "0");
+        for event in EVENTS {
+            let _ = fs::write(self.instance.join("events").join(event).join("enable"), "0");
         }
         // An instance in use is not removed: the pipe goes first.
         if let Ok(null) = File::open("/dev/null") {
@@ -130,6 +183,16 @@ impl Drop for KernelExits {
             log::warn!("remove {}: {error}", self.instance.display());
         }
     }
+}
+
+/// Writes to a file of `instance`.
+fn write(instance: &Path, file: &str, text: &str) -> io::Result<()> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("{file}: {error}"));
+    fs::write(instance.join(file), text).map_err(named)
+}
+
+fn enable(instance: &Path, event: &str) -> io::Result<()> {
+    write(instance, &format!("events/{event}/enable"), "1")
 }
 
 /// Whose an instance is. A process id alone could be that of another process meanwhile, or of another container.
@@ -184,10 +247,11 @@ fn remove_stale(instances: &Path, own: &Owner) {
 
 impl Parser {
     /// `  vcpu0-168  [001] d..1.  14644566076: kvm_exit: vcpu 0 reason npf rip 0x1000500 info1 0x100000014 info2 0x...`
-    fn line(&mut self, line: &str, sink: &mut dyn FnMut(u32, Event)) {
-        let Some((before, what, rest)) = ["kvm_exit", "kvm_entry"].into_iter().find_map(|name| {
-            let (before, rest) = line.split_once(&format!(": {name}: "))?;
-            Some((before, name, rest))
+    fn line(&mut self, line: &str, sink: &mut dyn FnMut(Actor, Event)) {
+        let Some((before, what, rest)) = EVENTS.into_iter().find_map(|event| {
+            let (_, name) = event.split_once('/')?;
+            let (before, rest) = line.split_once(name)?;
+            Some((before.strip_suffix(": ")?, name, rest.strip_prefix(": ")?))
         }) else {
             return;
         };
@@ -197,24 +261,69 @@ impl Parser {
             words.by_ref().find(|word| *word == key)?;
             words.next()
         };
+        let number = |word: &str| u64::from_str_radix(word.strip_prefix("0x").unwrap_or(word), 16).ok();
+        let hex = |key: &str| number(after(key)?);
+        if what.starts_with("page_fault") {
+            // Their keys are followed by `=`.
+            let value = |key: &str| number(rest.split_once(key)?.1.split_whitespace().next()?);
+            let (Some(host), Some(code)) = (value("address="), value("error_code=")) else { return };
+            if let (Some(address), Some(thread)) = (self.guest_address(host), self.thread(before)) {
+                let (kind, value) = (Kind::HostFault as u8, code);
+                sink(Actor::Thread(thread), Event { time, address, value, kind, ..Event::default() });
+            }
+            return;
+        }
         let Some(vcpu) = after("vcpu").and_then(|word| word.parse().ok()) else { return };
         if what == "kvm_entry" {
             if let Some(mut event) = self.open.remove(&vcpu) {
                 event.handled = u32::try_from(u64::wrapping_sub(time, event.time)).unwrap_or(u32::MAX);
-                sink(vcpu, event);
+                sink(Actor::Vcpu(vcpu), event);
             }
             return;
         }
-        let hex = |key: &str| {
-            let word = after(key)?;
-            u64::from_str_radix(word.strip_prefix("0x").unwrap_or(word), 16).ok()
-        };
+        if what == "kvm_page_fault" {
+            if let (Some(event), Some(address)) = (self.open.get_mut(&vcpu), hex("address"))
+                && self.reasons.get(usize::from(event.count)).is_some_and(|reason| reason == EPT_VIOLATION)
+            {
+                event.value = address;
+            }
+            return;
+        }
         let reason =
             rest.split_once("reason ").and_then(|(_, rest)| rest.split_once(" rip ")).map(|(name, _)| name);
         let (Some(reason), Some(rip)) = (reason, hex("rip")) else { return };
-        let (address, value) = (hex("info1").unwrap_or(0), hex("info2").unwrap_or(0));
+        let (address, mut value) = (hex("info1").unwrap_or(0), hex("info2").unwrap_or(0));
+        if reason == EPT_VIOLATION {
+            // It is in an event of its own, or not known.
+            value = 0;
+        }
         let (kind, count) = (Kind::InKernel as u8, self.number(reason));
         self.open.insert(vcpu, Event { time, rip, address, value, kind, count, ..Event::default() });
+    }
+
+    /// Of an address in this process that is guest memory.
+    fn guest_address(&self, host: u64) -> Option<u64> {
+        let (place, guest) = self.memory.iter().find(|(place, _)| place.contains(&host))?;
+        Some(guest + (host - place.start))
+    }
+
+    /// The number of the thread of a line that begins so. Those behind the 255th share the last.
+    fn thread(&mut self, before: &str) -> Option<u8> {
+        let (name, id) = before.rsplit_once('[')?.0.trim().rsplit_once('-')?;
+        let name = match name {
+            // The kernel knows the names of those alone that have slept since.
+            "<...>" => fs::read_to_string(format!("/proc/self/task/{id}/comm")).unwrap_or_default(),
+            name => name.to_owned(),
+        };
+        let name = name.trim();
+        let known = self.threads.iter().position(|known| known == name);
+        let number = known.unwrap_or_else(|| {
+            if self.threads.len() < 255 {
+                self.threads.push(name.to_owned());
+            }
+            self.threads.len() - 1
+        });
+        u8::try_from(number).ok()
     }
 
     /// The number of a reason. There are some hundred at most; those behind the 255th share the last.
@@ -272,7 +381,8 @@ mod tests {
         let mut parser = Parser::default();
         let mut seen = Vec::new();
         for line in text.lines() {
-            parser.line(line, &mut |vcpu, event| {
+            parser.line(line, &mut |actor, event| {
+                let Actor::Vcpu(vcpu) = actor else { panic!("{actor:?}") };
                 seen.push((vcpu, event.time, event.handled, event.rip, event.value, event.count));
             });
         }
@@ -281,5 +391,41 @@ mod tests {
             seen,
             [(0, 1000, 500, 0x100_0500, 0x100_0500, 0), (1, 1100, 1000, 0xffff_ffff_8100_0000, 2, 1)]
         );
+    }
+    #[test]
+    fn a_page_fault_has_its_guest_address_whoever_made_it() {
+        let text = "\
+           vcpu0-168     [001] d..1.  1000: kvm_exit: vcpu 0 reason EPT_VIOLATION rip 0x1000 info1 0x182 info2 0x80000b0e intr_info 0x0 error_code 0x0
+           vcpu0-168     [001] ...1.  1010: kvm_page_fault: vcpu 0 rip 0x1000 address 0x0000000000203000 error_code 0x182
+           vcpu0-168     [001] d..1.  1100: kvm_entry: vcpu 0, rip 0x1000
+           vcpu0-168     [001] d..1.  1200: kvm_exit: vcpu 0 reason EPT_VIOLATION rip 0x1000 info1 0x182 info2 0x80000b0e
+           vcpu0-168     [001] d..1.  1300: kvm_entry: vcpu 0, rip 0x1000
+           vcpu0-168     [001] ...1.  1310: kvm_page_fault: vcpu 0 rip 0x1000 address 0x204000 error_code 0x182
+           virtio-blk0-170 [000] d....  1400: page_fault_user: address=0x7f0000003010 ip=0x55d0c0ffee error_code=0x6
+           a [b]-c-171     [000] d....  1500: page_fault_kernel: address=0x7f1000000000 ip=copy_user_generic_string error_code=0x2
+           virtio-blk0-170 [000] d....  1600: page_fault_user: address=0x7f0000010000 ip=0x55d0c0ffee error_code=0x4
+           virtio-blk0-170 [000] d....  1700: page_fault_user: address=panic ip=0x55d0c0ffee error_code=0x4
+           virtio-blk0-170 [000] d....  1800: page_fault_user: address=0x7f000000ffff ip=0x55d0c0ffee error_code=0x4";
+        let memory = vec![
+            (0x7f00_0000_0000..0x7f00_0001_0000, 0),
+            (0x7f10_0000_0000..0x7f10_0001_0000, 0x1_0000_0000),
+        ];
+        let mut parser = Parser { memory, ..Parser::default() };
+        let mut seen = Vec::new();
+        for line in text.lines() {
+            parser.line(line, &mut |actor, event| {
+                let address = if event.kind() == Some(Kind::InKernel) { event.value } else { event.address };
+                seen.push((actor, event.time, address));
+            });
+        }
+        assert_eq!(parser.threads, ["virtio-blk0", "a [b]-c"]);
+        let expected = [
+            (Actor::Vcpu(0), 1000, 0x20_3000),
+            (Actor::Vcpu(0), 1200, 0),
+            (Actor::Thread(0), 1400, 0x3010),
+            (Actor::Thread(1), 1500, 0x1_0000_0000),
+            (Actor::Thread(0), 1800, 0xffff),
+        ];
+        assert_eq!(seen, expected);
     }
 }

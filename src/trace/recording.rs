@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
 use super::file::{
-    CLOCK, COUNTERS, DROPPED, EVENTS, Error, Header, IN_KERNEL, MAGIC, MAX_CHUNK, NAME, REASON, STOPPED,
-    SYMBOLS,
+    CLOCK, COUNTERS, DROPPED, EVENTS, Error, Header, IN_KERNEL, MAGIC, MAX_CHUNK, NAME, OF_THREADS, REASON,
+    STOPPED, SYMBOLS,
 };
 use super::kallsyms::{self, Budget, Roots};
-use super::kernel::KernelExits;
+use super::kernel::{Actor, KernelExits};
+use super::reasons;
 use vmm_monitor::config::{OutputFile, Size};
 use vmm_monitor::kvm::Counters;
 use vmm_monitor::memory::GuestRam;
@@ -73,6 +74,9 @@ impl Recording {
             Err(error) => format!("not recorded: {error}"),
         };
         let mut kernel = kernel.ok();
+        if let Some(kernel) = &mut kernel {
+            kernel.add_page_faults(&ram, reasons::vendor(&header.vendor));
+        }
         let json =
             serde_json::to_vec(&header).map_err(|error| failed("describe the machine in")(error.into()))?;
         log.begin(&json, start.ticks).map_err(failed("write"))?;
@@ -80,13 +84,13 @@ impl Recording {
         let (source, roots) = (recorder.clone(), Arc::<Mutex<Roots>>::default());
         let found = roots.clone();
         let run = move || {
-            let (mut known, mut reasons) = (BTreeSet::new(), 0);
+            let (mut known, mut named) = (BTreeSet::new(), [0; 2]);
             loop {
                 let over = stopped.recv_timeout(PERIOD) != Err(RecvTimeoutError::Timeout);
                 // Also when the file takes no more: those who watch the machine see what is taken out here.
                 drain(&mut log, &source, &mut known, &found);
                 if let Some(kernel) = &mut kernel {
-                    drain_kernel(&mut log, kernel, &mut reasons, over);
+                    drain_kernel(&mut log, kernel, &mut named, over);
                 }
                 if over {
                     let pair = [clock::ticks(), start.moment.elapsed().as_nanos() as u64];
@@ -357,21 +361,30 @@ fn drain<W: Write>(log: &mut Log<W>, recorder: &Recorder, known: &mut BTreeSet<u
     });
 }
 
-/// Writes what the kernel has. `known` is how many reasons have been named.
-fn drain_kernel<W: Write>(log: &mut Log<W>, kernel: &mut KernelExits, known: &mut usize, over: bool) {
+/// Writes what the kernel has. `named` is how many reasons and threads have been named.
+fn drain_kernel<W: Write>(log: &mut Log<W>, kernel: &mut KernelExits, named: &mut [usize; 2], over: bool) {
     let mut tracks: BTreeMap<u32, Vec<Event>> = BTreeMap::new();
-    let mut keep = |vcpu, event| tracks.entry(vcpu).or_default().push(event);
+    let mut keep = |actor, event| {
+        let track = match actor {
+            Actor::Vcpu(number) => IN_KERNEL + number % IN_KERNEL,
+            Actor::Thread(number) => OF_THREADS + u32::from(number),
+        };
+        tracks.entry(track).or_default().push(event);
+    };
     kernel.take(&mut keep);
     if over {
         kernel.last(&mut keep);
     }
-    for (number, reason) in kernel.reasons().iter().enumerate().skip(*known) {
+    for (number, reason) in kernel.reasons().iter().enumerate().skip(named[0]) {
         log.chunk(REASON, number, reason.as_bytes());
     }
-    *known = kernel.reasons().len();
-    for (vcpu, events) in tracks {
+    for (number, thread) in kernel.threads().iter().enumerate().skip(named[1]) {
+        log.chunk(NAME, OF_THREADS as usize + number, thread.as_bytes());
+    }
+    *named = [kernel.reasons().len(), kernel.threads().len()];
+    for (track, events) in tracks {
         for piece in events.as_bytes().chunks(Log::<W>::PIECE) {
-            log.chunk(EVENTS, (IN_KERNEL + vcpu % IN_KERNEL) as usize, piece);
+            log.chunk(EVENTS, track as usize, piece);
         }
     }
     match if over { kernel.lost() } else { 0 } {

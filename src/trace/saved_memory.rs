@@ -28,12 +28,14 @@ impl SavedMemory {
     /// Has it recorded by `recorder`. The machine has run.
     pub fn ends(&mut self, recorder: &Recorder) {
         let Some((machine, before)) = self.began.take() else { return };
-        let Some([read, written]) = machine.memory().touched_pages(&self.pagemap) else { return };
+        let Some(touched) = machine.memory().touched_pages(&self.pagemap) else { return };
         let after = faults().unwrap_or_default();
         let [guest, rip] = [0, 1].map(|which: usize| after[which].saturating_sub(before[which]));
+        let mut track = recorder.track("memory");
+        touched.stretches.into_iter().for_each(|pages| track.write(Event::stretch(pages, false)));
         let (time, kind) = (clock::ticks(), Kind::Pages as u8);
-        let event = Event { time, kind, address: read, value: written, guest, rip, ..Event::default() };
-        recorder.track("memory").write(event);
+        let (address, value) = (touched.read, touched.written);
+        track.write(Event { time, kind, address, value, guest, rip, ..Event::default() });
     }
 }
 

@@ -1,14 +1,15 @@
 //! The trace of a distribution's kernel: names of functions with KASLR on and no file of symbols, held against what the guest
-//! itself says of them; and as many exits as KVM counted.
+//! itself says of them; and as many exits as KVM counted. Of a kernel that goes on from a snapshot: who touched which memory first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use crate::guest::{Guest, Kernel, available, vmm};
+use crate::snapshot::{await_running, exec};
 
 /// `vmm trace report FILE` with `arguments`.
 fn report(record: &Path, arguments: &[&str]) -> String {
@@ -107,4 +108,68 @@ fn a_stock_kernel_has_its_own_names_and_as_many_exits_as_kvm_counted() {
         println!("{what}: KVM counted {counted}, recorded {recorded}, lost {lost}");
         assert!(recorded <= counted && counted - recorded <= lost, "{what}\n{stats}");
     }
+}
+
+/// What `record` says of memory that was touched first, of a machine that goes on and has read its disk. Functions have their own
+/// names, and so has the disk.
+#[track_caller]
+fn told_first_touches(record: &Path) {
+    let text = report(record, &["--stats"]);
+    println!("{text}");
+    for words in ["saved memory: the guest wrote to", "first touches of guest memory: ", "state "] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    let stats: Value = serde_json::from_str(&report(record, &["--stats", "--json"])).unwrap();
+    let touches = &stats["first_touches"];
+    let rows = |table: &str| touches[table].as_array().unwrap().clone();
+    let sum = |rows: &[Value], what: &str| rows.iter().filter_map(|row| row[what].as_u64()).sum::<u64>();
+    let (faults, pages) = (touches["faults"].as_u64().unwrap(), touches["pages"].as_u64().unwrap());
+    let (ranges, by) = (rows("ranges"), rows("by"));
+    assert!(faults >= 100 && pages >= 100, "{touches}");
+    assert!(ranges.len() <= 20 && by.len() <= 20, "{touches}");
+    assert!(sum(&ranges, "faults") <= faults && sum(&by, "faults") <= faults, "{touches}");
+    assert!(sum(&ranges, "pages") <= pages, "{touches}");
+    // What the guest's programs touch has no name.
+    let names: BTreeSet<_> = by.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert!(names.iter().filter(|name| !name.contains(' ')).count() >= 3, "{names:?}");
+    assert!(names.contains("monitor: virtio-blk0"), "{names:?}");
+}
+
+#[test]
+fn a_restored_and_a_forked_kernel_have_their_first_touches_by_page_and_by_whom() {
+    if !available("a_restored_and_a_forked_kernel_have_their_first_touches_by_page_and_by_whom") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    fs::write(&disk, vec![7; 16 << 20]).unwrap();
+    let mut command = vmm(Kernel::Stock, "echo up; while :; do sleep 1; done");
+    command.args(["--name", "web", "--vsock", "--mem", "256M", "--disk"]);
+    command.arg(format!("path={},readonly", disk.display()));
+    let web = Guest::start(command);
+    web.wait_for("up", 1);
+    let (saved, state) = (dir.path().join("saved"), dir.path().join("state"));
+    assert_eq!(web.control(&["snapshot", "create", "web", saved.to_str().unwrap()]).0, Some(0));
+    // More than the guest has of it in memory, to places that are free there.
+    let read = "dd if=/dev/vda of=/dev/null bs=64k";
+
+    let record = dir.path().join("restored");
+    let mut command = web.command(&["restore", saved.to_str().unwrap(), "--name", "next", "--trace"]);
+    command.arg(&record).stdin(Stdio::null());
+    let next = Guest::start_in(command, web.runtime());
+    await_running(&web, &next, "next");
+    exec(&web, "next", read);
+    assert_eq!(web.control(&["kill", "next"]).0, Some(0));
+    next.finish();
+    told_first_touches(&record);
+
+    let record = dir.path().join("forked");
+    let mut command = web.command(&["fork", "web", "--name", "copy", "--trace"]);
+    let forked = command.arg(&record).env("XDG_STATE_HOME", &state).output().unwrap();
+    assert_eq!(forked.status.code(), Some(0), "{}", String::from_utf8_lossy(&forked.stderr));
+    exec(&web, "copy", read);
+    assert_eq!(web.control(&["kill", "copy"]).0, Some(0));
+    let mut wait = web.command(&["wait", "copy"]);
+    wait.env("XDG_STATE_HOME", &state).output().unwrap();
+    told_first_touches(&record);
 }

@@ -12,7 +12,7 @@ use crate::config::VmConfig;
 use crate::kvm::{self, Controllers, Kvm, Processor};
 use crate::memory::Memory;
 use crate::memory::working_set::WorkingSet;
-use crate::recorder::{Recorder, Step, Steps};
+use crate::recorder::{Event, Recorder, Step, Steps};
 use crate::threads::{Role, spawn};
 use crate::vcpu::Seat;
 
@@ -108,6 +108,11 @@ fn fetch(memory: &Memory, set: &WorkingSet, recorder: &Arc<Recorder>) {
         let [read, written] = [false, true].map(|written| set.count(written));
         // They are bounded.
         steps.done_with(Step::Fetch, [read as u32, written as u32]);
+        drop(steps);
+        if recorder.is_on() && fetched.is_ok() {
+            let mut track = recorder.track("fetch");
+            memory.written_in(&set).into_iter().for_each(|pages| track.write(Event::stretch(pages, true)));
+        }
         match fetched {
             Ok(()) => log::debug!(
                 "fetched what an earlier start touched: {written} pages that it wrote to, {read} that it read"

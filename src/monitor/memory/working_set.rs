@@ -81,19 +81,56 @@ impl WorkingSet {
     }
 }
 
+/// What has been touched of a memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Pages that were read, as [`Memory::working_set`] has them.
+    pub read: u64,
+    /// Pages that were written to.
+    pub written: u64,
+    /// The guest addresses of those: [`MOST_RUNS`] stretches at most, the lowest.
+    pub stretches: Vec<Range<u64>>,
+}
+
 impl Memory {
-    /// How many pages have been touched of this memory, if it is a private mapping of a file: those that were read, as
-    /// [`Memory::working_set`] has them, and those that were written to.
-    pub fn touched_pages(&self, pagemap: &Pagemap) -> Option<[u64; 2]> {
-        let mut counts = [0; 2];
+    /// What has been touched of this memory, if it is a private mapping of a file.
+    pub fn touched_pages(&self, pagemap: &Pagemap) -> Option<Touched> {
+        let mut touched = Touched::default();
+        let Touched { read, written, stretches } = &mut touched;
         for region in self.ram.iter() {
             region.file_offset().filter(|_| self.is_private())?;
-            let seen = pagemap.each(region, |_, entry| {
-                counts[usize::from(entry & OF_FILE == 0)] += u64::from(entry & (PRESENT | SWAPPED) != 0);
+            let base = region.start_addr().0;
+            let seen = pagemap.each(region, |page, entry| match entry {
+                _ if entry & (PRESENT | SWAPPED) == 0 => {}
+                _ if entry & OF_FILE != 0 => *read += 1,
+                _ => {
+                    *written += 1;
+                    let (at, is_full) = (base + page * PAGE, stretches.len() == MOST_RUNS);
+                    match stretches.last_mut() {
+                        Some(last) if last.end == at => last.end += PAGE,
+                        _ if is_full => {}
+                        _ => stretches.push(at..at + PAGE),
+                    }
+                }
             });
             seen.ok()?;
         }
-        Some(counts)
+        Some(touched)
+    }
+
+    /// The guest addresses of the pages of `set` that are written to.
+    pub fn written_in(&self, set: &WorkingSet) -> Vec<Range<u64>> {
+        let mut stretches = Vec::new();
+        for Run { pages, .. } in set.runs.iter().filter(|run| run.written) {
+            for (place, region) in self.places() {
+                let (start, end) = ((pages.start * PAGE).max(place.start), (pages.end * PAGE).min(place.end));
+                if start < end {
+                    let guest = region.start_addr().0;
+                    stretches.push(guest + (start - place.start)..guest + (end - place.start));
+                }
+            }
+        }
+        stretches
     }
 
     /// The pages that have been touched of this memory, which is a private mapping of a file. The kernel maps some around those
@@ -221,6 +258,10 @@ mod tests {
         let set = first.working_set(&pagemap).unwrap();
         let written: Vec<_> = set.runs().iter().filter(|run| run.written).cloned().collect();
         assert_eq!(written, [run(3..6, true), run(1000..1001, true)]);
+        let touched = first.touched_pages(&pagemap).unwrap();
+        assert_eq!((touched.written, touched.read), (4, set.count(false)));
+        assert_eq!(touched.stretches, [3 * PAGE..6 * PAGE, 1000 * PAGE..1001 * PAGE]);
+        assert_eq!(first.written_in(&set), touched.stretches);
         let read = set.runs().iter().find(|run| run.pages.contains(&2000)).unwrap();
         assert!(!read.written && set.count(false) <= 64, "with some around it: {set:?}");
         assert_eq!(WorkingSet::of(set.runs().to_vec()), Some(set.clone()));

@@ -1,5 +1,8 @@
 //! [`Event`]: one thing that happened, in 48 bytes.
 
+use std::ops::Range;
+
+use super::clock;
 use super::frame::Frame;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -101,11 +104,17 @@ pub enum Kind {
     /// written to in `value`; page faults of the monitor's process while the guest ran in `guest`, those that waited for a disk
     /// in `rip`.
     Pages = 25,
+    /// A stretch of the pages of that memory which were written to by its end, or copied ahead of the guest: see
+    /// [`Event::stretch`].
+    Stretch = 26,
+    /// A page fault of a thread of the monitor in guest memory: `address` is the guest's, `value` the processor's error code. Not
+    /// recorded by threads, but read from the kernel.
+    HostFault = 27,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 27] = [
         Self::PioIn,
         Self::PioOut,
         Self::MmioRead,
@@ -131,6 +140,8 @@ impl Kind {
         Self::Hypercall,
         Self::Frame,
         Self::Pages,
+        Self::Stretch,
+        Self::HostFault,
     ];
 
     /// Whether it is an exit of a vCPU that reached the monitor.
@@ -145,7 +156,10 @@ impl Kind {
 
     /// Whether it belongs to another event, or to none of a guest's, and is not told by itself.
     pub fn is_detail(self) -> bool {
-        matches!(self, Self::Code | Self::Registers | Self::Step | Self::Pages)
+        matches!(
+            self,
+            Self::Code | Self::Registers | Self::Step | Self::Pages | Self::Stretch | Self::HostFault
+        )
     }
 }
 
@@ -168,6 +182,14 @@ impl Event {
             guest: u64::from(frame.kind) << 32 | ports,
             ..Self::default()
         }
+    }
+
+    /// Pages that lie side by side in guest memory, at these addresses: the first in `address`, the one behind the last in `value`.
+    /// `count` is 1 if they were copied `ahead`.
+    pub fn stretch(addresses: Range<u64>, ahead: bool) -> Self {
+        let (time, kind) = (clock::ticks(), Kind::Stretch as u8);
+        let Range { start: address, end: value } = addresses;
+        Self { time, kind, address, value, count: ahead.into(), ..Self::default() }
     }
 
     /// Undoes [`Event::frame`].

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde::Serialize;
 
 use super::before;
+use super::first_touches::FirstTouches;
 use super::group::{Group, Row, STEPS, costliest};
 use super::line::{monitor, plain_name, worker};
 use super::meaning::{self, Class};
@@ -39,6 +40,7 @@ pub struct Data {
     by_device: Vec<Row>,
     by_symbol: Vec<Row>,
     before: Vec<before::Row>,
+    touches: Option<FirstTouches>,
     phases: Vec<Phase>,
     uses: Vec<Use>,
     strings: Vec<String>,
@@ -285,6 +287,7 @@ impl Report<'_> {
         (data.by_device, data.by_symbol) = (costliest(by_device), costliest(by_symbol));
         (data.phases, data.uses) = stages.end(self);
         data.before = self.before();
+        data.touches = self.first_touches();
         data.strings = strings.1;
         data
     }

@@ -178,5 +178,7 @@ pub fn plain_name(kind: Kind) -> &'static str {
         Kind::Hypercall => "hypercall",
         Kind::Frame => "frame",
         Kind::Pages => "pages",
+        Kind::Stretch => "stretch of pages",
+        Kind::HostFault => "host fault",
     }
 }

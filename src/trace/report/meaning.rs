@@ -240,7 +240,9 @@ pub fn detail(reason: Reason, info1: u64, info2: u64) -> String {
             format!("{access} of guest address {info2:#x}, {present}{walk}")
         }
         (false, 48) => {
-            format!("{}; qualification {info1:#x}", pick(&[(0, "read"), (1, "write"), (2, "fetch")]))
+            let access = pick(&[(0, "read"), (1, "write"), (2, "fetch")]);
+            let place = if info2 == 0 { String::new() } else { format!(" of guest address {info2:#x}") };
+            format!("{access}{place}; qualification {info1:#x}")
         }
         (true, 0x7b) => {
             let (direction, size) = (if bit(0) { "in" } else { "out" }, info1 >> 4 & 7);
@@ -307,6 +309,8 @@ mod tests {
             (detail(svm(0x7c), 1, 0), detail(vtx(28), 0x14, 0)),
             ("WRMSR".to_owned(), "mov from CR4".to_owned())
         );
+        assert_eq!(detail(vtx(48), 0x182, 0x3000), "write of guest address 0x3000; qualification 0x182");
+        assert_eq!(detail(vtx(48), 0x181, 0), "read; qualification 0x181");
         assert_eq!(detail(vtx(10), 0, 0), "");
     }
 }

@@ -4,6 +4,7 @@ mod advice;
 mod before;
 mod content;
 mod filter;
+mod first_touches;
 mod group;
 mod html;
 mod line;

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
+use super::first_touches::FirstTouches;
 use super::line::plain_name;
 use super::saved::Saved;
 use super::{Filter, Report, before, duration};
@@ -22,6 +23,9 @@ pub struct Stats {
     /// The memory of a machine that goes on from a saved one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub saved_memory: Option<Saved>,
+    /// Guest memory as it was first touched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_touches: Option<FirstTouches>,
     /// By vCPU: where its time went.
     pub vcpus: Vec<Share>,
     /// By reason.
@@ -133,6 +137,7 @@ impl Report<'_> {
             span: last - first.unwrap_or(last),
             before: self.before(),
             saved_memory: self.saved(),
+            first_touches: self.first_touches(),
             vcpus: vcpus
                 .into_iter()
                 .map(|(track, (guest, monitor))| Share { name: self.track(track).to_owned(), guest, monitor })
@@ -215,6 +220,9 @@ impl Report<'_> {
             if rows.len() > TOP {
                 writeln!(out, "... and {} more", rows.len() - TOP)?;
             }
+        }
+        if let Some(touches) = &stats.first_touches {
+            self.write_first_touches(touches, out)?;
         }
         self.losses(out)
     }
