@@ -47,21 +47,20 @@ impl Drop for Pool<'_> {
 /// Pages of 4 KiB that KVM has mapped for the children of process `pool`, each of which has a VM.
 fn mapped_pages(pool: u64) -> Vec<u64> {
     let read = |path: PathBuf| fs::read_to_string(path).unwrap_or_default();
-    let tasks = fs::read_dir(format!("/proc/{pool}/task")).unwrap();
-    let children: String = tasks.map(|task| read(task.unwrap().path().join("children"))).collect();
+    let tasks = |process: &str| fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let children: String = tasks(&pool.to_string()).map(|task| read(task.path().join("children"))).collect();
     let vms: Vec<_> =
         fs::read_dir("/sys/kernel/debug/kvm").unwrap().map(|entry| entry.unwrap().path()).collect();
+    // KVM calls a VM by the thread that has made it: NUMBER-DESCRIPTOR.
+    let has_made = |vm: &PathBuf, child: &str| {
+        let name = vm.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        name.split_once('-').is_some_and(|(thread, _)| tasks(child).any(|task| task.file_name() == *thread))
+    };
     let of = |child: &str| {
-        let is_its = |vm: &&PathBuf| vm.file_name().is_some_and(|name| is_of(&name.to_string_lossy(), child));
-        let vm = vms.iter().find(is_its)?;
+        let vm = vms.iter().find(|vm| has_made(vm, child))?;
         read(vm.join("pages_4k")).trim().parse().ok()
     };
     children.split_whitespace().filter_map(of).collect()
-}
-
-/// Whether KVM calls a VM of process `pid` so: PID-DESCRIPTOR.
-fn is_of(vm: &str, pid: &str) -> bool {
-    vm.split_once('-').is_some_and(|(process, _)| process == pid)
 }
 
 #[test]

@@ -74,15 +74,7 @@ impl Observer {
             return vcpu.run().map(|mut exit| dispatch(&mut exit, &shared.buses));
         }
         let wanted = shared.recorder.wanted();
-        let this = self.0.get_or_insert_with(|| {
-            shared.observed.insert(vcpu);
-            Observing {
-                track: shared.recorder.track(&format!("vcpu{}", vcpu.id())),
-                seen: Box::new([0; SEEN]),
-                wanted,
-                has_rip: vcpu.keep_registers(true),
-            }
-        });
+        let this = self.0.get_or_insert_with(|| Observing::begin(vcpu, shared, wanted));
         if this.wanted != wanted {
             if wanted & !this.wanted != 0 {
                 this.seen.fill(0);
@@ -112,6 +104,19 @@ impl Observer {
 }
 
 impl Observing {
+    /// Begins a record with where the vCPU stands: of one that goes on from a snapshot, or has run for long, and whose exits KVM
+    /// answers, that may be all that tells where its kernel has its page tables.
+    fn begin(vcpu: &mut Vcpu, shared: &Shared, wanted: u8) -> Self {
+        shared.observed.insert(vcpu);
+        let mut track = shared.recorder.track(&format!("vcpu{}", vcpu.id()));
+        if let (Ok(regs), Ok(sregs)) = (vcpu.regs(), vcpu.sregs()) {
+            let system = Some(registers::system(&sregs));
+            let registers = Registers { general: registers::general(&regs), system };
+            registers.events(clock::ticks()).for_each(|event| track.write(event));
+        }
+        Self { track, seen: Box::new([0; SEEN]), wanted, has_rip: vcpu.keep_registers(true) }
+    }
+
     /// Records the code at the event's RIP, unless that was done lately. Gives the system registers, which it took.
     fn code(&mut self, vcpu: &Vcpu, ram: &GuestRam, event: &Event) -> Option<[u64; SYSTEM_NAMES.len()]> {
         let seen = &mut self.seen[(event.rip as usize ^ (event.rip >> 12) as usize) % SEEN];
