@@ -164,6 +164,7 @@ enum Command {
 
 /// Runs the command that the process was started with.
 fn main() -> ExitCode {
+    slack::share_heap();
     let command = match parse(std::env::args_os().collect()) {
         Ok(command) => command,
         Err(code) => return code,

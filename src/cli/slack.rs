@@ -1,6 +1,7 @@
-//! What the start of a VM leaves behind in this process's own memory. One that lasts gives it back, once; a short one never pays.
+//! What a VM need not have of this process's own memory.
 //!
-//! Arguments take a stack some 60 KiB deep to parse, and leave holes in the heap; nothing of either is used again.
+//! What its start leaves behind one that lasts gives back, once; a short one never pays. Arguments take a stack some 60 KiB deep to
+//! parse, and leave holes in the heap; nothing of either is used again.
 
 use rustix::mm::{Advice, madvise};
 use rustix::process::getpid;
@@ -9,6 +10,14 @@ use rustix::thread::gettid;
 const PAGE: usize = 4 << 10;
 /// So many bytes below the frames of now the stack may have been in use.
 const DEEPEST: usize = 128 << 10;
+
+/// Has all threads allocate from one heap, before there are others. The C library would give each a heap of its own, some pages and four
+/// system calls, so that none waits for another; those of a machine allocate little, and of what is small each keeps some for itself
+/// (tcache).
+pub fn share_heap() {
+    // SAFETY: it may be called at any time.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
 
 /// Gives back what calls that are over have touched of the main thread's stack, if this is it, and free pages of the heap.
 pub fn give_back() {

@@ -332,7 +332,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Has KVM map memory that the guest has, as far as [`MAPPED_AHEAD`], so that it need not stop at each page: for a machine that
+    /// Has KVM map memory that the guest has, as far as `MAPPED_AHEAD`, so that it need not stop at each page: for a machine that
     /// stands ready. Nothing else differs where this KVM cannot.
     pub fn map_ahead(&self) {
         let (memory, Some(vcpu)) = (&self.shared.memory, self.vcpus.first()) else { return };

@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Event {
-    /// When, in ticks of [`clock`](super::clock): for an exit, when the monitor had the vCPU back.
+    /// When, in ticks of [`clock`]: for an exit, when the monitor had the vCPU back.
     pub time: u64,
     /// Ticks that the vCPU was away in KVM_RUN before: in the guest, or halted, or in KVM.
     pub guest: u64,
