@@ -17,7 +17,6 @@ mod identity;
 mod kernels;
 mod labs;
 mod life;
-mod lost;
 mod net;
 mod net_apt;
 mod net_user;

@@ -122,11 +122,13 @@ impl Error {
                         .to_owned(),
                 );
             }
-            Self::Lost { .. } => {
-                return Some(
-                    "leave a snapshot's files alone while machines run from them; see what is left: vmm snapshot verify FOLDER"
-                        .to_owned(),
-                );
+            Self::Lost { source, .. } => {
+                let is_disk = source.raw_os_error() == Some(libc::EIO);
+                let why = match is_disk {
+                    true => "the host cannot read its disk (dmesg has more)",
+                    false => "leave a snapshot's files alone while machines run from them",
+                };
+                return Some(format!("{why}; see what is left: vmm snapshot verify FOLDER"));
             }
             Self::OtherSize { saved, .. } => return Some(format!("restore it with as much: `mem={saved}`")),
         };
