@@ -7,6 +7,8 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -164,7 +166,16 @@ impl Machine {
     fn open(&mut self) {
         // The file before it is closed first, as at the end of a run.
         self.image = None;
-        let mut image = Image::open(&self.disk).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let mut image = loop {
+            match Image::open(&self.disk) {
+                // A process that another test starts has it, too, until it has closed what it was not meant to have.
+                Err(Error::Locked { .. }) if Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(1))
+                }
+                image => break image.unwrap(),
+            }
+        };
         image.sync = sync;
         self.image = Some(image);
         let stable = fs::read(self.overlay()).unwrap();
