@@ -515,8 +515,8 @@ impl Decoder {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// Room for what is received next, which adds what is put there. What it does not take is not touched: each page that a guest
-    /// touches for the first time since it was saved takes as long as many system calls.
+    /// A buffer to receive into: what is read there counts as fed. The rest of it is not touched: in a guest that was restored, the
+    /// first touch of a page takes as long as many system calls.
     pub fn room(&mut self) -> SpareCapacity<'_, u8> {
         self.forget();
         self.bytes.reserve(PIECE);

@@ -392,6 +392,7 @@ mod tests {
             [(0, 1000, 500, 0x100_0500, 0x100_0500, 0), (1, 1100, 1000, 0xffff_ffff_8100_0000, 2, 1)]
         );
     }
+
     #[test]
     fn a_page_fault_has_its_guest_address_whoever_made_it() {
         let text = "\

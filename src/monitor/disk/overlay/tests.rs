@@ -23,6 +23,18 @@ use crate::memory::GuestRam;
 const SECTORS: usize = 401;
 const SECTOR: usize = 512;
 
+/// Opens what this test has just closed. A process that another test starts still has its lock until it has closed what it was not
+/// meant to have.
+pub fn open_again<T>(open: impl Fn() -> Result<T, Error>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match open() {
+            Err(Error::Locked { .. }) if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
+            opened => break opened.unwrap(),
+        }
+    }
+}
+
 /// What the host's disk has of the overlay, and how many syncs it lives for.
 #[derive(Default)]
 struct Power {
@@ -166,16 +178,7 @@ impl Machine {
     fn open(&mut self) {
         // The file before it is closed first, as at the end of a run.
         self.image = None;
-        let deadline = Instant::now() + Duration::from_secs(30);
-        let mut image = loop {
-            match Image::open(&self.disk) {
-                // A process that another test starts has it, too, until it has closed what it was not meant to have.
-                Err(Error::Locked { .. }) if Instant::now() < deadline => {
-                    thread::sleep(Duration::from_millis(1))
-                }
-                image => break image.unwrap(),
-            }
-        };
+        let mut image = open_again(|| Image::open(&self.disk));
         image.sync = sync;
         self.image = Some(image);
         let stable = fs::read(self.overlay()).unwrap();
