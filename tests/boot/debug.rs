@@ -1,8 +1,12 @@
 //! Linux, stepped and under gdb. Breakpoints are not tried: emulated machines have none that work.
 
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::process::Pid;
 
 use crate::guest::{Guest, Kernel, available, bare, vmm};
 
@@ -32,6 +36,61 @@ fn the_first_instructions_of_linux_lead_to_long_mode() {
     }
 }
 
+/// gdb, told a line at a time.
+struct Gdb {
+    child: Child,
+    output: BufReader<ChildStdout>,
+}
+
+impl Gdb {
+    fn start(kernel: &Path) -> Self {
+        let mut command = Command::new("gdb");
+        command.args([
+            "-q",
+            "-nx",
+            "-iex",
+            "set pagination off",
+            "-iex",
+            "set confirm off",
+            "-ex",
+            "set prompt",
+        ]);
+        command.arg(kernel).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().expect("gdb is there: make tools");
+        let output = BufReader::new(child.stdout.take().unwrap());
+        Self { child, output }
+    }
+
+    fn say(&mut self, line: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// What it prints up to the first line that contains `word`, with that.
+    #[track_caller]
+    fn until(&mut self, word: &str) -> String {
+        let mut said = String::new();
+        while !said.lines().next_back().is_some_and(|line| line.contains(word)) {
+            assert_ne!(self.output.read_line(&mut said).unwrap(), 0, "gdb ended without {word:?}: {said}");
+        }
+        said
+    }
+
+    /// What it answers.
+    #[track_caller]
+    fn ask(&mut self, line: &str) -> String {
+        self.say(line);
+        self.say("echo that was all\\n");
+        self.until("that was all")
+    }
+
+    #[track_caller]
+    fn interrupt(&mut self) {
+        let gdb = Pid::from_child(&self.child);
+        rustix::process::kill_process(gdb, rustix::process::Signal::INT).unwrap();
+        self.until("received signal SIGINT");
+    }
+}
+
 #[test]
 fn gdb_interrupts_looks_steps_and_leaves() {
     if !available("gdb") {
@@ -39,69 +98,57 @@ fn gdb_interrupts_looks_steps_and_leaves() {
     }
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("gdb");
-    let mut command = vmm(Kernel::TunedPvh, "echo BEGIN; cat /proc/uptime >/dev/null; sleep 4; echo END");
-    command.args(["--mem", "256M", "--cpus", "2"]).arg("--gdb").arg(format!("unix:{}", socket.display()));
-    let guest = Guest::start(command);
+    let mut command = vmm(Kernel::TunedPvh, "echo up; read line; echo heard $line");
+    command.args(["--mem", "256M", "--cpus", "2"]).stdin(Stdio::piped());
+    command.arg("--gdb").arg(format!("unix:{}", socket.display()));
+    let mut guest = Guest::start(command);
     let deadline = Instant::now() + Duration::from_secs(60);
     while !socket.exists() {
         assert!(Instant::now() < deadline, "no socket");
         thread::sleep(Duration::from_millis(20));
     }
-    let mut gdb = Command::new("gdb");
-    gdb.args(["-q", "-nx", "-batch"]).arg(Kernel::TunedPvh.file());
-    let remote = format!("target remote {}", socket.display());
-    for command in [
-        "set pagination off",
-        &remote,
-        "x/i $pc",
-        "continue",
-        "info threads",
-        "bt 3",
-        "p $cr0",
-        "p $efer",
-        "p $gs_base != 0",
-        "x/s (char*)&linux_banner",
-        "stepi",
-        "stepi",
-        "x/i $pc",
-        "thread 2",
-        "bt 3",
-        "detach",
-    ] {
-        gdb.args(["-ex", command]);
+    let mut gdb = Gdb::start(&Kernel::TunedPvh.file());
+    gdb.ask(&format!("target remote {}", socket.display()));
+    let at = gdb.ask("x/i $pc");
+    assert!(at.contains("=> 0x1000500:"), "{at}");
+    gdb.say("continue");
+    guest.wait_for("up", 1);
+    gdb.interrupt();
+    // It waits for a line, and may still be at something else, or be at something again.
+    let deadline = Instant::now() + guest.patience;
+    let idle = loop {
+        let threads = gdb.ask("thread apply all bt");
+        if threads.matches(" in default_idle_call ()").count() == 2 {
+            break threads;
+        }
+        assert!(Instant::now() < deadline, "never idle: {threads}");
+        gdb.say("continue");
+        gdb.until("Continuing.");
+        thread::sleep(Duration::from_millis(100));
+        gdb.interrupt();
+    };
+    for words in ["(vcpu0: halted)", "(vcpu1: halted)", "#0  0xffffffff8", " in do_idle ()"] {
+        assert!(idle.contains(words), "{words}: {idle}");
     }
-    let gdb = gdb.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let gdb = gdb.expect("gdb is there: make tools");
-    // Both vCPUs are idle while it sleeps.
-    guest.wait_for("BEGIN", 1);
-    thread::sleep(Duration::from_secs(1));
-    rustix::process::kill_process(
-        rustix::process::Pid::from_raw(gdb.id() as i32).unwrap(),
-        rustix::process::Signal::INT,
-    )
-    .unwrap();
-    let output = gdb.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    let mut rest = &*said;
-    for word in [
-        "=> 0x1000500:",
-        "received signal SIGINT",
-        "vcpu0: ",
-        "vcpu1: ",
-        "#0  0xffffffff8",
-        "in default_idle_call ()",
-        "= [ PE MP ET NE WP AM PG ]",
-        "= [ SCE LME LMA NXE ]",
-        "= 1",
-        "Linux version 6.",
-        "=> 0xffffffff8",
-        "Switching to thread 2",
-        "#0  0xffffffff8",
-        "detached",
+    for (line, answer) in [
+        ("p $cr0", "= [ PE MP ET NE WP AM PG ]"),
+        ("p $efer", "= [ SCE LME LMA NXE ]"),
+        ("p $gs_base != 0", "= 1"),
+        ("x/s (char*)&linux_banner", "Linux version 6."),
+        ("stepi", "0xffffffff8"),
+        ("stepi", "0xffffffff8"),
+        ("x/i $pc", "=> 0xffffffff8"),
+        ("thread 2", "Switching to thread 2"),
+        ("bt 1", "#0  0xffffffff8"),
+        ("detach", "detached"),
     ] {
-        rest =
-            rest.split_once(word).unwrap_or_else(|| panic!("no {word:?} where it should be in:\n{said}")).1;
+        let said = gdb.ask(line);
+        assert!(said.contains(answer), "{line}: {said}");
     }
-    assert_eq!(guest.finish().body(), Vec::<&str>::new(), "it runs on to its end");
+    gdb.say("quit");
+    assert!(gdb.child.wait().unwrap().success());
+    guest.stdin().write_all(b"all well\n").unwrap();
+    let ended = guest.finish();
+    assert!(ended.code == Some(0) && ended.text.contains("heard all well"), "it runs on: {}", ended.text);
     assert!(!socket.exists(), "the socket is gone");
 }

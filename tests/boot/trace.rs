@@ -126,10 +126,9 @@ fn told_first_touches(record: &Path) {
     let (faults, pages) = (touches["faults"].as_u64().unwrap(), touches["pages"].as_u64().unwrap());
     let (ranges, by) = (rows("ranges"), rows("by"));
     assert!(faults >= 100 && pages >= 100, "{touches}");
-    assert!(ranges.len() <= 20 && by.len() <= 20, "{touches}");
     assert!(sum(&ranges, "faults") <= faults && sum(&by, "faults") <= faults, "{touches}");
     assert!(sum(&ranges, "pages") <= pages, "{touches}");
-    // What the guest's programs touch has no name.
+    // What the guest's programs touch has no name. Devices touch little: their rows come late.
     let names: BTreeSet<_> = by.iter().map(|row| row["name"].as_str().unwrap()).collect();
     assert!(names.iter().filter(|name| !name.contains(' ')).count() >= 3, "{names:?}");
     assert!(names.iter().any(|name| name.starts_with("monitor: virtio-")), "{names:?}");

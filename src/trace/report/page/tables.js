@@ -68,22 +68,23 @@ const scale = () => el("span", { class: "scale" }, ...[1e3, 1e5, 1e7, 1e9].map((
 
 // Guest memory as it was first touched. What the record does not know is "?".
 if (D.touches) {
-  const { faults, took, pages, ranges, more_ranges, by, more_by } = D.touches;
+  const { faults, took, pages, ranges, more_ranges, by, more_by } = D.touches, MOST = 200;
+  const moreRanges = more_ranges + Math.max(ranges.length - MOST, 0), moreBy = more_by + Math.max(by.length - MOST, 0);
   const known = (value, tell) => value === null ? "?" : tell(value), amount = (value) => value === null ? -1 : value;
   const column = (head, of, tell = count) => ({ head, key: (row) => amount(of(row)), kind: "num", cell: (row) => known(of(row), tell) });
   const hex = (address) => `0x${address.toString(16)}`;
   byId("touches").hidden = false;
   byId("touches-lead").textContent = (faults === null ? "Page faults in KVM are not in this trace." : `${plural(pages, "page")}; ${plural(faults, "page fault")} in KVM, which took ${duration(took)}.`)
-    + (more_ranges + more_by ? ` Left out are ${plural(more_ranges, "range")} of fewer pages, and ${count(more_by)} who touched fewer.` : "");
+    + (moreRanges + moreBy ? ` Left out are ${plural(moreRanges, "range")} of fewer pages, and ${count(moreBy)} who touched fewer.` : "");
   sortable(byId("places"), [
     { head: "Guest addresses", key: (row) => row.from, kind: "wide", cell: (row) => code(`${hex(row.from)}-${hex(row.to)}`) },
     column("Pages", (row) => row.pages), column("Written", (row) => row.written), column("Ahead", (row) => row.ahead), column("Faults", (row) => row.faults), column("Time", (row) => row.took, duration),
     { head: "First touched by, most of all", key: (row) => row.by || "?", kind: "wide", cell: (row) => row.by === null ? "?" : [code(row.by), `: ${count(row.by_pages)}`] },
-  ], ranges, faults === null ? 2 : 1);
+  ], ranges.slice(0, MOST), faults === null ? 2 : 1);
   sortable(byId("touchers"), [
     { head: "First touched by", key: (row) => row.name, kind: "wide", cell: (row) => code(row.name) },
     column("Pages", (row) => row.pages), column("Faults", (row) => row.faults), column("Time", (row) => row.took, duration),
-  ], by, 1);
+  ], by.slice(0, MOST), 1);
 }
 
 // What is in view, as text: the lanes for who does not see them, and for copying.
