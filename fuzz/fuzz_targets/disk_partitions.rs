@@ -6,7 +6,10 @@ use libfuzzer_sys::fuzz_target;
 
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0u32, |sum, byte| {
-        (0..8).fold(sum ^ u32::from(*byte), |sum, _| if sum & 1 != 0 { (sum >> 1) ^ 0xedb8_8320 } else { sum >> 1 })
+        (0..8).fold(
+            sum ^ u32::from(*byte),
+            |sum, _| if sum & 1 != 0 { (sum >> 1) ^ 0xedb8_8320 } else { sum >> 1 },
+        )
     })
 }
 
@@ -20,7 +23,8 @@ fuzz_target!(|data: &[u8]| {
         disk[512..520].copy_from_slice(b"EFI PART");
         disk[524..528].copy_from_slice(&92u32.to_le_bytes());
         disk[536..544].copy_from_slice(&1u64.to_le_bytes());
-        let (start, length) = (number(&disk, 584) * 512, number(&disk, 592).saturating_mul(number(&disk, 596)));
+        let (start, length) =
+            (number(&disk, 584) * 512, number(&disk, 592).saturating_mul(number(&disk, 596)));
         if let Some(entries) = disk.get(start..start.saturating_add(length)) {
             let sum = crc32(entries);
             disk[600..604].copy_from_slice(&sum.to_le_bytes());

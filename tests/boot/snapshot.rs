@@ -1,8 +1,12 @@
 //! Linux saved and restored: what was in its memory is, its clocks are right, its devices work, and the original goes on.
 
 use std::fs;
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -196,6 +200,80 @@ fn queues_that_the_hosts_kernel_serves_go_on_where_they_were_saved() {
         reaches("two");
         assert_eq!(first.control(&["kill", "two"]).0, Some(0));
         restored.finish();
+    }
+    net::ip(&format!("link delete {tap}"));
+}
+
+/// Counts the lines of the next who connects and sends them back, as long as they are 1, 2, 3 and so on.
+fn count_lines(listener: TcpListener) -> Arc<AtomicU64> {
+    let count = Arc::new(AtomicU64::new(0));
+    let counted = count.clone();
+    thread::spawn(move || {
+        let (guest, _) = listener.accept().unwrap();
+        let mut back = BufWriter::new(guest.try_clone().unwrap());
+        for (line, number) in BufReader::new(guest).lines().zip(1u64..) {
+            let line = line.unwrap();
+            assert_eq!(line, number.to_string());
+            writeln!(back, "{line}").unwrap();
+            counted.store(number, Ordering::Relaxed);
+        }
+    });
+    count
+}
+
+/// A stream in both directions to a program on the host, which notices nothing but a pause.
+#[test]
+fn a_connection_over_a_tap_goes_on_where_it_was_saved() {
+    if !available("a_connection_over_a_tap_goes_on_where_it_was_saved") {
+        return;
+    }
+    let tap = "vmmtest15";
+    net::tap(tap, 15);
+    for (transport, vhost) in [("mmio", "off"), ("pci", "on")] {
+        let count = count_lines(TcpListener::bind("10.98.15.1:7000").unwrap());
+        let await_count = |guest: &Guest, least: u64| {
+            let deadline = Instant::now() + guest.patience;
+            while count.load(Ordering::Relaxed) < least {
+                assert!(
+                    Instant::now() < deadline,
+                    "{transport}, vhost={vhost}: stopped at {count:?} of {least}"
+                );
+                thread::sleep(Duration::from_millis(20));
+            }
+        };
+        let mut command = vmm(Kernel::TunedPvh, "echo up; while :; do sleep 1; done");
+        command.args(["--name", "gen0", "--vsock", "--cpus", "2", "--transport", transport]);
+        command.args(["--net", &format!("tap={tap},queues=2,vhost={vhost}")]);
+        let first = Guest::start(command);
+        first.wait_for("up", 1);
+        exec(&first, "gen0", "ip addr add 10.98.15.2/24 dev eth0; ip link set eth0 up");
+        let numbers = "i=0; while :; do i=$((i + 1)); echo $i; done";
+        exec(&first, "gen0", &format!("({numbers}) 2>&1 | nc 10.98.15.1 7000 >/tmp/back 2>&1 &"));
+        await_count(&first, 1000);
+        let folder = tempfile::tempdir().unwrap();
+        let mut restored = Vec::new();
+        for generation in 0..2 {
+            let (name, next) = (format!("gen{generation}"), format!("gen{}", generation + 1));
+            let saved = folder.path().join(&name);
+            let saved = saved.to_str().unwrap();
+            assert_eq!(first.control(&["snapshot", "create", "--stop", &name, saved]).0, Some(0));
+            let before = count.load(Ordering::Relaxed);
+            let mut command = first.command(&["restore", saved, "--name", &next]);
+            command.stdin(Stdio::null());
+            let guest = Guest::start_in(command, first.runtime());
+            await_running(&first, &guest, &next);
+            await_count(&first, before + 10_000);
+            let lines = "$(wc -l </tmp/back)";
+            let more = format!("had={lines}; until [ {lines} -gt $((had + 1000)) ]; do sleep 0.1; done");
+            exec(&first, &next, &more);
+            restored.push(guest);
+        }
+        // The last line may not be whole.
+        let check = "sed '$d' /tmp/back >/tmp/lines; awk '$1 != NR { print NR, $0; exit }' /tmp/lines; wc -l </tmp/lines";
+        let lines = exec(&first, "gen2", check);
+        assert!(lines.parse::<u64>().is_ok_and(|lines| lines > 20_000), "what came back: {lines}");
+        well(&first, "gen2");
+        assert_eq!(first.control(&["kill", "gen2"]).0, Some(0));
     }
     net::ip(&format!("link delete {tap}"));
 }
