@@ -108,7 +108,7 @@ pub struct Machine {
     pub control: UnixStream,
     /// The port for standard input.
     pub stdin: UnixStream,
-    /// QEMU's own control; none for a machine that simply boots.
+    /// QEMU's own control.
     pub qmp: UnixStream,
     /// The machine's memory.
     pub memory: File,

@@ -1,5 +1,5 @@
-//! QEMU's machine protocol, as much of it as saving and restoring a machine takes. Used by
-//! `snapshot`; knows no command by name.
+//! QEMU's machine protocol, as much of it as saving, restoring and waking a machine takes. Used by
+//! `snapshot` and `session`.
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -54,6 +54,13 @@ impl Qmp {
             }
         }
         bail!("QEMU's migration does not end")
+    }
+
+    /// Gives the machine an interrupt, from its keyboard: a key goes up that was not down, which means nothing to anybody.
+    pub fn interrupt(&mut self) -> Result<()> {
+        let key = json!({ "down": false, "key": { "type": "qcode", "data": "scroll_lock" } });
+        self.execute("input-send-event", json!({ "events": [{ "type": "key", "data": key }] }))?;
+        Ok(())
     }
 
     fn read(&mut self) -> Result<Value> {

@@ -7,6 +7,7 @@ use crate::machine::{Console, Machine, Shape, Start};
 use crate::memory_root;
 use crate::options::{Options, warn};
 use crate::process;
+use crate::qmp::Qmp;
 use crate::snapshot::Snapshot;
 use crate::terminal::{self, RawTerminal};
 use anyhow::{Context, Result, bail, ensure};
@@ -108,7 +109,8 @@ fn restored(
     console: &Console,
     snapshot: &Snapshot,
 ) -> Result<i32, Failure> {
-    let machine = snapshot.start(shape, files, console).map_err(Failure::Start)?;
+    let (machine, qmp) = snapshot.start(shape, files, console).map_err(Failure::Start)?;
+    keep_awake(qmp);
     let request = request(options).map_err(Failure::Run)?;
     serve(options, machine, Some(request), false, Duration::from_secs(60))
 }
@@ -118,6 +120,8 @@ fn booted(options: &Options, shape: Shape, files: &BootFiles, console: &Console)
     let start = |start| Machine::start(shape, files, start, console).map_err(Failure::Start);
     if !options.icount {
         let machine = start(Start::Boot)?;
+        let qmp = machine.qmp.try_clone().map_err(|error| Failure::Start(error.into()))?;
+        keep_awake(Qmp::new(qmp).map_err(Failure::Start)?);
         return serve(options, machine, Some(request), true, Duration::from_secs(180));
     }
     // A request or a file on its way in at any moment of the wall clock would upset the machine's.
@@ -125,6 +129,17 @@ fn booted(options: &Options, shape: Shape, files: &BootFiles, console: &Console)
         FixedRun { request: request.encode(), root: memory_root::collect(options).map_err(Failure::Run)? };
     let machine = start(Start::BootFixed(&fixed))?;
     serve(options, machine, None, false, Duration::from_secs(1200))
+}
+
+/// Interrupts the machine now and then, until it is gone: QEMU loses an interrupt once in some millions of exits, and if that was
+/// the timer's of a processor that runs a guest, nothing but another interrupt from outside would end that guest's turn.
+fn keep_awake(mut qmp: Qmp) {
+    const EVERY: Duration = Duration::from_secs(1);
+    thread::spawn(move || {
+        while qmp.interrupt().is_ok() {
+            thread::sleep(EVERY);
+        }
+    });
 }
 
 /// Hands `request` to the machine (after it said that it is ready, if it will) and serves the

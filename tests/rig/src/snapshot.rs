@@ -76,8 +76,8 @@ impl Snapshot {
         Snapshot::find(shape, files)?.context("the machine that was just saved is not there")
     }
 
-    /// A machine that goes on from the saved one, with the file server plugged in.
-    pub fn start(&self, shape: Shape, files: &BootFiles, console: &Console) -> Result<Machine> {
+    /// A machine that goes on from the saved one, with the file server plugged in, and QEMU's control of it.
+    pub fn start(&self, shape: Shape, files: &BootFiles, console: &Console) -> Result<(Machine, Qmp)> {
         let machine = Machine::start(shape, files, Start::Restore, console)?;
         // While QEMU starts: it looks at the memory only when the machine runs.
         load_memory(&self.memory, &machine.memory)?;
@@ -88,7 +88,7 @@ impl Snapshot {
         qmp.finish_migration()?;
         qmp.execute("device_add", file_device())?;
         qmp.execute("cont", json!({}))?;
-        Ok(machine)
+        Ok((machine, qmp))
     }
 
     /// Removes the saved machine from the cache.

@@ -195,6 +195,22 @@ fn the_second_run_starts_from_a_snapshot_and_a_damaged_one_is_replaced() {
     assert!(!snapshot.exists());
 }
 
+/// What the machine lost of its timer's it is given again.
+#[test]
+fn it_is_interrupted_from_outside_whether_it_was_restored_or_booted() {
+    if !available("interrupts from outside") {
+        return;
+    }
+    let count = "awk '/i8042/ { print $2; exit }' /proc/interrupts";
+    let script = format!("{count}; sleep 4; {count}");
+    for options in [&[][..], &["--cold"]] {
+        let output = rig(&[options, &["--", "sh", "-c", &script]].concat()).run();
+        let said = String::from_utf8(output.stdout).unwrap();
+        let counts: Vec<u32> = said.split_whitespace().map(|count| count.parse().unwrap()).collect();
+        assert!(matches!(counts[..], [before, after] if after >= before + 2), "{options:?}: {said}");
+    }
+}
+
 #[test]
 fn a_cold_start_and_shadow_paging_are_had_for_the_asking() {
     if !available("cold") {
