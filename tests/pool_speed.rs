@@ -40,6 +40,8 @@ const QUIET: Duration = Duration::from_millis(30);
 /// Where it all happens.
 struct Place {
     folder: tempfile::TempDir,
+    /// On tmpfs, as XDG_RUNTIME_DIR is.
+    run: tempfile::TempDir,
     registry: Registry,
     inotify: std::os::fd::OwnedFd,
     /// When a console was written to.
@@ -50,7 +52,7 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        fs::create_dir(folder.path().join("run")).unwrap();
+        let run = tempfile::tempdir_in("/dev/shm").unwrap();
         fs::write(folder.path().join("guest"), vmm_bench::elf::kernel(&GUEST)).unwrap();
         let inotify = inotify::init(CreateFlags::CLOEXEC).unwrap();
         let mut events = File::from(inotify.try_clone().unwrap());
@@ -65,15 +67,15 @@ impl Place {
                 events.for_each(|_| _ = tell.send(now));
             }
         });
-        let registry = Registry::at(folder.path().join("run/vmm"));
-        Self { folder, registry, inotify, written, watched: BTreeSet::new() }
+        let registry = Registry::at(run.path().join("vmm"));
+        Self { folder, run, registry, inotify, written, watched: BTreeSet::new() }
     }
 
     fn vmm(&self, arguments: &str) {
         let program = std::env::var_os("VMM").unwrap_or_else(|| env!("CARGO_BIN_EXE_vmm").into());
         let mut command = Command::new(program);
         command.args(arguments.split_whitespace()).current_dir(&self.folder).stdout(Stdio::null());
-        command.env("XDG_RUNTIME_DIR", self.folder.path().join("run"));
+        command.env("XDG_RUNTIME_DIR", self.run.path());
         command.env("XDG_STATE_HOME", self.folder.path().join("state"));
         assert!(command.status().unwrap().success(), "{arguments}");
     }
@@ -157,6 +159,6 @@ fn main() {
     report("100 at once: to each one's first word", spoken);
     report("100 at once: to the pool's answer", answered);
     place.vmm("pool stop one many");
-    let left = fs::read_dir(place.folder.path().join("run/vmm")).unwrap().count();
+    let left = fs::read_dir(place.run.path().join("vmm")).unwrap().count();
     assert_eq!(left, 0, "nothing is left");
 }

@@ -229,8 +229,8 @@ fn a_connection_over_a_tap_goes_on_where_it_was_saved() {
     }
     let tap = "vmmtest15";
     net::tap(tap, 15);
-    for (transport, vhost) in [("mmio", "off"), ("pci", "on")] {
-        let count = count_lines(TcpListener::bind("10.98.15.1:7000").unwrap());
+    for (transport, vhost, port) in [("mmio", "off", 7000), ("pci", "on", 7001)] {
+        let count = count_lines(TcpListener::bind(("10.98.15.1", port)).unwrap());
         let await_count = |guest: &Guest, least: u64| {
             let deadline = Instant::now() + guest.patience;
             while count.load(Ordering::Relaxed) < least {
@@ -248,7 +248,7 @@ fn a_connection_over_a_tap_goes_on_where_it_was_saved() {
         first.wait_for("up", 1);
         exec(&first, "gen0", "ip addr add 10.98.15.2/24 dev eth0; ip link set eth0 up");
         let numbers = "i=0; while :; do i=$((i + 1)); echo $i; done";
-        exec(&first, "gen0", &format!("({numbers}) 2>&1 | nc 10.98.15.1 7000 >/tmp/back 2>&1 &"));
+        exec(&first, "gen0", &format!("({numbers}) 2>&1 | nc 10.98.15.1 {port} >/tmp/back 2>&1 &"));
         await_count(&first, 1000);
         let folder = tempfile::tempdir().unwrap();
         let mut restored = Vec::new();

@@ -87,6 +87,13 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Has KVM do what it leaves for the first KVM_RUN, above all a kernel thread for the VM (since Linux 6.14), and enters no
+    /// guest.
+    pub fn warm_up(&mut self) {
+        // Whatever fails, fails again when it is to run.
+        let _ = self.finish_instruction();
+    }
+
     /// Makes this thread the one that runs the vCPU, and the one to [`kick`].
     pub fn bind(&mut self) {
         RUN.set(self.fd.get_kvm_run());

@@ -32,11 +32,19 @@ impl Seat {
         let thread = threads::spawn(Role::Vcpu(vcpu), move || {
             // Whoever asked is gone if something else went wrong meanwhile; then so is the other end of `work`.
             let _ = tell.send(first());
-            if let Ok(work) = waits.recv() {
+            while let Ok(work) = waits.recv() {
                 work();
             }
         })?;
         Ok((Self { thread, work }, told))
+    }
+
+    /// Has it do `work` beside the thread that asks. The receiver is as that of [`Seat::new`].
+    pub fn meanwhile<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
+        let (tell, told) = channel();
+        // Where nobody does it, nothing comes.
+        let _ = self.work.send(Box::new(move || drop(tell.send(work()))));
+        told
     }
 
     /// Has it do `work`, its last.
