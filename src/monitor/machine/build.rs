@@ -1,10 +1,9 @@
 //! The assembly: from a configuration to a machine, read top to bottom.
 //!
-//! The order is that of the ioctls' cost: memory slots, then interrupt controllers, then the first vCPU, which KVM has work for while
-//! we have ours, then interrupts and doorbells, then other vCPUs. The first two are the [`Shell`]'s.
+//! The order is that of the ioctls' cost: memory slots, then interrupt controllers, then interrupts and doorbells, then
+//! vCPUs. The first two are the [`Shell`]'s.
 
 use std::collections::VecDeque;
-use std::io;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -14,7 +13,7 @@ use super::inventory::{inventory, io_apic_pins, platform};
 use super::origin::{Contents, Origin};
 use super::plug::{self, PciBus, Plugboard};
 use super::shell::{Made, Shell};
-use super::{Error, Event, Handle, Machine, Phase, Shared, thread_of};
+use super::{Error, Event, Handle, Machine, Phase, Shared};
 use crate::backends::{Backends, Changes};
 use crate::boot::{self, Payload};
 use crate::bus::{Bus, Device, Kind, Place, SharedDevice, Slot, lock};
@@ -81,7 +80,8 @@ pub fn load(
     let contents = contents?;
     steps.skip();
     let mut machine =
-        build(config, list, &changes, &memory, vm, &processor, seat, backends, recorder, &mut steps, start)?;
+        build(config, list, &changes, &memory, vm, &processor, backends, recorder, &mut steps, start)?;
+    machine.seats.push_back(seat);
     if let Some(payload) = origin.payload() {
         machine.warn_of_missing_clock(payload, processor.is_intels());
     }
@@ -103,7 +103,6 @@ fn build(
     memory: &Memory,
     vm: kvm::Vm,
     processor: &Processor,
-    seat: vcpu::Seat,
     backends: &mut Backends,
     recorder: &Arc<Recorder>,
     steps: &mut Steps,
@@ -117,13 +116,6 @@ fn build(
         // Real-mode tests wait for line 11 as a BIOS has left it.
         vm.set_up_pic(1 << 3)?;
     }
-    vm.deny_msrs(&config.cpu.denied_msrs())?;
-    let create_vcpu = |id| vm.create_vcpu(id, config.cpus.0, &config.cpu, processor);
-    let mut first = create_vcpu(0)?;
-    let first = seat.meanwhile(move || {
-        first.warm_up();
-        first
-    });
     let power = Arc::new(Mutex::new(AcpiPm::new(interrupt(&vm, "power button", layout::ACPI_GSI)?)));
     let fw_cfg = Arc::new(Mutex::new(FwCfg::new(Items::default(), memory.ram().clone())));
     let mut virtio = virtio::Device::list(config);
@@ -223,12 +215,10 @@ fn build(
     }
     steps.done(Step::Devices);
 
-    // Nothing comes only after a panic over there.
-    let lost = |_| thread_of(0, io::ErrorKind::Interrupted.into());
-    let mut vcpus = vec![first.recv().map_err(lost)?];
-    for id in 1..config.cpus.0 {
-        vcpus.push(create_vcpu(id)?);
-    }
+    vm.deny_msrs(&config.cpu.denied_msrs())?;
+    let cpus = config.cpus.0;
+    let vcpus = (0..cpus).map(|id| vm.create_vcpu(id, cpus, &config.cpu, processor));
+    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
     if let [_, .., last] = vcpus.as_slice() {
         last.join_apic_map()?;
     }
@@ -287,7 +277,7 @@ fn build(
     Ok(Machine {
         shared,
         vcpus,
-        seats: VecDeque::from([seat]),
+        seats: VecDeque::new(),
         clocks: None,
         started: None,
         events: ended,

@@ -319,7 +319,8 @@ impl Machine {
         self.vcpus.iter().filter_map(named).collect()
     }
 
-    /// Has a thread ready for each vCPU, so that [`Machine::start`] makes none: for a machine that stands ready.
+    /// Has a thread ready for each vCPU, so that [`Machine::start`] makes none, and KVM do what it leaves for the first KVM_RUN: for a
+    /// machine that stands ready.
     ///
     /// # Errors
     /// The host is out of threads.
@@ -328,6 +329,18 @@ impl Machine {
             let id = vcpu.id();
             let (seat, _) = vcpu::Seat::new(id, || ()).map_err(|source| thread_of(id, source))?;
             self.seats.push_back(seat);
+        }
+        // What is left is once for the VM. On its own thread: to KVM another would be the vCPU's from then on.
+        if let (Some(seat), false) = (self.seats.front(), self.vcpus.is_empty()) {
+            let mut first = self.vcpus.remove(0);
+            let id = first.id();
+            let warmed = seat.meanwhile(move || {
+                first.warm_up();
+                first
+            });
+            // Nothing comes only after a panic over there.
+            let lost = |_| thread_of(id, io::ErrorKind::Interrupted.into());
+            self.vcpus.insert(0, warmed.recv().map_err(lost)?);
         }
         Ok(())
     }
