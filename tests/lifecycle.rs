@@ -67,6 +67,9 @@ impl Control for Fake {
     }
 
     fn pause(&self) -> Result<(), String> {
+        if self.name == "slow" {
+            thread::sleep(Duration::from_millis(20));
+        }
         *self.paused.lock().unwrap() = true;
         self.note("pause");
         Ok(())
@@ -356,6 +359,40 @@ fn one_who_asks_and_does_not_listen_is_cut_off() {
     let cut_off = (0..10_000).any(|_| (&deaf).write_all(&request).is_err());
     assert!(cut_off, "a million answers were kept for someone");
     scene.ask("a", Command::Status).unwrap();
+}
+
+#[test]
+fn one_who_is_gone_before_the_answer_takes_nothing_along() {
+    let scene = Scene::new();
+    let (_server, fake) = scene.start("slow", None);
+    for _ in 0..5 {
+        scene.raw("slow").write_all(b"{\"version\":1,\"command\":\"pause\"}\n").unwrap();
+        fake.await_note("pause");
+        // The next ones have the descriptors that theirs was.
+        for _ in 0..3 {
+            scene.ask("slow", Command::Status).unwrap();
+        }
+        scene.ask("slow", Command::Resume).unwrap();
+    }
+}
+
+/// Whoever does not listen to its clients in time gives them up. It has not ended for that.
+#[test]
+fn one_who_hangs_up_and_is_there_has_not_ended() {
+    let scene = Scene::new();
+    let entry = scene.registry.register(Some("busy")).unwrap();
+    let (listener, over) = (entry.listener().try_clone().unwrap(), Arc::new(Mutex::new(false)));
+    listener.set_nonblocking(true).unwrap();
+    let is_over = over.clone();
+    let busy = thread::spawn(move || {
+        while !*is_over.lock().unwrap() {
+            drop(listener.accept());
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    assert!(matches!(scene.ask("busy", Command::Status), Err(Error::NoAnswer(name)) if name == "busy"));
+    *over.lock().unwrap() = true;
+    busy.join().unwrap();
 }
 
 #[test]

@@ -208,6 +208,27 @@ fn spares_end_with_their_pool_and_what_was_taken_does_not() {
 }
 
 #[test]
+fn whoever_waits_for_one_that_does_nothing_hears_of_it() {
+    if !has_kvm("whoever_waits_for_one_that_does_nothing_hears_of_it") {
+        return;
+    }
+    let (place, _first) = world("");
+    place.done("pool start web v --size 2");
+    let spare = Pid::from_raw(children(pid(&pool(&place, "web")))[0]).unwrap();
+    kill_process(spare, Signal::STOP).unwrap();
+    // What would wait for ever ends with it.
+    let late = thread::spawn(move || {
+        thread::sleep(Duration::from_secs(60));
+        let _ = kill_process(spare, Signal::KILL);
+    });
+    let said = place.fails("pool take web --count 2", HOST);
+    assert!(said.contains("1 of 2") && said.contains("takes too long"), "{said}");
+    assert!(!late.is_finished(), "{said}");
+    // Another takes its place.
+    await_full(&place, "web");
+}
+
+#[test]
 fn one_that_is_there_for_a_command_ends_with_it_however_that_ends() {
     if !has_kvm("one_that_is_there_for_a_command_ends_with_it_however_that_ends") {
         return;

@@ -23,7 +23,7 @@ use crate::snapshot::Saving;
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a process may take from its last word to its end.
-const NAME: Duration = Duration::from_secs(2);
+const NAME: Duration = Duration::from_secs(5);
 /// For what has come already.
 const HERE: Duration = Duration::from_millis(10);
 
@@ -326,7 +326,7 @@ impl Client {
     /// The virtual machine refuses; it is gone ([`Error::NoSuchVm`]) without having told how it ended.
     pub fn wait(mut self) -> Result<Ended, Error> {
         self.stream.write_all(&protocol::request(Command::Wait)).map_err(|e| self.broken(e))?;
-        let line = self.read_line(None).inspect_err(|_| self.await_name())?;
+        let line = self.read_line(None)?;
         match self.parse(&line)? {
             Answer::Ended(ended) => Ok(ended),
             other => Err(self.other(other)),
@@ -336,10 +336,22 @@ impl Client {
     /// Waits until the name is free, for a moment. A process that is killed closes one descriptor after the other, and some, the VM's
     /// above all, take their time: a connection may be gone before the listener is.
     fn await_name(&self) {
-        let deadline = Instant::now() + NAME;
-        while self.registry.alive(&self.name).is_ok_and(|alive| alive) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(1));
+        let (deadline, mut pause) = (Instant::now() + NAME, Duration::from_millis(1));
+        while self.is_there() && Instant::now() < deadline {
+            thread::sleep(pause);
+            // Each look is a connection that it has to take.
+            pause = (2 * pause).min(Duration::from_millis(100));
         }
+    }
+
+    fn is_there(&self) -> bool {
+        self.registry.alive(&self.name).is_ok_and(|alive| alive)
+    }
+
+    /// The connection has ended without an answer: its process has, or it has so much to do that it gave up this client.
+    fn cut_off(&self) -> Error {
+        self.await_name();
+        if self.is_there() { Error::NoAnswer(self.name.clone()) } else { Error::NoSuchVm(self.name.clone()) }
     }
 
     /// One reply, which is a line of bounded length.
@@ -349,7 +361,7 @@ impl Client {
         while line.last() != Some(&b'\n') && line.len() < MAX_REPLY {
             self.patience(deadline)?;
             match passing::receive(&self.stream, &mut bytes, &mut self.passed) {
-                Ok(0) => return Err(Error::NoSuchVm(self.name.clone())),
+                Ok(0) => return Err(self.cut_off()),
                 Ok(count) => line.extend_from_slice(&bytes[..count]),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(self.broken(e)),
@@ -370,8 +382,7 @@ impl Client {
     fn broken(&self, error: io::Error) -> Error {
         match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::NoAnswer(self.name.clone()),
-            // It ended between our connecting and its answering.
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Error::NoSuchVm(self.name.clone()),
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => self.cut_off(),
             _ => Error::Protocol { name: self.name.clone(), reason: error.to_string() },
         }
     }

@@ -370,8 +370,13 @@ impl Orders {
         if keep == Keep::Yes {
             keep = self.serve_lines(&mut client, token);
         }
-        let heard = keep == Keep::UntilDone || sources.add(&client.stream, token, Interest::INPUT).is_ok();
-        if heard && keep != Keep::No {
+        let is_kept = match keep {
+            Keep::Yes => sources.add(&client.stream, token, Interest::INPUT).is_ok(),
+            // Nothing is waited for on a stream that is closed next: the next client's would have its number.
+            Keep::No => false,
+            Keep::UntilDone => true,
+        };
+        if is_kept {
             self.clients.insert(token, client);
         }
     }

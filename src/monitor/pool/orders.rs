@@ -353,6 +353,8 @@ impl Orders {
         for number in self.stock.late(now) {
             let error = "one of its machines takes too long".to_owned();
             self.lose(number, Some(Reason { error, hint: None, code: None }), sources);
+            // Somebody may wait for just that one.
+            self.serve_takes(sources);
         }
         let idle = self.clients.iter().filter(|(_, client)| client.until.is_some_and(|until| until <= now));
         for token in idle.map(|(token, _)| *token).collect::<Vec<_>>() {
