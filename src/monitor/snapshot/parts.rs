@@ -84,7 +84,14 @@ impl Parts {
     pub fn inherited(descriptors: &[u32]) -> Result<Self, Error> {
         let mut descriptors = descriptors.iter();
         // Opened anew, each process has its own place in it.
-        let open = |number: &u32| Part::open(PathBuf::from(format!("/proc/self/fd/{number}")));
+        let open = |number: &u32| {
+            let mut part = Part::open(PathBuf::from(format!("/proc/self/fd/{number}")))?;
+            // Where it has a name it is known by that: errors tell of it, and what is saved of its machine.
+            if let Ok(path) = fs::canonicalize(&part.path) {
+                part.path = path;
+            }
+            Ok::<_, Error>(part)
+        };
         let mut parts = Self::of(|name| match descriptors.next() {
             Some(number) => {
                 let part = open(number)?;
@@ -94,12 +101,6 @@ impl Parts {
             None => Err(file("open", Path::new(name))(io::ErrorKind::NotFound.into())),
         })?;
         parts.disks = descriptors.map(open).collect::<Result<_, _>>()?;
-        // Where one has a name it is known by that: what is saved of its machine tells of it.
-        for disk in &mut parts.disks {
-            if let Ok(path) = fs::canonicalize(&disk.path) {
-                disk.path = path;
-            }
-        }
         Ok(parts)
     }
 
