@@ -245,6 +245,7 @@ impl Options {
             ("--boot", self.boot.is_some()),
             ("--firmware", self.firmware.is_some()),
             ("--option-rom", !self.option_rom.is_empty()),
+            ("--cpu", self.cpu.is_some()),
         ];
         match given.into_iter().find(|(_, given)| *given) {
             None => Ok(()),

@@ -103,6 +103,10 @@ fn a_machine_in_the_background_whose_memory_is_lost_leaves_why_and_its_exit_code
         let place = saved(code);
         place.done("restore -d s --serial stdio --name w");
         while place.done("logs w").len() < 3 {}
+        if is_met_by_monitor {
+            // Its guest meets nothing any more.
+            place.done("pause w");
+        }
         cut(&place, "s/memory");
         if is_met_by_monitor {
             finish(place.command("snapshot create --stop w t").spawn().unwrap());

@@ -79,6 +79,11 @@ impl Mapped {
 
     /// What is wrong with its files. None if all of them can be read.
     fn lost(&self) -> Option<Error> {
+        self.first(check)
+    }
+
+    /// What `check` finds in the first of its files that it finds something in.
+    fn first(&self, check: fn(&RamFile, u64) -> io::Result<()>) -> Option<Error> {
         self.saved.files().find_map(|file| {
             let source = check(file, self.size).err()?;
             Some(Error::Lost { path: file.path().to_owned(), source })
@@ -117,12 +122,19 @@ impl Error {
     }
 }
 
+/// Whether `file` is as long as it was, of `size` bytes of RAM.
+fn is_whole(file: &RamFile, size: u64) -> io::Result<()> {
+    match file.file().metadata()?.len() {
+        len if file.as_plain().is_some() && len < size => {
+            Err(io::Error::other(format!("it was cut short: {len} bytes are left of {size}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Whether `file` has `size` bytes that can be read.
 fn check(file: &RamFile, size: u64) -> io::Result<()> {
-    let len = file.file().metadata()?.len();
-    if file.as_plain().is_some() && len < size {
-        return Err(io::Error::other(format!("it was cut short: {len} bytes are left of {size}")));
-    }
+    is_whole(file, size)?;
     let mut buffer = vec![0; BATCH];
     for at in (0..size).step_by(BATCH) {
         let len = BATCH.min((size - at) as usize);
@@ -156,5 +168,12 @@ impl Memory {
     /// Why the guest cannot have all of its memory, if that is so. Reads it all: for who has found that something is missing.
     pub fn lost(&self) -> Option<Error> {
         self.watch.as_ref()?.0.lost()
+    }
+
+    /// Ends the process if a file was cut short: for who asks the files what they have, to which the rest would be a hole.
+    pub fn must_be_whole(&self) {
+        if let Some(error) = self.watch.as_ref().and_then(|watch| watch.0.first(is_whole)) {
+            end(error);
+        }
     }
 }

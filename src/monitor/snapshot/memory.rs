@@ -59,6 +59,7 @@ impl Writing {
         base: Option<SavedRam>,
         may_last: bool,
     ) -> io::Result<Self> {
+        memory.must_be_whole();
         let unnamed =
             |base| Ok::<_, io::Error>((base, File::from(memfd_create("runs", MemfdFlags::CLOEXEC)?)));
         let base = base.map(unnamed).transpose()?;
