@@ -9,6 +9,8 @@ use std::path::Path;
 use anyhow::anyhow;
 use rustix::io::{FdFlags, fcntl_setfd};
 use vmm_command::{Code, Failure};
+use vmm_monitor::api::Error;
+use vmm_monitor::api::client::Client;
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::config::{Console, VmConfig};
 use vmm_monitor::snapshot::{self, Parts, Snapshot};
@@ -97,7 +99,18 @@ pub fn fork(mut options: Options) -> Result<Code, Failure> {
 pub fn snapshot(source: &str) -> Result<Snapshot, Failure> {
     Ok(match source.contains('/') {
         true => Snapshot::open_for_copies(Path::new(source))?,
-        false => Snapshot::of(Parts::of_descriptors(connect(source)?.fork()?)?)?,
+        false => Snapshot::of(Parts::of_descriptors(machine(source)?.fork()?)?)?,
+    })
+}
+
+/// The running one called `source`, which might have been meant to be a folder.
+fn machine(source: &str) -> Result<Client, Failure> {
+    connect(source).map_err(|error| match error {
+        Error::NoSuchVm(_) if Path::new(source).is_dir() => {
+            let hint = format!("a folder is named with a slash: ./{source}");
+            Failure::new(Code::Host, error).hint(Some(hint))
+        }
+        error => error.into(),
     })
 }
 

@@ -79,9 +79,11 @@ fn what_cannot_be_copied_is_told() {
     let alone = place.fails("fork v", BAD_ARGUMENT);
     assert!(alone.contains("switch=lan") && alone.contains("--net user"), "{alone}");
     assert_eq!(place.done("fork v --net user"), "v-1\n");
+    fs::create_dir(place.path("folder")).unwrap();
     for (arguments, code, why) in [
         ("fork nobody", HOST, "nobody"),
         ("fork ./nothing", BAD_ARGUMENT, "nothing"),
+        ("fork folder", HOST, "hint: a folder is named with a slash: ./folder"),
         ("fork v --count 0", BAD_ARGUMENT, "--count"),
         ("fork v --net user --kernel count", BAD_ARGUMENT, "--kernel"),
         ("fork v --net user --cpus 2", BAD_ARGUMENT, "vCPUs"),

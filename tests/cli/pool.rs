@@ -366,7 +366,7 @@ fn pools_that_cannot_be_are_told() {
         ("pool start other v --net switch=lan", BAD_ARGUMENT, "switch=lan"),
         ("pool take nobody", HOST, "no pool called \"nobody\""),
         ("pool take web --name v", HOST, "\"v\" is already running"),
-        ("pool take web --name .x", HOST, ".x"),
+        ("pool take web --name .x", BAD_ARGUMENT, "\".x\" cannot be the name"),
         ("pool take web --count 0", BAD_ARGUMENT, "--count"),
         ("pool take web -i", BAD_ARGUMENT, "there is no command"),
         ("pool take web --timeout 5", BAD_ARGUMENT, "COMMAND"),

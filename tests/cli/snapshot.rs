@@ -185,7 +185,7 @@ fn a_snapshot_over_another_has_what_differs_and_needs_it_as_it_was() {
     place.done("snapshot verify moved/c");
     // Another of its name, and none.
     fs::rename(place.path("moved/a"), place.path("away")).unwrap();
-    refused("restore moved/c", BAD_ARGUMENT, "moved/a");
+    refused("restore moved/c", BAD_ARGUMENT, "moved/a cannot be read: open");
     let (_guest, other) = (Running::new(place.command("restore away --serial file=four --name o")), "o");
     await_words(&place, "four", 3);
     place.done(&format!("snapshot create {other} moved/a"));

@@ -9,6 +9,7 @@ use anyhow::anyhow;
 use vmm_command::{Code, Failure, print};
 use vmm_monitor::api::client::Client;
 use vmm_monitor::api::registry::Registry;
+use vmm_monitor::config::check_name;
 use vmm_monitor::pool::MAX_TAKEN;
 
 use crate::agent::renewal::{CopyOptions, renew_and_exec};
@@ -64,9 +65,11 @@ pub struct Options {
 /// # Errors
 /// There is no such pool, or it has no machines; what the guests' agents are to do is not done.
 pub fn take(options: Options) -> Result<Code, Failure> {
+    let named = options.name.as_deref().map_or(Ok(()), check_name).map_err(Failure::from);
     if !options.command.is_empty() {
-        return run(options).map_err(not_run);
+        return named.and_then(|()| run(options)).map_err(not_run);
     }
+    named?;
     if options.how != How::default() {
         return Err(no_command());
     }

@@ -93,7 +93,10 @@ impl Snapshot {
             return Err(state.damaged("its memory is in impossible places"));
         }
         let path = base.path(folder)?;
-        let below = Self::open_above(&path, above + 1)?;
+        let below = Self::open_above(&path, above + 1).map_err(|error| match error {
+            Error::File { .. } => Error::Base { path: path.clone(), source: Box::new(error) },
+            error => error,
+        })?;
         if !base.is_over(snapshot.header.size, &below.header) {
             return Err(state.damaged(&format!("its base, {}, is not what it was", path.display())));
         }

@@ -87,6 +87,15 @@ pub enum Error {
     /// Its state cannot be told.
     #[error(transparent)]
     Machine(#[from] Box<machine::Error>),
+    /// What it lies over cannot be read.
+    #[error("its base {} cannot be read", path.display())]
+    Base {
+        /// The folder of that.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<Error>,
+    },
     /// A file is not what a snapshot has there.
     #[error("{}: {what}", path.display())]
     Damaged {
@@ -317,6 +326,7 @@ impl Error {
     /// What to try.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
+            Self::Base { .. } => Some("a base stays where it was, under its name: docs/snapshot.md"),
             Self::Damaged { .. } => Some("save the machine again: vmm snapshot create NAME FOLDER"),
             Self::NoSnapshot { .. } => Some("look at it first: ls -la FOLDER; vmm snapshot list"),
             Self::Version { .. } | Self::Newer { .. } => Some("restore it with the vmm that saved it"),
