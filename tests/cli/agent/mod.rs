@@ -103,6 +103,7 @@ impl Guest {
 
     /// Whoever waits for its end finds it gone.
     pub fn end(&self) {
+        std::fs::remove_file(self.place.path("run/vmm/web.sock")).unwrap();
         *self.ended.0.lock().unwrap() = true;
         self.ended.1.notify_all();
     }
