@@ -89,10 +89,8 @@ fn told_first_touches(place: &Place, name: &str, ahead: u64) -> String {
     assert!(turns["ahead"].as_u64().unwrap() >= ahead, "{touches}");
     let told = place.done(&format!("trace report {name}.trace --stats"));
     if touches["faults"].is_null() {
-        assert!(
-            told.contains("first touches of guest memory: ? page faults in KVM (not recorded: "),
-            "{told}"
-        );
+        // With why, or where a KVM without hardware virtualization was asked and has none.
+        assert!(told.contains("first touches of guest memory: ? page faults in KVM ("), "{told}");
     }
     told
 }
