@@ -12,7 +12,6 @@ use vmm_command::{Code, Failure};
 use vmm_monitor::api::Error;
 use vmm_monitor::api::client::Client;
 use vmm_monitor::api::registry::Registry;
-use vmm_monitor::config::{Console, VmConfig};
 use vmm_monitor::snapshot::{self, Parts, Snapshot};
 
 use super::agent::renewal::CopyOptions;
@@ -78,8 +77,9 @@ pub fn fork(mut options: Options) -> Result<Code, Failure> {
     // Before there are as many errors as children.
     let snapshot = child(snapshot(&options.source)?, &options.options)?;
     let names = names(&options)?;
-    if options.count > 1 {
-        several(options.options, &snapshot.config, "--count asks for several")?;
+    if let (2.., Some(option)) = (options.count, options.options.of_one()) {
+        let error = anyhow!("{option} is for one machine, and --count asks for several");
+        return Err(Failure::new(Code::BadArgument, error).hint(Some(format!("leave {option} out"))));
     }
     let files = snapshot.into_parts()?.into_descriptors();
     let parts = inherited(&files)?;
@@ -124,34 +124,6 @@ pub fn child(mut snapshot: Snapshot, options: &options::Options) -> Result<Snaps
         }
         _ => Ok(snapshot),
     }
-}
-
-/// That there can be several machines at a time of what `options` make of the `saved` one: there will be, for `why`.
-pub fn several(options: options::Options, saved: &VmConfig, why: &str) -> Result<(), Failure> {
-    let alone = [("--trace", options.trace.is_some()), ("--gdb", options.gdb.is_some())];
-    if let Some((option, _)) = alone.into_iter().find(|(_, given)| *given) {
-        return Err(of_one(option, why));
-    }
-    let mut config = options.resolve_saved(saved)?;
-    // Each has its own.
-    config.name = None;
-    config.console = Console(Some(config.console()));
-    let what = match snapshot::network_of_one(&config) {
-        Some(network) => format!("the network {network} is for one machine"),
-        None if snapshot::child(config.clone()) != config => {
-            "published ports, files and sockets of the host are for one machine".to_owned()
-        }
-        None => return Ok(()),
-    };
-    let hint =
-        "leave that out: each copy has a console of its own, vmm logs; ports can be forwarded, vmm forward";
-    Err(Failure::new(Code::BadArgument, anyhow!("{what}, and {why}")).hint(Some(hint)))
-}
-
-/// `option` was given to several machines, for `why`.
-pub fn of_one(option: &str, why: &str) -> Failure {
-    let error = anyhow!("{option} is for one machine, and {why}");
-    Failure::new(Code::BadArgument, error).hint(Some(format!("leave {option} out")))
 }
 
 fn names(options: &Options) -> Result<Vec<String>, Failure> {

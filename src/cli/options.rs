@@ -230,6 +230,17 @@ impl Options {
         Ok(config)
     }
 
+    /// What is given of that which one machine at a time can have.
+    pub fn of_one(&self) -> Option<&'static str> {
+        let given = [
+            ("--publish", !self.publish.is_empty()),
+            ("--net-dump", self.net_dump.is_some()),
+            ("--trace", self.trace.is_some()),
+            ("--gdb", self.gdb.is_some()),
+        ];
+        given.into_iter().find(|(_, given)| *given).map(|(option, _)| option)
+    }
+
     /// Whether it asks for networks.
     pub fn has_networks(&self) -> bool {
         !self.net.is_empty()

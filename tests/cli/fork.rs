@@ -88,8 +88,7 @@ fn what_cannot_be_copied_is_told() {
         ("fork v --net user --kernel count", BAD_ARGUMENT, "--kernel"),
         ("fork v --net user --cpus 2", BAD_ARGUMENT, "vCPUs"),
         ("fork v --net user --cpu host", BAD_ARGUMENT, "--cpu"),
-        ("fork v --net user --count 2 -p 8080:80", BAD_ARGUMENT, "--count asks for several"),
-        ("fork v --net user --count 2 --serial file=x", BAD_ARGUMENT, "--count asks for several"),
+        ("fork v --net user --count 2 -p 8080:80", BAD_ARGUMENT, "--publish is for one machine"),
         ("fork v --net user --count 2 --trace x", BAD_ARGUMENT, "--trace is for one machine"),
         ("restore nothing/", BAD_ARGUMENT, "nothing"),
     ] {

@@ -10,8 +10,9 @@ use anyhow::anyhow;
 use rustix::io::fcntl_dupfd_cloexec;
 use vmm_command::{Code, Failure, log_output};
 use vmm_monitor::api::registry::Registry;
+use vmm_monitor::config::{Console, VmConfig};
 use vmm_monitor::pool::{self, MAX_SIZE, Maker, Reason, Spare};
-use vmm_monitor::snapshot::{Parts, Snapshot};
+use vmm_monitor::snapshot::{self, Parts, Snapshot};
 
 use crate::agent::renewal::CopyOptions;
 use crate::detached::record::Records;
@@ -25,8 +26,6 @@ Examples:
   vmm pool start web ./web.snap --size 10
       of one that vmm snapshot create saved
 ";
-
-const HAS_SEVERAL: &str = "a pool has several";
 
 /// The options of `vmm pool start`.
 #[derive(Debug, clap::Args)]
@@ -74,16 +73,37 @@ pub fn start(options: Options) -> Result<Code, Failure> {
 /// The command's own process.
 fn begin(options: Options) -> Result<Code, Failure> {
     vmm_monitor::config::check_name(&options.pool)?;
-    let options::Options { name, dry_run, .. } = &options.options;
-    let alone = [("--name", name.is_some()), ("--dry-run", *dry_run)];
+    let options::Options { name, trace, gdb, dry_run, .. } = &options.options;
+    let alone = [
+        ("--name", name.is_some()),
+        ("--trace", trace.is_some()),
+        ("--gdb", gdb.is_some()),
+        ("--dry-run", *dry_run),
+    ];
     if let Some((option, _)) = alone.into_iter().find(|(_, given)| *given) {
-        return Err(fork::of_one(option, HAS_SEVERAL));
+        let error = anyhow!("{option} is for one machine, and a pool has several");
+        return Err(Failure::new(Code::BadArgument, error).hint(Some(format!("leave {option} out"))));
     }
     let snapshot = fork::child(fork::snapshot(&options.source)?, &options.options)?;
     // Before there are as many errors as copies.
-    fork::several(options.options, &snapshot.config, HAS_SEVERAL)?;
+    several(options.options.resolve_saved(&snapshot.config)?)?;
     let parts = snapshot.into_parts()?.into_descriptors();
     Starting::begin(&["--parts", &fork::inherited(&parts)?])?.finish(|_| Ok(()))
+}
+
+/// That there can be several machines of `config` at a time.
+fn several(mut config: VmConfig) -> Result<(), Failure> {
+    config.console = Console(Some(config.console()));
+    let what = match snapshot::network_of_one(&config) {
+        Some(network) => format!("the network {network} is for one machine"),
+        None if snapshot::child(config.clone()) != config => {
+            "published ports, files and sockets of the host are for one machine".to_owned()
+        }
+        None => return Ok(()),
+    };
+    let hint =
+        "leave that out: each copy has a console of its own, vmm logs; ports can be forwarded, vmm forward";
+    Err(Failure::new(Code::BadArgument, anyhow!("{what}, and a pool has several")).hint(Some(hint)))
 }
 
 /// The process of the pool.
