@@ -107,7 +107,7 @@ pub fn snapshot(source: &str) -> Result<Snapshot, Failure> {
 fn machine(source: &str) -> Result<Client, Failure> {
     connect(source).map_err(|error| match error {
         Error::NoSuchVm(_) if Path::new(source).is_dir() => {
-            let hint = format!("a folder is named with a slash: ./{source}");
+            let hint = format!("to name the folder, include a slash: ./{source}");
             Failure::new(Code::Host, error).hint(Some(hint))
         }
         error => error.into(),

@@ -83,7 +83,7 @@ fn what_cannot_be_copied_is_told() {
     for (arguments, code, why) in [
         ("fork nobody", HOST, "nobody"),
         ("fork ./nothing", BAD_ARGUMENT, "nothing"),
-        ("fork folder", HOST, "hint: a folder is named with a slash: ./folder"),
+        ("fork folder", HOST, "hint: to name the folder, include a slash: ./folder"),
         ("fork v --count 0", BAD_ARGUMENT, "--count"),
         ("fork v --net user --kernel count", BAD_ARGUMENT, "--kernel"),
         ("fork v --net user --cpus 2", BAD_ARGUMENT, "vCPUs"),

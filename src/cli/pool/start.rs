@@ -73,14 +73,9 @@ pub fn start(options: Options) -> Result<Code, Failure> {
 /// The command's own process.
 fn begin(options: Options) -> Result<Code, Failure> {
     vmm_monitor::config::check_name(&options.pool)?;
-    let options::Options { name, trace, gdb, dry_run, .. } = &options.options;
-    let alone = [
-        ("--name", name.is_some()),
-        ("--trace", trace.is_some()),
-        ("--gdb", gdb.is_some()),
-        ("--dry-run", *dry_run),
-    ];
-    if let Some((option, _)) = alone.into_iter().find(|(_, given)| *given) {
+    let options::Options { name, dry_run, .. } = &options.options;
+    let alone = [("--name", name.is_some()), ("--dry-run", *dry_run)].into_iter().find(|(_, given)| *given);
+    if let Some(option) = alone.map(|(option, _)| option).or_else(|| options.options.of_one()) {
         let error = anyhow!("{option} is for one machine, and a pool has several");
         return Err(Failure::new(Code::BadArgument, error).hint(Some(format!("leave {option} out"))));
     }

@@ -58,6 +58,10 @@ fn data(file: &File, base: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
         at = seek(file, SeekFrom::Hole(start))?.min(base + len);
         all.push(start / PAGE * PAGE - base..(at - base).next_multiple_of(PAGE));
     }
+    // What was cut off looks like a hole.
+    if file.metadata()?.len() < base + len {
+        return Err(io::Error::other("the file of memory was cut short"));
+    }
     Ok(all)
 }
 

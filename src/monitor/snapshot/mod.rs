@@ -326,7 +326,9 @@ impl Error {
     /// What to try.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Base { .. } => Some("a base stays where it was, under its name: docs/snapshot.md"),
+            Self::Base { .. } => {
+                Some("put the base back where it was when this was saved: vmm snapshot list")
+            }
             Self::Damaged { .. } => Some("save the machine again: vmm snapshot create NAME FOLDER"),
             Self::NoSnapshot { .. } => Some("look at it first: ls -la FOLDER; vmm snapshot list"),
             Self::Version { .. } | Self::Newer { .. } => Some("restore it with the vmm that saved it"),
