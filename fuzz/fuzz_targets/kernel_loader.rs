@@ -66,12 +66,9 @@ fn boot(how: u8, image: &[u8], len: u64) -> Result<Entry, Error> {
     let (_kernel, kernel) = file(image, len);
     let (_initrd, initrd) = file(b"initrd", 6);
     let protocols = [BootProtocol::Auto, BootProtocol::Linux64, BootProtocol::Pvh, BootProtocol::Auto];
-    let payload = Payload {
-        kernel: kernel.into(),
-        initrd: (how & 4 != 0).then_some(initrd),
-        cmdline: "console=hvc0".to_owned(),
-        protocol: protocols[usize::from(how & 3)],
-    };
+    let initrd = (how & 4 != 0).then_some(&*initrd);
+    let protocol = protocols[usize::from(how & 3)];
+    let payload = Payload::open(&kernel.into(), initrd, "console=hvc0".to_owned(), protocol)?;
     let size = if how & 8 != 0 { "2M" } else { "32M" };
     let memory = Memory::new(&size.parse().unwrap()).unwrap();
     let platform = Platform { cpus: 2, ..Platform::default() };

@@ -50,7 +50,7 @@ fn boot(auto: bool, image: &[u8]) -> Result<Entry, Error> {
     file.write_all(image).unwrap();
     let kernel = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     let protocol = if auto { BootProtocol::Auto } else { BootProtocol::Multiboot };
-    let payload = Payload { kernel: kernel.into(), initrd: None, cmdline: "a b".to_owned(), protocol };
+    let payload = Payload::open(&kernel.into(), None, "a b".to_owned(), protocol)?;
     let memory = Memory::new(&"32M".parse().unwrap()).unwrap();
     load(&memory, &payload, &Platform { cpus: 2, ..Platform::default() })
 }

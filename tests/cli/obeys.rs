@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
@@ -543,23 +544,28 @@ fn a_guest_keeps_its_grace_period_when_two_signals_come_at_once() {
     }
 }
 
-/// What was opened at the start stays open over reboots: no lock is lost to whoever still looks at the machine before, and no file is
-/// used that has taken the image's place.
+/// What was opened at the start stays open over reboots: no lock is lost to whoever still looks at the machine before, and nothing is
+/// used that has taken the place of image, kernel or KVM device.
 #[test]
-fn a_disk_stays_open_over_reboots_while_somebody_looks() {
-    if !has_kvm("a_disk_stays_open_over_reboots_while_somebody_looks") {
+fn what_was_opened_stays_open_over_reboots_while_somebody_looks() {
+    if !has_kvm("what_was_opened_stays_open_over_reboots_while_somebody_looks") {
         return;
     }
     let place = Place::new();
     // One letter for each life, which lasts some thousand exits.
-    let mut code = vec![0x66, 0xba, 0xf8, 0x03, 0xb0, b'r', 0xee];
-    code.extend([0xb9, 0, 4, 0, 0, 0xec, 0xff, 0xc9, 0x75, 0xfb]); // mov ecx, 1024; in al, dx; dec ecx; jnz to the in
-    code.extend(out(0x64, 0xfe));
-    place.file("reboots", kernel(&code));
+    let says = |letter| {
+        let mut code = vec![0x66, 0xba, 0xf8, 0x03, 0xb0, letter, 0xee];
+        code.extend([0xb9, 0, 4, 0, 0, 0xec, 0xff, 0xc9, 0x75, 0xfb]); // mov ecx, 1024; in al, dx; dec ecx; jnz to the in
+        code.extend(out(0x64, 0xfe));
+        kernel(&code)
+    };
+    place.file("reboots", says(b'r'));
+    place.file("another", says(b'x'));
+    symlink(std::env::var_os("VMM_KVM").unwrap_or("/dev/kvm".into()), place.path("kvm")).unwrap();
     place.file("disk", vec![0; 4096]);
     place.file("other", vec![0; 8192]);
     let run = "--kernel reboots --mem 64M --console off --serial file=said --disk disk --on-reboot reset --name guest";
-    let mut guest = place.command(run).spawn().unwrap();
+    let mut guest = place.command(run).env("VMM_KVM", place.path("kvm")).spawn().unwrap();
     let lives = || fs::metadata(place.path("said")).map_or(0, |said| said.len());
     let deadline = Instant::now() + PATIENCE;
     let mut await_lives = |more: u64| {
@@ -582,6 +588,8 @@ fn a_disk_stays_open_over_reboots_while_somebody_looks() {
     });
     goes_on &= await_lives(40);
     fs::rename(place.path("other"), place.path("disk")).unwrap();
+    fs::rename(place.path("another"), place.path("reboots")).unwrap();
+    fs::remove_file(place.path("kvm")).unwrap();
     goes_on &= await_lives(20);
     let disks: Vec<_> = fs::read_dir(format!("/proc/{}/fd", guest.id()))
         .into_iter()
@@ -596,6 +604,7 @@ fn a_disk_stays_open_over_reboots_while_somebody_looks() {
     place.vmm("kill guest");
     let output = finish(guest);
     assert!(goes_on && output.status.code() == Some(KILLED), "{}", text(&output.stderr));
+    assert!(fs::read(place.path("said")).unwrap().iter().all(|letter| *letter == b'r'));
     let [disk] = &disks[..] else { panic!("not one image is open: {disks:?}") };
     assert!(disk.to_string_lossy().ends_with("disk (deleted)"), "{disk:?}");
 }

@@ -1,13 +1,14 @@
-//! A file that goes into guest memory: opened once, checked to be a regular one, read by parts straight to where
-//! they belong.
+//! Files that go into guest memory: an [`Input`] is opened once, before the guest runs, and checked to be a regular file; each start
+//! reads its [`Image`] by parts, straight to where they belong.
 //!
-//! The loaders use it for kernel and initrd. No part of the file is held in the monitor's own memory, except the
+//! The loaders use them for kernel and initrd. No part of a file is held in the monitor's own memory, except the
 //! headers that the loaders ask for.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
@@ -16,19 +17,19 @@ use super::error::{Error, Role};
 use crate::config::Kernel;
 use crate::memory::{self, GuestRam};
 
-/// An open kernel or initrd.
-pub struct Image {
-    file: File,
+/// An open file: a kernel, an initrd or a ROM. The guest's resets read it again, whatever has its name by then.
+#[derive(Debug, Clone)]
+pub struct Input {
+    file: Arc<File>,
     path: PathBuf,
     role: Role,
-    len: u64,
 }
 
-impl Image {
+impl Input {
     /// Opens `kernel`. The built-in one becomes a file in memory, so that all goes one way from here on.
     ///
     /// # Errors
-    /// As [`Image::open`].
+    /// As [`Input::open`].
     pub fn kernel(kernel: &Kernel) -> Result<Self, Error> {
         let role = Role::Kernel;
         match kernel {
@@ -36,24 +37,23 @@ impl Image {
             Kernel::BootDisk => {
                 let path = kernel.path().to_owned();
                 match in_memory(BOOT_DISK) {
-                    Ok(file) => Ok(Self { file, path, role, len: BOOT_DISK.len() as u64 }),
+                    Ok(file) => Ok(Self { file: Arc::new(file), path, role }),
                     Err(source) => Err(Error::Open { role, path, source }),
                 }
             }
         }
     }
 
-    /// Opens `path`, which must be a regular file with something in it.
+    /// Opens `path`, which must be a regular file.
     ///
     /// # Errors
-    /// [`Error::Open`], [`Error::NotAFile`], [`Error::Empty`].
+    /// [`Error::Open`], [`Error::NotAFile`].
     pub fn open(path: &Path, role: Role) -> Result<Self, Error> {
         let failed = |source| Error::Open { role, path: path.to_owned(), source };
         // NONBLOCK: opening a pipe must not wait for its writer. It changes nothing for a regular file.
         let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
         let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        let kind = metadata.file_type();
+        let kind = file.metadata().map_err(failed)?.file_type();
         if !kind.is_file() {
             let kind = match () {
                 () if kind.is_dir() => "a directory",
@@ -63,13 +63,38 @@ impl Image {
             };
             return Err(Error::NotAFile { role, path: path.to_owned(), kind });
         }
-        if metadata.len() == 0 {
-            return Err(Error::Empty { role, path: path.to_owned() });
-        }
-        Ok(Self { file, path: path.to_owned(), role, len: metadata.len() })
+        Ok(Self { file: Arc::new(file), path: path.to_owned(), role })
     }
 
-    /// The file's length in bytes when it was opened.
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What is in it now, for one start.
+    ///
+    /// # Errors
+    /// [`Error::Empty`], [`Error::Read`].
+    pub fn image(&self) -> Result<Image, Error> {
+        let Self { file, path, role } = self.clone();
+        match file.metadata() {
+            Ok(found) if found.len() == 0 => Err(Error::Empty { role, path }),
+            Ok(found) => Ok(Image { file, path, role, len: found.len() }),
+            Err(source) => Err(Error::Read { role, path, source }),
+        }
+    }
+}
+
+/// The contents of an [`Input`].
+pub struct Image {
+    file: Arc<File>,
+    path: PathBuf,
+    role: Role,
+    len: u64,
+}
+
+impl Image {
+    /// The file's length in bytes at this start.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -124,7 +149,7 @@ impl Image {
         self.check(offset, len, part)?;
         memory::expect(ram, to..to.saturating_add(len));
         let mut done = self.send(offset, len, ram, to);
-        let mut file = &self.file;
+        let mut file = &*self.file;
         file.seek(SeekFrom::Start(offset + done)).map_err(|source| self.read_error(source))?;
         while done < len {
             let rest = usize::try_from(len - done).unwrap_or(usize::MAX);

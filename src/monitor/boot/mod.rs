@@ -12,12 +12,13 @@ mod image;
 mod initrd;
 mod x86_64;
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use crate::config::{BootProtocol, Kernel};
 use crate::memory::Memory;
 
 pub use error::{Error, Role};
+pub use image::Input;
 pub use x86_64::{Entry, firmware, load, missing_clock, tables};
 
 use image::Image;
@@ -26,16 +27,33 @@ use image::Image;
 pub const BOOT_DISK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bootdisk"));
 
 /// What to boot.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Payload {
     /// The kernel: bzImage, x86-64 ELF or Multiboot image, told apart by content.
-    pub kernel: Kernel,
+    pub kernel: Input,
     /// Initial RAM disk.
-    pub initrd: Option<PathBuf>,
+    pub initrd: Option<Input>,
     /// Kernel command line.
     pub cmdline: String,
     /// The way into the kernel.
     pub protocol: BootProtocol,
+}
+
+impl Payload {
+    /// Opens `kernel` and `initrd`. They stay open for as long as the guest may want to start again.
+    ///
+    /// # Errors
+    /// [`Error`], which names the file and has a hint.
+    pub fn open(
+        kernel: &Kernel,
+        initrd: Option<&Path>,
+        cmdline: String,
+        protocol: BootProtocol,
+    ) -> Result<Self, Error> {
+        let kernel = Input::kernel(kernel)?;
+        let initrd = initrd.map(|path| Input::open(path, Role::Initrd)).transpose()?;
+        Ok(Self { kernel, initrd, cmdline, protocol })
+    }
 }
 
 /// What each loader gets.

@@ -12,6 +12,7 @@ mod x86_64;
 use std::ffi::CString;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kvm_ioctls::Cap;
 
@@ -99,10 +100,10 @@ fn ioctl<T>(ioctl: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result
     result.map_err(|e| Error::Ioctl { ioctl, source: io::Error::from_raw_os_error(e.errno()) })
 }
 
-/// An open KVM device.
-#[derive(Debug)]
+/// An open KVM device. A clone is the same one.
+#[derive(Debug, Clone)]
 pub struct Kvm {
-    fd: kvm_ioctls::Kvm,
+    fd: Arc<kvm_ioctls::Kvm>,
 }
 
 impl Kvm {
@@ -130,7 +131,7 @@ impl Kvm {
         }
         match Self::NEEDED.iter().chain(&x86_64::NEEDED).find(|(cap, _)| !fd.check_extension(*cap)) {
             Some((_, name)) => Err(Error::Missing(name)),
-            None => Ok(Self { fd }),
+            None => Ok(Self { fd: Arc::new(fd) }),
         }
     }
 
@@ -144,6 +145,6 @@ impl Kvm {
     /// # Errors
     /// The ioctl that failed.
     pub fn create_vm(&self, memory: &crate::memory::Memory, controllers: Controllers) -> Result<Vm, Error> {
-        Vm::new(&self.fd, memory, controllers)
+        Vm::new(self, memory, controllers)
     }
 }

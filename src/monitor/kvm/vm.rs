@@ -12,7 +12,7 @@ use kvm_ioctls::{Cap, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::x86_64::{Arch, Controllers, Route};
-use super::{Error, ioctl};
+use super::{Error, Kvm, ioctl};
 use crate::bus::lock;
 use crate::memory::dirty::DirtyPages;
 use crate::memory::{self, GuestRam, Memory};
@@ -23,6 +23,7 @@ use crate::vm::{Interrupt, IoEventAddress, Msi, Vector};
 pub struct Vm {
     pub(super) fd: VmFd,
     pub(super) arch: Arch,
+    kvm: Kvm,
     /// The slots refer to this memory: it must outlive `fd`, which is dropped first.
     ram: Arc<GuestRam>,
     /// Likewise: memory with the ROM, if there is one.
@@ -31,22 +32,23 @@ pub struct Vm {
 }
 
 impl Vm {
-    pub(super) fn new(
-        kvm: &kvm_ioctls::Kvm,
-        memory: &Memory,
-        controllers: Controllers,
-    ) -> Result<Self, Error> {
-        let fd = ioctl("KVM_CREATE_VM", kvm.create_vm())?;
+    pub(super) fn new(kvm: &Kvm, memory: &Memory, controllers: Controllers) -> Result<Self, Error> {
+        let fd = ioctl("KVM_CREATE_VM", kvm.fd.create_vm())?;
         set_slots(&fd, memory.ram(), 0)?;
         for (number, region) in (memory::slots(memory.ram()).count()..).zip(memory.read_only()) {
-            if !kvm.check_extension(Cap::ReadonlyMem) {
+            if !kvm.fd.check_extension(Cap::ReadonlyMem) {
                 return Err(Error::Missing("KVM_CAP_READONLY_MEM"));
             }
             set_slot(&fd, number, region, KVM_MEM_READONLY)?;
         }
         let arch = Arch::set_up(&fd, controllers)?;
         let (ram, all) = (memory.ram().clone(), memory.all());
-        Ok(Self { fd, arch, ram, all })
+        Ok(Self { fd, arch, kvm: kvm.clone(), ram, all })
+    }
+
+    /// What made it.
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
     }
 
     /// Has KVM note which pages the guest writes to, from now on; or no longer, and then it forgets them. The first write to

@@ -45,7 +45,7 @@ use crate::virtio;
 use crate::virtio::mmio::Mmio;
 use crate::vm::{Interrupt, Pins, Vm};
 
-/// Loads the machine that `config` describes with what it starts from, which `origin` tells or, if it does not, `config`: ready to run. `shell` is its own, if it has been begun.
+/// Loads the machine that `config` describes into `shell`, with what it starts from, `origin`: ready to run.
 /// `backends` keeps what its devices have on the host over resets of the guest: what is not open yet is opened here, the ends of
 /// consoles last of all that can fail for want of something that the user named. `recorder` is told of what the machine does.
 ///
@@ -53,21 +53,12 @@ use crate::vm::{Interrupt, Pins, Vm};
 /// [`Error`]. Nothing on the host was created or changed, unless it was opening a later one of several ends that failed.
 pub fn load(
     config: &VmConfig,
-    origin: Option<Origin>,
-    shell: Option<Result<Shell, Error>>,
+    origin: &Origin,
+    shell: Shell,
     backends: &mut Backends,
     recorder: &Arc<Recorder>,
 ) -> Result<Machine, Error> {
     let start = Instant::now();
-    config.validate()?;
-    let origin = match origin {
-        Some(origin) => origin,
-        None => Origin::of(config)?,
-    };
-    let shell = match shell {
-        Some(shell) => shell?,
-        None => Shell::begin(config, Some(&origin), recorder)?,
-    };
     let memory = shell.memory.clone();
     let changes = plug::begin(&backends.pluggable, config);
     let list = inventory(config, &changes, memory.rom_slot().map(|(_, _, size)| size))?;
@@ -87,7 +78,7 @@ pub fn load(
     }
     machine.begin_with(contents)?;
     steps.done(Step::Vcpus);
-    if let Origin::Saved { machine: saved, .. } = &origin {
+    if let Origin::Saved { machine: saved, .. } = origin {
         machine.restore(saved)?;
         steps.done(Step::State);
     }

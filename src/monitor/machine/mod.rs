@@ -18,7 +18,6 @@ mod tests;
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::io;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, TryLockError, Weak};
@@ -48,7 +47,7 @@ pub use origin::Origin;
 pub use plug::{Attached, Attachment, PlugError};
 use plug::{PciBus, Plugboard};
 pub use saved::{DecodeError, RestoreError, SavedMachine};
-pub use shell::Shell;
+pub use shell::{Shell, kvm_path};
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -313,6 +312,11 @@ impl Machine {
         Handle(self.shared.clone())
     }
 
+    /// The KVM device that it was made with.
+    pub fn kvm(&self) -> kvm::Kvm {
+        self.vm.kvm().clone()
+    }
+
     /// KVM's counters of each vCPU, by its thread's name; where this KVM has them.
     pub fn counters(&self) -> Vec<(String, kvm::Counters)> {
         let named = |vcpu: &kvm::Vcpu| Some((format!("vcpu{}", vcpu.id()), vcpu.counters().ok()?));
@@ -526,9 +530,4 @@ fn outcome(event: Event, words: &LastWords) -> Result<Outcome, Error> {
         End::TripleFault => Outcome::Crash(report),
         End::Stuck(_) => Outcome::InternalError(report),
     })
-}
-
-/// The path of the KVM device: `/dev/kvm`, or what the environment variable `VMM_KVM` says.
-pub fn kvm_path() -> PathBuf {
-    std::env::var_os("VMM_KVM").map_or_else(|| "/dev/kvm".into(), PathBuf::from)
 }

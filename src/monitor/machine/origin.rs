@@ -1,17 +1,15 @@
 //! [`Origin`]: where the contents of a new machine come from.
 
-use std::path::PathBuf;
-
 use super::{Error, SavedMachine};
 use crate::boot::tables::Platform;
-use crate::boot::{self, Entry, Payload, firmware};
+use crate::boot::{self, Entry, Input, Payload, Role, firmware};
 use crate::config::kernel::nothing_to_boot;
 use crate::config::{Firmware, VmConfig};
 use crate::legacy::fw_cfg::Items;
 use crate::memory::working_set::WorkingSet;
 use crate::memory::{Memory, SavedRam, Way};
 
-/// Where the contents of a machine's memory and registers come from.
+/// Where the contents of a machine's memory and registers come from: files that are open, whatever happens to their names.
 pub enum Origin {
     /// A kernel, entered by its boot protocol.
     Kernel(Payload),
@@ -19,8 +17,10 @@ pub enum Origin {
     Firmware {
         /// The ROM.
         firmware: Firmware,
+        /// Its file, if it is not the monitor's own.
+        rom: Option<Input>,
         /// Programs for it to run.
-        option_roms: Vec<PathBuf>,
+        option_roms: Vec<Input>,
         /// What it is to boot, if anything.
         payload: Option<Payload>,
     },
@@ -47,21 +47,23 @@ pub(super) struct Contents {
 }
 
 impl Origin {
-    /// What `config` asks for.
+    /// What `config` asks for. Its files stay open for the guest's resets.
     ///
     /// # Errors
-    /// It names nothing to start.
+    /// It names nothing to start, or what cannot be opened.
     pub fn of(config: &VmConfig) -> Result<Self, Error> {
-        let payload = config.to_boot()?.map(|kernel| Payload {
-            kernel,
-            initrd: config.initrd.clone(),
-            cmdline: config.cmdline.clone().unwrap_or_else(|| boot::cmdline::default_for(config)),
-            protocol: config.boot,
-        });
+        let cmdline = || config.cmdline.clone().unwrap_or_else(|| boot::cmdline::default_for(config));
+        let open = |kernel| Payload::open(&kernel, config.initrd.as_deref(), cmdline(), config.boot);
+        let payload = config.to_boot()?.map(open).transpose()?;
         Ok(match (&config.firmware, payload) {
             (Some(firmware), payload) => {
-                let option_roms = config.option_rom.clone();
-                Self::Firmware { firmware: firmware.clone(), option_roms, payload }
+                let rom = match firmware {
+                    Firmware::File(path) => Some(Input::open(path, Role::Firmware)?),
+                    Firmware::BuiltIn => None,
+                };
+                let option_roms = config.option_rom.iter().map(|path| Input::open(path, Role::OptionRom));
+                let option_roms = option_roms.collect::<Result<_, _>>()?;
+                Self::Firmware { firmware: firmware.clone(), rom, option_roms, payload }
             }
             (None, Some(payload)) => Self::Kernel(payload),
             (None, None) => return Err(nothing_to_boot().into()),
@@ -81,7 +83,7 @@ impl Origin {
     pub(super) fn rom(&self) -> Result<Option<Vec<u8>>, Error> {
         match self {
             Self::Kernel(_) | Self::Saved { .. } => Ok(None),
-            Self::Firmware { firmware, .. } => Ok(Some(firmware::rom(firmware)?)),
+            Self::Firmware { rom, .. } => Ok(Some(firmware::rom(rom.as_ref())?)),
         }
     }
 
@@ -92,7 +94,7 @@ impl Origin {
                 let entry = Some(boot::load(memory, payload, platform)?);
                 Contents { entry, ..Contents::default() }
             }
-            Self::Firmware { firmware, option_roms, payload } => {
+            Self::Firmware { firmware, option_roms, payload, .. } => {
                 let start = firmware::Start { firmware, option_roms, payload: payload.as_ref() };
                 Contents { items: firmware::load(memory, &start, platform)?, ..Contents::default() }
             }

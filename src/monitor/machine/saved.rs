@@ -12,10 +12,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::handle::{AlreadyEnded, Paused};
-use super::{Error, Handle, Machine, kvm_path, platform};
+use super::{Error, Handle, Machine, platform};
 use crate::boot::tables::{self, generation};
 use crate::bus::lock;
-use crate::kvm::{self, Kvm, SavedClocks, SavedVcpu, SavedVm, Signature};
+use crate::kvm::{self, SavedClocks, SavedVcpu, SavedVm, Signature};
 use crate::recorder::{Step, Steps};
 use crate::state::{self, StateError};
 use crate::vcpu::gate::VcpuRequest;
@@ -181,7 +181,7 @@ impl Handle {
     /// The ioctl that failed; a vCPU is gone.
     pub fn save(&self, _: &Paused<'_>) -> Result<SavedMachine, Error> {
         let vm = self.vm()?;
-        let list = Kvm::open(&kvm_path())?.state_list()?;
+        let list = vm.kvm().state_list()?;
         let failed = |source| Error::Host { what: "what firmware reads".to_owned(), source };
         lock(&self.0.fw_cfg).take_in(MAX_READ).map_err(failed)?;
         // Devices first: their last interrupts are in the vCPUs' state then.
@@ -227,7 +227,7 @@ impl Machine {
         if saved.host != Signature::of_host()
             && let (Some(vcpu), Some(state)) = (self.vcpus.first(), saved.vcpus.first())
         {
-            let lacking = vcpu.lacks(&Kvm::open(&kvm_path())?.processor()?, state)?;
+            let lacking = vcpu.lacks(&self.vm.kvm().processor()?, state)?;
             if !lacking.is_empty() {
                 return Err(RestoreError::Processor(lacking.join(", ")));
             }

@@ -4,10 +4,11 @@
 //! session finds its name and the machine's contents are read.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
-use super::{Error, Origin, kvm_path};
+use super::{Error, Origin};
 use crate::config::VmConfig;
 use crate::kvm::{self, Controllers, Kvm, Processor};
 use crate::memory::Memory;
@@ -34,13 +35,14 @@ pub(super) struct Made {
 
 impl Shell {
     /// Begins to make one for the machine that `config` describes, whose contents come from `origin`; none if that is not known yet
-    /// and has no memory of its own. `recorder` is told of the steps.
+    /// and has no memory of its own. The KVM device is opened, unless that is `kvm`. `recorder` is told of the steps.
     ///
     /// # Errors
     /// The host lacks memory or threads. What KVM refuses is told later.
-    pub(super) fn begin(
+    pub fn begin(
         config: &VmConfig,
         origin: Option<&Origin>,
+        kvm: Option<Kvm>,
         recorder: &Arc<Recorder>,
     ) -> Result<Self, Error> {
         let mut steps = Steps::begin(recorder, "monitor");
@@ -54,13 +56,13 @@ impl Shell {
         {
             fetch(&memory, set, recorder);
         }
-        let (cpus, path) = (config.cpus.0, kvm_path());
+        let cpus = config.cpus.0;
         let controllers = if config.has_pics() { Controllers::All } else { Controllers::LocalApics };
         let has_processor = matches!(origin, Some(Origin::Saved { .. }));
         let (slots, recorder) = (memory.clone(), recorder.clone());
         let make = move || {
             let mut steps = Steps::begin(&recorder, "vcpu0");
-            let kvm = Kvm::open(&path)?;
+            let kvm = kvm.map_or_else(|| Kvm::open(&kvm_path()), Ok)?;
             if cpus as usize > kvm.max_vcpus() {
                 return Err(Error::TooManyCpus { wanted: cpus, possible: kvm.max_vcpus() });
             }
@@ -83,7 +85,7 @@ impl Shell {
     ) -> Option<Result<Self, Error>> {
         let is_slow = config.mem.prefault || origin.is_some_and(|origin| origin.reads_memory(config));
         let is_cheap = config.firmware.is_none() && !is_slow && config.validate().is_ok();
-        is_cheap.then(|| Self::begin(config, origin, recorder))
+        is_cheap.then(|| Self::begin(config, origin, None, recorder))
     }
 
     /// Waits for the VM, and gives the thread for its first vCPU.
@@ -123,4 +125,9 @@ fn fetch(memory: &Memory, set: &WorkingSet, recorder: &Arc<Recorder>) {
     if let Err(error) = begun {
         log::debug!("what an earlier start touched is not fetched: {error}");
     }
+}
+
+/// The path of the KVM device: `/dev/kvm`, or what the environment variable `VMM_KVM` says.
+pub fn kvm_path() -> PathBuf {
+    std::env::var_os("VMM_KVM").map_or_else(|| "/dev/kvm".into(), PathBuf::from)
 }

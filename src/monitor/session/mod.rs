@@ -23,6 +23,7 @@ use crate::backends::Backends;
 use crate::chardev::{Endpoint, Ends};
 use crate::config::{OnPanic, OnReboot, VmConfig};
 use crate::event_loop::{EventLoop, Registration};
+use crate::kvm::Kvm;
 use crate::machine::{self, Machine, Origin, Outcome, Shell};
 use crate::memory;
 use crate::pool::{Spare, Wanted};
@@ -150,7 +151,11 @@ pub struct Session<'a> {
     config: &'a VmConfig,
     recorder: Arc<Recorder>,
     /// What the first machine goes on from; none if it begins as the configuration says.
-    origin: Option<Origin>,
+    saved: Option<Origin>,
+    /// What the others begin with, once it was open.
+    boot: Option<Origin>,
+    /// Once a machine was made with it.
+    kvm: Option<Kvm>,
     /// That of the first machine, if it is begun already.
     shell: Option<Result<Shell, machine::Error>>,
     // Dropped in this order: the name is free before anybody learns of the end, and all of them are handlers of the loop.
@@ -172,7 +177,9 @@ impl<'a> Session<'a> {
         Ok(Self {
             config,
             recorder,
-            origin: None,
+            saved: None,
+            boot: None,
+            kvm: None,
             shell: None,
             backends,
             controlled: None,
@@ -182,22 +189,22 @@ impl<'a> Session<'a> {
     }
 
     /// A session under the configuration's name, or a new one, that signals and clients of its control socket reach from now on. Its
-    /// first machine begins as the configuration says, or goes on from `origin`.
+    /// first machine begins as the configuration says, or goes on from `saved`.
     ///
     /// # Errors
     /// The name is taken; the host is out of descriptors.
     pub fn controlled(
         config: &'a VmConfig,
-        origin: Option<Origin>,
+        saved: Option<Origin>,
         recorder: Arc<Recorder>,
         controls: Controls,
     ) -> Result<Self, Error> {
         // Before anything that a signal would have to undo, and before there is another thread.
         let orders = OrdersElsewhere::from_now_on();
-        if matches!(origin, Some(Origin::Saved { .. })) {
+        if matches!(saved, Some(Origin::Saved { .. })) {
             defect::end_on_lost_memory(controls.lost, controls.keeper.clone());
         }
-        let shell = Shell::early(config, origin.as_ref(), &recorder);
+        let shell = Shell::early(config, saved.as_ref(), &recorder);
         let signals = if controls.takes_signals { Signals::take() } else { Signals::take_no_orders() };
         let signals = signals.map_err(api::Error::Thread)?;
         let Controls {
@@ -232,7 +239,7 @@ impl<'a> Session<'a> {
             outputs,
         });
         let mut session = Self::private(config, recorder)?;
-        (session.controlled, session.shell, session.origin) = (controlled, shell, origin);
+        (session.controlled, session.shell, session.saved) = (controlled, shell, saved);
         session.backends.doors.lie_at(vsock);
         Ok(session)
     }
@@ -292,14 +299,12 @@ impl<'a> Session<'a> {
         // Other starts do without the thread until they last. One that stands ready first is its pool's affair until then.
         let outputs = self.controlled.as_ref().map_or(&[][..], |controlled| &controlled.outputs);
         let spare = self.controlled.as_ref().and_then(|controlled| controlled.spare.clone());
-        let reads_memory = self.origin.as_ref().is_some_and(|origin| origin.reads_memory(self.config));
+        let reads_memory = self.saved.as_ref().is_some_and(|origin| origin.reads_memory(self.config));
         if spare.is_none() && (reads_memory || files::may_hang(self.config, outputs)) {
             self.serve()?;
         }
         loop {
-            let shell = self.shell.take();
-            let mut machine =
-                machine::load(self.config, self.origin.take(), shell, &mut self.backends, &self.recorder)?;
+            let mut machine = self.load()?;
             let ptys = self.ptys();
             let (ends, dialer) = (&self.backends.ends, self.backends.doors.dialer());
             let mut built = Built { machine: &mut machine, ptys: &ptys, ends, dialer };
@@ -373,6 +378,24 @@ impl<'a> Session<'a> {
             };
             log::info!("{why}: starting it again");
         }
+    }
+
+    /// The next machine, ready to run. It names no file that was opened for an earlier one.
+    fn load(&mut self) -> Result<Machine, machine::Error> {
+        self.config.validate()?;
+        let saved = self.saved.take();
+        let origin = match (&saved, &mut self.boot) {
+            (Some(saved), _) => saved,
+            (None, Some(boot)) => boot,
+            (None, boot @ None) => boot.insert(Origin::of(self.config)?),
+        };
+        let shell = match self.shell.take() {
+            Some(shell) => shell?,
+            None => Shell::begin(self.config, Some(origin), self.kvm.clone(), &self.recorder)?,
+        };
+        let machine = machine::load(self.config, origin, shell, &mut self.backends, &self.recorder)?;
+        self.kvm = Some(machine.kvm());
+        Ok(machine)
     }
 
     /// Waits until `machine`, the one of `spare`, is wanted, and takes the name by which it is.

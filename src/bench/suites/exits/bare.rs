@@ -42,8 +42,7 @@ fn parts(config: &VmConfig) -> Result<Parts, String> {
     let memory = Memory::new(&config.mem).map_err(text)?;
     let vm = kvm.create_vm(&memory, Controllers::All).map_err(text)?;
     let kernel = config.kernel.clone().ok_or("nothing to boot")?;
-    let payload =
-        Payload { kernel: kernel.into(), initrd: None, cmdline: String::new(), protocol: config.boot };
+    let payload = Payload::open(&kernel.into(), None, String::new(), config.boot).map_err(text)?;
     let list = machine::inventory(config, &Changes::default(), None).map_err(text)?;
     let platform = machine::platform(config.cpus.0, &list);
     let entry = boot::load(&memory, &payload, &platform).map_err(text)?;

@@ -5,15 +5,14 @@
 
 use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::sniff::{self, Format};
 use super::tables::{Platform, generation, loader, mp, reset};
 use super::{elf, linux};
-use crate::boot::error::{Error, Role};
-use crate::boot::image::Image;
+use crate::boot::error::Error;
+use crate::boot::image::{Image, Input};
 use crate::boot::initrd::{self, Limits};
 use crate::boot::{Payload, cmdline};
 use crate::config::{BootProtocol, Firmware};
@@ -61,22 +60,22 @@ pub struct Start<'a> {
     /// The ROM.
     pub firmware: &'a Firmware,
     /// Programs for it to run: fw_cfg files genroms/NAME.
-    pub option_roms: &'a [PathBuf],
+    pub option_roms: &'a [Input],
     /// The kernel that it is to boot, if any.
     pub payload: Option<&'a Payload>,
 }
 
-/// The bytes of a ROM.
+/// The bytes of a ROM: of `file`, or the built-in one.
 ///
 /// # Errors
 /// [`Error`], which names the file and has a hint.
-pub fn rom(firmware: &Firmware) -> Result<Vec<u8>, Error> {
-    let Firmware::File(path) = firmware else { return Ok(BUILT_IN.to_vec()) };
-    let image = Image::open(path, Role::Firmware)?;
+pub fn rom(file: Option<&Input>) -> Result<Vec<u8>, Error> {
+    let Some(file) = file else { return Ok(BUILT_IN.to_vec()) };
+    let image = file.image()?;
     let len = usize::try_from(image.len()).unwrap_or(usize::MAX);
     if image.len() > layout::ROM_MAX || len < 16 {
         let what = format!("{len} bytes; a ROM has 16 to {}", layout::ROM_MAX);
-        return Err(Error::Firmware { path: path.clone(), what });
+        return Err(Error::Firmware { path: file.path().to_owned(), what });
     }
     let mut bytes = vec![0; len];
     image.bytes(0, &mut bytes, "the ROM")?;
@@ -123,12 +122,13 @@ pub fn load(memory: &Memory, start: &Start, platform: &Platform) -> Result<Items
     // No waiting for a key.
     items.add_file("etc/show-boot-menu", 0u16.to_le_bytes());
     let mut order = String::new();
-    for path in start.option_roms {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let image = Image::open(path, Role::OptionRom)?;
+    for file in start.option_roms {
+        let name =
+            file.path().file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let image = file.image()?;
         if image.len() > layout::ROM_SHADOW_MAX {
             let what = format!("{} bytes; an option ROM has {} at most", image.len(), layout::ROM_SHADOW_MAX);
-            return Err(Error::Firmware { path: path.clone(), what });
+            return Err(Error::Firmware { path: file.path().to_owned(), what });
         }
         let mut bytes = vec![0; image.len() as usize];
         image.bytes(0, &mut bytes, "the option ROM")?;
@@ -168,8 +168,8 @@ fn add_payload(
     firmware: &Firmware,
     payload: &Payload,
 ) -> Result<(), Error> {
-    let kernel = Image::kernel(&payload.kernel)?;
-    let initrd = payload.initrd.as_ref().map(|path| Image::open(path, Role::Initrd)).transpose()?;
+    let kernel = payload.kernel.image()?;
+    let initrd = payload.initrd.as_ref().map(Input::image).transpose()?;
     let size = initrd.as_ref().map_or(0, Image::len);
     let initrd_at = |kernel: &Range<u64>, below: u64| {
         let Some(initrd) = &initrd else { return Ok(0) };

@@ -12,8 +12,8 @@ mod pvh;
 mod sniff;
 pub mod tables;
 
-use super::error::{Error, Role};
-use super::image::Image;
+use super::error::Error;
+use super::image::Input;
 use super::{Boot, Payload};
 use crate::config::BootProtocol;
 use crate::memory::{self, Memory, layout};
@@ -29,9 +29,9 @@ pub use sniff::is_compressed;
 /// # Errors
 /// [`Error`], which names the file and has a hint. `memory` may have been written to in part.
 pub fn load(memory: &Memory, payload: &Payload, platform: &tables::Platform) -> Result<Entry, Error> {
-    let kernel = Image::kernel(&payload.kernel)?;
+    let kernel = payload.kernel.image()?;
     let (format, multiboot) = sniff::kernel(&kernel)?;
-    let initrd = payload.initrd.as_ref().map(|path| Image::open(path, Role::Initrd)).transpose()?;
+    let initrd = payload.initrd.as_ref().map(Input::image).transpose()?;
     let rsdp = tables::write(memory.ram(), platform)
         .map_err(|source| Error::Tables { path: kernel.path().to_owned(), source })?;
     expect_linux(memory);

@@ -246,7 +246,7 @@ fn elf32(kernel: &Image) -> Result<Elf, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::{Payload, Role, load, tables::Platform};
+    use crate::boot::{Input, Payload, Role, load, tables::Platform};
     use crate::config::BootProtocol;
     use crate::memory::Memory;
     use proptest::prelude::*;
@@ -290,7 +290,7 @@ mod tests {
         let module = folder.path().join("env");
         std::fs::write(&module, b"A=1\n").unwrap();
         let initrd = initrd.then_some(module);
-        let payload = Payload { kernel: kernel.into(), initrd, cmdline: "a b".to_owned(), protocol };
+        let payload = Payload::open(&kernel.into(), initrd.as_deref(), "a b".to_owned(), protocol)?;
         let memory = Memory::new(&"32M".parse().unwrap()).unwrap();
         load(&memory, &payload, &Platform { cpus: 1, ..Platform::default() }).map(|entry| (entry, memory))
     }
@@ -382,7 +382,7 @@ mod tests {
             assert!(error.to_string().contains(said), "{said}: {error}");
             assert!(!error.hint().is_empty());
         }
-        assert!(Image::open(Path::new("/"), Role::Kernel).is_err());
+        assert!(Input::open(Path::new("/"), Role::Kernel).is_err());
     }
 
     proptest! {

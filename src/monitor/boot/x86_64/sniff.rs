@@ -6,7 +6,7 @@ use super::multiboot::Header;
 use std::path::Path;
 
 use crate::boot::error::{Error, Role};
-use crate::boot::image::Image;
+use crate::boot::image::{Image, Input};
 
 /// A format that can be booted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +93,7 @@ pub fn kernel(kernel: &Image) -> Result<(Format, Option<Header>), Error> {
 /// Whether the kernel at `path` is a bzImage. What cannot be read is none: whoever loads it says why.
 pub fn is_compressed(path: &Path) -> bool {
     let mut magic = [0; 4];
-    let read =
-        Image::open(path, Role::Kernel).and_then(|image| image.bytes(0x202, &mut magic, "the setup header"));
+    let image = Input::open(path, Role::Kernel).and_then(|file| file.image());
+    let read = image.and_then(|image| image.bytes(0x202, &mut magic, "the setup header"));
     read.is_ok() && magic == *b"HdrS"
 }

@@ -87,7 +87,10 @@ fn pvh_elf() -> Vec<u8> {
 
 struct Case {
     folder: tempfile::TempDir,
-    payload: Payload,
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+    protocol: BootProtocol,
 }
 
 impl Case {
@@ -95,31 +98,28 @@ impl Case {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("some-kernel");
         fs::write(&path, kernel).unwrap();
-        let payload = Payload {
-            kernel: path.into(),
-            initrd: None,
-            cmdline: "a=b c".into(),
-            protocol: BootProtocol::Auto,
-        };
-        Self { folder, payload }
+        let (kernel, cmdline, protocol) = (path, "a=b c".to_owned(), BootProtocol::Auto);
+        Self { folder, kernel, initrd: None, cmdline, protocol }
     }
 
     fn initrd(mut self, bytes: &[u8]) -> Self {
         let path = self.folder.path().join("some-initrd");
         fs::write(&path, bytes).unwrap();
-        self.payload.initrd = Some(path);
+        self.initrd = Some(path);
         self
     }
 
     fn protocol(mut self, protocol: BootProtocol) -> Self {
-        self.payload.protocol = protocol;
+        self.protocol = protocol;
         self
     }
 
     fn boot(&self, mem: &str) -> Result<(Entry, Guest), Error> {
         let memory = Memory::new(&mem.parse().unwrap()).unwrap();
         let platform = tables::Platform { cpus: 1, generation: layout::GENERATION, ..Default::default() };
-        load(&memory, &self.payload, &platform).map(|entry| (entry, Guest(memory)))
+        let (kernel, initrd) = (self.kernel.clone().into(), self.initrd.as_deref());
+        let payload = Payload::open(&kernel, initrd, self.cmdline.clone(), self.protocol)?;
+        load(&memory, &payload, &platform).map(|entry| (entry, Guest(memory)))
     }
 
     /// The error, having checked that it names the file and has a hint.
@@ -377,11 +377,11 @@ fn what_is_no_kernel_is_called_by_its_name() {
 fn files_that_cannot_be_read_are_refused_at_once() {
     let mut case = Case::new(&bzimage()).initrd(b"");
     assert!(case.error("64M").contains("initrd") && case.error("64M").contains("is empty"));
-    case.payload.initrd = Some(case.folder.path().join("some-missing"));
+    case.initrd = Some(case.folder.path().join("some-missing"));
     assert!(case.error("64M").contains("open initrd"));
     let folder = case.folder.path().join("some-folder");
     fs::create_dir(&folder).unwrap();
-    case.payload.kernel = folder.into();
+    case.kernel = folder;
     assert!(case.error("64M").contains("is a directory"));
     let pipe = case.folder.path().join("some-pipe");
     rustix::fs::mknodat(
@@ -392,7 +392,7 @@ fn files_that_cannot_be_read_are_refused_at_once() {
         0,
     )
     .unwrap();
-    case.payload.kernel = pipe.into();
+    case.kernel = pipe;
     assert!(case.error("64M").contains("is a pipe"));
 }
 
@@ -413,19 +413,19 @@ fn what_does_not_fit_says_how_much_memory_would_do() {
 fn command_lines_that_the_kernel_would_cut_are_refused() {
     for kernel in [bzimage(), elf(&[]), pvh_elf()] {
         let mut case = Case::new(&kernel);
-        case.payload.cmdline = "x".repeat(2047);
+        case.cmdline = "x".repeat(2047);
         case.boot("64M").unwrap();
-        case.payload.cmdline.push('x');
+        case.cmdline.push('x');
         assert!(case.error("64M").contains("takes 2047"), "{}", case.error("64M"));
-        case.payload.cmdline = "a=\0".into();
+        case.cmdline = "a=\0".into();
         assert!(case.error("64M").contains("a NUL at byte 2"));
-        case.payload.cmdline = "ä".into();
+        case.cmdline = "ä".into();
         assert!(case.error("64M").contains("ASCII"));
     }
     let mut kernel = bzimage();
     put(&mut kernel, 0x238, u64::MAX, 4);
     let mut case = Case::new(&kernel);
-    case.payload.cmdline = "x".repeat(layout::CMDLINE_SIZE as usize);
+    case.cmdline = "x".repeat(layout::CMDLINE_SIZE as usize);
     assert!(case.error("64M").contains("takes 65535"), "the layout's room is the limit");
 }
 
@@ -527,13 +527,10 @@ fn real_kernels_load() {
         );
     }
     for kernel in kernels {
-        let case = Case::new(&[]).initrd(&[1; 1 << 20]);
-        let payload = Payload { kernel: kernel.clone().into(), ..case.payload.clone() };
+        let mut case = Case::new(&[]).initrd(&[1; 1 << 20]);
+        case.kernel = kernel.clone();
         for protocol in [BootProtocol::Auto, BootProtocol::Linux64] {
-            let case = Case {
-                folder: tempfile::tempdir().unwrap(),
-                payload: Payload { protocol, ..payload.clone() },
-            };
+            case.protocol = protocol;
             let (entry, guest) = case.boot("256M").unwrap_or_else(|e| panic!("{}", crate::error_chain(&e)));
             let pvh = enters_by(entry) == BootProtocol::Pvh;
             assert_eq!(pvh, protocol == BootProtocol::Auto && is_pvh(&kernel), "{}", kernel.display());
