@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use vmm_monitor::config::Plug;
 use vmm_monitor::event_loop::EventLoop;
 use vmm_monitor::kvm::VcpuState;
 use vmm_monitor::machine::Attached;
-use vmm_monitor::snapshot::Saving;
+use vmm_monitor::snapshot::{Below, Folder, Parts, Saving};
 use vmm_monitor::threads::Role;
 
 #[derive(Default)]
@@ -105,8 +105,13 @@ impl Control for Fake {
         Ok(true)
     }
 
-    fn snapshot(&self, _: &Path, _: Saving<'_>) -> Result<(), Refusal> {
-        Err("it has no memory".into())
+    fn files(&self) -> Vec<PathBuf> {
+        ["config.json", "state", "memory"].map(PathBuf::from).into()
+    }
+
+    fn snapshot(&self, _: &Parts, below: Option<Below>, saving: Saving) -> Result<bool, Refusal> {
+        self.note("snapshot");
+        if below.is_some() { Err("it has no memory".into()) } else { Ok(saving.stay) }
     }
 
     fn fork(&self) -> Result<Vec<OwnedFd>, Refusal> {
@@ -374,6 +379,39 @@ fn one_who_is_gone_before_the_answer_takes_nothing_along() {
         }
         scene.ask("slow", Command::Resume).unwrap();
     }
+}
+
+/// Who has a machine saved and stopped by that gives the folder its name in between: if that fails the machine goes on.
+#[test]
+fn one_who_has_it_stand_still_lets_it_go_on_by_hanging_up() {
+    let scene = Scene::new();
+    let (_server, fake) = scene.start("a", None);
+    let saved = |stay: bool| {
+        let mut client = Client::connect(&scene.registry, "a").unwrap();
+        let folder = Folder::begin(&scene._dir.path().join("saved"), &client.files().unwrap()).unwrap();
+        client.snapshot(&folder, None, Saving { stay, ..Saving::default() }).unwrap();
+        client
+    };
+    drop(saved(false));
+    let holds = saved(true);
+    scene.ask("a", Command::Status).unwrap();
+    assert_eq!(fake.notes(), ["snapshot", "snapshot"]);
+    drop(holds);
+    fake.await_note("resume");
+    // It was not there any more when it was answered.
+    drop(saved(true));
+    fake.await_note("resume");
+    let mut stops = saved(true);
+    stops.ask(Command::Kill).unwrap();
+    drop(stops);
+    scene.ask("a", Command::Status).unwrap();
+    assert_eq!(fake.notes().last(), Some(&"kill"));
+    // Files that are none, or too few.
+    let raw = scene.raw("a");
+    let _ = (&raw).write_all(b"{\"version\":1,\"command\":\"snapshot\",\"folder\":\"/s\"}\n");
+    let mut said = [0; 200];
+    let count = (&raw).read(&mut said).unwrap();
+    assert!(String::from_utf8_lossy(&said[..count]).contains("error"));
 }
 
 /// Whoever does not listen to its clients in time gives them up. It has not ended for that.

@@ -99,7 +99,9 @@ pub fn fork(mut options: Options) -> Result<Code, Failure> {
 pub fn snapshot(source: &str) -> Result<Snapshot, Failure> {
     Ok(match source.contains('/') {
         true => Snapshot::open_for_copies(Path::new(source))?,
-        false => Snapshot::of(Parts::of_descriptors(machine(source)?.fork()?)?)?,
+        false => Snapshot::of(Parts::of_descriptors(machine(source)?.fork()?, |name| {
+            format!("the copy's {name}").into()
+        })?)?,
     })
 }
 

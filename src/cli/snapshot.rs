@@ -2,17 +2,23 @@
 
 use std::cmp::Reverse;
 use std::path::{Path, PathBuf, absolute};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::{fs, io, process, thread};
 
 use anyhow::anyhow;
 use clap::Subcommand;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use super::control::{GRACE, connect};
 use super::plan::plan;
 use super::wait::for_each;
 use super::{saved, tree};
 use vmm_command::{Code, Failure, print};
+use vmm_monitor::api::protocol;
+use vmm_monitor::api::signals::is_ignored;
 use vmm_monitor::config::host_path::quoted;
-use vmm_monitor::snapshot::{self, Saving, Snapshot};
+use vmm_monitor::snapshot::{self, Below, Folder, Saving, Snapshot};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -176,10 +182,38 @@ fn create(options: &CreateOptions) -> Result<Code, Failure> {
     let absolute = |path: &PathBuf| absolute(path).map_err(|error| Failure::new(Code::Host, error));
     let (folder, base) = (absolute(&options.folder)?, options.base.as_ref().map(absolute).transpose()?);
     let mut client = connect(&options.name)?;
-    let saving = Saving { base: base.as_deref(), compress: options.compress, stay: options.stop };
-    client.snapshot(&folder, saving)?;
+    let below = base.map(|base| Below::open(&base, &folder)).transpose()?;
+    let names = client.files()?;
+    let hidden = remove_on_signals().map_err(|error| Failure::new(Code::Host, error))?;
+    let folder = {
+        let mut hidden = hidden.lock().unwrap_or_else(PoisonError::into_inner);
+        let folder = Folder::begin(&folder, &names)?;
+        *hidden = Some(folder.hidden().to_owned());
+        folder
+    };
+    client.snapshot(&folder, below, Saving { compress: options.compress, stay: options.stop })?;
+    // It goes on if this fails: the connection ends with this command.
+    folder.name()?;
     if options.stop {
+        client.ask(protocol::Command::Kill)?;
         client.wait_for_end(GRACE)?;
     }
     Ok(Code::Success)
+}
+
+/// From now on the first signal to end removes the folder that is put here, which will have no name, and ends this process. While this
+/// is locked it waits.
+fn remove_on_signals() -> io::Result<Arc<Mutex<Option<PathBuf>>>> {
+    let signals = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| !is_ignored(*signal));
+    let mut signals = Signals::new(signals)?;
+    let hidden = Arc::<Mutex<Option<PathBuf>>>::default();
+    let there = hidden.clone();
+    thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            let hidden = there.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = hidden.as_ref().map(fs::remove_dir_all);
+            process::exit(128 + signal);
+        }
+    });
+    Ok(hidden)
 }

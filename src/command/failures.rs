@@ -32,8 +32,12 @@ impl From<machine::Error> for Failure {
 
 impl From<snapshot::Error> for Failure {
     fn from(error: snapshot::Error) -> Self {
+        let code = match &error {
+            snapshot::Error::File { what: "write", .. } => Code::Host,
+            _ => Code::BadArgument,
+        };
         let hint = error.hint();
-        Self::new(Code::BadArgument, error).hint(hint)
+        Self::new(code, error).hint(hint)
     }
 }
 

@@ -190,7 +190,7 @@ fn a_snapshot_over_another_has_what_differs_and_needs_it_as_it_was() {
     await_words(&place, "four", 3);
     place.done(&format!("snapshot create {other} moved/a"));
     refused("restore moved/c", BAD_ARGUMENT, "is not what it was");
-    refused(&format!("snapshot create {other} e --base nowhere"), HOST, "nowhere");
+    refused(&format!("snapshot create {other} e --base nowhere"), BAD_ARGUMENT, "nowhere");
     assert!(!place.path("e").exists());
 }
 
@@ -279,17 +279,18 @@ fn what_cannot_be_saved_is_told_and_leaves_nothing() {
     let place = Place::new();
     place.file("halt", kernel(&HALT));
     place.file("disk", vec![0; 1 << 20]);
-    let refuses = |options: &str, folder: &str, why: &str| {
-        let _running = place.start("v", options);
-        let before = names(place.dir.path());
-        let said = place.fails(&format!("snapshot create v {folder}"), HOST);
-        assert!(said.contains(why), "{said}");
-        assert_eq!(names(place.dir.path()), before, "{options}");
-        assert_eq!(place.status("v")["state"], "running");
-    };
-    refuses("", "disk", "File exists");
-    refuses("", "nowhere/s", "No such file");
-    refuses("", "/", "not a folder's name");
+    let _running = place.start("v", "");
+    for options in ["", "--stop "] {
+        for (folder, why) in
+            [("disk", "File exists"), ("nowhere/s", "No such file"), ("/", "not a folder's name")]
+        {
+            let before = names(place.dir.path());
+            let said = place.fails(&format!("snapshot create {options}v {folder}"), BAD_ARGUMENT);
+            assert!(said.contains(why), "{said}");
+            assert_eq!(names(place.dir.path()), before, "{options}");
+            place.await_running("v");
+        }
+    }
     assert!(place.fails("snapshot create nobody s", HOST).contains("nobody"));
 }
 
@@ -317,6 +318,38 @@ fn a_disk_that_is_full_is_told_and_the_machine_runs_on() {
         assert_eq!(names(place.dir.path()), before);
         assert_eq!(place.status("v")["state"], "running");
     }
+}
+
+/// Ctrl-C, at some moment of it.
+#[test]
+fn who_is_interrupted_leaves_a_whole_snapshot_or_none_and_a_machine_that_runs() {
+    if !has_kvm("who_is_interrupted_leaves_a_whole_snapshot_or_none_and_a_machine_that_runs") {
+        return;
+    }
+    let place = Place::new();
+    place.file("turns", kernel(&TURNS));
+    let _guest = Running::new(place.command("--kernel turns --mem 32M --console off --name v"));
+    place.await_running("v");
+    let (mut named, mut none) = (0, 0);
+    for round in 0..20 {
+        let folder = format!("s{round}");
+        let create = Running::new(place.command(&format!("snapshot create v {folder}")));
+        thread::sleep(Duration::from_millis(2 * round));
+        create.signal(rustix::process::Signal::INT);
+        let _ = create.finish();
+        let left: Vec<_> =
+            names(place.dir.path()).into_iter().filter(|name| name.contains(&folder)).collect();
+        match left.as_slice() {
+            [] => none += 1,
+            [only] if *only == folder => {
+                place.done(&format!("snapshot verify {folder}"));
+                named += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+        place.await_running("v");
+    }
+    assert!(none > 0, "{named} of 20 were too fast");
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! The client of the control socket, for `vmm status`, `stop` and so on.
 
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use crate::config::Plug;
 use crate::kvm::VcpuState;
 use crate::machine::Attached;
 use crate::pool::PoolStatus;
-use crate::snapshot::Saving;
+use crate::snapshot::{Below, Folder, Saving};
 
 /// How long a monitor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -188,15 +188,36 @@ impl Client {
         self.device(Command::RemoveDevice { name: name.to_owned(), force })
     }
 
-    /// Has it saved in the new `folder`, however long that takes, and stopped hard then if it is to stay as it was saved. The paths are
-    /// absolute.
+    /// The names of the files that a snapshot of it has.
     ///
     /// # Errors
     /// As for [`Client::ask`].
-    pub fn snapshot(&mut self, folder: &Path, saving: Saving<'_>) -> Result<Status, Error> {
-        let Saving { base, compress, stay: stop } = saving;
-        let (folder, base) = (folder.to_owned(), base.map(Path::to_owned));
-        match self.take_its_time(Command::Snapshot { folder, base, compress, stop })? {
+    pub fn files(&mut self) -> Result<Vec<PathBuf>, Error> {
+        match self.exchange(Command::Files)? {
+            Answer::Files(names) => Ok(names),
+            other => Err(self.other(other)),
+        }
+    }
+
+    /// Has it saved in the files of `folder`, however long that takes: what is not as in `below`. If it is to stay as it was saved, it
+    /// stands still for as long as this client is there.
+    ///
+    /// # Errors
+    /// As for [`Client::ask`].
+    pub fn snapshot(
+        &mut self,
+        folder: &Folder,
+        below: Option<Below>,
+        Saving { compress, stay }: Saving,
+    ) -> Result<Status, Error> {
+        let base = below.as_ref().map(|below| below.place().to_owned());
+        let others = below.map(Below::into_descriptors).unwrap_or_default();
+        let files =
+            folder.descriptors().into_iter().chain(others.iter().map(AsFd::as_fd)).collect::<Vec<_>>();
+        let folder = folder.path().to_owned();
+        self.send_with(Command::Snapshot { folder, base, compress, stay }, &files)?;
+        let line = self.read_line(None)?;
+        match self.parse(&line)? {
             Answer::Status(status) => Ok(status),
             other => Err(self.other(other)),
         }
@@ -290,9 +311,16 @@ impl Client {
     }
 
     fn send(&mut self, command: Command) -> Result<(), Error> {
+        self.send_with(command, &[])
+    }
+
+    /// Sends `files` along.
+    fn send_with(&mut self, command: Command, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
         self.check_awake()?;
         self.stream.set_write_timeout(Some(PATIENCE)).map_err(|e| self.broken(e))?;
-        self.stream.write_all(&protocol::request(command)).map_err(|e| self.broken(e))
+        let request = protocol::request(command);
+        let sent = passing::send(&self.stream, &request, files).map_err(|e| self.broken(e))?;
+        self.stream.write_all(&request[sent..]).map_err(|e| self.broken(e))
     }
 
     fn parse(&self, line: &[u8]) -> Result<Answer, Error> {

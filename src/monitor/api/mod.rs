@@ -16,7 +16,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ use crate::config::host_path::{self, quoted};
 use crate::kvm::VcpuState;
 use crate::machine::{Attached, Handle};
 use crate::net::traffic::{self, Counts};
-use crate::snapshot::Saving;
+use crate::snapshot::{Below, Parts, Saving};
 use protocol::Refusal;
 
 /// What a virtual machine is doing.
@@ -177,11 +177,14 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// In words, why not.
     fn remove_device(&self, name: &str, force: bool) -> Result<Attached, Refusal>;
-    /// Saves it in a new folder. From a thread of its own.
+    /// The names of the files that a snapshot of it has.
+    fn files(&self) -> Vec<PathBuf>;
+    /// Saves it in those files, which are open, as `parts`: what is not as in `below`. From a thread of its own. Whether it ran, and
+    /// stands still since, as `saving` has it.
     ///
     /// # Errors
-    /// In words, why there is no such folder.
-    fn snapshot(&self, folder: &Path, saving: Saving<'_>) -> Result<(), Refusal>;
+    /// In words, why it is not saved.
+    fn snapshot(&self, parts: &Parts, below: Option<Below>, saving: Saving) -> Result<bool, Refusal>;
     /// Saves it in files without names, for other processes to go on from: configuration, state and memory. From a thread of its own.
     ///
     /// # Errors

@@ -10,8 +10,9 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 
-/// Of one answer: a fork's, which has a file for each disk that the guest may write to. More than a machine can have devices.
-pub const MOST: usize = 64;
+/// Of one message: a fork's, which has a file for each disk that the guest may write to, or those of a snapshot and of what lies below
+/// it. More than a machine can have devices and snapshots can lie over each other; the kernel takes 253 (SCM_MAX_FD).
+pub const MOST: usize = 128;
 
 /// Sends the first of `bytes`, and with them `descriptors`. How many bytes went.
 ///

@@ -7,10 +7,10 @@
 //! {"version":1,"error":"it has no device called \"net7\"","hint":"vmm device list shows what it has"}
 //! ```
 //!
-//! After the reply to `stop`, `kill` and a `snapshot` that stops it the server keeps the connection open until the virtual machine
-//! is gone, so that its end is the news of that. The reply to `wait` comes when the run is over, and is the last thing on its
-//! connection. With the first `sample` the client becomes a viewer of the machine, and stays one as long as the connection lasts: one
-//! that does not ask again within some seconds is cut off like any other. Does no I/O itself.
+//! After the reply to `stop` and `kill` the server keeps the connection open until the virtual machine is gone, so that its end is the
+//! news of that. The reply to `wait` comes when the run is over, and is the last thing on its connection. With the first `sample` the
+//! client becomes a viewer of the machine, and stays one as long as the connection lasts: one that does not ask again within some
+//! seconds is cut off like any other. Files come and go as descriptors (SCM_RIGHTS) beside their message. Does no I/O itself.
 
 use std::path::PathBuf;
 
@@ -71,20 +71,23 @@ pub enum Command {
         #[serde(default)]
         force: bool,
     },
-    /// Save it in a new folder.
+    /// The names of the files that a snapshot of it has.
+    Files,
+    /// Save it in files whose descriptors come with this (SCM_RIGHTS): those of [`Command::Files`], in that order, then those of a
+    /// snapshot that has the memory which is the same there, if that is to be left out, and of those below that.
     Snapshot {
-        /// Its path, which is absolute.
+        /// Their folder, to tell of them.
         #[serde(with = "crate::config::host_path")]
         folder: PathBuf,
-        /// That of the snapshot that has the memory which is the same there, if it is to leave that out. Absolute, too.
+        /// How the snapshot below is found from there.
         #[serde(default, with = "crate::config::host_path::optional")]
         base: Option<PathBuf>,
         /// Compress its memory.
         #[serde(default)]
         compress: bool,
-        /// Stop it hard once it is saved.
+        /// It stands still from then on, for as long as this connection lasts: whoever asks has more to do before it may be killed.
         #[serde(default)]
-        stop: bool,
+        stay: bool,
     },
     /// Of a pool: machines that go on from its spares.
     Take {
@@ -124,7 +127,7 @@ impl Command {
 
     /// The virtual machine ends by this; the connection lasts until then.
     pub fn ends(&self) -> bool {
-        matches!(self, Self::Stop { .. } | Self::Kill | Self::Snapshot { stop: true, .. })
+        matches!(self, Self::Stop { .. } | Self::Kill)
     }
 }
 
@@ -159,6 +162,8 @@ pub enum Answer {
     Ended(Ended),
     /// Answers [`Command::Devices`].
     Devices(Vec<Attached>),
+    /// Answers [`Command::Files`].
+    Files(Vec<PathBuf>),
     /// Answers [`Command::AddDevice`] and [`Command::RemoveDevice`]: the device as it is now.
     Device(Attached),
     /// Answers [`Command::Take`].

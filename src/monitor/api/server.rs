@@ -5,10 +5,11 @@
 //! ended a second after it was killed is ended with its process. Sees the machine through [`Control`] only.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,10 +19,11 @@ use super::registry::Entry;
 use super::signals::{Signals, Wish};
 use super::{Control, Error, State, Status, Watch, passing};
 use crate::bus::lock;
+use crate::error_chain;
 use crate::event_loop::{Event, EventLoop, Handler, Interest, Registration, Sources};
 use crate::kvm::VcpuState;
 use crate::machine::Attached;
-use crate::snapshot::Saving;
+use crate::snapshot::{self, Below, Parts, Saving};
 use crate::threads::{self, Role};
 use crate::timer::Timer;
 
@@ -95,6 +97,10 @@ struct Client {
     watch: Option<Box<dyn Watch>>,
     /// It wants to hear how the run ends, and nothing else any more.
     waits: bool,
+    /// Descriptors that have come with what is not served yet.
+    passed: Vec<OwnedFd>,
+    /// The machine stands still for its sake.
+    holds: bool,
 }
 
 /// Whether a client is to be kept.
@@ -112,13 +118,20 @@ struct Errand {
     result: Arc<Mutex<Option<Done>>>,
     under_way: bool,
     /// Who has asked for it, and who wants something like it when it is over, in order.
-    clients: VecDeque<(u32, Command)>,
+    clients: VecDeque<Asked>,
+}
+
+/// What a client has asked for.
+struct Asked {
+    client: u32,
+    command: Command,
+    passed: Vec<OwnedFd>,
 }
 
 /// Its result.
 enum Done {
     Paused(Result<(), String>),
-    Saved(Result<(), Refusal>),
+    Saved(Result<bool, Refusal>),
     Forked(Result<Vec<OwnedFd>, Refusal>),
     Looked(Result<Vec<VcpuState>, String>),
     Changed(Result<Attached, Refusal>),
@@ -181,7 +194,9 @@ impl Orders {
             // Clients are few and short-lived: a token comes round long after its last user has gone.
             *next = token.checked_add(1).unwrap_or(FIRST_CLIENT);
             let until = Some(Instant::now() + CLIENT_TIMEOUT);
-            clients.insert(token, Client { stream, input: Vec::new(), until, watch: None, waits: false });
+            let (input, passed) = (Vec::new(), Vec::new());
+            let client = Client { stream, input, until, watch: None, waits: false, passed, holds: false };
+            clients.insert(token, client);
             Ok(())
         });
     }
@@ -189,6 +204,15 @@ impl Orders {
     fn cut_off(&mut self, client: &Client, sources: &mut Sources<'_, '_>) {
         // It is not there while it waits for an errand.
         let _ = sources.remove(&client.stream);
+        self.let_go(client);
+    }
+
+    /// The machine stands still for nobody who is gone.
+    fn let_go(&self, client: &Client) {
+        if client.holds && !self.stopping {
+            // Somebody else has resumed it, or it has ended.
+            let _ = self.control.resume();
+        }
     }
 
     /// Reads what a client sent. It is cut off when it has ended, or does not keep to the protocol.
@@ -206,13 +230,17 @@ impl Orders {
 
     fn serve_all(&mut self, client: &mut Client, token: u32) -> Keep {
         let mut bytes = [0; MAX_REQUEST];
-        let count = match client.stream.read(&mut bytes) {
+        let count = match passing::receive(&client.stream, &mut bytes, &mut client.passed) {
             Ok(0) => return Keep::No,
             Ok(count) => count,
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
             Err(_) => return Keep::No,
         };
         client.input.extend_from_slice(&bytes[..count]);
+        // One request's are all that there can be.
+        if client.passed.len() > passing::MOST {
+            return Keep::No;
+        }
         self.serve_lines(client, token)
     }
 
@@ -240,6 +268,7 @@ impl Orders {
             Err(reason) => return answer(client, Answer::Error(reason.into()), false),
         };
         log::debug!("control socket: {command:?}");
+        let passed = std::mem::take(&mut client.passed);
         if client.waits {
             let _ = answer(client, Answer::Error("nothing may follow a wait".into()), false);
             return Keep::No;
@@ -256,14 +285,18 @@ impl Orders {
         if command == Command::Devices {
             return answer(client, self.control.devices().map_or_else(refused, Answer::Devices), false);
         }
+        if command == Command::Files {
+            return answer(client, Answer::Files(self.control.files()), false);
+        }
         if self.stopping && command.is_for_a_machine_that_stays() {
             return answer(client, Answer::Error(BEING_STOPPED.into()), false);
         }
         // A machine that is being paused resumes when that is over.
         if command.may_take_time() || (command == Command::Resume && self.errand.under_way) {
-            return match self.begin_errand(command.clone()) {
+            let mut asked = Asked { client: token, command, passed };
+            return match self.begin_errand(&mut asked) {
                 Ok(()) => {
-                    self.errand.clients.push_back((token, command));
+                    self.errand.clients.push_back(asked);
                     client.until = None;
                     Keep::UntilDone
                 }
@@ -283,13 +316,14 @@ impl Orders {
         answer(client, reply, ends)
     }
 
-    /// Starts to carry out `command`, which may take its time, unless another like it is under way.
-    fn begin_errand(&mut self, command: Command) -> Result<(), String> {
+    /// Starts to carry out what is `asked`, which may take its time, unless another like it is under way.
+    fn begin_errand(&mut self, asked: &mut Asked) -> Result<(), String> {
         if self.errand.under_way {
             return Ok(());
         }
         let over = self.errand.over.try_clone().map_err(|error| error.to_string())?;
         let (control, result) = (self.control.clone(), self.errand.result.clone());
+        let (command, passed) = (asked.command.clone(), std::mem::take(&mut asked.passed));
         let run = move || {
             let done = match command {
                 Command::Vcpus => Done::Looked(control.vcpus()),
@@ -299,9 +333,9 @@ impl Orders {
                     Done::Changed(device.map_err(Refusal::from).and_then(|device| control.add_device(device)))
                 }
                 Command::RemoveDevice { name, force } => Done::Changed(control.remove_device(&name, force)),
-                Command::Snapshot { folder, base, compress, stop } => {
-                    let saving = Saving { base: base.as_deref(), compress, stay: stop };
-                    Done::Saved(control.snapshot(&folder, saving))
+                Command::Snapshot { folder, base, compress, stay } => {
+                    let saving = Saving { compress, stay };
+                    Done::Saved(save(&*control, &folder, base, passed, saving))
                 }
                 Command::Fork => Done::Forked(control.fork()),
                 _ => Done::Paused(control.pause()),
@@ -323,32 +357,30 @@ impl Orders {
             let _ = self.control.resume();
         }
         let asked = self.errand.clients.pop_front();
-        // Whoever asked hears that it is saved before it ends by that.
-        let ends = matches!((&result, &asked), (Done::Saved(Ok(())), Some((_, command))) if command.ends());
+        let holds = matches!(result, Done::Saved(Ok(true)));
         let mut descriptors = Vec::new();
         let reply = match result {
             Done::Forked(result) => self.done(result.map(|files| descriptors.extend(files))),
             Done::Paused(result) => self.done(result),
-            Done::Saved(result) => self.done(result),
+            Done::Saved(result) => self.done(result.map(drop)),
             Done::Looked(states) => states.map_or_else(refused, Answer::Vcpus),
             Done::Changed(device) => device.map_or_else(refused, Answer::Device),
         };
-        self.reply(asked, (reply, ends), &descriptors, sources);
-        if ends {
-            self.kill();
-        }
+        self.reply(asked, (reply, holds), &descriptors, sources);
         // Those who came meanwhile get their turn.
-        while let Some((token, command)) = self.errand.clients.pop_front() {
-            let result = match command {
+        while let Some(mut asked) = self.errand.clients.pop_front() {
+            let result = match &asked.command {
                 Command::Resume => self.control.resume(),
-                _ if self.stopping && command.is_for_a_machine_that_stays() => Err(BEING_STOPPED.to_owned()),
-                _ => match self.begin_errand(command.clone()) {
-                    Ok(()) => return self.errand.clients.push_front((token, command)),
+                command if self.stopping && command.is_for_a_machine_that_stays() => {
+                    Err(BEING_STOPPED.to_owned())
+                }
+                _ => match self.begin_errand(&mut asked) {
+                    Ok(()) => return self.errand.clients.push_front(asked),
                     Err(reason) => Err(reason),
                 },
             };
             let reply = self.done(result);
-            self.reply(Some((token, command)), (reply, false), &[], sources);
+            self.reply(Some(asked), (reply, false), &[], sources);
         }
     }
 
@@ -356,17 +388,18 @@ impl Orders {
         result.map_or_else(refused, |()| Answer::Status(self.status()))
     }
 
-    /// Answers a client that has waited, and hears it again.
+    /// Answers a client that has waited, and hears it again. The machine may stand still for its sake from now on.
     fn reply(
         &mut self,
-        client: Option<(u32, Command)>,
-        (reply, ends): (Answer, bool),
+        asked: Option<Asked>,
+        (reply, holds): (Answer, bool),
         descriptors: &[OwnedFd],
         sources: &mut Sources<'_, '_>,
     ) {
-        let Some((token, _)) = client else { return };
+        let Some(Asked { client: token, .. }) = asked else { return };
         let Some(mut client) = self.clients.remove(&token) else { return };
-        let mut keep = answer_with(&mut client, reply, ends, descriptors);
+        client.holds |= holds;
+        let mut keep = answer_with(&mut client, reply, holds, descriptors);
         if keep == Keep::Yes {
             keep = self.serve_lines(&mut client, token);
         }
@@ -376,8 +409,9 @@ impl Orders {
             Keep::No => false,
             Keep::UntilDone => true,
         };
-        if is_kept {
-            self.clients.insert(token, client);
+        match is_kept {
+            true => _ = self.clients.insert(token, client),
+            false => self.let_go(&client),
         }
     }
 
@@ -401,6 +435,7 @@ impl Orders {
             }
             // Answered before it comes to this.
             Command::Devices
+            | Command::Files
             | Command::Wait
             | Command::Pause
             | Command::Vcpus
@@ -500,6 +535,22 @@ impl Orders {
         let next = self.clients.values().map(|client| client.until).chain(others).flatten().min();
         self.timer.set(next.map(|at| at.saturating_duration_since(now)));
     }
+}
+
+/// Has the machine saved in the files that were `passed`: those of `folder`, then those of what is found as `base` from there, if anything.
+fn save(
+    control: &dyn Control,
+    folder: &Path,
+    base: Option<PathBuf>,
+    mut passed: Vec<OwnedFd>,
+    saving: Saving,
+) -> Result<bool, Refusal> {
+    let names = control.files();
+    let others = passed.split_off(names.len().min(passed.len()));
+    let refused = |error: snapshot::Error| Refusal::from(error_chain(&error));
+    let parts = Parts::of_files(folder, passed.into_iter().zip(names)).map_err(refused)?;
+    let below = base.map(|base| Below::of_descriptors(base, others)).transpose().map_err(refused)?;
+    control.snapshot(&parts, below, saving)
 }
 
 fn refused(why: impl Into<Refusal>) -> Answer {

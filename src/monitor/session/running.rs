@@ -18,7 +18,7 @@ use crate::config::{CharTarget, Plug, VmConfig};
 use crate::error_chain;
 use crate::kvm::VcpuState;
 use crate::machine::{Attached, Handle, Phase};
-use crate::snapshot::{self, Parts, Saving};
+use crate::snapshot::{self, Below, Parts, Saving};
 
 /// A virtual machine that this process runs.
 #[derive(Debug)]
@@ -235,10 +235,14 @@ impl Control for Running {
         self.machine()?.remove_device(name, force).map_err(|error| refusal(&error, error.hint()))
     }
 
-    fn snapshot(&self, folder: &Path, saving: Saving<'_>) -> Result<(), Refusal> {
+    fn files(&self) -> Vec<PathBuf> {
+        snapshot::files(&self.original)
+    }
+
+    fn snapshot(&self, parts: &Parts, below: Option<Below>, saving: Saving) -> Result<bool, Refusal> {
         let mut config = self.original.clone();
         config.make_absolute();
-        let saved = snapshot::create(&self.machine()?, &config, folder, saving);
+        let saved = snapshot::save(&self.machine()?, &config, parts, below, saving);
         saved.map_err(|error| refusal(&error, error.hint()))
     }
 

@@ -4,15 +4,18 @@ use std::ffi::OsString;
 use std::fs::canonicalize;
 use std::io::ErrorKind;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::memory::{MOST_RUNS, flatten};
-use super::parts::Parts;
+use super::parts::{NAMES, Parts};
 use super::{Error, Header, Snapshot, file};
-use crate::memory::{Layer, SavedRam};
+use crate::config::{Size, VmConfig};
+use crate::machine;
+use crate::memory::{self, Layer, SavedRam};
 
 /// Snapshots that lie over each other: each is a file that stays open.
 pub const HIGHEST: usize = 16;
@@ -32,23 +35,83 @@ pub(super) struct Base {
     runs: Vec<Range<u64>>,
 }
 
-impl Base {
-    /// That of a snapshot that will be `folder`.
+/// What a new snapshot is to lie over: its files, opened by whoever asks for the new one.
+#[derive(Debug)]
+pub struct Below {
+    /// How its folder is found from the new one: a name if it is beside that, else an absolute path.
+    place: PathBuf,
+    /// Its files, and those of what it lies over, from the top down.
+    layers: Vec<Parts>,
+}
+
+impl Below {
+    /// The snapshot in `base`, for a new one that will be `folder`.
     ///
     /// # Errors
-    /// One of the folders cannot be found.
-    pub fn of(folder: &Path, base: &Path, snapshot: &Snapshot) -> Result<Self, Error> {
+    /// It is none; one of the folders cannot be found.
+    pub fn open(base: &Path, folder: &Path) -> Result<Self, Error> {
+        let mut next = Some(Snapshot::open(base)?);
         let found = |path: &Path| canonicalize(path).map_err(file("find", path));
         let base = found(base)?;
         let beside = match std::path::absolute(folder).map_err(file("find", folder))?.parent() {
             Some(parent) => base.parent() == Some(&found(parent)?),
             None => false,
         };
-        let name = base.file_name().filter(|_| beside).unwrap_or(base.as_os_str());
-        let was = (snapshot.header.state, snapshot.header.memory);
-        Ok(Self { folder: name.to_owned().into_vec(), was, runs: Vec::new() })
+        let place = base.file_name().filter(|_| beside).unwrap_or(base.as_os_str()).into();
+        let layers = std::iter::from_fn(|| {
+            let Snapshot { parts, base, .. } = next.take()?;
+            next = base.map(|(_, below)| *below);
+            Some(parts)
+        });
+        Ok(Self { place, layers: layers.collect() })
     }
 
+    /// How its folder is found.
+    pub fn place(&self) -> &Path {
+        &self.place
+    }
+
+    /// Its files for another process.
+    pub fn into_descriptors(self) -> Vec<OwnedFd> {
+        self.layers.into_iter().flat_map(Parts::into_descriptors).collect()
+    }
+
+    /// The one whose descriptors these are.
+    ///
+    /// # Errors
+    /// They are no whole number of snapshots.
+    pub fn of_descriptors(place: PathBuf, descriptors: Vec<OwnedFd>) -> Result<Self, Error> {
+        let mut descriptors = descriptors.into_iter().peekable();
+        let layers = std::iter::from_fn(|| {
+            descriptors.peek()?;
+            let these: Vec<_> = descriptors.by_ref().take(NAMES.len()).collect();
+            Some(Parts::of_descriptors(these, |name| place.join(name)))
+        });
+        Ok(Self { layers: layers.collect::<Result<_, _>>()?, place })
+    }
+
+    /// What a snapshot of the machine that `config` describes has over it, and its memory.
+    ///
+    /// # Errors
+    /// It is none, or another machine's; too many lie over each other.
+    pub(super) fn of_machine(self, config: &VmConfig) -> Result<(Base, SavedRam), Error> {
+        let Self { place, layers } = self;
+        let snapshot = Snapshot::of_layers(&mut layers.into_iter(), 0)?;
+        if snapshot.height() == HIGHEST {
+            return Err(Error::High);
+        }
+        let (saved, size) = (Size::from_bytes(snapshot.header.size), config.mem.size);
+        if saved != size {
+            let error = memory::Error::OtherSize { saved, size };
+            return Err(Box::new(machine::Error::from(error)).into());
+        }
+        let was = (snapshot.header.state, snapshot.header.memory);
+        let base = Base { folder: place.into_os_string().into_vec(), was, runs: Vec::new() };
+        Ok((base, snapshot.into_ram()))
+    }
+}
+
+impl Base {
     /// The same of one whose memory differs in `runs`.
     pub fn with(&self, runs: Vec<Range<u64>>) -> Self {
         Self { runs, ..self.clone() }
@@ -83,25 +146,43 @@ impl Base {
 impl Snapshot {
     /// Opens the one in `folder`, over which there are `above` others.
     pub(super) fn open_above(folder: &Path, above: usize) -> Result<Self, Error> {
-        let mut snapshot = Self::read(Parts::open(folder)?)?;
-        let Some(base) = &snapshot.header.base else { return Ok(snapshot) };
-        let state = &snapshot.parts.state;
+        Self::read(Parts::open(folder)?)?.over(above, |base, above| {
+            let path = base.path(folder)?;
+            let below = Self::open_above(&path, above).map_err(|error| match error {
+                Error::File { .. } => Error::Base { path: path.clone(), source: Box::new(error) },
+                error => error,
+            })?;
+            Ok((path, below))
+        })
+    }
+
+    /// The same of open files, from the top down.
+    fn of_layers(layers: &mut impl Iterator<Item = Parts>, above: usize) -> Result<Self, Error> {
+        let missing = || file("open", Path::new("the base"))(ErrorKind::NotFound.into());
+        Self::read(layers.next().ok_or_else(missing)?)?
+            .over(above, |_, above| Ok((PathBuf::from("below it"), Self::of_layers(layers, above)?)))
+    }
+
+    /// This one, over which there are `above` others, with what it lies over, if it does: what `find` finds, and where.
+    fn over(
+        mut self,
+        above: usize,
+        find: impl FnOnce(&Base, usize) -> Result<(PathBuf, Self), Error>,
+    ) -> Result<Self, Error> {
+        let Some(base) = &self.header.base else { return Ok(self) };
+        let state = &self.parts.state;
         if above == HIGHEST {
             return Err(state.damaged(&format!("more than {HIGHEST} snapshots lie over each other")));
         }
-        if !base.is_possible(snapshot.header.size) {
+        if !base.is_possible(self.header.size) {
             return Err(state.damaged("its memory is in impossible places"));
         }
-        let path = base.path(folder)?;
-        let below = Self::open_above(&path, above + 1).map_err(|error| match error {
-            Error::File { .. } => Error::Base { path: path.clone(), source: Box::new(error) },
-            error => error,
-        })?;
-        if !base.is_over(snapshot.header.size, &below.header) {
+        let (path, below) = find(base, above + 1)?;
+        if !base.is_over(self.header.size, &below.header) {
             return Err(state.damaged(&format!("its base, {}, is not what it was", path.display())));
         }
-        snapshot.base = Some((path, Box::new(below)));
-        Ok(snapshot)
+        self.base = Some((path, Box::new(below)));
+        Ok(self)
     }
 
     /// How many snapshots lie over each other with this one.

@@ -1,65 +1,69 @@
-//! A snapshot is made: a folder under another name, which gets its own once all is on the disk; or files without a name.
+//! A machine is saved: into files that whoever asks has opened, or into some without a name.
 
-use std::fs::{self, File};
-use std::io;
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
-
-use super::base::{Base, HIGHEST};
+use super::base::{Base, Below};
+use super::folder::Folder;
 use super::memory::{Writing, Written};
-use super::parts::{Part, Parts};
-use super::{Error, Header, Snapshot, disks, file};
-use crate::config::{Size, VmConfig};
-use crate::disk;
-use crate::machine::{self, Handle, Paused, Phase, SavedMachine};
-use crate::memory::{self, SavedRam};
-use crate::output;
+use super::parts::Parts;
+use super::{Error, Header, disks};
+use crate::config::VmConfig;
+use crate::machine::{Handle, Paused, Phase, SavedMachine};
+use crate::memory::SavedRam;
 
 /// How a machine is to be saved.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Saving<'a> {
-    /// Memory that is as in this snapshot is left to that.
-    pub base: Option<&'a Path>,
+pub struct Saving {
     /// Memory is compressed.
     pub compress: bool,
     /// The machine stands still from then on.
     pub stay: bool,
 }
 
-/// Saves `machine`, which was built as `config` says, into the new `folder`. It stands still as short as may be, and goes on if it ran,
-/// unless it is to stay as it was saved.
+/// Saves `machine`, which was built as `config` says, in `folder`, which gets its name. It stands still as short as may be, and goes on if
+/// it ran.
 ///
 /// # Errors
 /// [`Error`]; nothing is left behind.
-pub fn create(
+pub fn create(machine: &Handle, config: &VmConfig, folder: Folder) -> Result<(), Error> {
+    save(machine, config, folder.parts(), None, Saving::default())?;
+    folder.name()
+}
+
+/// Saves `machine`, which was built as `config` says, into the empty files of `parts`, whose contents are on the disk then: all of it, or
+/// what is not as in `below`. It stands still as short as may be, and goes on if it ran, unless it is to stay as it was saved. Whether
+/// it ran, and stays.
+///
+/// # Errors
+/// [`Error`]; the machine goes on.
+pub fn save(
     machine: &Handle,
     config: &VmConfig,
-    folder: &Path,
-    Saving { base, compress, stay }: Saving<'_>,
-) -> Result<(), Error> {
-    let base = base.map(|base| Below::open(base, folder, config)).transpose()?;
-    let new = NewFolder::begin(folder)?;
-    let parts = Parts::create(&new.hidden)?;
-    let (hidden, saved) = (new.hidden.clone(), disks::saved(config));
+    parts: &Parts,
+    below: Option<Below>,
+    Saving { compress, stay }: Saving,
+) -> Result<bool, Error> {
+    let below = below.map(|below| below.of_machine(config)).transpose()?;
+    let saved = disks::saved(config);
+    disks::check(config, parts)?;
     complete_memory(machine)?;
     let begin = |paused: &Paused<'_>, may_last| {
-        let disks = disks::save(machine, paused, config, |name, _| Part::create(hidden.join(name)))?;
-        let memory = base.as_ref().map(|base| base.memory.clone());
-        Ok((Taken::begin(machine, paused, &parts, compress, memory, may_last)?, disks))
+        disks::save(machine, paused, config, parts)?;
+        let memory = below.as_ref().map(|(_, memory)| memory.clone());
+        Taken::begin(machine, paused, parts, compress, memory, may_last)
     };
-    let complete = |(taken, disks): (Taken, Vec<Part>)| {
-        taken.finish(&saved, machine, &parts, base.as_ref().map(|base| &base.base))?;
-        for part in [&parts.config, &parts.state, &parts.memory].into_iter().chain(&disks) {
-            part.file.sync_all().map_err(part.failed("write"))?;
+    let complete = |taken: Taken| {
+        taken.finish(&saved, machine, parts, below.as_ref().map(|(base, _)| base))?;
+        parts.all().try_for_each(|part| part.file.sync_all().map_err(part.failed("write")))
+    };
+    let ((), ran) = match stay {
+        false => {
+            let (taken, _) = standing_still(machine, false, |paused| begin(paused, true))?;
+            (complete(taken)?, false)
         }
-        new.name()
+        true => standing_still(machine, true, |paused| complete(begin(paused, false)?))?,
     };
-    match stay {
-        false => complete(standing_still(machine, false, |paused| begin(paused, true))?),
-        true => standing_still(machine, true, |paused| complete(begin(paused, false)?)),
-    }
+    Ok(ran)
 }
 
 /// The same into files that have no name, for other processes to go on from.
@@ -71,12 +75,12 @@ pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
         return Err(Error::InPlace(disk.path.clone()));
     }
     let mut parts = Parts::unnamed()?;
+    parts.disks = disks::unnamed(config)?;
     complete_memory(machine)?;
-    let (taken, disks) = standing_still(machine, false, |paused| {
-        let disks = disks::save(machine, paused, config, |_, path| unnamed_disk(path))?;
-        Ok((Taken::begin(machine, paused, &parts, false, None, true)?, disks))
+    let (taken, _) = standing_still(machine, false, |paused| {
+        disks::save(machine, paused, config, &parts)?;
+        Taken::begin(machine, paused, &parts, false, None, true)
     })?;
-    parts.disks = disks;
     taken.finish(&disks::saved(config), machine, &parts, None)?;
     parts.seal()?;
     Ok(parts)
@@ -88,39 +92,13 @@ fn complete_memory(machine: &Handle) -> Result<(), Error> {
     machine.memory().complete().map_err(Error::Incomplete)
 }
 
-fn unnamed_disk(path: &Path) -> Result<Part, Error> {
-    let file = disk::unnamed().map_err(file("copy disk", path))?;
-    Ok(Part { path: path.to_owned(), file })
-}
-
-/// What a new snapshot is to lie over.
-struct Below {
-    base: Base,
-    memory: SavedRam,
-}
-
-impl Below {
-    fn open(base: &Path, folder: &Path, config: &VmConfig) -> Result<Self, Error> {
-        let snapshot = Snapshot::open(base)?;
-        if snapshot.height() == HIGHEST {
-            return Err(Error::High);
-        }
-        let described = Base::of(folder, base, &snapshot)?;
-        let (saved, size) = (Size::from_bytes(snapshot.header.size), config.mem.size);
-        if saved != size {
-            let error = memory::Error::OtherSize { saved, size };
-            return Err(Box::new(machine::Error::from(error)).into());
-        }
-        Ok(Self { base: described, memory: snapshot.into_ram() })
-    }
-}
-
 /// Does `work` while `machine` stands still, which goes on afterwards if it ran, unless it is to `stay` where it was when that is done.
+/// Whether it ran.
 fn standing_still<T>(
     machine: &Handle,
     stay: bool,
     work: impl FnOnce(&Paused<'_>) -> Result<T, Error>,
-) -> Result<T, Error> {
+) -> Result<(T, bool), Error> {
     let (ran, since) = (machine.phase() == Phase::Running, Instant::now());
     let paused = machine.pause()?;
     let done = match machine.has_other_devices() {
@@ -133,7 +111,7 @@ fn standing_still<T>(
         let _ = machine.resume();
         log::info!("it stood still for {:.1?}", since.elapsed());
     }
-    done
+    Ok((done?, ran))
 }
 
 /// A machine at one moment.
@@ -181,41 +159,5 @@ impl Taken {
             base: base.map(|base| base.with(runs)),
         };
         header.write(&parts.state, &state)
-    }
-}
-
-/// A folder that has its name when it is complete, and is gone otherwise.
-struct NewFolder<'a> {
-    folder: &'a Path,
-    parent: &'a Path,
-    hidden: PathBuf,
-}
-
-impl<'a> NewFolder<'a> {
-    fn begin(folder: &'a Path) -> Result<Self, Error> {
-        let (parent, hidden) = output::hidden(folder).ok_or_else(|| {
-            file("name", folder)(io::Error::new(io::ErrorKind::InvalidInput, "it is not a folder's name"))
-        })?;
-        output::folder(&hidden).map_err(file("make", &hidden))?;
-        Ok(Self { folder, parent, hidden })
-    }
-
-    /// All that is in it is on the disk.
-    fn name(self) -> Result<(), Error> {
-        let synced = |folder: &Path| File::open(folder).and_then(|folder| folder.sync_all());
-        synced(&self.hidden).map_err(file("write", &self.hidden))?;
-        let renamed = renameat_with(CWD, &self.hidden, CWD, self.folder, RenameFlags::NOREPLACE);
-        renamed.map_err(|error| file("make", self.folder)(error.into()))?;
-        synced(self.parent).map_err(|error| {
-            let _ = fs::remove_dir_all(self.folder);
-            file("write", self.parent)(error)
-        })
-    }
-}
-
-impl Drop for NewFolder<'_> {
-    fn drop(&mut self) {
-        // What has failed says more than that this does, too; one that has its name is not here any more.
-        let _ = fs::remove_dir_all(&self.hidden);
     }
 }

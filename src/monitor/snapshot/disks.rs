@@ -1,11 +1,13 @@
 //! Disks that the guest may write to: a snapshot's folder has each as it was at that moment, and a machine that goes on from it
 //! writes into an overlay of its own. What the image of a disk with an overlay was stays where it is, by its path.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
-use super::parts::Part;
+use super::parts::{Part, Parts};
 use super::{Error, file};
 use crate::config::{Disk, ImageFormat, Overlay, VmConfig};
+use crate::disk;
 use crate::machine::{Handle, Paused};
 
 /// The file of disk `index` in a folder.
@@ -31,22 +33,49 @@ pub fn in_place(config: &VmConfig) -> Option<&Disk> {
     config.disk.iter().find(|disk| !disk.readonly && disk.overlay.is_none())
 }
 
-/// Copies each disk of `machine`, which was built as `config` says, that the guest may write to: into what `new` makes, which is given
-/// the file's name in a folder, and the disk's path.
-pub fn save(
-    machine: &Handle,
-    paused: &Paused<'_>,
-    config: &VmConfig,
-    new: impl Fn(&Path, &Path) -> Result<Part, Error>,
-) -> Result<Vec<Part>, Error> {
-    let written = config.disk.iter().enumerate().filter(|(_, disk)| !disk.readonly);
-    written
-        .map(|(index, disk)| {
-            let part = new(&name(index), &disk.path)?;
-            machine.save_disk(paused, index, &part.file).map_err(file("copy disk", &disk.path))?;
-            Ok(part)
-        })
-        .collect()
+/// The disks of `config` that the guest may write to, with their places among all.
+fn written(config: &VmConfig) -> impl Iterator<Item = (usize, &Disk)> {
+    config.disk.iter().enumerate().filter(|(_, disk)| !disk.readonly)
+}
+
+/// The files that copies of those have in a folder.
+pub fn copies(config: &VmConfig) -> impl Iterator<Item = PathBuf> {
+    written(config).map(|(index, _)| name(index))
+}
+
+/// A file without a name for each of those.
+///
+/// # Errors
+/// There is no place for them.
+pub fn unnamed(config: &VmConfig) -> Result<Vec<Part>, Error> {
+    let new = |(_, disk): (usize, &Disk)| {
+        let file = disk::unnamed().map_err(file("copy disk", &disk.path))?;
+        Ok(Part { path: disk.path.clone(), file })
+    };
+    written(config).map(new).collect()
+}
+
+/// Whether `parts` has a file for each of those.
+///
+/// # Errors
+/// It has others.
+pub fn check(config: &VmConfig, parts: &Parts) -> Result<(), Error> {
+    let (given, needed) = (parts.disks.len(), written(config).count());
+    if given == needed {
+        return Ok(());
+    }
+    let what = format!("{given} files for {needed} disks");
+    Err(parts.config.failed("save beside")(io::Error::new(io::ErrorKind::InvalidInput, what)))
+}
+
+/// Copies each of those of `machine`, which was built as `config` says, into its file of `parts`.
+///
+/// # Errors
+/// One cannot be copied.
+pub fn save(machine: &Handle, paused: &Paused<'_>, config: &VmConfig, parts: &Parts) -> Result<(), Error> {
+    written(config).zip(&parts.disks).try_for_each(|((index, disk), part)| {
+        machine.save_disk(paused, index, &part.file).map_err(file("copy disk", &disk.path))
+    })
 }
 
 fn in_folder(disk: &mut Disk) -> impl Iterator<Item = &mut PathBuf> {

@@ -10,6 +10,7 @@ mod child;
 mod create;
 mod disks;
 mod family;
+mod folder;
 mod key;
 mod memory;
 mod parts;
@@ -32,9 +33,11 @@ use crate::state::StateError;
 use base::Base;
 use parts::Part;
 
+pub use base::Below;
 pub use child::{child, network_of_one};
-pub use create::{Saving, create, fork};
+pub use create::{Saving, create, fork, save};
 pub use family::{Relative, Tie, above, family};
+pub use folder::Folder;
 pub use key::Key;
 pub use parts::Parts;
 pub use shelf::{Saved, list, remove};
@@ -378,6 +381,11 @@ impl Part {
             _ => self.failed("read")(error),
         }
     }
+}
+
+/// The names of the files that a snapshot of the machine that `config` describes has.
+pub fn files(config: &VmConfig) -> Vec<PathBuf> {
+    parts::NAMES.into_iter().map(PathBuf::from).chain(disks::copies(config)).collect()
 }
 
 fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {

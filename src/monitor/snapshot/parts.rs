@@ -10,7 +10,6 @@ use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::{FdFlags, fcntl_getfd};
 
 use super::{Error, file};
-use crate::output;
 
 /// One of them, and what to call it.
 #[derive(Debug)]
@@ -18,6 +17,9 @@ pub(super) struct Part {
     pub path: PathBuf,
     pub file: File,
 }
+
+/// The files that every snapshot has.
+pub(super) const NAMES: [&str; 3] = ["config.json", "state", "memory"];
 
 /// See the module's text.
 #[derive(Debug)]
@@ -34,13 +36,25 @@ pub struct Parts {
 
 impl Parts {
     fn of(mut part: impl FnMut(&str) -> Result<Part, Error>) -> Result<Self, Error> {
-        let disks = Vec::new();
-        Ok(Self { config: part("config.json")?, state: part("state")?, memory: part("memory")?, disks })
+        let [config, state, memory] = NAMES;
+        Ok(Self { config: part(config)?, state: part(state)?, memory: part(memory)?, disks: Vec::new() })
     }
 
-    /// New ones in `folder`.
-    pub(super) fn create(folder: &Path) -> Result<Self, Error> {
-        Self::of(|name| Part::create(folder.join(name)))
+    /// Those of `list`, in the order of [`NAMES`], and then disks.
+    ///
+    /// # Errors
+    /// They are too few.
+    pub(super) fn from_list(list: Vec<Part>) -> Result<Self, Error> {
+        let mut list = list.into_iter();
+        let missing = |name: &str| file("open", Path::new(name))(io::ErrorKind::NotFound.into());
+        let mut parts = Self::of(|name| list.next().ok_or_else(|| missing(name)))?;
+        parts.disks = list.collect();
+        Ok(parts)
+    }
+
+    /// All of them, in that order.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Part> {
+        [&self.config, &self.state, &self.memory].into_iter().chain(&self.disks)
     }
 
     /// New ones that are gone when nobody has them open.
@@ -110,21 +124,29 @@ impl Parts {
         parts.map(|part| part.file.into()).collect()
     }
 
-    /// Those whose descriptors these are.
+    /// New ones of these names, which will be in `folder`.
     ///
     /// # Errors
     /// They are too few.
-    pub fn of_descriptors(descriptors: Vec<OwnedFd>) -> Result<Self, Error> {
-        let mut descriptors = descriptors.into_iter();
-        let mut parts = Self::of(|name| {
-            let path = PathBuf::from(format!("the copy's {name}"));
-            let file =
-                descriptors.next().ok_or_else(|| file("open", &path)(io::ErrorKind::NotFound.into()))?;
-            Ok(Part { path, file: file.into() })
-        })?;
-        parts.disks =
-            descriptors.map(|file| Part { path: "the copy's disk".into(), file: file.into() }).collect();
-        Ok(parts)
+    pub fn of_files(
+        folder: &Path,
+        files: impl IntoIterator<Item = (OwnedFd, PathBuf)>,
+    ) -> Result<Self, Error> {
+        let part = |(file, name): (OwnedFd, PathBuf)| Part { path: folder.join(name), file: file.into() };
+        Self::from_list(files.into_iter().map(part).collect())
+    }
+
+    /// Those whose descriptors these are. Messages tell of them as `named`, by what they are.
+    ///
+    /// # Errors
+    /// They are too few.
+    pub fn of_descriptors(
+        descriptors: impl IntoIterator<Item = OwnedFd>,
+        named: impl Fn(&str) -> PathBuf,
+    ) -> Result<Self, Error> {
+        let names = NAMES.into_iter().chain(std::iter::repeat("disk"));
+        let part = |(file, name): (OwnedFd, _)| Part { path: named(name), file: file.into() };
+        Self::from_list(descriptors.into_iter().zip(names).map(part).collect())
     }
 }
 
@@ -141,12 +163,6 @@ fn close_given(number: u32) {
 }
 
 impl Part {
-    /// A new one.
-    pub fn create(path: PathBuf) -> Result<Self, Error> {
-        let file = output::create(&path).map_err(file("make", &path))?;
-        Ok(Self { path, file })
-    }
-
     /// One that is there, to be read.
     pub fn open(path: PathBuf) -> Result<Self, Error> {
         // Without O_NONBLOCK a FIFO would be waited for.

@@ -15,7 +15,7 @@ use rustix::fs::{
     CWD, FlockOperation, RenameFlags, Timespec, Timestamps, UTIME_NOW, flock, renameat_with, utimensat,
 };
 
-use super::{Error, Key, Saved, Saving, Snapshot, create, file};
+use super::{Error, Folder, Key, Saved, Snapshot, create, file, files};
 use crate::config::VmConfig;
 use crate::error_chain;
 use crate::machine::Handle;
@@ -201,7 +201,7 @@ impl New {
             return Err(Error::Changed((*what).to_owned()));
         }
         let made = self.making.join("template");
-        create::create(machine, &self.config, &made, Saving::default())?;
+        create(machine, &self.config, Folder::begin(&made, &files(&self.config))?)?;
         let key = made.join(KEY);
         let written = || {
             let mut file = output::create(&key)?;
