@@ -20,6 +20,7 @@ const LAYERS: [&[&str]; 9] = [
         "printable",
         "recorder",
         "runtime_dir",
+        "sandbox",
     ],
     &["memory", "vm", "bus", "hyperv"],
     &["vhost", "disk", "net", "vsock", "chardev", "backends"],
@@ -28,7 +29,7 @@ const LAYERS: [&[&str]; 9] = [
     &["boot", "vcpu"],
     &["machine"],
     &["snapshot"],
-    &["session", "api", "pool", "sandbox"],
+    &["session", "api", "pool"],
 ];
 
 /// Edges that the layers would allow and the design does not: device models know the `Vm` trait, never KVM, and

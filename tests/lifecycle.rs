@@ -63,6 +63,7 @@ impl Control for Fake {
             ptys: Vec::new(),
             ports: Vec::new(),
             networks: Vec::new(),
+            sandbox: "off".to_owned(),
         }
     }
 

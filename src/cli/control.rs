@@ -186,6 +186,7 @@ fn text(status: &Status) -> String {
     if let Some(cid) = status.vsock_cid {
         line("vsock", &format_args!("address {cid}"));
     }
+    line("sandbox", &status.sandbox);
     for pty in &status.ptys {
         line("pty", &format_args!("{} ({})", pty.path.display(), pty.device));
     }

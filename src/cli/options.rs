@@ -24,6 +24,7 @@ use vmm_monitor::config::{
 };
 use vmm_monitor::machine::outputs;
 use vmm_monitor::pool::Spare;
+use vmm_monitor::sandbox;
 use vmm_monitor::snapshot::Snapshot;
 use vmm_trace::debug::gdb::Place;
 
@@ -164,6 +165,13 @@ pub struct Options {
     /// Leave the monitor open to debuggers, perf and core dumps of this user (a core never has the guest's memory)
     #[arg(long)]
     pub dumpable: bool,
+    /// What a guest that breaks out of the monitor finds: with auto, threads that are confined to the system calls that they need and have
+    /// no capabilities (docs/sandbox.md)
+    #[arg(long, value_name = "off|auto", default_value = "off")]
+    pub sandbox: sandbox::Mode,
+    /// With --sandbox auto: a system call that is refused fails, and is told of, in place of ending the machine
+    #[arg(long)]
+    pub sandbox_log: bool,
     /// Run in the background: print the name as soon as the guest runs. What it writes to its console is kept for vmm logs (the last
     /// 1 MiB, and up to as much before), its exit code for vmm wait, until vmm rm or a new one of this name
     #[arg(short, long, conflicts_with_all = ["dry_run", "gdb"])]

@@ -3,13 +3,13 @@
 use std::error::Error;
 use std::io;
 use std::path::PathBuf;
-use std::thread;
 
 use vmm_command::Failure;
 use vmm_monitor::memory::Way;
 use vmm_monitor::pool::Wanted;
 use vmm_monitor::session::{Built, End, Observer};
 use vmm_monitor::snapshot::Snapshot;
+use vmm_monitor::threads::{self, Role};
 
 use super::agent::renewal::CopyOptions;
 use super::flags::with_flags;
@@ -97,7 +97,7 @@ impl Renewer {
                 if options.is_required() { failure.print(with_flags) } else { failure.warn(with_flags) }
             }
         };
-        thread::Builder::new().name("renewal".to_owned()).spawn(renew).map(drop)
+        threads::spawn(Role::Owner("renewal"), renew).map(drop)
     }
 }
 

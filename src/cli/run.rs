@@ -12,6 +12,7 @@ use vmm_monitor::machine::{self, Outcome};
 use vmm_monitor::memory::{self, Pagemap};
 use vmm_monitor::pool::Spare;
 use vmm_monitor::recorder::Recorder;
+use vmm_monitor::sandbox::{self, Jail, Needs, Refused};
 use vmm_monitor::session::{Built, Controls, End, Observer, Session};
 use vmm_monitor::snapshot::Snapshot;
 use vmm_trace::debug::gdb;
@@ -35,6 +36,7 @@ pub struct RunOptions {
     stop_timeout: Duration,
     record: Option<Record>,
     dumpable: bool,
+    sandbox: (sandbox::Mode, bool),
     background: Option<Background>,
     /// What it goes on from.
     snapshot: Option<Snapshot>,
@@ -87,6 +89,7 @@ impl RunOptions {
             stop_timeout,
             record,
             dumpable,
+            sandbox: (options.sandbox, options.sandbox_log),
             background: None,
             snapshot: None,
             spare: None,
@@ -162,6 +165,7 @@ pub fn live(
         stop_timeout,
         record,
         dumpable,
+        sandbox: (mode, goes_on),
         mut background,
         mut snapshot,
         spare,
@@ -197,6 +201,7 @@ pub fn live(
         outputs,
         original,
         spare,
+        jail: Jail { mode, goes_on, needs: Needs::of(&config), refused },
     };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
     if let (Some(recorded), Some(pagemap)) = (&mut recorded, pagemap) {
@@ -292,6 +297,16 @@ fn code(outcome: Outcome) -> Result<Code, Failure> {
         }
         other => Ok(Code::of(&Ok(other))),
     }
+}
+
+/// Says that the sandbox has refused something, and gives the exit status for that.
+fn refused(call: &Refused) -> u8 {
+    let error = anyhow!("{call}");
+    let hint =
+        "tell us what the guest did: this is a defect, or somebody is in the monitor who should not be";
+    let failure = Failure::new(Code::Sandbox, error).hint(Some(hint));
+    failure.print(flags::with_flags);
+    failure.code.number()
 }
 
 /// Says that memory is lost, and gives the exit status for that.

@@ -31,6 +31,8 @@ pub enum Code {
     Worse,
     /// The guest's kernel panicked.
     GuestPanic,
+    /// The sandbox refused something, and the machine was ended.
+    Sandbox,
     /// Not ours to choose: what the guest wrote to the debug-exit port, as the device makes it (odd), or the code of the process that
     /// did the work.
     Other(u8),
@@ -40,7 +42,7 @@ pub enum Code {
 
 impl Code {
     /// The code as `--help` explains it.
-    const TABLE: [(Self, &str); 8] = [
+    const TABLE: [(Self, &str); 9] = [
         (Self::Success, "the guest powered off or rebooted, or the command succeeded"),
         (
             Self::BadArgument,
@@ -55,6 +57,7 @@ impl Code {
         (Self::Killed, "the VM was killed: vmm kill, a second signal, the timeout of a stop, Ctrl-A x"),
         (Self::Worse, "vmm bench --compare: more than 5% worse than the baseline"),
         (Self::GuestPanic, "the guest's kernel panicked"),
+        (Self::Sandbox, "the sandbox refused the monitor something, and ended it"),
     ];
 
     /// Of `vmm exec`: the command was not run, or how it ended is not known.
@@ -90,6 +93,7 @@ impl Code {
             Self::Killed => 10,
             Self::Worse => 12,
             Self::GuestPanic => 14,
+            Self::Sandbox => 16,
             Self::Other(code) | Self::Command(code) => code,
         }
     }

@@ -94,6 +94,10 @@ impl From<session::Error> for Failure {
             session::Error::Machine(error) => error.into(),
             session::Error::Api(error) => error.into(),
             error @ session::Error::Unwanted => Self::new(Code::Host, error),
+            session::Error::Sandbox(error) => {
+                let hint = error.hint();
+                Self::new(Code::Host, session::Error::Sandbox(error)).hint(Some(hint))
+            }
             session::Error::Observer(error) => match error.downcast::<file::Error>() {
                 Ok(error) => (*error).into(),
                 Err(error) => match error.downcast::<machine::Error>() {

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
 //! | [`state`] | saved state: one plain value per part |
+//! | [`sandbox`] | what a thread may ask of the host's kernel once a guest runs: a list of system calls for each role |
 //! | [`threads`], [`event_loop`] | the one place where threads are made, each with its role; loops that wait for descriptors and call handlers |
 //! | [`poller`], [`timer`], [`listener`] | many descriptors behind one; a moment as a descriptor; a unix socket that only its owner can open |
 //! | [`guest_log`] | rate-limited warnings about the guest |
@@ -39,7 +40,7 @@
 //! `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
-//! threads event_loop poller timer listener state config guest_log output printable recorder runtime_dir
+//! threads sandbox event_loop poller timer listener state config guest_log output printable recorder runtime_dir
 //! memory vm bus hyperv
 //! vhost disk net vsock chardev backends
 //! kvm
@@ -110,6 +111,7 @@ pub mod pool;
 pub mod printable;
 pub mod recorder;
 pub mod runtime_dir;
+pub mod sandbox;
 pub mod session;
 pub mod snapshot;
 pub mod state;

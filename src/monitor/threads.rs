@@ -1,26 +1,34 @@
 //! The one place in the monitor that makes threads, each for a [`Role`].
 //!
-//! A [`Role`] gives a thread its name, says whether it takes the process's signals and, later, its system call filter. Threads are
-//! made before the guest runs or by the control thread, never by a vCPU's.
+//! A [`Role`] gives a thread its name, says whether it takes the process's signals, and which system calls it makes ([`sandbox`]).
+//! Threads are made before the guest runs or by the control thread, never by a vCPU's.
 
 use std::io;
 use std::marker::PhantomData;
+use std::process;
 use std::thread::{Builder, JoinHandle};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vmm_sys_util::signal::{block_signal, unblock_signal};
 
+use crate::error_chain;
+use crate::sandbox::{self, Needs};
+
 /// What a thread is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
+    /// Builds the machine, waits for its end, and sees to what follows: the thread of [`Session::run`](crate::session::Session::run).
+    Main,
     /// Runs a vCPU, by number; that of vCPU 0 sets the VM up before.
     Vcpu(u32),
     /// Takes orders: control socket, signals, terminal; serves the serial port's input.
     Control,
     /// Carries out an order that may take its time.
     Errand,
-    /// Serves the queues of the device of this name.
-    Device(String),
+    /// Works for whoever runs the session, and has this name.
+    Owner(&'static str),
+    /// Serves the queues of the device of this name, which needs this of the host.
+    Device(String, Needs),
     /// Does the blocking I/O of the disk of this name.
     Disk(String),
     /// Writes to an output that may block.
@@ -35,10 +43,12 @@ impl Role {
     /// The thread's name, which the kernel cuts to 15 bytes.
     fn name(&self) -> String {
         match self {
+            Self::Main => "vmm".to_owned(),
             Self::Vcpu(number) => format!("vcpu{number}"),
             Self::Control => "control".to_owned(),
             Self::Errand => "errand".to_owned(),
-            Self::Device(name) | Self::Disk(name) => name.clone(),
+            Self::Owner(name) => (*name).to_owned(),
+            Self::Device(name, _) | Self::Disk(name) => name.clone(),
             Self::Output => "output".to_owned(),
             Self::Log => "log".to_owned(),
             Self::Fetch => "fetch".to_owned(),
@@ -46,7 +56,7 @@ impl Role {
     }
 }
 
-/// Starts a thread of this role.
+/// Starts a thread of this role, in the jail that the process has, if it has one.
 ///
 /// # Errors
 /// The host is out of threads.
@@ -54,13 +64,34 @@ pub fn spawn<T: Send + 'static>(
     role: Role,
     run: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    let control = role == Role::Control;
-    Builder::new().name(role.name()).spawn(move || {
-        if control {
+    let as_role = role.clone();
+    spawn_outside(&role, move || {
+        if as_role == Role::Control {
             ORDERS.iter().for_each(|signal| _ = unblock_signal(*signal));
         }
+        enter(&as_role);
         run()
     })
+}
+
+/// The same, not yet in the jail: for who has to set something up before it can [`enter`] that.
+///
+/// # Errors
+/// The host is out of threads.
+pub fn spawn_outside<T: Send + 'static>(
+    role: &Role,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    Builder::new().name(role.name()).spawn(run)
+}
+
+/// The calling thread is in the jail from now on, as `role`. If the kernel refuses that the process ends: nothing is done for a guest
+/// outside.
+pub fn enter(role: &Role) {
+    if let Err(error) = sandbox::enter(role) {
+        log::error!("{}", error_chain(&error));
+        process::abort();
+    }
 }
 
 /// Signals that are orders.

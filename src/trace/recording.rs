@@ -24,6 +24,7 @@ use vmm_monitor::kvm::Counters;
 use vmm_monitor::memory::GuestRam;
 use vmm_monitor::output;
 use vmm_monitor::recorder::{Event, Kind, Recorder, Step, Steps, Taken, clock};
+use vmm_monitor::threads::{self, Role};
 
 /// Between two drains. A ring holds more exits than a vCPU can make in that time on any hardware.
 pub(super) const PERIOD: Duration = Duration::from_millis(5);
@@ -105,7 +106,7 @@ impl Recording {
                 }
             }
         };
-        let writer = std::thread::Builder::new().name("trace".to_owned()).spawn(run);
+        let writer = threads::spawn(Role::Owner("trace"), run);
         let writer = writer.map_err(failed("start the writer of"))?;
         steps.done(Step::Recorder);
         let memory = Searched { ram: Some(ram), roots, symbols: None };

@@ -129,7 +129,7 @@ fn a_snapshot_that_cannot_be_read_ends_no_machine_that_does_not_need_it() {
     let (place, _guest) = counting("");
     place.done("snapshot create v s");
     fs::write(place.path("s/memory"), [0; 4096]).unwrap();
-    let said = place.fails("snapshot create v t --base s", HOST);
+    let said = place.fails("snapshot create v t --base s", BAD_ARGUMENT);
     assert!(said.contains("s/memory: 4096 bytes, and 33554432 were saved"), "{said}");
     assert_eq!(place.status("v")["state"], "running");
 }

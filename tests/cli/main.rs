@@ -25,6 +25,7 @@ mod page;
 mod pci;
 mod place;
 mod pool;
+mod sandbox;
 mod served;
 mod snapshot;
 mod state;

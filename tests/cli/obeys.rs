@@ -24,6 +24,7 @@ use rustix::termios::{Action, tcflow, tcgetattr};
 use serde_json::Value;
 use vmm_monitor::event_loop::EventLoop;
 use vmm_monitor::machine::Ends;
+use vmm_monitor::sandbox::Needs;
 use vmm_monitor::session;
 use vmm_monitor::threads::{self, Role};
 
@@ -652,7 +653,8 @@ fn panics() -> ! {
     events.run(Role::Control).unwrap();
     assert_ne!(mode(&line), before);
     println!("the terminal is raw");
-    let thread = threads::spawn(Role::Device("virtio-blk0".to_owned()), || panic!("a defect"));
+    let thread =
+        threads::spawn(Role::Device("virtio-blk0".to_owned(), Needs::empty()), || panic!("a defect"));
     let _ = thread.unwrap().join();
     loop {
         thread::park();

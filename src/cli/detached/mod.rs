@@ -22,7 +22,7 @@ use vmm_monitor::output::Rotating;
 use vmm_monitor::pool::{Spare, Wanted};
 use vmm_monitor::session::{Built, End, Keeper, Observer};
 
-use record::{Record, Records};
+use record::{Record, Records, set_end};
 
 /// Bytes of the console, and of what the monitor said, that one file keeps; there are two of each.
 const KEPT: Size = Size::mib(1);
@@ -114,6 +114,10 @@ struct Shared {
     /// The record goes when the run is over.
     remove: AtomicBool,
     running: AtomicBool,
+    /// For how it ends.
+    room: OnceLock<File>,
+    /// How it ends is known.
+    ends: AtomicBool,
 }
 
 impl Background {
@@ -145,8 +149,9 @@ impl Background {
         for port in config.port.iter_mut().filter(|port| port.to == CharTarget::Stdio) {
             port.to = console();
         }
-        let [ours, running, remove] = [ours, false, remove].map(AtomicBool::new);
-        let shared = Arc::new(Shared { record, taken: OnceLock::new(), ours, remove, running });
+        let [ours, running, remove, ends] = [ours, false, remove, false].map(AtomicBool::new);
+        let (taken, room) = (OnceLock::new(), OnceLock::new());
+        let shared = Arc::new(Shared { record, taken, ours, remove, running, room, ends });
         Ok(Self { records, shared, is_spare })
     }
 
@@ -180,10 +185,13 @@ impl Background {
 
     /// Says that the guest runs, and gives the terminal up.
     fn leave(&mut self) -> anyhow::Result<()> {
-        let Shared { record, running, .. } = &*self.shared;
+        let Shared { record, running, room, .. } = &*self.shared;
         let remove = self.shared.remove.load(Ordering::Relaxed);
-        if !remove && let Err(error) = record.take_end_room() {
-            log::warn!("{}: no room to keep how this run ends: {error}", record.name());
+        if !remove {
+            match record.take_end_room() {
+                Ok(file) => _ = room.set(file),
+                Err(error) => log::warn!("{}: no room to keep how this run ends: {error}", record.name()),
+            }
         }
         if !self.is_spare {
             say_name(record.name())?;
@@ -261,8 +269,11 @@ impl Shared {
         if self.remove.load(Ordering::Relaxed) || !self.running.load(Ordering::Relaxed) {
             return;
         }
-        if let Err(error) = self.record().set_end(code) {
-            log::warn!("{error:#}");
+        if let Some(room) = self.room.get()
+            && !self.ends.swap(true, Ordering::Relaxed)
+            && let Err(error) = set_end(room, code)
+        {
+            log::warn!("cannot keep how this run ends: {error}");
         }
     }
 
@@ -280,5 +291,9 @@ impl Keeper for Shared {
     fn ends(&self, status: u8) {
         self.set_end(status);
         self.tidy();
+    }
+
+    fn ends_at_once(&self, status: u8) {
+        self.set_end(status);
     }
 }

@@ -6,10 +6,11 @@
 use std::env;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
 
 use vmm_command::{Code, Failure};
@@ -226,43 +227,14 @@ impl Record {
         self.end().is_none() && self.messages().exists()
     }
 
-    /// Where the end of a run has its bytes while it is not known.
-    fn end_room(&self) -> PathBuf {
-        self.folder.join("end.room")
-    }
-
-    /// Takes the room that [`Record::set_end`] needs: a run that fills its disk has an end, too.
+    /// The file for the end of the run, and the room that it needs: a run that fills its disk has an end, too. Until then it is blank.
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn take_end_room(&self) -> io::Result<()> {
-        output::create(&self.end_room())?.write_all(&[b' '; END_ROOM])
-    }
-
-    /// Keeps that the run ended with `code`, now, unless it is known already how it ended.
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn set_end(&self, code: u8) -> anyhow::Result<()> {
-        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        // Whoever reads it finds all of it or nothing.
-        let part = self.folder.join(format!("end.{}", rustix::thread::gettid().as_raw_nonzero()));
-        if self.end().is_some() {
-            return Ok(());
-        }
-        let write = || {
-            let mut text = serde_json::to_vec(&End { code, at })?;
-            text.resize(text.len().max(END_ROOM), b' ');
-            // In place, where there is room: a file that is emptied first may not get its bytes back.
-            let mut file = match fs::rename(self.end_room(), &part) {
-                Ok(()) => File::options().write(true).open(&part)?,
-                Err(_) => output::create(&part)?,
-            };
-            file.write_all(&text)?;
-            fs::rename(&part, self.end_file())
-        };
-        let written = write().inspect_err(|_| drop(fs::remove_file(&part)));
-        written.with_context(|| format!("cannot write {}", self.end_file().display()))
+    pub fn take_end_room(&self) -> io::Result<File> {
+        let mut file = output::create(&self.end_file())?;
+        file.write_all(&[b' '; END_ROOM])?;
+        Ok(file)
     }
 
     /// Removes it. Nothing happens if it is not there.
@@ -301,6 +273,17 @@ impl Record {
             let _ = fs::rename(self.earlier(), &self.folder);
         }
     }
+}
+
+/// Keeps in `room` that the run ended with `code`, now. Names no file: whoever ends a process at once may not be able to.
+///
+/// # Errors
+/// It cannot be written.
+pub fn set_end(room: &File, code: u8) -> io::Result<()> {
+    let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut text = serde_json::to_vec(&End { code, at })?;
+    text.resize(text.len().max(END_ROOM), b' ');
+    room.write_all_at(&text, 0)
 }
 
 fn remove(folder: &Path) -> Result<(), Failure> {

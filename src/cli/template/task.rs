@@ -22,6 +22,7 @@ use vmm_monitor::config::{CharTarget, VmConfig};
 use vmm_monitor::machine::{Handle, Phase};
 use vmm_monitor::session::{Built, End, Observer};
 use vmm_monitor::snapshot::New;
+use vmm_monitor::threads::{self, Role};
 use vmm_monitor::vsock::Dialer;
 
 /// For a guest to be ready, and for the agent of one that was ready to answer.
@@ -214,7 +215,7 @@ impl Observer for Task {
             let (give, take) = channel();
             let (now, dialer) = (self.now.clone(), built.dialer.clone());
             self.done = Some(take);
-            thread::Builder::new().name("task".to_owned()).spawn(move || {
+            threads::spawn(Role::Owner("task"), move || {
                 let done = work.run(&now, dialer);
                 let is_over = !matches!(done, Ok(None));
                 let is_lost = done.as_ref().is_err_and(|failure| {

@@ -379,6 +379,7 @@ mod tests {
             ptys: Vec::new(),
             ports: Vec::new(),
             networks: Vec::new(),
+            sandbox: "off".to_owned(),
         };
         Look { status, recorded: true, viewers: 2, symbols: "no symbols".to_owned(), rates }
     }

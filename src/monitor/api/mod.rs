@@ -86,6 +86,9 @@ pub struct Status {
     /// Its network devices; none while it starts.
     #[serde(default)]
     pub networks: Vec<Network>,
+    /// What a guest that breaks out of the monitor finds: `off`, or what the sandbox is made of.
+    #[serde(default)]
+    pub sandbox: String,
 }
 
 /// A pseudo-terminal that leads to one of the guest's character devices.

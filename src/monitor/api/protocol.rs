@@ -337,6 +337,7 @@ mod tests {
             ptys: vec![crate::api::Pty { device: text.to_owned(), path: text.into() }],
             ports: vec![crate::api::PortSocket { name: text.to_owned(), path: text.into() }],
             networks: Vec::new(),
+            sandbox: text.to_owned(),
         };
         let sample = serde_json::json!({"kernel": evil, "reasons": {evil: [evil, 1]}});
         let seen = Answer::Sample(Box::new(MachineSample { status: status(evil), sample }));

@@ -30,7 +30,7 @@ impl ParseError {
     }
 
     /// The same with what to write instead.
-    pub(super) fn hinted(what: String, hint: &str) -> Self {
+    pub(crate) fn hinted(what: String, hint: &str) -> Self {
         Self { what, hint: Some(hint.to_owned()) }
     }
 

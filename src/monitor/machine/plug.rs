@@ -29,6 +29,7 @@ use crate::machine::outputs;
 use crate::memory::GuestRam;
 use crate::pci::{HotPlug, Line, Segment};
 use crate::recorder::Recorder;
+use crate::sandbox::{self, Needs};
 use crate::threads::{self, Role};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::{self, pci::Pci};
@@ -187,6 +188,9 @@ impl Plugboard {
         }
         config.validate()?;
         outputs::check(&config, &[], &[])?;
+        if !sandbox::allows(Needs::of_plug(plug)) {
+            return Err(PlugError::Sandbox);
+        }
         match plug {
             Plug::Net(net) => match net.to {
                 NetTarget::Fd(fd) => Err(PlugError::Fd(fd)),

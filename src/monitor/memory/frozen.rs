@@ -81,7 +81,8 @@ impl Drop for Frozen {
     }
 }
 
-/// Takes no signal on this thread while it lives: a child has the handlers of its parent, and what they write to.
+/// Takes no signal on this thread while it lives: a child has the handlers of its parent, and what they write to. But for the one by
+/// which the kernel tells of a refused system call, which would end it without a word.
 struct Masked(libc::sigset_t);
 
 impl Masked {
@@ -91,6 +92,7 @@ impl Masked {
         // SAFETY: both are sets that the calls write to; zeroes are the empty set.
         unsafe {
             libc::sigfillset(all.as_mut_ptr());
+            libc::sigdelset(all.as_mut_ptr(), libc::SIGSYS);
             libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
             Self(before.assume_init())
         }

@@ -29,6 +29,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MQ;
 use crate::config::{self, NetTarget, OutputFile};
 use crate::memory::{Buffers, Slices};
 use crate::runtime_dir;
+use crate::sandbox::Needs;
 use crate::vhost::{Error as BackEndError, FrontEnd};
 
 use dump::{Dump, Dumped, Queue};
@@ -165,6 +166,8 @@ pub struct Port {
     pub links: Vec<Link>,
     /// What serves these pairs.
     pub server: Server,
+    /// What carrying its frames needs of the host.
+    pub needs: Needs,
     /// The guest's address.
     pub mac: [u8; 6],
     /// What its devices have carried, one after the other.
@@ -174,7 +177,7 @@ pub struct Port {
 impl Port {
     /// A port of these links, for a guest that has the address `mac`.
     pub fn new(links: Vec<Link>, mac: [u8; 6]) -> Self {
-        Self { links, server: Server::default(), mac, traffic: Arc::default() }
+        Self { links, server: Server::default(), needs: Needs::empty(), mac, traffic: Arc::default() }
     }
 }
 
@@ -256,7 +259,7 @@ impl Ports {
             let interfaces = Arc::new(Interfaces::watch().map_err(Error::Host)?);
             server = Server::Kernel { pairs, interfaces };
         }
-        let port = Port { server, ..Port::new(links, mac) };
+        let port = Port { server, needs: Needs::of_net(config), ..Port::new(links, mac) };
         self.ports.insert(index, port.clone());
         Ok(port)
     }

@@ -30,7 +30,7 @@ pub(super) fn end_on_lost_memory(say: fn(memory::Error) -> u8, keeper: Option<Ar
     lost::end_with(move |error| {
         terminal::restore();
         let status = say(error);
-        keeper.iter().for_each(|keeper| keeper.ends(status));
+        keeper.iter().for_each(|keeper| keeper.ends_at_once(status));
         signal_hook::low_level::exit(status.into());
     });
 }

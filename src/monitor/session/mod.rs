@@ -28,6 +28,7 @@ use crate::machine::{self, Machine, Origin, Outcome, Shell};
 use crate::memory;
 use crate::pool::{Spare, Wanted};
 use crate::recorder::Recorder;
+use crate::sandbox::{self, Jail};
 use crate::threads::{OrdersElsewhere, Role};
 use crate::virtio;
 use crate::vsock::Dialer;
@@ -48,6 +49,9 @@ pub enum Error {
     /// It stood ready, and nobody wants it any more.
     #[error("nobody has taken it")]
     Unwanted,
+    /// A guest could do more than it should.
+    #[error("there is no sandbox")]
+    Sandbox(#[from] sandbox::Error),
     /// An [`Observer`] refused.
     #[error(transparent)]
     Observer(Box<dyn error::Error + Send + Sync>),
@@ -100,6 +104,8 @@ pub struct End<'a> {
 pub trait Keeper: fmt::Debug + Send + Sync {
     /// This process ends with exit status `status`, and its owner has no say any more. On the control thread.
     fn ends(&self, status: u8);
+    /// The same on any thread, in the middle of whatever it did: one that may name no file, and wait for nothing.
+    fn ends_at_once(&self, status: u8);
 }
 
 /// How a session is controlled from outside.
@@ -127,6 +133,8 @@ pub struct Controls {
     pub original: VmConfig,
     /// The first machine stands ready until its pool wants it, and has no other name until then.
     pub spare: Option<Spare>,
+    /// What the threads of this process are confined to, before the guest runs.
+    pub jail: Jail,
 }
 
 struct Controlled {
@@ -164,6 +172,8 @@ pub struct Session<'a> {
     events: EventLoop,
     /// How often it was told to end before its last machine ended.
     orders: u32,
+    /// The thread that runs it is in the jail.
+    is_inside: bool,
 }
 
 impl<'a> Session<'a> {
@@ -185,6 +195,7 @@ impl<'a> Session<'a> {
             controlled: None,
             events,
             orders: 0,
+            is_inside: false,
         })
     }
 
@@ -201,6 +212,7 @@ impl<'a> Session<'a> {
     ) -> Result<Self, Error> {
         // Before anything that a signal would have to undo, and before there is another thread.
         let orders = OrdersElsewhere::from_now_on();
+        sandbox::begin(controls.jail)?;
         if matches!(saved, Some(Origin::Saved { .. })) {
             defect::end_on_lost_memory(controls.lost, controls.keeper.clone());
         }
@@ -310,6 +322,10 @@ impl<'a> Session<'a> {
             let mut built = Built { machine: &mut machine, ptys: &ptys, ends, dialer };
             for observer in &mut *observers {
                 observer.built(&mut built).map_err(Error::Observer)?;
+            }
+            // All is open, and nothing of the guest's has run.
+            if self.controlled.is_some() && !std::mem::replace(&mut self.is_inside, true) {
+                sandbox::enter(&Role::Main)?;
             }
             let wanted = match self.controlled.as_mut().and_then(|controlled| controlled.spare.take()) {
                 Some(spare) => Some(self.stand(&spare, &mut machine)?),

@@ -18,6 +18,7 @@ use crate::config::{CharTarget, Plug, VmConfig};
 use crate::error_chain;
 use crate::kvm::VcpuState;
 use crate::machine::{Attached, Handle, Phase};
+use crate::sandbox;
 use crate::snapshot::{self, Below, Parts, Saving};
 
 /// A virtual machine that this process runs.
@@ -89,6 +90,7 @@ impl Running {
             ptys: Vec::new(),
             ports,
             networks: Vec::new(),
+            sandbox: sandbox::layers().to_owned(),
         };
         let orders = AtomicU32::new(0);
         let (started, now) = (Instant::now(), Arc::default());

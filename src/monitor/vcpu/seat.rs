@@ -14,6 +14,7 @@ type Work = Box<dyn FnOnce() + Send>;
 /// A thread that waits. Dropped, it ends.
 #[derive(Debug)]
 pub struct Seat {
+    role: Role,
     thread: JoinHandle<()>,
     work: Sender<Work>,
 }
@@ -29,14 +30,15 @@ impl Seat {
     ) -> io::Result<(Self, Receiver<T>)> {
         let (tell, told) = channel();
         let (work, waits) = channel::<Work>();
-        let thread = threads::spawn(Role::Vcpu(vcpu), move || {
+        let role = Role::Vcpu(vcpu);
+        let thread = threads::spawn_outside(&role, move || {
             // Whoever asked is gone if something else went wrong meanwhile; then so is the other end of `work`.
             let _ = tell.send(first());
             while let Ok(work) = waits.recv() {
                 work();
             }
         })?;
-        Ok((Self { thread, work }, told))
+        Ok((Self { role, thread, work }, told))
     }
 
     /// Has it do `work` beside the thread that asks. The receiver is as that of [`Seat::new`].
@@ -47,10 +49,14 @@ impl Seat {
         told
     }
 
-    /// Has it do `work`, its last.
+    /// Has it do `work`, its last, in the jail.
     pub(super) fn run(self, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+        let role = self.role;
         // It waits: only a panic in what it did first can have ended it, and no VM came out of that.
-        let _ = self.work.send(Box::new(work));
+        let _ = self.work.send(Box::new(move || {
+            threads::enter(&role);
+            work();
+        }));
         self.thread
     }
 }

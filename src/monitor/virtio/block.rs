@@ -24,6 +24,7 @@ use crate::bus::Busy;
 use crate::disk::{Disk, Info, Io};
 use crate::guest_warn;
 use crate::memory::Buffers;
+use crate::sandbox::Needs;
 use crate::state::{StateError, Stateful};
 
 /// The unit of capacity and sector numbers, whatever the block size (5.2.4).
@@ -355,6 +356,10 @@ impl Answer {
 impl VirtioDevice for Block {
     fn traits(&self) -> Traits {
         Traits { kind: VIRTIO_ID_BLOCK, features: self.offered, queues: vec![QUEUE_SIZE] }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::DISK
     }
 
     fn config(&self) -> &[u8] {

@@ -453,9 +453,10 @@ impl Core {
         let own = parts.device.event_sources().into_iter();
         let own = own.map(|fd| Ok((fd.try_clone_to_owned()?, Interest::default())));
         let sources = own.collect::<io::Result<Vec<_>>>()?;
+        let needs = parts.device.needs();
         drop(parts);
         Worker::spawn(
-            Role::Device(self.name.clone()),
+            Role::Device(self.name.clone(), needs),
             Service { parts: self.parts.clone(), doorbells, offloaded, sources },
         )
     }

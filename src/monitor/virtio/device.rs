@@ -14,6 +14,7 @@ use crate::bus::Busy;
 use crate::event_loop::Interest;
 use crate::memory::GuestRam;
 use crate::recorder::Event as Record;
+use crate::sandbox::Needs;
 use crate::state::Saved;
 use crate::vhost::Ring;
 
@@ -42,6 +43,10 @@ pub struct Traits {
 pub trait VirtioDevice: Saved + Send {
     /// What the device is. Constant for its life.
     fn traits(&self) -> Traits;
+    /// What its worker needs of the host, beyond what is open.
+    fn needs(&self) -> Needs {
+        Needs::empty()
+    }
     /// The configuration space's bytes. The core compares them around each call and tells the driver of a change.
     fn config(&self) -> &[u8] {
         &[]

@@ -19,6 +19,7 @@ use vmm_monitor::kvm::{self, Vcpu};
 use vmm_monitor::machine::{self, AlreadyEnded, Debug};
 use vmm_monitor::memory::GuestRam;
 use vmm_monitor::session::{Built, End, Observer};
+use vmm_monitor::threads::{self, Role};
 use vmm_monitor::vcpu::Stop;
 
 /// Where Linux maps its image, less where it lies in physical memory (Documentation/arch/x86/x86_64/mm.rst). Before the guest
@@ -78,7 +79,7 @@ impl Observer for Steps {
         let debug = machine.debug(move |stop| _ = stopped.send(Event::Stopped(stop)))?;
         let (plan, symbols) = (self.plan.clone(), std::mem::take(&mut self.symbols));
         let mut walk = Walk { debug, events: received, plan, symbols };
-        let thread = std::thread::Builder::new().name("step".to_owned()).spawn(move || {
+        let thread = threads::spawn(Role::Owner("step"), move || {
             let seen = walk.all();
             walk.debug.handle().kill();
             (walk, seen)

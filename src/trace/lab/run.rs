@@ -17,6 +17,7 @@ use vmm_monitor::machine::{Handle, Outcome};
 use vmm_monitor::memory::layout;
 use vmm_monitor::recorder::{Recorder, clock};
 use vmm_monitor::session::{Built, End, Observer, Session};
+use vmm_monitor::threads::{self, Role};
 
 /// From the guest's byte to the power button: it is to be asleep by then.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -113,7 +114,7 @@ impl Observer for HostPart<'_> {
         let (over, ended) = channel::<()>();
         let (host, limit) = (self.lab.host, self.lab.limit);
         let run = move || watch(&handle, host, limit, &pressed, &ended, &acts);
-        self.thread = Some((over, thread::Builder::new().name("host".to_owned()).spawn(run)?));
+        self.thread = Some((over, threads::spawn(Role::Owner("host"), run)?));
         Ok(())
     }
 

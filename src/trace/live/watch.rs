@@ -19,6 +19,7 @@ use vmm_monitor::config::VmConfig;
 use vmm_monitor::error_chain;
 use vmm_monitor::machine::Handle;
 use vmm_monitor::recorder::{Recorder, Taken, Watcher, clock};
+use vmm_monitor::threads::{self, Role};
 
 /// Viewers at a time: each holds a connection, and those are few.
 const MAX_VIEWERS: usize = 8;
@@ -198,7 +199,7 @@ impl Reader {
                 recorder.drain(&mut |_| {});
             }
         };
-        let thread = std::thread::Builder::new().name("top".to_owned()).spawn(run)?;
+        let thread = threads::spawn(Role::Owner("top"), run)?;
         Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
 }

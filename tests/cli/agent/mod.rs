@@ -75,6 +75,7 @@ impl Guest {
             ptys: Vec::new(),
             ports: Vec::new(),
             networks: Vec::new(),
+            sandbox: "off".to_owned(),
         };
         let ended = Arc::<(Mutex<bool>, Condvar)>::default();
         let end = ended.clone();

@@ -14,6 +14,8 @@ mod testdev;
 mod vcpu;
 mod vm;
 
+use std::arch::x86_64::__cpuid_count;
+
 use kvm_ioctls::Cap;
 
 pub use look::VcpuState;
@@ -29,8 +31,8 @@ pub(super) const NEEDED: [(Cap, &str); 1] = [(Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"
 /// Whether this processor has VT-x or AMD-V to offer. A KVM without it emulates guest instructions and stops at
 /// those that its emulator lacks.
 pub fn host_has_hardware_virtualization() -> bool {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    info.lines()
-        .filter(|line| line.starts_with("flags"))
-        .any(|line| line.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
+    /// CPUID.1:ECX (SDM vol. 3, 26.6), and CPUID Fn8000_0001_ECX (APM vol. 2, 15.4).
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    __cpuid_count(1, 0).ecx & VMX != 0 || __cpuid_count(0x8000_0001, 0).ecx & SVM != 0
 }

@@ -22,6 +22,7 @@ use crate::hyperv::{
     Hypercalls, INVALID_CONNECTION_ID, INVALID_HYPERCALL_CODE, POST_MESSAGE, SIGNAL_EVENT, Synic,
 };
 use crate::memory::GuestRam;
+use crate::sandbox::Needs;
 use crate::state::{StateError, Stateful};
 use crate::threads::Role;
 use crate::vm::Interrupt;
@@ -97,7 +98,8 @@ impl HypervTestDevice {
         let device = Self { vm, ram, cpus, state, interrupts, eoi, worker: None, paused: false };
         let device = Arc::new(Mutex::new(device));
         let handler = Deliver { eoi: watched, device: Arc::downgrade(&device) };
-        lock(&device).worker = Some(Worker::spawn(Role::Device("hyperv-test".to_owned()), handler)?);
+        lock(&device).worker =
+            Some(Worker::spawn(Role::Device("hyperv-test".to_owned(), Needs::empty()), handler)?);
         Ok(device)
     }
 

@@ -39,6 +39,9 @@ pub enum PlugError {
     /// It would not be in the dump.
     #[error("the network dump has the devices of the start only")]
     Dump,
+    /// The jail, which does not grow, has nothing for it.
+    #[error("the sandbox of this VM has nothing for such a network")]
+    Sandbox,
     /// The process at the other end cannot map guest memory.
     #[error("no vhost-user back end can map this VM's memory")]
     NotShared,
@@ -63,6 +66,9 @@ impl PlugError {
             Self::Clash(_) => Clash::HINT.into(),
             Self::Fd(_) => "name a tap, a switch or a socket".into(),
             Self::Dump => "start it without `net_dump=`, or with this device".into(),
+            Self::Sandbox => {
+                "start it with a network of that kind, which can be removed, or without the sandbox".into()
+            }
             Self::NotShared => "start it with `mem=SIZE,backing=memfd`".into(),
             Self::Device(error) => return error.hint().map(Cow::from),
             Self::Ended | Self::Transport(_) => return None,

@@ -32,6 +32,7 @@ use crate::event_loop::{Event, Interest};
 use crate::net::traffic::{Drop, Way};
 use crate::net::{HEADER, MAX_FRAME, Offloads, Port, START, Server};
 use crate::recorder::{Event as Record, Recorder};
+use crate::sandbox::Needs;
 use crate::state::{StateError, Stateful};
 use filter::Filter;
 use frames::Frames;
@@ -239,6 +240,10 @@ impl VirtioDevice for Net {
         let mut queues = vec![QUEUE_SIZE; 2 * self.port.links.len()];
         queues.push(CONTROL_QUEUE_SIZE);
         Traits { kind: VIRTIO_ID_NET, features: self.offered, queues }
+    }
+
+    fn needs(&self) -> Needs {
+        self.port.needs
     }
 
     fn config(&self) -> &[u8] {

@@ -29,6 +29,7 @@ use super::device::{Traits, VirtioDevice};
 use super::queue::{Chain, Virtqueue};
 use crate::bus::Busy;
 use crate::event_loop::Interest;
+use crate::sandbox::Needs;
 use crate::state::{StateError, Stateful};
 use crate::vsock::{Event, Host, Sockets};
 use connection::{Connection, Fate};
@@ -202,6 +203,10 @@ fn told(queue: &mut Virtqueue, mut chain: Chain) -> bool {
 impl VirtioDevice for Vsock {
     fn traits(&self) -> Traits {
         Traits { kind: VIRTIO_ID_VSOCK, features: FEATURES, queues: QUEUES.to_vec() }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::UNIX
     }
 
     fn config(&self) -> &[u8] {

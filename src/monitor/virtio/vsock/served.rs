@@ -10,6 +10,7 @@ use zerocopy::IntoBytes;
 use super::{Config, EVENT, F_SEQPACKET, QUEUES, RECEIVE, State, TRANSMIT, tell_reset};
 use crate::guest_warn;
 use crate::memory::GuestRam;
+use crate::sandbox::Needs;
 use crate::state::{StateError, Stateful};
 use crate::virtio::device::{Offload, OffloadedRing, Traits, VirtioDevice, agreed};
 use crate::virtio::queue::{Position, Virtqueue};
@@ -45,6 +46,10 @@ impl Served {
 impl VirtioDevice for Served {
     fn traits(&self) -> Traits {
         Traits { kind: VIRTIO_ID_VSOCK, features: self.able(), queues: QUEUES.to_vec() }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::VHOST
     }
 
     fn config(&self) -> &[u8] {

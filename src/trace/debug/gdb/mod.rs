@@ -24,6 +24,7 @@ use place::Door;
 use session::{Event, Session};
 use vmm_monitor::machine::{self, Outcome};
 use vmm_monitor::session::{Built, End, Observer};
+use vmm_monitor::threads::{self, Role};
 
 pub use place::{Error, Place};
 
@@ -75,8 +76,10 @@ impl Server {
             input: VecDeque::new(),
             machine: None,
             started: false,
+            is_inside: false,
         };
-        let thread = std::thread::Builder::new().name("gdb".to_owned()).spawn(|| session.run());
+        // It has no guest yet, and enters the jail when it has.
+        let thread = threads::spawn_outside(&Role::Owner("gdb"), || session.run());
         let thread = Some(thread.map_err(Error::Thread)?);
         Ok(Self { status, say, invitation: Some(invitation), events, wake, thread })
     }

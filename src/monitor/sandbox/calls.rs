@@ -1,0 +1,368 @@
+//! The system calls that each role makes, and why: one list for what all threads do, one for what each does beside.
+//!
+//! What is not here is refused. A call of the C library's own stands under what leads to it. Numbers and arguments are x86-64's.
+
+use libc::c_long;
+
+use super::Needs;
+use crate::threads::Role;
+
+/// A call that is allowed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call {
+    pub number: c_long,
+    /// If any are named, one of them has to hold.
+    pub rules: &'static [&'static [Argument]],
+}
+
+/// What an argument has to be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Argument {
+    /// Its place among the call's.
+    pub place: u8,
+    pub test: Test,
+}
+
+/// How 32 bits of an argument are looked at: what the kernel takes of all that are tested here.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Test {
+    /// It is this.
+    Is(u32),
+    /// It is not this.
+    IsNot(u32),
+    /// Of these bits it has those.
+    Of(u32, u32),
+    /// It is this process's number.
+    IsOwnPid,
+}
+
+const fn any(number: c_long) -> Call {
+    Call { number, rules: &[] }
+}
+
+const fn when(number: c_long, rules: &'static [&'static [Argument]]) -> Call {
+    Call { number, rules }
+}
+
+const fn is(place: u8, value: u32) -> Argument {
+    Argument { place, test: Test::Is(value) }
+}
+
+const fn of(place: u8, mask: u32, value: u32) -> Argument {
+    Argument { place, test: Test::Of(mask, value) }
+}
+
+const NO_EXEC: &[&[Argument]] = &[&[of(2, libc::PROT_EXEC as u32, 0)]];
+
+/// What any thread does: memory, time, waiting, its own beginning and end, and what is open already.
+const ALL: &[Call] = &[
+    any(libc::SYS_read),
+    any(libc::SYS_write),
+    any(libc::SYS_readv),
+    any(libc::SYS_writev),
+    any(libc::SYS_pread64),
+    any(libc::SYS_pwrite64),
+    any(libc::SYS_close),
+    any(libc::SYS_lseek),
+    any(libc::SYS_fstat),
+    when(libc::SYS_newfstatat, &[&[of(3, libc::AT_EMPTY_PATH as u32, libc::AT_EMPTY_PATH as u32)]]),
+    when(libc::SYS_statx, &[&[of(2, libc::AT_EMPTY_PATH as u32, libc::AT_EMPTY_PATH as u32)]]),
+    any(libc::SYS_poll),
+    any(libc::SYS_ppoll),
+    any(libc::SYS_epoll_wait),
+    any(libc::SYS_epoll_pwait),
+    any(libc::SYS_epoll_ctl),
+    any(libc::SYS_eventfd2),
+    any(libc::SYS_timerfd_settime),
+    // Status flags, and duplicates; no signals to others (F_SETOWN), no leases.
+    when(
+        libc::SYS_fcntl,
+        &[
+            &[is(1, libc::F_DUPFD_CLOEXEC as u32)],
+            &[is(1, libc::F_GETFL as u32)],
+            &[is(1, libc::F_SETFL as u32)],
+            &[is(1, libc::F_GETFD as u32)],
+        ],
+    ),
+    // No new code.
+    when(libc::SYS_mmap, NO_EXEC),
+    when(libc::SYS_mprotect, NO_EXEC),
+    any(libc::SYS_munmap),
+    any(libc::SYS_mremap),
+    any(libc::SYS_madvise),
+    any(libc::SYS_brk),
+    any(libc::SYS_futex),
+    any(libc::SYS_clock_gettime),
+    any(libc::SYS_clock_nanosleep),
+    any(libc::SYS_nanosleep),
+    any(libc::SYS_restart_syscall),
+    any(libc::SYS_sched_yield),
+    any(libc::SYS_getpid),
+    any(libc::SYS_gettid),
+    any(libc::SYS_getrandom),
+    // A thread's beginning and end.
+    any(libc::SYS_set_robust_list),
+    any(libc::SYS_rseq),
+    any(libc::SYS_sigaltstack),
+    any(libc::SYS_sched_getaffinity),
+    when(
+        libc::SYS_prctl,
+        &[
+            &[is(0, libc::PR_SET_NAME as u32)],
+            &[is(0, libc::PR_GET_NAME as u32)],
+            &[is(0, libc::PR_CAPBSET_READ as u32)],
+        ],
+    ),
+    any(libc::SYS_exit),
+    any(libc::SYS_exit_group),
+    any(libc::SYS_rt_sigprocmask),
+    any(libc::SYS_rt_sigreturn),
+    // Who tells of refused calls stays.
+    when(libc::SYS_rt_sigaction, &[&[Argument { place: 0, test: Test::IsNot(libc::SIGSYS as u32) }]]),
+    // Kicks of vCPUs, and the abort that ends a panic.
+    when(libc::SYS_tgkill, &[&[Argument { place: 0, test: Test::IsOwnPid }]]),
+    // Whoever ends the process gives the terminal back: its modes and sizes, and how much waits in it; nothing that puts words in its
+    // mouth (TIOCSTI, TIOCLINUX).
+    TERMINAL,
+    // A role within a role: its own, narrower list.
+    any(libc::SYS_capset),
+    any(libc::SYS_capget),
+    any(libc::SYS_seccomp),
+    when(libc::SYS_prctl, &[&[is(0, libc::PR_SET_NO_NEW_PRIVS as u32)]]),
+];
+
+/// `KVMIO` and its like: the second byte of an ioctl's number (Documentation/userspace-api/ioctl/ioctl-number.rst).
+const fn kind(kind: u32) -> Argument {
+    of(1, 0xff00, kind << 8)
+}
+
+const KVM: Argument = kind(0xae);
+const VHOST_VIRTIO: Argument = kind(0xaf);
+/// The request that makes another VM (Documentation/virt/kvm/api.rst, 4.2).
+const KVM_CREATE_VM: u32 = 0xae01;
+
+/// The VM's and the vCPU's.
+const KVM_IOCTLS: &[Call] =
+    &[when(libc::SYS_ioctl, &[&[KVM, Argument { place: 1, test: Test::IsNot(KVM_CREATE_VM) }]])];
+/// After a reset of the guest's there is another.
+const KVM_AGAIN: &[Call] = &[when(libc::SYS_ioctl, &[&[KVM]])];
+/// Rings of a vhost device; its IOTLB and its memory table are among them.
+const VHOST: &[Call] = &[when(libc::SYS_ioctl, &[&[VHOST_VIRTIO]])];
+/// TUNSETOFFLOAD, TUNSETVNETHDRSZ and what else a tap knows.
+const TAP: &[Call] = &[when(libc::SYS_ioctl, &[&[kind(b'T' as u32), of(1, 0x80, 0x80)]])];
+
+const TERMINAL: Call = when(
+    libc::SYS_ioctl,
+    &[
+        &[is(1, libc::TCGETS as u32)],
+        &[is(1, libc::TCSETS as u32)],
+        &[is(1, libc::TCSETSW as u32)],
+        &[is(1, libc::TCSETSF as u32)],
+        &[is(1, libc::TCGETS2 as u32)],
+        &[is(1, libc::TCSETS2 as u32)],
+        &[is(1, libc::TCSETSW2 as u32)],
+        &[is(1, libc::TCSETSF2 as u32)],
+        &[is(1, libc::TCXONC as u32)],
+        &[is(1, libc::TCFLSH as u32)],
+        &[is(1, libc::TIOCGPGRP as u32)],
+        &[is(1, libc::TIOCOUTQ as u32)],
+        &[is(1, libc::TIOCGWINSZ as u32)],
+        &[is(1, libc::FIONREAD as u32)],
+        &[is(1, libc::FIONBIO as u32)],
+    ],
+);
+
+/// What a stream of bytes or frames over a socket takes, that is connected already.
+const STREAMS: &[Call] = &[
+    any(libc::SYS_recvfrom),
+    any(libc::SYS_recvmsg),
+    any(libc::SYS_recvmmsg),
+    any(libc::SYS_sendto),
+    any(libc::SYS_sendmsg),
+    any(libc::SYS_sendmmsg),
+    any(libc::SYS_shutdown),
+    any(libc::SYS_accept4),
+    any(libc::SYS_getsockopt),
+    any(libc::SYS_setsockopt),
+    any(libc::SYS_getsockname),
+    any(libc::SYS_getpeername),
+    when(libc::SYS_fcntl, &[&[is(1, libc::F_SETFD as u32)]]),
+];
+
+/// What a disk's image takes.
+const IMAGE: &[Call] = &[
+    any(libc::SYS_preadv),
+    any(libc::SYS_pwritev),
+    any(libc::SYS_preadv2),
+    any(libc::SYS_pwritev2),
+    any(libc::SYS_fdatasync),
+    any(libc::SYS_fsync),
+    any(libc::SYS_fallocate),
+    any(libc::SYS_ftruncate),
+    // BLKDISCARD, BLKZEROOUT, and what the device is; a copy that shares its blocks (FICLONE).
+    when(libc::SYS_ioctl, &[&[kind(0x12)], &[is(1, libc::FICLONE as u32)]]),
+];
+
+/// A thread, with what the C library asks for it; nothing that would be a process (clone3 is answered as if it were unknown, because
+/// its flags cannot be seen, and glibc goes on to clone).
+const THREADS: &[Call] = &[when(
+    libc::SYS_clone,
+    &[&[of(
+        0,
+        libc::CLONE_THREAD as u32 | libc::CLONE_VM as u32,
+        libc::CLONE_THREAD as u32 | libc::CLONE_VM as u32,
+    )]],
+)];
+
+/// `CLONE_NEWNS`, and the other kinds of namespaces (clone(2)).
+const NEW_NAMESPACES: u32 = (libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET) as u32;
+
+/// Connections to unix sockets.
+const UNIX: &[Call] = &[
+    when(libc::SYS_socket, &[&[is(0, libc::AF_UNIX as u32)]]),
+    when(libc::SYS_socketpair, &[&[is(0, libc::AF_UNIX as u32)]]),
+    any(libc::SYS_connect),
+];
+
+/// Connections to the network, and what listens for published ports.
+const INTERNET: &[Call] = &[
+    when(libc::SYS_socket, &[&[is(0, libc::AF_INET as u32)], &[is(0, libc::AF_INET6 as u32)]]),
+    any(libc::SYS_connect),
+    any(libc::SYS_bind),
+];
+
+/// What is done by name. Where, the kernel is told by other means.
+const FILES: &[Call] = &[
+    any(libc::SYS_open),
+    any(libc::SYS_openat),
+    any(libc::SYS_stat),
+    any(libc::SYS_lstat),
+    any(libc::SYS_newfstatat),
+    any(libc::SYS_statx),
+    any(libc::SYS_access),
+    any(libc::SYS_faccessat2),
+    any(libc::SYS_readlink),
+    any(libc::SYS_readlinkat),
+    any(libc::SYS_getcwd),
+    any(libc::SYS_getdents64),
+    any(libc::SYS_mkdir),
+    any(libc::SYS_mkdirat),
+    any(libc::SYS_rmdir),
+    any(libc::SYS_unlink),
+    any(libc::SYS_unlinkat),
+    any(libc::SYS_rename),
+    any(libc::SYS_renameat),
+    any(libc::SYS_renameat2),
+    any(libc::SYS_fchmod),
+    any(libc::SYS_utimensat),
+    any(libc::SYS_flock),
+];
+
+/// What begins anew under its name.
+const ROTATION: &[Call] = &[
+    any(libc::SYS_openat),
+    any(libc::SYS_newfstatat),
+    any(libc::SYS_statx),
+    any(libc::SYS_renameat),
+    any(libc::SYS_flock),
+];
+
+/// Pages of memory that come when they are touched.
+const USERFAULTFD: &[Call] = &[when(libc::SYS_ioctl, &[&[kind(0xaa)]])];
+
+/// What a machine is built of, orders are answered with, and a snapshot is made by.
+const HOUSE: &[Call] = &[
+    any(libc::SYS_epoll_create1),
+    any(libc::SYS_timerfd_create),
+    any(libc::SYS_memfd_create),
+    any(libc::SYS_pipe2),
+    any(libc::SYS_sendfile),
+    any(libc::SYS_copy_file_range),
+    any(libc::SYS_uname),
+    any(libc::SYS_geteuid),
+    any(libc::SYS_getppid),
+    any(libc::SYS_prlimit64),
+    // What of memory is there.
+    any(libc::SYS_mincore),
+    any(libc::SYS_dup),
+    // Seals of memory that others get.
+    when(libc::SYS_fcntl, &[&[is(1, libc::F_ADD_SEALS as u32)], &[is(1, libc::F_GET_SEALS as u32)]]),
+    // The child that writes a snapshot's memory as it was, and its end.
+    when(libc::SYS_clone, &[&[of(0, NEW_NAMESPACES | libc::CLONE_VM as u32 | 0xff, libc::SIGCHLD as u32)]]),
+    when(libc::SYS_prctl, &[&[is(0, libc::PR_SET_PDEATHSIG as u32)]]),
+    any(libc::SYS_kill),
+    any(libc::SYS_wait4),
+    any(libc::SYS_close_range),
+    any(libc::SYS_bind),
+    any(libc::SYS_listen),
+    // What becomes of a tap's interface.
+    when(libc::SYS_socket, &[&[is(0, libc::AF_NETLINK as u32)]]),
+];
+
+/// The lists of `role`, for a machine with these `needs`.
+pub(super) fn of_role(role: &Role, needs: Needs) -> Vec<&'static [Call]> {
+    let mut lists = vec![ALL];
+    let mut add = |condition: bool, list: &'static [Call]| {
+        if condition {
+            lists.push(list);
+        }
+    };
+    let has = |need| needs.contains(need);
+    let rotates = has(Needs::ROTATES);
+    match role {
+        Role::Vcpu(_) => {
+            // A device's registers are written from here: what the device is made of begins, changes and ends.
+            add(true, KVM_IOCTLS);
+            add(true, STREAMS);
+            add(has(Needs::VHOST), VHOST);
+            add(has(Needs::TAP), TAP);
+            add(has(Needs::ROTATES), ROTATION);
+        }
+        Role::Device(_, needs) => {
+            let has = |need| needs.intersects(need);
+            add(true, KVM_IOCTLS);
+            add(true, STREAMS);
+            // A disk's threads start with its first request, and are no freer than who starts them.
+            add(has(Needs::DISK), THREADS);
+            add(has(Needs::DISK), IMAGE);
+            add(has(Needs::INTERNET), INTERNET);
+            add(has(Needs::INTERNET | Needs::UNIX), FILES);
+            add(has(Needs::UNIX), UNIX);
+            add(has(Needs::VHOST), VHOST);
+            add(has(Needs::TAP), TAP);
+            add(rotates, ROTATION);
+        }
+        Role::Disk(_) => add(true, IMAGE),
+        Role::Output => {
+            add(true, STREAMS);
+            add(has(Needs::ROTATES), ROTATION);
+        }
+        Role::Log => {}
+        Role::Fetch => {
+            add(true, IMAGE);
+            add(true, THREADS);
+            add(true, USERFAULTFD);
+        }
+        Role::Main | Role::Control | Role::Errand | Role::Owner(_) => {
+            add(has(Needs::REBOOTS), KVM_AGAIN);
+            add(true, KVM_IOCTLS);
+            add(true, STREAMS);
+            add(true, IMAGE);
+            add(true, THREADS);
+            add(true, FILES);
+            add(true, UNIX);
+            add(true, HOUSE);
+            add(true, USERFAULTFD);
+            add(has(Needs::INTERNET), INTERNET);
+            add(has(Needs::VHOST), VHOST);
+            add(has(Needs::TAP), TAP);
+        }
+    }
+    lists
+}

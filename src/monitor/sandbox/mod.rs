@@ -1,0 +1,181 @@
+//! The jail: what a thread of this process may ask of the host's kernel from the moment on when a guest could have taken it over.
+//!
+//! A guest that breaks out of the monitor finds a process that may not start another, open a file, make a connection or touch
+//! another process, unless the machine's configuration needs just that. [`begin`] is called once, while the process has one thread; from
+//! then on [`threads::spawn`](crate::threads::spawn) has each thread [enter] with its role's list of system calls before it does anything,
+//! and the thread of the first vCPU, and the one that built the machine, enter before the guest runs. There is no way back.
+//!
+//! Threads share their memory, so whoever owns one can have the others work for it: what holds is what all lists together allow. That
+//! they differ keeps mistakes small, and tells what each role is for.
+
+mod calls;
+mod process;
+mod refused;
+mod seccomp;
+
+use std::io;
+use std::str::FromStr;
+use std::sync::OnceLock;
+
+use bitflags::bitflags;
+
+use crate::config::{CharTarget, Net, NetTarget, OnPanic, OnReboot, ParseError, Plug, VmConfig};
+use crate::threads::Role;
+
+pub use refused::Refused;
+
+bitflags! {
+    /// What a machine needs of the host while it runs, beyond what all machines do. The lists of calls are made from it.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+    pub struct Needs: u32 {
+        /// Connections of the guest's to the network (`net=user`).
+        const INTERNET = 1;
+        /// Connections to unix sockets: the guest's to programs on this host (`vsock`), a segment's (`net=switch`), a back end's.
+        const UNIX = 1 << 1;
+        /// Rings that the host's kernel serves (`vhost=on`).
+        const VHOST = 1 << 2;
+        /// A tap or macvtap.
+        const TAP = 1 << 3;
+        /// Another VM after the guest's resets.
+        const REBOOTS = 1 << 4;
+        /// Files that begin anew when they are full.
+        const ROTATES = 1 << 5;
+        /// An image, and threads for it.
+        const DISK = 1 << 6;
+    }
+}
+
+impl Needs {
+    /// Of the machine that `config` describes.
+    pub fn of(config: &VmConfig) -> Self {
+        let mut needs: Self = config.net.iter().map(Self::of_net).collect();
+        match &config.vsock {
+            Some(vsock) if vsock.vhost => needs |= Self::VHOST,
+            Some(_) => needs |= Self::UNIX,
+            None => {}
+        }
+        if config.on_reboot == OnReboot::Reset || config.on_panic() == OnPanic::Reset {
+            needs |= Self::REBOOTS;
+        }
+        let console = config.console();
+        let ends = [&console, &config.serial].into_iter().chain(config.port.iter().map(|port| &port.to));
+        let files = ends.filter_map(|end| if let CharTarget::File(file) = end { Some(file) } else { None });
+        if files.chain(&config.net_dump).any(|file| file.max.is_some()) {
+            needs |= Self::ROTATES;
+        }
+        needs
+    }
+
+    /// Of the network device that `config` describes.
+    pub fn of_net(config: &Net) -> Self {
+        let needs = match &config.to {
+            NetTarget::User(_) => Self::INTERNET,
+            NetTarget::Switch(_) | NetTarget::VhostUser(_) => Self::UNIX,
+            // A descriptor may be a tap's.
+            NetTarget::Tap(_) | NetTarget::Macvtap(_) | NetTarget::Fd(_) => Self::TAP,
+            NetTarget::Socket(_) => Self::empty(),
+        };
+        if config.vhost { needs | Self::VHOST } else { needs }
+    }
+
+    /// Of a device that comes while the machine runs.
+    pub fn of_plug(plug: &Plug) -> Self {
+        match plug {
+            // The house has what a disk needs.
+            Plug::Disk(_) => Self::empty(),
+            Plug::Net(net) => Self::of_net(net),
+        }
+    }
+}
+
+/// Whether there is to be a jail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// None.
+    #[default]
+    Off,
+    /// There is one, or nothing runs.
+    Auto,
+}
+
+impl FromStr for Mode {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        match text {
+            "off" => Ok(Self::Off),
+            "auto" => Ok(Self::Auto),
+            _ => Err(ParseError::hinted(format!("{text:?} is no sandbox"), "use off or auto")),
+        }
+    }
+}
+
+/// The jail of a process.
+#[derive(Debug, Clone, Copy)]
+pub struct Jail {
+    /// Whether there is one.
+    pub mode: Mode,
+    /// A call that is on no list fails with EPERM, and is told of: to find out what is missing. Otherwise it ends the process.
+    pub goes_on: bool,
+    /// What the lists are made from.
+    pub needs: Needs,
+    /// Says that a call was refused, and gives the exit status of the process, which ends with that.
+    pub refused: fn(&Refused) -> u8,
+}
+
+/// Why there is no jail.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what}")]
+pub struct Error {
+    what: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+impl Error {
+    fn of(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self { what, source }
+    }
+
+    /// What to try.
+    pub fn hint(&self) -> &'static str {
+        "it needs a kernel with CONFIG_SECCOMP_FILTER; without the sandbox, the guest has to be trusted"
+    }
+}
+
+static JAIL: OnceLock<Jail> = OnceLock::new();
+
+/// From now on this process's threads enter `jail`. To be called while there is one, before anything of a guest's is read.
+///
+/// # Errors
+/// The kernel has no such thing, or refuses.
+pub fn begin(jail: Jail) -> Result<(), Error> {
+    if jail.mode == Mode::Off {
+        return Ok(());
+    }
+    process::no_new_privileges().map_err(Error::of("forbid new privileges"))?;
+    refused::listen().map_err(Error::of("listen for refused system calls"))?;
+    // The first is all that there is.
+    let _ = JAIL.set(jail);
+    Ok(())
+}
+
+/// The calling thread, which is for `role`, asks the host's kernel for nothing else from now on. Nothing happens if there is no jail.
+///
+/// # Errors
+/// The kernel refuses: the thread must do nothing for a guest.
+pub fn enter(role: &Role) -> Result<(), Error> {
+    let Some(jail) = JAIL.get() else { return Ok(()) };
+    process::drop_capabilities().map_err(Error::of("drop capabilities"))?;
+    seccomp::apply(role, jail.needs).map_err(Error::of("limit system calls"))
+}
+
+/// Whether the jail of this process has what these `needs` are for.
+pub fn allows(needs: Needs) -> bool {
+    JAIL.get().is_none_or(|jail| jail.needs.contains(needs))
+}
+
+/// What the jail of this process is made of, for people.
+pub fn layers() -> &'static str {
+    JAIL.get().map_or("off", |_| "seccomp, no capabilities")
+}

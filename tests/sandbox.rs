@@ -1,0 +1,288 @@
+//! What somebody who has taken over a thread of the monitor may ask the kernel for, from each role: system calls as they would be made
+//! from there. That the kernel hears of each outside shows that the tests can fail.
+
+use std::io;
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use libc::{c_long, syscall};
+use vmm_monitor::sandbox::{self, Jail, Mode, Needs, Refused};
+use vmm_monitor::threads::{self, Role};
+
+static REFUSED: AtomicUsize = AtomicUsize::new(0);
+static LAST: Mutex<Option<Refused>> = Mutex::new(None);
+
+fn note(call: &Refused) -> u8 {
+    REFUSED.fetch_add(1, Ordering::SeqCst);
+    *LAST.lock().unwrap() = Some(*call);
+    16
+}
+
+/// A call that means no harm by its arguments, and would do harm by others.
+struct Attempt {
+    name: &'static str,
+    call: fn() -> c_long,
+    /// Who may make it all the same, and why is in `calls.rs`.
+    by: fn(&Role, Needs) -> bool,
+}
+
+const NOBODY: fn(&Role, Needs) -> bool = |_, _| false;
+const HOUSE: fn(&Role, Needs) -> bool =
+    |role, _| matches!(role, Role::Main | Role::Control | Role::Errand | Role::Owner(_));
+
+macro_rules! attempt {
+    ($name:literal, $by:expr, $($argument:expr),+) => {
+        Attempt {
+            name: $name,
+            // SAFETY: none of these reads or writes memory, but the strings and buffers that are given.
+            call: || unsafe { syscall($($argument as c_long),+) },
+            by: $by,
+        }
+    };
+}
+
+const NOTHING: *const u8 = std::ptr::null();
+/// No descriptor.
+const NONE: i32 = -1;
+
+fn attempts() -> Vec<Attempt> {
+    const MISSING: *const u8 = c"/nonexistent/vmm".as_ptr().cast();
+    vec![
+        // Other programs, and other processes.
+        attempt!("execve", NOBODY, libc::SYS_execve, MISSING, NOTHING, NOTHING),
+        attempt!("execveat", NOBODY, libc::SYS_execveat, NONE, MISSING, NOTHING, NOTHING, 0),
+        attempt!("ptrace", NOBODY, libc::SYS_ptrace, libc::PTRACE_ATTACH, 0, 0, 0),
+        attempt!("process_vm_readv", NOBODY, libc::SYS_process_vm_readv, 0, NOTHING, 0, NOTHING, 0, 0),
+        attempt!("process_vm_writev", NOBODY, libc::SYS_process_vm_writev, 0, NOTHING, 0, NOTHING, 0, 0),
+        attempt!("pidfd_open", NOBODY, libc::SYS_pidfd_open, 0, 0),
+        attempt!("pidfd_getfd", NOBODY, libc::SYS_pidfd_getfd, NONE, 0, 0),
+        attempt!("kill", HOUSE, libc::SYS_kill, libc::pid_t::MAX, 0),
+        attempt!("tgkill of another", NOBODY, libc::SYS_tgkill, 1, 1, 0),
+        attempt!("tkill", NOBODY, libc::SYS_tkill, libc::pid_t::MAX, 0),
+        attempt!("fork", HOUSE, libc::SYS_clone, libc::SIGCHLD | libc::CLONE_PARENT | libc::CLONE_SIGHAND, 0),
+        attempt!(
+            "vfork's clone",
+            NOBODY,
+            libc::SYS_clone,
+            libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_NEWNS,
+            0
+        ),
+        attempt!("setns", NOBODY, libc::SYS_setns, NONE, 0),
+        attempt!("unshare", NOBODY, libc::SYS_unshare, 0),
+        // Code of one's own.
+        attempt!("mmap of code", NOBODY, libc::SYS_mmap, 0, 0, libc::PROT_EXEC, libc::MAP_PRIVATE, NONE, 0),
+        attempt!("mprotect to code", NOBODY, libc::SYS_mprotect, 1, 4096, libc::PROT_READ | libc::PROT_EXEC),
+        attempt!("pkey_mprotect", NOBODY, libc::SYS_pkey_mprotect, 1, 4096, libc::PROT_EXEC, 0),
+        attempt!("personality", NOBODY, libc::SYS_personality, 0xffff_ffffu32),
+        // The file system's shape.
+        attempt!("mount", NOBODY, libc::SYS_mount, NOTHING, MISSING, NOTHING, 0, NOTHING),
+        attempt!("umount2", NOBODY, libc::SYS_umount2, MISSING, 0),
+        attempt!("pivot_root", NOBODY, libc::SYS_pivot_root, MISSING, MISSING),
+        attempt!("chroot", NOBODY, libc::SYS_chroot, MISSING),
+        attempt!("open_tree", NOBODY, libc::SYS_open_tree, NONE, MISSING, 0),
+        attempt!("fsopen", NOBODY, libc::SYS_fsopen, NOTHING, 0),
+        attempt!("mknod", NOBODY, libc::SYS_mknod, MISSING, 0, 0),
+        attempt!("chmod", NOBODY, libc::SYS_chmod, MISSING, 0),
+        attempt!("chown", NOBODY, libc::SYS_chown, MISSING, 0, 0),
+        attempt!("link", NOBODY, libc::SYS_link, MISSING, MISSING),
+        attempt!("symlink", NOBODY, libc::SYS_symlink, MISSING, MISSING),
+        attempt!("setxattr", NOBODY, libc::SYS_setxattr, MISSING, NOTHING, NOTHING, 0, 0),
+        attempt!("open_by_handle_at", NOBODY, libc::SYS_open_by_handle_at, NONE, NOTHING, 0),
+        attempt!("chdir", NOBODY, libc::SYS_chdir, MISSING),
+        attempt!("openat2", NOBODY, libc::SYS_openat2, NONE, MISSING, NOTHING, 0),
+        attempt!(
+            "openat",
+            |role, needs| HOUSE(role, needs) || names_files(role),
+            libc::SYS_openat,
+            NONE,
+            MISSING,
+            0
+        ),
+        attempt!("unlink", |role, needs| HOUSE(role, needs) || names_files(role), libc::SYS_unlink, MISSING),
+        // Connections.
+        attempt!(
+            "socket of the internet",
+            |role, needs| uses_internet(role, needs),
+            libc::SYS_socket,
+            libc::AF_INET,
+            -1,
+            0
+        ),
+        attempt!("socket of packets", NOBODY, libc::SYS_socket, libc::AF_PACKET, -1, 0),
+        attempt!("socket of the kernel's ciphers", NOBODY, libc::SYS_socket, libc::AF_ALG, -1, 0),
+        attempt!("socket of other guests", NOBODY, libc::SYS_socket, libc::AF_VSOCK, -1, 0),
+        attempt!("socket of netlink", HOUSE, libc::SYS_socket, libc::AF_NETLINK, -1, 0),
+        attempt!(
+            "socket",
+            |role, needs| HOUSE(role, needs) || connects(role),
+            libc::SYS_socket,
+            libc::AF_UNIX,
+            -1,
+            0
+        ),
+        attempt!(
+            "connect",
+            |role, needs| HOUSE(role, needs) || connects(role) || uses_internet(role, needs),
+            libc::SYS_connect,
+            NONE,
+            NOTHING,
+            0
+        ),
+        // The kernel's own machinery.
+        attempt!("bpf", NOBODY, libc::SYS_bpf, 0, NOTHING, 0),
+        attempt!("io_uring_setup", NOBODY, libc::SYS_io_uring_setup, 0, NOTHING),
+        attempt!("perf_event_open", NOBODY, libc::SYS_perf_event_open, NOTHING, 0, 0, NONE, 0),
+        attempt!("keyctl", NOBODY, libc::SYS_keyctl, u32::MAX, 0, 0, 0, 0),
+        attempt!("add_key", NOBODY, libc::SYS_add_key, NOTHING, NOTHING, NOTHING, 0, 0),
+        attempt!("request_key", NOBODY, libc::SYS_request_key, NOTHING, NOTHING, NOTHING, 0),
+        attempt!("userfaultfd", NOBODY, libc::SYS_userfaultfd, u32::MAX),
+        attempt!("init_module", NOBODY, libc::SYS_init_module, NOTHING, 0, NOTHING),
+        attempt!("finit_module", NOBODY, libc::SYS_finit_module, NONE, NOTHING, 0),
+        attempt!("kexec_load", NOBODY, libc::SYS_kexec_load, 0, u32::MAX, NOTHING, 0),
+        attempt!("reboot", NOBODY, libc::SYS_reboot, 0, 0, 0, NOTHING),
+        attempt!("swapon", NOBODY, libc::SYS_swapon, MISSING, 0),
+        attempt!("ioperm", NOBODY, libc::SYS_ioperm, 0, 0, 0),
+        attempt!("iopl", NOBODY, libc::SYS_iopl, 0),
+        attempt!("modify_ldt", NOBODY, libc::SYS_modify_ldt, u32::MAX, NOTHING, 0),
+        attempt!("settimeofday", NOBODY, libc::SYS_settimeofday, NOTHING, NOTHING),
+        attempt!("syslog", NOBODY, libc::SYS_syslog, u32::MAX, NOTHING, 0),
+        attempt!("fanotify_init", NOBODY, libc::SYS_fanotify_init, u32::MAX, 0),
+        attempt!("inotify_init1", NOBODY, libc::SYS_inotify_init1, u32::MAX),
+        attempt!("mbind", NOBODY, libc::SYS_mbind, 0, 0, 0, NOTHING, 0, 0),
+        attempt!("msgget", NOBODY, libc::SYS_msgget, 0, 0),
+        attempt!("shmget", NOBODY, libc::SYS_shmget, 0, 0, 0),
+        attempt!("mq_open", NOBODY, libc::SYS_mq_open, MISSING, 0, 0, NOTHING),
+        attempt!("setuid", NOBODY, libc::SYS_setuid, u32::MAX),
+        attempt!("setgroups", NOBODY, libc::SYS_setgroups, u32::MAX, NOTHING),
+        // More of what it has.
+        attempt!(
+            "KVM_CREATE_VM",
+            |role, needs| HOUSE(role, needs) && needs.contains(Needs::REBOOTS),
+            libc::SYS_ioctl,
+            NONE,
+            0xae01,
+            0
+        ),
+        attempt!("TIOCSTI", NOBODY, libc::SYS_ioctl, NONE, libc::TIOCSTI, NOTHING),
+        attempt!("TIOCSCTTY", NOBODY, libc::SYS_ioctl, NONE, libc::TIOCSCTTY, 0),
+        attempt!("FS_IOC_SETFLAGS", NOBODY, libc::SYS_ioctl, NONE, 0x4008_6602, NOTHING),
+        attempt!("fcntl F_SETOWN", NOBODY, libc::SYS_fcntl, NONE, libc::F_SETOWN, 0),
+        attempt!("prctl PR_SET_DUMPABLE", NOBODY, libc::SYS_prctl, libc::PR_SET_DUMPABLE, 2, 0, 0, 0),
+        attempt!("prctl PR_SET_MM", NOBODY, libc::SYS_prctl, libc::PR_SET_MM, 0, 0, 0, 0),
+        attempt!("sigaction of SIGSYS", NOBODY, libc::SYS_rt_sigaction, libc::SIGSYS, NOTHING, NOTHING, 8),
+        attempt!("setrlimit", NOBODY, libc::SYS_setrlimit, u32::MAX, NOTHING),
+        attempt!("sched_setscheduler", NOBODY, libc::SYS_sched_setscheduler, 0, u32::MAX, NOTHING),
+        attempt!("sched_setaffinity", NOBODY, libc::SYS_sched_setaffinity, 0, 0, NOTHING),
+        // By another name: x32's numbers.
+        attempt!("x32's read", NOBODY, 0x4000_0000i64, NONE, NOTHING, 0),
+    ]
+}
+
+fn names_files(role: &Role) -> bool {
+    matches!(role, Role::Device(_, needs) if needs.intersects(Needs::INTERNET | Needs::UNIX))
+}
+
+fn connects(role: &Role) -> bool {
+    matches!(role, Role::Device(_, needs) if needs.contains(Needs::UNIX))
+}
+
+fn uses_internet(role: &Role, needs: Needs) -> bool {
+    match role {
+        Role::Device(_, own) => own.contains(Needs::INTERNET),
+        role => HOUSE(role, needs) && needs.contains(Needs::INTERNET),
+    }
+}
+
+/// Makes each attempt, and tells which the kernel has heard of.
+fn heard() -> Vec<&'static str> {
+    let heard = |attempt: &Attempt| {
+        let before = REFUSED.load(Ordering::SeqCst);
+        let result = (attempt.call)();
+        let refused = REFUSED.load(Ordering::SeqCst) > before;
+        assert!(!refused || result == -1, "{}", attempt.name);
+        assert!(
+            !refused || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM),
+            "{}",
+            attempt.name
+        );
+        !refused
+    };
+    attempts().iter().filter(|attempt| heard(attempt)).map(|attempt| attempt.name).collect()
+}
+
+/// One test, because a process has one jail.
+#[test]
+fn each_role_reaches_what_it_is_for_and_nothing_else() {
+    let all: Vec<_> = attempts().iter().map(|attempt| attempt.name).collect();
+    let outside = std::thread::spawn(heard).join().unwrap();
+    assert_eq!(outside, all, "without a jail the kernel hears of all");
+
+    let needs = Needs::INTERNET;
+    let jail = Jail { mode: Mode::Auto, goes_on: true, needs, refused: note };
+    sandbox::begin(jail).unwrap();
+    let device = |needs| Role::Device("device".to_owned(), needs);
+    let roles = [
+        Role::Vcpu(0),
+        device(Needs::empty()),
+        device(Needs::DISK),
+        device(Needs::INTERNET),
+        device(Needs::UNIX),
+        device(Needs::VHOST),
+        device(Needs::TAP),
+        Role::Disk("disk".to_owned()),
+        Role::Output,
+        Role::Log,
+        Role::Fetch,
+        Role::Main,
+        Role::Control,
+        Role::Errand,
+        Role::Owner("owner"),
+    ];
+    for role in roles {
+        let found = threads::spawn(role.clone(), heard).unwrap().join().unwrap();
+        let may = |attempt: &&Attempt| (attempt.by)(&role, needs);
+        let expected: Vec<_> = attempts().iter().filter(may).map(|attempt| attempt.name).collect();
+        assert_eq!(found, expected, "{role:?}");
+        let status = threads::spawn(role.clone(), || {
+            std::fs::File::from(rustix::stdio::stdin().try_clone_to_owned().unwrap()).metadata().map(drop)
+        });
+        status.unwrap().join().unwrap().unwrap();
+    }
+    let last = LAST.lock().unwrap().unwrap().to_string();
+    assert!(last.contains("the sandbox refused system call") && last.contains("of thread"), "{last}");
+
+    // What is inside stays inside: threads that such a thread starts, whatever their role.
+    let inner = threads::spawn(Role::Errand, || {
+        threads::spawn(Role::Disk("inner".to_owned()), heard).unwrap().join()
+    });
+    assert_eq!(inner.unwrap().join().unwrap().unwrap(), Vec::<&str>::new());
+    let wider = threads::spawn(device(Needs::DISK), || threads::spawn(Role::Main, heard).unwrap().join());
+    assert_eq!(wider.unwrap().join().unwrap().unwrap(), Vec::<&str>::new());
+    let capabilities =
+        threads::spawn(Role::Log, || rustix::thread::capabilities(None).unwrap()).unwrap().join().unwrap();
+    assert!(capabilities.permitted.is_empty() && capabilities.effective.is_empty(), "{capabilities:?}");
+}
+
+/// For the next test, in a process of its own.
+#[test]
+#[ignore = "it ends the process"]
+fn ends() {
+    let refused = |call: &Refused| {
+        eprintln!("{call}");
+        16
+    };
+    sandbox::begin(Jail { mode: Mode::Auto, goes_on: false, needs: Needs::empty(), refused }).unwrap();
+    let attempt = attempts().remove(0).call;
+    let _ = threads::spawn(Role::Vcpu(3), attempt).unwrap().join();
+}
+
+#[test]
+fn a_refused_call_ends_the_process_with_its_name() {
+    let this = std::env::current_exe().unwrap();
+    let ended = Command::new(this).args(["--exact", "ends", "--ignored", "--nocapture"]).output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(16), "{said}");
+    let told = "the sandbox refused system call execve (59) with 0x";
+    assert!(said.contains(told) && said.contains("of thread vcpu3"), "{said}");
+}
