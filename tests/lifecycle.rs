@@ -90,7 +90,7 @@ impl Control for Fake {
         Ok(Vec::new())
     }
 
-    fn add_device(&self, _: Plug) -> Result<Attached, Refusal> {
+    fn add_device(&self, _: Plug, _: Vec<OwnedFd>) -> Result<Option<Attached>, Refusal> {
         Err("it has no bus".into())
     }
 

@@ -1,5 +1,6 @@
 //! `vmm device`: the devices of a running virtual machine, which come and go on its PCI bus.
 
+use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,8 +11,11 @@ use super::control::connect;
 use super::options::os_text;
 use vmm_command::{Code, Failure, pretty, print};
 use vmm_monitor::api::Error;
-use vmm_monitor::config::Plug;
-use vmm_monitor::machine::{Attached, Attachment};
+use vmm_monitor::api::client::Client;
+use vmm_monitor::config::{Disk, Overlay, Plug};
+use vmm_monitor::disk;
+use vmm_monitor::machine::{self, Attached, Attachment};
+use vmm_monitor::virtio;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -96,9 +100,31 @@ pub fn device(options: Options) -> Result<Code, Failure> {
 fn add(options: AddOptions) -> Result<Code, Failure> {
     let mut device = options.device;
     device.make_absolute().map_err(|error| Failure::new(Code::Host, error))?;
-    let device = connect(&options.name)?.add_device(&device)?;
-    print(&if options.json { pretty(&device)? } else { format!("{}\n", device.name) })?;
+    let mut client = connect(&options.name)?;
+    let added = match (client.add_device(&device, &[])?, &device) {
+        (Some(added), _) => added,
+        (None, Plug::Disk(disk)) => add_disk(&mut client, &device, disk)?,
+        (None, Plug::Net(_)) => {
+            return Err(Failure::new(Code::Host, anyhow!("a network device has no files")));
+        }
+    };
+    print(&if options.json { pretty(&added)? } else { format!("{}\n", added.name) })?;
     Ok(Code::Success)
+}
+
+/// Opens what `disk`, which is `device`, names, and hands it over.
+fn add_disk(client: &mut Client, device: &Plug, disk: &Disk) -> Result<Attached, Failure> {
+    let new = match &disk.overlay {
+        Some(Overlay::Kept(path)) if !path.exists() => Some(path),
+        _ => None,
+    };
+    let files = disk::Files::open(disk).map_err(virtio::Error::from).map_err(machine::Error::from)?;
+    let added = client.add_device(device, &files.into_descriptors());
+    if added.is_err() {
+        // Nobody has written to it.
+        let _ = new.map(fs::remove_file);
+    }
+    added?.ok_or_else(|| Failure::new(Code::Host, anyhow!("it did not take the disk's files")))
 }
 
 fn remove(options: &RemoveOptions) -> Result<Code, Failure> {

@@ -82,7 +82,7 @@ fn a_guest_that_lets_go_loses_a_disk_and_gets_another() {
     let other = place.command("--kernel code --mem 64M --console off --name other --disk a");
     let _other = Running::new(other);
     place.await_running("other");
-    let taken = place.fails("device add v disk=a", HOST);
+    let taken = place.fails("device add v disk=a", BAD_ARGUMENT);
     assert!(taken.contains("disk image") && taken.contains("is in use by another process"), "{taken}");
 }
 
@@ -154,7 +154,7 @@ fn what_makes_no_sense_is_refused_with_what_to_try() {
         ("add v disk=a,readonly=maybe", BAD_ARGUMENT, "readonly"),
         ("add v net=user,colour=red", BAD_ARGUMENT, "unknown field `colour`"),
         ("add w disk=a", HOST, "no virtual machine called \"w\" is running"),
-        ("add v disk=missing", HOST, "No such file or directory (os error 2)\nhint: check the path"),
+        ("add v disk=missing", BAD_ARGUMENT, "No such file or directory (os error 2)\nhint: check the path"),
         ("add v disk=dump", HOST, "the network dump"),
         ("add v disk=a,block-size=100", HOST, "unsupported block size\nhint: use block-size=512"),
         ("add v net=user", HOST, "a guest has one user network"),
@@ -178,10 +178,11 @@ fn what_makes_no_sense_is_refused_with_what_to_try() {
     place.file("halt", kernel(&HALT));
     let _mmio = place.start("mmio", "--mem 64M --disk a");
     assert!(place.done("device list mmio").contains("virtio-blk0  -        present   disk="));
-    for command in ["add mmio disk=b", "remove mmio virtio-blk0"] {
+    for command in ["add mmio disk=b", "add mmio disk=b,overlay=new", "remove mmio virtio-blk0"] {
         let error = place.fails(&format!("device {command}"), HOST);
         let words =
             "devices come and go on a PCI bus only, and it has none\nhint: start it with --transport pci";
         assert!(error.contains(words), "{command}: {error}");
     }
+    assert!(!place.path("new").exists(), "it was of no use");
 }

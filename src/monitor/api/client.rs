@@ -171,13 +171,20 @@ impl Client {
         }
     }
 
-    /// Gives it another device, whose paths are absolute. The device as it is now.
+    /// Gives it another device, whose paths are absolute, and whose `files` are open, if it has any. The device as it is now; none if it
+    /// lacks files, and could come with them.
     ///
     /// # Errors
     /// As for [`Client::ask`].
-    pub fn add_device(&mut self, device: &Plug) -> Result<Attached, Error> {
+    pub fn add_device(&mut self, device: &Plug, files: &[OwnedFd]) -> Result<Option<Attached>, Error> {
         let device = serde_json::to_value(device).map_err(|error| self.broken(error.into()))?;
-        self.device(Command::AddDevice { device })
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        self.send_with(Command::AddDevice { device }, &files)?;
+        match self.answer()? {
+            Answer::Device(device) => Ok(Some(device)),
+            Answer::Files(_) => Ok(None),
+            other => Err(self.other(other)),
+        }
     }
 
     /// Has the guest asked to let the device `name` go; with `force` it is taken away. The device as it is now.
@@ -306,6 +313,11 @@ impl Client {
 
     fn exchange(&mut self, command: Command) -> Result<Answer, Error> {
         self.send(command)?;
+        self.answer()
+    }
+
+    /// The answer to what was sent, which comes soon.
+    fn answer(&mut self) -> Result<Answer, Error> {
         let line = self.read_line(Instant::now().checked_add(PATIENCE))?;
         self.parse(&line)
     }

@@ -170,11 +170,11 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// In words, why that is not known.
     fn devices(&self) -> Result<Vec<Attached>, String>;
-    /// Gives it another device. From a thread of its own.
+    /// Gives it another device, whose `files` are open. From a thread of its own. None: it takes it, once it has its files.
     ///
     /// # Errors
     /// In words, why it does not have it.
-    fn add_device(&self, device: Plug) -> Result<Attached, Refusal>;
+    fn add_device(&self, device: Plug, files: Vec<OwnedFd>) -> Result<Option<Attached>, Refusal>;
     /// Asks the guest to let a device go, or takes it away. From a thread of its own.
     ///
     /// # Errors

@@ -56,7 +56,8 @@ pub enum Command {
     Wait,
     /// What virtio devices it has.
     Devices,
-    /// Give it another device.
+    /// Give it another device. The files of a disk come with this (SCM_RIGHTS): its image, the overlay that is read, the one that is
+    /// written to. Without them it is said whether they are worth opening, by [`Answer::Files`].
     #[serde(rename = "add-device")]
     AddDevice {
         /// Which, a [`Plug`](crate::config::Plug) whose paths are absolute. As a value: others are read and written as such anyway.
@@ -162,7 +163,7 @@ pub enum Answer {
     Ended(Ended),
     /// Answers [`Command::Devices`].
     Devices(Vec<Attached>),
-    /// Answers [`Command::Files`].
+    /// Answers [`Command::Files`], and a [`Command::AddDevice`] that lacks them.
     Files(Vec<PathBuf>),
     /// Answers [`Command::AddDevice`] and [`Command::RemoveDevice`]: the device as it is now.
     Device(Attached),

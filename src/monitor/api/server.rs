@@ -135,6 +135,7 @@ enum Done {
     Forked(Result<Vec<OwnedFd>, Refusal>),
     Looked(Result<Vec<VcpuState>, String>),
     Changed(Result<Attached, Refusal>),
+    Added(Result<Option<Attached>, Refusal>),
 }
 
 struct Orders {
@@ -330,7 +331,8 @@ impl Orders {
                 Command::AddDevice { device } => {
                     let device =
                         serde_json::from_value(device).map_err(|error| format!("not a device: {error}"));
-                    Done::Changed(device.map_err(Refusal::from).and_then(|device| control.add_device(device)))
+                    let add = |device| control.add_device(device, passed);
+                    Done::Added(device.map_err(Refusal::from).and_then(add))
                 }
                 Command::RemoveDevice { name, force } => Done::Changed(control.remove_device(&name, force)),
                 Command::Snapshot { folder, base, compress, stay } => {
@@ -365,6 +367,9 @@ impl Orders {
             Done::Saved(result) => self.done(result.map(drop)),
             Done::Looked(states) => states.map_or_else(refused, Answer::Vcpus),
             Done::Changed(device) => device.map_or_else(refused, Answer::Device),
+            Done::Added(Ok(None)) => Answer::Files(Vec::new()),
+            Done::Added(Ok(Some(device))) => Answer::Device(device),
+            Done::Added(Err(refusal)) => refused(refusal),
         };
         self.reply(asked, (reply, holds), &descriptors, sources);
         // Those who came meanwhile get their turn.

@@ -1,18 +1,15 @@
 //! [`Image`]: the file of a raw disk, and the overlay over it if it has one. One request at a time, on the calling thread; long ones
 //! in pieces. Knows no queue.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
-use rustix::fs::FlockOperation;
-
+use super::files::{Facts, Files};
 use super::overlay::{Base, Overlay};
 use super::store::Store;
-use super::{Error, Foreign, Info, Io, copy};
+use super::{Error, Info, Io, copy};
 use crate::config;
 
 /// The unit of offsets and lengths.
@@ -44,24 +41,6 @@ pub enum Step {
     Left(Io),
 }
 
-/// Locks the open file of an image or an overlay. The lock goes with the file, however the process ends.
-pub(super) fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
-    let how = if readonly {
-        FlockOperation::NonBlockingLockShared
-    } else {
-        FlockOperation::NonBlockingLockExclusive
-    };
-    match rustix::fs::flock(file, how) {
-        Ok(()) => Ok(()),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Locked { path: path.to_owned() }),
-        Err(error) => {
-            // Some network file systems know no locks.
-            log::warn!("disk image {} cannot be locked: {error}", path.display());
-            Ok(())
-        }
-    }
-}
-
 /// Does `part` of `range` (offset, length) piece by piece, and returns how many bytes are done: all, unless
 /// `stop` said so between two.
 fn in_pieces(
@@ -91,56 +70,31 @@ fn next_piece(piece: u64, took: Duration) -> u64 {
 }
 
 impl Image {
-    /// Opens the image that `config` names, and locks it.
-    pub fn open(config: &config::Disk) -> Result<Self, Error> {
-        let path = &config.path;
-        let failed = |source: io::Error| Error::Open { path: path.clone(), source };
-        // Without O_NONBLOCK a FIFO would be waited for; files and block devices do not know it.
-        let mut options = OpenOptions::new();
-        let readonly = config.readonly || config.overlay.is_some();
-        let file = options.read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
-        let file = file.map_err(failed)?;
-        let kind = file.metadata().map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::NotAnImage { path: path.clone() });
-        }
-        lock_image(&file, path, readonly)?;
-
-        let device = kind.is_block_device();
-        let native =
-            if device { rustix::fs::ioctl_blksszget(&file).map_err(|e| failed(e.into()))? } else { 512 };
-        let block_size = config.block_size.map_or(native, |size| size.bytes() as u32);
-        if block_size < native || !block_size.is_power_of_two() {
-            return Err(Error::BlockSize { path: path.clone(), block_size, native });
-        }
-        let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
-        if let (None, Some(format)) = (config.format, Foreign::find(&file, size)) {
-            return Err(Error::Foreign { path: path.clone(), format });
-        }
-        if size == 0 || !size.is_multiple_of(u64::from(block_size)) {
-            return Err(Error::Size { path: path.clone(), size, block_size });
-        }
-        let physical = if device { rustix::fs::ioctl_blkpbszget(&file).unwrap_or(native) } else { 4096 };
-        // A partition or a sparse file may end in the middle of a physical block: that costs speed, nothing else.
-        let physical_block_size =
-            if physical.is_power_of_two() { physical.max(block_size) } else { block_size };
-        let info = Info {
-            size,
-            readonly: config.readonly,
-            block_size,
-            physical_block_size,
-            discard: !config.readonly,
+    /// The image that `config` names, whose `files` these are.
+    ///
+    /// # Errors
+    /// An overlay does not belong to it.
+    pub fn of(config: &config::Disk, files: Files) -> Result<Self, Error> {
+        let Files { image: file, facts: Facts { info, is_device: device }, lower, overlay } = files;
+        let base = || {
+            let base = Base::of(&file, info.size);
+            base.map_err(|source| Error::Open { path: config.path.clone(), source })
         };
-        let overlay = match config.overlay.is_some() || config.lower.is_some() {
-            false => None,
-            true if let Some(most) = Overlay::too_small_for(size) => {
-                return Err(Error::TooLarge { path: path.clone(), size, most });
-            }
-            true => Overlay::open(config, &Base::of(&file, size).map_err(failed)?)?,
+        let overlay = match (lower, overlay) {
+            (None, None) => None,
+            (lower, overlay) => Overlay::of(config, &base()?, lower, overlay)?,
         };
-        let store = Store { file, device, block_size };
+        let store = Store { file, device, block_size: info.block_size };
         let (begun, sync) = (AtomicUsize::new(0), |file: &File| rustix::fs::fdatasync(file));
         Ok(Self { store, overlay, info, begun, sync })
+    }
+
+    /// The same with files that are opened now.
+    ///
+    /// # Errors
+    /// As [`Files::open`].
+    pub fn open(config: &config::Disk) -> Result<Self, Error> {
+        Self::of(config, Files::open(config)?)
     }
 
     /// Does `io`, or a part of it if it is long and `stop` says so meanwhile.

@@ -4,6 +4,7 @@
 //! image or in an overlay over it, the back end's `Image` knows.
 
 mod copy;
+mod files;
 mod foreign;
 mod image;
 mod overlay;
@@ -18,6 +19,7 @@ use crate::config::host_path::quoted;
 use crate::memory::Buffers;
 use crate::output;
 
+pub use files::Files;
 pub use foreign::Foreign;
 pub use overlay::{Base, Unfit, unnamed};
 pub use raw::{Images, Raw};
@@ -43,6 +45,12 @@ pub enum Error {
     /// A request of the disk before the guest's reset is still under way.
     #[error("disk image {path} still has a request from before the reset under way", path = path.display())]
     Busy {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Whoever asks for it has not opened it, or something else.
+    #[error("disk image {path} was not passed, open, with what asks for it", path = path.display())]
+    NotGiven {
         /// The image.
         path: PathBuf,
     },
@@ -140,6 +148,7 @@ impl Error {
                 )
             }
             Self::Busy { .. } => "what stores the image does not answer: start again when it does".to_owned(),
+            Self::NotGiven { .. } => "use the vmm that the machine was started with".to_owned(),
             Self::NotAnImage { .. } => "use a raw disk image or a block device".to_owned(),
             Self::Foreign { path, format } => {
                 let advice = format.advice(path);

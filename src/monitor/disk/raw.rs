@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::files::Files;
 use super::image::{Image, Step};
 use super::{Disk, Error, Info, Io};
 use crate::config;
@@ -58,6 +59,15 @@ impl Images {
             }
         };
         Raw::on(image, config)
+    }
+
+    /// Has the `index`th image be in these `files`.
+    ///
+    /// # Errors
+    /// As [`Raw::open`].
+    pub fn put(&mut self, index: usize, config: &config::Disk, files: Files) -> Result<(), Error> {
+        self.0.insert(index, Arc::new(Image::of(config, files)?));
+        Ok(())
     }
 
     /// The `index`th image, if it is open: to be saved while its disk is at rest.

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ use super::{Handle, Phase, Shared};
 use crate::backends::{Added, Changes, Pluggable, SharedPluggable};
 use crate::bus::{Kind, Place, SharedDevice, Slot, lock};
 use crate::config::{Backing, NetTarget, Plug, VmConfig};
+use crate::disk;
 use crate::machine::outputs;
 use crate::memory::GuestRam;
 use crate::pci::{HotPlug, Line, Segment};
@@ -270,33 +272,47 @@ impl Handle {
         lock(&self.0.attachments().list).iter().map(|entry| entry.attached.clone()).collect()
     }
 
-    /// Builds the device and puts it on the bus; the guest is told of it.
+    /// Whether there is a place for `plug`, and nothing but the host against it.
+    ///
+    /// # Errors
+    /// [`PlugError`]
+    pub fn can_add(&self, plug: &Plug) -> Result<(), PlugError> {
+        let _ = self.0.pci.as_ref().ok_or(PlugError::NoPci)?;
+        self.place_for(plug, &*self.0.plugboard.host()?).map(drop)
+    }
+
+    /// A number on the bus for `plug`, and one among the devices of its kind.
+    fn place_for(&self, plug: &Plug, host: &Pluggable) -> Result<(u8, usize), PlugError> {
+        let shared = &self.0;
+        let (board, attachments) = (&shared.plugboard, shared.attachments());
+        if *lock(&shared.phase) == Phase::Paused {
+            return Err(PlugError::Paused);
+        }
+        board.check(plug, &host.changes)?;
+        let list = lock(&attachments.list);
+        let taken = |number: &u8| list.iter().any(|entry| entry.number == Some(*number));
+        let free = attachments.numbers.iter().copied().find(|number| !taken(number));
+        let named = |index| {
+            virtio::Device::added(&Added { id: 0, index, number: 0, plug: plug.clone() }, None).name()
+        };
+        let index = (0..).find(|index| {
+            let name = named(*index);
+            list.iter().all(|entry| entry.attached.name != name)
+        });
+        Ok((free.ok_or(PlugError::Full)?, index.unwrap_or_default()))
+    }
+
+    /// Builds the device and puts it on the bus; the guest is told of it. A disk is in the open `files` that whoever asks for it has passed:
+    /// a machine that runs opens none.
     ///
     /// # Errors
     /// [`PlugError`]; nothing has changed.
-    pub fn add_device(&self, plug: Plug) -> Result<Attached, PlugError> {
+    pub fn add_device(&self, plug: Plug, files: Vec<OwnedFd>) -> Result<Attached, PlugError> {
         let shared = &self.0;
         let (board, attachments) = (&shared.plugboard, shared.attachments());
         let bus = shared.pci.as_ref().ok_or(PlugError::NoPci)?;
         let mut host = board.host()?;
-        if *lock(&shared.phase) == Phase::Paused {
-            return Err(PlugError::Paused);
-        }
-        board.check(&plug, &host.changes)?;
-        let (free, index) = {
-            let list = lock(&attachments.list);
-            let taken = |number: &u8| list.iter().any(|entry| entry.number == Some(*number));
-            let free = attachments.numbers.iter().copied().find(|number| !taken(number));
-            let named = |index| {
-                virtio::Device::added(&Added { id: 0, index, number: 0, plug: plug.clone() }, None).name()
-            };
-            let index = (0..).find(|index| {
-                let name = named(*index);
-                list.iter().all(|entry| entry.attached.name != name)
-            });
-            (free, index.unwrap_or_default())
-        };
-        let number = free.ok_or(PlugError::Full)?;
+        let (number, index) = self.place_for(&plug, &host)?;
         let first = virtio::Device::list(&board.config).len();
         let id = first as u64 + host.changes.count;
         let added = Added { id, index, number, plug };
@@ -304,6 +320,10 @@ impl Handle {
         let slot = function(device.name(), Kind::Virtio(first + host.changes.added.len()), number);
         let entry = Entry::new(id, &device, &slot);
 
+        if let Plug::Disk(disk) = &added.plug {
+            let put = disk::Files::of_descriptors(disk, files);
+            put.and_then(|files| host.images.put(index, disk, files)).map_err(virtio::Error::from)?;
+        }
         let built =
             virtio::Device::build_added(&added, board.config.name.as_deref(), &mut host, &bus.recorder);
         let built = built.and_then(|built| Ok((built, device.network(&mut host.ports)?)));

@@ -229,8 +229,13 @@ impl Control for Running {
         Ok(self.machine()?.devices())
     }
 
-    fn add_device(&self, device: Plug) -> Result<Attached, Refusal> {
-        self.machine()?.add_device(device).map_err(|error| refusal(&error, error.hint()))
+    fn add_device(&self, device: Plug, files: Vec<OwnedFd>) -> Result<Option<Attached>, Refusal> {
+        let machine = self.machine()?;
+        let added = match &device {
+            Plug::Disk(_) if files.is_empty() => machine.can_add(&device).map(|()| None),
+            _ => machine.add_device(device, files).map(Some),
+        };
+        added.map_err(|error| refusal(&error, error.hint()))
     }
 
     fn remove_device(&self, name: &str, force: bool) -> Result<Attached, Refusal> {

@@ -19,7 +19,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le
 use super::map::{BLOCK, Map};
 use super::{CLUSTER, Unfit};
 use crate::disk::Error;
-use crate::disk::image::lock_image;
+use crate::disk::files::lock;
 use crate::output;
 
 /// The first bytes.
@@ -121,17 +121,27 @@ pub struct Opened {
     pub map: Map,
 }
 
+impl Opened {
+    /// A file with nothing in it yet, neither header nor map, that is as long as the overlay of `base`.
+    pub fn empty(file: File, base: &Base) -> Self {
+        Self { file, data: base.data(), map: Map::new(base.clusters()) }
+    }
+}
+
 /// Opens the overlay at `path` of `base`, or makes a new one, and locks it.
-pub fn open(path: &Path, base: &Base) -> Result<Opened, Error> {
+pub fn open_kept(path: &Path, base: &Base) -> Result<File, Error> {
     let failed = |source| Error::Overlay { path: path.to_owned(), source };
     loop {
         match existing(path, false) {
-            Ok(file) => return load(file, path, base, false),
+            Ok(file) => {
+                lock(&file, path, false)?;
+                return Ok(file);
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
         match create(path, base) {
-            Ok(file) => return Ok(Opened { file, data: base.data(), map: Map::new(base.clusters()) }),
+            Ok(file) => return Ok(file),
             // Another was quicker: it is in use. Or it is a symbolic link to nothing.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.exists() => {}
             Err(error) => return Err(failed(error)),
@@ -139,10 +149,9 @@ pub fn open(path: &Path, base: &Base) -> Result<Opened, Error> {
     }
 }
 
-/// Opens the overlay at `path` of `base`, which is there and is only read.
-pub fn open_lower(path: &Path, base: &Base) -> Result<Opened, Error> {
-    let file = existing(path, true).map_err(|source| Error::Overlay { path: path.to_owned(), source })?;
-    load(file, path, base, true)
+/// Opens the overlay at `path`, which is there and is only read.
+pub fn open_lower(path: &Path) -> Result<File, Error> {
+    existing(path, true).map_err(|source| Error::Overlay { path: path.to_owned(), source })
 }
 
 fn existing(path: &Path, readonly: bool) -> io::Result<File> {
@@ -150,14 +159,15 @@ fn existing(path: &Path, readonly: bool) -> io::Result<File> {
     OpenOptions::new().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
-fn load(file: File, path: &Path, base: &Base, readonly: bool) -> Result<Opened, Error> {
+/// Reads the open overlay `file` of `base`, which is called `path`, and locks it.
+pub fn load(file: File, path: &Path, base: &Base, readonly: bool) -> Result<Opened, Error> {
     let failed = |source| Error::Overlay { path: path.to_owned(), source };
     let unfit = |unfit| Error::Unfit { path: path.to_owned(), unfit };
     let facts = file.metadata().map_err(failed)?;
     if !facts.is_file() {
         return Err(unfit(Unfit::Foreign));
     }
-    lock_image(&file, path, readonly)?;
+    lock(&file, path, readonly)?;
     let mut header = [0; size_of::<Header>()];
     let read = file.read_exact_at(&mut header, 0).ok().and_then(|()| Header::read_from_bytes(&header).ok());
     let header = read.ok_or_else(|| unfit(Unfit::Foreign))?;
@@ -191,7 +201,7 @@ fn create(path: &Path, base: &Base) -> io::Result<File> {
     let hidden = Hidden(hidden);
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&hidden.0)?;
     // Nobody else has it yet.
-    let _ = lock_image(&file, path, false);
+    let _ = lock(&file, path, false);
     write_header(&file, base)?;
     file.sync_all()?;
     renameat_with(CWD, &hidden.0, CWD, path, RenameFlags::NOREPLACE)?;
@@ -221,10 +231,9 @@ impl Drop for Hidden {
 
 /// The overlay of `base` in a file that nobody else can open, and that is gone with this process, however that ends. It has neither
 /// header nor map.
-pub fn temporary(base: &Base) -> Result<Opened, Error> {
+pub fn temporary(base: &Base) -> Result<File, Error> {
     let sized = |file: File| file.set_len(base.data() + base.size).map(|()| file);
-    let file = unnamed().and_then(sized).map_err(|source| Error::Temporary { folder: folder(), source })?;
-    Ok(Opened { file, data: base.data(), map: Map::new(base.clusters()) })
+    unnamed().and_then(sized).map_err(|source| Error::Temporary { folder: folder(), source })
 }
 
 /// Where temporary overlays are. What a guest writes can be much, and /tmp is often in memory.
@@ -266,6 +275,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("overlay");
         (dir, path, Base { size: SIZE, modified: (7, 8) })
+    }
+
+    fn open(path: &Path, base: &Base) -> Result<Opened, Error> {
+        load(open_kept(path, base)?, path, base, false)
     }
 
     fn unfit(path: &Path, base: &Base) -> Unfit {

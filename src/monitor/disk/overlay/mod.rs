@@ -25,12 +25,17 @@ use crate::config;
 use crate::memory::Buffers;
 use map::Map;
 
-pub use file::{Base, MAGIC, unnamed};
+pub use file::{Base, MAGIC, open_kept, open_lower, temporary, unnamed};
 
 /// Bytes that come into the overlay together. What file systems write in, so that little has to be copied from the base.
 pub const CLUSTER: u64 = 4096;
 /// The largest disk, in bytes: its map may come to have half a gigabyte.
 const LARGEST: u64 = 16 << 40;
+/// Whether a disk of `size` bytes is too large to have one: then the largest.
+pub fn too_small_for(size: u64) -> Option<u64> {
+    (size > LARGEST).then_some(LARGEST)
+}
+
 /// Blocks of the map that are written between two syncs.
 const BATCH: usize = 256;
 
@@ -124,33 +129,38 @@ impl Unfit {
 }
 
 impl Overlay {
-    /// Those of `config`, over `base`, which is the disk's image, if it has any.
-    pub fn open(config: &config::Disk, base: &Base) -> Result<Option<Box<Self>>, Error> {
-        let lower = match &config.lower {
-            Some(path) => Some(Self::of(file::open_lower(path, base)?, *base, None, false)),
-            None => None,
+    /// Those of `config`, in files that are open, over `base`, which is the disk's image.
+    ///
+    /// # Errors
+    /// One does not belong to the image.
+    pub fn of(
+        config: &config::Disk,
+        base: &Base,
+        lower: Option<File>,
+        overlay: Option<File>,
+    ) -> Result<Option<Box<Self>>, Error> {
+        let lower = match (&config.lower, lower) {
+            (Some(path), Some(file)) => {
+                Some(Self::over(file::load(file, path, base, true)?, *base, None, false))
+            }
+            _ => None,
         };
-        match &config.overlay {
-            None => Ok(lower),
-            Some(config::Overlay::Temporary) => {
-                Ok(Some(Self::of(file::temporary(base)?, *base, lower, false)))
+        Ok(match (&config.overlay, overlay) {
+            (Some(config::Overlay::Temporary), Some(file)) => {
+                Some(Self::over(file::Opened::empty(file, base), *base, lower, false))
             }
-            Some(config::Overlay::Kept(path)) => {
-                Ok(Some(Self::of(file::open(path, base)?, *base, lower, true)))
+            (Some(config::Overlay::Kept(path)), Some(file)) => {
+                Some(Self::over(file::load(file, path, base, false)?, *base, lower, true))
             }
-        }
+            _ => lower,
+        })
     }
 
-    fn of(opened: file::Opened, base: Base, below: Option<Box<Self>>, kept: bool) -> Box<Self> {
+    fn over(opened: file::Opened, base: Base, below: Option<Box<Self>>, kept: bool) -> Box<Self> {
         let file::Opened { file, data, map } = opened;
         let store = Store { file, device: false, block_size: 512 };
         let (unsaved, failed) = (Mutex::default(), Mutex::default());
         Box::new(Self { store, data, base, below, map, unsaved, kept, failed })
-    }
-
-    /// Whether a disk of `size` bytes is too large to have one: then the largest.
-    pub fn too_small_for(size: u64) -> Option<u64> {
-        (size > LARGEST).then_some(LARGEST)
     }
 
     /// Reads from `offset` on, over `base`.

@@ -107,6 +107,16 @@ fn await_free(path: &Path) {
 }
 
 impl Scene {
+    /// Adds what whoever asks for it has opened.
+    fn add(&self, plug: Plug) -> Result<Attached, PlugError> {
+        self.handle.can_add(&plug)?;
+        let files = match &plug {
+            Plug::Disk(disk) => disk::Files::open(disk).map_err(virtio::Error::from)?.into_descriptors(),
+            Plug::Net(_) => Vec::new(),
+        };
+        self.handle.add_device(plug, files)
+    }
+
     fn bus(&self) -> &PciBus {
         self.handle.0.pci.as_ref().unwrap()
     }
@@ -152,7 +162,7 @@ impl Scene {
     }
 
     fn refused(&self, text: &str) -> String {
-        told(&self.handle.add_device(plug(text)).unwrap_err())
+        told(&self.add(plug(text)).unwrap_err())
     }
 }
 
@@ -169,7 +179,7 @@ fn a_disk_comes_is_asked_for_and_goes_and_leaves_nothing_behind() {
     let (disk, image) = session.disk("image");
     let before = (scene.handle.inventory().len(), scene.vm.doorbells(), scene.vm.vectors_in_use());
     for _ in 0..50 {
-        let added = scene.handle.add_device(disk.clone()).unwrap();
+        let added = scene.add(disk.clone()).unwrap();
         let told = (added.name.as_str(), added.place.as_deref(), added.state);
         assert_eq!(told, ("virtio-blk0", Some("00:03.0"), Attachment::Present));
         assert_eq!((scene.vendor(3), scene.told()), (0x1af4, (1 << 3, 0)));
@@ -201,7 +211,7 @@ fn a_device_that_is_taken_away_is_gone_at_once_without_a_word() {
     let session = Session::new(Transport::Pci, false);
     let scene = session.machine();
     let (disk, image) = session.disk("image");
-    let added = scene.handle.add_device(disk).unwrap();
+    let added = scene.add(disk).unwrap();
     let gone = scene.handle.remove_device(&added.name, true).unwrap();
     assert_eq!((gone.state, scene.vendor(2)), (Attachment::Gone, 0xffff));
     await_free(&image);
@@ -215,7 +225,7 @@ fn what_was_added_survives_a_reboot_and_what_was_asked_for_does_not() {
     let (images, names): (Vec<_>, Vec<_>) = ["a", "b", "c"]
         .iter()
         .map(|name| session.disk(name))
-        .map(|(disk, path)| (path, scene.handle.add_device(disk).unwrap().name))
+        .map(|(disk, path)| (path, scene.add(disk).unwrap().name))
         .unzip();
     assert_eq!(names, ["virtio-blk0", "virtio-blk1", "virtio-blk2"]);
     scene.handle.remove_device("virtio-blk1", false).unwrap();
@@ -223,13 +233,13 @@ fn what_was_added_survives_a_reboot_and_what_was_asked_for_does_not() {
     let next = session.machine();
     assert_eq!(next.names(), ["virtio-console", "virtio-blk2"]);
     // The machine before has nothing to say any more, whatever its guest still writes.
-    assert!(matches!(scene.handle.add_device(session.disk("d").0), Err(PlugError::Ended)));
+    assert!(matches!(scene.add(session.disk("d").0), Err(PlugError::Ended)));
     assert!(matches!(scene.handle.remove_device("virtio-blk2", true), Err(PlugError::Ended)));
     scene.eject(ALL);
     drop(scene);
     images[..2].iter().for_each(|image| await_free(image));
     assert!(!is_free(&images[2]));
-    assert_eq!(next.handle.add_device(session.disk("d").0).unwrap().name, "virtio-blk0");
+    assert_eq!(next.add(session.disk("d").0).unwrap().name, "virtio-blk0");
     assert_eq!(session.machine().names(), ["virtio-console", "virtio-blk2", "virtio-blk0"]);
 }
 
@@ -249,20 +259,20 @@ fn what_cannot_come_or_go_is_refused_with_what_to_try() {
     }
     let fixed = scene.handle.remove_device("virtio-rng", true).unwrap_err();
     assert!(fixed.to_string().contains("virtio-rng is there for good"), "{fixed}");
-    scene.handle.add_device(disk.clone()).unwrap();
-    let taken = told(&scene.handle.add_device(disk.clone()).unwrap_err());
+    scene.add(disk.clone()).unwrap();
+    let taken = told(&scene.add(disk.clone()).unwrap_err());
     assert!(taken.contains("in use by another process"), "{taken}");
     // Eight places are there, and one is taken.
     for name in 'a'..'h' {
-        scene.handle.add_device(session.disk(&name.to_string()).0).unwrap();
+        scene.add(session.disk(&name.to_string()).0).unwrap();
     }
-    assert!(matches!(scene.handle.add_device(session.disk("h").0), Err(PlugError::Full)));
+    assert!(matches!(scene.add(session.disk("h").0), Err(PlugError::Full)));
     await_free(&session.disk("h").1);
 
     let names = scene.names();
     drop(scene.handle.pause().unwrap());
     for error in [
-        scene.handle.add_device(session.disk("h").0).unwrap_err(),
+        scene.add(session.disk("h").0).unwrap_err(),
         scene.handle.remove_device("virtio-blk0", false).unwrap_err(),
         scene.handle.remove_device("virtio-blk0", true).unwrap_err(),
     ] {
@@ -274,10 +284,7 @@ fn what_cannot_come_or_go_is_refused_with_what_to_try() {
 
     let mmio = Session::new(Transport::Mmio, true).machine();
     assert_eq!(mmio.names(), ["virtio-rng", "virtio-console"]);
-    for error in [
-        mmio.handle.add_device(disk).unwrap_err(),
-        mmio.handle.remove_device("virtio-rng", false).unwrap_err(),
-    ] {
+    for error in [mmio.add(disk).unwrap_err(), mmio.handle.remove_device("virtio-rng", false).unwrap_err()] {
         assert!(told(&error).contains("start it with `transport=pci`"), "{error}");
     }
 }
