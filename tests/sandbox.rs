@@ -220,7 +220,7 @@ fn each_role_reaches_what_it_is_for_and_nothing_else() {
 
     let needs = Needs::INTERNET;
     let jail = Jail { mode: Mode::Auto, goes_on: true, needs, refused: note };
-    sandbox::begin(jail).unwrap();
+    sandbox::begin(jail, |_| ()).unwrap();
     let device = |needs| Role::Device("device".to_owned(), needs);
     let roles = [
         Role::Vcpu(0),
@@ -272,7 +272,8 @@ fn ends() {
         eprintln!("{call}");
         16
     };
-    sandbox::begin(Jail { mode: Mode::Auto, goes_on: false, needs: Needs::empty(), refused }).unwrap();
+    let jail = Jail { mode: Mode::Auto, goes_on: false, needs: Needs::empty(), refused };
+    sandbox::begin(jail, move |call| std::process::exit(refused(call).into())).unwrap();
     let attempt = attempts().remove(0).call;
     let _ = threads::spawn(Role::Vcpu(3), attempt).unwrap().join();
 }

@@ -120,8 +120,8 @@ fn add_disk(client: &mut Client, device: &Plug, disk: &Disk) -> Result<Attached,
     };
     let files = disk::Files::open(disk).map_err(virtio::Error::from).map_err(machine::Error::from)?;
     let added = client.add_device(device, &files.into_descriptors());
-    if added.is_err() {
-        // Nobody has written to it.
+    // Of one that does not answer nobody knows whether it has the disk.
+    if let Err(Error::Refused { .. }) = added {
         let _ = new.map(fs::remove_file);
     }
     added?.ok_or_else(|| Failure::new(Code::Host, anyhow!("it did not take the disk's files")))

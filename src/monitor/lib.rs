@@ -35,8 +35,8 @@
 //! each other; it needs nothing of the monitor) and `cli` (the program `vmm`, one file per command).
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
-//! (its clock), `memory`, `kvm`, `disk`, `vhost` (ioctls of the host's kernel) and `net` (ioctls of taps, pages of connections)
-//! alone.
+//! (its clock), `memory`, `kvm`, `disk`, `vhost` (ioctls of the host's kernel), `net` (ioctls of taps, pages of connections) and
+//! `sandbox` (what a signal tells of a refused call) alone.
 //! `tests/architecture.rs` holds the code against it.
 //!
 //! ```text

@@ -45,7 +45,7 @@ impl Files {
         let readonly = config.readonly || config.overlay.is_some();
         let file = options.read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
         let image = file.map_err(|source| Error::Open { path: path.clone(), source })?;
-        let facts = Facts::of(config, &image, |image| lock(image, path, readonly))?;
+        let facts = Facts::of(config, &image)?;
         let base = |image| {
             Base::of(image, facts.info.size).map_err(|source| Error::Open { path: path.clone(), source })
         };
@@ -77,26 +77,21 @@ impl Files {
         let [image, lower, overlay] =
             [take(true)?, take(config.lower.is_some())?, take(config.overlay.is_some())?];
         let (Some(image), None) = (image, files.next()) else { return Err(missing(&config.path)) };
-        let readonly = config.readonly || overlay.is_some();
-        let facts = Facts::of(config, &image, |image| lock(image, &config.path, readonly))?;
+        let facts = Facts::of(config, &image)?;
         Ok(Self { image, facts, lower, overlay })
     }
 }
 
 impl Facts {
-    /// Of the image that `config` names, once it is found to be one and `locked`.
-    fn of(
-        config: &config::Disk,
-        image: &File,
-        locked: impl FnOnce(&File) -> Result<(), Error>,
-    ) -> Result<Self, Error> {
+    /// Of the image that `config` names, which is locked once it is found to be one.
+    fn of(config: &config::Disk, image: &File) -> Result<Self, Error> {
         let path = &config.path;
         let failed = |source| Error::Open { path: path.clone(), source };
         let kind = image.metadata().map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::NotAnImage { path: path.clone() });
         }
-        locked(image)?;
+        lock(image, path, config.readonly || config.overlay.is_some())?;
 
         let is_device = kind.is_block_device();
         let native =

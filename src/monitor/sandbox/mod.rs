@@ -145,16 +145,17 @@ impl Error {
 
 static JAIL: OnceLock<Jail> = OnceLock::new();
 
-/// From now on this process's threads enter `jail`. To be called while there is one, before anything of a guest's is read.
+/// From now on this process's threads enter `jail`. To be called while there is one, before anything of a guest's is read. A refused
+/// call is the end of the process, which `end` brings about on the thread that made it.
 ///
 /// # Errors
 /// The kernel has no such thing, or refuses.
-pub fn begin(jail: Jail) -> Result<(), Error> {
+pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Result<(), Error> {
     if jail.mode == Mode::Off {
         return Ok(());
     }
     process::no_new_privileges().map_err(Error::of("forbid new privileges"))?;
-    refused::listen().map_err(Error::of("listen for refused system calls"))?;
+    refused::listen(end).map_err(Error::of("listen for refused system calls"))?;
     // The first is all that there is.
     let _ = JAIL.set(jail);
     Ok(())

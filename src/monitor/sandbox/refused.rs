@@ -4,7 +4,10 @@
 use std::ffi::c_void;
 use std::fmt;
 use std::io;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use libc::{c_int, siginfo_t};
 use syscalls::Sysno;
@@ -25,7 +28,7 @@ impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = usize::try_from(self.call).ok().and_then(Sysno::new).map_or("unknown", |call| call.name());
         let [first, second, third, ..] = self.arguments;
-        let thread = std::thread::current();
+        let thread = thread::current();
         let thread = thread.name().unwrap_or("without a name");
         write!(
             f,
@@ -43,8 +46,14 @@ const SYS_SECCOMP: c_int = 1;
 
 static ENDS: AtomicBool = AtomicBool::new(false);
 
-/// From now on refused calls are told of.
-pub(super) fn listen() -> io::Result<()> {
+type End = Box<dyn Fn(&Refused) + Send + Sync>;
+
+static END: OnceLock<End> = OnceLock::new();
+
+/// From now on refused calls are told of, and have `end` end the process.
+pub(super) fn listen(end: impl Fn(&Refused) + Send + Sync + 'static) -> io::Result<()> {
+    // The first is all that there is.
+    let _ = END.set(Box::new(end));
     register_signal_handler(libc::SIGSYS, on_signal).map_err(io::Error::from)
 }
 
@@ -64,12 +73,15 @@ extern "C" fn on_signal(_: c_int, info: *mut siginfo_t, context: *mut c_void) {
     if jail.goes_on {
         (jail.refused)(&refused);
         context.uc_mcontext.gregs[libc::REG_RAX as usize] = -i64::from(libc::EPERM);
-    } else if !ENDS.swap(true, Ordering::SeqCst) {
-        let status = (jail.refused)(&refused);
-        signal_hook::low_level::exit(status.into());
-    } else {
-        loop {
-            std::thread::sleep(std::time::Duration::from_secs(1));
-        }
+        return;
+    }
+    if !ENDS.swap(true, Ordering::SeqCst)
+        && let Some(end) = END.get()
+    {
+        end(&refused);
+    }
+    // Until the process has ended.
+    loop {
+        thread::sleep(Duration::from_secs(1));
     }
 }

@@ -212,7 +212,8 @@ impl<'a> Session<'a> {
     ) -> Result<Self, Error> {
         // Before anything that a signal would have to undo, and before there is another thread.
         let orders = OrdersElsewhere::from_now_on();
-        sandbox::begin(controls.jail)?;
+        let refused = defect::end_on_refused(controls.jail.refused, controls.keeper.clone());
+        sandbox::begin(controls.jail, refused)?;
         if matches!(saved, Some(Origin::Saved { .. })) {
             defect::end_on_lost_memory(controls.lost, controls.keeper.clone());
         }
