@@ -13,7 +13,7 @@ STOCK := $(VMM) --kernel $(GUESTS)/stock-bzImage --initrd $(GUESTS)/stock.cpio -
 SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers; cat /proc/uptime
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
-.PHONY: run test lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips bench bench-net bench-net-counted tuned bench-compare weight \
+.PHONY: run test lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips failures bench bench-net bench-net-counted tuned bench-compare weight \
 	start-order tools build compilers vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole snapshot-whole copies clean-guests
 
 run: build
@@ -49,7 +49,7 @@ tools:
 
 # Each part is tried, whatever became of those before it: one run tells all that fails.
 test: tools
-	@$(MAKE) --no-print-directory --keep-going --jobs=1 lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips failures
 
 lints:
 	$(SAY) 'format, lints, docs'
@@ -93,6 +93,11 @@ weighed:
 skips:
 	$(SAY) 'what did not run, and why'
 	@tests/skips $(LOGS)/*.log
+
+# Last, where whoever reads the end of a long log finds it.
+failures:
+	$(SAY) 'what failed, in short'
+	@tests/failures $(LOGS)/guests.log $(LOGS)/here.log
 
 # What is quick is measured here; what boots Linux, where KVM does, with fewer samples if that is an emulated machine. The tuned kernel
 # takes longer to compile than all else does together: who has not made it gets the rest first, and is told.

@@ -19,7 +19,8 @@ one() {
     fi
     {
         echo "test $test ... FAILED (code $code)"
-        sed "s/^/    /" "$log" | cut -c1-400 | tail -60
+        # What a panic says comes first; behind it may be a long backtrace.
+        { grep -m 1 -A 60 'panicked at' "$log" || tail -60 "$log"; } | cut -c1-400 | sed "s/^/    /"
         touch "$logs/failed"
     }
 }
