@@ -25,7 +25,9 @@ pub fn exec(guest: &Guest, name: &str, script: &str) -> String {
 #[track_caller]
 pub fn well(guest: &Guest, name: &str) {
     let log = exec(guest, name, "dmesg");
-    for word in ["soft lockup", "stalls on", "blocked for more than", "timekeeping watchdog", "BUG:"] {
+    // A "read-back delay" is how long the guest was held up between two looks at clocks, which it does not compare then: that is the
+    // host's affair, and an emulated one is slow at times.
+    for word in ["soft lockup", "stalls on", "blocked for more than", "Marking clocksource", "BUG:"] {
         assert!(!log.contains(word), "{name}: {log}");
     }
 }
