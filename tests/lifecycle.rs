@@ -115,7 +115,7 @@ impl Control for Fake {
         if below.is_some() { Err("it has no memory".into()) } else { Ok(saving.stay) }
     }
 
-    fn fork(&self) -> Result<Vec<OwnedFd>, Refusal> {
+    fn fork(&self, _: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, Refusal> {
         Err("it has no memory".into())
     }
 

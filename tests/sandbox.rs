@@ -1,13 +1,15 @@
 //! What somebody who has taken over a thread of the monitor may ask the kernel for, from each role: system calls as they would be made
 //! from there. That the kernel hears of each outside shows that the tests can fail.
 
+use std::fs::{self, File};
 use std::io;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use libc::{c_long, syscall};
-use vmm_monitor::sandbox::{self, Jail, Mode, Needs, Refused};
+use vmm_monitor::sandbox::{self, Grant, Jail, Mode, Needs, Refused};
 use vmm_monitor::threads::{self, Role};
 
 static REFUSED: AtomicUsize = AtomicUsize::new(0);
@@ -115,7 +117,7 @@ fn attempts() -> Vec<Attempt> {
         attempt!("socket of netlink", HOUSE, libc::SYS_socket, libc::AF_NETLINK, -1, 0),
         attempt!(
             "socket",
-            |role, needs| HOUSE(role, needs) || connects(role),
+            |role, needs| HOUSE(role, needs) && needs.contains(Needs::UNIX) || connects(role),
             libc::SYS_socket,
             libc::AF_UNIX,
             -1,
@@ -123,7 +125,11 @@ fn attempts() -> Vec<Attempt> {
         ),
         attempt!(
             "connect",
-            |role, needs| HOUSE(role, needs) || connects(role) || uses_internet(role, needs),
+            |role, needs| {
+                HOUSE(role, needs) && needs.contains(Needs::UNIX)
+                    || connects(role)
+                    || uses_internet(role, needs)
+            },
             libc::SYS_connect,
             NONE,
             NOTHING,
@@ -211,6 +217,70 @@ fn heard() -> Vec<&'static str> {
     attempts().iter().filter(|attempt| heard(attempt)).map(|attempt| attempt.name).collect()
 }
 
+/// Places of each kind, and one that is none.
+struct Files(PathBuf);
+
+impl Files {
+    const KINDS: [&str; 5] = ["read", "own", "rotates", "removes", "none"];
+
+    fn in_folder(folder: &Path) -> Self {
+        for kind in Self::KINDS {
+            fs::create_dir(folder.join(kind)).unwrap();
+            fs::write(folder.join(kind).join("file"), "old").unwrap();
+        }
+        Self(folder.to_owned())
+    }
+
+    fn grants(&self) -> Vec<Grant> {
+        let at = |kind| self.0.join(kind);
+        vec![
+            Grant::Read(at("read")),
+            Grant::Folder(at("own")),
+            Grant::Rotation(at("rotates")),
+            Grant::Removal(at("removes")),
+            Grant::Read(at("missing")),
+            // A file is no folder of anything.
+            Grant::Folder(at("none/file")),
+        ]
+    }
+
+    /// To be called inside, by a role that may name files.
+    fn are_as_they_may_be(self) {
+        if !sandbox::layers().contains("landlock,") {
+            eprintln!(
+                "SKIP: files_are_out_of_reach: this kernel's landlock is older than Linux 6.12, or off"
+            );
+            return;
+        }
+        let all = |try_it: &dyn Fn(&Path) -> io::Result<()>| {
+            let may = |kind: &&str| match try_it(&self.0.join(kind)) {
+                Ok(()) => true,
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => false,
+                Err(error) => panic!("{kind}: {error}"),
+            };
+            Self::KINDS.into_iter().filter(may).collect::<Vec<_>>()
+        };
+        assert_eq!(all(&|at| fs::read(at.join("file")).map(drop)), ["read", "own"]);
+        assert_eq!(all(&|at| fs::read_dir(at).map(drop)), ["read", "own"]);
+        assert_eq!(all(&|at| fs::write(at.join("file"), "new")), ["own", "rotates"]);
+        assert_eq!(all(&|at| fs::write(at.join("another"), "new")), ["own", "rotates"]);
+        assert_eq!(all(&|at| fs::create_dir(at.join("folder"))), ["own"]);
+        assert_eq!(all(&|at| fs::rename(at.join("file"), at.join("file.1"))), ["own", "rotates"]);
+        let removed = |at: &Path| {
+            let there = ["file", "file.1"].into_iter().find(|name| at.join(name).exists()).unwrap();
+            fs::remove_file(at.join(there))
+        };
+        assert_eq!(all(&removed), ["own", "rotates", "removes"]);
+        // Whoever waits for this test.
+        let parent = rustix::process::getppid().unwrap();
+        assert_eq!(rustix::process::test_kill_process(parent), Err(rustix::io::Errno::PERM));
+        for path in ["/etc/passwd", "/dev/kvm", "/proc/1/status", "/"] {
+            let error = File::open(path).map(drop).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{path}: {error}");
+        }
+    }
+}
+
 /// One test, because a process has one jail.
 #[test]
 fn each_role_reaches_what_it_is_for_and_nothing_else() {
@@ -219,8 +289,11 @@ fn each_role_reaches_what_it_is_for_and_nothing_else() {
     assert_eq!(outside, all, "without a jail the kernel hears of all");
 
     let needs = Needs::INTERNET;
-    let jail = Jail { mode: Mode::Auto, goes_on: true, needs, refused: note };
+    let dir = tempfile::tempdir().unwrap();
+    let files = Files::in_folder(dir.path());
+    let jail = Jail { mode: Mode::Auto, goes_on: true, needs, grants: files.grants(), refused: note };
     sandbox::begin(jail, |_| ()).unwrap();
+    sandbox::close([]).unwrap();
     let device = |needs| Role::Device("device".to_owned(), needs);
     let roles = [
         Role::Vcpu(0),
@@ -259,6 +332,7 @@ fn each_role_reaches_what_it_is_for_and_nothing_else() {
     assert_eq!(inner.unwrap().join().unwrap().unwrap(), Vec::<&str>::new());
     let wider = threads::spawn(device(Needs::DISK), || threads::spawn(Role::Main, heard).unwrap().join());
     assert_eq!(wider.unwrap().join().unwrap().unwrap(), Vec::<&str>::new());
+    threads::spawn(Role::Errand, move || files.are_as_they_may_be()).unwrap().join().unwrap();
     let capabilities =
         threads::spawn(Role::Log, || rustix::thread::capabilities(None).unwrap()).unwrap().join().unwrap();
     assert!(capabilities.permitted.is_empty() && capabilities.effective.is_empty(), "{capabilities:?}");
@@ -272,7 +346,7 @@ fn ends() {
         eprintln!("{call}");
         16
     };
-    let jail = Jail { mode: Mode::Auto, goes_on: false, needs: Needs::empty(), refused };
+    let jail = Jail { mode: Mode::Auto, goes_on: false, needs: Needs::empty(), grants: Vec::new(), refused };
     sandbox::begin(jail, move |call| std::process::exit(refused(call).into())).unwrap();
     let attempt = attempts().remove(0).call;
     let _ = threads::spawn(Role::Vcpu(3), attempt).unwrap().join();

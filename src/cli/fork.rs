@@ -99,9 +99,12 @@ pub fn fork(mut options: Options) -> Result<Code, Failure> {
 pub fn snapshot(source: &str) -> Result<Snapshot, Failure> {
     Ok(match source.contains('/') {
         true => Snapshot::open_for_copies(Path::new(source))?,
-        false => Snapshot::of(Parts::of_descriptors(machine(source)?.fork()?, |name| {
-            format!("the copy's {name}").into()
-        })?)?,
+        false => {
+            let mut machine = machine(source)?;
+            let disks = snapshot::unnamed_disks(&machine.files()?)?;
+            let files = machine.fork(&disks)?;
+            Snapshot::of(Parts::of_descriptors(files, |name| format!("the copy's {name}").into())?)?
+        }
     })
 }
 

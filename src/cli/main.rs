@@ -4,6 +4,7 @@
 //! must be put back (terminal, control socket) is put back by destructors before the error is printed.
 
 mod agent;
+mod apart;
 mod bench;
 mod control;
 mod cp;

@@ -1,5 +1,6 @@
 //! `vmm run`: from options to a session, and from its end to an exit code.
 
+use std::env::current_dir;
 use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,10 +13,11 @@ use vmm_monitor::machine::{self, Outcome};
 use vmm_monitor::memory::{self, Pagemap};
 use vmm_monitor::pool::Spare;
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::sandbox::{self, Jail, Needs, Refused};
+use vmm_monitor::sandbox::{self, Grant, Jail, Needs, Refused};
 use vmm_monitor::session::{Built, Controls, End, Observer, Session};
 use vmm_monitor::snapshot::Snapshot;
 use vmm_trace::debug::gdb;
+use vmm_trace::kernel;
 use vmm_trace::live::watch::Live;
 use vmm_trace::recorded::Recorded;
 use vmm_trace::saved_memory::SavedMemory;
@@ -48,6 +50,8 @@ pub struct RunOptions {
     original: Option<VmConfig>,
     /// What is to be done with the machine that runs.
     task: Option<Task>,
+    /// What is named while the machine runs, beyond what follows from all this.
+    grants: Vec<Grant>,
 }
 
 /// Where a run is: on the terminal, or in the background, and then whether nothing is to be kept of it.
@@ -96,6 +100,7 @@ impl RunOptions {
             renewal: None,
             original: None,
             task: None,
+            grants: Vec::new(),
         })
     }
 
@@ -151,6 +156,7 @@ pub fn run(mut options: Options) -> Result<Code, Failure> {
     }
     match gdb {
         Some(place) => {
+            run_options.grants.extend(place.socket().map(Grant::removal));
             let mut server = gdb::Server::listen(&place, config.kernel.as_deref(), status, log_output::say)?;
             live(config, run_options, Some(&mut server))
         }
@@ -172,13 +178,11 @@ pub fn live(
         renewal,
         original,
         mut task,
+        mut grants,
     }: RunOptions,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
-    let pagemap = record.as_ref().zip(snapshot.as_ref()).and_then(|_| Pagemap::open().ok());
-    if !dumpable {
-        api::close_to_debuggers().map_err(api::Error::Thread)?;
-    }
+    let pagemap = Pagemap::open().ok();
     let recorder = Arc::<Recorder>::default();
     recorder.set_all_registers(record.as_ref().is_some_and(|record| record.registers));
     let viewers = Live::new(config.clone(), recorder.clone(), record.is_some());
@@ -187,6 +191,14 @@ pub fn live(
     let original = original.unwrap_or_else(|| config.clone());
     let keeper = background.as_ref().map(Background::keeper);
     let (serving, lasting) = (log_output::serve, slack::give_back);
+    grants.extend(background.iter().map(Background::grant));
+    grants.extend(task.iter().filter_map(Task::grant));
+    grants.extend(record.iter().flat_map(|record| {
+        let rotates = record.file.max.map(|_| Grant::rotation(&record.file.path));
+        rotates.into_iter().chain(kernel::instances().map(Grant::Folder))
+    }));
+    // Where the kernel puts a core.
+    grants.extend(current_dir().ok().filter(|_| dumpable).map(Grant::Rotation));
     let is_spare = spare.is_some();
     let takes_signals = task.as_ref().is_none_or(|task| !task.has_command());
     let controls = Controls {
@@ -201,10 +213,10 @@ pub fn live(
         outputs,
         original,
         spare,
-        jail: Jail { mode, goes_on, needs: Needs::of(&config), refused },
+        jail: Jail { mode, goes_on, needs: Needs::of(&config), grants, refused },
     };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
-    if let (Some(recorded), Some(pagemap)) = (&mut recorded, pagemap) {
+    if let (Some(recorded), Some(pagemap), true) = (&mut recorded, pagemap, snapshot.is_some()) {
         recorded.goes_on(SavedMemory::new(pagemap));
     }
     // Under a debugger a start is as long as somebody likes.
@@ -214,6 +226,10 @@ pub fn live(
     let origin = snapshot.map(|snapshot| snapshot.into_origin(&config)).transpose()?;
     let goes_on = origin.is_some();
     let mut session = Session::controlled(&config, origin, recorder, controls)?;
+    // Files in /proc that tell of this process are root's from now on.
+    if !dumpable {
+        api::close_to_debuggers().map_err(api::Error::Thread)?;
+    }
     if let Some(background) = &mut background {
         background.named()?;
     }

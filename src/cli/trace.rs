@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
+use super::apart::apart;
 use super::{options, restore, run, step, top};
 use crate::flags::with_flags;
 use vmm_command::Scratch;
@@ -161,7 +162,7 @@ pub fn trace(options: Options) -> Result<Code, Failure> {
     record.trace = Some(file.clone());
     record.outputs = options.view.html.iter().chain(&options.view.perfetto).cloned().collect();
     record.symbols = options.view.symbols_file().map(Path::to_owned);
-    let ended = run::run(record);
+    let ended = apart(|| run::run(record));
     let told = if file.path.is_file() { tell(&file.path, &options.view, true) } else { Ok(()) };
     // How the run ended matters more than that nobody read the report to its end.
     let code = ended?;

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
 //! | [`state`] | saved state: one plain value per part |
-//! | [`sandbox`] | what a thread may ask of the host's kernel once a guest runs: a list of system calls for each role |
+//! | [`sandbox`] | what the process may name and a thread may ask of the host's kernel once a guest runs: a root of its own, landlock, a list of system calls for each role |
 //! | [`threads`], [`event_loop`] | the one place where threads are made, each with its role; loops that wait for descriptors and call handlers |
 //! | [`poller`], [`timer`], [`listener`] | many descriptors behind one; a moment as a descriptor; a unix socket that only its owner can open |
 //! | [`guest_log`] | rate-limited warnings about the guest |

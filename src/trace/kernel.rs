@@ -64,16 +64,19 @@ struct Parser {
     threads: Vec<String>,
 }
 
+/// Where the kernel makes traces that are apart from others, if it does.
+pub fn instances() -> Option<PathBuf> {
+    ROOTS.map(|root| Path::new(root).join("instances")).into_iter().find(|instances| instances.is_dir())
+}
+
 impl KernelExits {
     /// Asks the kernel for this process's exits, from now on.
     ///
     /// # Errors
     /// It may not, or the host has no tracefs: then what it is, for the report.
     pub fn start() -> io::Result<Self> {
-        let root = ROOTS.map(Path::new).into_iter().find(|root| root.join("instances").is_dir());
-        let root =
-            root.ok_or_else(|| io::Error::new(ErrorKind::NotFound, "no tracefs at /sys/kernel/tracing"))?;
-        let instances = root.join("instances");
+        let instances = instances()
+            .ok_or_else(|| io::Error::new(ErrorKind::NotFound, "no tracefs at /sys/kernel/tracing"))?;
         let owner = Owner::this();
         remove_stale(&instances, &owner);
         let instance = instances.join(owner.instance());

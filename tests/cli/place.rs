@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::Value;
 
 pub const BAD_ARGUMENT: i32 = 2;
@@ -49,6 +51,33 @@ impl Place {
         command.args(arguments.split_whitespace());
         self.set_up(&mut command);
         command
+    }
+
+    /// Gives all that is here, a copy of the program and a node of KVM to another user than root, and makes that user's commands. None,
+    /// with words why, where `test` cannot do that.
+    pub fn give_to_nobody(&self, test: &str) -> Option<impl Fn(&str) -> Command + '_> {
+        const NOBODY: u32 = 65534;
+        // A node and a program of its own: those that there are may be closed to it.
+        let device = fs::metadata("/dev/kvm").unwrap().rdev();
+        let node = mknodat(CWD, self.path("kvm"), FileType::CharacterDevice, Mode::from(0o666), device);
+        fs::copy(crate::PROGRAM, self.path("vmm")).unwrap();
+        let all = fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().path());
+        let mut all = all.chain([self.path("")]);
+        if node.is_err() || !all.all(|path| chown(path, Some(NOBODY), Some(NOBODY)).is_ok()) {
+            eprintln!("SKIP: {test}: needs root, to be another user");
+            return None;
+        }
+        if File::options().read(true).write(true).open(self.path("kvm")).is_err() {
+            eprintln!("SKIP: {test}: needs a file system that has devices for temporary files");
+            return None;
+        }
+        Some(move |arguments: &str| {
+            let mut command = Command::new(self.path("vmm"));
+            command.args(arguments.split_whitespace());
+            self.set_up(&mut command);
+            command.env("VMM_KVM", self.path("kvm")).uid(NOBODY).gid(NOBODY);
+            command
+        })
     }
 
     pub fn set_up(&self, command: &mut Command) {

@@ -1,6 +1,10 @@
 //! `--sandbox`: machines that do what they do elsewhere, in processes whose threads may do little else.
 
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
 
 use crate::counting::*;
 use crate::images::*;
@@ -32,8 +36,9 @@ fn every_thread_of_a_machine_that_runs_is_inside() {
         "--kernel count --mem 32M --serial file=said --console off --name v --sandbox auto --disk disk --rng";
     let guest = Running::new(place.command(&format!("{run} --transport pci --vsock")));
     await_words(&place, "said", 3);
-    assert_eq!(place.status("v")["sandbox"], "seccomp, no capabilities");
-    assert!(place.done("status v").contains("sandbox  seccomp, no capabilities\n"));
+    let layers = place.status("v")["sandbox"].as_str().unwrap().to_owned();
+    assert!(layers.starts_with("seccomp, ") && layers.ends_with("no capabilities"), "{layers}");
+    assert!(place.done("status v").contains(&format!("sandbox  {layers}\n")));
     let all = threads(&guest.pid().to_string());
     let none = "0".repeat(16);
     for (name, values) in &all {
@@ -59,7 +64,65 @@ fn every_thread_of_a_machine_that_runs_is_inside() {
     place.done("fork w --name x --sandbox auto --serial file=third -d");
     assert!(is_counted(&await_words(&place, "third", 3)));
     for name in ["w", "x"] {
-        assert_eq!(place.status(name)["sandbox"], "seccomp, no capabilities");
+        assert_eq!(place.status(name)["sandbox"], layers);
     }
     place.done("kill x");
+}
+
+/// All files that `pid` can name, with the folders that lead there, but what is in `grants`.
+fn named(pid: i32, grants: &[PathBuf]) -> Vec<PathBuf> {
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    let (mut all, mut rest) = (Vec::new(), vec![root.clone()]);
+    while let Some(at) = rest.pop() {
+        let path = Path::new("/").join(at.strip_prefix(&root).unwrap());
+        if !grants.contains(&path) {
+            rest.extend(fs::read_dir(&at).into_iter().flatten().map(|entry| entry.unwrap().path()));
+        }
+        all.push(path);
+    }
+    all.sort();
+    all
+}
+
+#[test]
+fn there_are_no_files_but_those_that_a_run_needs_whoever_starts_it() {
+    let test = "there_are_no_files_but_those_that_a_run_needs_whoever_starts_it";
+    if !has_kvm(test) {
+        return;
+    }
+    let [roots, others] = [(); 2].map(|()| Place::new());
+    [&roots, &others].into_iter().for_each(|place| place.file("count", kernel(&COUNTING)));
+    only_what_it_needs(test, &roots, |arguments| roots.command(arguments));
+    if let Some(command) = others.give_to_nobody(test) {
+        only_what_it_needs(test, &others, command);
+    }
+}
+
+fn only_what_it_needs(test: &str, place: &Place, command: impl Fn(&str) -> Command) {
+    let run = "--kernel count --mem 32M --serial file=said --console socket=console --name v";
+    let guest = Running::new(command(run));
+    await_words(place, "said", 3);
+    let done = |arguments: &str| {
+        let output = finish(command(arguments).spawn().unwrap());
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        output.stdout
+    };
+    let status: Value = serde_json::from_slice(&done("status v --json")).unwrap();
+    if !status["sandbox"].as_str().unwrap().contains("namespaces") {
+        return eprintln!("SKIP: {test}: needs namespaces, which a container may not have");
+    }
+    let folder = fs::canonicalize(place.dir.path()).unwrap();
+    let grants = [&folder, Path::new("/proc/self"), Path::new("/proc/cpuinfo")].map(Path::to_owned);
+    let mut expected: Vec<_> =
+        grants.iter().flat_map(|grant| grant.ancestors()).map(Path::to_owned).collect();
+    expected.sort();
+    expected.dedup();
+    assert_eq!(named(guest.pid(), &grants), expected);
+    let space = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/ipc")).unwrap();
+    assert_ne!(space(&guest.pid().to_string()), space("self"));
+    // The socket goes with the run, from where it was.
+    assert!(place.path("console").exists());
+    done("kill v");
+    drop(guest);
+    assert!(!place.path("console").exists());
 }

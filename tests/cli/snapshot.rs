@@ -1,11 +1,9 @@
 //! `vmm snapshot` and `vmm restore` with a tiny guest that counts.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, chown};
-use std::os::unix::process::CommandExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -466,28 +464,9 @@ fn another_user_than_root_saves_what_the_guest_has_touched_and_reads_no_more() {
     if !has_kvm(test) {
         return;
     }
-    const NOBODY: u32 = 65534;
     let place = Place::new();
     place.file("count", kernel(&COUNTING));
-    // A node and a program of its own: those that there are may be closed to it.
-    let device = fs::metadata("/dev/kvm").unwrap().rdev();
-    let node = mknodat(CWD, place.path("kvm"), FileType::CharacterDevice, Mode::from(0o666), device);
-    fs::copy(crate::PROGRAM, place.path("vmm")).unwrap();
-    for path in ["", "run", "kvm", "vmm", "count"] {
-        if node.is_err() || chown(place.path(path), Some(NOBODY), Some(NOBODY)).is_err() {
-            return eprintln!("SKIP: {test}: needs root, to be another user");
-        }
-    }
-    let command = |arguments: &str| {
-        let mut command = Command::new(place.path("vmm"));
-        command.args(arguments.split_whitespace());
-        place.set_up(&mut command);
-        command.env("VMM_KVM", place.path("kvm")).uid(NOBODY).gid(NOBODY);
-        command
-    };
-    if File::options().read(true).write(true).open(place.path("kvm")).is_err() {
-        return eprintln!("SKIP: {test}: needs a file system that has devices for temporary files");
-    }
+    let Some(command) = place.give_to_nobody(test) else { return };
     let start = "--kernel count --mem 512M --serial file=said --console off --name v";
     let mut guest = Running::new(command(start));
     await_words(&place, "said", 3);

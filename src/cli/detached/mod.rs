@@ -20,6 +20,7 @@ use vmm_monitor::api::registry::Registry;
 use vmm_monitor::config::{CharTarget, Console, OutputFile, Size, VmConfig};
 use vmm_monitor::output::Rotating;
 use vmm_monitor::pool::{Spare, Wanted};
+use vmm_monitor::sandbox::Grant;
 use vmm_monitor::session::{Built, End, Keeper, Observer};
 
 use record::{Record, Records, set_end};
@@ -163,6 +164,11 @@ impl Background {
     /// Who keeps the end of a run that another thread ends.
     pub fn keeper(&self) -> Arc<dyn Keeper> {
         self.shared.clone()
+    }
+
+    /// What it names while the machine runs: its record comes and goes, and may get another name.
+    pub fn grant(&self) -> Grant {
+        Grant::Folder(self.records.path().to_owned())
     }
 
     /// The name is ours: an earlier record of it makes room, and goes when the guest runs.

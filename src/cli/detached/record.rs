@@ -59,6 +59,11 @@ impl Records {
         Ok(Self { path: state.join("vmm") })
     }
 
+    /// The folder that they are in.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// That of `name`.
     pub fn of(&self, name: &str) -> Record {
         Record { name: name.to_owned(), folder: self.path.join(name) }

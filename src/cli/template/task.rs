@@ -3,7 +3,7 @@
 
 use std::error::Error;
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -20,6 +20,7 @@ use vmm_agent::protocol::{Exec, PORT};
 use vmm_command::{Code, Failure};
 use vmm_monitor::config::{CharTarget, VmConfig};
 use vmm_monitor::machine::{Handle, Phase};
+use vmm_monitor::sandbox::Grant;
 use vmm_monitor::session::{Built, End, Observer};
 use vmm_monitor::snapshot::New;
 use vmm_monitor::threads::{self, Role};
@@ -59,7 +60,9 @@ impl Signs {
             }
             _ if config.boot_marks && !has_command => Ok(Self::Mark),
             (Some(vsock), _) if !vsock.vhost => Ok(Self::Vsock),
-            (_, Some(CharTarget::Socket(path))) => Ok(Self::Port(path.clone())),
+            (_, Some(CharTarget::Socket(path))) => {
+                Ok(Self::Port(absolute(path).unwrap_or_else(|_| path.clone())))
+            }
             _ => {
                 let error = anyhow!("nothing would show when the guest is ready");
                 let hint = "have its agent answer, --vsock (docs/agent.md), or the guest write 123 to port 0x80: --boot-marks";
@@ -170,6 +173,12 @@ impl Task {
         Self { has_command: work.command.is_some(), work: Some(work), now, done: None }
     }
 
+    /// What it names while the machine runs: where a template is made.
+    pub fn grant(&self) -> Option<Grant> {
+        let new = self.work.as_ref()?.new.as_ref()?;
+        Some(Grant::Folder(new.folder().to_owned()))
+    }
+
     /// Whether signals are a command's.
     pub fn has_command(&self) -> bool {
         self.has_command
@@ -211,7 +220,13 @@ impl Task {
 impl Observer for Task {
     fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
         self.now.state().machine = Some(built.machine.handle());
-        if let Some(work) = self.work.take() {
+        if let Some(mut work) = self.work.take() {
+            if let Some(new) = &mut work.new
+                && let Err(error) = new.begins()
+            {
+                Failure::from(error).warn(with_flags);
+                work.new = None;
+            }
             let (give, take) = channel();
             let (now, dialer) = (self.now.clone(), built.dialer.clone());
             self.done = Some(take);

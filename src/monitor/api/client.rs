@@ -1,5 +1,6 @@
 //! The client of the control socket, for `vmm status`, `stop` and so on.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -230,12 +231,14 @@ impl Client {
         }
     }
 
-    /// Has it saved in files without names, however long that takes: configuration, state and memory, then disks.
+    /// Has it saved in files without names, however long that takes: configuration, state and memory, then its `disks`.
     ///
     /// # Errors
     /// As for [`Client::ask`].
-    pub fn fork(&mut self) -> Result<Vec<OwnedFd>, Error> {
-        match self.take_its_time(Command::Fork)? {
+    pub fn fork(&mut self, disks: &[File]) -> Result<Vec<OwnedFd>, Error> {
+        self.send_with(Command::Fork, &disks.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
+        let line = self.read_line(None)?;
+        match self.parse(&line)? {
             Answer::Status(_) => Ok(std::mem::take(&mut self.passed)),
             other => Err(self.other(other)),
         }

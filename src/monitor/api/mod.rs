@@ -192,7 +192,7 @@ pub trait Control: Send + Sync {
     ///
     /// # Errors
     /// In words, why there are none.
-    fn fork(&self) -> Result<Vec<OwnedFd>, Refusal>;
+    fn fork(&self, disks: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, Refusal>;
     /// Ends the machine without asking the guest. Takes effect whatever the machine is doing, paused included.
     fn kill(&self);
     /// The exit status of this process, once it is known what that will be.

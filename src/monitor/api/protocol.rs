@@ -104,7 +104,7 @@ pub enum Command {
         tied: bool,
     },
     /// Save it in files without names, whose descriptors come with the answer (SCM_RIGHTS): configuration, state and memory, in
-    /// this order, then the disks that the guest may write to.
+    /// this order, then the disks that the guest may write to. The files of those, which are empty, come with this.
     Fork,
 }
 

@@ -411,6 +411,11 @@ impl Entry {
         &self.name
     }
 
+    /// Where it is, and those of this user's other machines.
+    pub fn folder(&self) -> &Path {
+        self.registry.path()
+    }
+
     /// Where its socket device is if nobody says where.
     pub fn vsock(&self) -> PathBuf {
         self.registry.vsock(&self.name)

@@ -339,7 +339,7 @@ impl Orders {
                     let saving = Saving { compress, stay };
                     Done::Saved(save(&*control, &folder, base, passed, saving))
                 }
-                Command::Fork => Done::Forked(control.fork()),
+                Command::Fork => Done::Forked(control.fork(passed)),
                 _ => Done::Paused(control.pause()),
             };
             *lock(&result) = Some(done);

@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -67,7 +69,6 @@ fn data(file: &File, base: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
 
 /// The pages that this process has of a private mapping; perhaps more.
 fn held(region: &GuestRegionMmap) -> io::Result<Vec<Range<u64>>> {
-    // It is root's alone in a process that has closed itself to debuggers.
     Pagemap::open().map_or_else(|_| resident(region), |pagemap| listed(&pagemap, region))
 }
 
@@ -121,18 +122,28 @@ fn add(all: &mut Vec<Range<u64>>, page: u64) {
     }
 }
 
-/// Which pages this process has. It has to be opened before the process closes itself to debuggers: then its files in /proc are
-/// root's.
-#[derive(Debug)]
-pub struct Pagemap(File);
+/// Which pages this process has.
+#[derive(Debug, Clone, Copy)]
+pub struct Pagemap(&'static File);
+
+/// It stays open.
+static PAGEMAP: OnceLock<File> = OnceLock::new();
 
 impl Pagemap {
-    /// Opens it.
+    /// Opens it. The first time has to be before the process closes itself to debuggers, because then its files in /proc are root's, and
+    /// before it enters a jail.
+    ///
+    /// A child of the process that has been forked since sees its parent's: all pages that it has itself, and those that its parent has got
+    /// since then, as long as the parent keeps the mapping.
     ///
     /// # Errors
     /// There is no /proc, or it is too late.
     pub fn open() -> io::Result<Self> {
-        File::open("/proc/self/pagemap").map(Self)
+        if let Some(open) = PAGEMAP.get() {
+            return Ok(Self(open));
+        }
+        let file = File::open("/proc/self/pagemap")?;
+        Ok(Self(PAGEMAP.get_or_init(|| file)))
     }
 
     /// Calls `see` with the number of each page of `region`, in order, and its entry.
@@ -147,6 +158,12 @@ impl Pagemap {
             (batch..).zip(entries).for_each(|(page, entry)| see(page, entry));
         }
         Ok(())
+    }
+}
+
+impl AsFd for Pagemap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

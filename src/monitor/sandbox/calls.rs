@@ -128,6 +128,9 @@ const ALL: &[Call] = &[
     any(libc::SYS_capset),
     any(libc::SYS_capget),
     any(libc::SYS_seccomp),
+    any(libc::SYS_landlock_restrict_self),
+    // How much of that there is.
+    when(libc::SYS_landlock_create_ruleset, &[&[is(2, 1)]]),
     when(libc::SYS_prctl, &[&[is(0, libc::PR_SET_NO_NEW_PRIVS as u32)]]),
 ];
 
@@ -301,19 +304,20 @@ const HOUSE: &[Call] = &[
     any(libc::SYS_close_range),
     any(libc::SYS_bind),
     any(libc::SYS_listen),
+    when(libc::SYS_socketpair, &[&[is(0, libc::AF_UNIX as u32)]]),
     // What becomes of a tap's interface.
     when(libc::SYS_socket, &[&[is(0, libc::AF_NETLINK as u32)]]),
 ];
 
-/// The lists of `role`, for a machine with these `needs`.
-pub(super) fn of_role(role: &Role, needs: Needs) -> Vec<&'static [Call]> {
+/// The lists of `role`, for a `machine` with these needs.
+pub(super) fn of_role(role: &Role, machine: Needs) -> Vec<&'static [Call]> {
     let mut lists = vec![ALL];
     let mut add = |condition: bool, list: &'static [Call]| {
         if condition {
             lists.push(list);
         }
     };
-    let has = |need| needs.contains(need);
+    let has = |need| machine.contains(need);
     let rotates = has(Needs::ROTATES);
     match role {
         Role::Vcpu(_) => {
@@ -333,7 +337,8 @@ pub(super) fn of_role(role: &Role, needs: Needs) -> Vec<&'static [Call]> {
             add(has(Needs::DISK), IMAGE);
             add(has(Needs::INTERNET), INTERNET);
             add(has(Needs::INTERNET | Needs::UNIX), FILES);
-            add(has(Needs::UNIX), UNIX);
+            // A user network knows the machines of its segments by name, and asks whether they are there.
+            add(has(Needs::UNIX) || has(Needs::INTERNET) && machine.contains(Needs::UNIX), UNIX);
             add(has(Needs::VHOST), VHOST);
             add(has(Needs::TAP), TAP);
             add(rotates, ROTATION);
@@ -356,7 +361,7 @@ pub(super) fn of_role(role: &Role, needs: Needs) -> Vec<&'static [Call]> {
             add(true, IMAGE);
             add(true, THREADS);
             add(true, FILES);
-            add(true, UNIX);
+            add(has(Needs::UNIX), UNIX);
             add(true, HOUSE);
             add(true, USERFAULTFD);
             add(has(Needs::INTERNET), INTERNET);

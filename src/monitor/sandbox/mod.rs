@@ -9,11 +9,12 @@
 //! they differ keeps mistakes small, and tells what each role is for.
 
 mod calls;
+mod files;
+mod namespaces;
 mod process;
 mod refused;
 mod seccomp;
 
-use std::io;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
@@ -21,7 +22,9 @@ use bitflags::bitflags;
 
 use crate::config::{CharTarget, Net, NetTarget, OnPanic, OnReboot, ParseError, Plug, VmConfig};
 use crate::threads::Role;
+use files::Reach;
 
+pub use files::Grant;
 pub use refused::Refused;
 
 bitflags! {
@@ -94,8 +97,10 @@ pub enum Mode {
     /// None.
     #[default]
     Off,
-    /// There is one, or nothing runs.
+    /// The strongest that this host has.
     Auto,
+    /// All of it, or nothing runs.
+    Strict,
 }
 
 impl FromStr for Mode {
@@ -105,13 +110,14 @@ impl FromStr for Mode {
         match text {
             "off" => Ok(Self::Off),
             "auto" => Ok(Self::Auto),
-            _ => Err(ParseError::hinted(format!("{text:?} is no sandbox"), "use off or auto")),
+            "strict" => Ok(Self::Strict),
+            _ => Err(ParseError::hinted(format!("{text:?} is no sandbox"), "use auto, strict or off")),
         }
     }
 }
 
 /// The jail of a process.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Jail {
     /// Whether there is one.
     pub mode: Mode,
@@ -119,6 +125,8 @@ pub struct Jail {
     pub goes_on: bool,
     /// What the lists are made from.
     pub needs: Needs,
+    /// What may be named of the host's files.
+    pub grants: Vec<Grant>,
     /// Says that a call was refused, and gives the exit status of the process, which ends with that.
     pub refused: fn(&Refused) -> u8,
 }
@@ -129,21 +137,33 @@ pub struct Jail {
 pub struct Error {
     what: &'static str,
     #[source]
-    source: io::Error,
+    source: Box<dyn std::error::Error + Send + Sync>,
+    hint: &'static str,
 }
 
 impl Error {
-    fn of(what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self { what, source }
+    fn of<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+        what: &'static str,
+        hint: &'static str,
+    ) -> impl FnOnce(E) -> Self {
+        move |source| Self { what, source: source.into(), hint }
     }
 
     /// What to try.
     pub fn hint(&self) -> &'static str {
-        "it needs a kernel with CONFIG_SECCOMP_FILTER; without the sandbox, the guest has to be trusted"
+        self.hint
     }
 }
 
+const FILTERS: &str =
+    "it needs a kernel with CONFIG_SECCOMP_FILTER; without the sandbox, the guest has to be trusted";
+const NAMESPACES: &str = "it needs namespaces, which a container mostly lacks and a user may be denied (AppArmor, a sysctl); \
+                          `sandbox=auto` does with what there is";
+const LANDLOCK: &str =
+    "it needs Linux 6.12 with landlock among its security modules; `sandbox=auto` does with what there is";
+
 static JAIL: OnceLock<Jail> = OnceLock::new();
+static GRANTS: OnceLock<Vec<Grant>> = OnceLock::new();
 
 /// From now on this process's threads enter `jail`. To be called while there is one, before anything of a guest's is read. A refused
 /// call is the end of the process, which `end` brings about on the thread that made it.
@@ -154,11 +174,47 @@ pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Resu
     if jail.mode == Mode::Off {
         return Ok(());
     }
-    process::no_new_privileges().map_err(Error::of("forbid new privileges"))?;
-    refused::listen(end).map_err(Error::of("listen for refused system calls"))?;
+    process::no_new_privileges().map_err(Error::of("forbid new privileges", FILTERS))?;
+    match namespaces::leave().map_err(Error::of("leave the host's namespaces", NAMESPACES))? {
+        Err(error) if jail.mode == Mode::Strict => {
+            return Err(Error::of("leave the host's namespaces", NAMESPACES)(error));
+        }
+        Err(error) => log::info!("sandbox: there are no namespaces for this user: {error}"),
+        Ok(()) => {}
+    }
+    refused::listen(end).map_err(Error::of("listen for refused system calls", FILTERS))?;
     // The first is all that there is.
     let _ = JAIL.set(jail);
     Ok(())
+}
+
+/// Has the jail, if there is one, hide all files but its grants and `more`: to be called before a thread [enters](enter), and when all of
+/// them are there.
+///
+/// # Errors
+/// The kernel has no such thing, and the jail is to be strict; or refuses.
+pub fn close(more: impl IntoIterator<Item = Grant>) -> Result<(), Error> {
+    let Some(jail) = JAIL.get() else { return Ok(()) };
+    let grants = GRANTS.get_or_init(|| jail.grants.iter().cloned().chain(more).collect());
+    files::close(grants, jail.mode).map_err(Error::of("put files out of reach", LANDLOCK))
+}
+
+/// The calling thread, which has set all up, enters, and has all others find nothing but the jail's grants from now on. All that is to be
+/// opened is open.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn lock(role: &Role) -> Result<(), Error> {
+    let Some(jail) = JAIL.get() else { return Ok(()) };
+    let grants = GRANTS.get().map_or(&[][..], Vec::as_slice);
+    match namespaces::stay_in(grants) {
+        Err(error) if jail.mode == Mode::Strict => {
+            return Err(Error::of("leave the host's files", NAMESPACES)(error));
+        }
+        Err(error) => log::info!("sandbox: the host's files are still there: {error}"),
+        Ok(()) => {}
+    }
+    enter(role)
 }
 
 /// The calling thread, which is for `role`, asks the host's kernel for nothing else from now on. Nothing happens if there is no jail.
@@ -167,8 +223,9 @@ pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Resu
 /// The kernel refuses: the thread must do nothing for a guest.
 pub fn enter(role: &Role) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
-    process::drop_capabilities().map_err(Error::of("drop capabilities"))?;
-    seccomp::apply(role, jail.needs).map_err(Error::of("limit system calls"))
+    files::enter().map_err(Error::of("put files out of reach", LANDLOCK))?;
+    process::drop_capabilities().map_err(Error::of("drop capabilities", FILTERS))?;
+    seccomp::apply(role, jail.needs).map_err(Error::of("limit system calls", FILTERS))
 }
 
 /// Whether the jail of this process has what these `needs` are for.
@@ -177,6 +234,16 @@ pub fn allows(needs: Needs) -> bool {
 }
 
 /// What the jail of this process is made of, for people.
-pub fn layers() -> &'static str {
-    JAIL.get().map_or("off", |_| "seccomp, no capabilities")
+pub fn layers() -> String {
+    if JAIL.get().is_none() {
+        return "off".to_owned();
+    }
+    let files = match files::reach() {
+        Reach::Places => Some("landlock"),
+        Reach::More => Some("landlock in part"),
+        Reach::All => None,
+    };
+    let namespaces = namespaces::is_alone().then_some("namespaces");
+    let layers = [Some("seccomp"), files, namespaces, Some("no capabilities")];
+    layers.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }

@@ -28,7 +28,7 @@ use crate::machine::{self, Machine, Origin, Outcome, Shell};
 use crate::memory;
 use crate::pool::{Spare, Wanted};
 use crate::recorder::Recorder;
-use crate::sandbox::{self, Jail};
+use crate::sandbox::{self, Grant, Jail, Needs};
 use crate::threads::{OrdersElsewhere, Role};
 use crate::virtio;
 use crate::vsock::Dialer;
@@ -309,6 +309,10 @@ impl<'a> Session<'a> {
     }
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
+        if let Some(Controlled { unserved: Some((entry, _)), .. }) = &self.controlled {
+            let own = Grant::Folder(entry.folder().to_owned());
+            sandbox::close(Grant::of(self.config).into_iter().chain([own]))?;
+        }
         // Other starts do without the thread until they last. One that stands ready first is its pool's affair until then.
         let outputs = self.controlled.as_ref().map_or(&[][..], |controlled| &controlled.outputs);
         let spare = self.controlled.as_ref().and_then(|controlled| controlled.spare.clone());
@@ -326,7 +330,7 @@ impl<'a> Session<'a> {
             }
             // All is open, and nothing of the guest's has run.
             if self.controlled.is_some() && !std::mem::replace(&mut self.is_inside, true) {
-                sandbox::enter(&Role::Main)?;
+                sandbox::lock(&Role::Main)?;
             }
             let wanted = match self.controlled.as_mut().and_then(|controlled| controlled.spare.take()) {
                 Some(spare) => Some(self.stand(&spare, &mut machine)?),
@@ -402,7 +406,13 @@ impl<'a> Session<'a> {
         self.config.validate()?;
         let saved = self.saved.take();
         let origin = match (&saved, &mut self.boot) {
-            (Some(saved), _) => saved,
+            (Some(saved), boot) => {
+                // What a reset starts from may be missing now, and is missed then.
+                if Needs::of(self.config).contains(Needs::REBOOTS) {
+                    *boot = Origin::of(self.config).ok();
+                }
+                saved
+            }
             (None, Some(boot)) => boot,
             (None, boot @ None) => boot.insert(Origin::of(self.config)?),
         };

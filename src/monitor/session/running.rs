@@ -59,12 +59,12 @@ pub(super) enum Asked {
 }
 
 impl Running {
-    /// One that is called `name` and will be built from `config`, whose snapshots record `original`, and that `viewers` can look at. Its socket device, if it has one, is
-    /// at `vsock`, unless the configuration says otherwise.
+    /// One that is called `name` and will be built from `config`, whose snapshots record `original`, and that `viewers` can look at. Its
+    /// socket device, if it has one, is at `vsock`, unless the configuration says otherwise.
     pub fn new(
         name: &str,
         config: &VmConfig,
-        original: VmConfig,
+        mut original: VmConfig,
         vsock: &Path,
         viewers: Arc<dyn Viewers>,
         killed_status: u8,
@@ -90,8 +90,10 @@ impl Running {
             ptys: Vec::new(),
             ports,
             networks: Vec::new(),
-            sandbox: sandbox::layers().to_owned(),
+            sandbox: String::new(),
         };
+        // While this process is where its user is.
+        original.make_absolute();
         let orders = AtomicU32::new(0);
         let (started, now) = (Instant::now(), Arc::default());
         Self { started, status, original, now, viewers, orders, killed_status, keeper }
@@ -210,7 +212,8 @@ impl Control for Running {
         let uptime_seconds = self.started.elapsed().as_millis() as f64 / 1000.0;
         let networks =
             now.machine.iter().flat_map(Handle::networks).map(|network| (&network).into()).collect();
-        Status { state, uptime_seconds, ptys: now.ptys.clone(), networks, ..self.status.clone() }
+        let (ptys, sandbox) = (now.ptys.clone(), sandbox::layers());
+        Status { state, uptime_seconds, ptys, networks, sandbox, ..self.status.clone() }
     }
 
     fn pause(&self) -> Result<(), String> {
@@ -247,16 +250,12 @@ impl Control for Running {
     }
 
     fn snapshot(&self, parts: &Parts, below: Option<Below>, saving: Saving) -> Result<bool, Refusal> {
-        let mut config = self.original.clone();
-        config.make_absolute();
-        let saved = snapshot::save(&self.machine()?, &config, parts, below, saving);
+        let saved = snapshot::save(&self.machine()?, &self.original, parts, below, saving);
         saved.map_err(|error| refusal(&error, error.hint()))
     }
 
-    fn fork(&self) -> Result<Vec<OwnedFd>, Refusal> {
-        let mut config = self.original.clone();
-        config.make_absolute();
-        let parts = snapshot::fork(&self.machine()?, &config);
+    fn fork(&self, disks: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, Refusal> {
+        let parts = snapshot::fork(&self.machine()?, &self.original, disks);
         parts.map(Parts::into_descriptors).map_err(|error| refusal(&error, error.hint()))
     }
 

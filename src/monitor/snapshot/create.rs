@@ -1,5 +1,6 @@
 //! A machine is saved: into files that whoever asks has opened, or into some without a name.
 
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use super::base::{Base, Below};
@@ -66,16 +67,17 @@ pub fn save(
     Ok(ran)
 }
 
-/// The same into files that have no name, for other processes to go on from.
+/// The same into files that have no name, those of `disks` among them, for other processes to go on from.
 ///
 /// # Errors
 /// [`Error`]
-pub fn fork(machine: &Handle, config: &VmConfig) -> Result<Parts, Error> {
+pub fn fork(machine: &Handle, config: &VmConfig, disks: Vec<OwnedFd>) -> Result<Parts, Error> {
     if let Some(disk) = disks::in_place(config) {
         return Err(Error::InPlace(disk.path.clone()));
     }
     let mut parts = Parts::unnamed()?;
-    parts.disks = disks::unnamed(config)?;
+    parts.disks = disks::of_files(config, disks);
+    disks::check(config, &parts)?;
     complete_memory(machine)?;
     let (taken, _) = standing_still(machine, false, |paused| {
         disks::save(machine, paused, config, &parts)?;

@@ -1,10 +1,12 @@
 //! Disks that the guest may write to: a snapshot's folder has each as it was at that moment, and a machine that goes on from it
 //! writes into an overlay of its own. What the image of a disk with an overlay was stays where it is, by its path.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use super::parts::{Part, Parts};
+use super::parts::{NAMES, Part, Parts};
 use super::{Error, file};
 use crate::config::{Disk, ImageFormat, Overlay, VmConfig};
 use crate::disk;
@@ -43,16 +45,19 @@ pub fn copies(config: &VmConfig) -> impl Iterator<Item = PathBuf> {
     written(config).map(|(index, _)| name(index))
 }
 
-/// A file without a name for each of those.
+/// `files` as those that copies of those are written to.
+pub fn of_files(config: &VmConfig, files: Vec<OwnedFd>) -> Vec<Part> {
+    let disks = written(config).map(|(_, disk)| disk.path.clone());
+    disks.zip(files).map(|(path, file)| Part { path, file: file.into() }).collect()
+}
+
+/// A file without a name for each of the disks among a snapshot's `files`: they are to be copied there.
 ///
 /// # Errors
 /// There is no place for them.
-pub fn unnamed(config: &VmConfig) -> Result<Vec<Part>, Error> {
-    let new = |(_, disk): (usize, &Disk)| {
-        let file = disk::unnamed().map_err(file("copy disk", &disk.path))?;
-        Ok(Part { path: disk.path.clone(), file })
-    };
-    written(config).map(new).collect()
+pub fn unnamed(files: &[PathBuf]) -> Result<Vec<File>, Error> {
+    let disks = files.iter().filter(|file| !NAMES.iter().any(|name| Path::new(name) == **file));
+    disks.map(|disk| disk::unnamed().map_err(file("make a place for the copy of", disk))).collect()
 }
 
 /// Whether `parts` has a file for each of those.

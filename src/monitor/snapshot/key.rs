@@ -1,13 +1,15 @@
 //! [`Key`]: all that a machine depends on which was saved when its guest had booted. A machine with the same key would boot to the
 //! same; with another it may not.
 
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{Mode, OFlags, open};
 use serde::{Deserialize, Serialize};
 
 use super::{Error, network_of_one};
@@ -125,6 +127,45 @@ impl Key {
             (self.program != earlier.program, "vmm itself"),
         ];
         files.chain(others.into_iter().filter_map(|(changed, what)| changed.then_some(what))).collect()
+    }
+}
+
+/// The files of a key, held: they can be looked at when nothing has a name any more.
+#[derive(Debug)]
+pub struct Held(Vec<OwnedFd>);
+
+impl Held {
+    /// Those of the machine that `config` describes, which has `key` if nothing has changed since.
+    ///
+    /// # Errors
+    /// Something has; it cannot be opened.
+    pub fn of(config: &VmConfig, key: &Key) -> Result<Self, Error> {
+        let hold = |(_, path): (_, PathBuf)| {
+            let held = open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+            held.map_err(|error| super::file("open", &path)(error.into()))
+        };
+        let held = Self(files(config).map(hold).collect::<Result<_, _>>()?);
+        // They have the key's names now, and are the key's files.
+        match Key::of(config)?.changes(key).first() {
+            Some(what) => Err(Error::Changed((*what).to_owned())),
+            None => held.check(key).map(|()| held),
+        }
+    }
+
+    /// Whether they are as they were when they had this key.
+    ///
+    /// # Errors
+    /// One has changed.
+    pub fn check(&self, key: &Key) -> Result<(), Error> {
+        for (file, (what, id)) in self.0.iter().zip(&key.files) {
+            let path = Path::new(what);
+            // A descriptor of a path alone is looked at like any.
+            let now = File::from(file.try_clone().map_err(super::file("look at", path))?).metadata();
+            if FileId::from(&now.map_err(super::file("look at", path))?) != *id {
+                return Err(Error::Changed(what.clone()));
+            }
+        }
+        Ok(())
     }
 }
 

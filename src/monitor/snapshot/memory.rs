@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddres
 
 use crate::memory::frozen::Frozen;
 use crate::memory::packed::Packer;
-use crate::memory::{Memory, RamFile, SavedRam, union, within};
+use crate::memory::{Memory, Pagemap, RamFile, SavedRam, union, within};
 
 /// What is a hole or not: a page.
 const BLOCK: usize = 4096;
@@ -68,7 +68,8 @@ impl Writing {
             let ours = memory.ram().iter().filter_map(|region| region.file_offset());
             let ours = ours.map(|object| object.file().as_fd());
             let bases = base.iter().flat_map(|(base, _)| base.files()).map(|file| file.file().as_fd());
-            let keep = ours.chain(bases).chain([file.as_fd()]);
+            let pagemap = Pagemap::open().ok();
+            let keep = ours.chain(bases).chain([file.as_fd()]).chain(pagemap.as_ref().map(AsFd::as_fd));
             let keep: Vec<_> = keep.chain(base.as_ref().map(|(_, runs)| runs.as_fd())).collect();
             match Frozen::begin(&keep, || write(memory, file, packed, over)) {
                 Ok(frozen) => return Ok(Self { sum: Sum::Frozen(frozen), base }),

@@ -36,6 +36,7 @@ use parts::Part;
 pub use base::Below;
 pub use child::{child, network_of_one};
 pub use create::{Saving, create, fork, save};
+pub use disks::unnamed as unnamed_disks;
 pub use family::{Relative, Tie, above, family};
 pub use folder::Folder;
 pub use key::Key;
@@ -191,7 +192,7 @@ pub struct Snapshot {
     base: Option<(PathBuf, Box<Snapshot>)>,
     way: Way,
     working_set: Option<WorkingSet>,
-    unrecorded: Option<Unrecorded>,
+    unrecorded: Option<PathBuf>,
 }
 
 impl Snapshot {
@@ -204,7 +205,7 @@ impl Snapshot {
         disks::locate(&mut snapshot.config, folder)?;
         snapshot.working_set = working_set::read(folder, &snapshot.header);
         if snapshot.working_set.is_none() {
-            snapshot.unrecorded = Unrecorded::of(folder, &snapshot.header);
+            snapshot.unrecorded = Some(folder.to_owned());
         }
         Ok(snapshot)
     }
@@ -289,7 +290,8 @@ impl Snapshot {
 
     /// Where the pages that its machine, which `config` describes, needs first are to be written down, if they are not known.
     pub fn unrecorded(&mut self, config: &VmConfig) -> Option<Unrecorded> {
-        self.unrecorded.take().filter(|_| self.is_mapped(config))
+        let folder = self.unrecorded.take().filter(|_| self.is_mapped(config))?;
+        Unrecorded::of(&folder, &self.header)
     }
 
     /// Its files, for processes to go on from, which share their memory: none that would need other files.

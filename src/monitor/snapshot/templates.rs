@@ -15,6 +15,7 @@ use rustix::fs::{
     CWD, FlockOperation, RenameFlags, Timespec, Timestamps, UTIME_NOW, flock, renameat_with, utimensat,
 };
 
+use super::key::Held;
 use super::{Error, Folder, Key, Saved, Snapshot, create, file, files};
 use crate::config::VmConfig;
 use crate::error_chain;
@@ -63,6 +64,8 @@ pub struct New {
     /// Where it is made, and the lock on that.
     making: PathBuf,
     _lock: File,
+    /// What the machine began with, once it has.
+    held: Option<Held>,
 }
 
 impl Templates {
@@ -89,7 +92,8 @@ impl Templates {
         }
         let making = self.folder.join(format!("{MAKING}.{}", key.name()));
         let lock = lock(&making).map_err(file("lock", &making))?;
-        let new = New { templates: self.clone(), key: Key::settled(&config)?, config, making, _lock: lock };
+        let (templates, key) = (self.clone(), Key::settled(&config)?);
+        let new = New { templates, key, config, making, _lock: lock, held: None };
         new.clear().map_err(file("clear", &new.making))?;
         // Another may have made it meanwhile.
         match self.whole(&new.key) {
@@ -191,14 +195,27 @@ impl Templates {
 }
 
 impl New {
+    /// Where it and this user's other templates are.
+    pub fn folder(&self) -> &Path {
+        &self.templates.folder
+    }
+
+    /// A machine has opened what it begins with: none of that may change from now on.
+    ///
+    /// # Errors
+    /// It has changed before. There is to be no template, then.
+    pub fn begins(&mut self) -> Result<(), Error> {
+        self.held = Some(Held::of(&self.config, &self.key)?);
+        Ok(())
+    }
+
     /// Saves `machine`, whose guest is ready, and lets it go on. From then on it is there for all.
     ///
     /// # Errors
     /// It cannot be saved; what it began with has changed meanwhile. There is none then.
     pub fn save(self, machine: &Handle) -> Result<(), Error> {
-        let now = Key::of(&self.config)?;
-        if let Some(what) = now.changes(&self.key).first() {
-            return Err(Error::Changed((*what).to_owned()));
+        if let Some(held) = &self.held {
+            held.check(&self.key)?;
         }
         let made = self.making.join("template");
         create(machine, &self.config, Folder::begin(&made, &files(&self.config))?)?;

@@ -3,12 +3,12 @@
 //!
 //! It is advice, and as untrusted as the rest: one that is not whole, another snapshot's or beyond the bounds is none.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use rustix::fs::{Access, OFlags, access};
+use rustix::fs::OFlags;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
@@ -33,13 +33,9 @@ fn identity(header: &Header) -> Identity {
     (header.config, header.state, header.memory, header.size)
 }
 
-/// Whether it is what this makes in a folder, or leaves there when it is killed.
+/// Whether it is what this makes in a folder.
 pub fn is_named(name: &str) -> bool {
     name == NAME
-        || name
-            .strip_prefix('.')
-            .and_then(|name| name.strip_prefix(NAME))
-            .is_some_and(|rest| rest.starts_with('.'))
 }
 
 /// What follows its CRC-32.
@@ -89,37 +85,32 @@ fn decode(bytes: &[u8], snapshot: &Identity) -> Option<WorkingSet> {
     (of == *snapshot && end <= of.3 / PAGE).then_some(set)
 }
 
-/// A folder without such a file, where this process may make one.
+/// A file of a folder that nothing is written down in yet. Who reads it meanwhile finds nothing.
 #[derive(Debug)]
 pub struct Unrecorded {
-    path: PathBuf,
+    file: File,
     snapshot: Identity,
     pagemap: Pagemap,
 }
 
 impl Unrecorded {
-    /// `folder`, unless it is another user's or nobody may write there.
+    /// That of `folder`, unless it is another user's, nobody may write there, or another machine is about to write it.
     pub(super) fn of(folder: &Path, header: &Header) -> Option<Self> {
         let is_ours = fs::metadata(folder).is_ok_and(|folder| folder.uid() == geteuid().as_raw());
-        let is_open = is_ours && access(folder, Access::WRITE_OK | Access::EXEC_OK).is_ok();
-        let path = std::path::absolute(folder.join(NAME)).ok()?;
-        is_open.then_some(Self { path, snapshot: identity(header), pagemap: Pagemap::open().ok()? })
+        let pagemap = Pagemap::open().ok()?;
+        let file = is_ours.then(|| output::create(&folder.join(NAME)).ok()).flatten()?;
+        Some(Self { file, snapshot: identity(header), pagemap })
     }
 
     /// Writes down what `machine`, which goes on from the folder, has touched until now.
     ///
     /// # Errors
-    /// It cannot be seen, or the file not be made.
-    pub fn record(&self, machine: &Handle) -> io::Result<WorkingSet> {
+    /// It cannot be seen, or not be written.
+    pub fn record(mut self, machine: &Handle) -> io::Result<WorkingSet> {
         let set = machine.memory().working_set(&self.pagemap)?;
         let bytes = encode(self.snapshot, &set).ok_or(io::ErrorKind::InvalidData)?;
-        let (_, hidden) = output::hidden(&self.path).ok_or(io::ErrorKind::InvalidInput)?;
-        let written = output::create(&hidden).and_then(|mut file| file.write_all(&bytes));
-        let named = written.and_then(|()| fs::rename(&hidden, &self.path));
-        if named.is_err() {
-            let _ = fs::remove_file(&hidden);
-        }
-        named.map(|()| set)
+        // Half of it is none: there is a checksum.
+        self.file.write_all(&bytes).map(|()| set)
     }
 }
 

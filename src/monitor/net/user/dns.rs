@@ -96,16 +96,20 @@ impl Resolvers {
         let is_stale = self.read.is_none_or(|read| now.saturating_duration_since(read) > FRESH);
         if !self.fixed && is_stale {
             // A laptop's network changes while its guests run.
-            self.list = parse(&host_config());
+            if let Some(text) = host_config(self.read.is_none()) {
+                self.list = parse(&text);
+            }
             self.read = Some(now);
         }
         self.list.get(attempt % self.list.len().max(1)).copied()
     }
 }
 
-/// The host's resolv.conf(5). One that cannot be read says nothing.
-pub fn host_config() -> String {
-    fs::read_to_string("/etc/resolv.conf").unwrap_or_default()
+/// The host's resolv.conf(5). One that cannot be read says nothing the `first` time; later, what was read before stands: it may be out of
+/// a sandbox's reach when it was replaced.
+pub fn host_config(first: bool) -> Option<String> {
+    let read = fs::read_to_string("/etc/resolv.conf").ok();
+    read.or_else(|| first.then(String::new))
 }
 
 /// The servers of a resolv.conf(5); the library asks this host where there are none.

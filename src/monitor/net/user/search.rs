@@ -34,7 +34,9 @@ impl Search {
     pub fn list(&mut self, now: Instant) -> &[u8] {
         let is_stale = self.read.is_none_or(|read| now.saturating_duration_since(read) > FRESH);
         if self.is_hosts && is_stale {
-            self.list = parse(&host_config());
+            if let Some(text) = host_config(self.read.is_none()) {
+                self.list = parse(&text);
+            }
             self.read = Some(now);
         }
         &self.list

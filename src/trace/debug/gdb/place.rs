@@ -7,7 +7,7 @@ use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use gdbstub::conn::Connection;
@@ -32,6 +32,16 @@ pub enum Place {
         /// An address that other machines reach is meant.
         public: bool,
     },
+}
+
+impl Place {
+    /// The path of its socket, if it is one.
+    pub fn socket(&self) -> Option<&Path> {
+        match self {
+            Self::Unix(path) => Some(path),
+            Self::Tcp { .. } => None,
+        }
+    }
 }
 
 impl TryFrom<&OsStr> for Place {

@@ -1,0 +1,181 @@
+//! What of the host's files a thread may name (landlock(7)): nothing, but for what a run makes, renames, reads anew or removes when its
+//! guest runs already. What is open stays open.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, Scope,
+};
+
+use super::{Mode, Needs};
+use crate::config::{CharTarget, VmConfig};
+
+/// The kernel's latest rights that are taken away: those of Linux 6.10 and 6.12.
+const FILES: ABI = ABI::V5;
+const SCOPES: ABI = ABI::V6;
+
+/// What a run needs of the host's files while its guest runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Grant {
+    /// A file that is read anew now and then, or a folder of such.
+    Read(PathBuf),
+    /// A folder where files, sockets and folders come, change and go.
+    Folder(PathBuf),
+    /// A folder where a file begins anew under its name.
+    Rotation(PathBuf),
+    /// A folder from which the run removes what it has made there.
+    Removal(PathBuf),
+}
+
+impl Grant {
+    /// Those of the machine that `config` describes.
+    pub fn of(config: &VmConfig) -> Vec<Self> {
+        // What the kernel knows of this process: which pages are touched, and what its threads take.
+        let mut grants = vec![Self::Read("/proc/self".into()), Self::Read("/proc/cpuinfo".into())];
+        if Needs::of(config).contains(Needs::INTERNET) {
+            grants.push(Self::resolvers());
+        }
+        let console = config.console();
+        let ends = [&console, &config.serial].into_iter().chain(config.port.iter().map(|port| &port.to));
+        for end in ends {
+            match end {
+                CharTarget::File(file) if file.max.is_some() => grants.push(Self::rotation(&file.path)),
+                CharTarget::Socket(path) => grants.push(Self::removal(path)),
+                _ => {}
+            }
+        }
+        let dump = config.net_dump.iter().filter(|dump| dump.max.is_some());
+        grants.extend(dump.map(|dump| Self::rotation(&dump.path)));
+        let vsock = config.vsock.iter().filter_map(|vsock| vsock.path.as_ref());
+        grants.extend(vsock.map(|path| Self::removal(path)));
+        grants
+    }
+
+    /// Where the file at `path` begins anew.
+    pub fn rotation(path: &Path) -> Self {
+        Self::Rotation(folder(path))
+    }
+
+    /// Where the socket at `path` is.
+    pub fn removal(path: &Path) -> Self {
+        Self::Removal(folder(path))
+    }
+
+    /// The host's resolv.conf(5): with its folder where that is somebody's for just that, because most put a new file in its place.
+    fn resolvers() -> Self {
+        let named = PathBuf::from("/etc/resolv.conf");
+        let file = named.canonicalize().unwrap_or(named);
+        match file.parent() {
+            Some(folder) if folder.starts_with("/run") && folder != Path::new("/run") => {
+                Self::Read(folder.to_owned())
+            }
+            _ => Self::Read(file),
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::Read(path) | Self::Folder(path) | Self::Rotation(path) | Self::Removal(path) => path,
+        }
+    }
+
+    fn rights(&self, is_folder: bool) -> BitFlags<AccessFs> {
+        match self {
+            Self::Read(_) if is_folder => AccessFs::ReadFile | AccessFs::ReadDir,
+            Self::Read(_) => AccessFs::ReadFile.into(),
+            Self::Folder(_) => {
+                AccessFs::from_all(FILES)
+                    & !(AccessFs::Execute | AccessFs::MakeBlock | AccessFs::MakeChar | AccessFs::IoctlDev)
+            }
+            Self::Rotation(_) => {
+                AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg | AccessFs::RemoveFile
+            }
+            Self::Removal(_) => AccessFs::RemoveFile.into(),
+        }
+    }
+}
+
+/// That of `path`, wherever this process goes.
+fn folder(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    path.parent().unwrap_or(Path::new("/")).to_owned()
+}
+
+/// The rules of this process, once they are made; none if the kernel knows no such thing.
+static RULES: OnceLock<Option<OwnedFd>> = OnceLock::new();
+
+/// What landlock_create_ruleset(2) says of itself, without attributes.
+fn ask(what: u32) -> libc::c_long {
+    // SAFETY: it takes no memory.
+    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0, what) }
+}
+
+/// The number of its latest interface.
+fn version() -> libc::c_long {
+    const VERSION: u32 = 1;
+    ask(VERSION)
+}
+
+/// What others are kept from. Signals only where the kernel does not take the threads of this process for others, as it did at first
+/// (Documentation/userspace-api/landlock.rst, erratum 2).
+fn scopes() -> BitFlags<Scope> {
+    const ERRATA: u32 = 2;
+    const THREADS_ARE_OURS: libc::c_long = 1 << 1;
+    let errata = ask(ERRATA);
+    match errata > 0 && errata & THREADS_ARE_OURS != 0 {
+        true => Scope::from_all(SCOPES),
+        false => Scope::AbstractUnixSocket.into(),
+    }
+}
+
+/// From now on threads that [`enter`] can name what is at `grants`, and no other file; send signals to no other process, and speak to none
+/// of the abstract unix sockets that others have made.
+pub(super) fn close(grants: &[Grant], mode: Mode) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let level = if mode == Mode::Strict { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
+    let rules = Ruleset::default().set_compatibility(level).handle_access(AccessFs::from_all(FILES))?;
+    let mut rules = rules.scope(scopes())?.create()?;
+    for grant in grants {
+        // What is not there is named by nobody; a file is no folder.
+        let Ok(found) = grant.path().metadata() else { continue };
+        if found.is_dir() || matches!(grant, Grant::Read(_)) {
+            let there = PathFd::new(grant.path())?;
+            rules = rules.add_rule(PathBeneath::new(there, grant.rights(found.is_dir())))?;
+        }
+    }
+    let _ = RULES.set(rules.into());
+    Ok(())
+}
+
+/// Without taking a descriptor: whoever is out of them has to get in all the same.
+pub(super) fn enter() -> io::Result<()> {
+    let Some(Some(rules)) = RULES.get() else { return Ok(()) };
+    // SAFETY: it takes a descriptor and flags.
+    match unsafe { libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// How much of the rules the kernel knows.
+pub(super) enum Reach {
+    /// All files are in reach.
+    All,
+    /// Some things can be done to any.
+    More,
+    /// No more than there should be.
+    Places,
+}
+
+/// What is in reach of threads that have entered.
+pub(super) fn reach() -> Reach {
+    match RULES.get() {
+        None | Some(None) => Reach::All,
+        Some(Some(_)) if version() < SCOPES as libc::c_long => Reach::More,
+        Some(Some(_)) => Reach::Places,
+    }
+}
