@@ -91,7 +91,10 @@ fn there_are_no_files_but_those_that_a_run_needs_whoever_starts_it() {
         return;
     }
     let [roots, others] = [(); 2].map(|()| Place::new());
-    [&roots, &others].into_iter().for_each(|place| place.file("count", kernel(&COUNTING)));
+    for place in [&roots, &others] {
+        place.file("count", kernel(&COUNTING));
+        place.file("exit", kernel(&out(0xf4, 21)));
+    }
     only_what_it_needs(test, &roots, |arguments| roots.command(arguments));
     if let Some(command) = others.give_to_nobody(test) {
         only_what_it_needs(test, &others, command);
@@ -125,4 +128,25 @@ fn only_what_it_needs(test: &str, place: &Place, command: impl Fn(&str) -> Comma
     done("kill v");
     drop(guest);
     assert!(!place.path("console").exists());
+    let strict = finish(command("--kernel exit --mem 32M --debug-exit --sandbox strict").spawn().unwrap());
+    let has_all = status["sandbox"] == "seccomp, landlock, namespaces, no capabilities";
+    let said = text(&strict.stderr);
+    assert_eq!(strict.status.code(), Some(if has_all { 43 } else { HOST }), "{said}");
+    assert!(has_all || said.contains("does with what there is"), "{said}");
+}
+
+/// What a saved machine starts from anew is opened before it is out of reach.
+#[test]
+fn a_machine_that_goes_on_has_its_kernel_for_resets() {
+    if !has_kvm("a_machine_that_goes_on_has_its_kernel_for_resets") {
+        return;
+    }
+    // A letter for each life, which lasts some thousand exits.
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03, 0xb0, b'r', 0xee];
+    code.extend([0xb9, 0, 4, 0, 0, 0xec, 0xff, 0xc9, 0x75, 0xfb]); // mov ecx, 1024; in al, dx; dec ecx; jnz to the in
+    code.extend(out(0x64, 0xfe));
+    let (place, _guest) = speaking(&code, "--on-reboot reset");
+    place.done("snapshot create v s");
+    let _restored = Running::new(place.command("restore s --serial file=more --name w"));
+    await_words(&place, "more", 3);
 }

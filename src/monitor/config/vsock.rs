@@ -24,6 +24,8 @@ pub struct Vsock {
 }
 
 impl Vsock {
+    /// Where the host's kernel carries connections.
+    pub const HOST_DEVICE: &'static str = "/dev/vhost-vsock";
     /// The first that is no other's (virtio 1.3, 5.10.4).
     const FIRST_CID: u32 = 3;
     /// What stands for any (VMADDR_CID_ANY).

@@ -240,6 +240,13 @@ const INTERNET: &[Call] = &[
     any(libc::SYS_bind),
 ];
 
+/// Connections to the guest by the host's own sockets.
+const HOST_VSOCK: &[Call] =
+    &[when(libc::SYS_socket, &[&[is(0, libc::AF_VSOCK as u32)]]), any(libc::SYS_connect)];
+
+/// What is opened anew.
+const OPENING: &[Call] = &[any(libc::SYS_openat)];
+
 /// What is done by name. Where, the kernel is told by other means.
 const FILES: &[Call] = &[
     any(libc::SYS_open),
@@ -327,6 +334,8 @@ pub(super) fn of_role(role: &Role, machine: Needs) -> Vec<&'static [Call]> {
             add(has(Needs::VHOST), VHOST);
             add(has(Needs::TAP), TAP);
             add(has(Needs::ROTATES), ROTATION);
+            // The device is another after a reset of its driver's.
+            add(has(Needs::HOST_VSOCK), OPENING);
         }
         Role::Device(_, needs) => {
             let has = |need| needs.intersects(need);
@@ -362,6 +371,7 @@ pub(super) fn of_role(role: &Role, machine: Needs) -> Vec<&'static [Call]> {
             add(true, THREADS);
             add(true, FILES);
             add(has(Needs::UNIX), UNIX);
+            add(has(Needs::HOST_VSOCK), HOST_VSOCK);
             add(true, HOUSE);
             add(true, USERFAULTFD);
             add(has(Needs::INTERNET), INTERNET);

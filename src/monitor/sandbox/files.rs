@@ -13,7 +13,7 @@ use landlock::{
 };
 
 use super::{Mode, Needs};
-use crate::config::{CharTarget, VmConfig};
+use crate::config::{CharTarget, NetTarget, VmConfig, Vsock};
 
 /// The kernel's latest rights that are taken away: those of Linux 6.10 and 6.12.
 const FILES: ABI = ABI::V5;
@@ -30,6 +30,10 @@ pub enum Grant {
     Rotation(PathBuf),
     /// A folder from which the run removes what it has made there.
     Removal(PathBuf),
+    /// A folder of sockets that are spoken to.
+    Sockets(PathBuf),
+    /// A device that is opened anew.
+    Device(PathBuf),
 }
 
 impl Grant {
@@ -51,6 +55,14 @@ impl Grant {
         }
         let dump = config.net_dump.iter().filter(|dump| dump.max.is_some());
         grants.extend(dump.map(|dump| Self::rotation(&dump.path)));
+        // A back end that has hung up may be there again after a reset.
+        grants.extend(config.net.iter().filter_map(|net| match &net.to {
+            NetTarget::VhostUser(path) => Some(Self::Sockets(folder(path))),
+            _ => None,
+        }));
+        // With each reset of its driver's the device is another.
+        let by_host = config.vsock.iter().filter(|vsock| vsock.vhost);
+        grants.extend(by_host.map(|_| Self::Device(Vsock::HOST_DEVICE.into())));
         let vsock = config.vsock.iter().filter_map(|vsock| vsock.path.as_ref());
         grants.extend(vsock.map(|path| Self::removal(path)));
         grants
@@ -80,7 +92,12 @@ impl Grant {
 
     pub(super) fn path(&self) -> &Path {
         match self {
-            Self::Read(path) | Self::Folder(path) | Self::Rotation(path) | Self::Removal(path) => path,
+            Self::Read(path)
+            | Self::Folder(path)
+            | Self::Rotation(path)
+            | Self::Removal(path)
+            | Self::Sockets(path)
+            | Self::Device(path) => path,
         }
     }
 
@@ -96,6 +113,9 @@ impl Grant {
                 AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg | AccessFs::RemoveFile
             }
             Self::Removal(_) => AccessFs::RemoveFile.into(),
+            // Connecting to them is no right of landlock's.
+            Self::Sockets(_) => BitFlags::EMPTY,
+            Self::Device(_) => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev,
         }
     }
 }
@@ -142,9 +162,9 @@ pub(super) fn close(grants: &[Grant], mode: Mode) -> Result<(), Box<dyn Error + 
     for grant in grants {
         // What is not there is named by nobody; a file is no folder.
         let Ok(found) = grant.path().metadata() else { continue };
-        if found.is_dir() || matches!(grant, Grant::Read(_)) {
-            let there = PathFd::new(grant.path())?;
-            rules = rules.add_rule(PathBeneath::new(there, grant.rights(found.is_dir())))?;
+        let rights = grant.rights(found.is_dir());
+        if !rights.is_empty() && (found.is_dir() || matches!(grant, Grant::Read(_) | Grant::Device(_))) {
+            rules = rules.add_rule(PathBeneath::new(PathFd::new(grant.path())?, rights))?;
         }
     }
     let _ = RULES.set(rules.into());

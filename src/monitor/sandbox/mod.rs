@@ -45,6 +45,8 @@ bitflags! {
         const ROTATES = 1 << 5;
         /// An image, and threads for it.
         const DISK = 1 << 6;
+        /// Connections to the guest by the host's own sockets (`vsock` with `vhost=on`).
+        const HOST_VSOCK = 1 << 7;
     }
 }
 
@@ -53,7 +55,8 @@ impl Needs {
     pub fn of(config: &VmConfig) -> Self {
         let mut needs: Self = config.net.iter().map(Self::of_net).collect();
         match &config.vsock {
-            Some(vsock) if vsock.vhost => needs |= Self::VHOST,
+            // Its agent is called from here, too, when it goes on elsewhere.
+            Some(vsock) if vsock.vhost => needs |= Self::VHOST | Self::HOST_VSOCK | Self::UNIX,
             Some(_) => needs |= Self::UNIX,
             None => {}
         }
@@ -62,6 +65,10 @@ impl Needs {
         }
         let console = config.console();
         let ends = [&console, &config.serial].into_iter().chain(config.port.iter().map(|port| &port.to));
+        // The agent of a guest may be behind a port.
+        if config.port.iter().any(|port| matches!(port.to, CharTarget::Socket(_))) {
+            needs |= Self::UNIX;
+        }
         let files = ends.filter_map(|end| if let CharTarget::File(file) = end { Some(file) } else { None });
         if files.chain(&config.net_dump).any(|file| file.max.is_some()) {
             needs |= Self::ROTATES;

@@ -6,12 +6,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::io::Errno;
 
 use super::Error;
+use crate::config::Vsock;
 use crate::event_loop::Event;
 use crate::memory::GuestRam;
 use crate::vhost::{Kernel, Ring};
-
-/// Where the driver is.
-const DEVICE: &str = "/dev/vhost-vsock";
 
 /// The kernel's end of a socket device's two queues of packets. It uses guest memory from [`Vhost::start`] until [`Vhost::stop`]:
 /// whoever starts it keeps the memory mapped until then.
@@ -26,7 +24,7 @@ pub struct Vhost {
 }
 
 fn open(cid: u32) -> Result<Kernel, Error> {
-    let kernel = Kernel::open(DEVICE).map_err(|(what, source)| Error::Vhost { what, source })?;
+    let kernel = Kernel::open(Vsock::HOST_DEVICE).map_err(|(what, source)| Error::Vhost { what, source })?;
     kernel.set_guest_cid(cid).map_err(|source| match Errno::from_io_error(&source) {
         Some(Errno::ADDRINUSE) => Error::CidTaken(cid),
         _ => Error::Vhost { what: "give the guest its address by", source },
