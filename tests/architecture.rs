@@ -60,7 +60,7 @@ const FORBIDDEN: [(&str, &str); 19] = [
 const ALLOWED: [(&str, &str); 1] = [("config", "memory")];
 
 /// Where `unsafe` may stand: crate and module.
-const UNSAFE: [(&str, &str); 11] = [
+const UNSAFE: [(&str, &str); 12] = [
     ("monitor", "recorder"),
     ("monitor", "memory"),
     ("monitor", "kvm"),
@@ -72,6 +72,7 @@ const UNSAFE: [(&str, &str); 11] = [
     ("bench", "sandbox"),
     ("bench", "floor"),
     ("cli", "slack"),
+    ("cli", "apart"),
 ];
 
 fn files(dir: &Path, found: &mut Vec<PathBuf>) {

@@ -129,6 +129,8 @@ impl Background {
     pub fn new(config: &mut VmConfig, spare: Option<&Spare>, remove: bool) -> Result<Self, Failure> {
         // Fails for who leads one already.
         let _ = rustix::process::setsid();
+        // It was started as /proc/self/exe, which says nothing to whoever lists processes.
+        let _ = rustix::thread::set_name(c"vmm");
         let records = Records::of_user()?;
         let is_spare = spare.is_some();
         let record = match spare.map(Spare::name).or(config.name.as_deref()) {

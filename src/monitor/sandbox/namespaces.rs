@@ -99,35 +99,39 @@ pub(super) fn stay_in(grants: &[Grant]) -> io::Result<()> {
 
 /// Has what is at `path` be there below `root`, too.
 fn show(path: &Path, root: BorrowedFd<'_>) -> io::Result<()> {
-    let mut names = Vec::new();
-    for part in path.components() {
-        match part {
-            Component::Normal(name) => names.push(name),
-            // There are no symbolic links below that root, and nothing above it.
-            Component::ParentDir => _ = names.pop(),
-            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
-        }
-    }
-    let Some((name, folders)) = names.split_last() else { return Ok(()) };
-    let mut at = root.try_clone_to_owned()?;
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
     let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mode = Mode::from_raw_mode(0o755);
-    for name in folders {
-        match mkdirat(&at, *name, mode) {
+    // All folders on the way, those that ".." leads out of again as well: whoever names the path goes that way. There are no symbolic links
+    // below that root, and nothing above it.
+    let mut way = vec![root.try_clone_to_owned()?];
+    for part in above.components() {
+        let [.., at] = &way[..] else { break };
+        match part {
+            Component::Normal(name) => {
+                match mkdirat(at, name, mode) {
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(error) => return Err(error.into()),
+                }
+                way.push(openat(at, name, folder, Mode::empty())?);
+            }
+            Component::ParentDir if way.len() > 1 => _ = way.pop(),
+            _ => {}
+        }
+    }
+    let Some(at) = way.last() else { return Ok(()) };
+    match path.is_dir() {
+        true => match mkdirat(at, name, mode) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => return Err(error.into()),
-        }
-        at = openat(&at, *name, folder, Mode::empty())?;
-    }
-    match path.is_dir() {
-        true => mkdirat(&at, *name, mode)?,
-        false => drop(openat(&at, *name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, mode)?),
+        },
+        false => drop(openat(at, name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, mode)?),
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     // A namespace's user may not see what lies below a mount of others, so takes such a place with all that is mounted in it.
     let there =
         open_tree(CWD, path, flags).or_else(|_| open_tree(CWD, path, flags | OpenTreeFlags::AT_RECURSIVE))?;
-    Ok(move_mount(there.as_fd(), "", &at, *name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+    Ok(move_mount(there.as_fd(), "", at, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
 /// Whether this process finds nothing but what it was granted.

@@ -4,7 +4,6 @@
 //! whatever the arguments (`seccomp_cache_prepare`), and translates it. So numbers are looked for by halving, not one after another,
 //! and what looks at arguments lies apart.
 
-use std::collections::BTreeMap;
 use std::io;
 
 use seccompiler::{apply_filter, sock_filter};
@@ -65,36 +64,33 @@ const fn at_least(k: u32, yes: u8, no: u8) -> sock_filter {
     instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, yes, no, k)
 }
 
-/// What becomes of a call.
-enum Verdict {
-    Trap,
-    Allow,
-    /// One of these rules has to hold.
-    If(Vec<&'static [Argument]>),
-}
+/// From a number on: the calls of that number, as several lists may have them. What has none is refused.
+type From<'a> = (u32, &'a [&'static Call]);
 
 fn program(lists: &[&'static [Call]]) -> Vec<sock_filter> {
-    let mut calls = BTreeMap::<u32, Verdict>::new();
-    for call in lists.iter().copied().flatten() {
-        // Whoever may make it whatever the arguments may do so, whatever else allows it.
-        match calls.entry(call.number as u32).or_insert(Verdict::If(Vec::new())) {
-            Verdict::If(rules) if !call.rules.is_empty() => rules.extend(call.rules),
-            known => *known = Verdict::Allow,
-        }
-    }
-    // From which number on which verdict holds.
-    let mut ranges = vec![(0, Verdict::Trap)];
-    for (number, verdict) in calls {
+    let mut calls: Vec<_> = lists.iter().copied().flatten().collect();
+    calls.sort_unstable_by_key(|call| call.number);
+    let mut ranges: Vec<From<'_>> = vec![(0, &[])];
+    for same in calls.chunk_by(|one, other| one.number == other.number) {
+        let number = same.first().map_or(0, |call| call.number as u32);
         // Of numbers that follow each other, or at the very first.
         if ranges.last().is_some_and(|(start, _)| *start == number) {
             ranges.pop();
         }
-        if !matches!((ranges.last(), &verdict), (Some((_, Verdict::Allow)), Verdict::Allow)) {
-            ranges.push((number, verdict));
+        if !(is_free(same) && ranges.last().is_some_and(|(_, last)| is_free(last))) {
+            ranges.push((number, same));
         }
-        ranges.push((number + 1, Verdict::Trap));
+        ranges.push((number + 1, &[]));
     }
-    [&FRONT[..], &tree(&ranges)].concat()
+    let mut program = Vec::with_capacity(512);
+    program.extend(FRONT);
+    tree(&ranges, &mut program);
+    program
+}
+
+/// Whether it may be made whatever its arguments: whoever may do so, may, whatever else allows it.
+fn is_free(same: &[&Call]) -> bool {
+    same.iter().any(|call| call.rules.is_empty())
 }
 
 /// What comes before the list: `clone3` is unknown here, so that the C library takes `clone`, whose flags can be seen; and entering
@@ -113,48 +109,46 @@ const FRONT: [sock_filter; 11] = [
     load(NUMBER),
 ];
 
-/// Finds the verdict on the number that is loaded.
-fn tree(ranges: &[(u32, Verdict)]) -> Vec<sock_filter> {
+/// Finds what becomes of the number that is loaded.
+fn tree(ranges: &[From<'_>], program: &mut Vec<sock_filter>) {
     let (below, above) = match ranges {
-        [(_, verdict)] => return judge(verdict),
+        [(_, same)] => return judge(same, program),
         _ => ranges.split_at(ranges.len() / 2),
     };
     let start = above.first().map_or(0, |(start, _)| *start);
-    let (below, above) = (tree(below), tree(above));
-    // One that depends on something goes over 255 instructions at most.
-    let choice = match u8::try_from(above.len()) {
-        Ok(over) => vec![at_least(start, 0, over)],
-        Err(_) => vec![at_least(start, 1, 0), jump(above.len() as u32)],
-    };
-    [choice, above, below].concat()
+    let choice = program.len();
+    program.extend([at_least(start, 1, 0), jump(0)]);
+    tree(above, program);
+    // One that depends on something would go over 255 instructions at most.
+    program[choice + 1] = jump((program.len() - choice - 2) as u32);
+    tree(below, program);
 }
 
-fn judge(verdict: &Verdict) -> Vec<sock_filter> {
-    match verdict {
-        Verdict::Trap => vec![TRAP],
-        Verdict::Allow => vec![ALLOW],
-        Verdict::If(rules) => rules.iter().flat_map(|rule| hold(rule)).chain([TRAP]).collect(),
+fn judge(same: &[&Call], program: &mut Vec<sock_filter>) {
+    if is_free(same) {
+        return program.push(ALLOW);
     }
+    same.iter().flat_map(|call| call.rules).for_each(|rule| hold(rule, program));
+    program.push(TRAP);
 }
 
 /// Allows what has all these `arguments`, and goes on behind itself with what has not.
-fn hold(arguments: &[Argument]) -> Vec<sock_filter> {
-    let mut code = vec![ALLOW];
-    for argument in arguments.iter().rev() {
-        let past = code.len() as u8;
-        let (mask, test) = match argument.test {
-            Test::Is(value) => (None, equal(value, 0, past)),
-            Test::IsNot(value) => (None, equal(value, past, 0)),
-            Test::Of(mask, value) => (Some(mask), equal(value, 0, past)),
-            Test::IsOwnPid => (None, equal(std::process::id(), 0, past)),
-        };
-        let masked = mask.map(|mask| instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, mask));
-        code = [load(self::argument(argument.place))]
-            .into_iter()
-            .chain(masked)
-            .chain([test])
-            .chain(code)
-            .collect();
+fn hold(arguments: &[Argument], program: &mut Vec<sock_filter>) {
+    let len = |argument: &Argument| if matches!(argument.test, Test::Of(..)) { 3 } else { 2 };
+    let mut past = arguments.iter().map(len).sum::<usize>();
+    for argument in arguments {
+        past -= len(argument);
+        // Over the rest of this, and what allows it.
+        let over = past as u8 + 1;
+        program.push(load(self::argument(argument.place)));
+        if let Test::Of(mask, _) = argument.test {
+            program.push(instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, mask));
+        }
+        program.push(match argument.test {
+            Test::Is(value) | Test::Of(_, value) => equal(value, 0, over),
+            Test::IsNot(value) => equal(value, over, 0),
+            Test::IsOwnPid => equal(std::process::id(), 0, over),
+        });
     }
-    code
+    program.push(ALLOW);
 }
