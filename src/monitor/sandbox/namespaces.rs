@@ -53,8 +53,11 @@ pub(super) fn leave() -> io::Result<Result<(), Errno>> {
         fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;
         fs::write("/proc/self/gid_map", format!("{group} {group} 1"))?;
     }
-    // What the host unmounts goes from here, too; nothing that is mounted here gets there.
-    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
+    // What the host unmounts goes from here, too; nothing that is mounted here gets there. A user who may have the namespace may still be
+    // denied what is to be done in it (AppArmor), and goes on there as before.
+    if let Err(error) = mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC) {
+        return Ok(Err(error));
+    }
     let _ = LEFT.set(());
     Ok(Ok(()))
 }
