@@ -1,4 +1,4 @@
-//! Work for a guest in a child process, so that what this one does afterwards is done by somebody who never had a guest.
+//! Runs a machine in a child process, so that this one can use the result without ever having had a guest.
 
 use std::io;
 use std::process;
@@ -7,25 +7,27 @@ use anyhow::{Context, anyhow};
 use rustix::process::{
     Pid, Signal, WaitOptions, getpid, getppid, kill_process, set_parent_process_death_signal, waitpid,
 };
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::SignalsInfo;
 use signal_hook::iterator::exfiltrator::origin::WithOrigin;
 use signal_hook::low_level::siginfo::{Cause, Sent};
 
 use super::flags::with_flags;
 use vmm_command::{Code, Failure};
+use vmm_monitor::threads::ORDERS;
 
-/// Does `work` in a child, and waits for its end. Orders to end go on to it. To be called while there is one thread.
+/// Does `work` in a child and waits for it, passing on signals that are orders. The child dies with this process. Call it while this
+/// process has one thread.
 ///
 /// # Errors
-/// The host is out of processes. What fails over there is printed there.
+/// The host is out of processes. The child prints its own errors.
 pub fn apart(work: impl FnOnce() -> Result<Code, Failure>) -> Result<Code, Failure> {
     let host = |error: anyhow::Error| Failure::new(Code::Host, error);
     let parent = getpid();
     // SAFETY: this process has one thread, so that the child has all that it has.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        let _ = set_parent_process_death_signal(Some(Signal::TERM));
+        let _ = set_parent_process_death_signal(Some(Signal::KILL));
         // The one whose end it would be told of may have been gone by then.
         let code = if getppid() == Some(parent) { done(work) } else { Code::Killed };
         process::exit(code.number().into());
@@ -42,10 +44,7 @@ fn done(work: impl FnOnce() -> Result<Code, Failure>) -> Code {
     })
 }
 
-/// Orders to end; what else is heard of is the child's end.
-const ORDERS: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
-
-/// What this process did on [`ORDERS`], and does again when this is dropped: the crate's handlers stay.
+/// What this process did on [`ORDERS`]. Dropping this puts it back, because signal-hook leaves its handlers installed.
 struct Before([libc::sigaction; 3]);
 
 impl Before {

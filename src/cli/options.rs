@@ -165,11 +165,11 @@ pub struct Options {
     /// Leave the monitor open to debuggers, perf and core dumps of this user (a core never has the guest's memory)
     #[arg(long)]
     pub dumpable: bool,
-    /// What a guest that breaks out of the monitor finds (docs/sandbox.md): as little as this host can make it find; strict: all of that, or
-    /// the machine does not run; off: whatever this user may do
+    /// Confine the monitor before the guest runs: auto uses everything that this host offers, strict refuses to run with less, off does
+    /// not confine it (docs/sandbox.md)
     #[arg(long, value_name = "auto|strict|off", default_value = "auto")]
     pub sandbox: sandbox::Mode,
-    /// In the sandbox, a system call that is refused fails, and is told of, in place of ending the machine
+    /// Report system calls that the sandbox refuses and fail them with EPERM, instead of ending the machine
     #[arg(long)]
     pub sandbox_log: bool,
     /// Run in the background: print the name as soon as the guest runs. What it writes to its console is kept for vmm logs (the last

@@ -95,7 +95,7 @@ pub fn enter(role: &Role) {
 }
 
 /// Signals that are orders.
-const ORDERS: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
+pub const ORDERS: [i32; 3] = [SIGHUP, SIGINT, SIGTERM];
 
 /// Does `wait` on a thread that takes no orders by signal, and has it take them meanwhile.
 pub fn hear_orders<T>(wait: impl FnOnce() -> T) -> T {

@@ -129,8 +129,6 @@ const ALL: &[Call] = &[
     any(libc::SYS_capget),
     any(libc::SYS_seccomp),
     any(libc::SYS_landlock_restrict_self),
-    // How much of that there is.
-    when(libc::SYS_landlock_create_ruleset, &[&[is(2, 1)]]),
     when(libc::SYS_prctl, &[&[is(0, libc::PR_SET_NO_NEW_PRIVS as u32)]]),
 ];
 

@@ -126,8 +126,15 @@ fn folder(path: &Path) -> PathBuf {
     path.parent().unwrap_or(Path::new("/")).to_owned()
 }
 
-/// The rules of this process, once they are made; none if the kernel knows no such thing.
-static RULES: OnceLock<Option<OwnedFd>> = OnceLock::new();
+/// The rules of this process.
+struct Rules {
+    /// None if the kernel has no landlock.
+    ruleset: Option<OwnedFd>,
+    /// The kernel knows every right and scope that is taken away.
+    complete: bool,
+}
+
+static RULES: OnceLock<Rules> = OnceLock::new();
 
 /// What landlock_create_ruleset(2) says of itself, without attributes.
 fn ask(what: u32) -> libc::c_long {
@@ -153,8 +160,8 @@ fn scopes() -> BitFlags<Scope> {
     }
 }
 
-/// From now on threads that [`enter`] can name what is at `grants`, and no other file; send signals to no other process, and speak to none
-/// of the abstract unix sockets that others have made.
+/// Makes the rules for threads that [`enter`] from now on: they can name only what is at `grants`, signal no other process, and connect to
+/// no abstract unix socket of another.
 pub(super) fn close(grants: &[Grant], mode: Mode) -> Result<(), Box<dyn Error + Send + Sync>> {
     let level = if mode == Mode::Strict { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
     let rules = Ruleset::default().set_compatibility(level).handle_access(AccessFs::from_all(FILES))?;
@@ -167,35 +174,25 @@ pub(super) fn close(grants: &[Grant], mode: Mode) -> Result<(), Box<dyn Error + 
             rules = rules.add_rule(PathBeneath::new(PathFd::new(grant.path())?, rights))?;
         }
     }
-    let _ = RULES.set(rules.into());
+    let _ = RULES.set(Rules { ruleset: rules.into(), complete: version() >= SCOPES as libc::c_long });
     Ok(())
 }
 
-/// Without taking a descriptor: whoever is out of them has to get in all the same.
+/// Restricts the calling thread. Takes no descriptor, so that it works when the process has none left.
 pub(super) fn enter() -> io::Result<()> {
-    let Some(Some(rules)) = RULES.get() else { return Ok(()) };
+    let Some(Rules { ruleset: Some(ruleset), .. }) = RULES.get() else { return Ok(()) };
     // SAFETY: it takes a descriptor and flags.
-    match unsafe { libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0) } {
+    match unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// How much of the rules the kernel knows.
-pub(super) enum Reach {
-    /// All files are in reach.
-    All,
-    /// Some things can be done to any.
-    More,
-    /// No more than there should be.
-    Places,
-}
-
-/// What is in reach of threads that have entered.
-pub(super) fn reach() -> Reach {
-    match RULES.get() {
-        None | Some(None) => Reach::All,
-        Some(Some(_)) if version() < SCOPES as libc::c_long => Reach::More,
-        Some(Some(_)) => Reach::Places,
+/// The name of this layer as far as the kernel has it, for people.
+pub(super) fn layer() -> Option<&'static str> {
+    match RULES.get()? {
+        Rules { ruleset: None, .. } => None,
+        Rules { complete: true, .. } => Some("landlock"),
+        Rules { complete: false, .. } => Some("landlock in part"),
     }
 }

@@ -22,7 +22,6 @@ use bitflags::bitflags;
 
 use crate::config::{CharTarget, Net, NetTarget, OnPanic, OnReboot, ParseError, Plug, VmConfig};
 use crate::threads::Role;
-use files::Reach;
 
 pub use files::Grant;
 pub use refused::Refused;
@@ -118,7 +117,7 @@ impl FromStr for Mode {
             "off" => Ok(Self::Off),
             "auto" => Ok(Self::Auto),
             "strict" => Ok(Self::Strict),
-            _ => Err(ParseError::hinted(format!("{text:?} is no sandbox"), "use auto, strict or off")),
+            _ => Err(ParseError::hinted(format!("unknown sandbox mode {text:?}"), "use auto, strict or off")),
         }
     }
 }
@@ -164,10 +163,10 @@ impl Error {
 
 const FILTERS: &str =
     "it needs a kernel with CONFIG_SECCOMP_FILTER; without the sandbox, the guest has to be trusted";
-const NAMESPACES: &str = "it needs namespaces, which a container mostly lacks and a user may be denied (AppArmor, a sysctl); \
-                          `sandbox=auto` does with what there is";
+const NAMESPACES: &str = "most containers, and users under some AppArmor and sysctl settings, may not create namespaces; \
+                          `sandbox=auto` runs without";
 const LANDLOCK: &str =
-    "it needs Linux 6.12 with landlock among its security modules; `sandbox=auto` does with what there is";
+    "it needs Linux 6.12 with landlock among its security modules; `sandbox=auto` runs without";
 
 static JAIL: OnceLock<Jail> = OnceLock::new();
 static GRANTS: OnceLock<Vec<Grant>> = OnceLock::new();
@@ -182,11 +181,11 @@ pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Resu
         return Ok(());
     }
     process::no_new_privileges().map_err(Error::of("forbid new privileges", FILTERS))?;
-    match namespaces::leave().map_err(Error::of("leave the host's namespaces", NAMESPACES))? {
+    match namespaces::leave().map_err(Error::of("create namespaces", NAMESPACES))? {
         Err(error) if jail.mode == Mode::Strict => {
-            return Err(Error::of("leave the host's namespaces", NAMESPACES)(error));
+            return Err(Error::of("create namespaces", NAMESPACES)(error));
         }
-        Err(error) => log::info!("sandbox: there are no namespaces for this user: {error}"),
+        Err(error) => log::info!("sandbox: running without namespaces: {error}"),
         Ok(()) => {}
     }
     refused::listen(end).map_err(Error::of("listen for refused system calls", FILTERS))?;
@@ -203,7 +202,7 @@ pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Resu
 pub fn close(more: impl IntoIterator<Item = Grant>) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
     let grants = GRANTS.get_or_init(|| jail.grants.iter().cloned().chain(more).collect());
-    files::close(grants, jail.mode).map_err(Error::of("put files out of reach", LANDLOCK))
+    files::close(grants, jail.mode).map_err(Error::of("restrict access to files", LANDLOCK))
 }
 
 /// The calling thread, which has set all up, enters, and has all others find nothing but the jail's grants from now on. All that is to be
@@ -216,9 +215,9 @@ pub fn lock(role: &Role) -> Result<(), Error> {
     let grants = GRANTS.get().map_or(&[][..], Vec::as_slice);
     match namespaces::stay_in(grants) {
         Err(error) if jail.mode == Mode::Strict => {
-            return Err(Error::of("leave the host's files", NAMESPACES)(error));
+            return Err(Error::of("change to an empty root", NAMESPACES)(error));
         }
-        Err(error) => log::info!("sandbox: the host's files are still there: {error}"),
+        Err(error) => log::info!("sandbox: running without a root of its own: {error}"),
         Ok(()) => {}
     }
     enter(role)
@@ -230,7 +229,7 @@ pub fn lock(role: &Role) -> Result<(), Error> {
 /// The kernel refuses: the thread must do nothing for a guest.
 pub fn enter(role: &Role) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
-    files::enter().map_err(Error::of("put files out of reach", LANDLOCK))?;
+    files::enter().map_err(Error::of("restrict access to files", LANDLOCK))?;
     process::drop_capabilities().map_err(Error::of("drop capabilities", FILTERS))?;
     seccomp::apply(role, jail.needs).map_err(Error::of("limit system calls", FILTERS))
 }
@@ -245,12 +244,7 @@ pub fn layers() -> String {
     if JAIL.get().is_none() {
         return "off".to_owned();
     }
-    let files = match files::reach() {
-        Reach::Places => Some("landlock"),
-        Reach::More => Some("landlock in part"),
-        Reach::All => None,
-    };
     let namespaces = namespaces::is_alone().then_some("namespaces");
-    let layers = [Some("seccomp"), files, namespaces, Some("no capabilities")];
+    let layers = [Some("seccomp"), files::layer(), namespaces, Some("no capabilities")];
     layers.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }

@@ -1,13 +1,14 @@
-//! The process sees a file system of its own (mount_namespaces(7)), and in the end of that nothing but what its run was granted,
-//! below a root that is empty otherwise. It shares no System V IPC, host name or control groups with others either.
+//! Namespaces of the process's own (namespaces(7)): mounts, System V IPC, host name, control groups and, for ordinary users, users.
+//! Before the guest runs, the process changes to an empty root that shows only the paths that the run was granted.
 //!
-//! There is no namespace of processes: the child that saves memory would be its init, and the last. Nor of networks: making one takes
-//! longer than a start, and who has no business there makes no socket.
+//! No PID namespace: the child that saves memory would become its init, and the last process in it. No network namespace: creating one
+//! takes longer than a start, and without a network the filters allow no socket.
 
 use std::env::current_dir;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path};
 use std::sync::OnceLock;
 
@@ -23,16 +24,16 @@ use rustix::thread::{CapabilitySet, UnshareFlags, capabilities, unshare_unsafe};
 
 use super::files::Grant;
 
-/// Whether this process has left those of its host.
+/// Set once the process has namespaces of its own.
 static LEFT: OnceLock<()> = OnceLock::new();
-/// Whether there are no other files than those of grants.
+/// Set once the root shows only what was granted.
 static ALONE: OnceLock<()> = OnceLock::new();
 
-/// Leaves the host's, if this user, or this container, may have others. To be called while there is one thread. All files are where they
-/// were.
+/// Creates the namespaces. Call it while the process has one thread. Every file stays where it was. The inner error says why this user or
+/// container may not have them; the process can go on without.
 ///
 /// # Errors
-/// It is half done, and the process must not go on.
+/// The process is left without a user ID of its own, and must not go on.
 pub(super) fn leave() -> io::Result<Result<(), Errno>> {
     let ours = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
     let owned = capabilities(None)?.effective;
@@ -62,11 +63,11 @@ pub(super) fn leave() -> io::Result<Result<(), Errno>> {
     Ok(Ok(()))
 }
 
-/// From now on this process finds nothing but `grants`, where they were. To be called before the calling thread gives its capabilities
-/// up; all threads find the same.
+/// Changes the root of all threads to one that shows only `grants`, at their own paths. Call it before the calling thread drops its
+/// capabilities.
 ///
 /// # Errors
-/// The kernel refuses; all is where it was.
+/// The kernel refuses. Every file is still where it was.
 pub(super) fn stay_in(grants: &[Grant]) -> io::Result<()> {
     if LEFT.get().is_none() {
         return Ok(());
@@ -77,7 +78,7 @@ pub(super) fn stay_in(grants: &[Grant]) -> io::Result<()> {
     // What is in a granted folder is there with it.
     paths.dedup_by(|path, earlier| path.starts_with(*earlier));
     if paths.first() == Some(&Path::new("/")) {
-        return Err(io::Error::other("a socket of its is in the root folder itself"));
+        return Err(io::Error::other("a path that the machine needs lies directly in /"));
     }
     let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(tmpfs.as_fd(), "size", "64k")?;
@@ -100,11 +101,20 @@ pub(super) fn stay_in(grants: &[Grant]) -> io::Result<()> {
     Ok(())
 }
 
-/// Has what is at `path` be there below `root`, too.
+const MODE: Mode = Mode::from_raw_mode(0o755);
+
+/// Creates `name` in the folder `at`, unless it exists.
+fn make_folder(at: &OwnedFd, name: &OsStr) -> rustix::io::Result<()> {
+    match mkdirat(at, name, MODE) {
+        Err(Errno::EXIST) => Ok(()),
+        made => made,
+    }
+}
+
+/// Makes what is at `path` visible at the same path below `root`.
 fn show(path: &Path, root: BorrowedFd<'_>) -> io::Result<()> {
     let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
     let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mode = Mode::from_raw_mode(0o755);
     // All folders on the way, those that ".." leads out of again as well: whoever names the path goes that way. There are no symbolic links
     // below that root, and nothing above it.
     let mut way = vec![root.try_clone_to_owned()?];
@@ -112,10 +122,7 @@ fn show(path: &Path, root: BorrowedFd<'_>) -> io::Result<()> {
         let [.., at] = &way[..] else { break };
         match part {
             Component::Normal(name) => {
-                match mkdirat(at, name, mode) {
-                    Ok(()) | Err(Errno::EXIST) => {}
-                    Err(error) => return Err(error.into()),
-                }
+                make_folder(at, name)?;
                 way.push(openat(at, name, folder, Mode::empty())?);
             }
             Component::ParentDir if way.len() > 1 => _ = way.pop(),
@@ -124,11 +131,8 @@ fn show(path: &Path, root: BorrowedFd<'_>) -> io::Result<()> {
     }
     let Some(at) = way.last() else { return Ok(()) };
     match path.is_dir() {
-        true => match mkdirat(at, name, mode) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(error.into()),
-        },
-        false => drop(openat(at, name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, mode)?),
+        true => make_folder(at, name)?,
+        false => drop(openat(at, name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, MODE)?),
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     // A namespace's user may not see what lies below a mount of others, so takes such a place with all that is mounted in it.
@@ -137,7 +141,7 @@ fn show(path: &Path, root: BorrowedFd<'_>) -> io::Result<()> {
     Ok(move_mount(there.as_fd(), "", at, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
-/// Whether this process finds nothing but what it was granted.
+/// Whether the root shows only what was granted.
 pub(super) fn is_alone() -> bool {
     ALONE.get().is_some()
 }
