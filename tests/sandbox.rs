@@ -291,7 +291,8 @@ fn each_role_reaches_what_it_is_for_and_nothing_else() {
     let needs = Needs::INTERNET;
     let dir = tempfile::tempdir().unwrap();
     let files = Files::in_folder(dir.path());
-    let jail = Jail { mode: Mode::Auto, goes_on: true, needs, grants: files.grants(), refused: note };
+    let jail =
+        Jail { mode: Mode::Auto, goes_on: true, user: None, needs, grants: files.grants(), refused: note };
     sandbox::begin(jail, |_| ()).unwrap();
     sandbox::close([]).unwrap();
     let device = |needs| Role::Device("device".to_owned(), needs);
@@ -336,6 +337,91 @@ fn each_role_reaches_what_it_is_for_and_nothing_else() {
     let capabilities =
         threads::spawn(Role::Log, || rustix::thread::capabilities(None).unwrap()).unwrap().join().unwrap();
     assert!(capabilities.permitted.is_empty() && capabilities.effective.is_empty(), "{capabilities:?}");
+    eprintln!("layers: {}", sandbox::layers());
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Who starts a run, and where.
+#[derive(Debug, Clone, Copy)]
+enum Starter {
+    User,
+    /// Whom the host gives no namespaces.
+    UserWithoutNamespaces,
+    /// Root with what a container engine leaves it.
+    RootOfContainer,
+}
+
+const NOBODY_ELSE: u32 = 65534;
+
+impl Starter {
+    /// The calling process, which is root and execs next, is started so.
+    fn enter(self) -> io::Result<()> {
+        use rustix::thread::{CapabilitySet, Gid, Uid, UnshareFlags};
+        match self {
+            Self::User | Self::UserWithoutNamespaces => {
+                rustix::thread::set_thread_groups(&[])?;
+                let (gid, uid) = (Gid::from_raw(NOBODY_ELSE), Uid::from_raw(NOBODY_ELSE));
+                rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+                rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+            }
+            Self::RootOfContainer => {
+                let left = CapabilitySet::CHOWN
+                    | CapabilitySet::DAC_OVERRIDE
+                    | CapabilitySet::FOWNER
+                    | CapabilitySet::KILL
+                    | CapabilitySet::SETGID
+                    | CapabilitySet::SETUID
+                    | CapabilitySet::SETPCAP
+                    | CapabilitySet::NET_BIND_SERVICE
+                    | CapabilitySet::SYS_CHROOT
+                    | CapabilitySet::MKNOD;
+                for capability in (CapabilitySet::all() - left).iter() {
+                    let _ = rustix::thread::remove_capability_from_bounding_set(capability);
+                }
+            }
+        }
+        if let Self::UserWithoutNamespaces = self {
+            // Becoming another user has closed them to this process.
+            rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable)?;
+            // SAFETY: the process has one thread.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER)? };
+            fs::write("/proc/self/setgroups", "deny")?;
+            fs::write("/proc/self/uid_map", format!("{NOBODY_ELSE} {NOBODY_ELSE} 1"))?;
+            fs::write("/proc/self/gid_map", format!("{NOBODY_ELSE} {NOBODY_ELSE} 1"))?;
+            for kind in ["user", "mnt"] {
+                fs::write(format!("/proc/sys/user/max_{kind}_namespaces"), "0")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn it_is_the_same_whoever_starts_it() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("SKIP: it_is_the_same_whoever_starts_it: needs root, to be others");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let this = dir.path().join("test");
+    fs::copy(std::env::current_exe().unwrap(), &this).unwrap();
+    for starter in [Starter::User, Starter::UserWithoutNamespaces, Starter::RootOfContainer] {
+        let mut command = Command::new(&this);
+        command.args(["--exact", "each_role_reaches_what_it_is_for_and_nothing_else", "--nocapture"]);
+        command.current_dir("/").env("TMPDIR", "/tmp");
+        // SAFETY: the child has one thread; that it allocates is no harm where the parent's other threads do not.
+        unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, move || starter.enter()) };
+        let ended = command.output().unwrap();
+        let said = text(&ended.stderr) + &text(&ended.stdout);
+        assert!(ended.status.success() && said.contains("1 passed"), "{starter:?}: {said}");
+        eprintln!(
+            "{starter:?}: {}",
+            said.lines().find(|line| line.starts_with("layers")).unwrap_or_default()
+        );
+    }
 }
 
 /// For the next test, in a process of its own.
@@ -346,7 +432,14 @@ fn ends() {
         eprintln!("{call}");
         16
     };
-    let jail = Jail { mode: Mode::Auto, goes_on: false, needs: Needs::empty(), grants: Vec::new(), refused };
+    let jail = Jail {
+        mode: Mode::Auto,
+        goes_on: false,
+        user: None,
+        needs: Needs::empty(),
+        grants: Vec::new(),
+        refused,
+    };
     sandbox::begin(jail, move |call| std::process::exit(refused(call).into())).unwrap();
     let attempt = attempts().remove(0).call;
     let _ = threads::spawn(Role::Vcpu(3), attempt).unwrap().join();

@@ -169,6 +169,10 @@ pub struct Options {
     /// not confine it (docs/sandbox.md)
     #[arg(long, value_name = "auto|strict|off", default_value = "auto")]
     pub sandbox: sandbox::Mode,
+    /// Started by root, the user that the sandbox runs as [default: one whose number nobody else has]. What the run makes anew, such as
+    /// an output with max=, is made by that user
+    #[arg(long, value_name = "UID[:GID]")]
+    pub sandbox_user: Option<sandbox::User>,
     /// Report system calls that the sandbox refuses and fail them with EPERM, instead of ending the machine
     #[arg(long)]
     pub sandbox_log: bool,

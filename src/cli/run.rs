@@ -38,7 +38,7 @@ pub struct RunOptions {
     stop_timeout: Duration,
     record: Option<Record>,
     dumpable: bool,
-    sandbox: (sandbox::Mode, bool),
+    sandbox: (sandbox::Mode, bool, Option<sandbox::User>),
     background: Option<Background>,
     /// What it goes on from.
     snapshot: Option<Snapshot>,
@@ -93,7 +93,7 @@ impl RunOptions {
             stop_timeout,
             record,
             dumpable,
-            sandbox: (options.sandbox, options.sandbox_log),
+            sandbox: (options.sandbox, options.sandbox_log, options.sandbox_user),
             background: None,
             snapshot: None,
             spare: None,
@@ -171,7 +171,7 @@ pub fn live(
         stop_timeout,
         record,
         dumpable,
-        sandbox: (mode, goes_on),
+        sandbox: (mode, goes_on, user),
         mut background,
         mut snapshot,
         spare,
@@ -191,7 +191,7 @@ pub fn live(
     let original = original.unwrap_or_else(|| config.clone());
     let keeper = background.as_ref().map(Background::keeper);
     let (serving, lasting) = (log_output::serve, slack::give_back);
-    grants.extend(background.iter().map(Background::grant));
+    grants.extend(background.iter().flat_map(Background::grants));
     grants.extend(task.iter().filter_map(Task::grant));
     grants.extend(record.iter().flat_map(|record| {
         let rotates = record.file.max.map(|_| Grant::rotation(&record.file.path));
@@ -213,7 +213,7 @@ pub fn live(
         outputs,
         original,
         spare,
-        jail: Jail { mode, goes_on, needs: Needs::of(&config), grants, refused },
+        jail: Jail { mode, goes_on, user, needs: Needs::of(&config), grants, refused },
     };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
     if let (Some(recorded), Some(pagemap), true) = (&mut recorded, pagemap, snapshot.is_some()) {

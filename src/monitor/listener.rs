@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, RenameFlags, fchmod, renameat_with, unlink};
 use rustix::io::Errno;
-use rustix::net::sockopt::{socket_peercred, socket_type};
+use rustix::net::sockopt::socket_peercred;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
 };
-use rustix::process::{Pid, geteuid, test_kill_process};
+use rustix::process::{Pid, test_kill_process};
+
+use crate::sandbox::started_by;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -90,18 +92,9 @@ impl Listener {
         accept_with(&self.fd, SocketFlags::CLOEXEC)
     }
 
-    /// Has it listen at `path`, in the same file system, as [`Listener::bind`] would; who has connected stays.
-    ///
-    /// # Errors
-    /// Something else is there, or the host refuses. It listens where it was, then.
-    pub fn move_to(&mut self, path: &Path) -> Result<(), Error> {
-        let failed =
-            |source: Errno| Error::Socket { what: "listen on", path: path.to_owned(), source: source.into() };
-        let kind = socket_type(&self.fd).map_err(failed)?;
-        remove_stale(path, &SocketAddrUnix::new(path).map_err(failed)?, kind)?;
-        renameat_with(CWD, &self.path, CWD, path, RenameFlags::NOREPLACE).map_err(failed)?;
-        self.path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        Ok(())
+    /// Its file is found, in the end, at `path`: whatever else its folder is called by then.
+    pub fn lies_at(&mut self, path: PathBuf) {
+        self.path = path;
     }
 
     /// Where it listens.
@@ -154,7 +147,9 @@ fn serves(address: &SocketAddrUnix, kind: SocketType) -> bool {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let probe = socket_with(AddressFamily::UNIX, kind, flags, None);
     match probe.and_then(|probe| connect(&probe, address).map(|()| probe)) {
-        Ok(probe) => !socket_peercred(&probe).is_ok_and(|peer| peer.uid == geteuid() && is_ending(peer.pid)),
+        Ok(probe) => {
+            !socket_peercred(&probe).is_ok_and(|peer| peer.uid == started_by() && is_ending(peer.pid))
+        }
         Err(Errno::CONNREFUSED | Errno::NOENT) => false,
         Err(_) => true,
     }

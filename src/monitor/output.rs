@@ -10,11 +10,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::sandbox::started_by;
 use rustix::fs::{
     AtFlags, FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock, open, openat, renameat, statat,
 };
 use rustix::io::Errno;
-use rustix::process::geteuid;
 
 use crate::config::host_path::quoted;
 
@@ -92,7 +92,7 @@ pub fn own_folder(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)?;
     // Where others may write, somebody else may have been first.
     let found = std::fs::metadata(path)?;
-    match found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0 {
+    match found.uid() == started_by().as_raw() && found.mode() & 0o022 == 0 {
         true => Ok(()),
         false => Err(io::Error::other("it belongs to another user, or others may write to it")),
     }

@@ -3,16 +3,17 @@
 use std::env;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::sandbox::started_by;
 use rustix::fs::{Mode, OFlags, fstat, mkdir, open};
 use rustix::io::Errno;
-use rustix::process::geteuid;
 
 /// The user's: `$XDG_RUNTIME_DIR/vmm`, `/run/user/UID/vmm` or `/tmp/vmm-UID`, the first that can be.
 pub fn of_user() -> PathBuf {
-    let uid = geteuid().as_raw();
+    let uid = started_by().as_raw();
     let own = |path: &Path| fs::metadata(path).is_ok_and(|m| m.is_dir() && m.uid() == uid);
     let given = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|p| p.is_absolute());
     let candidates = [given, Some(format!("/run/user/{uid}").into())];
@@ -22,22 +23,23 @@ pub fn of_user() -> PathBuf {
     }
 }
 
-/// Makes `path`, which none but this user may enter; one that is there already must be such a folder.
+/// Makes and opens `path`, which none but this user may enter; one that is there already must be such a folder.
 ///
 /// # Errors
 /// As mkdir(2) and open(2) have them; or it is another's, or open to others.
-pub fn make_private(path: &Path) -> io::Result<()> {
+pub fn make_private(path: &Path) -> io::Result<OwnedFd> {
     match mkdir(path, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(error) => return Err(error.into()),
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let stat = fstat(open(path, flags, Mode::empty())?)?;
-    if stat.st_uid != geteuid().as_raw() {
+    let folder = open(path, flags, Mode::empty())?;
+    let stat = fstat(&folder)?;
+    if stat.st_uid != started_by().as_raw() {
         return Err(io::Error::other("it belongs to another user"));
     }
     if stat.st_mode & 0o077 != 0 {
         return Err(io::Error::other("it is open to other users"));
     }
-    Ok(())
+    Ok(folder)
 }

@@ -307,7 +307,7 @@ fn two_guests_reach_each_other_on_a_switch() {
     assert_eq!(got.body(), sent.body(), "{}\n{}", got.text, sent.text);
     assert_eq!(got.body()[0].len(), 64 + "  -".len());
     assert!(got.text.contains("9000"), "{}", got.text);
-    assert!(!dir.path().join("vmm/switch-boot-test").exists(), "the segment goes with its last machine");
+    assert!(!dir.path().join("vmm/switch/boot-test").exists(), "the segment goes with its last machine");
 }
 
 /// Two VMs with a user network and a segment: each takes its addresses by DHCP, as our images do it, and finds the other by its name.
@@ -343,7 +343,7 @@ fn two_guests_on_a_switch_find_each_other_by_name() {
         web.text,
         db.text
     );
-    assert!(!dir.path().join("vmm/switch-names-test").exists(), "the segment goes with its last machine");
+    assert!(!dir.path().join("vmm/switch/names-test").exists(), "the segment goes with its last machine");
 }
 
 /// On a macvtap the guest has the interface's address, and reaches another interface on the same card of the host's.

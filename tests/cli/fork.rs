@@ -40,7 +40,12 @@ fn copies_go_on_from_one_moment_and_so_do_copies_of_copies_and_the_first() {
     let first = await_words(&place, "said", first.len() + 3);
     assert!(is_counted(&first), "it goes on: {first}");
     let own = |name: &str| place.status(name)["vsock"].as_str().unwrap().to_owned();
-    assert!(own("v").ends_with("/sock") && own("v-2").ends_with("/v-2.vsock"), "{} {}", own("v"), own("v-2"));
+    assert!(
+        own("v").ends_with("/sock") && own("v-2").ends_with("/v-2.d/vsock"),
+        "{} {}",
+        own("v"),
+        own("v-2")
+    );
 
     assert_eq!(place.done("fork v-2"), "v-2-1\n");
     let grandchild = await_log(&place, "v-2-1", 3);

@@ -86,11 +86,13 @@ fn ends_that_cannot_be() {
     };
     refused_command(&place, many(), HOST, &["cannot publish 200 ports", "may have 64"]);
     assert!(text(&many().output().unwrap().stderr).contains("prlimit -n1224 "));
-    std::fs::create_dir_all(place.path("run/vmm")).unwrap();
-    std::fs::set_permissions(place.path("run/vmm"), std::os::unix::fs::PermissionsExt::from_mode(0o700))
-        .unwrap();
-    place.file("run/vmm/switch-taken", "");
-    std::fs::create_dir(place.path("run/vmm/switch-open")).unwrap();
+    for folder in ["run/vmm", "run/vmm/switch"] {
+        std::fs::create_dir_all(place.path(folder)).unwrap();
+        std::fs::set_permissions(place.path(folder), std::os::unix::fs::PermissionsExt::from_mode(0o700))
+            .unwrap();
+    }
+    place.file("run/vmm/switch/taken", "");
+    std::fs::create_dir(place.path("run/vmm/switch/open")).unwrap();
     for (arguments, words) in [
         ("--net switch=taken", &["segment taken", "Not a directory"][..]),
         ("--net switch=open", &["segment open", "open to other users"]),

@@ -20,7 +20,10 @@ fn threads(pid: &str) -> Vec<(String, Vec<String>)> {
             let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
             line.trim().to_owned()
         };
-        Some((value("Name:"), ["Seccomp:", "NoNewPrivs:", "CapEff:", "CapPrm:"].map(value).into()))
+        Some((
+            value("Name:"),
+            ["Seccomp:", "NoNewPrivs:", "CapEff:", "CapPrm:", "Uid:", "Gid:", "Groups:"].map(value).into(),
+        ))
     };
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     tasks.filter_map(|entry| task(entry.unwrap())).collect()
@@ -39,12 +42,22 @@ fn every_thread_of_a_machine_that_runs_is_inside() {
     let guest = Running::new(place.command(&format!("{run} --transport pci --vsock")));
     await_words(&place, "said", 3);
     let layers = place.status("v")["sandbox"].as_str().unwrap().to_owned();
-    assert!(layers.starts_with("seccomp, ") && layers.ends_with("no capabilities"), "{layers}");
+    assert!(layers.starts_with("seccomp, ") && layers.contains("no capabilities"), "{layers}");
     assert!(place.done("status v").contains(&format!("sandbox  {layers}\n")));
     let all = threads(&guest.pid().to_string());
     let none = "0".repeat(16);
     for (name, values) in &all {
-        assert_eq!(values, &["2", "1", &none, &none], "{name}");
+        assert_eq!(values[..4], ["2", "1", &none, &none], "{name}");
+    }
+    if layers.contains("own user") {
+        let user = (0x7000_0000 | guest.pid()).to_string();
+        let is_own = |values: &[String]| {
+            let [uids, gids] =
+                [&values[4], &values[5]].map(|ids| ids.split_ascii_whitespace().collect::<Vec<_>>());
+            // Real, effective and saved; then whose files it takes for its own.
+            uids == [&*user, &user, &user, "0"] && uids == gids && values[6].is_empty()
+        };
+        all.iter().for_each(|(name, values)| assert!(is_own(values), "{name}: {values:?}"));
     }
     assert!(all.iter().any(|(name, _)| name == "vcpu0") && all.len() > 2, "{all:?}");
 
@@ -131,10 +144,96 @@ fn only_what_it_needs(test: &str, place: &Place, command: impl Fn(&str) -> Comma
     drop(guest);
     assert!(!place.path("console").exists());
     let strict = finish(command("--kernel exit --mem 32M --debug-exit --sandbox strict").spawn().unwrap());
-    let has_all = status["sandbox"] == "seccomp, landlock, namespaces, no capabilities";
+    let all = "seccomp, landlock, namespaces, no capabilities";
+    let has_all = [all.to_owned(), format!("{all}, own user")]
+        .contains(&status["sandbox"].as_str().unwrap().to_owned());
     let said = text(&strict.stderr);
     assert_eq!(strict.status.code(), Some(if has_all { 43 } else { HOST }), "{said}");
     assert!(has_all || said.contains("auto runs without"), "{said}");
+}
+
+/// What the process was started with is none of the guest's business, unless it is told to use it.
+#[test]
+fn what_is_inherited_is_given_up() {
+    if !has_kvm("what_is_inherited_is_given_up") {
+        return;
+    }
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    for name in ["secret", "used"] {
+        place.file(name, "");
+    }
+    let run = |sandbox: &str| {
+        let script = format!(
+            "SECRET=hush exec \"$0\" --kernel count --mem 32M --serial file=/dev/fd/8 --console off --name v --sandbox {sandbox} \
+             7<secret 8>>used"
+        );
+        let mut command = Command::new("sh");
+        command.args(["-c", &script, crate::PROGRAM]);
+        place.set_up(&mut command);
+        let guest = Running::new(command);
+        await_words(&place, "used", 3);
+        let about = |what: &str| PathBuf::from(format!("/proc/{}/{what}", guest.pid()));
+        let environment = text(&fs::read(about("environ")).unwrap());
+        let open = |name: &str| {
+            let path = fs::canonicalize(place.path(name)).unwrap();
+            let links = fs::read_dir(about("fd")).unwrap();
+            links
+                .filter(|link| fs::read_link(link.as_ref().unwrap().path()).is_ok_and(|to| to == path))
+                .count()
+        };
+        let left = (environment.contains("hush"), open("secret"), open("used"));
+        assert!(environment.contains("XDG_RUNTIME_DIR="), "{environment}");
+        place.done("kill v");
+        fs::write(place.path("used"), "").unwrap();
+        left
+    };
+    assert_eq!(run("off"), (true, 1, 2));
+    assert_eq!(run("auto"), (false, 0, 1));
+}
+
+/// A machine that can connect to sockets finds its own alone.
+#[test]
+fn a_machine_reaches_no_other_machines_sockets() {
+    let test = "a_machine_reaches_no_other_machines_sockets";
+    if !has_kvm(test) {
+        return;
+    }
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    let run = |name: &str, more: &str| {
+        let run =
+            format!("--kernel count --mem 32M --serial file={name}.out --console off --name {name} {more}");
+        let guest = Running::new(place.command(&run));
+        await_words(&place, &format!("{name}.out"), 3);
+        guest
+    };
+    let guests =
+        [run("plain", ""), run("one", "--vsock"), run("two", "--vsock"), run("three", "--net switch=lan")];
+    if !place.status("one")["sandbox"].as_str().unwrap().contains("namespaces") {
+        return eprintln!("SKIP: {test}: needs namespaces, which a container may not have");
+    }
+    let runtime = fs::canonicalize(place.path("run/vmm")).unwrap();
+    let seen = |guest: &Running| -> Vec<_> {
+        let root = format!("/proc/{}/root{}", guest.pid(), runtime.display());
+        let mut names: Vec<_> =
+            fs::read_dir(root).into_iter().flatten().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    // It cannot connect to anything.
+    assert!(seen(&guests[0]).contains(&"one.sock".into()));
+    assert_eq!(seen(&guests[1]), ["one.d"]);
+    assert_eq!(seen(&guests[2]), ["two.d"]);
+    assert_eq!(seen(&guests[3]), ["switch", "three.d"]);
+    // Nor is there a way by a folder that it has open.
+    for guest in &guests[1..] {
+        for link in fs::read_dir(format!("/proc/{}/fd", guest.pid())).unwrap() {
+            let to = fs::read_link(link.unwrap().path()).unwrap_or_default();
+            assert_ne!(to, runtime);
+        }
+    }
+    place.done("kill plain one two three");
 }
 
 /// What a saved machine starts from anew is opened before it is out of reach.

@@ -84,8 +84,8 @@ fn sockets_lie_beside_the_control_socket_and_go_with_the_guest() {
     for ends_by in ["stop web --timeout 0", "kill web"] {
         let running = place.start("web", "--vsock");
         let path = told(&place);
-        assert_eq!(path, place.path("run/vmm/web.vsock"));
-        let messages = place.path("run/vmm/web.vsock.seqpacket");
+        assert_eq!(path, place.path("run/vmm/web.d/vsock"));
+        let messages = place.path("run/vmm/web.d/vsock.seqpacket");
         assert_eq!([mode(&path), mode(&messages)], [0o600; 2]);
         drop(UnixStream::connect(&path).unwrap());
         assert!(place.vmm(ends_by).status.success());
@@ -108,7 +108,7 @@ fn what_a_killed_monitor_left_is_replaced_and_cleaned_up() {
     place.file("halt", kernel(&HALT));
     for vsock in ["my.sock,cid=9", ""] {
         drop(place.start("web", &format!("--vsock {vsock}")));
-        let path = if vsock.is_empty() { place.path("run/vmm/web.vsock") } else { place.path("my.sock") };
+        let path = if vsock.is_empty() { place.path("run/vmm/web.d/vsock") } else { place.path("my.sock") };
         assert!(path.exists(), "SIGKILL cleans up nothing");
         let running = place.start("web", &format!("--vsock {vsock}"));
         assert_eq!(told(&place), path);
@@ -120,9 +120,9 @@ fn what_a_killed_monitor_left_is_replaced_and_cleaned_up() {
         }
         drop(running);
     }
-    assert!(place.path("run/vmm/web.vsock").exists());
+    assert!(place.path("run/vmm/web.d/vsock").exists());
     assert!(text(&place.vmm("list --json").stdout).contains("[]"));
-    assert!(!place.path("run/vmm/web.vsock").exists() && !place.path("run/vmm/web.vsock.seqpacket").exists());
+    assert!(!place.path("run/vmm/web.d").exists());
 }
 
 /// Waits until nobody listens at `socket` any more.

@@ -132,7 +132,7 @@ fn frames_go_to_whom_they_are_for_and_to_all_while_that_is_not_known() {
 #[test]
 fn a_segment_is_its_users_alone_and_goes_with_its_last_machine() {
     let dir = Runtime::new();
-    let folder = dir.path().join("switch-lab");
+    let folder = dir.path().join("switch/lab");
     let (first, second) =
         (Switch::join(dir.path(), "lab").unwrap(), Switch::join(dir.path(), "lab").unwrap());
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
@@ -157,7 +157,7 @@ fn a_segment_is_its_users_alone_and_goes_with_its_last_machine() {
 #[test]
 fn what_a_killed_machine_left_is_cleared_away() {
     let dir = Runtime::new();
-    let folder = dir.path().join("switch-lab");
+    let folder = dir.path().join("switch/lab");
     let mut one = Machine::start(dir.path(), "lab", 1, 0);
     // Sockets that nobody serves: one from before, one of a machine that is killed while we know it.
     let stale = |id: &str| folder.join(id);
@@ -287,7 +287,7 @@ fn tcp_goes_uncut_to_a_guest_that_takes_it_and_is_cut_for_one_that_does_not() {
 #[test]
 fn messages_of_any_content_reach_no_guest_and_harm_none() {
     let dir = Runtime::new();
-    let folder = dir.path().join("switch-lab");
+    let folder = dir.path().join("switch/lab");
     let mut one = Machine::start(dir.path(), "lab", 1, 0);
     let [socket] = &fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>()[..] else {
         panic!("one machine has one socket")

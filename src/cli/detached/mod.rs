@@ -168,9 +168,15 @@ impl Background {
         self.shared.clone()
     }
 
-    /// What it names while the machine runs: its record comes and goes, and may get another name.
-    pub fn grant(&self) -> Grant {
-        Grant::Folder(self.records.path().to_owned())
+    /// What it names while the machine runs: its record, which may go with the run; all, if it is to get another name.
+    pub fn grants(&self) -> Vec<Grant> {
+        let all = self.records.path().to_owned();
+        let own = Grant::Folder(self.shared.record.folder().to_owned());
+        match (self.is_spare, self.shared.remove.load(Ordering::Relaxed)) {
+            (true, _) => vec![Grant::Folder(all)],
+            (false, true) => vec![own, Grant::Departure(all)],
+            (false, false) => vec![own],
+        }
     }
 
     /// The name is ours: an earlier record of it makes room, and goes when the guest runs.

@@ -185,6 +185,11 @@ impl Record {
         &self.name
     }
 
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// What the guest wrote to its console; what is older is in [`output::older`] of it.
     pub fn console(&self) -> PathBuf {
         self.folder.join("console.log")

@@ -376,7 +376,7 @@ impl Client {
         }
     }
 
-    /// Waits until the name is free, for a moment. A process that is killed closes one descriptor after the other, and some, the VM's
+    /// Waits until the name is free, for a moment, and removes what is left of it. A process that is killed closes one descriptor after the other, and some, the VM's
     /// above all, take their time: a connection may be gone before the listener is.
     fn await_name(&self) {
         let (deadline, mut pause) = (Instant::now() + NAME, Duration::from_millis(1));
@@ -385,6 +385,7 @@ impl Client {
             // Each look is a connection that it has to take.
             pause = (2 * pause).min(Duration::from_millis(100));
         }
+        self.registry.forget(&self.name);
     }
 
     fn is_there(&self) -> bool {

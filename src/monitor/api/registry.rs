@@ -4,13 +4,17 @@
 //! it. Every change to the directory happens under its lock, so that two starts cannot both clean up and take one name. It
 //! stays when the last name is given back: making and removing it costs each start and end more than all else that they do here.
 //!
+//! A machine that can connect to unix sockets has a folder of its own beside its name, and when its guest runs it can no longer reach
+//! this directory: whoever breaks out of its monitor finds nobody else's socket. It cannot remove its own either. That is left, like the
+//! names of the killed, to whoever comes next.
+//!
 //! Beside machines, pools and their spares listen here, under names that no machine can have: `NAME@pool` and `NAME@1` to begin with.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -19,24 +23,28 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{
     AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, fchmod, flock, fstat, mkdir, open,
-    renameat_with, unlinkat,
+    renameat_with, unlink,
 };
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
-    sockopt::socket_peercred,
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, shutdown,
+    socket_with, sockopt::socket_peercred,
 };
 use rustix::process::geteuid;
 
 use super::Error;
-use crate::runtime_dir;
+use crate::{runtime_dir, vsock};
 
 /// How long to wait for another process to let go of the directory, or for room in a socket's queue.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// What follows a name where its socket device is.
-const VSOCK: &str = ".vsock";
-/// What follows that in the names of its sockets.
-const VSOCK_FILES: [&str; 2] = ["", ".seqpacket"];
+/// What follows a name in that of its socket.
+const SOCKET: &str = ".sock";
+/// What follows a name in that of its folder.
+const PLACE: &str = ".d";
+/// The sockets there that a monitor makes.
+const VSOCK: [&str; 2] = [vsock::SOCKET, "vsock.seqpacket"];
+/// Folders that may be there before a start looks whose they are.
+const PLACES: u64 = 64;
 /// What follows the name of a pool.
 const POOL: &str = "@pool";
 /// Connections that may wait to be accepted.
@@ -88,12 +96,17 @@ impl Registry {
 
     /// The socket of `name`.
     pub fn socket(&self, name: &str) -> PathBuf {
-        self.path.join(format!("{name}.sock"))
+        self.path.join(format!("{name}{SOCKET}"))
+    }
+
+    /// The folder of `name`.
+    fn place(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}{PLACE}"))
     }
 
     /// Where the socket device of `name` is if nobody says where.
     pub fn vsock(&self, name: &str) -> PathBuf {
-        self.path.join(format!("{name}{VSOCK}"))
+        self.place(name).join(VSOCK[0])
     }
 
     /// Takes `name`, or a generated one that is free, and listens on it.
@@ -104,6 +117,9 @@ impl Registry {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let locked = self.lock(true)?;
+            if fstat(&locked.0).is_ok_and(|stat| stat.st_nlink > PLACES) {
+                self.look(&locked)?;
+            }
             let generated;
             let wanted = match name {
                 Some(name) => name,
@@ -146,7 +162,7 @@ impl Registry {
                     return Err(Error::NameTaken(name.to_owned()));
                 }
                 log::info!("removing {}, which nobody listens on any more", path.display());
-                rustix::fs::unlink(&path).map_err(failed("remove stale"))?;
+                unlink(&path).map_err(failed("remove stale"))?;
                 bind(&socket, &address).map_err(failed("make"))?;
             }
             result => result.map_err(failed("make"))?,
@@ -174,10 +190,16 @@ impl Registry {
         let rename = || renameat_with(CWD, &old, CWD, &path, RenameFlags::NOREPLACE);
         let renamed = match rename() {
             Err(Errno::EXIST) if self.alive(to)? => return Err(Error::NameTaken(to.to_owned())),
-            Err(Errno::EXIST) => rustix::fs::unlink(&path).and_then(|()| rename()),
+            Err(Errno::EXIST) => unlink(&path).and_then(|()| rename()),
             renamed => renamed,
         };
-        renamed.map_err(failed)
+        renamed.map_err(failed)?;
+        self.clear(to);
+        match renameat_with(CWD, self.place(from), CWD, self.place(to), RenameFlags::NOREPLACE) {
+            // It has none.
+            Err(Errno::NOENT) => Ok(()),
+            renamed => renamed.map_err(failed),
+        }
     }
 
     /// The names of the virtual machines that are alive, sorted. Removes what dead ones left.
@@ -200,19 +222,23 @@ impl Registry {
     }
 
     fn all_names(&self) -> Result<Vec<String>, Error> {
-        let failed = |source| Error::Directory { path: self.path.clone(), source };
-        let _locked = match self.lock(false) {
+        match self.lock(false) {
             Err(Error::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(Vec::new());
+                Ok(Vec::new())
             }
-            locked => locked?,
-        };
+            locked => self.look(&locked?),
+        }
+    }
+
+    /// [`Registry::all_names`].
+    fn look(&self, _: &Locked) -> Result<Vec<String>, Error> {
+        let failed = |source| Error::Directory { path: self.path.clone(), source };
         let (mut names, mut files) = (Vec::new(), BTreeSet::new());
         for entry in fs::read_dir(&self.path).map_err(failed)? {
             files.extend(entry.map_err(failed)?.file_name().into_string());
         }
-        let pools = files.iter().filter(|file| file.ends_with("@pool.sock"));
-        let pools = pools.filter_map(|file| file.strip_suffix(".sock"));
+        let pools =
+            files.iter().filter_map(|file| file.strip_suffix(SOCKET)).filter(|name| name.ends_with(POOL));
         let alive: BTreeSet<_> = pools.filter(|pool| self.alive(pool).unwrap_or(true)).collect();
         for file in &files {
             // A pool that is alive cleans up after its spares. To probe one would fill the queue that it does not serve yet.
@@ -222,11 +248,13 @@ impl Registry {
             {
                 continue;
             }
-            if let Some((name, _)) = file.rsplit_once(VSOCK).filter(|(_, rest)| VSOCK_FILES.contains(rest)) {
-                self.clean_up(name, file);
+            if let Some(name) = file.strip_suffix(PLACE) {
+                if matches!(self.alive(name), Ok(false)) {
+                    self.clear(name);
+                }
                 continue;
             }
-            let Some(name) = file.strip_suffix(".sock") else { continue };
+            let Some(name) = file.strip_suffix(SOCKET) else { continue };
             // No name of ours, and it would be shown.
             if !name.chars().all(|c| c.is_ascii_graphic()) {
                 continue;
@@ -249,20 +277,20 @@ impl Registry {
         if locked.is_err() || !matches!(self.alive(name), Ok(false)) {
             return;
         }
-        let vsock = VSOCK_FILES.map(|rest| format!("{name}{VSOCK}{rest}"));
-        for file in vsock.iter().chain([&format!("{name}.sock")]) {
-            let _ = fs::remove_file(self.path.join(file));
-        }
+        self.clear(name);
+        let _ = fs::remove_file(self.socket(name));
     }
 
-    /// Removes `file`, a socket device's of `name`, if both are dead.
-    fn clean_up(&self, name: &str, file: &str) {
-        let path = self.path.join(file);
-        // One that comes to life has its name first.
-        if matches!(self.alive(name), Ok(false)) && self.try_connect(&path).err() == Some(Errno::CONNREFUSED)
-        {
-            let _ = fs::remove_file(path);
+    /// Removes the folder of `name`, which is dead, unless others have put something there.
+    fn clear(&self, name: &str) {
+        let place = self.place(name);
+        for path in VSOCK.map(|file| place.join(file)) {
+            // Whose name is gone may be about to end.
+            if self.try_connect(&path).err() == Some(Errno::CONNREFUSED) {
+                let _ = fs::remove_file(path);
+            }
         }
+        let _ = fs::remove_dir(place);
     }
 
     /// Connects to `name`. Where the directory is (`/tmp/vmm-UID`), somebody else may have been first: so directory and socket
@@ -416,6 +444,23 @@ impl Entry {
         self.registry.path()
     }
 
+    /// Makes its own folder.
+    ///
+    /// # Errors
+    /// It cannot be made, or is another user's.
+    pub fn make_place(&self) -> Result<(PathBuf, OwnedFd), Error> {
+        let path = self.place();
+        match runtime_dir::make_private(&path) {
+            Ok(folder) => Ok((path, folder)),
+            Err(source) => Err(Error::Directory { path, source }),
+        }
+    }
+
+    /// Where that is.
+    pub fn place(&self) -> PathBuf {
+        self.registry.place(&self.name)
+    }
+
     /// Where its socket device is if nobody says where.
     pub fn vsock(&self) -> PathBuf {
         self.registry.vsock(&self.name)
@@ -433,34 +478,19 @@ impl Entry {
 }
 
 impl Entry {
-    /// Gives the name back. Nothing happens the second time.
+    /// Gives the name back, without waiting for anybody. Nothing happens the second time.
+    ///
+    /// No lock is needed: nobody else takes the name while somebody listens, which is until then.
     pub fn give_back(&self) {
-        if let Ok(locked) = self.registry.lock(false) {
-            self.remove(locked.0.as_fd());
-        }
-    }
-
-    /// Gives it back without waiting for anybody: for a process that has to end now, and closes the rest by that.
-    pub fn abandon(&self) {
-        let Ok(folder) =
-            rustix::fs::open(&self.registry.path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        else {
-            return;
-        };
-        self.remove(folder.as_fd());
-    }
-
-    fn remove(&self, folder: BorrowedFd<'_>) {
-        let file = format!("{}.sock", self.name);
         // Ours only: someone may have removed the file and started another of this name.
-        let stat = rustix::fs::statat(folder, &*file, AtFlags::SYMLINK_NOFOLLOW);
+        let path = self.registry.socket(&self.name);
+        let stat = rustix::fs::lstat(&path);
         if stat.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.inode) {
-            // The name goes last: from then on others make files of these names.
-            for file in VSOCK_FILES.map(|rest| format!("{}{VSOCK}{rest}", self.name)) {
-                let _ = unlinkat(folder, file, AtFlags::empty());
-            }
-            let _ = unlinkat(folder, &*file, AtFlags::empty());
+            let _ = unlink(&path);
+            let _ = rustix::fs::rmdir(self.place());
         }
+        // Where they have to stay, the name is free by this.
+        let _ = shutdown(&self.listener, Shutdown::Both);
     }
 }
 
@@ -552,17 +582,21 @@ mod tests {
         leave("b");
         assert_eq!(registry.names().unwrap(), ["a"]);
         assert!(!registry.socket("b").exists());
-        // Its socket device, too; not one that lives, under whatever name.
-        leave("c.vsock");
-        fs::rename(registry.socket("c.vsock"), registry.path().join("c.vsock")).unwrap();
-        let alive = UnixListener::bind(registry.path().join("d.vsock.seqpacket")).unwrap();
+        // Its folder, too; not one in which somebody lives, under whatever name.
+        let leave = |name: &str, file: &str| {
+            let place = registry.place(name);
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&place).unwrap();
+            UnixListener::bind(place.join(file)).unwrap()
+        };
+        drop(leave("c", "vsock"));
+        let alive = leave("d", "vsock.seqpacket");
+        let programs = leave("e", "vsock_5000");
         assert_eq!(registry.names().unwrap(), ["a"]);
-        assert!(
-            !registry.path().join("c.vsock").exists() && registry.path().join("d.vsock.seqpacket").exists()
-        );
-        drop(alive);
+        let left = ["c", "d", "e"].map(|name| registry.place(name).exists());
+        assert_eq!(left, [false, true, true]);
+        drop((alive, programs));
         assert_eq!(registry.names().unwrap(), ["a"]);
-        assert!(!registry.path().join("d.vsock.seqpacket").exists());
+        assert!(!registry.place("d").exists());
         // Somebody else's socket under our name is not ours to remove.
         fs::remove_file(registry.socket("a")).unwrap();
         let usurper = UnixListener::bind(registry.socket("a")).unwrap();

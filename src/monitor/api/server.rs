@@ -524,7 +524,7 @@ impl Orders {
             self.give_up_at = None;
             // Whoever finds nobody under the name finds how it ended.
             self.control.keep_end();
-            self.entry.abandon();
+            self.entry.give_back();
             self.dismiss();
             self.control.give_up();
         }

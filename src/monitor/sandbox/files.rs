@@ -30,6 +30,8 @@ pub enum Grant {
     Rotation(PathBuf),
     /// A folder from which the run removes what it has made there.
     Removal(PathBuf),
+    /// A folder from which an empty folder goes.
+    Departure(PathBuf),
     /// A folder of sockets that are spoken to.
     Sockets(PathBuf),
     /// A device that is opened anew.
@@ -96,6 +98,7 @@ impl Grant {
             | Self::Folder(path)
             | Self::Rotation(path)
             | Self::Removal(path)
+            | Self::Departure(path)
             | Self::Sockets(path)
             | Self::Device(path) => path,
         }
@@ -113,6 +116,7 @@ impl Grant {
                 AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg | AccessFs::RemoveFile
             }
             Self::Removal(_) => AccessFs::RemoveFile.into(),
+            Self::Departure(_) => AccessFs::RemoveDir.into(),
             // Connecting to them is no right of landlock's.
             Self::Sockets(_) => BitFlags::EMPTY,
             Self::Device(_) => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev,

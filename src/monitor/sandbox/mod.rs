@@ -10,6 +10,7 @@
 
 mod calls;
 mod files;
+mod inherited;
 mod namespaces;
 mod process;
 mod refused;
@@ -19,11 +20,13 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 use bitflags::bitflags;
+use rustix::io::Errno;
 
 use crate::config::{CharTarget, Net, NetTarget, OnPanic, OnReboot, ParseError, Plug, VmConfig};
 use crate::threads::Role;
 
 pub use files::Grant;
+pub use process::{User, started_by};
 pub use refused::Refused;
 
 bitflags! {
@@ -46,6 +49,8 @@ bitflags! {
         const DISK = 1 << 6;
         /// Connections to the guest by the host's own sockets (`vsock` with `vhost=on`).
         const HOST_VSOCK = 1 << 7;
+        /// Segments of this user's (`net=switch`).
+        const SWITCH = 1 << 8;
     }
 }
 
@@ -79,7 +84,8 @@ impl Needs {
     pub fn of_net(config: &Net) -> Self {
         let needs = match &config.to {
             NetTarget::User(_) => Self::INTERNET,
-            NetTarget::Switch(_) | NetTarget::VhostUser(_) => Self::UNIX,
+            NetTarget::Switch(_) => Self::UNIX | Self::SWITCH,
+            NetTarget::VhostUser(_) => Self::UNIX,
             // A descriptor may be a tap's.
             NetTarget::Tap(_) | NetTarget::Macvtap(_) | NetTarget::Fd(_) => Self::TAP,
             NetTarget::Socket(_) => Self::empty(),
@@ -129,6 +135,8 @@ pub struct Jail {
     pub mode: Mode,
     /// A call that is on no list fails with EPERM, and is told of: to find out what is missing. Otherwise it ends the process.
     pub goes_on: bool,
+    /// Who its threads are to be, if root starts it. Otherwise somebody whom nobody else is.
+    pub user: Option<User>,
     /// What the lists are made from.
     pub needs: Needs,
     /// What may be named of the host's files.
@@ -163,6 +171,9 @@ impl Error {
 
 const FILTERS: &str =
     "it needs a kernel with CONFIG_SECCOMP_FILTER; without the sandbox, the guest has to be trusted";
+const USER: &str = "it needs a user namespace that has more users than a container's, and CAP_SETUID, CAP_SETGID and CAP_SETPCAP; \
+                    `sandbox=auto` runs as root without privileges";
+const PROC: &str = "it needs /proc";
 const NAMESPACES: &str = "most containers, and users under some AppArmor and sysctl settings, may not create namespaces; \
                           `sandbox=auto` runs without";
 const LANDLOCK: &str =
@@ -180,7 +191,12 @@ pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Resu
     if jail.mode == Mode::Off {
         return Ok(());
     }
-    process::no_new_privileges().map_err(Error::of("forbid new privileges", FILTERS))?;
+    process::no_new_privileges(jail.user).map_err(Error::of("forbid new privileges", FILTERS))?;
+    if (jail.mode == Mode::Strict && started_by().is_root() || jail.user.is_some()) && !process::has_user() {
+        return Err(Error::of("become a user of its own", USER)(Errno::PERM));
+    }
+    inherited::note().map_err(Error::of("list open files", PROC))?;
+    inherited::forget_environment();
     match namespaces::leave().map_err(Error::of("create namespaces", NAMESPACES))? {
         Err(error) if jail.mode == Mode::Strict => {
             return Err(Error::of("create namespaces", NAMESPACES)(error));
@@ -212,6 +228,7 @@ pub fn close(more: impl IntoIterator<Item = Grant>) -> Result<(), Error> {
 /// The kernel refuses.
 pub fn lock(role: &Role) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
+    inherited::close();
     let grants = GRANTS.get().map_or(&[][..], Vec::as_slice);
     match namespaces::stay_in(grants) {
         Err(error) if jail.mode == Mode::Strict => {
@@ -230,7 +247,7 @@ pub fn lock(role: &Role) -> Result<(), Error> {
 pub fn enter(role: &Role) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
     files::enter().map_err(Error::of("restrict access to files", LANDLOCK))?;
-    process::drop_capabilities().map_err(Error::of("drop capabilities", FILTERS))?;
+    process::drop_privileges().map_err(Error::of("drop privileges", FILTERS))?;
     seccomp::apply(role, jail.needs).map_err(Error::of("limit system calls", FILTERS))
 }
 
@@ -245,6 +262,7 @@ pub fn layers() -> String {
         return "off".to_owned();
     }
     let namespaces = namespaces::is_alone().then_some("namespaces");
-    let layers = [Some("seccomp"), files::layer(), namespaces, Some("no capabilities")];
+    let user = process::has_user().then_some("own user");
+    let layers = [Some("seccomp"), files::layer(), namespaces, Some("no capabilities"), user];
     layers.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }

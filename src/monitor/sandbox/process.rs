@@ -1,17 +1,67 @@
-//! What a thread gives up for good, whatever it may call: privileges by exec, and capabilities.
+//! What a thread gives up for good, whatever it may call: privileges by exec, capabilities, and root's name.
 
 use std::io;
+use std::str::FromStr;
+use std::sync::OnceLock;
 
 use rustix::io::Errno;
+use rustix::process::{DumpableBehavior, dumpable_behavior, set_dumpable_behavior};
+use rustix::process::{Pid, geteuid, getpid, parent_process_death_signal, set_parent_process_death_signal};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, capabilities, capabilities_secure_bits,
+    clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
+    set_capabilities_secure_bits, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
 };
 
+use crate::config::ParseError;
+
+/// Users that neither the host's accounts nor its containers have (systemd's UIDS-GIDS: "unused", up to 0x7fff_ffff). Process numbers
+/// are at most 22 bits.
+const FIRST_USER: u32 = 0x7000_0000;
+
+/// Who has started this process.
+static STARTED_BY: OnceLock<Uid> = OnceLock::new();
+/// Who its threads are once they are inside, if they were root.
+static USER: OnceLock<Becomes> = OnceLock::new();
+
+/// A user and a group, by number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct User {
+    uid: u32,
+    gid: u32,
+}
+
+impl FromStr for User {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let (uid, gid) = text.split_once(':').unwrap_or((text, text));
+        // The last one stands for "as it was" in setresuid(2).
+        let number = |text: &str| text.parse().ok().filter(|number| (1..u32::MAX).contains(number));
+        match (number(uid), number(gid)) {
+            (Some(uid), Some(gid)) => Ok(Self { uid, gid }),
+            _ => Err(ParseError::hinted(
+                format!("{text:?} is not a user other than root"),
+                "use UID or UID:GID, in numbers",
+            )),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Becomes {
+    user: User,
+    /// Of files it is root: the run's own are root's.
+    has_roots_files: bool,
+}
+
 /// No exec gives more than there was before, set-user-ID or not, nor a capability that the process gives up.
-pub fn no_new_privileges() -> io::Result<()> {
+pub(super) fn no_new_privileges(user: Option<User>) -> io::Result<()> {
+    started_by();
     set_no_new_privs(true)?;
-    if capabilities(None)?.effective.contains(CapabilitySet::SETPCAP) {
+    let owned = capabilities(None)?.effective;
+    if owned.contains(CapabilitySet::SETPCAP) {
         for capability in CapabilitySet::all().iter() {
             match remove_capability_from_bounding_set(capability) {
                 // One that this kernel does not know.
@@ -19,15 +69,70 @@ pub fn no_new_privileges() -> io::Result<()> {
                 Err(error) => return Err(error.into()),
             }
         }
+        let changes_user = CapabilitySet::SETUID | CapabilitySet::SETGID;
+        if started_by().is_root() && owned.contains(changes_user) {
+            choose_user(user)?;
+        }
     }
     Ok(())
 }
 
-/// The calling thread has no capability any more, and gets none.
-pub fn drop_capabilities() -> io::Result<()> {
+/// The user who has started this process, whoever its threads are by now.
+pub fn started_by() -> Uid {
+    *STARTED_BY.get_or_init(geteuid)
+}
+
+/// Has threads be `chosen` once they are inside, or somebody whom nobody else is, if there are others than root here.
+fn choose_user(chosen: Option<User>) -> io::Result<()> {
+    let own = FIRST_USER | Pid::as_raw(Some(getpid())).cast_unsigned();
+    let user = chosen.unwrap_or(User { uid: own, gid: own });
+    // A container's user namespace may lack the number.
+    match set_thread_res_uid(Uid::from_raw(user.uid), None, None) {
+        Err(Errno::INVAL) => return Ok(()),
+        tried => tried?,
+    }
+    set_thread_res_uid(Uid::ROOT, None, None)?;
+    // Capabilities last until they are dropped: somebody else has to set up the rest.
+    set_capabilities_secure_bits(capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+    let _ = USER.set(Becomes { user, has_roots_files: chosen.is_none() });
+    Ok(())
+}
+
+/// Whether threads that are inside are somebody else than who has started this process.
+pub(super) fn has_user() -> bool {
+    USER.get().is_some()
+}
+
+/// The calling thread, which has the capabilities for that, is another user from now on, in one group.
+fn become_user(Becomes { user, has_roots_files }: &Becomes) -> io::Result<()> {
+    let (dies, dumpable) = (parent_process_death_signal()?, dumpable_behavior()?);
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    set_thread_groups(&[])?;
+    set_thread_res_gid(gid, gid, gid)?;
+    set_thread_res_uid(uid, uid, uid)?;
+    if *has_roots_files {
+        // SAFETY: they take numbers.
+        unsafe {
+            libc::syscall(libc::SYS_setfsgid, 0);
+            libc::syscall(libc::SYS_setfsuid, 0);
+        }
+    }
+    // Both are reset by that.
+    set_parent_process_death_signal(dies)?;
+    if dumpable != DumpableBehavior::DumpableReadableOnlyByRoot {
+        set_dumpable_behavior(dumpable)?;
+    }
+    Ok(())
+}
+
+/// The calling thread is not root any more, has no capability, and gets none.
+pub(super) fn drop_privileges() -> io::Result<()> {
     // Who is not root has none as a rule, and one that such a thread has started is as that is.
     if capabilities(None)?.permitted.is_empty() {
         return Ok(());
+    }
+    if let Some(user) = USER.get() {
+        become_user(user)?;
     }
     clear_ambient_capability_set()?;
     let none = CapabilitySet::empty();

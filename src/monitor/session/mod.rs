@@ -26,11 +26,12 @@ use crate::event_loop::{EventLoop, Registration};
 use crate::kvm::Kvm;
 use crate::machine::{self, Machine, Origin, Outcome, Shell};
 use crate::memory;
+use crate::net::switch;
 use crate::pool::{Spare, Wanted};
 use crate::recorder::Recorder;
+use crate::runtime_dir;
 use crate::sandbox::{self, Grant, Jail, Needs};
 use crate::threads::{OrdersElsewhere, Role};
-use crate::virtio;
 use crate::vsock::Dialer;
 use running::{Asked, Running};
 use tie::Tie;
@@ -235,6 +236,13 @@ impl<'a> Session<'a> {
         let name = spare.as_ref().map(Spare::name).or(config.name.as_deref());
         let entry = Registry::of_user().register(name)?;
         log::info!("{}: control socket registered", entry.name());
+        let needs = Needs::of(config);
+        let place = needs.contains(Needs::UNIX).then(|| entry.make_place()).transpose()?;
+        if needs.contains(Needs::SWITCH) {
+            // Where it is while there is no segment, too.
+            let path = switch::segments(entry.folder());
+            runtime_dir::make_private(&path).map_err(|source| api::Error::Directory { path, source })?;
+        }
         let vsock = entry.vsock();
         let running =
             Arc::new(Running::new(entry.name(), config, original, &vsock, viewers, killed_status, keeper));
@@ -253,7 +261,9 @@ impl<'a> Session<'a> {
         });
         let mut session = Self::private(config, recorder)?;
         (session.controlled, session.shell, session.saved) = (controlled, shell, saved);
-        session.backends.doors.lie_at(vsock);
+        if let Some(place) = place {
+            session.backends.doors.lie_in(place);
+        }
         Ok(session)
     }
 
@@ -310,8 +320,17 @@ impl<'a> Session<'a> {
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
         if let Some(Controlled { unserved: Some((entry, _)), .. }) = &self.controlled {
-            let own = Grant::Folder(entry.folder().to_owned());
-            sandbox::close(Grant::of(self.config).into_iter().chain([own]))?;
+            let mut grants = Grant::of(self.config);
+            let needs = Needs::of(self.config);
+            // Who can connect to sockets reaches no other machine's.
+            grants.push(match needs.contains(Needs::UNIX) {
+                true => Grant::Removal(entry.place()),
+                false => Grant::Removal(entry.folder().to_owned()),
+            });
+            if needs.contains(Needs::SWITCH) {
+                grants.push(Grant::Folder(switch::segments(entry.folder())));
+            }
+            sandbox::close(grants)?;
         }
         // Other starts do without the thread until they last. One that stands ready first is its pool's affair until then.
         let outputs = self.controlled.as_ref().map_or(&[][..], |controlled| &controlled.outputs);
@@ -438,14 +457,8 @@ impl<'a> Session<'a> {
         let (wanted, connection) = spare.wait(signals).ok_or(Error::Unwanted)?;
         // It listens there already.
         entry.renamed(&wanted.name);
-        let vsock = entry.vsock();
-        self.backends
-            .doors
-            .move_to(vsock.clone())
-            .map_err(virtio::Error::from)
-            .map_err(machine::Error::from)?;
         if let Some(running) = Arc::get_mut(running) {
-            running.renamed(&wanted.name, &vsock, self.config);
+            running.renamed(&wanted.name, &entry.vsock(), self.config);
         }
         if let Some(connection) = connection {
             let added = self.events.add(Tie::new(connection, running.clone()));

@@ -16,7 +16,7 @@ mod vhost;
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -96,6 +96,10 @@ impl poller::Source for Source {
 
 /// Connections taken from one socket before others have their turn.
 const TURN: usize = 64;
+/// The name of the socket in a machine's own folder.
+pub const SOCKET: &str = "vsock";
+/// What follows a socket's name in that of the one for messages.
+const SEQPACKET: &str = ".seqpacket";
 /// How long until a host that was out of descriptors is asked again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -103,9 +107,13 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Host {
     path: PathBuf,
+    /// The same path, as it is found when the guest runs.
+    way: PathBuf,
     /// Others may put sockets beside ours.
     is_shared: bool,
     listeners: [(Listener, Kind); 2],
+    /// For as long as the way leads through it.
+    _folder: Option<Arc<OwnedFd>>,
     callers: Callers,
     poller: Poller<Source>,
     timer: Timer,
@@ -118,17 +126,26 @@ pub struct Host {
 }
 
 impl Host {
-    fn open(path: &Path) -> Result<Self, Error> {
+    /// At `path`; or at `path` in `folder`, whatever that is called by then.
+    fn open(path: &Path, folder: Option<Arc<OwnedFd>>) -> Result<Self, Error> {
         let path = checked(path)?;
+        let way = folder.as_ref().map(|folder| format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd()));
+        let way = way.map(PathBuf::from);
         let listener = |path: &Path, kind: Kind| Ok((Listener::bind(path, kind.socket_type())?, kind));
-        let listeners = [
+        let mut listeners = [
             listener(&path, Kind::Stream)?,
-            listener(&beside(&path, ".seqpacket"), Kind::Seqpacket).map_err(Error::Listen)?,
+            listener(&beside(&path, SEQPACKET), Kind::Seqpacket).map_err(Error::Listen)?,
         ];
+        if let Some(way) = &way {
+            let ways = [way.clone(), beside(way, SEQPACKET)];
+            listeners.iter_mut().zip(ways).for_each(|((listener, _), way)| listener.lies_at(way));
+        }
         let host = Self {
             is_shared: owner::is_shared(&path),
+            way: way.unwrap_or_else(|| path.clone()),
             path,
             listeners,
+            _folder: folder,
             callers: Callers::default(),
             poller: Poller::new()?,
             timer: Timer::new()?,
@@ -146,15 +163,6 @@ impl Host {
     fn listen(&self) -> io::Result<()> {
         let mut listeners = self.listeners.iter().zip(0..);
         listeners.try_for_each(|((listener, _), id)| self.poller.add_steady(listener, Source::Listener, id))
-    }
-
-    /// Has it lie at `path`. Nobody has known where it was.
-    fn move_to(&mut self, path: &Path) -> Result<(), Error> {
-        let path = checked(path)?;
-        let paths = [path.clone(), beside(&path, ".seqpacket")];
-        self.path = path;
-        let mut moves = self.listeners.iter_mut().zip(paths);
-        moves.try_for_each(|((listener, _), path)| listener.move_to(&path)).map_err(Error::Listen)
     }
 
     /// The most connections at a time.
@@ -245,7 +253,7 @@ impl Host {
     /// Nobody does, or not for this kind, or too many wait there already; or, of kind [`io::ErrorKind::PermissionDenied`], it is
     /// somebody whom this user may not reach, or not by this path.
     pub fn connect(&mut self, port: u32, kind: Kind) -> io::Result<End> {
-        let path = beside(&self.path, &format!("_{port}"));
+        let path = beside(&self.way, &format!("_{port}"));
         // Held until there is a connection.
         let (path, _own) = if self.is_shared { owner::own(&path)? } else { (path, None) };
         let address = SocketAddrUnix::new(path)?;
@@ -308,7 +316,10 @@ impl Sockets {
     /// # Errors
     /// [`Error`]
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let host = Host::open(path)?;
+        Self::new(Host::open(path, None)?)
+    }
+
+    fn new(host: Host) -> Result<Self, Error> {
         let fd = Arc::new(host.poller.as_fd().try_clone_to_owned()?);
         Ok(Self { host: Arc::new(Mutex::new(host)), fd })
     }
@@ -345,29 +356,14 @@ impl AsFd for Sockets {
 pub struct Doors {
     open: Option<Sockets>,
     kernel: Option<Arc<Vhost>>,
-    default: Option<PathBuf>,
-    /// They are open, and lie there.
-    is_default: bool,
+    /// Where they are if the configuration does not say: a folder's path, and the folder, which another process may rename.
+    default: Option<(PathBuf, Arc<OwnedFd>)>,
 }
 
 impl Doors {
-    /// Where they are if the configuration does not say.
-    pub fn lie_at(&mut self, path: PathBuf) {
-        self.default = Some(path);
-    }
-
-    /// Has those that lie there lie at `path`.
-    ///
-    /// # Errors
-    /// [`Error`]
-    pub fn move_to(&mut self, path: PathBuf) -> Result<(), Error> {
-        if let Some(open) = &self.open
-            && self.is_default
-        {
-            open.host().move_to(&path)?;
-        }
-        self.default = Some(path);
-        Ok(())
+    /// They are in this folder if the configuration does not say where.
+    pub fn lie_in(&mut self, (path, folder): (PathBuf, OwnedFd)) {
+        self.default = Some((path, Arc::new(folder)));
     }
 
     /// The sockets, opened now if they are asked for the first time.
@@ -378,9 +374,13 @@ impl Doors {
         if let Some(open) = &self.open {
             return Ok(open.clone());
         }
-        let path = config.path.as_ref().or(self.default.as_ref()).ok_or(Error::NoPath)?;
-        let sockets = Sockets::open(path)?;
-        self.is_default = config.path.is_none();
+        let sockets = match (&config.path, &self.default) {
+            (Some(path), _) => Sockets::open(path)?,
+            (None, Some((path, folder))) => {
+                Sockets::new(Host::open(&path.join(SOCKET), Some(folder.clone()))?)?
+            }
+            (None, None) => return Err(Error::NoPath),
+        };
         self.open = Some(sockets.clone());
         Ok(sockets)
     }

@@ -5,12 +5,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::sandbox::started_by;
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
-use rustix::process::geteuid;
 
 /// Whether others than this user and root may put something beside `path`.
 pub fn is_shared(path: &Path) -> bool {
-    let is_ours = |uid| uid == geteuid().as_raw() || uid == 0;
+    let is_ours = |uid| uid == started_by().as_raw() || uid == 0;
     // The folder that a link leads to is the one that counts.
     let folder = path.parent().and_then(|folder| std::fs::metadata(folder).ok());
     folder.is_none_or(|folder| !is_ours(folder.uid()) || folder.mode() & 0o022 != 0)
@@ -25,7 +25,7 @@ pub fn own(path: &Path) -> io::Result<(PathBuf, Option<OwnedFd>)> {
     let file = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     let stat = fstat(&file)?;
     let kind = FileType::from_raw_mode(stat.st_mode);
-    if kind != FileType::Socket || stat.st_uid != geteuid().as_raw() {
+    if kind != FileType::Socket || stat.st_uid != started_by().as_raw() {
         let what =
             format!("{} is no socket of this user's, in a folder that is open to others", path.display());
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));

@@ -25,6 +25,7 @@ use crate::memory::{Buffers, Slices};
 use lease::Lease;
 pub use names::Neighbours;
 use room::Room;
+pub use segment::segments;
 use segment::{Id, Segment};
 use segments::{Cutter, TCPV4, TCPV6};
 use table::{Address, Table};

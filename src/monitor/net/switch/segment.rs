@@ -1,4 +1,4 @@
-//! The folder of a segment: a socket of each port, named by the port's number in hexadecimal digits, and who that is (`names`).
+//! The folder of a segment, `switch/NAME`: a socket of each port, named by the port's number in hexadecimal digits, and who that is (`names`).
 
 use std::fs;
 use std::io;
@@ -80,12 +80,24 @@ pub fn is_there(folder: &Path, id: Id) -> bool {
     reach(folder, id).is_some()
 }
 
+/// The folder of all segments in `runtime`.
+pub fn segments(runtime: &Path) -> PathBuf {
+    runtime.join("switch")
+}
+
 impl Segment {
     /// Enters the segment called `name` of those in `runtime`, and makes it if nobody is there; with the socket on which the others
     /// reach us.
     pub fn enter(runtime: &Path, name: &str) -> io::Result<(Self, OwnedFd)> {
-        runtime_dir::make_private(runtime)?;
-        let folder = runtime.join(format!("switch-{name}"));
+        let all = segments(runtime);
+        match runtime_dir::make_private(&all) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                runtime_dir::make_private(runtime)?;
+                runtime_dir::make_private(&all)?;
+            }
+            made => _ = made?,
+        }
+        let folder = all.join(name);
         let mut bytes = [0; 8];
         getrandom(&mut bytes, GetRandomFlags::empty())?;
         let id = Id::from_ne_bytes(bytes);
