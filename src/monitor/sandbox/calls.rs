@@ -272,8 +272,9 @@ const FILES: &[Call] = &[
     any(libc::SYS_flock),
 ];
 
-/// What begins anew under its name.
+/// What begins anew under its name; where that cannot be, it is emptied.
 const ROTATION: &[Call] = &[
+    any(libc::SYS_ftruncate),
     any(libc::SYS_openat),
     any(libc::SYS_newfstatat),
     any(libc::SYS_statx),
@@ -289,6 +290,9 @@ const HOUSE: &[Call] = &[
     any(libc::SYS_epoll_create1),
     any(libc::SYS_timerfd_create),
     any(libc::SYS_memfd_create),
+    // Opens what has no link on the way; asks whether one on it is the kernel's own (`planted`).
+    any(libc::SYS_openat2),
+    any(libc::SYS_fstatfs),
     any(libc::SYS_pipe2),
     any(libc::SYS_sendfile),
     any(libc::SYS_copy_file_range),
