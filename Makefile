@@ -14,7 +14,7 @@ SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers;
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
 .PHONY: run test lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips failures bench bench-net bench-net-counted tuned bench-compare weight \
-	start-order tools build compilers vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole snapshot-whole copies clean-guests
+	start-order tools build compilers calls vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole snapshot-whole copies clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -167,6 +167,26 @@ start-order: build
 # Every lab on VT-x, which Bochs emulates: hardware's exit reasons against ours, into docs/vtx.md. Some minutes; no part of `make test`.
 vtx: build
 	@tests/vtx/run $(VMM)
+
+# What threads of each role ask of the host's kernel, as strace sees it, against the sandbox's lists: what is allowed and never made. Tests
+# that fail for being slow under strace do not matter. Half an hour; no part of `make test`.
+CALLS := target/calls
+CALLS_HERE := sandbox:: snapshot:: fork:: pool:: vsock:: net:: overlay:: device:: terminal:: top:: lives:: detached:: template:: \
+	working_set:: memory_ways:: trace::
+CALLS_THERE := net_user::a_guest_has_all_that_a_network_has agent::commands_run_in_a_tuned_guest \
+	snapshot::our_kernel_goes_on_where_it_was_saved disk::debian_is_written_over_an_image_that_stays_as_it_is \
+	vsock::the_tuned_kernel_and_the_host_reach_each_other plug::a_network_device_comes_and_goes \
+	vhost::a_ring_that_is_broken_is_told_and_a_reset_brings_the_kernel_back
+binary = $$(cargo test --no-run --package vmm --test $(1) 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
+calls:
+	@$(call install,strace:strace)
+	@rm -f $(CALLS)
+	@cargo build --quiet --package rig
+	@here=$(call binary,cli); there=$(call binary,boot); \
+	tests/calls/made $(CALLS) "$$here" $(CALLS_HERE) || true; \
+	for test in $(CALLS_THERE); do VMM_REQUIRE_LINUX_GUESTS=1 target/debug/rig --quiet --mem 3072 --timeout 1200 -- \
+		tests/calls/made $(CALLS) "$$there" --exact $$test || true; done
+	@VMM_CALLS_MADE=$(CURDIR)/$(CALLS) cargo test --quiet --package vmm-monitor --lib nothing_is_allowed -- --ignored --nocapture
 
 # The kernel's own vsock tests, one end in a guest and one on the host, in both roles; some two minutes; no part of `make test`.
 vsock-tests:

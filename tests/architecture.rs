@@ -17,6 +17,7 @@ const LAYERS: [&[&str]; 9] = [
         "config",
         "guest_log",
         "output",
+        "planted",
         "printable",
         "recorder",
         "runtime_dir",

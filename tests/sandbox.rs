@@ -92,7 +92,7 @@ fn attempts() -> Vec<Attempt> {
         attempt!("setxattr", NOBODY, libc::SYS_setxattr, MISSING, NOTHING, NOTHING, 0, 0),
         attempt!("open_by_handle_at", NOBODY, libc::SYS_open_by_handle_at, NONE, NOTHING, 0),
         attempt!("chdir", NOBODY, libc::SYS_chdir, MISSING),
-        attempt!("openat2", NOBODY, libc::SYS_openat2, NONE, MISSING, NOTHING, 0),
+        attempt!("openat2", HOUSE, libc::SYS_openat2, NONE, MISSING, NOTHING, 0),
         attempt!(
             "openat",
             |role, needs| HOUSE(role, needs) || names_files(role),

@@ -4,13 +4,13 @@
 #![allow(rustdoc::broken_intra_doc_links)]
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args};
+use rustix::fs::OFlags;
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
@@ -23,6 +23,7 @@ use vmm_monitor::config::{
     OutputFile, Port, Publish, Transport, UserNet, VmConfig, Vsock, net_dump, port_number,
 };
 use vmm_monitor::machine::outputs;
+use vmm_monitor::planted;
 use vmm_monitor::pool::Spare;
 use vmm_monitor::sandbox;
 use vmm_monitor::snapshot::Snapshot;
@@ -342,7 +343,7 @@ fn publish(ports: Vec<Publish>, list: &mut Vec<Net>) -> Result<(), Failure> {
 fn read(path: &Path) -> anyhow::Result<(VmConfig, bool)> {
     let context = || format!("cannot read configuration file {}", path.display());
     let mut text = Vec::new();
-    File::open(path)
+    planted::open(path, OFlags::RDONLY)
         .and_then(|file| file.take(MAX_CONFIG + 1).read_to_end(&mut text))
         .with_context(context)?;
     if text.len() as u64 > MAX_CONFIG {

@@ -12,6 +12,7 @@
 //! | [`poller`], [`timer`], [`listener`] | many descriptors behind one; a moment as a descriptor; a unix socket that only its owner can open |
 //! | [`guest_log`] | rate-limited warnings about the guest |
 //! | [`runtime_dir`] | where the sockets of this user's machines are |
+//! | [`planted`] | how files are opened whose names other users may have planted |
 //! | [`output`], [`printable`] | how files are made that a run writes; text of others that a terminal may show |
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
@@ -40,7 +41,7 @@
 //! `tests/architecture.rs` holds the code against it.
 //!
 //! ```text
-//! threads sandbox event_loop poller timer listener state config guest_log output printable recorder runtime_dir
+//! threads sandbox event_loop poller timer listener state config guest_log output printable recorder runtime_dir planted
 //! memory vm bus hyperv
 //! vhost disk net vsock chardev backends
 //! kvm
@@ -106,6 +107,7 @@ pub mod memory;
 pub mod net;
 pub mod output;
 pub mod pci;
+pub mod planted;
 pub mod poller;
 pub mod pool;
 pub mod printable;

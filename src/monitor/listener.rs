@@ -13,6 +13,7 @@ use rustix::net::{
 };
 use rustix::process::{Pid, test_kill_process};
 
+use crate::planted;
 use crate::sandbox::started_by;
 
 /// Connections that may wait to be accepted.
@@ -67,6 +68,7 @@ impl Listener {
     /// Something else is there, or the host refuses.
     pub fn bind(path: &Path, kind: SocketType) -> Result<Self, Error> {
         let failed = |what| move |source| Error::Socket { what, path: path.to_owned(), source };
+        planted::check_way(path).map_err(failed("listen on"))?;
         let address = SocketAddrUnix::new(path).map_err(|e| failed("listen on")(e.into()))?;
         remove_stale(path, &address, kind)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

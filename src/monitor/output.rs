@@ -1,22 +1,23 @@
 //! Creates the files that a run writes: consoles, ports, traces, pages.
 //!
-//! They hold the guest's data, so only their owner may read them (0600; [`folder`]: 0700). [`create`] does not follow a symbolic
-//! link in the last component, so that others who may write to the folder cannot choose which file is overwritten.
+//! They hold the guest's data, so only their owner may read them (0600; [`folder`]: 0700). [`create`] writes to no file that others who
+//! may write to the folder have chosen ([`planted`]).
 
 use std::ffi::OsString;
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::sandbox::started_by;
 use rustix::fs::{
     AtFlags, FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock, open, openat, renameat, statat,
 };
 use rustix::io::Errno;
 
 use crate::config::host_path::quoted;
+use crate::planted;
+use crate::sandbox::started_by;
 
 /// Creates the file at `path`, or empties the one that is there: 0600 if it is new; an existing one keeps its mode. Terminals,
 /// `/dev/null`, and named pipes that somebody reads are taken as they are. `/dev/stdout`, `/dev/stderr` and `/dev/fd/N` are what
@@ -24,20 +25,17 @@ use crate::config::host_path::quoted;
 /// monitor's is not emptied under its hands.
 ///
 /// # Errors
-/// As open(2) has them; `path` is a symbolic link; a named pipe has no reader (ENXIO); another has the file locked
+/// As open(2) has them; `path` is a symbolic link, has another name, or may be planted; a named pipe has no reader (ENXIO); another has the file locked
 /// ([`ErrorKind::ResourceBusy`](io::ErrorKind::ResourceBusy)).
 pub fn create(path: &Path) -> io::Result<File> {
     let inherited = inherited(path);
     // Without O_NONBLOCK a pipe would be waited for.
-    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    let flags = match inherited {
-        // A link of the kernel's own, to what is open already.
-        Some(_) => flags | OFlags::APPEND,
-        None => flags | OFlags::NOFOLLOW,
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = match &inherited {
+        Some(path) => planted::open(path, flags | OFlags::APPEND),
+        None => planted::open_to_write(path, flags | OFlags::CREATE, Mode::RUSR | Mode::WUSR),
     };
-    let mut options = OpenOptions::new();
-    options.write(true).create(inherited.is_none()).mode(0o600).custom_flags(flags.bits() as i32);
-    let file = options.open(inherited.as_deref().unwrap_or(path)).map_err(|error| told(path, error))?;
+    let file = file.map_err(|error| told(path, error))?;
     if file.metadata()?.is_file() && inherited.is_none() {
         lock(&file)?;
         file.set_len(0)?;
@@ -70,7 +68,15 @@ pub fn hint(path: &Path, error: &io::Error, example: &str) -> String {
         (io::ErrorKind::StorageFull, _) => {
             format!("make room, or name a file elsewhere: df {}", quoted(path))
         }
+        (_, Some(libc::ENXIO))
+            if std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket()) =>
+        {
+            "an output is no socket; name a file, or have vmm listen on one: socket=PATH".to_owned()
+        }
         (_, Some(libc::ENXIO)) => "start the reader of the named pipe first".to_owned(),
+        _ if std::fs::metadata(path).is_ok_and(|found| found.is_file() && found.nlink() > 1) => {
+            format!("name another file, or remove this name of it: rm {}", quoted(path))
+        }
         _ if path.is_symlink() => "name the file that the symbolic link leads to".to_owned(),
         _ => format!("see who may write there: ls -ld {} {}", quoted(folder), quoted(path)),
     }
@@ -81,7 +87,7 @@ pub fn hint(path: &Path, error: &io::Error, example: &str) -> String {
 /// # Errors
 /// As mkdir(2) has them.
 pub fn folder(path: &Path) -> io::Result<()> {
-    DirBuilder::new().mode(0o700).create(path)
+    planted::make_folder(path, Mode::RWXU)
 }
 
 /// Makes `path`, and what leads there, for this user alone, where it is not there yet.
@@ -89,9 +95,21 @@ pub fn folder(path: &Path) -> io::Result<()> {
 /// # Errors
 /// As mkdir(2) has them; what is there is another user's, or others may write to it.
 pub fn own_folder(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    fn make(path: &Path) -> io::Result<()> {
+        match (folder(path), path.parent()) {
+            (Err(error), Some(above)) if error.kind() == io::ErrorKind::NotFound => {
+                make(above)?;
+                folder(path)
+            }
+            (Err(error), _) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            (made, _) => made,
+        }
+    }
+    // The folder above is looked at even if it is there.
+    path.parent().map_or(Ok(()), make)?;
+    make(path)?;
     // Where others may write, somebody else may have been first.
-    let found = std::fs::metadata(path)?;
+    let found = planted::open(path, OFlags::PATH | OFlags::DIRECTORY)?.metadata()?;
     match found.uid() == started_by().as_raw() && found.mode() & 0o022 == 0 {
         true => Ok(()),
         false => Err(io::Error::other("it belongs to another user, or others may write to it")),
@@ -224,7 +242,7 @@ pub fn older(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 
     use super::*;
 
@@ -290,7 +308,7 @@ mod tests {
         let pipe = dir.path().join("pipe");
         rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
         assert_eq!(create(&pipe).unwrap_err().raw_os_error(), Some(libc::ENXIO), "nobody reads it");
-        let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&pipe).unwrap();
+        let _reader = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&pipe).unwrap();
         let writer = create(&pipe).unwrap();
         assert!(!fcntl_getfl(&writer).unwrap().contains(OFlags::NONBLOCK));
         let mut file = tempfile::tempfile().unwrap();

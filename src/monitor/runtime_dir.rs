@@ -7,9 +7,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::sandbox::started_by;
 use rustix::fs::{Mode, OFlags, fstat, mkdir, open};
 use rustix::io::Errno;
+
+use crate::sandbox::started_by;
 
 /// The user's: `$XDG_RUNTIME_DIR/vmm`, `/run/user/UID/vmm` or `/tmp/vmm-UID`, the first that can be.
 pub fn of_user() -> PathBuf {

@@ -24,6 +24,7 @@ mod overlay;
 mod page;
 mod pci;
 mod place;
+mod planted;
 mod pool;
 mod sandbox;
 mod served;

@@ -490,7 +490,7 @@ fn limited(command: &mut Command, resource: libc::__rlimit_resource_t, limit: u6
 }
 
 /// Writes `count` letters to the serial port and ends with status 0.
-fn chatter(count: u32) -> Vec<u8> {
+pub fn chatter(count: u32) -> Vec<u8> {
     let mut code = vec![0xb9];
     code.extend(count.to_le_bytes()); // mov ecx, count
     code.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, b'x']); // mov dx, 0x3f8; mov al, 'x'

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use vmm_command::{Code, Failure};
 use vmm_monitor::api::registry::{Registry, generate_name, of_pool};
+use vmm_monitor::config::host_path::quoted;
 use vmm_monitor::output;
 
 /// Bytes of the file that tells how a run ended: its numbers at their longest, and blanks.
@@ -300,7 +301,8 @@ fn remove(folder: &Path) -> Result<(), Failure> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             let what = format!("cannot remove {}", folder.display());
-            Err(Failure::new(Code::Host, anyhow::Error::new(error).context(what)))
+            let hint = format!("see what is there, and remove it: ls -ld {}", quoted(folder));
+            Err(Failure::new(Code::Host, anyhow::Error::new(error).context(what)).hint(Some(hint)))
         }
         _ => Ok(()),
     }

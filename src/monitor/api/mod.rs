@@ -349,6 +349,9 @@ impl Error {
             Self::Socket { source, .. } if source.kind() == io::ErrorKind::InvalidInput => {
                 "the path is too long for a socket: choose a shorter `name=NAME` or XDG_RUNTIME_DIR".into()
             }
+            Self::Socket { what: "remove stale", path, .. } => {
+                format!("see what is there, and remove it: ls -ld {}", quoted(path)).into()
+            }
             Self::Refused { hint, .. } => return hint.clone().map(Cow::from),
             Self::Socket { .. } | Self::Thread(_) => return None,
         })

@@ -4,18 +4,20 @@
 //! The loaders use them for kernel and initrd. No part of a file is held in the monitor's own memory, except the
 //! headers that the loaders ask for.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::OFlags;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
 use super::BOOT_DISK;
 use super::error::{Error, Role};
 use crate::config::Kernel;
 use crate::memory::{self, GuestRam};
+use crate::planted;
 
 /// An open file: a kernel, an initrd or a ROM. The guest's resets read it again, whatever has its name by then.
 #[derive(Debug, Clone)]
@@ -51,8 +53,7 @@ impl Input {
     pub fn open(path: &Path, role: Role) -> Result<Self, Error> {
         let failed = |source| Error::Open { role, path: path.to_owned(), source };
         // NONBLOCK: opening a pipe must not wait for its writer. It changes nothing for a regular file.
-        let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
+        let file = planted::open(path, OFlags::RDONLY | OFlags::NONBLOCK).map_err(failed)?;
         let kind = file.metadata().map_err(failed)?.file_type();
         if !kind.is_file() {
             let kind = match () {

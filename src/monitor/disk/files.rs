@@ -1,16 +1,16 @@
 //! [`Files`]: what a disk's configuration names, open and locked. Whoever may name them opens them; a disk is made of them alone, in this
 //! process or in another.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, OFlags};
 
 use super::overlay::{self, Base};
 use super::{Error, Foreign, Info};
-use crate::config;
+use crate::{config, planted};
 
 /// The open files of a disk.
 #[derive(Debug)]
@@ -41,9 +41,9 @@ impl Files {
     pub fn open(config: &config::Disk) -> Result<Self, Error> {
         let path = &config.path;
         // Without O_NONBLOCK a FIFO would be waited for; files and block devices do not know it.
-        let mut options = OpenOptions::new();
         let readonly = config.readonly || config.overlay.is_some();
-        let file = options.read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
+        let access = if readonly { OFlags::RDONLY } else { OFlags::RDWR };
+        let file = planted::open(path, access | OFlags::NONBLOCK);
         let image = file.map_err(|source| Error::Open { path: path.clone(), source })?;
         let facts = Facts::of(config, &image)?;
         let base = |image| {

@@ -138,8 +138,10 @@ impl Error {
                     format!("see who may use it: ls -l {}; to read only, add ,readonly", quoted(path))
                 }
                 io::ErrorKind::ReadOnlyFilesystem => "its file system is read-only: add ,readonly".to_owned(),
-                io::ErrorKind::IsADirectory => "use a raw disk image or a block device".to_owned(),
-                _ => return None,
+                _ if matches!(source.raw_os_error(), Some(libc::EISDIR | libc::ENXIO)) => {
+                    "use a raw disk image or a block device".to_owned()
+                }
+                _ => format!("see what is there: ls -ld {}", quoted(path)),
             },
             Self::Locked { path } => {
                 format!(

@@ -12,6 +12,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use super::{Error, HEADER, Head, MAX_FRAME, START, Wire};
 use crate::memory::{Buffers, Slices};
+use crate::planted;
 
 /// Bytes of a frame's length in a stream.
 const PREFIX: usize = 4;
@@ -45,6 +46,7 @@ impl Stream {
     pub fn connect(path: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Connect { path: path.to_owned(), source };
         let open = || {
+            planted::check(path)?;
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
             // A listener that does not come round to us is an error, too, and not waited for.

@@ -1,6 +1,10 @@
 //! The system calls that each role makes, and why: one list for what all threads do, one for what each does beside.
 //!
 //! What is not here is refused. A call of the C library's own stands under what leads to it. Numbers and arguments are x86-64's.
+//! `make calls` has strace watch many runs, and names what none of them makes: each such call says here what it is for.
+
+#[cfg(test)]
+mod tests;
 
 use libc::c_long;
 
@@ -13,6 +17,9 @@ pub(super) struct Call {
     pub number: c_long,
     /// If any are named, one of them has to hold.
     pub rules: &'static [&'static [Argument]],
+    /// What it is for, if the runs that `make calls` watches do not make it.
+    #[cfg(test)]
+    why: Option<&'static str>,
 }
 
 /// What an argument has to be.
@@ -37,11 +44,26 @@ pub(super) enum Test {
 }
 
 const fn any(number: c_long) -> Call {
-    Call { number, rules: &[] }
+    when(number, &[])
 }
 
 const fn when(number: c_long, rules: &'static [&'static [Argument]]) -> Call {
-    Call { number, rules }
+    Call {
+        number,
+        rules,
+        #[cfg(test)]
+        why: None,
+    }
+}
+
+/// One that is hardly ever made, and `why` it is allowed.
+#[cfg_attr(not(test), expect(unused_variables, reason = "for readers, and for `make calls`"))]
+const fn rare(call: Call, why: &'static str) -> Call {
+    Call {
+        #[cfg(test)]
+        why: Some(why),
+        ..call
+    }
 }
 
 const fn is(place: u8, value: u32) -> Argument {
@@ -58,8 +80,8 @@ const NO_EXEC: &[&[Argument]] = &[&[of(2, libc::PROT_EXEC as u32, 0)]];
 const ALL: &[Call] = &[
     any(libc::SYS_read),
     any(libc::SYS_write),
-    any(libc::SYS_readv),
-    any(libc::SYS_writev),
+    rare(any(libc::SYS_readv), "a guest's frames and bytes, straight into its memory (net, vsock)"),
+    rare(any(libc::SYS_writev), "the same out of it"),
     any(libc::SYS_pread64),
     any(libc::SYS_pwrite64),
     any(libc::SYS_close),
@@ -67,10 +89,9 @@ const ALL: &[Call] = &[
     any(libc::SYS_fstat),
     when(libc::SYS_newfstatat, &[&[of(3, libc::AT_EMPTY_PATH as u32, libc::AT_EMPTY_PATH as u32)]]),
     when(libc::SYS_statx, &[&[of(2, libc::AT_EMPTY_PATH as u32, libc::AT_EMPTY_PATH as u32)]]),
-    any(libc::SYS_poll),
     any(libc::SYS_ppoll),
     any(libc::SYS_epoll_wait),
-    any(libc::SYS_epoll_pwait),
+    rare(any(libc::SYS_epoll_pwait), "the same, by who makes it without the C library: networks and vsock"),
     any(libc::SYS_epoll_ctl),
     any(libc::SYS_eventfd2),
     any(libc::SYS_timerfd_settime),
@@ -88,15 +109,14 @@ const ALL: &[Call] = &[
     when(libc::SYS_mmap, NO_EXEC),
     when(libc::SYS_mprotect, NO_EXEC),
     any(libc::SYS_munmap),
-    any(libc::SYS_mremap),
+    rare(any(libc::SYS_mremap), "a large block of memory that grows"),
     any(libc::SYS_madvise),
     any(libc::SYS_brk),
     any(libc::SYS_futex),
-    any(libc::SYS_clock_gettime),
+    rare(any(libc::SYS_clock_gettime), "where the host has no clock that the vDSO can read"),
     any(libc::SYS_clock_nanosleep),
-    any(libc::SYS_nanosleep),
     any(libc::SYS_restart_syscall),
-    any(libc::SYS_sched_yield),
+    rare(any(libc::SYS_sched_yield), "a lock of the standard library's channels that is held for a moment"),
     any(libc::SYS_getpid),
     any(libc::SYS_gettid),
     any(libc::SYS_getrandom),
@@ -105,27 +125,23 @@ const ALL: &[Call] = &[
     any(libc::SYS_rseq),
     any(libc::SYS_sigaltstack),
     any(libc::SYS_sched_getaffinity),
-    when(
-        libc::SYS_prctl,
-        &[
-            &[is(0, libc::PR_SET_NAME as u32)],
-            &[is(0, libc::PR_GET_NAME as u32)],
-            &[is(0, libc::PR_CAPBSET_READ as u32)],
-        ],
-    ),
+    when(libc::SYS_prctl, &[&[is(0, libc::PR_SET_NAME as u32)]]),
     any(libc::SYS_exit),
     any(libc::SYS_exit_group),
     any(libc::SYS_rt_sigprocmask),
     any(libc::SYS_rt_sigreturn),
     // Who tells of refused calls stays.
-    when(libc::SYS_rt_sigaction, &[&[Argument { place: 0, test: Test::IsNot(libc::SIGSYS as u32) }]]),
+    rare(
+        when(libc::SYS_rt_sigaction, &[&[Argument { place: 0, test: Test::IsNot(libc::SIGSYS as u32) }]]),
+        "abort, at the end of a panic",
+    ),
     // Kicks of vCPUs, and the abort that ends a panic.
     when(libc::SYS_tgkill, &[&[Argument { place: 0, test: Test::IsOwnPid }]]),
-    // Whoever ends the process gives the terminal back: its modes and sizes, and how much waits in it; nothing that puts words in its
-    // mouth (TIOCSTI, TIOCLINUX).
-    TERMINAL,
+    // Nothing that puts words in a terminal's mouth (TIOCSTI, TIOCLINUX).
+    TERMINAL[0],
+    TERMINAL[1],
     // A role within a role: its own, narrower list.
-    any(libc::SYS_capset),
+    rare(any(libc::SYS_capset), "a thread that starts with capabilities, where there are no namespaces"),
     any(libc::SYS_capget),
     any(libc::SYS_seccomp),
     any(libc::SYS_landlock_restrict_self),
@@ -148,45 +164,42 @@ const KVM_IOCTLS: &[Call] =
 /// After a reset of the guest's there is another.
 const KVM_AGAIN: &[Call] = &[when(libc::SYS_ioctl, &[&[KVM]])];
 /// Rings of a vhost device; its IOTLB and its memory table are among them.
-const VHOST: &[Call] = &[when(libc::SYS_ioctl, &[&[VHOST_VIRTIO]])];
+const VHOST: &[Call] =
+    &[rare(when(libc::SYS_ioctl, &[&[VHOST_VIRTIO]]), "where the host has vhost_net or vhost_vsock")];
 /// TUNSETOFFLOAD, TUNSETVNETHDRSZ and what else a tap knows.
-const TAP: &[Call] = &[when(libc::SYS_ioctl, &[&[kind(b'T' as u32), of(1, 0x80, 0x80)]])];
+const TAP: &[Call] =
+    &[rare(when(libc::SYS_ioctl, &[&[kind(b'T' as u32), of(1, 0x80, 0x80)]]), "where the host has a tap")];
 
-const TERMINAL: Call = when(
-    libc::SYS_ioctl,
-    &[
-        &[is(1, libc::TCGETS as u32)],
-        &[is(1, libc::TCSETS as u32)],
-        &[is(1, libc::TCSETSW as u32)],
-        &[is(1, libc::TCSETSF as u32)],
-        &[is(1, libc::TCGETS2 as u32)],
-        &[is(1, libc::TCSETS2 as u32)],
-        &[is(1, libc::TCSETSW2 as u32)],
-        &[is(1, libc::TCSETSF2 as u32)],
-        &[is(1, libc::TCXONC as u32)],
-        &[is(1, libc::TCFLSH as u32)],
-        &[is(1, libc::TIOCGPGRP as u32)],
-        &[is(1, libc::TIOCOUTQ as u32)],
-        &[is(1, libc::TIOCGWINSZ as u32)],
-        &[is(1, libc::FIONREAD as u32)],
-        &[is(1, libc::FIONBIO as u32)],
-    ],
-);
+/// A terminal's: what it is like, and whether reading from what is open waits.
+const TERMINAL: [Call; 2] = [
+    when(libc::SYS_ioctl, &[&[is(1, libc::TCGETS as u32)], &[is(1, libc::FIONBIO as u32)]]),
+    rare(
+        when(
+            libc::SYS_ioctl,
+            &[
+                &[is(1, libc::TCGETS2 as u32)],
+                &[is(1, libc::TCSETS as u32)],
+                &[is(1, libc::TCSETS2 as u32)],
+                &[is(1, libc::TIOCGPGRP as u32)],
+                &[is(1, libc::TIOCGWINSZ as u32)],
+            ],
+        ),
+        "the terminal that the guest has: given back by whoever ends the process, its size told",
+    ),
+];
 
 /// What a stream of bytes or frames over a socket takes, that is connected already.
 const STREAMS: &[Call] = &[
     any(libc::SYS_recvfrom),
     any(libc::SYS_recvmsg),
-    any(libc::SYS_recvmmsg),
     any(libc::SYS_sendto),
     any(libc::SYS_sendmsg),
-    any(libc::SYS_sendmmsg),
     any(libc::SYS_shutdown),
     any(libc::SYS_accept4),
     any(libc::SYS_getsockopt),
     any(libc::SYS_setsockopt),
-    any(libc::SYS_getsockname),
-    any(libc::SYS_getpeername),
+    rare(any(libc::SYS_getsockname), "which port the host has chosen for a published one"),
+    rare(any(libc::SYS_getpeername), "what is behind a descriptor that was passed (net fd=)"),
     when(libc::SYS_fcntl, &[&[is(1, libc::F_SETFD as u32)]]),
 ];
 
@@ -194,14 +207,17 @@ const STREAMS: &[Call] = &[
 const IMAGE: &[Call] = &[
     any(libc::SYS_preadv),
     any(libc::SYS_pwritev),
-    any(libc::SYS_preadv2),
-    any(libc::SYS_pwritev2),
+    rare(
+        any(libc::SYS_preadv2),
+        "whether a page of a saved machine's memory is in the host's, without waiting",
+    ),
     any(libc::SYS_fdatasync),
     any(libc::SYS_fsync),
     any(libc::SYS_fallocate),
     any(libc::SYS_ftruncate),
     // BLKDISCARD, BLKZEROOUT, and what the device is; a copy that shares its blocks (FICLONE).
-    when(libc::SYS_ioctl, &[&[kind(0x12)], &[is(1, libc::FICLONE as u32)]]),
+    rare(when(libc::SYS_ioctl, &[&[kind(0x12)]]), "an image that is a block device"),
+    when(libc::SYS_ioctl, &[&[is(1, libc::FICLONE as u32)]]),
 ];
 
 /// A thread, with what the C library asks for it; nothing that would be a process (clone3 is answered as if it were unknown, because
@@ -227,20 +243,28 @@ const NEW_NAMESPACES: u32 = (libc::CLONE_NEWNS
 /// Connections to unix sockets.
 const UNIX: &[Call] = &[
     when(libc::SYS_socket, &[&[is(0, libc::AF_UNIX as u32)]]),
-    when(libc::SYS_socketpair, &[&[is(0, libc::AF_UNIX as u32)]]),
+    rare(
+        when(libc::SYS_socketpair, &[&[is(0, libc::AF_UNIX as u32)]]),
+        "a caller of this process's for the guest's agent",
+    ),
     any(libc::SYS_connect),
 ];
 
 /// Connections to the network, and what listens for published ports.
 const INTERNET: &[Call] = &[
-    when(libc::SYS_socket, &[&[is(0, libc::AF_INET as u32)], &[is(0, libc::AF_INET6 as u32)]]),
+    rare(
+        when(libc::SYS_socket, &[&[is(0, libc::AF_INET as u32)], &[is(0, libc::AF_INET6 as u32)]]),
+        "a guest that talks to the network",
+    ),
     any(libc::SYS_connect),
-    any(libc::SYS_bind),
+    rare(any(libc::SYS_bind), "a guest's UDP, and published ports"),
 ];
 
 /// Connections to the guest by the host's own sockets.
-const HOST_VSOCK: &[Call] =
-    &[when(libc::SYS_socket, &[&[is(0, libc::AF_VSOCK as u32)]]), any(libc::SYS_connect)];
+const HOST_VSOCK: &[Call] = &[
+    rare(when(libc::SYS_socket, &[&[is(0, libc::AF_VSOCK as u32)]]), "where the host has vhost_vsock"),
+    any(libc::SYS_connect),
+];
 
 /// What is opened anew.
 const OPENING: &[Call] = &[any(libc::SYS_openat)];
@@ -249,35 +273,32 @@ const OPENING: &[Call] = &[any(libc::SYS_openat)];
 const FILES: &[Call] = &[
     any(libc::SYS_open),
     any(libc::SYS_openat),
-    any(libc::SYS_stat),
-    any(libc::SYS_lstat),
     any(libc::SYS_newfstatat),
     any(libc::SYS_statx),
-    any(libc::SYS_access),
-    any(libc::SYS_faccessat2),
     any(libc::SYS_readlink),
-    any(libc::SYS_readlinkat),
+    rare(any(libc::SYS_readlinkat), "a link on the way to a file (`planted`)"),
     any(libc::SYS_getcwd),
     any(libc::SYS_getdents64),
-    any(libc::SYS_mkdir),
+    rare(any(libc::SYS_mkdir), "the folder of a segment that somebody has just left (net switch=)"),
     any(libc::SYS_mkdirat),
-    any(libc::SYS_rmdir),
+    rare(any(libc::SYS_rmdir), "KVM's events of a traced guest: its instance in tracefs"),
     any(libc::SYS_unlink),
     any(libc::SYS_unlinkat),
     any(libc::SYS_rename),
-    any(libc::SYS_renameat),
+    rare(any(libc::SYS_renameat), "an output that is full becomes FILE.1"),
     any(libc::SYS_renameat2),
-    any(libc::SYS_fchmod),
-    any(libc::SYS_utimensat),
+    rare(any(libc::SYS_fchmod), "the mode of a socket before it has a name"),
+    rare(any(libc::SYS_utimensat), "a template that is used: when it was last"),
     any(libc::SYS_flock),
 ];
 
-/// What begins anew under its name.
+/// What begins anew under its name; where that cannot be, it is emptied.
 const ROTATION: &[Call] = &[
+    any(libc::SYS_ftruncate),
     any(libc::SYS_openat),
     any(libc::SYS_newfstatat),
     any(libc::SYS_statx),
-    any(libc::SYS_renameat),
+    rare(any(libc::SYS_renameat), "an output that is full becomes FILE.1"),
     any(libc::SYS_flock),
 ];
 
@@ -289,29 +310,40 @@ const HOUSE: &[Call] = &[
     any(libc::SYS_epoll_create1),
     any(libc::SYS_timerfd_create),
     any(libc::SYS_memfd_create),
+    // Opens what has no link on the way; asks whether one on it is the kernel's own (`planted`).
+    any(libc::SYS_openat2),
+    rare(any(libc::SYS_fstatfs), "such a link in /proc"),
     any(libc::SYS_pipe2),
-    any(libc::SYS_sendfile),
+    rare(any(libc::SYS_sendfile), "a kernel or initrd that is loaded again at a reset"),
     any(libc::SYS_copy_file_range),
     any(libc::SYS_uname),
     any(libc::SYS_geteuid),
     any(libc::SYS_getppid),
-    any(libc::SYS_prlimit64),
+    rare(any(libc::SYS_prlimit64), "as many descriptors as a socket device may have"),
     // What of memory is there.
-    any(libc::SYS_mincore),
-    any(libc::SYS_dup),
+    rare(
+        any(libc::SYS_mincore),
+        "what of a guest's memory is there, where the kernel does not tell by other means",
+    ),
     // Seals of memory that others get.
-    when(libc::SYS_fcntl, &[&[is(1, libc::F_ADD_SEALS as u32)], &[is(1, libc::F_GET_SEALS as u32)]]),
+    when(libc::SYS_fcntl, &[&[is(1, libc::F_ADD_SEALS as u32)]]),
     // The child that writes a snapshot's memory as it was, and its end.
     when(libc::SYS_clone, &[&[of(0, NEW_NAMESPACES | libc::CLONE_VM as u32 | 0xff, libc::SIGCHLD as u32)]]),
     when(libc::SYS_prctl, &[&[is(0, libc::PR_SET_PDEATHSIG as u32)]]),
     any(libc::SYS_kill),
     any(libc::SYS_wait4),
     any(libc::SYS_close_range),
-    any(libc::SYS_bind),
-    any(libc::SYS_listen),
-    when(libc::SYS_socketpair, &[&[is(0, libc::AF_UNIX as u32)]]),
+    rare(
+        any(libc::SYS_bind),
+        "where a machine listens that is restored or moved, and ports that are published later",
+    ),
+    rare(any(libc::SYS_listen), "the same"),
+    rare(
+        when(libc::SYS_socketpair, &[&[is(0, libc::AF_UNIX as u32)]]),
+        "a caller of this process's for the guest's agent",
+    ),
     // What becomes of a tap's interface.
-    when(libc::SYS_socket, &[&[is(0, libc::AF_NETLINK as u32)]]),
+    rare(when(libc::SYS_socket, &[&[is(0, libc::AF_NETLINK as u32)]]), "whether a tap's interface is up"),
 ];
 
 /// The lists of `role`, for a `machine` with these needs.

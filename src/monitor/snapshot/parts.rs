@@ -1,15 +1,15 @@
 //! [`Parts`]: the files of a snapshot, whether they are in a folder or have no name.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::{FdFlags, fcntl_getfd};
 
 use super::{Error, file};
+use crate::planted;
 
 /// One of them, and what to call it.
 #[derive(Debug)]
@@ -166,8 +166,7 @@ impl Part {
     /// One that is there, to be read.
     pub fn open(path: PathBuf) -> Result<Self, Error> {
         // Without O_NONBLOCK a FIFO would be waited for.
-        let flags = OFlags::NONBLOCK.bits().cast_signed();
-        let opened = OpenOptions::new().read(true).custom_flags(flags).open(&path);
+        let opened = planted::open(&path, OFlags::RDONLY | OFlags::NONBLOCK);
         let file = opened.map_err(file("open", &path))?;
         let part = Self { path, file };
         match part.file.metadata().map_err(part.failed("look at"))?.is_file() {

@@ -24,6 +24,7 @@ use super::message::{self, Addresses, MOST_DESCRIPTORS, Region, Request, State};
 use super::{Error, Ring};
 use crate::event_loop::Event;
 use crate::memory::{self, GuestRam};
+use crate::planted;
 
 /// How long one conversation may take: the first, a start or a stop. A vCPU may be waiting for it.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -65,6 +66,7 @@ impl FrontEnd {
     /// [`Error`]
     pub fn connect(path: &Path, pairs: u16) -> Result<Self, Error> {
         let refused = |source| Error::Connect { path: path.to_owned(), source };
+        planted::check(path).map_err(refused)?;
         let kind = std::fs::metadata(path).map_err(refused)?.file_type();
         if !kind.is_socket() {
             return Err(Error::NotASocket { path: path.to_owned() });

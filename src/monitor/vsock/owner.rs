@@ -5,8 +5,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::sandbox::started_by;
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+
+use crate::sandbox::started_by;
 
 /// Whether others than this user and root may put something beside `path`.
 pub fn is_shared(path: &Path) -> bool {

@@ -13,14 +13,14 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags, SeekFrom, renameat_with, seek};
+use rustix::fs::{CWD, Mode, OFlags, RenameFlags, SeekFrom, renameat_with, seek};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le};
 
 use super::map::{BLOCK, Map};
 use super::{CLUSTER, Unfit};
 use crate::disk::Error;
 use crate::disk::files::lock;
-use crate::output;
+use crate::{output, planted};
 
 /// The first bytes.
 pub const MAGIC: [u8; 8] = *b"VMMOVRLY";
@@ -156,7 +156,10 @@ pub fn open_lower(path: &Path) -> Result<File, Error> {
 
 fn existing(path: &Path, readonly: bool) -> io::Result<File> {
     // Without O_NONBLOCK a FIFO would be waited for.
-    OpenOptions::new().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path)
+    match readonly {
+        true => planted::open(path, OFlags::RDONLY | OFlags::NONBLOCK),
+        false => planted::open_to_write(path, OFlags::RDWR | OFlags::NONBLOCK, Mode::empty()),
+    }
 }
 
 /// Reads the open overlay `file` of `base`, which is called `path`, and locks it.
@@ -199,7 +202,7 @@ pub fn load(file: File, path: &Path, base: &Base, readonly: bool) -> Result<Open
 fn create(path: &Path, base: &Base) -> io::Result<File> {
     let (folder, hidden) = output::hidden(path).ok_or(io::ErrorKind::IsADirectory)?;
     let hidden = Hidden(hidden);
-    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&hidden.0)?;
+    let file = create_new(&hidden.0)?;
     // Nobody else has it yet.
     let _ = lock(&file, path, false);
     write_header(&file, base)?;
@@ -207,6 +210,10 @@ fn create(path: &Path, base: &Base) -> io::Result<File> {
     renameat_with(CWD, &hidden.0, CWD, path, RenameFlags::NOREPLACE)?;
     File::open(folder)?.sync_all()?;
     Ok(file)
+}
+
+fn create_new(path: &Path) -> io::Result<File> {
+    planted::open_to_write(path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL, Mode::RUSR | Mode::WUSR)
 }
 
 /// Makes `file` as long as the overlay of `base` is, and begins it.
@@ -261,7 +268,7 @@ fn removed(folder: &Path) -> io::Result<File> {
     static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let hidden = Hidden(folder.join(format!(".vmm-overlay.{}.{count}", std::process::id())));
-    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&hidden.0)
+    create_new(&hidden.0)
 }
 
 #[cfg(test)]

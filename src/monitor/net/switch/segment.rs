@@ -106,7 +106,8 @@ impl Segment {
         // The file that bind makes takes its mode from the socket.
         fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
         for _ in 0..TRIES {
-            runtime_dir::make_private(&folder)?;
+            runtime_dir::make_private(&folder)
+                .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", folder.display())))?;
             match bind(&socket, &address) {
                 Err(Errno::NOENT) => {}
                 result => {
