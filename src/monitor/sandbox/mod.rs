@@ -7,9 +7,12 @@
 //!
 //! Threads share their memory, so whoever owns one can have the others work for it: what holds is what all lists together allow. That
 //! they differ keeps mistakes small, and tells what each role is for.
+//!
+//! What the process may take of the host's CPU time, memory and disks is the kernel's to limit, by its cgroup: [`limits`].
 
 mod calls;
 mod files;
+pub mod limits;
 mod namespaces;
 mod process;
 mod refused;
@@ -24,6 +27,8 @@ use crate::config::{CharTarget, Net, NetTarget, OnPanic, OnReboot, ParseError, P
 use crate::threads::Role;
 
 pub use files::Grant;
+pub use limits::Limits;
+pub(crate) use process::close_all_but;
 pub use refused::Refused;
 
 bitflags! {
@@ -46,6 +51,8 @@ bitflags! {
         const DISK = 1 << 6;
         /// Connections to the guest by the host's own sockets (`vsock` with `vhost=on`).
         const HOST_VSOCK = 1 << 7;
+        /// vCPUs with CPUs of their own, which their threads choose when they begin.
+        const PINS = 1 << 8;
     }
 }
 
