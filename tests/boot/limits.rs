@@ -129,12 +129,12 @@ impl Delegated {
         fs::create_dir(&cgroup).unwrap();
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        fs::copy(env!("CARGO_BIN_EXE_vmm"), dir.path().join("vmm")).unwrap();
+        fs::copy(env!("CARGO_BIN_EXE_vmm"), dir.path().join("program")).unwrap();
         for (name, file) in [("kernel", "tuned-vmlinux"), ("initrd", "tuned.cpio")] {
             fs::copy(bundle(file), dir.path().join(name)).unwrap();
         }
         let delegated = ["", "cgroup.procs", "cgroup.subtree_control"].map(|file| cgroup.join(file));
-        let copies = ["", "vmm", "kernel", "initrd"].map(|file| dir.path().join(file));
+        let copies = ["", "program", "kernel", "initrd"].map(|file| dir.path().join(file));
         for path in delegated.iter().chain(&copies) {
             chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
         }
@@ -145,10 +145,14 @@ impl Delegated {
     /// `vmm ARGUMENTS` as that user, in that cgroup, which a shell enters first.
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("/bin/sh");
-        let enter = format!("echo 0 >{}/cgroup.procs && exec ./vmm \"$@\"", self.cgroup.display());
-        command.args(["-c", &enter, "vmm"]).args(arguments).current_dir(self.dir.path());
+        // The way there leads by the root, which is not that user's: whose right it is shows when the file is opened.
+        let enter = fs::File::options().write(true).open(self.cgroup.join("cgroup.procs")).unwrap();
+        command
+            .args(["-c", "echo 0 >&0 && exec ./program \"$@\" </dev/null", "vmm"])
+            .args(arguments)
+            .current_dir(self.dir.path());
         command.env("XDG_RUNTIME_DIR", self.dir.path()).env("XDG_STATE_HOME", self.dir.path());
-        command.uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
+        command.uid(NOBODY).gid(NOBODY).stdin(enter);
         command
     }
 
