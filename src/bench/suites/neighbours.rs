@@ -119,7 +119,7 @@ fn method(work: &Step, cpus: usize) -> Vec<String> {
              beside a container. The quiet one is started when all of them compute, does {work}, and then answers {LINES} lines, one \
              after the other. Its start and end are not in any figure."
         ),
-        places::CLOCK.to_owned(),
+        "Work: between the lines that the program writes before and after it, as the host reads them.".to_owned(),
         "Answers: from a line written on the host to its answer read there, by pipes or the virtio console. The process that writes \
          and reads is beside the noise itself, as any client on that host."
             .to_owned(),
