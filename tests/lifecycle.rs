@@ -64,6 +64,7 @@ impl Control for Fake {
             ports: Vec::new(),
             networks: Vec::new(),
             sandbox: "off".to_owned(),
+            cgroup: None,
         }
     }
 

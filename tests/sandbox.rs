@@ -179,7 +179,15 @@ fn attempts() -> Vec<Attempt> {
         attempt!("sigaction of SIGSYS", NOBODY, libc::SYS_rt_sigaction, libc::SIGSYS, NOTHING, NOTHING, 8),
         attempt!("setrlimit", NOBODY, libc::SYS_setrlimit, u32::MAX, NOTHING),
         attempt!("sched_setscheduler", NOBODY, libc::SYS_sched_setscheduler, 0, u32::MAX, NOTHING),
-        attempt!("sched_setaffinity", NOBODY, libc::SYS_sched_setaffinity, 0, 0, NOTHING),
+        attempt!(
+            "sched_setaffinity",
+            |role, needs| HOUSE(role, needs) && needs.contains(Needs::PINS),
+            libc::SYS_sched_setaffinity,
+            0,
+            0,
+            NOTHING
+        ),
+        attempt!("sched_setaffinity of another", NOBODY, libc::SYS_sched_setaffinity, i32::MAX, 0, NOTHING),
         // By another name: x32's numbers.
         attempt!("x32's read", NOBODY, 0x4000_0000i64, NONE, NOTHING, 0),
     ]

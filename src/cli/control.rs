@@ -187,6 +187,9 @@ fn text(status: &Status) -> String {
         line("vsock", &format_args!("address {cid}"));
     }
     line("sandbox", &status.sandbox);
+    if let Some(cgroup) = &status.cgroup {
+        line("cgroup", &cgroup.display());
+    }
     for pty in &status.ptys {
         line("pty", &format_args!("{} ({})", pty.path.display(), pty.device));
     }

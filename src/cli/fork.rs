@@ -81,6 +81,7 @@ pub fn fork(mut options: Options) -> Result<Code, Failure> {
         let error = anyhow!("{option} is for one machine, and --count asks for several");
         return Err(Failure::new(Code::BadArgument, error).hint(Some(format!("leave {option} out"))));
     }
+    options.options.limits.make_way()?;
     let files = snapshot.into_parts()?.into_descriptors();
     let parts = inherited(&files)?;
     let begin = |name: String| Starting::begin(&["--called", &name, "--parts", &parts]);

@@ -15,6 +15,7 @@ mod flags;
 mod fork;
 mod forward;
 mod lab;
+mod limits;
 mod list;
 mod logs;
 mod options;

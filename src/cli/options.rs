@@ -16,6 +16,7 @@ use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
 use super::agent::renewal::CopyOptions;
+use super::limits;
 use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
@@ -177,6 +178,8 @@ pub struct Options {
     /// Report system calls that the sandbox refuses and fail them with EPERM, instead of ending the machine
     #[arg(long)]
     pub sandbox_log: bool,
+    #[command(flatten)]
+    pub limits: limits::Options,
     /// Run in the background: print the name as soon as the guest runs. What it writes to its console is kept for vmm logs (the last
     /// 1 MiB, and up to as much before), its exit code for vmm wait, until vmm rm or a new one of this name
     #[arg(short, long, conflicts_with_all = ["dry_run", "gdb"])]

@@ -13,7 +13,7 @@ use vmm_monitor::machine::{self, Outcome};
 use vmm_monitor::memory::{self, Pagemap};
 use vmm_monitor::pool::Spare;
 use vmm_monitor::recorder::Recorder;
-use vmm_monitor::sandbox::{self, Grant, Jail, Needs, Refused};
+use vmm_monitor::sandbox::{self, Grant, Jail, Limits, Needs, Refused};
 use vmm_monitor::session::{Built, Controls, End, Observer, Session};
 use vmm_monitor::snapshot::Snapshot;
 use vmm_trace::debug::gdb;
@@ -25,6 +25,7 @@ use vmm_trace::saved_memory::SavedMemory;
 use super::agent::renewal::CopyOptions;
 use super::detached::{self, Background};
 use super::flags;
+use super::limits::care;
 use super::options::Options;
 use super::plan::plan;
 use super::restore::Renewer;
@@ -39,6 +40,7 @@ pub struct RunOptions {
     record: Option<Record>,
     dumpable: bool,
     sandbox: (sandbox::Mode, bool, Option<sandbox::User>),
+    limits: Limits,
     background: Option<Background>,
     /// What it goes on from.
     snapshot: Option<Snapshot>,
@@ -94,6 +96,7 @@ impl RunOptions {
             record,
             dumpable,
             sandbox: (options.sandbox, options.sandbox_log, options.sandbox_user),
+            limits: options.limits.limits(),
             background: None,
             snapshot: None,
             spare: None,
@@ -136,6 +139,7 @@ impl RunOptions {
 pub fn run(mut options: Options) -> Result<Code, Failure> {
     let renewal = options.renewal.take();
     if options.detach && !options.detached {
+        options.limits.make_way()?;
         return detached::start(|name| renewal.map_or(Ok(()), |renewal| renewal.await_required(name)));
     }
     let (mut run_options, dry_run) = (RunOptions::of(&options)?, options.dry_run);
@@ -172,6 +176,7 @@ pub fn live(
         record,
         dumpable,
         sandbox: (mode, goes_on, user),
+        limits,
         mut background,
         mut snapshot,
         spare,
@@ -182,6 +187,9 @@ pub fn live(
     }: RunOptions,
     debugger: Option<&mut dyn Observer>,
 ) -> Result<Code, Failure> {
+    limits.check(&config)?;
+    let messages = background.as_ref().and_then(Background::messages);
+    limits.begin(&care(background.is_some(), messages))?;
     let pagemap = Pagemap::open().ok();
     let recorder = Arc::<Recorder>::default();
     recorder.set_all_registers(record.as_ref().is_some_and(|record| record.registers));
@@ -213,7 +221,7 @@ pub fn live(
         outputs,
         original,
         spare,
-        jail: Jail { mode, goes_on, user, needs: Needs::of(&config), grants, refused },
+        jail: Jail { mode, goes_on, user, needs: Needs::of(&config) | limits.needs(), grants, refused },
     };
     let mut recorded = record.map(|record| Recorded::new(&config, record.file, recorder.clone()));
     if let (Some(recorded), Some(pagemap), true) = (&mut recorded, pagemap, snapshot.is_some()) {

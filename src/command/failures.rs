@@ -1,7 +1,10 @@
 //! Maps each library's errors to an exit code and a hint.
 
+use std::io::ErrorKind;
+
 use vmm_agent::client;
 use vmm_agent::protocol::Reason;
+use vmm_monitor::sandbox::limits;
 use vmm_monitor::{api, config, machine, output, session, snapshot};
 use vmm_trace::debug::gdb;
 use vmm_trace::{file, lab, symbols};
@@ -25,6 +28,38 @@ impl From<api::Error> for Failure {
 impl From<machine::Error> for Failure {
     fn from(error: machine::Error) -> Self {
         let hint = error.hint().map(|hint| hint.into_owned());
+        let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
+        Self::new(code, error).hint(hint)
+    }
+}
+
+const DELEGATE: &str = "start it in a cgroup that is delegated to you: systemd-run --user --scope -p Delegate=yes vmm run ...; \
+                        as root, drop --user, or name a new cgroup: --cgroup /vmm/NAME";
+
+impl From<limits::Error> for Failure {
+    fn from(error: limits::Error) -> Self {
+        use limits::Error::{Affinity, Caretaker, Cpu, Disk, File, NoCgroups, NoController, Path};
+        let hint = match &error {
+            NoCgroups => Some("mount one: mount -t cgroup2 none /sys/fs/cgroup"),
+            NoController { is_root: true, .. } => Some(
+                "this host has its controllers in cgroup version 1, or none; boot it with systemd.unified_cgroup_hierarchy=1",
+            ),
+            NoController { .. } => Some(DELEGATE),
+            Path(_) => Some("write --cgroup /vmm/NAME, or --cgroup NAME for one below the caller's own"),
+            File { path, source, .. } => match source.kind() {
+                ErrorKind::ResourceBusy if path.ends_with("cgroup.subtree_control") => Some(
+                    "other processes are in that cgroup (see its cgroup.procs), and then it can have no limited children. Start vmm \
+                     in one of its own: systemd-run --scope -p Delegate=yes vmm run ... (with --user unless you are root)",
+                ),
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Some(DELEGATE),
+                _ => None,
+            },
+            Disk { .. } => {
+                Some("name a file on the disk, its device, or its number (lsblk): --io-max /dev/sda,rbps=10M")
+            }
+            Cpu { .. } => Some("write --pin 0-1, or --pin 0:0,1:1 (vCPU 0 on CPU 0, vCPU 1 on CPU 1)"),
+            Caretaker(_) | Affinity(_) => None,
+        };
         let code = if error.is_bad_argument() { Code::BadArgument } else { Code::Host };
         Self::new(code, error).hint(hint)
     }

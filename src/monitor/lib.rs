@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`config`] | [`VmConfig`](config::VmConfig): one tree for the command line and the configuration file |
 //! | [`state`] | saved state: one plain value per part |
-//! | [`sandbox`] | what the process may name and a thread may ask of the host's kernel once a guest runs: a root of its own, landlock, a list of system calls for each role |
+//! | [`sandbox`] | what the process may name and a thread may ask of the host's kernel once a guest runs: a root of its own, landlock, a list of system calls for each role; and what it may take of the host ([`sandbox::limits`]) |
 //! | [`threads`], [`event_loop`] | the one place where threads are made, each with its role; loops that wait for descriptors and call handlers |
 //! | [`poller`], [`timer`], [`listener`] | many descriptors behind one; a moment as a descriptor; a unix socket that only its owner can open |
 //! | [`guest_log`] | rate-limited warnings about the guest |
@@ -37,7 +37,7 @@
 //!
 //! **Layers.** A module uses only those on its own line of this list and on the lines above it; `unsafe` stands in `recorder`
 //! (its clock), `memory`, `kvm`, `disk`, `vhost` (ioctls of the host's kernel), `net` (ioctls of taps, pages of connections) and
-//! `sandbox` (what a signal tells of a refused call) alone.
+//! `sandbox` (what a signal tells of a refused call, a child that outlives the process) alone.
 //! `tests/architecture.rs` holds the code against it.
 //!
 //! ```text

@@ -12,6 +12,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vmm_sys_util::signal::{block_signal, unblock_signal};
 
 use crate::error_chain;
+use crate::sandbox::limits::pin_vcpu;
 use crate::sandbox::{self, Needs};
 
 /// What a thread is for.
@@ -82,7 +83,11 @@ pub fn spawn_outside<T: Send + 'static>(
     role: &Role,
     run: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    Builder::new().name(role.name()).spawn(run)
+    let vcpu = if let Role::Vcpu(number) = role { Some(*number) } else { None };
+    Builder::new().name(role.name()).spawn(move || {
+        vcpu.into_iter().for_each(pin_vcpu);
+        run()
+    })
 }
 
 /// The calling thread is in the jail from now on, as `role`. If the kernel refuses that the process ends: nothing is done for a guest

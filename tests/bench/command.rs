@@ -97,8 +97,19 @@ fn help_and_list_tell_what_there_is() {
     assert_eq!(
         suites,
         [
-            "boot", "fork", "steps", "memory", "image", "exits", "cpu", "mem", "block", "net", "console",
-            "scale"
+            "boot",
+            "fork",
+            "steps",
+            "memory",
+            "image",
+            "exits",
+            "cpu",
+            "mem",
+            "block",
+            "net",
+            "console",
+            "scale",
+            "neighbours"
         ]
     );
 }

@@ -17,6 +17,7 @@ mod identity;
 mod kernels;
 mod labs;
 mod life;
+mod limits;
 mod net;
 mod net_apt;
 mod net_user;

@@ -14,6 +14,7 @@ mod huge_pages;
 #[path = "../images/mod.rs"]
 #[allow(dead_code, reason = "shared with others, which make other kernels")]
 mod images;
+mod limits;
 mod lives;
 mod lost;
 mod memory_ways;

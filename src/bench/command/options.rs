@@ -35,7 +35,7 @@ Exit codes: 0 done; 2 bad arguments or files; 4 nothing in a suite could be meas
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
-    /// What to measure: boot, fork, steps, memory, image, exits, cpu, mem, block, net, console, scale [default: all]
+    /// What to measure: boot, fork, steps, memory, image, exits, cpu, mem, block, net, console, scale, neighbours [default: all]
     #[arg(value_name = "NAME")]
     pub suites: Vec<Name>,
     /// List the suites, without measuring anything
@@ -160,6 +160,7 @@ pub fn list() -> String {
         Name::Net => "TCP to the host: containers, VMs, other monitors, each kind of network",
         Name::Console => "ping-pong through the console",
         Name::Scale => "many VMs at once, many vCPUs, much memory",
+        Name::Neighbours => "a quiet VM or container beside noisy ones, with and without limits",
     };
     Name::ALL.iter().map(|name| format!("{:8} {}\n", name.text(), about(*name))).collect()
 }

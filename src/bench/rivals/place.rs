@@ -48,14 +48,27 @@ impl Place {
     pub fn command(self, setting: &Setting, arguments: &[&str], size: Size) -> Result<Command, String> {
         let mut command = match self {
             Self::Native => Command::new(&setting.own),
-            Self::Container => container(setting)?
-                .command("/vmm-bench")
-                .map_err(|error| format!("a container for {}: {error}", setting.own.display()))?,
+            Self::Container => start(&container(setting)?, setting)?,
             Self::Vm => return vm(setting, arguments, size),
         };
         command.arg("work").args(arguments);
         Ok(command)
     }
+
+    /// The same in a container that is in the cgroup at `path`.
+    ///
+    /// # Errors
+    /// Why it cannot run there.
+    pub fn container_in(setting: &Setting, arguments: &[&str], cgroup: &Path) -> Result<Command, String> {
+        let mut command = start(&container(setting)?.in_cgroup(cgroup), setting)?;
+        command.arg("work").args(arguments);
+        Ok(command)
+    }
+}
+
+fn start(container: &Container, setting: &Setting) -> Result<Command, String> {
+    let command = container.command("/vmm-bench");
+    command.map_err(|error| format!("a container for {}: {error}", setting.own.display()))
 }
 
 fn container(setting: &Setting) -> Result<Container, String> {

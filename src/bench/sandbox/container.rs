@@ -1,10 +1,10 @@
 //! The least that is still called a container: a process in six new namespaces (a user namespace besides where the caller is
 //! not root) whose root is a folder, read-only. No cgroup, no seccomp filter, no dropped capabilities: whatever a container
-//! runtime adds, it adds to this.
+//! runtime adds, it adds to this. A cgroup that exists may be given to it.
 //!
 //! `vmm bench` compares with it. It is no boundary against a hostile program that is root in it.
 
-use std::ffi::{CString, c_char, c_int, c_long};
+use std::ffi::{CStr, CString, c_char, c_int, c_long};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
@@ -18,6 +18,7 @@ pub struct Container {
     root: PathBuf,
     binds: Vec<Bind>,
     detached: bool,
+    cgroup: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone)]
@@ -30,7 +31,7 @@ struct Bind {
 impl Container {
     /// One that sees `root` as its root file system, read-only. `/proc` is mounted where `root` has such a folder.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), binds: Vec::new(), detached: false }
+        Self { root: root.into(), binds: Vec::new(), detached: false, cgroup: None }
     }
 
     /// Shows the host's file or folder `host` at `inside`, which the root file system must have.
@@ -44,6 +45,13 @@ impl Container {
     #[must_use]
     pub fn detached(mut self) -> Self {
         self.detached = true;
+        self
+    }
+
+    /// It is in the cgroup (version 2) at `path`.
+    #[must_use]
+    pub fn in_cgroup(mut self, path: &Path) -> Self {
+        self.cgroup = Some(path.to_owned());
         self
     }
 
@@ -108,6 +116,8 @@ struct Plan {
     /// What to write into which file of /proc/self, if there is a user namespace.
     maps: Option<[(CString, CString); 3]>,
     detached: bool,
+    /// The file to enter its cgroup by.
+    cgroup: Option<CString>,
 }
 
 impl Plan {
@@ -138,12 +148,18 @@ impl Plan {
             binds: binds.collect::<io::Result<_>>()?,
             maps,
             detached: container.detached,
+            cgroup: container.cgroup.as_ref().map(|path| text(&path.join("cgroup.procs"))).transpose()?,
         })
     }
 
     /// Called in the child that is to become the program. It returns in a grandchild, PID 1 of the container; the child itself
     /// waits for that and ends as it does.
     fn enter(&self) -> io::Result<()> {
+        if let Some(file) = &self.cgroup
+            && write_to(file, c"0") < 0
+        {
+            fail("enter the cgroup");
+        }
         let user = if self.maps.is_some() { libc::CLONE_NEWUSER } else { 0 };
         let flags = user
             | libc::CLONE_NEWNS
@@ -177,7 +193,7 @@ impl Plan {
     /// In the container's first process: from the host's mounts to the container's. The error is the step that failed; errno
     /// says why.
     fn set_up(&self) -> Result<(), &'static str> {
-        const HERE: &std::ffi::CStr = c".";
+        const HERE: &CStr = c".";
         let call = |result: c_long, step| if result < 0 { Err(step) } else { Ok(()) };
         let mount = |from: *const c_char, to: *const c_char, kind: *const c_char, flags, step| {
             // SAFETY: strings that end in zero, or null where mount(2) takes none.
@@ -203,14 +219,7 @@ impl Plan {
             call(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }.into(), "prctl PDEATHSIG")?;
         }
         for (file, text) in self.maps.iter().flatten() {
-            // SAFETY: a string that ends in zero; the file is closed by whoever opened it.
-            let fd = unsafe { libc::open(file.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
-            call(fd.into(), "open a map of the user namespace")?;
-            // SAFETY: the text is as long as said.
-            let count = unsafe { libc::write(fd, text.as_ptr().cast(), text.as_bytes().len()) };
-            call(count as c_long, "write a map of the user namespace")?;
-            // SAFETY: opened above.
-            unsafe { libc::close(fd) };
+            call(write_to(file, text), "write a map of the user namespace")?;
         }
         mount(null(), c"/".as_ptr(), null(), libc::MS_REC | libc::MS_PRIVATE, "make mounts private")?;
         let root = self.root.as_ptr();
@@ -235,6 +244,20 @@ impl Plan {
             call(libc::chdir(c"/".as_ptr()).into(), "enter the new root")
         }
     }
+}
+
+/// Writes `text` to `file`, by one call. Negative, with errno, if that fails.
+fn write_to(file: &CStr, text: &CStr) -> c_long {
+    // SAFETY: a string that ends in zero; the file is closed below.
+    let fd = unsafe { libc::open(file.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
+    if fd < 0 {
+        return fd.into();
+    }
+    // SAFETY: the text is as long as said.
+    let count = unsafe { libc::write(fd, text.as_ptr().cast(), text.to_bytes().len()) };
+    // SAFETY: opened above. It leaves errno alone, for such a file.
+    unsafe { libc::close(fd) };
+    count as c_long
 }
 
 /// Ends this process as its child `pid` ends.

@@ -90,7 +90,7 @@ impl Contender for Talk<'_> {
         let mut command = self.place.command(self.setting, &[&step.to_string()], SIZE)?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| format!("start {}: {error}", shown(&command)))?;
-        let talked = talk(&mut child, self.count, &step);
+        let talked = talk(&mut child, self.count, None, &step);
         // It has said its last line, or is given up.
         if talked.is_err() {
             let _ = child.kill();
@@ -100,45 +100,66 @@ impl Contender for Talk<'_> {
             let _ = errors.read_to_string(&mut complaint);
         }
         let status = child.wait().map_err(|error| format!("wait for {}: {error}", self.name()))?;
-        let span = talked.map_err(|why| format!("{why} ({status}): {}", complaint.trim()))?;
+        let talked = talked.map_err(|why| format!("{why} ({status}): {}", complaint.trim()))?;
         if !status.success() {
             return Err(format!("{} ended with {status}: {}", self.name(), complaint.trim()));
         }
-        Ok(vec![self.count as f64 / span.as_secs_f64()])
+        Ok(vec![self.count as f64 / talked.answers.iter().sum::<Duration>().as_secs_f64()])
     }
 }
 
-/// Writes lines and waits for their answers, `count` times.
-fn talk(child: &mut Child, count: u64, step: &Step) -> Result<Duration, String> {
+/// How long it took.
+pub struct Talked {
+    /// What was done before.
+    pub work: Duration,
+    /// Each answer, from that before it.
+    pub answers: Vec<Duration>,
+}
+
+/// Waits while `child` does `work`, if it has any; then writes lines and waits for their answers, `count` times.
+///
+/// # Errors
+/// It says something else, or nothing in time.
+pub fn talk(child: &mut Child, count: u64, work: Option<&Step>, step: &Step) -> Result<Talked, String> {
     let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
         return Err("no pipes".to_owned());
     };
     // A thread that does it, so that silence has its limit.
     let (sender, done) = channel();
     let (begin, end) = (step.begin(), step.end());
+    let work = work.map(|work| (work.begin(), work.end()));
     thread::Builder::new()
         .name("talk".to_owned())
         .spawn(move || {
             let mut output = BufReader::new(output);
-            let span = (|| {
+            let talked = (|| {
+                let mut talked = Talked { work: Duration::ZERO, answers: Vec::with_capacity(count as usize) };
+                if let Some((begin, end)) = work {
+                    wait_for(&mut output, begin.trim_end())?;
+                    let start = Instant::now();
+                    wait_for(&mut output, end.trim_end())?;
+                    talked.work = start.elapsed();
+                }
                 wait_for(&mut output, begin.trim_end())?;
-                let start = Instant::now();
+                let mut before = Instant::now();
                 for _ in 0..count {
                     input.write_all(LINE).map_err(|error| format!("write a line: {error}"))?;
                     wait_for(&mut output, "pong")?;
+                    let now = Instant::now();
+                    talked.answers.push(now - before);
+                    before = now;
                 }
-                let span = start.elapsed();
                 wait_for(&mut output, end.trim_end())?;
-                Ok(span)
+                Ok(talked)
             })();
-            let _ = sender.send(span);
+            let _ = sender.send(talked);
             // The rest must go somewhere until the process ends; so must its input stay open.
             let _ = std::io::copy(&mut output, &mut std::io::sink());
             drop(input);
         })
         .map_err(|error| format!("start a thread: {error}"))?;
     match done.recv_timeout(LIMIT) {
-        Ok(span) => span,
+        Ok(talked) => talked,
         Err(RecvTimeoutError::Timeout) => Err(format!("no answer for {LIMIT:?}")),
         Err(RecvTimeoutError::Disconnected) => Err("the conversation broke off".to_owned()),
     }

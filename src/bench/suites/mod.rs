@@ -9,6 +9,7 @@ mod fork;
 mod image;
 mod mem;
 mod memory;
+mod neighbours;
 mod net;
 mod places;
 mod scale;
@@ -49,11 +50,13 @@ pub enum Name {
     Console,
     /// Many at once, many CPUs, much memory.
     Scale,
+    /// A quiet machine beside noisy ones.
+    Neighbours,
 }
 
 impl Name {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Boot,
         Self::Fork,
         Self::Steps,
@@ -66,6 +69,7 @@ impl Name {
         Self::Net,
         Self::Console,
         Self::Scale,
+        Self::Neighbours,
     ];
 
     /// As on the command line.
@@ -83,6 +87,7 @@ impl Name {
             Self::Net => "net",
             Self::Console => "console",
             Self::Scale => "scale",
+            Self::Neighbours => "neighbours",
         }
     }
 
@@ -119,7 +124,9 @@ pub fn run(
     plan: Plan,
     progress: &mut dyn FnMut(f64, &str),
 ) -> Result<Suite, String> {
-    if setting.repeatable_clock && matches!(name, Name::Cpu | Name::Mem | Name::Block | Name::Console) {
+    if setting.repeatable_clock
+        && matches!(name, Name::Cpu | Name::Mem | Name::Block | Name::Console | Name::Neighbours)
+    {
         return Err("it measures what a clock that counts instructions hides (caches, disks, schedulers): leave --icount away"
             .to_owned());
     }
@@ -136,6 +143,7 @@ pub fn run(
         Name::Net => net::run(setting, plan, progress),
         Name::Console => console::run(setting, plan, progress),
         Name::Scale => scale::run(setting, plan, progress),
+        Name::Neighbours => neighbours::run(setting, plan, progress),
     };
     suite.map(|mut suite| {
         // What the exits suite measures runs in this process.

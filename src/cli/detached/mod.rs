@@ -9,6 +9,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -161,6 +162,11 @@ impl Background {
     /// Whether it stands ready, or ended before it was taken.
     pub fn is_spare(&self) -> bool {
         self.is_spare
+    }
+
+    /// Where it keeps what it says. A spare's record gets another name.
+    pub fn messages(&self) -> Option<PathBuf> {
+        (!self.is_spare).then(|| self.shared.record.messages())
     }
 
     /// Who keeps the end of a run that another thread ends.

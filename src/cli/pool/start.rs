@@ -81,7 +81,9 @@ fn begin(options: Options) -> Result<Code, Failure> {
     }
     let snapshot = fork::child(fork::snapshot(&options.source)?, &options.options)?;
     // Before there are as many errors as copies.
+    let limits = options.options.limits.clone();
     several(options.options.resolve_saved(&snapshot.config)?)?;
+    limits.make_way()?;
     let parts = snapshot.into_parts()?.into_descriptors();
     Starting::begin(&["--parts", &fork::inherited(&parts)?])?.finish(|_| Ok(()))
 }

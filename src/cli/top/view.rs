@@ -380,6 +380,7 @@ mod tests {
             ports: Vec::new(),
             networks: Vec::new(),
             sandbox: "off".to_owned(),
+            cgroup: None,
         };
         Look { status, recorded: true, viewers: 2, symbols: "no symbols".to_owned(), rates }
     }

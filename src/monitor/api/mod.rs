@@ -89,6 +89,9 @@ pub struct Status {
     /// What a guest that breaks out of the monitor finds: `off`, or what the sandbox is made of.
     #[serde(default)]
     pub sandbox: String,
+    /// The cgroup that it entered, for its limits.
+    #[serde(default, with = "host_path::optional", skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<PathBuf>,
 }
 
 /// A pseudo-terminal that leads to one of the guest's character devices.

@@ -339,6 +339,7 @@ mod tests {
             ports: vec![crate::api::PortSocket { name: text.to_owned(), path: text.into() }],
             networks: Vec::new(),
             sandbox: text.to_owned(),
+            cgroup: Some(text.into()),
         };
         let sample = serde_json::json!({"kernel": evil, "reasons": {evil: [evil, 1]}});
         let seen = Answer::Sample(Box::new(MachineSample { status: status(evil), sample }));

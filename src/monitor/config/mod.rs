@@ -26,6 +26,7 @@ pub use kernel::Kernel;
 pub use net::{Mac, Net, NetTarget, dump as net_dump};
 pub use net_limits::{Limit, NetLimits};
 pub use plug::Plug;
+pub(crate) use text::items;
 pub use text::{ParseError, Size, port_number};
 pub use user_net::{Allow, Publish, Resolver, UserNet};
 pub use vsock::Vsock;
@@ -303,7 +304,7 @@ pub struct Port {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{what}")]
 pub struct Invalid {
-    what: String,
+    pub(crate) what: String,
     /// What to try.
     pub hint: String,
 }

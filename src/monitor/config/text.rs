@@ -167,7 +167,7 @@ pub fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error
 }
 
 /// The items of a text `VALUE,key=value,flag`. A comma that belongs to an item is written twice, as QEMU has it.
-fn items(text: &OsStr) -> Vec<Vec<u8>> {
+pub(crate) fn items(text: &OsStr) -> Vec<Vec<u8>> {
     let mut items = vec![Vec::new()];
     let mut bytes = text.as_bytes().iter().copied().peekable();
     while let Some(byte) = bytes.next() {

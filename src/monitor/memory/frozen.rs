@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use rustix::io::Errno;
@@ -14,6 +14,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     Pid, Signal, WaitOptions, getpid, getppid, kill_process, set_parent_process_death_signal, waitpid,
 };
+
+use crate::sandbox::close_all_but;
 
 /// A child at work. Dropping it ends it.
 #[derive(Debug)]
@@ -103,19 +105,6 @@ impl Drop for Masked {
     fn drop(&mut self) {
         // SAFETY: the set is what the kernel gave.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, ptr::null_mut()) };
-    }
-}
-
-/// Closes all other descriptors. Those of a child that was forked keep open what its parent closes: a connection, above all.
-fn close_all_but(keep: &mut [RawFd]) {
-    keep.sort_unstable();
-    let mut first = 0;
-    for kept in keep.iter().map(|kept| kept.unsigned_abs()).chain([u32::MAX]) {
-        if first < kept {
-            // SAFETY: nobody uses them: the child has one thread, and that goes on to `work` alone.
-            unsafe { libc::syscall(libc::SYS_close_range, first, kept - 1, 0) };
-        }
-        first = kept.saturating_add(1);
     }
 }
 

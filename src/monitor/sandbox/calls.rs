@@ -266,6 +266,9 @@ const HOST_VSOCK: &[Call] = &[
     any(libc::SYS_connect),
 ];
 
+/// Where the calling thread runs: a vCPU's, which is started by one that is inside already, and so is as that is at first.
+const PINS: &[Call] = &[when(libc::SYS_sched_setaffinity, &[&[is(0, 0)]])];
+
 /// What is opened anew.
 const OPENING: &[Call] = &[any(libc::SYS_openat)];
 
@@ -402,6 +405,7 @@ pub(super) fn of_role(role: &Role, machine: Needs) -> Vec<&'static [Call]> {
             add(true, FILES);
             add(has(Needs::UNIX), UNIX);
             add(has(Needs::HOST_VSOCK), HOST_VSOCK);
+            add(has(Needs::PINS), PINS);
             add(true, HOUSE);
             add(true, USERFAULTFD);
             add(has(Needs::INTERNET), INTERNET);

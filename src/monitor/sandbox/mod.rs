@@ -7,10 +7,13 @@
 //!
 //! Threads share their memory, so whoever owns one can have the others work for it: what holds is what all lists together allow. That
 //! they differ keeps mistakes small, and tells what each role is for.
+//!
+//! What the process may take of the host's CPU time, memory and disks is the kernel's to limit, by its cgroup: [`limits`].
 
 mod calls;
 mod files;
 mod inherited;
+pub mod limits;
 mod namespaces;
 mod process;
 mod refused;
@@ -26,6 +29,8 @@ use crate::config::{CharTarget, Net, NetTarget, OnPanic, OnReboot, ParseError, P
 use crate::threads::Role;
 
 pub use files::Grant;
+pub use limits::Limits;
+pub(crate) use process::close_all_but;
 pub use process::{User, started_by};
 pub use refused::Refused;
 
@@ -51,6 +56,8 @@ bitflags! {
         const HOST_VSOCK = 1 << 7;
         /// Segments of this user's (`net=switch`).
         const SWITCH = 1 << 8;
+        /// vCPUs with CPUs of their own, which their threads choose when they begin.
+        const PINS = 1 << 9;
     }
 }
 

@@ -1,6 +1,8 @@
-//! What a thread gives up for good, whatever it may call: privileges by exec, capabilities, and root's name.
+//! What a thread gives up for good, whatever it may call: privileges by exec, capabilities, and root's name; what a forked child gives up:
+//! descriptors.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
@@ -137,4 +139,18 @@ pub(super) fn drop_privileges() -> io::Result<()> {
     clear_ambient_capability_set()?;
     let none = CapabilitySet::empty();
     Ok(set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?)
+}
+
+/// Closes all other descriptors. Call it in a child that was forked and goes on with `keep` alone: its copies keep open what its parent
+/// closes, a connection above all.
+pub fn close_all_but(keep: &mut [RawFd]) {
+    keep.sort_unstable();
+    let mut first = 0;
+    for kept in keep.iter().map(|kept| kept.unsigned_abs()).chain([u32::MAX]) {
+        if first < kept {
+            // SAFETY: nobody uses them: the child has one thread, and that goes on without them.
+            unsafe { libc::syscall(libc::SYS_close_range, first, kept - 1, 0) };
+        }
+        first = kept.saturating_add(1);
+    }
 }

@@ -91,6 +91,7 @@ impl Running {
             ports,
             networks: Vec::new(),
             sandbox: String::new(),
+            cgroup: sandbox::limits::cgroup().map(Path::to_owned),
         };
         // While this process is where its user is.
         original.make_absolute();

@@ -76,6 +76,7 @@ impl Guest {
             ports: Vec::new(),
             networks: Vec::new(),
             sandbox: "off".to_owned(),
+            cgroup: None,
         };
         let ended = Arc::<(Mutex<bool>, Condvar)>::default();
         let end = ended.clone();
