@@ -372,7 +372,7 @@ fn folders_of_a_users_own_are_nobody_elses() {
                 "vmm/v.sock",
                 &[Link, Dangling, FolderLink, HardLink, Pipe, Plain],
             ),
-            inside("XDG_RUNTIME_DIR=@ --name v --vsock", "vmm/v.vsock", NONE),
+            inside("XDG_RUNTIME_DIR=@ --name v --vsock", "vmm/v.d", NONE),
             inside("XDG_RUNTIME_DIR=@ --net switch=lan", "vmm/switch/lan", NONE),
             case("XDG_STATE_HOME=@ -d", "vmm", &[FolderLink, Folder], NONE),
             inside("XDG_RUNTIME_DIR=@ XDG_STATE_HOME=@/s -d --name v", "s/vmm/v", ALL),
