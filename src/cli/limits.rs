@@ -39,13 +39,17 @@ pub struct Options {
     /// CPUs of the host to run on: 2-3 for all threads, 0:2,1:3 for vCPU 0 on CPU 2 and vCPU 1 on CPU 3
     #[arg(long, value_name = "CPUS")]
     pin: Option<Pin>,
+    /// Share no core with others: while a thread of this run has one of a core's hardware threads (SMT), nobody else has another (Linux
+    /// 5.14)
+    #[arg(long)]
+    own_cores: bool,
 }
 
 impl Options {
     /// As the monitor has them.
     pub fn limits(&self) -> Limits {
-        let Self { cgroup, cpu_weight, cpu_max, memory_max, io_max, pids_max, pin } = self.clone();
-        Limits { cgroup, cpu_weight, cpu_max, memory_max, io_max, pids_max, pin }
+        let Self { cgroup, cpu_weight, cpu_max, memory_max, io_max, pids_max, pin, own_cores } = self.clone();
+        Limits { cgroup, cpu_weight, cpu_max, memory_max, io_max, pids_max, pin, own_cores }
     }
 
     /// For the process of a command that starts others with these options: makes way for their cgroups.

@@ -76,6 +76,30 @@ fn threads(pid: i32) -> Vec<(String, String)> {
 }
 
 #[test]
+fn a_machine_has_cores_of_its_own_or_does_not_run() {
+    let place = Place::new();
+    place.file("exit", kernel(&out(0xf4, 21)));
+    let run = "--kernel exit --mem 32M --debug-exit --own-cores";
+    if !fs::read_to_string("/sys/devices/system/cpu/smt/active").is_ok_and(|text| text.trim() == "1") {
+        assert!(place.fails(run, HOST).contains("cores have several threads (SMT)"));
+        return;
+    }
+    if !has_kvm("a_machine_has_cores_of_its_own_or_does_not_run") {
+        return;
+    }
+    use rustix::process::Pid;
+    use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
+    let cookie = |more: &str| {
+        let (_place, guest) = counting(more);
+        let pid = Pid::from_raw(guest.pid()).unwrap();
+        core_scheduling_cookie(pid, CoreSchedulingScope::Thread).unwrap()
+    };
+    let (one, another) = (cookie("--dumpable --own-cores"), cookie("--dumpable --own-cores"));
+    assert!(one != another && one != 0 && another != 0);
+    assert_eq!(cookie("--dumpable"), 0);
+}
+
+#[test]
 fn threads_run_on_the_cpus_that_they_are_pinned_to() {
     if !has_kvm("threads_run_on_the_cpus_that_they_are_pinned_to") {
         return;

@@ -152,6 +152,33 @@ fn only_what_it_needs(test: &str, place: &Place, command: impl Fn(&str) -> Comma
     assert!(has_all || said.contains("auto runs without"), "{said}");
 }
 
+#[test]
+fn a_run_of_roots_becomes_the_user_that_it_is_told() {
+    let test = "a_run_of_roots_becomes_the_user_that_it_is_told";
+    if !has_kvm(test) {
+        return;
+    }
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    let run = "--kernel count --mem 32M --serial file=said --console off --name v --vsock --sandbox-user";
+    for wrong in ["root", "0", "65534:0", "4294967295", ""] {
+        let said = place.fails(&format!("{run}={wrong}"), BAD_ARGUMENT);
+        assert!(said.contains("not a user other than root"), "{said}");
+    }
+    if !rustix::process::geteuid().is_root() {
+        place.fails(&format!("{run} 65534"), HOST);
+        return eprintln!("SKIP: {test}: needs root, to become another user");
+    }
+    let guest = Running::new(place.command(&format!("{run} 65534:12")));
+    await_words(&place, "said", 3);
+    for (name, values) in threads(&guest.pid().to_string()) {
+        assert_eq!(values[4..6], ["65534\t65534\t65534\t65534", "12\t12\t12\t12"], "{name}");
+    }
+    place.done("pause v");
+    place.done("kill v");
+    assert_eq!(fs::read_dir(place.path("run/vmm")).unwrap().count(), 0);
+}
+
 /// What the process was started with is none of the guest's business, unless it is told to use it.
 #[test]
 fn what_is_inherited_is_given_up() {

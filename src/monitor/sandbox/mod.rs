@@ -236,6 +236,7 @@ pub fn close(more: impl IntoIterator<Item = Grant>) -> Result<(), Error> {
 pub fn lock(role: &Role) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
     inherited::close();
+    process::limit().map_err(Error::of("lower resource limits", PROC))?;
     let grants = GRANTS.get().map_or(&[][..], Vec::as_slice);
     match namespaces::stay_in(grants) {
         Err(error) if jail.mode == Mode::Strict => {

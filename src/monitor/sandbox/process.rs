@@ -7,7 +7,9 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 use rustix::io::Errno;
-use rustix::process::{DumpableBehavior, dumpable_behavior, set_dumpable_behavior};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, dumpable_behavior, getrlimit, set_dumpable_behavior, setrlimit,
+};
 use rustix::process::{Pid, geteuid, getpid, parent_process_death_signal, set_parent_process_death_signal};
 use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, capabilities, capabilities_secure_bits,
@@ -123,6 +125,16 @@ fn become_user(Becomes { user, has_roots_files }: &Becomes) -> io::Result<()> {
     set_parent_process_death_signal(dies)?;
     if dumpable != DumpableBehavior::DumpableReadableOnlyByRoot {
         set_dumpable_behavior(dumpable)?;
+    }
+    Ok(())
+}
+
+/// The process can have no more descriptors than now, and leaves no core unless it was left open to debuggers.
+pub(super) fn limit() -> io::Result<()> {
+    let files = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { maximum: files.current, ..files })?;
+    if dumpable_behavior()? == DumpableBehavior::NotDumpable {
+        setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     }
     Ok(())
 }

@@ -15,6 +15,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use rustix::process::getpid;
+use rustix::thread::{CoreSchedulingScope, create_core_scheduling_cookie};
+
 use super::Needs;
 use crate::config::{Invalid, Size, VmConfig};
 
@@ -39,6 +42,8 @@ pub struct Limits {
     pub pids_max: Option<u32>,
     /// On which CPUs.
     pub pin: Option<Pin>,
+    /// No other process has a hardware thread of a core meanwhile (Documentation/admin-guide/hw-vuln/core-scheduling.rst).
+    pub own_cores: bool,
 }
 
 /// What the owner of a run has to say to the process that removes its cgroup.
@@ -102,6 +107,9 @@ pub enum Error {
         /// As in the option.
         allowed: String,
     },
+    /// The kernel has no core scheduling.
+    #[error("`own_cores`: cannot have cores of its own")]
+    Cores(#[source] io::Error),
     /// The kernel does not take a set of CPUs.
     #[error("cannot set the CPUs to run on")]
     Affinity(#[source] io::Error),
@@ -224,6 +232,11 @@ impl Limits {
             cgroup::join(&path)?;
             // There is one.
             let _ = CGROUP.set(path);
+        }
+        if self.own_cores {
+            // That of all threads that this one starts, and of no other process.
+            create_core_scheduling_cookie(getpid(), CoreSchedulingScope::ThreadGroup)
+                .map_err(|error| Error::Cores(error.into()))?;
         }
         // A cgroup may have CPUs of its own, so it comes first.
         self.pin.as_ref().map_or(Ok(()), Pin::begin)
