@@ -8,7 +8,8 @@ use std::sync::OnceLock;
 
 use rustix::io::Errno;
 use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, dumpable_behavior, getrlimit, set_dumpable_behavior, setrlimit,
+    DumpableBehavior, Resource, Rlimit, Signal, dumpable_behavior, getrlimit, set_dumpable_behavior,
+    setrlimit,
 };
 use rustix::process::{Pid, geteuid, getpid, parent_process_death_signal, set_parent_process_death_signal};
 use rustix::thread::{
@@ -58,6 +59,10 @@ struct Becomes {
     user: User,
     /// Of files it is root: the run's own are root's.
     has_roots_files: bool,
+    /// The parent's death is this signal's to tell, and becoming another user resets that.
+    dies: Option<Signal>,
+    /// Whether the process is open to debuggers, which is reset as well.
+    dumpable: OnceLock<DumpableBehavior>,
 }
 
 /// No exec gives more than there was before, set-user-ID or not, nor a capability that the process gives up.
@@ -98,7 +103,10 @@ fn choose_user(chosen: Option<User>) -> io::Result<()> {
     set_thread_res_uid(Uid::ROOT, None, None)?;
     // Capabilities last until they are dropped: somebody else has to set up the rest.
     set_capabilities_secure_bits(capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
-    let _ = USER.set(Becomes { user, has_roots_files: chosen.is_none() });
+    // Root needs none to open the rest.
+    set_thread_groups(&[])?;
+    let dies = parent_process_death_signal()?;
+    let _ = USER.set(Becomes { user, has_roots_files: chosen.is_none(), dies, dumpable: OnceLock::new() });
     Ok(())
 }
 
@@ -108,10 +116,15 @@ pub(super) fn has_user() -> bool {
 }
 
 /// The calling thread, which has the capabilities for that, is another user from now on, in one group.
-fn become_user(Becomes { user, has_roots_files }: &Becomes) -> io::Result<()> {
-    let (dies, dumpable) = (parent_process_death_signal()?, dumpable_behavior()?);
+fn become_user(Becomes { user, has_roots_files, dies, dumpable }: &Becomes) -> io::Result<()> {
+    let before = match dumpable.get() {
+        Some(before) => *before,
+        None => {
+            let now = dumpable_behavior()?;
+            *dumpable.get_or_init(|| now)
+        }
+    };
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    set_thread_groups(&[])?;
     set_thread_res_gid(gid, gid, gid)?;
     set_thread_res_uid(uid, uid, uid)?;
     if *has_roots_files {
@@ -121,10 +134,11 @@ fn become_user(Becomes { user, has_roots_files }: &Becomes) -> io::Result<()> {
             libc::syscall(libc::SYS_setfsuid, 0);
         }
     }
-    // Both are reset by that.
-    set_parent_process_death_signal(dies)?;
-    if dumpable != DumpableBehavior::DumpableReadableOnlyByRoot {
-        set_dumpable_behavior(dumpable)?;
+    if dies.is_some() {
+        set_parent_process_death_signal(*dies)?;
+    }
+    if before != DumpableBehavior::DumpableReadableOnlyByRoot {
+        set_dumpable_behavior(before)?;
     }
     Ok(())
 }
