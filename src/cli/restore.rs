@@ -5,11 +5,14 @@ use std::io;
 use std::path::PathBuf;
 
 use vmm_command::Failure;
+use vmm_monitor::config::VmConfig;
+use vmm_monitor::machine::Handle;
 use vmm_monitor::memory::Way;
 use vmm_monitor::pool::Wanted;
 use vmm_monitor::session::{Built, End, Observer};
 use vmm_monitor::snapshot::Snapshot;
 use vmm_monitor::threads::{self, Role};
+use vmm_monitor::vsock::Dialer;
 
 use super::agent::renewal::CopyOptions;
 use super::flags::with_flags;
@@ -76,24 +79,28 @@ fn way(text: &str) -> Result<Way, String> {
 }
 
 /// Has the agent of the guest make it another machine as soon as it runs. On a thread: the run waits for no guest.
-pub struct Renewer {
+pub struct Renewer<'a> {
     /// None once it is done.
     options: Option<CopyOptions>,
     name: Option<String>,
+    config: &'a VmConfig,
+    machine: Option<(Handle, Option<Dialer>)>,
 }
 
-impl Renewer {
-    /// For the session of this name, or for one that stands ready and has none yet.
-    pub fn new(options: CopyOptions, name: Option<&str>) -> Self {
-        Self { options: Some(options), name: name.map(str::to_owned) }
+impl<'a> Renewer<'a> {
+    /// For the session of this name, or for one that stands ready and has none yet, of the machine that `config` describes.
+    pub fn new(options: CopyOptions, name: Option<&str>, config: &'a VmConfig) -> Self {
+        Self { options: Some(options), name: name.map(str::to_owned), config, machine: None }
     }
 
     fn begin(&mut self) -> io::Result<()> {
         let Some(name) = self.name.take() else { return Ok(()) };
         // A machine that comes after a reboot is no copy.
         let Some(options) = self.options.take() else { return Ok(()) };
+        let Some((machine, dialer)) = self.machine.clone() else { return Ok(()) };
+        let config = self.config.clone();
         let renew = move || {
-            if let Err(failure) = options.apply(&name) {
+            if let Err(failure) = options.apply_here(&name, &config, dialer, || machine.kill()) {
                 if options.is_required() { failure.print(with_flags) } else { failure.warn(with_flags) }
             }
         };
@@ -101,8 +108,9 @@ impl Renewer {
     }
 }
 
-impl Observer for Renewer {
-    fn built(&mut self, _: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
+impl Observer for Renewer<'_> {
+    fn built(&mut self, built: &mut Built<'_>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.machine = Some((built.machine.handle(), built.dialer.clone()));
         Ok(self.begin()?)
     }
 

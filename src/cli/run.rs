@@ -243,8 +243,9 @@ pub fn live(
     }
     let mut ptys = Announcer::default();
     let renewal = renewal.filter(|options| options.concern(&config));
-    let mut renewer =
-        renewal.zip(session.name()).map(|(options, name)| Renewer::new(options, (!is_spare).then_some(name)));
+    let mut renewer = renewal
+        .zip(session.name())
+        .map(|(options, name)| Renewer::new(options, (!is_spare).then_some(name), &config));
     // Under a debugger a guest may be silent for as long as it likes, and one that goes on has opened its consoles before.
     let mut silence = (debugger.is_none() && !goes_on).then(|| Silence::of(&config)).flatten();
     let mut observers: Vec<&mut dyn Observer> = vec![&mut ptys];

@@ -9,7 +9,7 @@ pub mod terminal;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
@@ -22,6 +22,8 @@ use vmm_monitor::api::State;
 use vmm_monitor::api::client::Client;
 use vmm_monitor::api::protocol::Command;
 use vmm_monitor::api::registry::Registry;
+use vmm_monitor::config::{CharTarget, VmConfig};
+use vmm_monitor::vsock::Dialer;
 
 /// For an agent to answer, and for a virtual machine that has just started to have one.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -39,6 +41,8 @@ pub struct Reach {
 enum Way {
     /// By the socket device: any number of connections.
     Vsock(PathBuf),
+    /// The same, in this process, which may reach no socket by its name any more.
+    Here(Dialer),
     /// The same, of a guest that has this address on the host.
     Cid(u32),
     /// By a port of the console: one at a time.
@@ -61,11 +65,7 @@ impl Reach {
     /// # Errors
     /// There is none, or it is paused, or has no socket device.
     pub fn guest(&self, name: &str) -> Result<Guest, Failure> {
-        self.find(name)?.ok_or_else(|| {
-            let hint = "start it with one: vmm run --vsock --kernel ...";
-            let error = anyhow!("{name:?} has no vsock device, by which its agent is reached");
-            Failure::new(Code::Host, error).hint(Some(hint))
-        })
+        self.find(name)?.ok_or_else(|| unreachable_agent(name))
     }
 
     /// The same; none if it has no device by which its agent could be reached.
@@ -81,16 +81,39 @@ impl Reach {
         let port = status.ports.into_iter().find(|port| port.name == NAME).map(|port| Way::Port(port.path));
         let way = status.vsock.map(Way::Vsock).or(status.vsock_cid.map(Way::Cid)).or(port);
         let Some(way) = way else { return Ok(None) };
+        let up = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
+        Ok(Some(self.by(way, name, up)))
+    }
+
+    /// The guest of the machine called `name` that this process has by `config`, to whose vsock ports `dialer` leads; none if it has no
+    /// device by which its agent could be reached.
+    pub fn here(&self, name: &str, config: &VmConfig, dialer: Option<Dialer>) -> Option<Guest> {
+        let port = config.port.iter().find(|port| port.name == NAME).and_then(|port| match &port.to {
+            CharTarget::Socket(path) => Some(Way::Port(path.clone())),
+            _ => None,
+        });
+        let by_host = config.vsock.as_ref().filter(|vsock| vsock.vhost).map(|vsock| Way::Cid(vsock.cid()));
+        let way = dialer.map(Way::Here).or(by_host).or(port)?;
+        Some(self.by(way, name, Duration::ZERO))
+    }
+
+    /// That of a machine that has been there for `up`.
+    fn by(&self, way: Way, name: &str, up: Duration) -> Guest {
         let now = Instant::now();
         let all = self.timeout.map_or(PATIENCE, Duration::from_secs);
-        let up = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
         // One that has had its time to boot has no agent, unless the user knows better.
         let boot = if self.timeout.is_some() { all } else { all.saturating_sub(up) };
         let later = |time| now.checked_add(time).unwrap_or(now + PATIENCE);
         let longer = all.as_secs().saturating_mul(2).max(60);
         let patience = Patience { boot: later(boot), answer: later(all) };
-        Ok(Some(Guest { way, patience, name: name.to_owned(), longer }))
+        Guest { way, patience, name: name.to_owned(), longer }
     }
+}
+
+fn unreachable_agent(name: &str) -> Failure {
+    let hint = "start it with one: vmm run --vsock --kernel ...";
+    let error = anyhow!("{name:?} has no vsock device, by which its agent is reached");
+    Failure::new(Code::Host, error).hint(Some(hint))
 }
 
 impl Guest {
@@ -121,7 +144,7 @@ impl Guest {
     /// A connection to the agent.
     fn agent(&self) -> Result<UnixStream, client::Error> {
         match &self.way {
-            Way::Vsock(_) | Way::Cid(_) => self.dial(PORT),
+            Way::Vsock(_) | Way::Here(_) | Way::Cid(_) => self.dial(PORT),
             Way::Port(path) => client::dial_port(path, self.patience),
         }
     }
@@ -133,6 +156,9 @@ impl Guest {
     pub fn dial(&self, port: u32) -> Result<UnixStream, client::Error> {
         match &self.way {
             Way::Vsock(path) => client::dial(path, port, self.patience),
+            Way::Here(dialer) => {
+                client::dial_with(|| dialer.dial(), Path::new("of its own"), port, self.patience)
+            }
             Way::Cid(cid) => client::dial_cid(*cid, port, self.patience),
             Way::Port(_) => Err(client::Error::NobodyListens(port)),
         }

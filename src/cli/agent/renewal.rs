@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 
 use super::order::{SEED, hostname_of, nanoseconds, random};
-use super::{Guest, Reach};
+use super::{Guest, Reach, unreachable_agent};
 use vmm_agent::client::{Error, Session};
 use vmm_agent::port::NAME;
 use vmm_agent::protocol::{Exec, Exit, GENERATION, Reason, Renewal, Request};
@@ -17,9 +17,11 @@ use vmm_monitor::api::client::Client;
 use vmm_monitor::api::protocol::Command;
 use vmm_monitor::api::registry::Registry;
 use vmm_monitor::config::VmConfig;
+use vmm_monitor::vsock::Dialer;
 
 /// For a guest that was just restored to be another machine: it may be slow at first, as its memory comes from a disk.
 const FOR_COPIES: Duration = Duration::from_secs(60);
+const REACH: Reach = Reach { timeout: Some(FOR_COPIES.as_secs()) };
 /// Between two calls that a guest refuses.
 const REFUSED: Duration = Duration::from_millis(2);
 
@@ -109,11 +111,32 @@ impl CopyOptions {
     /// # Errors
     /// There is an agent, or was to be one, and not all was done.
     pub fn apply(&self, name: &str) -> Result<(), Failure> {
-        match self.tell(name) {
+        let told = REACH.find(name).and_then(|guest| self.tell(name, guest));
+        self.judge(told, || {
+            // Unless it has ended meanwhile.
+            let client = Client::connect(&Registry::of_user(), name);
+            let _ = client.and_then(|mut client| client.ask(Command::Kill));
+        })
+    }
+
+    /// The same for the machine that this process has by `config`, to whose vsock ports `dialer` leads; `kill` ends it.
+    ///
+    /// # Errors
+    /// As for [`CopyOptions::apply`].
+    pub fn apply_here(
+        &self,
+        name: &str,
+        config: &VmConfig,
+        dialer: Option<Dialer>,
+        kill: impl FnOnce(),
+    ) -> Result<(), Failure> {
+        self.judge(self.tell(name, REACH.here(name, config, dialer)), kill)
+    }
+
+    fn judge(&self, told: Result<(), Failure>, kill: impl FnOnce()) -> Result<(), Failure> {
+        match told {
             Err(failure) if self.is_required() => {
-                // Unless it has ended meanwhile.
-                let client = Client::connect(&Registry::of_user(), name);
-                let _ = client.and_then(|mut client| client.ask(Command::Kill));
+                kill();
                 Err(failure)
             }
             Err(failure) if is_nobody_there(&failure) => Ok(()),
@@ -129,15 +152,13 @@ impl CopyOptions {
         if self.is_required() { self.apply(name) } else { Ok(()) }
     }
 
-    fn tell(&self, name: &str) -> Result<(), Failure> {
-        let reach = Reach { timeout: Some(FOR_COPIES.as_secs()) };
-        let guest = match self.is_required() {
-            true => reach.guest(name)?,
+    fn tell(&self, name: &str, guest: Option<Guest>) -> Result<(), Failure> {
+        let guest = match (guest, self.is_required()) {
+            (Some(guest), true) => guest,
             // One that has booted has its agent now, or has none.
-            false => match reach.find(name)? {
-                Some(guest) => guest.booted(),
-                None => return Ok(()),
-            },
+            (Some(guest), false) => guest.booted(),
+            (None, true) => return Err(unreachable_agent(name)),
+            (None, false) => return Ok(()),
         };
         tell(&guest, &self.clone().into_changes())
     }

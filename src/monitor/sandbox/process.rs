@@ -11,7 +11,9 @@ use rustix::process::{
     DumpableBehavior, Resource, Rlimit, Signal, dumpable_behavior, getrlimit, set_dumpable_behavior,
     setrlimit,
 };
-use rustix::process::{Pid, geteuid, getpid, parent_process_death_signal, set_parent_process_death_signal};
+use rustix::process::{
+    Pid, geteuid, getgid, getpid, parent_process_death_signal, set_parent_process_death_signal,
+};
 use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, capabilities, capabilities_secure_bits,
     clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
@@ -95,12 +97,16 @@ pub fn started_by() -> Uid {
 fn choose_user(chosen: Option<User>) -> io::Result<()> {
     let own = FIRST_USER | Pid::as_raw(Some(getpid())).cast_unsigned();
     let user = chosen.unwrap_or(User { uid: own, gid: own });
+    let group = getgid();
+    let tried = set_thread_res_gid(Gid::from_raw(user.gid), None, None)
+        .and_then(|()| set_thread_res_uid(Uid::from_raw(user.uid), None, None));
+    set_thread_res_gid(group, None, None)?;
+    set_thread_res_uid(Uid::ROOT, None, None)?;
     // A container's user namespace may lack the number.
-    match set_thread_res_uid(Uid::from_raw(user.uid), None, None) {
+    match tried {
         Err(Errno::INVAL) => return Ok(()),
         tried => tried?,
     }
-    set_thread_res_uid(Uid::ROOT, None, None)?;
     // Capabilities last until they are dropped: somebody else has to set up the rest.
     set_capabilities_secure_bits(capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
     // Root needs none to open the rest.
