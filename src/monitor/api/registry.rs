@@ -277,6 +277,8 @@ impl Registry {
         if locked.is_err() || !matches!(self.alive(name), Ok(false)) {
             return;
         }
+        // It may be about to end, and has them open still.
+        VSOCK.iter().for_each(|file| drop(fs::remove_file(self.place(name).join(file))));
         self.clear(name);
         let _ = fs::remove_file(self.socket(name));
     }
