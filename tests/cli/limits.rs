@@ -64,16 +64,11 @@ fn a_user_to_whom_no_cgroup_is_delegated_is_told_what_to_do() {
 }
 
 /// Names and CPUs of a process's threads, but for one that is the kernel's own (KVM's, for huge pages) and runs where that likes.
-fn threads(pid: i32) -> Vec<(String, String)> {
-    let task = |task: fs::DirEntry| {
-        let status = fs::read_to_string(task.path().join("status")).unwrap();
-        let value = |name: &str| {
-            status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim().to_owned()
-        };
-        (value("Name:"), value("Cpus_allowed_list:"))
-    };
-    let all = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|entry| task(entry.unwrap()));
-    all.filter(|(name, _)| !name.starts_with("kvm-nx-lpage")).collect()
+fn cpus(pid: i32) -> Vec<(String, String)> {
+    let all = threads(pid, &["Cpus_allowed_list:"]).into_iter();
+    all.filter(|(name, _)| !name.starts_with("kvm-nx-lpage"))
+        .map(|(name, values)| (name, values.concat()))
+        .collect()
 }
 
 #[test]
@@ -106,13 +101,13 @@ fn threads_run_on_the_cpus_that_they_are_pinned_to() {
         return;
     }
     // The last CPU of those where this test may run.
-    let own = threads(process::id() as i32).remove(0).1;
+    let own = cpus(process::id() as i32).remove(0).1;
     let last = own.rsplit([',', '-']).next().unwrap().to_owned();
     let (_place, guest) = counting(&format!("--rng --pin {last}"));
-    let all = threads(guest.pid());
+    let all = cpus(guest.pid());
     assert!(all.len() > 2 && all.iter().all(|(_, cpus)| *cpus == last), "{all:?}");
     let (_place, guest) = counting(&format!("--rng --cpus 2 --pin 1:{last}"));
-    for (name, cpus) in threads(guest.pid()) {
+    for (name, cpus) in cpus(guest.pid()) {
         assert_eq!(cpus, if name == "vcpu1" { &last } else { &own }.as_str(), "{name}");
     }
 }

@@ -267,3 +267,18 @@ pub fn has_kvm(test: &str) -> bool {
     }
     open.is_ok()
 }
+
+/// The values of the lines of /proc/PID/task/TID/status that begin with these `words`, of each thread, with its name.
+pub fn threads(pid: i32, words: &[&str]) -> Vec<(String, Vec<String>)> {
+    let task = |task: fs::DirEntry| {
+        // One that is gone by now has none.
+        let status = fs::read_to_string(task.path().join("status")).ok()?;
+        let value = |word: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(word)).unwrap_or_default();
+            line.trim().to_owned()
+        };
+        Some((value("Name:"), words.iter().map(|word| value(word)).collect()))
+    };
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    tasks.filter_map(|entry| task(entry.unwrap())).collect()
+}

@@ -12,22 +12,8 @@ use crate::counting::*;
 use crate::images::*;
 use crate::place::*;
 
-/// The lines of /proc/PID/task/TID/status that begin with these words, of each thread, with its name.
-fn threads(pid: &str) -> Vec<(String, Vec<String>)> {
-    let task = |task: fs::DirEntry| {
-        let status = fs::read_to_string(task.path().join("status")).ok()?;
-        let value = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
-            line.trim().to_owned()
-        };
-        Some((
-            value("Name:"),
-            ["Seccomp:", "NoNewPrivs:", "CapEff:", "CapPrm:", "Uid:", "Gid:", "Groups:"].map(value).into(),
-        ))
-    };
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    tasks.filter_map(|entry| task(entry.unwrap())).collect()
-}
+/// What tells who a thread is and what it may do.
+const RIGHTS: [&str; 7] = ["Seccomp:", "NoNewPrivs:", "CapEff:", "CapPrm:", "Uid:", "Gid:", "Groups:"];
 
 #[test]
 fn every_thread_of_a_machine_that_runs_is_inside() {
@@ -44,7 +30,7 @@ fn every_thread_of_a_machine_that_runs_is_inside() {
     let layers = place.status("v")["sandbox"].as_str().unwrap().to_owned();
     assert!(layers.starts_with("seccomp, ") && layers.contains("no capabilities"), "{layers}");
     assert!(place.done("status v").contains(&format!("sandbox  {layers}\n")));
-    let all = threads(&guest.pid().to_string());
+    let all = threads(guest.pid(), &RIGHTS);
     let none = "0".repeat(16);
     for (name, values) in &all {
         assert_eq!(values[..4], ["2", "1", &none, &none], "{name}");
@@ -171,7 +157,7 @@ fn a_run_of_roots_becomes_the_user_that_it_is_told() {
     }
     let guest = Running::new(place.command(&format!("{run} 65534:12")));
     await_words(&place, "said", 3);
-    for (name, values) in threads(&guest.pid().to_string()) {
+    for (name, values) in threads(guest.pid(), &RIGHTS) {
         assert_eq!(values[4..6], ["65534\t65534\t65534\t65534", "12\t12\t12\t12"], "{name}");
     }
     place.done("pause v");
