@@ -2,12 +2,12 @@
 //! that one's, and none of the guest's business.
 
 use std::ffi::CStr;
-use std::fs;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
-use rustix::fs::fstat;
+use rustix::fs::{Mode, OFlags, RawDir, fstat, open};
 use rustix::io::{FdFlags, fcntl_getfd};
 
 /// The descriptors that this process was started with, and what each is of.
@@ -41,9 +41,13 @@ const KEPT: [&[u8]; 12] = [
 /// # Errors
 /// There is no /proc.
 pub(super) fn note() -> io::Result<()> {
+    let folder = open("/proc/self/fd", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    // Every start does this: the standard library would take more memory for it than all that it is about.
+    let mut room = [MaybeUninit::uninit(); 1024];
+    let mut entries = RawDir::new(folder, &mut room);
     let mut given = Vec::new();
-    for entry in fs::read_dir("/proc/self/fd")? {
-        let number = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+    while let Some(entry) = entries.next() {
+        let number = entry?.file_name().to_str().ok().and_then(|name| name.parse().ok());
         given.extend(number.and_then(|number| Some((number, of(number)?))));
     }
     // Once for a process.
