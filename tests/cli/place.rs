@@ -116,11 +116,7 @@ impl Place {
     }
 
     pub fn await_running(&self, name: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.status(name)["state"] != "running" {
-            assert!(Instant::now() < deadline, "{name} does not start");
-            thread::sleep(Duration::from_millis(5));
-        }
+        until(name, || self.status(name)["state"] == "running");
     }
 
     /// What `vmm status` says of `name`; null if there is none.
@@ -193,6 +189,16 @@ impl Drop for Running {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+}
+
+/// Waits until `what` is there.
+#[track_caller]
+pub fn until(what: &str, there: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !there() {
+        assert!(Instant::now() < deadline, "{what} does not come");
+        thread::sleep(Duration::from_millis(2));
     }
 }
 

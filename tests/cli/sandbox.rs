@@ -1,5 +1,6 @@
 //! `--sandbox`: machines that do what they do elsewhere, in processes whose threads may do little else.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +14,38 @@ use crate::images::*;
 use crate::place::*;
 
 /// What tells who a thread is and what it may do.
-const RIGHTS: [&str; 7] = ["Seccomp:", "NoNewPrivs:", "CapEff:", "CapPrm:", "Uid:", "Gid:", "Groups:"];
+const RIGHTS: [&str; 8] =
+    ["Seccomp:", "NoNewPrivs:", "CapEff:", "CapPrm:", "CapBnd:", "Uid:", "Gid:", "Groups:"];
+
+/// The names of the threads of the process `pid`, all of which are inside, by the layers that `layers` tells of.
+#[track_caller]
+fn inside(pid: i32, layers: &str) -> Vec<String> {
+    let all = threads(pid, &RIGHTS);
+    let none = "0".repeat(16);
+    for (name, values) in &all {
+        assert_eq!(values[..4], ["2", "1", &none, &none], "{name}");
+    }
+    if layers.contains("own user") {
+        let user = (0x7000_0000 | pid).to_string();
+        let is_own = |values: &[String]| {
+            let [uids, gids] =
+                [&values[5], &values[6]].map(|ids| ids.split_ascii_whitespace().collect::<Vec<_>>());
+            // Real, effective and saved; then whose files it takes for its own.
+            uids == [&*user, &user, &user, "0"] && uids == gids && values[7].is_empty()
+        };
+        all.iter().for_each(|(name, values)| {
+            assert!(is_own(values) && values[4] == none, "{name}: {values:?}");
+        });
+    }
+    let tasks = PathBuf::from(format!("/proc/{pid}/task"));
+    let places = fs::read_dir(tasks).unwrap().map(|task| {
+        let task = task.unwrap().path();
+        ["ns/mnt", "ns/ipc", "ns/uts", "root"].map(|link| fs::read_link(task.join(link)).ok())
+    });
+    let places: HashSet<_> = places.collect();
+    assert_eq!(places.len(), 1, "all threads see the same: {places:?}");
+    all.into_iter().map(|(name, _)| name).collect()
+}
 
 #[test]
 fn every_thread_of_a_machine_that_runs_is_inside() {
@@ -30,22 +62,8 @@ fn every_thread_of_a_machine_that_runs_is_inside() {
     let layers = place.status("v")["sandbox"].as_str().unwrap().to_owned();
     assert!(layers.starts_with("seccomp, ") && layers.contains("no capabilities"), "{layers}");
     assert!(place.done("status v").contains(&format!("sandbox  {layers}\n")));
-    let all = threads(guest.pid(), &RIGHTS);
-    let none = "0".repeat(16);
-    for (name, values) in &all {
-        assert_eq!(values[..4], ["2", "1", &none, &none], "{name}");
-    }
-    if layers.contains("own user") {
-        let user = (0x7000_0000 | guest.pid()).to_string();
-        let is_own = |values: &[String]| {
-            let [uids, gids] =
-                [&values[4], &values[5]].map(|ids| ids.split_ascii_whitespace().collect::<Vec<_>>());
-            // Real, effective and saved; then whose files it takes for its own.
-            uids == [&*user, &user, &user, "0"] && uids == gids && values[6].is_empty()
-        };
-        all.iter().for_each(|(name, values)| assert!(is_own(values), "{name}: {values:?}"));
-    }
-    assert!(all.iter().any(|(name, _)| name == "vcpu0") && all.len() > 2, "{all:?}");
+    let names = inside(guest.pid(), &layers);
+    assert!(names.iter().any(|name| name == "vcpu0") && names.len() > 2, "{names:?}");
 
     // What is asked of it while it runs.
     place.done("pause v");
@@ -158,11 +176,39 @@ fn a_run_of_roots_becomes_the_user_that_it_is_told() {
     let guest = Running::new(place.command(&format!("{run} 65534:12")));
     await_words(&place, "said", 3);
     for (name, values) in threads(guest.pid(), &RIGHTS) {
-        assert_eq!(values[4..6], ["65534\t65534\t65534\t65534", "12\t12\t12\t12"], "{name}");
+        assert_eq!(values[5..7], ["65534\t65534\t65534\t65534", "12\t12\t12\t12"], "{name}");
     }
     place.done("pause v");
     place.done("kill v");
     assert_eq!(fs::read_dir(place.path("run/vmm")).unwrap().count(), 0);
+}
+
+#[test]
+fn threads_that_look_into_a_machine_are_inside_as_well() {
+    if !has_kvm("threads_that_look_into_a_machine_are_inside_as_well") {
+        return;
+    }
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    let run = "--kernel count --mem 32M --serial file=said --console off --name v";
+    for (command, thread) in [
+        (format!("{run} --gdb unix:gdb"), "gdb"),
+        (format!("{run} --trace record"), "trace"),
+        (format!("trace --step --count 1000000000 -- {run}"), "step"),
+    ] {
+        let mut guest = place.command(&command).spawn().unwrap();
+        until(thread, || place.vmm("status v").status.code() == Some(0));
+        let status = place.status("v");
+        let pid = status["pid"].as_i64().unwrap() as i32;
+        until(thread, || {
+            let all = threads(pid, &["Seccomp:"]);
+            all.iter().any(|(name, _)| name == thread) && all.iter().all(|(_, filters)| filters[0] == "2")
+        });
+        inside(pid, status["sandbox"].as_str().unwrap());
+        place.done("kill v");
+        guest.wait().unwrap();
+    }
+    assert!(!place.path("gdb").exists());
 }
 
 /// What the process was started with is none of the guest's business, unless it is told to use it.

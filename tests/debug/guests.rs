@@ -1,8 +1,6 @@
 //! The guests that are debugged, and `vmm` that waits for gdb with one of them.
 
 use std::process::{Child, Command, Output};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::*;
 use vmm_bench::elf::LOAD;
@@ -132,16 +130,6 @@ fn is_listening(path: &str) -> bool {
     let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
     let is_ours = |line: &&str| line.split_whitespace().nth(7) == Some(path);
     sockets.lines().filter(is_ours).any(|line| line.split_whitespace().nth(3) == Some(ACCEPTCON))
-}
-
-/// Waits until `what` is there.
-#[track_caller]
-pub fn until(what: &str, there: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !there() {
-        assert!(Instant::now() < deadline, "{what} does not come");
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// gdb in batch mode, connected to `target`, with `commands`.

@@ -134,11 +134,14 @@ fn become_user(Becomes { user, has_roots_files, dies, dumpable }: &Becomes) -> i
     set_thread_res_gid(gid, gid, gid)?;
     set_thread_res_uid(uid, uid, uid)?;
     if *has_roots_files {
-        // SAFETY: they take numbers.
-        unsafe {
-            libc::syscall(libc::SYS_setfsgid, 0);
-            libc::syscall(libc::SYS_setfsuid, 0);
-        }
+        let become_root = |call| {
+            // They tell who it was before, and nothing of a failure.
+            // SAFETY: they take numbers.
+            let [_, now] = [0; 2].map(|root| unsafe { libc::syscall(call, root) });
+            if now == 0 { Ok(()) } else { Err(Errno::PERM) }
+        };
+        become_root(libc::SYS_setfsgid)?;
+        become_root(libc::SYS_setfsuid)?;
     }
     if dies.is_some() {
         set_parent_process_death_signal(*dies)?;

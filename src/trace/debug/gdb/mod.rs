@@ -38,6 +38,8 @@ pub struct Server {
     invitation: Option<String>,
     events: Sender<Event>,
     wake: Arc<OwnedFd>,
+    /// Until there is a machine.
+    session: Option<Session>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -76,12 +78,9 @@ impl Server {
             input: VecDeque::new(),
             machine: None,
             started: false,
-            is_inside: false,
         };
-        // It has no guest yet, and enters the jail when it has.
-        let thread = threads::spawn_outside(&Role::Owner("gdb"), || session.run());
-        let thread = Some(thread.map_err(Error::Thread)?);
-        Ok(Self { status, say, invitation: Some(invitation), events, wake, thread })
+        let (invitation, session) = (Some(invitation), Some(session));
+        Ok(Self { status, say, invitation, events, wake, session, thread: None })
     }
 
     fn tell(&self, event: Event) {
@@ -109,6 +108,11 @@ impl Observer for Server {
         let (events, wake) = (self.events.clone(), self.wake.clone());
         let debug = machine.debug(move |stop| tell(&events, &wake, Event::Stopped(stop)))?;
         self.tell(Event::Machine(debug));
+        // Now there is a jail for it.
+        if let Some(session) = self.session.take() {
+            let thread = threads::spawn(Role::Owner("gdb"), || session.run());
+            self.thread = Some(thread.map_err(Error::Thread)?);
+        }
         // A reboot's machine is no news.
         if let Some(invitation) = self.invitation.take() {
             (self.say)(&invitation);

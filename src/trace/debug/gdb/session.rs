@@ -16,7 +16,6 @@ use rustix::event::{PollFd, PollFlags};
 use super::place::{Door, Line};
 use super::target::{self, Guest, thread};
 use vmm_monitor::machine::Debug;
-use vmm_monitor::threads::{self, Role};
 use vmm_monitor::vcpu::Stop;
 
 /// What the thread hears.
@@ -67,8 +66,6 @@ pub struct Session {
     pub machine: Option<Debug>,
     /// Some gdb has let the guest run, so that it need not wait for the next.
     pub started: bool,
-    /// This thread is in the jail: there is a guest, which a gdb looks into.
-    pub is_inside: bool,
 }
 
 impl Session {
@@ -78,9 +75,6 @@ impl Session {
             while let Some(event) = self.event() {
                 match event {
                     Event::Machine(machine) => {
-                        if !std::mem::replace(&mut self.is_inside, true) {
-                            threads::enter(&Role::Owner("gdb"));
-                        }
                         if self.started {
                             release(&machine);
                         }
