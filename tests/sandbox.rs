@@ -1,6 +1,8 @@
 //! What somebody who has taken over a thread of the monitor may ask the kernel for, from each role: system calls as they would be made
 //! from there. That the kernel hears of each outside shows that the tests can fail.
 
+mod starter;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,6 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use libc::{c_long, syscall};
 use vmm_monitor::sandbox::{self, Grant, Jail, Mode, Needs, Refused};
 use vmm_monitor::threads::{self, Role};
+
+use starter::Starter;
 
 static REFUSED: AtomicUsize = AtomicUsize::new(0);
 static LAST: Mutex<Option<Refused>> = Mutex::new(None);
@@ -178,6 +182,7 @@ fn attempts() -> Vec<Attempt> {
         attempt!("prctl PR_SET_MM", NOBODY, libc::SYS_prctl, libc::PR_SET_MM, 0, 0, 0, 0),
         attempt!("sigaction of SIGSYS", NOBODY, libc::SYS_rt_sigaction, libc::SIGSYS, NOTHING, NOTHING, 8),
         attempt!("setrlimit", NOBODY, libc::SYS_setrlimit, u32::MAX, NOTHING),
+        attempt!("prlimit64 of another", NOBODY, libc::SYS_prlimit64, i32::MAX, 0, NOTHING, NOTHING),
         attempt!("sched_setscheduler", NOBODY, libc::SYS_sched_setscheduler, 0, u32::MAX, NOTHING),
         attempt!(
             "sched_setaffinity",
@@ -350,61 +355,6 @@ fn each_role_reaches_what_it_is_for_and_nothing_else() {
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// Who starts a run, and where.
-#[derive(Debug, Clone, Copy)]
-enum Starter {
-    User,
-    /// Whom the host gives no namespaces.
-    UserWithoutNamespaces,
-    /// Root with what a container engine leaves it.
-    RootOfContainer,
-}
-
-const NOBODY_ELSE: u32 = 65534;
-
-impl Starter {
-    /// The calling process, which is root and execs next, is started so.
-    fn enter(self) -> io::Result<()> {
-        use rustix::thread::{CapabilitySet, Gid, Uid, UnshareFlags};
-        match self {
-            Self::User | Self::UserWithoutNamespaces => {
-                rustix::thread::set_thread_groups(&[])?;
-                let (gid, uid) = (Gid::from_raw(NOBODY_ELSE), Uid::from_raw(NOBODY_ELSE));
-                rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-                rustix::thread::set_thread_res_uid(uid, uid, uid)?;
-            }
-            Self::RootOfContainer => {
-                let left = CapabilitySet::CHOWN
-                    | CapabilitySet::DAC_OVERRIDE
-                    | CapabilitySet::FOWNER
-                    | CapabilitySet::KILL
-                    | CapabilitySet::SETGID
-                    | CapabilitySet::SETUID
-                    | CapabilitySet::SETPCAP
-                    | CapabilitySet::NET_BIND_SERVICE
-                    | CapabilitySet::SYS_CHROOT
-                    | CapabilitySet::MKNOD;
-                for capability in (CapabilitySet::all() - left).iter() {
-                    let _ = rustix::thread::remove_capability_from_bounding_set(capability);
-                }
-            }
-        }
-        if let Self::UserWithoutNamespaces = self {
-            // Becoming another user has closed them to this process.
-            rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable)?;
-            // SAFETY: the process has one thread.
-            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER)? };
-            fs::write("/proc/self/setgroups", "deny")?;
-            fs::write("/proc/self/uid_map", format!("{NOBODY_ELSE} {NOBODY_ELSE} 1"))?;
-            fs::write("/proc/self/gid_map", format!("{NOBODY_ELSE} {NOBODY_ELSE} 1"))?;
-            for kind in ["user", "mnt"] {
-                fs::write(format!("/proc/sys/user/max_{kind}_namespaces"), "0")?;
-            }
-        }
-        Ok(())
-    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The `vmm` command as a user meets it: a table of input that cannot work, and tiny guests from start to end.
 
 mod agent;
+mod attacker;
 #[path = "../back_end/mod.rs"]
 mod back_end;
 mod bad_input;
@@ -30,6 +31,8 @@ mod pool;
 mod sandbox;
 mod served;
 mod snapshot;
+#[path = "../starter.rs"]
+mod starter;
 mod state;
 mod strangers;
 mod template;

@@ -17,6 +17,8 @@ pub const BAD_ARGUMENT: i32 = 2;
 pub const HOST: i32 = 4;
 pub const GUEST_CRASH: i32 = 6;
 pub const KILLED: i32 = 10;
+/// The sandbox has refused a call of the monitor's.
+pub const REFUSED: i32 = 16;
 /// A command in a guest was not run.
 pub const NOT_RUN: i32 = 125;
 pub const GUEST_PANIC: i32 = 14;

@@ -322,7 +322,8 @@ const HOUSE: &[Call] = &[
     any(libc::SYS_uname),
     any(libc::SYS_geteuid),
     any(libc::SYS_getppid),
-    rare(any(libc::SYS_prlimit64), "as many descriptors as a socket device may have"),
+    // Not those of another process of this user's.
+    rare(when(libc::SYS_prlimit64, &[&[is(0, 0)]]), "as many descriptors as a socket device may have"),
     // What of memory is there.
     rare(
         any(libc::SYS_mincore),
