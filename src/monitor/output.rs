@@ -96,13 +96,17 @@ pub fn folder(path: &Path) -> io::Result<()> {
 /// As mkdir(2) has them; what is there is another user's, or others may write to it.
 pub fn own_folder(path: &Path) -> io::Result<()> {
     fn make(path: &Path) -> io::Result<()> {
-        match (folder(path), path.parent()) {
+        let made = match (folder(path), path.parent()) {
             (Err(error), Some(above)) if error.kind() == io::ErrorKind::NotFound => {
                 make(above)?;
                 folder(path)
             }
-            (Err(error), _) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             (made, _) => made,
+        };
+        match made {
+            // From before, or by another process that came first.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made,
         }
     }
     // The folder above is looked at even if it is there.
@@ -248,6 +252,24 @@ mod tests {
 
     fn mode(path: &Path) -> u32 {
         fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn several_may_make_ones_own_folder_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        for round in 0..100 {
+            let path = dir.path().join(format!("{round}/a/b/c"));
+            let start = std::sync::Barrier::new(4);
+            let make = || {
+                start.wait();
+                own_folder(&path)
+            };
+            std::thread::scope(|scope| {
+                let all = [(); 4].map(|()| scope.spawn(make));
+                all.into_iter().for_each(|made| made.join().unwrap().unwrap());
+            });
+            assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o700, 0o700));
+        }
     }
 
     #[test]
