@@ -24,7 +24,7 @@ const LAYERS: [&[&str]; 9] = [
         "sandbox",
     ],
     &["memory", "vm", "bus", "hyperv"],
-    &["vhost", "disk", "net", "vsock", "chardev", "backends"],
+    &["vhost", "disk", "net", "vsock", "chardev", "share", "backends"],
     &["kvm"],
     &["legacy", "pci", "virtio"],
     &["boot", "vcpu"],
@@ -35,7 +35,7 @@ const LAYERS: [&[&str]; 9] = [
 
 /// Edges that the layers would allow and the design does not: device models know the `Vm` trait, never KVM, and
 /// never each other's family.
-const FORBIDDEN: [(&str, &str); 19] = [
+const FORBIDDEN: [(&str, &str); 21] = [
     ("legacy", "kvm"),
     ("pci", "kvm"),
     ("virtio", "kvm"),
@@ -54,6 +54,8 @@ const FORBIDDEN: [(&str, &str); 19] = [
     ("net", "vsock"),
     ("vsock", "chardev"),
     ("chardev", "vsock"),
+    ("share", "disk"),
+    ("share", "net"),
     ("vcpu", "boot"),
 ];
 

@@ -17,7 +17,7 @@
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
-//! | [`disk`], [`net`], [`vsock`], [`chardev`] | host ends: disk images; taps and sockets that carry frames, a segment that machines share ([`net::switch`]), and a network of ours ([`net::user`]); unix sockets or AF_VSOCK behind a guest's connections; terminals, pipes, sockets. They know no virtio |
+//! | [`disk`], [`net`], [`vsock`], [`chardev`], [`share`] | host ends: disk images; taps and sockets that carry frames, a segment that machines share ([`net::switch`]), and a network of ours ([`net::user`]); unix sockets or AF_VSOCK behind a guest's connections; terminals, pipes, sockets; folders (a FUSE server that no device uses yet). They know no virtio |
 //! | [`vhost`] | rings that another process serves (vhost-user), or the host's kernel, whatever the device |
 //! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |
@@ -43,7 +43,7 @@
 //! ```text
 //! threads sandbox event_loop poller timer listener state config guest_log output printable recorder runtime_dir planted
 //! memory vm bus hyperv
-//! vhost disk net vsock chardev backends
+//! vhost disk net vsock chardev share backends
 //! kvm
 //! legacy virtio pci    never kvm, machine, or another family of devices, but that virtio may be on PCI
 //! boot vcpu
@@ -115,6 +115,7 @@ pub mod recorder;
 pub mod runtime_dir;
 pub mod sandbox;
 pub mod session;
+pub mod share;
 pub mod snapshot;
 pub mod state;
 pub mod threads;

@@ -3,7 +3,7 @@
 //!
 //! [`Limits::begin`] is called once, while the process has one thread and no guest memory: memory is charged to the cgroup of whoever
 //! touches it first. Nothing that the process keeps leads out of its cgroup again, so that a guest that breaks out stays limited. What
-//! removes the cgroup is therefore a process outside of it ([`caretaker`]).
+//! removes the cgroup is therefore a process outside of it (`caretaker`).
 
 mod caretaker;
 mod cgroup;

@@ -1,0 +1,545 @@
+//! [`Folder`]: a host folder's files, as a FUSE server's operations. Knows no wire format and no device.
+//!
+//! The guest's kernel decides who may do what there (`default_permissions`), by the owners and modes that it is shown. What the host denies
+//! this process on a file of its own, such as writing to one of mode 0444, the guest's root may do all the same.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{
+    AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, RenameFlags, SeekFrom, StatVfs, Statx, Timespec,
+    Timestamps, UTIME_NOW, UTIME_OMIT, XattrFlags, chmodat, copy_file_range, fallocate, fdatasync, fstatvfs,
+    fsync, ftruncate, getxattr, linkat, listxattr, makedev, mkdirat, mknodat, openat, readlinkat,
+    removexattr, renameat_with, seek, setxattr, symlinkat, syncfs, unlinkat, utimensat,
+};
+use rustix::io::{Errno, pread, pwrite};
+
+use super::handles::Handles;
+use super::nodes::{Nodes, find, stat};
+use super::owners::Owners;
+
+/// How a folder is shared.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
+    /// Nothing in it changes, not even for a moment.
+    pub read_only: bool,
+    /// Whom the guest sees its files belong to.
+    pub owners: Owners,
+    /// Descriptors that may be open for the guest at a time.
+    pub descriptors: usize,
+}
+
+/// A node as the guest is told of it.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) number: u64,
+    pub(super) stat: Statx,
+}
+
+/// What of a file is set; what is none stays.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    pub(super) mode: Option<u32>,
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+    pub(super) size: Option<u64>,
+    pub(super) times: Option<Timestamps>,
+}
+
+/// Neither of the times of a file.
+pub(super) const NO_TIMES: Timestamps = {
+    let omitted = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+    Timestamps { last_access: omitted, last_modification: omitted }
+};
+/// The moment of the call.
+pub(super) const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+
+/// The bits of a mode that are set by its owner.
+const MODE_BITS: u32 = 0o7777;
+/// What of open(2)'s flags is the guest's to choose. The rest is done by its kernel, or says where a file is.
+const OPEN_FLAGS: OFlags =
+    OFlags::RDWR.union(OFlags::WRONLY).union(OFlags::APPEND).union(OFlags::TRUNC).union(OFlags::SYNC);
+/// Extended attributes that the guest's kernel and programs keep; those of namespaces that mean something to this host stay its own.
+const XATTR_PREFIX: &[u8] = b"user.";
+/// The most bytes of an extended attribute, and of all names of a file's (include/uapi/linux/limits.h).
+const XATTR_MOST: usize = 64 << 10;
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Folder {
+    nodes: Nodes,
+    handles: Handles,
+    terms: Terms,
+    /// /proc/self/fd: where a descriptor that names a file is opened.
+    descriptors: OwnedFd,
+}
+
+impl Folder {
+    /// The folder that `root` names, and all below it.
+    ///
+    /// # Errors
+    /// There is no /proc; the host does not say what `root` is.
+    pub fn new(root: OwnedFd, terms: Terms) -> Result<Self, Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self {
+            nodes: Nodes::new(root, terms.descriptors / 2)?,
+            handles: Handles::new(terms.descriptors / 2),
+            terms,
+            descriptors: openat(CWD, "/proc/self/fd", flags, Mode::empty())?,
+        })
+    }
+
+    /// How it is shared.
+    pub(super) fn terms(&self) -> &Terms {
+        &self.terms
+    }
+
+    pub(super) fn lookup(&mut self, folder: u64, name: &CStr) -> Result<Found, Errno> {
+        let at = self.nodes.path(folder)?;
+        let path = self.as_owner(&at, 0o100, || find(&at, name))?;
+        self.tell(folder, name, path)
+    }
+
+    fn tell(&mut self, folder: u64, name: &CStr, path: OwnedFd) -> Result<Found, Errno> {
+        let stat = stat(&path)?;
+        let number = self.nodes.found(Some((folder, name)), path, &stat)?;
+        Ok(Found { number, stat })
+    }
+
+    pub(super) fn forget(&mut self, number: u64, lookups: u64) {
+        self.nodes.forget(number, lookups);
+    }
+
+    /// Of the node, by what is open of it if `handle` is given.
+    pub(super) fn stat(&mut self, number: u64, handle: Option<u64>) -> Result<Statx, Errno> {
+        match handle.and_then(|handle| self.handles.get(handle, number).ok()) {
+            Some(file) => stat(&file),
+            None => stat(&*self.nodes.path(number)?),
+        }
+    }
+
+    pub(super) fn change(
+        &mut self,
+        number: u64,
+        handle: Option<u64>,
+        changes: &Changes,
+    ) -> Result<Statx, Errno> {
+        self.may_change()?;
+        let open = handle.map(|handle| self.handles.get(handle, number)).transpose()?;
+        let path = match &open {
+            Some(file) => file.clone(),
+            None => self.nodes.path(number)?,
+        };
+        let before = stat(&path)?;
+        self.terms.owners.give(&before, changes.uid, changes.gid)?;
+        if let Some(mode) = changes.mode {
+            self.set_mode(&path, mode)?;
+        }
+        if let Some(size) = changes.size {
+            match &open {
+                Some(file) => ftruncate(file, size)?,
+                None => {
+                    regular(&before)?;
+                    let file = self.open_path(&path, OFlags::WRONLY)?;
+                    ftruncate(file, size)?;
+                }
+            }
+        }
+        if let Some(times) = &changes.times {
+            utimensat(&path, c"", times, AtFlags::EMPTY_PATH)?;
+        }
+        stat(&path)
+    }
+
+    pub(super) fn read_link(&mut self, number: u64) -> Result<Vec<u8>, Errno> {
+        let path = self.nodes.path(number)?;
+        Ok(readlinkat(&*path, c"", Vec::new())?.into_bytes())
+    }
+
+    pub(super) fn make_link(&mut self, folder: u64, name: &CStr, target: &CStr) -> Result<Found, Errno> {
+        self.make(folder, name, |at| symlinkat(target, at, name))
+    }
+
+    pub(super) fn make_folder(&mut self, folder: u64, name: &CStr, mode: u32) -> Result<Found, Errno> {
+        let found = self.make(folder, name, |at| mkdirat(at, name, Mode::from_raw_mode(mode & MODE_BITS)))?;
+        self.unmasked(found, mode)
+    }
+
+    /// A file that is not open: any but a device, which would be one of this host's.
+    pub(super) fn make_node(
+        &mut self,
+        folder: u64,
+        name: &CStr,
+        mode: u32,
+        device: (u32, u32),
+    ) -> Result<Found, Errno> {
+        let kind = FileType::from_raw_mode(mode);
+        // Overlay file systems mark with it what is not there.
+        let is_whiteout = kind == FileType::CharacterDevice && device == (0, 0);
+        match kind {
+            FileType::RegularFile | FileType::Fifo | FileType::Socket => {}
+            _ if is_whiteout => {}
+            _ => return Err(Errno::PERM),
+        }
+        let bits = Mode::from_raw_mode(mode & MODE_BITS);
+        let found =
+            self.make(folder, name, |at| mknodat(at, name, kind, bits, makedev(device.0, device.1)))?;
+        self.unmasked(found, mode)
+    }
+
+    /// Another name for node `old`.
+    pub(super) fn link(&mut self, old: u64, folder: u64, name: &CStr) -> Result<Found, Errno> {
+        let path = self.nodes.path(old)?;
+        let from = by_number(&path);
+        self.make(folder, name, |at| linkat(CWD, &*from, at, name, AtFlags::SYMLINK_FOLLOW))
+    }
+
+    /// Makes entry `name` of `folder` by `how`, and tells of it.
+    fn make(
+        &mut self,
+        folder: u64,
+        name: &CStr,
+        how: impl Fn(&OwnedFd) -> Result<(), Errno>,
+    ) -> Result<Found, Errno> {
+        self.may_change()?;
+        let at = self.nodes.path(folder)?;
+        self.as_owner(&at, 0o300, || how(&at))?;
+        let path = self.as_owner(&at, 0o100, || find(&at, name))?;
+        self.tell(folder, name, path)
+    }
+
+    /// The guest's kernel has taken its own mask off the mode already; so has this process's, against which it is set again.
+    fn unmasked(&mut self, mut found: Found, mode: u32) -> Result<Found, Errno> {
+        let wanted = mode & MODE_BITS & !0o7000;
+        if u32::from(found.stat.stx_mode) & 0o777 != wanted & 0o777 {
+            let path = self.nodes.path(found.number)?;
+            self.set_mode(&path, u32::from(found.stat.stx_mode) & 0o7000 | wanted)?;
+            found.stat = stat(&path)?;
+        }
+        Ok(found)
+    }
+
+    /// Removes entry `name` of `folder`, a folder if `is_folder`.
+    pub(super) fn remove(&mut self, folder: u64, name: &CStr, is_folder: bool) -> Result<(), Errno> {
+        self.may_change()?;
+        let at = self.nodes.path(folder)?;
+        let flags = if is_folder { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        // What keeps it if it is open, or has another name.
+        let path = self.as_owner(&at, 0o100, || find(&at, name))?;
+        self.as_owner(&at, 0o300, || unlinkat(&at, name, flags))?;
+        self.nodes.lost(folder, name, path);
+        Ok(())
+    }
+
+    /// As renameat2(2) has `flags`.
+    pub(super) fn rename(&mut self, from: (u64, &CStr), to: (u64, &CStr), flags: u32) -> Result<(), Errno> {
+        self.may_change()?;
+        let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        let [old, new] = [self.nodes.path(from.0)?, self.nodes.path(to.0)?];
+        let moved = self.as_owner(&old, 0o100, || find(&old, from.1))?;
+        let replaced = find(&new, to.1).ok();
+        self.as_owner(&old, 0o300, || {
+            self.as_owner(&new, 0o300, || renameat_with(&old, from.1, &new, to.1, flags))
+        })?;
+        match replaced {
+            Some(other) if flags.contains(RenameFlags::EXCHANGE) => self.nodes.moved(from.0, from.1, &other),
+            Some(other) => self.nodes.lost(to.0, to.1, other),
+            None => {}
+        }
+        self.nodes.moved(to.0, to.1, &moved);
+        Ok(())
+    }
+
+    /// A handle for node `number`.
+    pub(super) fn open(&mut self, number: u64, flags: u32) -> Result<u64, Errno> {
+        let flags = OFlags::from_bits_retain(flags) & OPEN_FLAGS;
+        if flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC) {
+            self.may_change()?;
+        }
+        self.handles.room()?;
+        let path = self.nodes.path(number)?;
+        regular(&stat(&path)?)?;
+        let file = self.open_path(&path, flags)?;
+        self.handles.add(number, file)
+    }
+
+    /// Makes a regular file, and a handle for it. One that is there already is opened, unless `flags` have O_EXCL.
+    pub(super) fn create(
+        &mut self,
+        folder: u64,
+        name: &CStr,
+        flags: u32,
+        mode: u32,
+    ) -> Result<(Found, u64), Errno> {
+        self.may_change()?;
+        self.handles.room()?;
+        let all = OFlags::from_bits_retain(flags);
+        let make = all & OPEN_FLAGS | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let at = self.nodes.path(folder)?;
+        let bits = Mode::from_raw_mode(mode & MODE_BITS);
+        match self.as_owner(&at, 0o300, || openat(&at, name, make, bits)) {
+            Ok(file) => {
+                let path = self.as_owner(&at, 0o100, || find(&at, name))?;
+                let found = self.tell(folder, name, path)?;
+                let found = self.unmasked(found, mode)?;
+                Ok((Found { ..found }, self.handles.add(found.number, file)?))
+            }
+            Err(Errno::EXIST) if !all.contains(OFlags::EXCL) => {
+                let found = self.lookup(folder, name)?;
+                let handle = self.open(found.number, flags);
+                if handle.is_err() {
+                    self.nodes.forget(found.number, 1);
+                }
+                Ok((found, handle?))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes a regular file without a name in `folder`, and a handle for it.
+    pub(super) fn make_nameless(
+        &mut self,
+        folder: u64,
+        flags: u32,
+        mode: u32,
+    ) -> Result<(Found, u64), Errno> {
+        self.may_change()?;
+        self.handles.room()?;
+        let make =
+            OFlags::from_bits_retain(flags) & (OPEN_FLAGS | OFlags::EXCL) | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let at = self.nodes.path(folder)?;
+        let bits = Mode::from_raw_mode(mode & MODE_BITS);
+        let file = self.as_owner(&at, 0o300, || openat(&at, c".", make, bits))?;
+        let path =
+            openat(&self.descriptors, &*number_of(&file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let stat = stat(&path)?;
+        let number = self.nodes.found(None, path, &stat)?;
+        let found = self.unmasked(Found { number, stat }, mode)?;
+        Ok((found, self.handles.add(number, file)?))
+    }
+
+    pub(super) fn open_folder(&mut self, number: u64) -> Result<u64, Errno> {
+        self.handles.room()?;
+        let path = self.nodes.path(number)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = self.as_owner(&path, 0o500, || openat(&path, c".", flags, Mode::empty()))?;
+        self.handles.add(number, folder)
+    }
+
+    /// What is open as `handle`, for whoever reads a folder.
+    pub(super) fn handle(&self, handle: u64, number: u64) -> Result<Arc<OwnedFd>, Errno> {
+        self.handles.get(handle, number)
+    }
+
+    pub(super) fn close(&mut self, handle: u64) {
+        self.handles.close(handle);
+    }
+
+    /// Reads until `bytes` are full or the file ends. How many.
+    pub(super) fn read(
+        &self,
+        handle: u64,
+        number: u64,
+        offset: u64,
+        bytes: &mut [u8],
+    ) -> Result<usize, Errno> {
+        let file = self.handles.get(handle, number)?;
+        let mut done = 0;
+        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match pread(&file, rest, offset.saturating_add(done as u64)) {
+                Ok(0) => break,
+                Ok(read) => done += read,
+                Err(Errno::INTR) => {}
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Writes all of `bytes`, or as many as there is room for.
+    pub(super) fn write(&self, handle: u64, number: u64, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
+        self.may_change()?;
+        let file = self.handles.get(handle, number)?;
+        let mut done = 0;
+        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+            match pwrite(&file, rest, offset.saturating_add(done as u64)) {
+                Ok(0) => break,
+                Ok(written) => done += written,
+                Err(Errno::INTR) => {}
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    pub(super) fn sync(&self, handle: u64, number: u64, data_only: bool) -> Result<(), Errno> {
+        let file = self.handles.get(handle, number)?;
+        if data_only { fdatasync(file) } else { fsync(file) }
+    }
+
+    /// All that there is of the share's file system.
+    pub(super) fn sync_all(&mut self, number: u64) -> Result<(), Errno> {
+        let path = self.nodes.path(number)?;
+        syncfs(openat(&path, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+    }
+
+    pub(super) fn space(&mut self, number: u64) -> Result<StatVfs, Errno> {
+        fstatvfs(&*self.nodes.path(number)?)
+    }
+
+    pub(super) fn allocate(
+        &self,
+        handle: u64,
+        number: u64,
+        mode: u32,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), Errno> {
+        self.may_change()?;
+        let flags = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
+        fallocate(self.handles.get(handle, number)?, flags, offset, len)
+    }
+
+    /// Where the next data or the next hole is.
+    pub(super) fn seek(&self, handle: u64, number: u64, offset: u64, whence: u32) -> Result<u64, Errno> {
+        let to = match whence.cast_signed() {
+            libc::SEEK_DATA => SeekFrom::Data(offset),
+            libc::SEEK_HOLE => SeekFrom::Hole(offset),
+            _ => return Err(Errno::INVAL),
+        };
+        seek(self.handles.get(handle, number)?, to)
+    }
+
+    /// Copies up to `len` bytes between files that are open. How many.
+    pub(super) fn copy(&self, from: (u64, u64, u64), to: (u64, u64, u64), len: u64) -> Result<usize, Errno> {
+        self.may_change()?;
+        let [source, target] = [self.handles.get(from.0, from.1)?, self.handles.get(to.0, to.1)?];
+        let (mut read, mut written) = (from.2, to.2);
+        copy_file_range(source, Some(&mut read), target, Some(&mut written), len.min(COPY_MOST) as usize)
+    }
+
+    /// The value of an extended attribute.
+    pub(super) fn attribute(&mut self, number: u64, name: &CStr) -> Result<Vec<u8>, Errno> {
+        if !is_shared(name) {
+            return Err(Errno::NODATA);
+        }
+        let path = self.nodes.path(number)?;
+        self.as_owner(&path, 0o400, || {
+            let mut value = vec![0; XATTR_MOST];
+            let len = getxattr(by_number(&path), name, &mut *value)?;
+            value.truncate(len);
+            Ok(value)
+        })
+    }
+
+    /// The names of a file's extended attributes, each with a zero byte at its end.
+    pub(super) fn attributes(&mut self, number: u64) -> Result<Vec<u8>, Errno> {
+        let path = self.nodes.path(number)?;
+        let mut all = vec![0; XATTR_MOST];
+        let len = listxattr(by_number(&path), &mut *all)?;
+        all.truncate(len);
+        let names = all.split_inclusive(|byte| *byte == 0);
+        let shared = |name: &&[u8]| CStr::from_bytes_with_nul(name).is_ok_and(is_shared);
+        Ok(names.filter(shared).flatten().copied().collect())
+    }
+
+    pub(super) fn set_attribute(
+        &mut self,
+        number: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+    ) -> Result<(), Errno> {
+        self.may_change()?;
+        let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        if !is_shared(name) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        if value.len() > XATTR_MOST {
+            return Err(Errno::TOOBIG);
+        }
+        let path = self.nodes.path(number)?;
+        self.as_owner(&path, 0o200, || setxattr(by_number(&path), name, value, flags))
+    }
+
+    pub(super) fn remove_attribute(&mut self, number: u64, name: &CStr) -> Result<(), Errno> {
+        self.may_change()?;
+        if !is_shared(name) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let path = self.nodes.path(number)?;
+        self.as_owner(&path, 0o200, || removexattr(by_number(&path), name))
+    }
+
+    /// Does `act` in or to the file `path`. What the host denies, it allows if the file is this process's own and its mode is all that is
+    /// in the way: the guest's kernel has decided already. `bits` are what the mode must have.
+    fn as_owner<T>(&self, path: &OwnedFd, bits: u32, act: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+        let denied = match act() {
+            Err(Errno::ACCESS) if !self.terms.read_only => Errno::ACCESS,
+            done => return done,
+        };
+        let stat = stat(path)?;
+        let mode = u32::from(stat.stx_mode) & MODE_BITS;
+        if !self.terms.owners.is_own(&stat) || mode & bits == bits {
+            return Err(denied);
+        }
+        self.set_mode(path, mode | bits)?;
+        let done = act();
+        // It may be gone by now.
+        let _ = self.set_mode(path, mode);
+        done
+    }
+
+    /// Opens a file of which there is a descriptor that only names it.
+    fn open_path(&self, path: &OwnedFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let bits = match flags {
+            _ if flags.contains(OFlags::RDWR) => 0o600,
+            _ if flags.contains(OFlags::WRONLY) => 0o200,
+            _ => 0o400,
+        };
+        // What is not regular does not make anybody wait.
+        let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        self.as_owner(path, bits, || openat(&self.descriptors, &*number_of(path), flags, Mode::empty()))
+    }
+
+    fn set_mode(&self, path: &OwnedFd, mode: u32) -> Result<(), Errno> {
+        let mode = Mode::from_raw_mode(mode & MODE_BITS);
+        chmodat(&self.descriptors, &*number_of(path), mode, AtFlags::empty())
+    }
+
+    fn may_change(&self) -> Result<(), Errno> {
+        if self.terms.read_only { Err(Errno::ROFS) } else { Ok(()) }
+    }
+}
+
+/// The most bytes of one copy, so that none takes for ever.
+const COPY_MOST: u64 = 16 << 20;
+
+/// The name of a descriptor in /proc/self/fd.
+fn number_of(file: &impl AsFd) -> String {
+    file.as_fd().as_raw_fd().to_string()
+}
+
+/// A path to the file that `path` names, for calls that take nothing else.
+fn by_number(path: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", path.as_raw_fd())
+}
+
+/// The guest may have extended attributes of this name.
+fn is_shared(name: &CStr) -> bool {
+    name.to_bytes().starts_with(XATTR_PREFIX)
+}
+
+/// # Errors
+/// ENXIO: to open such a file would do something else than to open it, or make somebody wait.
+fn regular(stat: &Statx) -> Result<(), Errno> {
+    match FileType::from_raw_mode(stat.stx_mode.into()) {
+        FileType::RegularFile => Ok(()),
+        FileType::Directory => Err(Errno::ISDIR),
+        FileType::Symlink => Err(Errno::LOOP),
+        _ => Err(Errno::NXIO),
+    }
+}

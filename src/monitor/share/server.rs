@@ -1,0 +1,508 @@
+//! [`Server`]: a FUSE server: a request's bytes in, a reply's out. The bytes are a guest's: each is read once, and whatever they are, the
+//! answer is a reply.
+
+use std::ffi::CStr;
+use std::io::{Read, Write};
+use std::mem::{MaybeUninit, size_of};
+use std::time::Duration;
+
+use rustix::fs::{FileType, RawDir, SeekFrom, Statx, Timespec, Timestamps, seek};
+use rustix::io::Errno;
+use zerocopy::{FromZeros, Immutable, IntoBytes};
+
+use super::folder::{Changes, Folder, Found, NO_TIMES, NOW};
+use super::nodes::ROOT;
+use super::wire::{self, *};
+use crate::memory::Buffers;
+
+/// The most bytes of one read or write: 256 pages.
+const DATA_MOST: usize = 1 << 20;
+/// The most bytes of any other request: an extended attribute, or names.
+const REQUEST_MOST: usize = 160 << 10;
+/// The most bytes of a reply that lists something.
+const LIST_MOST: usize = 256 << 10;
+/// Bytes of a folder that are asked of the host at a time.
+const LISTED: usize = 32 << 10;
+
+/// How long the guest believes what it was told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cache {
+    /// Changes on the host are seen within a second.
+    Auto,
+    /// For good: nobody else changes anything.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+impl Cache {
+    fn holds(self) -> Duration {
+        match self {
+            Self::Auto => Duration::from_secs(1),
+            Self::Always => Duration::from_secs(86400),
+            Self::Never => Duration::ZERO,
+        }
+    }
+
+    /// Of files that are opened.
+    fn open_flags(self) -> u32 {
+        match self {
+            Self::Auto => 0,
+            Self::Always => wire::open::KEEP_CACHE,
+            Self::Never => wire::open::DIRECT_IO,
+        }
+    }
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Server {
+    folder: Folder,
+    cache: Cache,
+    /// INIT has been answered.
+    is_ready: bool,
+    /// The device of the folder itself; the others have numbers in this order.
+    devices: Vec<(u32, u32)>,
+    /// For data on the way between a file and guest memory.
+    data: Vec<u8>,
+}
+
+/// What follows a reply's header.
+#[derive(Debug)]
+enum Reply {
+    /// Nothing is answered.
+    None,
+    Bytes(Vec<u8>),
+    /// The first so many bytes of [`Server::data`].
+    Data(usize),
+}
+
+type Answer = Result<Reply, Errno>;
+
+fn bytes(value: &(impl IntoBytes + Immutable)) -> Answer {
+    Ok(Reply::Bytes(value.as_bytes().to_vec()))
+}
+
+const EMPTY: Answer = Ok(Reply::Bytes(Vec::new()));
+
+impl Server {
+    /// Serves `folder`.
+    pub fn new(folder: Folder, cache: Cache) -> Self {
+        Self { folder, cache, is_ready: false, devices: Vec::new(), data: Vec::new() }
+    }
+
+    /// Answers one request. How many bytes the reply has; 0 if there is none.
+    pub fn serve(&mut self, request: &mut Buffers, reply: &mut Buffers) -> usize {
+        let mut header = InHeader::new_zeroed();
+        if request.read_exact(header.as_mut_bytes()).is_err() {
+            return 0;
+        }
+        let room = reply.len().saturating_sub(size_of::<OutHeader>());
+        let (error, body) = match self.answer(&header, request, room) {
+            Ok(Reply::None) => return 0,
+            Ok(Reply::Bytes(body)) if body.len() <= room => (0, body),
+            Ok(Reply::Data(len)) if len <= room => return self.reply_with_data(&header, len, reply),
+            Ok(_) => (Errno::RANGE.raw_os_error(), Vec::new()),
+            Err(error) => (error.raw_os_error(), Vec::new()),
+        };
+        write(reply, &header, error, &body)
+    }
+
+    fn reply_with_data(&self, header: &InHeader, len: usize, reply: &mut Buffers) -> usize {
+        write(reply, header, 0, self.data.get(..len).unwrap_or_default())
+    }
+
+    fn answer(&mut self, header: &InHeader, request: &mut Buffers, room: usize) -> Answer {
+        let opcode = Opcode::of(header.opcode.get()).ok_or(Errno::NOSYS)?;
+        if !self.is_ready && opcode != Opcode::Init {
+            return Err(Errno::IO);
+        }
+        if opcode == Opcode::Write {
+            return self.write(header.node.get(), request);
+        }
+        if request.len() > REQUEST_MOST {
+            return Err(Errno::INVAL);
+        }
+        let mut rest = vec![0; request.len()];
+        request.read_exact(&mut rest).map_err(|_| Errno::IO)?;
+        self.act(opcode, header.node.get(), Arguments(&rest), room)
+    }
+
+    fn act(&mut self, opcode: Opcode, node: u64, mut rest: Arguments<'_>, room: usize) -> Answer {
+        let read_only = self.folder.terms().read_only;
+        if read_only && opcode.changes() {
+            return Err(Errno::ROFS);
+        }
+        match opcode {
+            Opcode::Init => self.init(rest),
+            Opcode::Destroy => {
+                self.is_ready = false;
+                EMPTY
+            }
+            Opcode::Forget => {
+                let ForgetIn { lookups } = rest.take()?;
+                self.folder.forget(node, lookups.get());
+                Ok(Reply::None)
+            }
+            Opcode::BatchForget => {
+                let BatchForgetIn { count, .. } = rest.take()?;
+                for _ in 0..count.get() {
+                    let Ok(ForgetOne { node, lookups }) = rest.take() else { break };
+                    self.folder.forget(node.get(), lookups.get());
+                }
+                Ok(Reply::None)
+            }
+            // What is asked for is done by the time that this is read.
+            Opcode::Interrupt => Ok(Reply::None),
+            Opcode::Lookup => {
+                let found = self.folder.lookup(node, rest.name()?)?;
+                self.entry(&found)
+            }
+            Opcode::Getattr => {
+                let GetattrIn { flags, handle, .. } = rest.take()?;
+                let handle = (flags.get() & GETATTR_FH != 0).then_some(handle.get());
+                let stat = self.folder.stat(node, handle)?;
+                bytes(&self.attributes(&stat))
+            }
+            Opcode::Setattr => {
+                let (handle, changes) = changes(&rest.take()?);
+                let stat = self.folder.change(node, handle, &changes)?;
+                bytes(&self.attributes(&stat))
+            }
+            Opcode::Readlink => self.folder.read_link(node).map(Reply::Bytes),
+            Opcode::Symlink => {
+                let (name, target) = (rest.name()?, rest.text()?);
+                let found = self.folder.make_link(node, name, target)?;
+                self.entry(&found)
+            }
+            Opcode::Mknod => {
+                let MknodIn { mode, rdev, .. } = rest.take()?;
+                let device = device_parts(rdev.get());
+                let found = self.folder.make_node(node, rest.name()?, mode.get(), device)?;
+                self.entry(&found)
+            }
+            Opcode::Mkdir => {
+                let MkdirIn { mode, .. } = rest.take()?;
+                let found = self.folder.make_folder(node, rest.name()?, mode.get())?;
+                self.entry(&found)
+            }
+            Opcode::Unlink => done(self.folder.remove(node, rest.name()?, false)),
+            Opcode::Rmdir => done(self.folder.remove(node, rest.name()?, true)),
+            Opcode::Rename => {
+                let RenameIn { new_folder } = rest.take()?;
+                let (old, new) = (rest.name()?, rest.name()?);
+                done(self.folder.rename((node, old), (new_folder.get(), new), 0))
+            }
+            Opcode::Rename2 => {
+                let Rename2In { new_folder, flags, .. } = rest.take()?;
+                let (old, new) = (rest.name()?, rest.name()?);
+                done(self.folder.rename((node, old), (new_folder.get(), new), flags.get()))
+            }
+            Opcode::Link => {
+                let LinkIn { old } = rest.take()?;
+                let found = self.folder.link(old.get(), node, rest.name()?)?;
+                self.entry(&found)
+            }
+            Opcode::Open => {
+                let OpenIn { flags, .. } = rest.take()?;
+                let handle = self.folder.open(node, flags.get())?;
+                bytes(&self.opened(handle))
+            }
+            Opcode::Create | Opcode::Tmpfile => {
+                let CreateIn { flags, mode, .. } = rest.take()?;
+                let (found, handle) = match opcode {
+                    Opcode::Tmpfile => self.folder.make_nameless(node, flags.get(), mode.get())?,
+                    _ => self.folder.create(node, rest.name()?, flags.get(), mode.get())?,
+                };
+                let mut reply = self.entry_of(&found).as_bytes().to_vec();
+                reply.extend(self.opened(handle).as_bytes());
+                Ok(Reply::Bytes(reply))
+            }
+            Opcode::Read => {
+                let ReadIn { handle, offset, size, .. } = rest.take()?;
+                self.read(handle.get(), node, offset.get(), (size.get() as usize).min(room))
+            }
+            // It is told from all others before.
+            Opcode::Write => Err(Errno::IO),
+            Opcode::Statfs => bytes(&StatfsOut::from(self.folder.space(node)?)),
+            Opcode::Release | Opcode::Releasedir => {
+                let ReleaseIn { handle, .. } = rest.take()?;
+                self.folder.close(handle.get());
+                EMPTY
+            }
+            // Data goes to the host with each write; what closing it would tell is told by then.
+            Opcode::Flush => EMPTY,
+            Opcode::Fsync | Opcode::Fsyncdir => {
+                let FsyncIn { handle, flags, .. } = rest.take()?;
+                done(self.folder.sync(handle.get(), node, flags.get() & FSYNC_FDATASYNC != 0))
+            }
+            Opcode::Syncfs => done(self.folder.sync_all(ROOT)),
+            Opcode::Setxattr => {
+                let SetxattrIn { size, flags } = rest.take()?;
+                let name = rest.text()?;
+                let value = rest.bytes(size.get() as usize)?;
+                done(self.folder.set_attribute(node, name, value, flags.get()))
+            }
+            Opcode::Getxattr => {
+                let GetxattrIn { size, .. } = rest.take()?;
+                let value = self.folder.attribute(node, rest.text()?)?;
+                sized(size.get(), value)
+            }
+            Opcode::Listxattr => {
+                let GetxattrIn { size, .. } = rest.take()?;
+                sized(size.get(), self.folder.attributes(node)?)
+            }
+            Opcode::Removexattr => done(self.folder.remove_attribute(node, rest.text()?)),
+            Opcode::Opendir => {
+                let handle = self.folder.open_folder(node)?;
+                bytes(&OpenOut { handle: handle.into(), ..OpenOut::default() })
+            }
+            Opcode::Readdir | Opcode::Readdirplus => {
+                let ReadIn { handle, offset, size, .. } = rest.take()?;
+                let most = (size.get() as usize).min(room).min(LIST_MOST);
+                self.list(handle.get(), node, offset.get(), most, opcode == Opcode::Readdirplus)
+            }
+            Opcode::Fallocate => {
+                let FallocateIn { handle, offset, length, mode, .. } = rest.take()?;
+                done(self.folder.allocate(handle.get(), node, mode.get(), offset.get(), length.get()))
+            }
+            Opcode::Lseek => {
+                let LseekIn { handle, offset, whence, .. } = rest.take()?;
+                let offset = self.folder.seek(handle.get(), node, offset.get(), whence.get())?;
+                bytes(&LseekOut { offset: offset.into() })
+            }
+            Opcode::CopyFileRange => {
+                let CopyFileRangeIn { from, from_offset, to_node, to, to_offset, len, flags } =
+                    rest.take()?;
+                if flags.get() != 0 {
+                    return Err(Errno::INVAL);
+                }
+                let from = (from.get(), node, from_offset.get());
+                let copied = self.folder.copy(from, (to.get(), to_node.get(), to_offset.get()), len.get())?;
+                bytes(&WriteOut { size: (copied as u32).into(), ..WriteOut::default() })
+            }
+        }
+    }
+
+    fn init(&mut self, mut rest: Arguments<'_>) -> Answer {
+        let InitIn { major, minor, max_readahead, flags } = rest.take()?;
+        if major.get() > MAJOR {
+            // It asks again, in ours.
+            return bytes(&InitOut { major: MAJOR.into(), minor: MINOR.into(), ..InitOut::default() });
+        }
+        if major.get() < MAJOR || minor.get() < OLDEST_MINOR {
+            return Err(Errno::PROTO);
+        }
+        let more = match flags.get() & init::INIT_EXT {
+            0 => 0,
+            _ => rest.take::<InitExt>()?.flags.get(),
+        };
+        let wanted = init::ASYNC_READ
+            | init::ATOMIC_O_TRUNC
+            | init::BIG_WRITES
+            | init::AUTO_INVAL_DATA
+            | init::DO_READDIRPLUS
+            | init::READDIRPLUS_AUTO
+            | init::ASYNC_DIO
+            | init::PARALLEL_DIROPS
+            | init::MAX_PAGES
+            | init::CACHE_SYMLINKS
+            | init::INIT_EXT;
+        self.is_ready = true;
+        bytes(&InitOut {
+            major: MAJOR.into(),
+            minor: MINOR.into(),
+            max_readahead,
+            flags: (flags.get() & wanted).into(),
+            max_background: 64.into(),
+            congestion_threshold: 48.into(),
+            max_write: (DATA_MOST as u32).into(),
+            time_gran: 1.into(),
+            max_pages: ((DATA_MOST >> 12) as u16).into(),
+            flags2: (more & init::DIRECT_IO_ALLOW_MMAP).into(),
+            ..InitOut::default()
+        })
+    }
+
+    fn read(&mut self, handle: u64, node: u64, offset: u64, size: usize) -> Answer {
+        let size = size.min(DATA_MOST);
+        if self.data.len() < size {
+            self.data.resize(size, 0);
+        }
+        let into = self.data.get_mut(..size).unwrap_or_default();
+        Ok(Reply::Data(self.folder.read(handle, node, offset, into)?))
+    }
+
+    fn write(&mut self, node: u64, request: &mut Buffers) -> Answer {
+        let mut arguments = WriteIn::new_zeroed();
+        request.read_exact(arguments.as_mut_bytes()).map_err(|_| Errno::INVAL)?;
+        let WriteIn { handle, offset, size, .. } = arguments;
+        let size = size.get() as usize;
+        if size > DATA_MOST || size > request.len() {
+            return Err(Errno::INVAL);
+        }
+        if self.data.len() < size {
+            self.data.resize(size, 0);
+        }
+        let from = self.data.get_mut(..size).unwrap_or_default();
+        request.read_exact(from).map_err(|_| Errno::IO)?;
+        let written = self.folder.write(handle.get(), node, offset.get(), from)?;
+        bytes(&WriteOut { size: (written as u32).into(), ..WriteOut::default() })
+    }
+
+    /// Entries of a folder from `offset` on, as many as fit into `most` bytes. With `plus`, the guest is told of each file, too.
+    fn list(&mut self, handle: u64, node: u64, offset: u64, most: usize, plus: bool) -> Answer {
+        let folder = self.folder.handle(handle, node)?;
+        seek(&folder, SeekFrom::Start(offset))?;
+        let (mut reply, mut room) = (Vec::new(), [MaybeUninit::uninit(); LISTED]);
+        let mut entries = RawDir::new(&*folder, &mut room);
+        while let Some(entry) = entries.next() {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(error) if reply.is_empty() => return Err(error),
+                Err(_) => break,
+            };
+            let name = entry.file_name();
+            let size = entry_size(name, plus);
+            if reply.len() + size > most {
+                break;
+            }
+            let (mut ino, mut kind) = (entry.ino(), entry.file_type());
+            if plus {
+                let found = self.listed(node, name);
+                if let Some(found) = &found {
+                    (ino, kind) =
+                        (self.number(&found.stat), FileType::from_raw_mode(found.stat.stx_mode.into()));
+                }
+                // An entry without a node tells the name alone.
+                let entry = found.map_or_else(EntryOut::default, |found| self.entry_of(&found));
+                reply.extend(entry.as_bytes());
+            }
+            let head = Dirent {
+                ino: ino.into(),
+                offset: entry.next_entry_cookie().into(),
+                name_len: (name.count_bytes() as u32).into(),
+                kind: entry_kind(kind).into(),
+            };
+            reply.extend(head.as_bytes());
+            reply.extend(name.to_bytes());
+            reply.resize(reply.len().next_multiple_of(8), 0);
+        }
+        Ok(Reply::Bytes(reply))
+    }
+
+    /// The file that an entry of a folder is, unless it is the folder itself or the one above, or gone.
+    fn listed(&mut self, folder: u64, name: &CStr) -> Option<Found> {
+        match name.to_bytes() {
+            b"." | b".." => None,
+            _ => self.folder.lookup(folder, name).ok(),
+        }
+    }
+
+    fn entry(&mut self, found: &Found) -> Answer {
+        bytes(&self.entry_of(found))
+    }
+
+    fn entry_of(&mut self, found: &Found) -> EntryOut {
+        let holds = self.cache.holds();
+        EntryOut {
+            node: found.number.into(),
+            generation: 0.into(),
+            entry_valid: holds.as_secs().into(),
+            attr_valid: holds.as_secs().into(),
+            entry_valid_nsec: holds.subsec_nanos().into(),
+            attr_valid_nsec: holds.subsec_nanos().into(),
+            attr: self.attr(&found.stat),
+        }
+    }
+
+    fn attributes(&mut self, stat: &Statx) -> AttrOut {
+        let holds = self.cache.holds();
+        AttrOut {
+            attr_valid: holds.as_secs().into(),
+            attr_valid_nsec: holds.subsec_nanos().into(),
+            attr: self.attr(stat),
+            ..AttrOut::default()
+        }
+    }
+
+    fn attr(&mut self, stat: &Statx) -> Attr {
+        let (uid, gid) = self.folder.terms().owners.shown(stat);
+        Attr::of(stat, self.number(stat), uid, gid)
+    }
+
+    /// The host's inode number; on another file system below the folder, one that differs from those of the folder's.
+    fn number(&mut self, stat: &Statx) -> u64 {
+        let device = (stat.stx_dev_major, stat.stx_dev_minor);
+        let index = match self.devices.iter().position(|known| *known == device) {
+            Some(index) => index,
+            None => {
+                self.devices.push(device);
+                self.devices.len() - 1
+            }
+        };
+        stat.stx_ino ^ (index as u64) << 48
+    }
+
+    fn opened(&self, handle: u64) -> OpenOut {
+        OpenOut { handle: handle.into(), flags: self.cache.open_flags().into(), ..OpenOut::default() }
+    }
+}
+
+fn done(result: Result<(), Errno>) -> Answer {
+    result.and(EMPTY)
+}
+
+/// The value, or how long it is if nothing was to be had.
+fn sized(size: u32, value: Vec<u8>) -> Answer {
+    match size as usize {
+        0 => bytes(&GetxattrOut { size: (value.len() as u32).into(), ..GetxattrOut::default() }),
+        size if size < value.len() => Err(Errno::RANGE),
+        _ => Ok(Reply::Bytes(value)),
+    }
+}
+
+/// What SETATTR asks for, and by which handle.
+fn changes(wanted: &SetattrIn) -> (Option<u64>, Changes) {
+    let has = |flag| wanted.valid.get() & flag != 0;
+    let time = |set, now, seconds: u64, nanoseconds: u32, otherwise| match () {
+        () if has(now) => NOW,
+        () if has(set) => Timespec { tv_sec: seconds.cast_signed(), tv_nsec: nanoseconds.into() },
+        () => otherwise,
+    };
+    let times = Timestamps {
+        last_access: time(
+            set::ATIME,
+            set::ATIME_NOW,
+            wanted.atime.get(),
+            wanted.atime_nsec.get(),
+            NO_TIMES.last_access,
+        ),
+        last_modification: time(
+            set::MTIME,
+            set::MTIME_NOW,
+            wanted.mtime.get(),
+            wanted.mtime_nsec.get(),
+            NO_TIMES.last_modification,
+        ),
+    };
+    let has_times = has(set::ATIME | set::MTIME | set::ATIME_NOW | set::MTIME_NOW);
+    let changes = Changes {
+        mode: has(set::MODE).then_some(wanted.mode.get()),
+        uid: has(set::UID).then_some(wanted.uid.get()),
+        gid: has(set::GID).then_some(wanted.gid.get()),
+        size: has(set::SIZE).then_some(wanted.size.get()),
+        times: has_times.then_some(times),
+    };
+    (has(set::FH).then_some(wanted.handle.get()), changes)
+}
+
+/// Writes a reply. How many bytes it has; 0 if there is no room for it.
+fn write(to: &mut Buffers, request: &InHeader, error: i32, body: &[u8]) -> usize {
+    let len = size_of::<OutHeader>() + body.len();
+    let header = OutHeader { len: (len as u32).into(), error: (-error).into(), unique: request.unique };
+    match to.write_all(header.as_bytes()).and_then(|()| to.write_all(body)) {
+        Ok(()) => len,
+        Err(_) => 0,
+    }
+}

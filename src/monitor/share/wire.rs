@@ -1,0 +1,384 @@
+//! What FUSE's requests and replies look like in memory (include/uapi/linux/fuse.h, version 7.38). Knows no file system.
+
+use std::ffi::CStr;
+use std::mem::size_of;
+
+use rustix::fs::{FileType, StatVfs, Statx};
+use rustix::io::Errno;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le};
+
+/// The version that is spoken.
+pub const MAJOR: u32 = 7;
+pub const MINOR: u32 = 38;
+/// The oldest that is: of Linux 4.20, whose INIT has [`InitIn::max_readahead`] and [`InitOut::max_pages`].
+pub const OLDEST_MINOR: u32 = 28;
+
+/// Flags of INIT.
+pub mod init {
+    pub const ASYNC_READ: u32 = 1;
+    pub const ATOMIC_O_TRUNC: u32 = 1 << 3;
+    pub const BIG_WRITES: u32 = 1 << 5;
+    pub const AUTO_INVAL_DATA: u32 = 1 << 12;
+    pub const DO_READDIRPLUS: u32 = 1 << 13;
+    pub const READDIRPLUS_AUTO: u32 = 1 << 14;
+    pub const ASYNC_DIO: u32 = 1 << 15;
+    pub const PARALLEL_DIROPS: u32 = 1 << 18;
+    pub const MAX_PAGES: u32 = 1 << 22;
+    pub const CACHE_SYMLINKS: u32 = 1 << 23;
+    pub const INIT_EXT: u32 = 1 << 30;
+    /// In the second word, which INIT_EXT says is there.
+    pub const DIRECT_IO_ALLOW_MMAP: u32 = 1 << 4;
+}
+
+/// Flags of an open file.
+pub mod open {
+    pub const DIRECT_IO: u32 = 1;
+    pub const KEEP_CACHE: u32 = 1 << 1;
+}
+
+/// Which attributes SETATTR sets.
+pub mod set {
+    pub const MODE: u32 = 1;
+    pub const UID: u32 = 1 << 1;
+    pub const GID: u32 = 1 << 2;
+    pub const SIZE: u32 = 1 << 3;
+    pub const ATIME: u32 = 1 << 4;
+    pub const MTIME: u32 = 1 << 5;
+    pub const FH: u32 = 1 << 6;
+    pub const ATIME_NOW: u32 = 1 << 7;
+    pub const MTIME_NOW: u32 = 1 << 8;
+}
+
+/// In [`GetattrIn::flags`]: the file handle is there.
+pub const GETATTR_FH: u32 = 1;
+/// In [`FsyncIn::flags`]: the data alone.
+pub const FSYNC_FDATASYNC: u32 = 1;
+
+macro_rules! opcodes {
+    ($($name:ident = $number:literal),* $(,)?) => {
+        /// What is asked for.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Opcode { $($name),* }
+
+        impl Opcode {
+            /// None if this server has no such request.
+            pub fn of(number: u32) -> Option<Self> {
+                match number {
+                    $($number => Some(Self::$name),)*
+                    _ => None,
+                }
+            }
+
+            #[cfg(test)]
+            pub const ALL: &[(u32, Self)] = &[$(($number, Self::$name)),*];
+        }
+    };
+}
+
+opcodes! {
+    Lookup = 1, Forget = 2, Getattr = 3, Setattr = 4, Readlink = 5, Symlink = 6, Mknod = 8, Mkdir = 9, Unlink = 10,
+    Rmdir = 11, Rename = 12, Link = 13, Open = 14, Read = 15, Write = 16, Statfs = 17, Release = 18, Fsync = 20,
+    Setxattr = 21, Getxattr = 22, Listxattr = 23, Removexattr = 24, Flush = 25, Init = 26, Opendir = 27, Readdir = 28,
+    Releasedir = 29, Fsyncdir = 30, Create = 35, Interrupt = 36, Destroy = 38, BatchForget = 42, Fallocate = 43,
+    Readdirplus = 44, Rename2 = 45, Lseek = 46, CopyFileRange = 47, Syncfs = 50, Tmpfile = 51,
+}
+
+impl Opcode {
+    /// Changes what is on the host's disk, whatever its arguments. What opens a file says by its flags whether it does.
+    pub fn changes(self) -> bool {
+        matches!(
+            self,
+            Self::Setattr
+                | Self::Symlink
+                | Self::Mknod
+                | Self::Mkdir
+                | Self::Unlink
+                | Self::Rmdir
+                | Self::Rename
+                | Self::Rename2
+                | Self::Link
+                | Self::Write
+                | Self::Setxattr
+                | Self::Removexattr
+                | Self::Create
+                | Self::Fallocate
+                | Self::CopyFileRange
+                | Self::Tmpfile
+        )
+    }
+}
+
+macro_rules! requests {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $kind:ty),* $(,)? })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
+        #[repr(C)]
+        pub struct $name { $(pub $field: $kind),* }
+    )*};
+}
+
+requests! {
+    /// `struct fuse_in_header`, in front of each request.
+    InHeader {
+        len: le::U32, opcode: le::U32, unique: le::U64, node: le::U64, uid: le::U32, gid: le::U32, pid: le::U32,
+        total_extlen: le::U16, _padding: le::U16,
+    }
+    /// `struct fuse_init_in` of before INIT_EXT.
+    InitIn { major: le::U32, minor: le::U32, max_readahead: le::U32, flags: le::U32 }
+    /// What INIT_EXT adds.
+    InitExt { flags: le::U32, _unused: [le::U32; 11] }
+    ForgetIn { lookups: le::U64 }
+    BatchForgetIn { count: le::U32, _padding: le::U32 }
+    ForgetOne { node: le::U64, lookups: le::U64 }
+    GetattrIn { flags: le::U32, _padding: le::U32, handle: le::U64 }
+    SetattrIn {
+        valid: le::U32, _padding: le::U32, handle: le::U64, size: le::U64, _lock_owner: le::U64, atime: le::U64,
+        mtime: le::U64, _ctime: le::U64, atime_nsec: le::U32, mtime_nsec: le::U32, _ctime_nsec: le::U32, mode: le::U32,
+        _unused4: le::U32, uid: le::U32, gid: le::U32, _unused5: le::U32,
+    }
+    MknodIn { mode: le::U32, rdev: le::U32, _umask: le::U32, _padding: le::U32 }
+    MkdirIn { mode: le::U32, _umask: le::U32 }
+    RenameIn { new_folder: le::U64 }
+    Rename2In { new_folder: le::U64, flags: le::U32, _padding: le::U32 }
+    LinkIn { old: le::U64 }
+    OpenIn { flags: le::U32, _open_flags: le::U32 }
+    CreateIn { flags: le::U32, mode: le::U32, _umask: le::U32, _open_flags: le::U32 }
+    ReadIn {
+        handle: le::U64, offset: le::U64, size: le::U32, _read_flags: le::U32, _lock_owner: le::U64, _flags: le::U32,
+        _padding: le::U32,
+    }
+    WriteIn {
+        handle: le::U64, offset: le::U64, size: le::U32, _write_flags: le::U32, _lock_owner: le::U64, _flags: le::U32,
+        _padding: le::U32,
+    }
+    ReleaseIn { handle: le::U64, _flags: le::U32, _release_flags: le::U32, _lock_owner: le::U64 }
+    FsyncIn { handle: le::U64, flags: le::U32, _padding: le::U32 }
+    GetxattrIn { size: le::U32, _padding: le::U32 }
+    SetxattrIn { size: le::U32, flags: le::U32 }
+    FallocateIn { handle: le::U64, offset: le::U64, length: le::U64, mode: le::U32, _padding: le::U32 }
+    LseekIn { handle: le::U64, offset: le::U64, whence: le::U32, _padding: le::U32 }
+    CopyFileRangeIn {
+        from: le::U64, from_offset: le::U64, to_node: le::U64, to: le::U64, to_offset: le::U64, len: le::U64,
+        flags: le::U64,
+    }
+}
+
+macro_rules! replies {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $kind:ty),* $(,)? })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, Default, IntoBytes, Immutable, KnownLayout)]
+        #[cfg_attr(test, derive(FromBytes))]
+        #[repr(C)]
+        pub struct $name { $(pub $field: $kind),* }
+    )*};
+}
+
+replies! {
+    /// `struct fuse_out_header`, in front of each reply. The error is negative.
+    OutHeader { len: le::U32, error: le::I32, unique: le::U64 }
+    InitOut {
+        major: le::U32, minor: le::U32, max_readahead: le::U32, flags: le::U32, max_background: le::U16,
+        congestion_threshold: le::U16, max_write: le::U32, time_gran: le::U32, max_pages: le::U16, map_alignment: le::U16,
+        flags2: le::U32, _unused: [le::U32; 7],
+    }
+    /// `struct fuse_attr`.
+    Attr {
+        ino: le::U64, size: le::U64, blocks: le::U64, atime: le::U64, mtime: le::U64, ctime: le::U64, atime_nsec: le::U32,
+        mtime_nsec: le::U32, ctime_nsec: le::U32, mode: le::U32, nlink: le::U32, uid: le::U32, gid: le::U32, rdev: le::U32,
+        blksize: le::U32, flags: le::U32,
+    }
+    /// How long an entry and its attributes hold, in seconds and nanoseconds.
+    EntryOut {
+        node: le::U64, generation: le::U64, entry_valid: le::U64, attr_valid: le::U64, entry_valid_nsec: le::U32,
+        attr_valid_nsec: le::U32, attr: Attr,
+    }
+    AttrOut { attr_valid: le::U64, attr_valid_nsec: le::U32, _padding: le::U32, attr: Attr }
+    OpenOut { handle: le::U64, flags: le::U32, _backing: le::U32 }
+    WriteOut { size: le::U32, _padding: le::U32 }
+    StatfsOut {
+        blocks: le::U64, bfree: le::U64, bavail: le::U64, files: le::U64, ffree: le::U64, bsize: le::U32,
+        namelen: le::U32, frsize: le::U32, _padding: le::U32, _spare: [le::U32; 6],
+    }
+    GetxattrOut { size: le::U32, _padding: le::U32 }
+    LseekOut { offset: le::U64 }
+    /// `struct fuse_dirent`, without the name that follows.
+    Dirent { ino: le::U64, offset: le::U64, name_len: le::U32, kind: le::U32 }
+}
+
+impl Attr {
+    /// Of the file that is `stat`, shown to the guest with another inode number and owner.
+    pub fn of(stat: &Statx, ino: u64, uid: u32, gid: u32) -> Self {
+        let seconds =
+            |time: &rustix::fs::StatxTimestamp| (time.tv_sec.cast_unsigned().into(), time.tv_nsec.into());
+        let (atime, atime_nsec) = seconds(&stat.stx_atime);
+        let (mtime, mtime_nsec) = seconds(&stat.stx_mtime);
+        let (ctime, ctime_nsec) = seconds(&stat.stx_ctime);
+        Self {
+            ino: ino.into(),
+            size: stat.stx_size.into(),
+            blocks: stat.stx_blocks.into(),
+            atime,
+            mtime,
+            ctime,
+            atime_nsec,
+            mtime_nsec,
+            ctime_nsec,
+            mode: u32::from(stat.stx_mode).into(),
+            nlink: stat.stx_nlink.into(),
+            uid: uid.into(),
+            gid: gid.into(),
+            rdev: device(stat.stx_rdev_major, stat.stx_rdev_minor).into(),
+            blksize: stat.stx_blksize.into(),
+            flags: 0.into(),
+        }
+    }
+}
+
+/// As the kernel packs a device's number into 32 bits (`new_encode_dev`).
+fn device(major: u32, minor: u32) -> u32 {
+    minor & 0xff | major << 8 | (minor & !0xff) << 12
+}
+
+/// Major and minor number of what [`device`] packs.
+pub fn device_parts(device: u32) -> (u32, u32) {
+    (device >> 8 & 0xfff, device & 0xff | device >> 12 & 0xf_ff00)
+}
+
+impl From<StatVfs> for StatfsOut {
+    fn from(stat: StatVfs) -> Self {
+        Self {
+            blocks: stat.f_blocks.into(),
+            bfree: stat.f_bfree.into(),
+            bavail: stat.f_bavail.into(),
+            files: stat.f_files.into(),
+            ffree: stat.f_ffree.into(),
+            bsize: (stat.f_bsize as u32).into(),
+            namelen: (stat.f_namemax as u32).into(),
+            frsize: (stat.f_frsize as u32).into(),
+            ..Self::default()
+        }
+    }
+}
+
+/// `DT_*` of a file's mode (`IFTODT`).
+pub fn entry_kind(kind: FileType) -> u32 {
+    kind.as_raw_mode() >> 12 & 0xf
+}
+
+/// What an entry of a folder takes in a reply, its name included: a multiple of 8.
+pub fn entry_size(name: &CStr, plus: bool) -> usize {
+    let head = size_of::<Dirent>() + if plus { size_of::<EntryOut>() } else { 0 };
+    (head + name.count_bytes()).next_multiple_of(8)
+}
+
+/// What follows a request's header, taken from the front.
+#[derive(Debug)]
+pub struct Arguments<'a>(pub &'a [u8]);
+
+impl<'a> Arguments<'a> {
+    /// A structure.
+    ///
+    /// # Errors
+    /// EINVAL: the request is too short.
+    pub fn take<T: FromBytes + KnownLayout + Immutable>(&mut self) -> Result<T, Errno> {
+        let (value, rest) = T::read_from_prefix(self.0).map_err(|_| Errno::INVAL)?;
+        self.0 = rest;
+        Ok(value)
+    }
+
+    /// A string that ends with a zero byte.
+    ///
+    /// # Errors
+    /// EINVAL: there is no such byte.
+    pub fn text(&mut self) -> Result<&'a CStr, Errno> {
+        let text = CStr::from_bytes_until_nul(self.0).map_err(|_| Errno::INVAL)?;
+        self.0 = self.0.get(text.count_bytes() + 1..).unwrap_or_default();
+        Ok(text)
+    }
+
+    /// The name of an entry in a folder: one component of a path, and neither the folder itself nor the one above.
+    ///
+    /// # Errors
+    /// EINVAL: it is none. ENAMETOOLONG: it has more than 255 bytes.
+    pub fn name(&mut self) -> Result<&'a CStr, Errno> {
+        let name = self.text()?;
+        match name.to_bytes() {
+            b"" | b"." | b".." => Err(Errno::INVAL),
+            bytes if bytes.contains(&b'/') => Err(Errno::INVAL),
+            bytes if bytes.len() > NAME_MAX => Err(Errno::NAMETOOLONG),
+            _ => Ok(name),
+        }
+    }
+
+    /// `len` bytes.
+    ///
+    /// # Errors
+    /// EINVAL: the request has fewer.
+    pub fn bytes(&mut self, len: usize) -> Result<&'a [u8], Errno> {
+        let (bytes, rest) = self.0.split_at_checked(len).ok_or(Errno::INVAL)?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+}
+
+/// Bytes of a name (include/uapi/linux/limits.h).
+const NAME_MAX: usize = 255;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn structures_have_the_kernels_sizes() {
+        let sizes = [
+            (size_of::<InHeader>(), 40),
+            (size_of::<InitIn>() + size_of::<InitExt>(), 64),
+            (size_of::<SetattrIn>(), 88),
+            (size_of::<ReadIn>(), 40),
+            (size_of::<WriteIn>(), 40),
+            (size_of::<ReleaseIn>(), 24),
+            (size_of::<CopyFileRangeIn>(), 56),
+            (size_of::<OutHeader>(), 16),
+            (size_of::<InitOut>(), 64),
+            (size_of::<Attr>(), 88),
+            (size_of::<EntryOut>(), 128),
+            (size_of::<AttrOut>(), 104),
+            (size_of::<OpenOut>(), 16),
+            (size_of::<StatfsOut>(), 80),
+            (size_of::<Dirent>(), 24),
+        ];
+        for (ours, kernels) in sizes {
+            assert_eq!(ours, kernels);
+        }
+    }
+
+    #[test]
+    fn a_name_is_one_component() {
+        let name = |bytes: &'static [u8]| Arguments(bytes).name().map(CStr::to_bytes);
+        assert_eq!(name(b"a\0"), Ok(&b"a"[..]));
+        assert_eq!(name(b"...\0rest"), Ok(&b"..."[..]));
+        assert_eq!(name(b"\xff\x01\n\0"), Ok(&b"\xff\x01\n"[..]));
+        for bad in [&b"a"[..], b"", b"\0", b".\0", b"..\0", b"/\0", b"a/b\0", b"../a\0"] {
+            assert_eq!(name(bad), Err(Errno::INVAL), "{bad:?}");
+        }
+        let long = [vec![b'x'; 256], vec![0]].concat();
+        assert_eq!(Arguments(&long).name(), Err(Errno::NAMETOOLONG));
+        assert!(Arguments(&long[1..]).name().is_ok());
+    }
+
+    #[test]
+    fn what_changes_something_is_told_from_what_does_not() {
+        let unchanged = Opcode::ALL.iter().filter(|(_, opcode)| !opcode.changes()).map(|(number, _)| *number);
+        let reading =
+            [1, 2, 3, 5, 14, 15, 17, 18, 20, 22, 23, 25, 26, 27, 28, 29, 30, 36, 38, 42, 44, 46, 50];
+        assert_eq!(unchanged.collect::<Vec<_>>(), reading);
+        assert!(Opcode::ALL.iter().all(|(number, opcode)| Opcode::of(*number) == Some(*opcode)));
+    }
+
+    #[test]
+    fn a_devices_number_comes_back_as_it_went() {
+        for (major, minor) in [(1, 3), (259, 0), (0xfff, 0xf_ffff), (8, 0x1234)] {
+            assert_eq!(device_parts(device(major, minor)), (major, minor));
+        }
+    }
+}
