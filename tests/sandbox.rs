@@ -366,7 +366,12 @@ fn it_is_the_same_whoever_starts_it() {
     fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let this = dir.path().join("test");
     fs::copy(std::env::current_exe().unwrap(), &this).unwrap();
-    for starter in [Starter::User, Starter::UserWithoutNamespaces, Starter::RootOfContainer] {
+    for starter in [
+        Starter::User,
+        Starter::UserWithoutNamespaces,
+        Starter::RootOfContainer,
+        Starter::RootWithoutCapabilities,
+    ] {
         let mut command = Command::new(&this);
         command.args(["--exact", "each_role_reaches_what_it_is_for_and_nothing_else", "--nocapture"]);
         command.current_dir("/").env("TMPDIR", "/tmp");

@@ -11,6 +11,8 @@ pub enum Starter {
     UserWithoutNamespaces,
     /// Root with what a container engine leaves it.
     RootOfContainer,
+    /// Root with nothing.
+    RootWithoutCapabilities,
 }
 
 const NOBODY_ELSE: u32 = 65534;
@@ -26,8 +28,8 @@ impl Starter {
                 rustix::thread::set_thread_res_gid(gid, gid, gid)?;
                 rustix::thread::set_thread_res_uid(uid, uid, uid)?;
             }
-            Self::RootOfContainer => {
-                let left = CapabilitySet::CHOWN
+            Self::RootOfContainer | Self::RootWithoutCapabilities => {
+                let containers = CapabilitySet::CHOWN
                     | CapabilitySet::DAC_OVERRIDE
                     | CapabilitySet::FOWNER
                     | CapabilitySet::KILL
@@ -37,6 +39,10 @@ impl Starter {
                     | CapabilitySet::NET_BIND_SERVICE
                     | CapabilitySet::SYS_CHROOT
                     | CapabilitySet::MKNOD;
+                let left = match self {
+                    Self::RootOfContainer => containers,
+                    _ => CapabilitySet::empty(),
+                };
                 for capability in (CapabilitySet::all() - left).iter() {
                     let _ = rustix::thread::remove_capability_from_bounding_set(capability);
                 }

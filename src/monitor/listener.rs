@@ -82,7 +82,10 @@ impl Listener {
         };
         let fd = start().map_err(failed("listen on"))?;
         let identity = std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()));
+        // Where it is removed from there are no links on the way, nor a way back.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+        let path = folder.zip(path.file_name()).map_or(path.clone(), |(folder, name)| folder.join(name));
         Ok(Self { fd, path, identity })
     }
 

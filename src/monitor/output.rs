@@ -77,7 +77,10 @@ pub fn hint(path: &Path, error: &io::Error, example: &str) -> String {
         _ if std::fs::metadata(path).is_ok_and(|found| found.is_file() && found.nlink() > 1) => {
             format!("name another file, or remove this name of it: rm {}", quoted(path))
         }
-        _ if path.is_symlink() => "name the file that the symbolic link leads to".to_owned(),
+        // Another user's leads where that one wants.
+        (kind, _) if kind != io::ErrorKind::PermissionDenied && path.is_symlink() => {
+            "name the file that the symbolic link leads to".to_owned()
+        }
         _ => format!("see who may write there: ls -ld {} {}", quoted(folder), quoted(path)),
     }
 }

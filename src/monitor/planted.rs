@@ -42,6 +42,8 @@ pub fn open(path: &Path, flags: OFlags) -> Result<File> {
 /// As open(2) has them; another user may have planted it ([`ErrorKind::PermissionDenied`]); it has another name.
 pub fn open_to_write(path: &Path, flags: OFlags, mode: Mode) -> Result<File> {
     let place = Place::of(path, !flags.contains(OFlags::CREATE))?;
+    // Before it is opened, which a pipe without a reader is not.
+    place.check(|kind| matches!(kind, FileType::Fifo | FileType::Socket))?;
     let file = place.open(flags, mode)?;
     let facts = fstat(&file)?;
     place.judge(&facts, |kind| matches!(kind, FileType::RegularFile | FileType::Fifo))?;

@@ -70,8 +70,10 @@ fn every_thread_of_a_machine_that_runs_is_inside() {
     place.done("resume v");
     place.done("device add v disk=other");
     place.done("device remove --force v virtio-blk1");
-    let said = place.fails("device add v net=user", HOST);
-    assert!(said.contains("the sandbox of this VM has nothing for such a network"), "{said}");
+    for network in ["user", "socket=nowhere", "switch=a", "tap=tap0", "vhost-user=nowhere"] {
+        let said = place.fails(&format!("device add v net={network}"), HOST);
+        assert!(said.contains("the sandbox of this VM has nothing for such a network"), "{said}");
+    }
     place.fails("device remove v nothing", HOST);
     assert_eq!(place.status("v")["state"], "running");
     drop(guest);
@@ -173,6 +175,9 @@ fn a_run_of_roots_becomes_the_user_that_it_is_told() {
         place.fails(&format!("{run} 65534"), HOST);
         return eprintln!("SKIP: {test}: needs root, to become another user");
     }
+    fs::create_dir(place.path("roots")).unwrap();
+    let said = place.fails(&format!("{run} 65534:12 --port p=file=roots/o,max=4K"), HOST);
+    assert!(said.contains("begin anew as that user") && said.contains("roots is another user's"), "{said}");
     let guest = Running::new(place.command(&format!("{run} 65534:12")));
     await_words(&place, "said", 3);
     for (name, values) in threads(guest.pid(), &RIGHTS) {
@@ -181,6 +186,74 @@ fn a_run_of_roots_becomes_the_user_that_it_is_told() {
     place.done("pause v");
     place.done("kill v");
     assert_eq!(fs::read_dir(place.path("run/vmm")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_machine_in_a_segment_enters_others_while_it_runs() {
+    if !has_kvm("a_machine_in_a_segment_enters_others_while_it_runs") {
+        return;
+    }
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    let run = "--kernel count --mem 32M --serial file=said --console off --name v --transport pci";
+    let _guest = Running::new(place.command(&format!("{run} --net switch=one")));
+    await_words(&place, "said", 3);
+    let devices = place.done("device add v net=switch=two");
+    assert_eq!(place.status("v")["state"], "running", "{devices}");
+    let segments = place.path("run/vmm/switch");
+    assert!(segments.join("two").is_dir());
+    place.done("kill v");
+    until("the end of both", || ["one", "two"].iter().all(|name| !segments.join(name).exists()));
+}
+
+#[test]
+fn what_lies_in_the_root_folder_is_refused_before_it_is_made() {
+    if !has_kvm("what_lies_in_the_root_folder_is_refused_before_it_is_made") {
+        return;
+    }
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    let run = "--kernel count --mem 32M --console off --name v";
+    for output in ["--serial file=/vmm-tests,max=4K", "--serial socket=/vmm-tests", "--vsock /../vmm-tests"] {
+        for more in ["", "-d"] {
+            let said = place.fails(&format!("run {run} {output} {more}"), HOST);
+            assert!(
+                said.contains("directly in the root folder") && said.contains("a folder of its own"),
+                "{said}"
+            );
+            assert!(!Path::new("/vmm-tests").exists(), "{output}");
+        }
+    }
+    let mut command = place.command(&format!(
+        "run --mem 32M --console off --dumpable --kernel {}",
+        place.path("count").display()
+    ));
+    let output = finish(command.current_dir("/").spawn().unwrap());
+    assert_eq!(output.status.code(), Some(HOST), "{}", text(&output.stderr));
+}
+
+#[test]
+fn sockets_go_whatever_way_leads_there() {
+    if !has_kvm("sockets_go_whatever_way_leads_there") {
+        return;
+    }
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    fs::create_dir_all(place.path("deep/x")).unwrap();
+    std::os::unix::fs::symlink("deep/x", place.path("link")).unwrap();
+    for (way, file) in
+        [("deep/x/../../s", "s"), ("link/s", "deep/x/s"), ("link/../s", "deep/s"), ("/proc/self/cwd/s", "s")]
+    {
+        let run = "--kernel count --mem 32M --console off --name v";
+        let guest =
+            Running::new(place.command(&format!("{run} --serial file=said --port p=socket={way}")));
+        await_words(&place, "said", 3);
+        assert!(place.path(file).exists(), "{way}");
+        place.done("kill v");
+        drop(guest.finish());
+        assert!(!place.path(file).exists(), "{way}");
+        fs::remove_file(place.path("said")).unwrap();
+    }
 }
 
 #[test]

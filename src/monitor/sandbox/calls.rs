@@ -250,6 +250,9 @@ const UNIX: &[Call] = &[
     any(libc::SYS_connect),
 ];
 
+/// A port in a segment that is entered later.
+const SEGMENT: &[Call] = &[rare(any(libc::SYS_symlinkat), "a network that is added while the guest runs")];
+
 /// Connections to the network, and what listens for published ports.
 const INTERNET: &[Call] = &[
     rare(
@@ -405,6 +408,7 @@ pub(super) fn of_role(role: &Role, machine: Needs) -> Vec<&'static [Call]> {
             add(true, THREADS);
             add(true, FILES);
             add(has(Needs::UNIX), UNIX);
+            add(has(Needs::SWITCH), SEGMENT);
             add(has(Needs::HOST_VSOCK), HOST_VSOCK);
             add(has(Needs::PINS), PINS);
             add(true, HOUSE);

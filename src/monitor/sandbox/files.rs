@@ -92,6 +92,11 @@ impl Grant {
         }
     }
 
+    /// All of the host's files would be in it.
+    pub(super) fn is_all(&self) -> bool {
+        self.path().canonicalize().is_ok_and(|path| path == Path::new("/"))
+    }
+
     pub(super) fn path(&self) -> &Path {
         match self {
             Self::Read(path)
@@ -127,7 +132,9 @@ impl Grant {
 /// That of `path`, wherever this process goes.
 fn folder(path: &Path) -> PathBuf {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    path.parent().unwrap_or(Path::new("/")).to_owned()
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    // There are no links and no way back where it is shown.
+    folder.canonicalize().unwrap_or_else(|_| folder.to_owned())
 }
 
 /// The rules of this process.

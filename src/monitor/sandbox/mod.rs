@@ -58,6 +58,8 @@ bitflags! {
         const SWITCH = 1 << 8;
         /// vCPUs with CPUs of their own, which their threads choose when they begin.
         const PINS = 1 << 9;
+        /// Something that is opened before the guest runs, and that no jail lets be opened later.
+        const OUTSIDE = 1 << 10;
     }
 }
 
@@ -105,7 +107,12 @@ impl Needs {
         match plug {
             // The house has what a disk needs.
             Plug::Disk(_) => Self::empty(),
-            Plug::Net(net) => Self::of_net(net),
+            Plug::Net(net) => match &net.to {
+                NetTarget::User(_) | NetTarget::Switch(_) | NetTarget::Fd(_) if !net.vhost => {
+                    Self::of_net(net)
+                }
+                _ => Self::OUTSIDE,
+            },
         }
     }
 }
@@ -180,6 +187,9 @@ const FILTERS: &str =
     "it needs a kernel with CONFIG_SECCOMP_FILTER; without the sandbox, the guest has to be trusted";
 const USER: &str = "it needs a user namespace that has more users than a container's, and CAP_SETUID, CAP_SETGID and CAP_SETPCAP; \
                     `sandbox=auto` runs as root without privileges";
+const ROOT: &str = "put such an output or socket into a folder of its own, and work in another folder than / if cores are wanted; \
+                    `sandbox=off` confines nothing";
+const FOLDER: &str = "name a file in a folder of that user's, or drop its limit";
 const PROC: &str = "it needs /proc";
 const NAMESPACES: &str = "most containers, and users under some AppArmor and sysctl settings, may not create namespaces; \
                           `sandbox=auto` runs without";
@@ -198,7 +208,15 @@ pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Resu
     if jail.mode == Mode::Off {
         return Ok(());
     }
+    if let Some(grant) = jail.grants.iter().find(|grant| grant.is_all()) {
+        let what = format!("{} would be reached with it", grant.path().display());
+        return Err(Error::of("grant what lies directly in the root folder", ROOT)(what));
+    }
     process::no_new_privileges(jail.user).map_err(Error::of("forbid new privileges", FILTERS))?;
+    if let Some(grant) = jail.grants.iter().find(|grant| jail.user.is_some_and(|user| !user.may_use(grant))) {
+        let what = format!("{} is another user's", grant.path().display());
+        return Err(Error::of("have an output begin anew as that user", FOLDER)(what));
+    }
     if (jail.mode == Mode::Strict && started_by().is_root() || jail.user.is_some()) && !process::has_user() {
         return Err(Error::of("become a user of its own", USER)(Errno::PERM));
     }

@@ -39,6 +39,8 @@ pub(super) fn leave() -> io::Result<Result<(), Errno>> {
     let owned = capabilities(None)?.effective;
     // Whoever has capabilities needs them still, a tap's above all, and they would be nothing in a namespace of users.
     let flags = match owned.is_empty() {
+        // Who maps root needs a capability for that (user_namespaces(7)), and a process that is nobody there cannot go back.
+        true if geteuid().is_root() => return Ok(Err(Errno::PERM)),
         true => ours | UnshareFlags::NEWUSER,
         false if owned.contains(CapabilitySet::SYS_ADMIN) => ours,
         false => return Ok(Err(Errno::PERM)),

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
@@ -21,6 +22,7 @@ use rustix::thread::{
     set_thread_res_uid,
 };
 
+use super::Grant;
 use crate::config::ParseError;
 
 /// Users that neither the host's accounts nor its containers have (systemd's UIDS-GIDS: "unused", up to 0x7fff_ffff). Process numbers
@@ -37,6 +39,21 @@ static USER: OnceLock<Becomes> = OnceLock::new();
 pub struct User {
     uid: u32,
     gid: u32,
+}
+
+impl User {
+    /// It may make files where `grant` has some begin anew, which root's own threads may.
+    pub(super) fn may_use(self, grant: &Grant) -> bool {
+        let Grant::Rotation(folder) = grant else { return true };
+        folder.metadata().is_ok_and(|found| {
+            let write = match () {
+                () if found.uid() == self.uid => 0o300,
+                () if found.gid() == self.gid => 0o030,
+                () => 0o003,
+            };
+            found.mode() & write == write
+        })
+    }
 }
 
 impl FromStr for User {

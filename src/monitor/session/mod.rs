@@ -209,11 +209,12 @@ impl<'a> Session<'a> {
         config: &'a VmConfig,
         saved: Option<Origin>,
         recorder: Arc<Recorder>,
-        controls: Controls,
+        mut controls: Controls,
     ) -> Result<Self, Error> {
         // Before anything that a signal would have to undo, and before there is another thread.
         let orders = OrdersElsewhere::from_now_on();
         let refused = defect::end_on_refused(controls.jail.refused, controls.keeper.clone());
+        controls.jail.grants.extend(Grant::of(config));
         sandbox::begin(controls.jail, refused)?;
         if matches!(saved, Some(Origin::Saved { .. })) {
             defect::end_on_lost_memory(controls.lost, controls.keeper.clone());
@@ -320,13 +321,12 @@ impl<'a> Session<'a> {
 
     fn run_all(&mut self, observers: &mut [&mut dyn Observer]) -> Result<Outcome, Error> {
         if let Some(Controlled { unserved: Some((entry, _)), .. }) = &self.controlled {
-            let mut grants = Grant::of(self.config);
             let needs = Needs::of(self.config);
             // Who can connect to sockets reaches no other machine's.
-            grants.push(match needs.contains(Needs::UNIX) {
+            let mut grants = vec![match needs.contains(Needs::UNIX) {
                 true => Grant::Removal(entry.place()),
                 false => Grant::Removal(entry.folder().to_owned()),
-            });
+            }];
             if needs.contains(Needs::SWITCH) {
                 grants.push(Grant::Folder(switch::segments(entry.folder())));
             }

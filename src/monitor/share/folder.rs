@@ -107,6 +107,12 @@ impl Folder {
         Ok(Found { number, stat })
     }
 
+    /// The guest begins anew: what it knew and had open is nothing to it.
+    pub(super) fn clear(&mut self) {
+        self.nodes.clear();
+        self.handles.clear();
+    }
+
     pub(super) fn forget(&mut self, number: u64, lookups: u64) {
         self.nodes.forget(number, lookups);
     }

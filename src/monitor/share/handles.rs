@@ -56,6 +56,11 @@ impl Handles {
         handle.map(|handle| handle.file.clone()).ok_or(Errno::BADF)
     }
 
+    /// Closes all.
+    pub fn clear(&mut self) {
+        self.open.clear();
+    }
+
     /// Closes it.
     pub fn close(&mut self, number: u64) {
         self.open.remove(&number);

@@ -171,6 +171,14 @@ impl Nodes {
         }
     }
 
+    /// The guest knows nothing but the folder itself.
+    pub fn clear(&mut self) {
+        self.nodes.retain(|number, _| *number == ROOT);
+        self.numbers.retain(|_, number| *number == ROOT);
+        self.open.clear();
+        self.nameless = 0;
+    }
+
     /// The file `path` is entry `name` of the folder `folder` no more. If it was found there, its node keeps a descriptor.
     pub fn lost(&mut self, folder: u64, name: &CStr, path: OwnedFd) {
         // Beyond that it is the guest's loss.

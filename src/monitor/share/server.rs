@@ -137,6 +137,7 @@ impl Server {
             Opcode::Init => self.init(rest),
             Opcode::Destroy => {
                 self.is_ready = false;
+                self.folder.clear();
                 EMPTY
             }
             Opcode::Forget => {
@@ -309,6 +310,7 @@ impl Server {
             | init::CACHE_SYMLINKS
             | init::INIT_EXT;
         self.is_ready = true;
+        self.folder.clear();
         bytes(&InitOut {
             major: MAJOR.into(),
             minor: MINOR.into(),

@@ -522,6 +522,7 @@ fn owners_times_holes_and_copies() {
 #[test]
 fn before_it_is_set_up_and_what_it_does_not_know() {
     let mut guest = Guest::new();
+    let (entry, handle) = guest.create(ROOT, "a", libc::O_RDWR, 0o600).unwrap();
     guest.ask(Opcode::Destroy, ROOT, &[]).unwrap();
     assert_eq!(guest.stat(ROOT).unwrap_err(), Errno::IO);
     for (major, minor) in [(6, 99), (7, 27)] {
@@ -535,6 +536,10 @@ fn before_it_is_set_up_and_what_it_does_not_know() {
     let out: InitOut =
         guest.get(Opcode::Init, 0, &[init.as_bytes(), InitExt::new_zeroed().as_bytes()]).unwrap();
     assert_eq!((out.max_write.get(), out.max_pages.get()), (1 << 20, 256));
+    // What was known and open before is not.
+    assert_eq!(guest.read(entry.node.get(), handle, 0, 1).unwrap_err(), Errno::BADF);
+    assert_eq!(guest.stat(entry.node.get()).unwrap_err(), Errno::STALE);
+    guest.stat(ROOT).unwrap();
     let header = InHeader { opcode: 4711.into(), ..InHeader::new_zeroed() };
     assert_eq!(guest.send(header.as_bytes()).unwrap().unwrap_err(), Errno::NOSYS);
     assert!(guest.send(&[0; 39]).is_none());

@@ -201,7 +201,7 @@ impl Scene {
             Some(Starter::User | Starter::UserWithoutNamespaces) => {
                 drop(place.give_to_nobody(test)?);
             }
-            Some(Starter::RootOfContainer) | None => {}
+            Some(Starter::RootOfContainer | Starter::RootWithoutCapabilities) | None => {}
         }
         Some(scene)
     }
@@ -302,7 +302,12 @@ fn whoever_owns_a_thread_of_a_machine_finds_nothing() {
     if !rustix::process::geteuid().is_root() {
         return eprintln!("SKIP: {test}: needs root, to be others");
     }
-    let others = [Starter::User, Starter::UserWithoutNamespaces, Starter::RootOfContainer];
+    let others = [
+        Starter::User,
+        Starter::UserWithoutNamespaces,
+        Starter::RootOfContainer,
+        Starter::RootWithoutCapabilities,
+    ];
     for starter in [None].into_iter().chain(others.map(Some)) {
         let Some(scene) = Scene::new(test, starter) else { continue };
         let guest = scene.start("v", RUN);

@@ -170,6 +170,11 @@ impl Hierarchy {
             return Ok(());
         }
         self.check(path, &missing)?;
+        // Some controllers are passed on all the same, and change what the processes there are subject to (Documentation/
+        // admin-guide/cgroup-v2.rst, "Threads").
+        if path != self.root && !read(&path.join(PROCS))?.trim().is_empty() {
+            return Err(Error::Occupied(path.to_owned()));
+        }
         let words: Vec<_> = missing.iter().map(|controller| format!("+{controller}")).collect();
         write(&path.join(SUBTREE_CONTROL), &words.join(" "))
     }

@@ -86,6 +86,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// A cgroup above the one that is wanted has processes in it.
+    #[error("cannot limit the VM: {} has processes of its own, and so can have no limited cgroup below it", .0.display())]
+    Occupied(PathBuf),
     /// There can be no process that removes the cgroup.
     #[error("cannot limit the VM: cannot start the process that removes its cgroup")]
     Caretaker(#[source] io::Error),
@@ -162,6 +165,13 @@ impl Limits {
         {
             let what = format!("`pin={pin}`: there is no vCPU {vcpu}; the last is {}", config.cpus.0 - 1);
             return Err(Invalid { what, hint: format!("give it more: `cpus={}`", vcpu + 1) });
+        }
+        // The main and the control thread, that which logs, and one of the kernel's.
+        let least = u64::from(config.cpus.0) + 4;
+        if let Some(most) = self.pids_max.filter(|most| u64::from(*most) < least) {
+            let what = format!("`pids_max={most}` is less than a VM of {} CPUs has threads", config.cpus.0);
+            let hint = format!("allow it {least}, and some for each device: `pids_max={}`", least + 16);
+            return Err(Invalid { what, hint });
         }
         let Some(most) = self.memory_max.filter(|most| *most < config.mem.size) else { return Ok(()) };
         let what = format!("`memory_max={most}` is less than `mem={}`", config.mem.size);

@@ -122,7 +122,13 @@ impl IoMax {
     pub(super) fn line(&self) -> Result<String, Error> {
         let failed = |why: String| Error::Disk { device: self.device.clone(), why };
         let (major, minor) = match numbers(&self.device) {
-            Some(numbers) => numbers,
+            Some((major, minor)) => {
+                let there = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+                match there.exists() && !there.join("partition").exists() {
+                    true => (major, minor),
+                    false => return Err(failed("there is no such disk; lsblk lists them".to_owned())),
+                }
+            }
             None => disk(&self.device).map_err(failed)?,
         };
         let most = self.most.iter().map(|(kind, most)| format!(" {kind}={most}"));
@@ -189,7 +195,13 @@ mod tests {
     #[test]
     fn limits_of_a_disk_are_a_line_of_io_max() {
         let line = |text: &str| IoMax::try_from(OsStr::new(text)).unwrap().line();
-        assert_eq!(line("8:16,rbps=10M,wiops=120").unwrap(), "8:16 rbps=10485760 wiops=120");
+        let disks = fs::read_dir("/sys/dev/block").unwrap().map(|disk| disk.unwrap().path());
+        let disk = disks.into_iter().find(|disk| !disk.join("partition").exists()).unwrap();
+        let disk = disk.file_name().unwrap().to_str().unwrap();
+        let expected = format!("{disk} rbps=10485760 wiops=120");
+        assert_eq!(line(&format!("{disk},rbps=10M,wiops=120")).unwrap(), expected);
+        let error = line("4095:1,rbps=1M").unwrap_err();
+        assert!(error.to_string().contains("no such disk"), "{error}");
         let error = line("/proc/self/status,rbps=1M").unwrap_err();
         assert!(error.to_string().contains("on no disk"), "{error}");
         let error = line("/no/such,,file,rbps=1M").unwrap_err();
