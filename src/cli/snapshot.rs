@@ -50,7 +50,7 @@ enum Command {
     Create(CreateOptions),
     /// Show what machine was saved, as vmm run --dry-run does
     Show(FolderOptions),
-    /// Read all of a folder, and say whether it is as it was saved
+    /// Read state and memory of a folder, and say whether they are as they were saved (disks have no checksums)
     Verify(FolderOptions),
     /// List the snapshots in a folder
     #[command(visible_alias = "ls")]
@@ -122,7 +122,9 @@ pub fn snapshot(options: Options) -> Result<Code, Failure> {
                 Failure::new(Code::BadArgument, anyhow::Error::new(error).context(what))
                     .hint(Some("name one that has snapshots in it"))
             })?;
-            saved::print(all.iter().map(|saved| (saved, None)), json)
+            let printed = saved::print(all.iter().map(|saved| (saved, None)), json);
+            tree::warn_of_damage(&folder);
+            printed
         }
         Command::Tree(options) => tree::tree(&options),
         Command::Rm(options) => Ok(remove(options)),

@@ -105,6 +105,16 @@ fn lines(all: &[Relative], relative: &Relative, branch: &str, trunk: &str, text:
     }
 }
 
+/// Names what in `folder` would be listed, and cannot be restored.
+pub fn warn_of_damage(folder: &Path) {
+    for relative in family(&[folder.to_owned()]).unwrap_or_default() {
+        let remark = remark(&relative);
+        if !remark.is_empty() {
+            log::warn!("{}{remark}", short(&relative.folder).display());
+        }
+    }
+}
+
 /// What is wrong with it.
 fn remark(relative: &Relative) -> String {
     let base = |folder: &Path| printable::text(&short(folder).display().to_string()).into_owned();

@@ -45,7 +45,8 @@ pub enum Actor {
 #[derive(Debug)]
 pub struct KernelExits {
     instance: PathBuf,
-    pipe: File,
+    /// Until this is dropped.
+    pipe: Option<File>,
     /// Read, and not yet a whole line.
     text: Vec<u8>,
     parser: Parser,
@@ -98,7 +99,12 @@ impl KernelExits {
         enable(instance, ENTRY)?;
         let pipe =
             OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(instance.join("trace_pipe"))?;
-        Ok(Self { instance: instance.to_owned(), pipe, text: Vec::new(), parser: Parser::default() })
+        Ok(Self {
+            instance: instance.to_owned(),
+            pipe: Some(pipe),
+            text: Vec::new(),
+            parser: Parser::default(),
+        })
     }
 
     /// Asks for page faults as well, as far as the kernel tells of them: the guest's addresses, which exits lack on a host of
@@ -128,7 +134,7 @@ impl KernelExits {
         let mut space = [0; 1 << 16];
         // An end for this turn, should the guest exit faster than this reads.
         for _ in 0..256 {
-            match self.pipe.read(&mut space) {
+            match self.pipe.as_mut().map_or(Ok(0), |pipe| pipe.read(&mut space)) {
                 Ok(0) => return,
                 Ok(count) => self.text.extend_from_slice(&space[..count]),
                 // Nothing more now; or the file is gone.
@@ -179,9 +185,7 @@ impl Drop for KernelExits {
             let _ = fs::write(self.instance.join("events").join(event).join("enable"), "0");
         }
         // An instance in use is not removed: the pipe goes first.
-        if let Ok(null) = File::open("/dev/null") {
-            self.pipe = null;
-        }
+        self.pipe = None;
         if let Err(error) = fs::remove_dir(&self.instance) {
             log::warn!("remove {}: {error}", self.instance.display());
         }

@@ -245,8 +245,7 @@ fn sockets_go_whatever_way_leads_there() {
         [("deep/x/../../s", "s"), ("link/s", "deep/x/s"), ("link/../s", "deep/s"), ("/proc/self/cwd/s", "s")]
     {
         let run = "--kernel count --mem 32M --console off --name v";
-        let guest =
-            Running::new(place.command(&format!("{run} --serial file=said --port p=socket={way}")));
+        let guest = Running::new(place.command(&format!("{run} --serial file=said --port p=socket={way}")));
         await_words(&place, "said", 3);
         assert!(place.path(file).exists(), "{way}");
         place.done("kill v");

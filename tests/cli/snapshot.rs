@@ -1,6 +1,6 @@
 //! `vmm snapshot` and `vmm restore` with a tiny guest that counts.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::counting::*;
 use crate::images::*;
@@ -504,4 +505,55 @@ fn a_folder_with_a_fifo_in_it_is_refused_at_once() {
         }
         assert_eq!(place.done("snapshot list").lines().count(), 1, "the heading alone");
     }
+}
+
+/// Of a machine whose memory is being written, by a process of its own that stands still meanwhile.
+#[test]
+fn a_pause_that_was_given_up_does_not_happen() {
+    if !has_kvm("a_pause_that_was_given_up_does_not_happen") {
+        return;
+    }
+    let place = Place::new();
+    place.file("count", kernel(&COUNTING));
+    let run = "--kernel count --mem 512M,prefault --serial file=said --console off --name v";
+    let guest = Running::new(place.command(run));
+    await_words(&place, "said", 3);
+    let children = || -> Vec<i32> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", guest.pid())).unwrap();
+        let all = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+        all.collect::<String>().split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+    };
+    let saving = place.command("snapshot create v s").spawn().unwrap();
+    until("the process that writes", || !children().is_empty());
+    let writer = Pid::from_raw(children()[0]).unwrap();
+    kill_process(writer, Signal::STOP).unwrap();
+    let mut pausing = place.command("pause v").spawn().unwrap();
+    thread::sleep(Duration::from_millis(300));
+    assert!(pausing.try_wait().unwrap().is_none(), "it waits");
+    pausing.kill().unwrap();
+    pausing.wait().unwrap();
+    kill_process(writer, Signal::CONT).unwrap();
+    assert_eq!(finish(saving).status.code(), Some(0));
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(place.status("v")["state"], "running");
+    place.done("snapshot verify s");
+}
+
+#[test]
+fn what_is_damaged_is_named_beside_what_is_listed() {
+    if !has_kvm("what_is_damaged_is_named_beside_what_is_listed") {
+        return;
+    }
+    let (place, _guest) = counting("");
+    for folder in ["good", "bad"] {
+        place.done(&format!("snapshot create v {folder}"));
+    }
+    File::options().write(true).open(place.path("bad/state")).unwrap().set_len(10).unwrap();
+    let listed = place.vmm("snapshot list");
+    assert_eq!(listed.status.code(), Some(0));
+    assert!(text(&listed.stdout).contains("good") && !text(&listed.stdout).contains("bad"));
+    let said = text(&listed.stderr);
+    assert!(said.contains("warn: bad (damaged: ") && !said.contains("good"), "{said}");
+    assert!(place.fails("snapshot create v good", BAD_ARGUMENT).contains("vmm snapshot rm"), "it exists");
+    assert!(place.fails("snapshot rm nothing", BAD_ARGUMENT).contains("vmm snapshot create"));
 }

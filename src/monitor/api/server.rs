@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::net::{RecvFlags, recv};
+
 use super::protocol::{self, Answer, Command, Ended, MAX_REQUEST, MachineSample, Refusal};
 use super::reception::Reception;
 use super::registry::Entry;
@@ -374,6 +376,13 @@ impl Orders {
         self.reply(asked, (reply, holds), &descriptors, sources);
         // Those who came meanwhile get their turn.
         while let Some(mut asked) = self.errand.clients.pop_front() {
+            // What somebody has given up waiting for does not happen.
+            if self.clients.get(&asked.client).is_none_or(|client| has_hung_up(&client.stream)) {
+                if let Some(client) = self.clients.remove(&asked.client) {
+                    self.let_go(&client);
+                }
+                continue;
+            }
             let result = match &asked.command {
                 Command::Resume => self.control.resume(),
                 command if self.stopping && command.is_for_a_machine_that_stays() => {
@@ -556,6 +565,11 @@ fn save(
     let parts = Parts::of_files(folder, passed.into_iter().zip(names)).map_err(refused)?;
     let below = base.map(|base| Below::of_descriptors(base, others)).transpose().map_err(refused)?;
     control.snapshot(&parts, below, saving)
+}
+
+/// Its peer is gone: nobody reads a reply.
+fn has_hung_up(stream: &UnixStream) -> bool {
+    recv(stream, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok_and(|(count, _)| count == 0)
 }
 
 fn refused(why: impl Into<Refusal>) -> Answer {

@@ -337,9 +337,20 @@ impl Error {
             Self::Damaged { .. } => Some("save the machine again: vmm snapshot create NAME FOLDER"),
             Self::NoSnapshot { .. } => Some("look at it first: ls -la FOLDER; vmm snapshot list"),
             Self::Version { .. } | Self::Newer { .. } => Some("restore it with the vmm that saved it"),
-            Self::File { what: "remove", .. } => Some("see whose it is: ls -ld FOLDER"),
-            Self::File { what: "open" | "read" | "find", .. } => {
+            Self::File { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                Some("see whose it is: ls -ld FOLDER")
+            }
+            Self::File { what: "remove", source, .. } if source.kind() != io::ErrorKind::NotFound => {
+                Some("see whose it is: ls -ld FOLDER")
+            }
+            Self::File { what: "open" | "read" | "find" | "remove", .. } => {
                 Some("name a folder that vmm snapshot create has made")
+            }
+            Self::File { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => {
+                Some("name a new folder, or remove that one: vmm snapshot rm FOLDER")
+            }
+            Self::File { source, .. } if source.raw_os_error() == Some(libc::ENAMETOOLONG) => {
+                Some("name it by fewer than 240 bytes: while it is made, its name has some more")
             }
             Self::File { .. } => Some("name a new folder, where you may write and there is room: df, ls -ld"),
             Self::Unsupported(_) => {
