@@ -1,7 +1,10 @@
 //! `vmm fork` with tiny guests.
 
 use std::fs;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::counting::*;
 use crate::images::*;
@@ -108,4 +111,30 @@ fn what_cannot_be_copied_is_told() {
     let in_place = place.fails("fork d", HOST);
     assert!(in_place.contains("/disk is written to in place"), "{in_place}");
     assert!(in_place.contains("\nhint: give the disk an overlay at its start"), "{in_place}");
+}
+
+#[test]
+fn copies_whose_names_were_never_printed_end_with_their_command() {
+    if !has_kvm("copies_whose_names_were_never_printed_end_with_their_command") {
+        return;
+    }
+    let (place, _guest) = counting("");
+    for (signal, milliseconds) in
+        [(Signal::TERM, 20), (Signal::TERM, 60), (Signal::HUP, 100), (Signal::INT, 60)]
+    {
+        let command = place.command("fork v --count 30 --serial file=/dev/null").spawn().unwrap();
+        thread::sleep(Duration::from_millis(milliseconds));
+        kill_process(Pid::from_child(&command), signal).unwrap();
+        let output = finish(command);
+        let said = text(&output.stdout);
+        let named: Vec<_> = said.lines().collect();
+        let running = || {
+            let listed = text(&place.vmm("list").stdout);
+            let names = listed.lines().filter_map(|line| line.split_whitespace().next());
+            names.filter(|name| name.starts_with("v-")).map(str::to_owned).collect::<Vec<_>>()
+        };
+        // One that ended may have been named at that moment.
+        until("the end of those without a name", || running().iter().all(|name| named.contains(&&**name)));
+        running().iter().for_each(|name| drop(place.done(&format!("kill {name}"))));
+    }
 }

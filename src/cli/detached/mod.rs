@@ -12,12 +12,17 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::{process, thread};
 
 use anyhow::Context;
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use vmm_command::{Code, Failure, log_output, print};
 use vmm_monitor::api::registry::Registry;
+use vmm_monitor::api::signals::is_ignored;
 use vmm_monitor::config::{CharTarget, Console, OutputFile, Size, VmConfig};
 use vmm_monitor::output::Rotating;
 use vmm_monitor::pool::{Spare, Wanted};
@@ -43,6 +48,28 @@ pub fn start(ready: impl FnOnce(&str) -> Result<(), Failure>) -> Result<Code, Fa
 /// A process that starts a virtual machine in the background.
 pub struct Starting(Child);
 
+/// The processes whose machines' names are not printed yet. Who ends this process by a signal never hears of them: they end with it.
+fn unnamed() -> Result<MutexGuard<'static, Vec<u32>>, Failure> {
+    static ALL: OnceLock<Mutex<Vec<u32>>> = OnceLock::new();
+    let lock = |all: &'static Mutex<Vec<u32>>| all.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(all) = ALL.get() {
+        return Ok(lock(all));
+    }
+    let signals = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| !is_ignored(*signal));
+    let mut signals = Signals::new(signals).map_err(failed)?;
+    let all = ALL.get_or_init(Mutex::default);
+    thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            // A hard end, whether it is a machine by now or not.
+            for child in lock(all).iter().filter_map(|child| Pid::from_raw(child.cast_signed())) {
+                let _ = kill_process(child, Signal::HUP);
+            }
+            process::exit(128 + signal);
+        }
+    });
+    Ok(lock(all))
+}
+
 impl Starting {
     /// One for what this process was asked to run, with `more` options.
     ///
@@ -50,14 +77,24 @@ impl Starting {
     /// There can be no process.
     pub fn begin(more: &[&str]) -> Result<Self, Failure> {
         let more = [&["--detached"], more].concat();
-        Ok(Self(again(&more).stdout(Stdio::piped()).spawn().map_err(failed)?))
+        let mut unnamed = unnamed()?;
+        let child = again(&more).stdout(Stdio::piped()).spawn().map_err(failed)?;
+        unnamed.push(child.id());
+        Ok(Self(child))
     }
 
     /// Waits until the virtual machine runs and `ready`, which is given its name, has returned, and prints the name.
     ///
     /// # Errors
     /// It does not get ready; the name cannot be printed. Why the virtual machine does not run is told by its process.
-    pub fn finish(mut self, ready: impl FnOnce(&str) -> Result<(), Failure>) -> Result<Code, Failure> {
+    pub fn finish(self, ready: impl FnOnce(&str) -> Result<(), Failure>) -> Result<Code, Failure> {
+        let id = self.0.id();
+        let finished = self.await_name(ready);
+        unnamed()?.retain(|child| *child != id);
+        finished
+    }
+
+    fn await_name(mut self, ready: impl FnOnce(&str) -> Result<(), Failure>) -> Result<Code, Failure> {
         let mut name = String::new();
         if let Some(said) = self.0.stdout.take() {
             BufReader::new(said.take(LONGEST_NAME)).read_line(&mut name).map_err(failed)?;
