@@ -42,6 +42,13 @@ fn a_stock_kernel_has_its_own_names_and_as_many_exits_as_kvm_counted() {
     command.args(["--mem", "512M", "--disk"]).arg(&disk).arg("--trace").arg(&record);
     let ended = Guest::start(command).finish();
     assert_eq!(ended.code, Some(0), "{}", ended.text);
+    // That of another run, which is not over yet, may be there.
+    let instances = fs::read_dir("/sys/kernel/tracing/instances").unwrap();
+    let names = instances.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let pid = |name: &str| name.strip_prefix("vmm-")?.split('-').nth(1).map(str::to_owned);
+    let left: Vec<_> =
+        names.filter(|name| pid(name).is_some_and(|pid| !Path::new("/proc").join(pid).exists())).collect();
+    assert!(left.is_empty(), "{left:?}");
     let list = String::from_utf8(fs::read(&disk).unwrap()).unwrap();
     let mut theirs: BTreeMap<u64, BTreeSet<&str>> = BTreeMap::new();
     for line in list.trim_end_matches('\0').lines() {
