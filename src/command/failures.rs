@@ -38,9 +38,7 @@ const DELEGATE: &str = "start it in a cgroup that is delegated to you: systemd-r
 
 impl From<limits::Error> for Failure {
     fn from(error: limits::Error) -> Self {
-        use limits::Error::{
-            Affinity, Caretaker, Cores, Cpu, Disk, File, NoCgroups, NoController, Occupied, Path,
-        };
+        use limits::Error::{Affinity, Caretaker, Cores, Cpu, Disk, File, NoCgroups, NoController, Path};
         let hint = match &error {
             NoCgroups => Some("mount one: mount -t cgroup2 none /sys/fs/cgroup"),
             NoController { is_root: true, .. } => Some(
@@ -59,7 +57,6 @@ impl From<limits::Error> for Failure {
             Disk { .. } => {
                 Some("name a file on the disk, its device, or its number (lsblk): --io-max /dev/sda,rbps=10M")
             }
-            Occupied(_) => Some("name another, such as --cgroup /vmm/NAME"),
             Cpu { .. } => Some("write --pin 0-1, or --pin 0:0,1:1 (vCPU 0 on CPU 0, vCPU 1 on CPU 1)"),
             Cores(_) => Some(
                 "it needs Linux 5.14 with CONFIG_SCHED_CORE, and CPUs whose cores have several threads (SMT)",

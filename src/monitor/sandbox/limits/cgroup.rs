@@ -170,13 +170,14 @@ impl Hierarchy {
             return Ok(());
         }
         self.check(path, &missing)?;
-        // Some controllers are passed on all the same, and change what the processes there are subject to (Documentation/
-        // admin-guide/cgroup-v2.rst, "Threads").
+        // The kernel says so of most controllers; others it passes on, and makes the cgroup another kind (Documentation/admin-guide/
+        // cgroup-v2.rst, "Threads").
+        let control = path.join(SUBTREE_CONTROL);
         if path != self.root && !read(&path.join(PROCS))?.trim().is_empty() {
-            return Err(Error::Occupied(path.to_owned()));
+            return Err(failed("write to", &control)(io::ErrorKind::ResourceBusy.into()));
         }
         let words: Vec<_> = missing.iter().map(|controller| format!("+{controller}")).collect();
-        write(&path.join(SUBTREE_CONTROL), &words.join(" "))
+        write(&control, &words.join(" "))
     }
 
     /// That the cgroup at `path` has `controllers`.

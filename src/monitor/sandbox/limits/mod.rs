@@ -86,9 +86,6 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// A cgroup above the one that is wanted has processes in it.
-    #[error("cannot limit the VM: {} has processes of its own, and so can have no limited cgroup below it", .0.display())]
-    Occupied(PathBuf),
     /// There can be no process that removes the cgroup.
     #[error("cannot limit the VM: cannot start the process that removes its cgroup")]
     Caretaker(#[source] io::Error),
