@@ -32,6 +32,7 @@ mod template;
 mod top;
 mod trace;
 mod tree;
+mod undo;
 mod wait;
 mod working_set;
 

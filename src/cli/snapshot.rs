@@ -1,22 +1,19 @@
 //! `vmm snapshot`: virtual machines in folders.
 
 use std::cmp::Reverse;
+use std::fs;
 use std::path::{Path, PathBuf, absolute};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::{fs, io, process, thread};
+use std::sync::PoisonError;
 
 use anyhow::anyhow;
 use clap::Subcommand;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 use super::control::{GRACE, connect};
 use super::plan::plan;
 use super::wait::for_each;
-use super::{saved, tree};
+use super::{saved, tree, undo};
 use vmm_command::{Code, Failure, print};
 use vmm_monitor::api::protocol;
-use vmm_monitor::api::signals::is_ignored;
 use vmm_monitor::config::host_path::quoted;
 use vmm_monitor::snapshot::{self, Below, Folder, Saving, Snapshot};
 
@@ -50,7 +47,7 @@ enum Command {
     Create(CreateOptions),
     /// Show what machine was saved, as vmm run --dry-run does
     Show(FolderOptions),
-    /// Read state and memory of a folder, and say whether they are as they were saved (disks have no checksums)
+    /// Check the saved state and memory against their checksums (disks have none)
     Verify(FolderOptions),
     /// List the snapshots in a folder
     #[command(visible_alias = "ls")]
@@ -186,7 +183,9 @@ fn create(options: &CreateOptions) -> Result<Code, Failure> {
     let mut client = connect(&options.name)?;
     let below = base.map(|base| Below::open(&base, &folder)).transpose()?;
     let names = client.files()?;
-    let hidden = remove_on_signals().map_err(|error| Failure::new(Code::Host, error))?;
+    // It has no name yet, and is to leave nothing.
+    let hidden = undo::at_signals(|hidden: &mut Option<PathBuf>| _ = hidden.take().map(fs::remove_dir_all));
+    let hidden = hidden.map_err(|error| Failure::new(Code::Host, error))?;
     let folder = {
         let mut hidden = hidden.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = Folder::begin(&folder, &names)?;
@@ -201,21 +200,4 @@ fn create(options: &CreateOptions) -> Result<Code, Failure> {
         client.wait_for_end(GRACE)?;
     }
     Ok(Code::Success)
-}
-
-/// From now on the first signal to end removes the folder that is put here, which will have no name, and ends this process. While this
-/// is locked it waits.
-fn remove_on_signals() -> io::Result<Arc<Mutex<Option<PathBuf>>>> {
-    let signals = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| !is_ignored(*signal));
-    let mut signals = Signals::new(signals)?;
-    let hidden = Arc::<Mutex<Option<PathBuf>>>::default();
-    let there = hidden.clone();
-    thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
-            let hidden = there.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ = hidden.as_ref().map(fs::remove_dir_all);
-            process::exit(128 + signal);
-        }
-    });
-    Ok(hidden)
 }

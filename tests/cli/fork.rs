@@ -1,6 +1,7 @@
 //! `vmm fork` with tiny guests.
 
 use std::fs;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -122,7 +123,15 @@ fn copies_whose_names_were_never_printed_end_with_their_command() {
     for (signal, milliseconds) in
         [(Signal::TERM, 20), (Signal::TERM, 60), (Signal::HUP, 100), (Signal::INT, 60)]
     {
-        let command = place.command("fork v --count 30 --serial file=/dev/null").spawn().unwrap();
+        let mut command = place.command("fork v --count 30 --serial file=/dev/null");
+        if signal == Signal::TERM {
+            // Whose children ignore SIGHUP.
+            let words: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+            command = Command::new("nohup");
+            command.arg(crate::PROGRAM).args(words);
+            place.set_up(&mut command);
+        }
+        let command = command.spawn().unwrap();
         thread::sleep(Duration::from_millis(milliseconds));
         kill_process(Pid::from_child(&command), signal).unwrap();
         let output = finish(command);

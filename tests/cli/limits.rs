@@ -25,7 +25,7 @@ fn limits_that_cannot_be_are_refused_before_anything_runs() {
         ("--io-max /proc/self,rbps=1M", "--io-max /proc/self: its file system is on no disk"),
         ("--io-max 4095:1,rbps=1M", "there is no such disk"),
         ("--pids-max 0", "--pids-max"),
-        ("--pids-max 6 --cpus 3", "--pids-max 6 is less than a VM of 3 CPUs has threads\nhint: allow it 7"),
+        ("--pids-max 6 --cpus 3", "--pids-max 6 is too low: 3 vCPUs need 7 threads"),
         ("--pin 3-1", "vCPU 0 on CPU 2"),
         ("--pin 1023", "CPU 1023 does not exist or is not allowed here; allowed: 0"),
         ("--pin 0:0,2:0", "there is no vCPU 2; the last is 0\nhint: give it more: --cpus 3"),

@@ -177,7 +177,7 @@ fn a_run_of_roots_becomes_the_user_that_it_is_told() {
     }
     fs::create_dir(place.path("roots")).unwrap();
     let said = place.fails(&format!("{run} 65534:12 --port p=file=roots/o,max=4K"), HOST);
-    assert!(said.contains("begin anew as that user") && said.contains("roots is another user's"), "{said}");
+    assert!(said.contains("rotate an output as that user") && said.contains("roots is not theirs"), "{said}");
     let guest = Running::new(place.command(&format!("{run} 65534:12")));
     await_words(&place, "said", 3);
     for (name, values) in threads(guest.pid(), &RIGHTS) {

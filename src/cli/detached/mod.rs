@@ -13,12 +13,10 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::{process, thread};
 
 use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::consts::SIGHUP;
 
 use vmm_command::{Code, Failure, log_output, print};
 use vmm_monitor::api::registry::Registry;
@@ -29,6 +27,7 @@ use vmm_monitor::pool::{Spare, Wanted};
 use vmm_monitor::sandbox::Grant;
 use vmm_monitor::session::{Built, End, Keeper, Observer};
 
+use crate::undo;
 use record::{Record, Records, set_end};
 
 /// Bytes of the console, and of what the monitor said, that one file keeps; there are two of each.
@@ -50,24 +49,23 @@ pub struct Starting(Child);
 
 /// The processes whose machines' names are not printed yet. Who ends this process by a signal never hears of them: they end with it.
 fn unnamed() -> Result<MutexGuard<'static, Vec<u32>>, Failure> {
-    static ALL: OnceLock<Mutex<Vec<u32>>> = OnceLock::new();
-    let lock = |all: &'static Mutex<Vec<u32>>| all.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(all) = ALL.get() {
-        return Ok(lock(all));
-    }
-    let signals = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| !is_ignored(*signal));
-    let mut signals = Signals::new(signals).map_err(failed)?;
-    let all = ALL.get_or_init(Mutex::default);
-    thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
-            // A hard end, whether it is a machine by now or not.
-            for child in lock(all).iter().filter_map(|child| Pid::from_raw(child.cast_signed())) {
-                let _ = kill_process(child, Signal::HUP);
-            }
-            process::exit(128 + signal);
+    static ALL: OnceLock<Arc<Mutex<Vec<u32>>>> = OnceLock::new();
+    let all = match ALL.get() {
+        Some(all) => all,
+        None => {
+            let all = undo::at_signals(|all: &mut Vec<u32>| all.iter().for_each(|child| end(*child)));
+            let all = all.map_err(failed)?;
+            ALL.get_or_init(|| all)
         }
-    });
-    Ok(lock(all))
+    };
+    Ok(all.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Ends the process `child`, whether it has a machine by now or not.
+fn end(child: u32) {
+    // It ignores what this process does.
+    let signal = if is_ignored(SIGHUP) { Signal::KILL } else { Signal::HUP };
+    let _ = Pid::from_raw(child.cast_signed()).map(|child| kill_process(child, signal));
 }
 
 impl Starting {

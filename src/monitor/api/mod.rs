@@ -343,7 +343,7 @@ impl Error {
             Self::PoolTaken(name) => format!("choose another name, or end it: vmm pool stop {name}").into(),
             Self::NoSuchPool(_) => "see which there are: vmm pool list".into(),
             Self::NoAnswer(_) => {
-                "it may be writing a snapshot, and does the rest when that is over; or its process is stopped: vmm list shows its PID, and kill -CONT PID wakes it"
+                "it may be busy writing a snapshot; or its process is stopped: vmm list shows its PID, and kill -CONT PID wakes it"
                     .into()
             }
             Self::Protocol { .. } => {

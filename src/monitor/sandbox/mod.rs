@@ -187,7 +187,7 @@ const FILTERS: &str =
     "it needs a kernel with CONFIG_SECCOMP_FILTER; without the sandbox, the guest has to be trusted";
 const USER: &str = "it needs a user namespace that has more users than a container's, and CAP_SETUID, CAP_SETGID and CAP_SETPCAP; \
                     `sandbox=auto` runs as root without privileges";
-const ROOT: &str = "put such an output or socket into a folder of its own, and work in another folder than / if cores are wanted; \
+const ROOT: &str = "put the output or socket into a folder of its own; for a core, start in another folder than /; \
                     `sandbox=off` confines nothing";
 const FOLDER: &str = "name a file in a folder of that user's, or drop its limit";
 const PROC: &str = "it needs /proc";
@@ -209,13 +209,13 @@ pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Resu
         return Ok(());
     }
     if let Some(grant) = jail.grants.iter().find(|grant| grant.is_all()) {
-        let what = format!("{} would be reached with it", grant.path().display());
-        return Err(Error::of("grant what lies directly in the root folder", ROOT)(what));
+        let what = format!("it would have all of {}", grant.path().display());
+        return Err(Error::of("confine a run that uses a file directly in the root folder", ROOT)(what));
     }
     process::no_new_privileges(jail.user).map_err(Error::of("forbid new privileges", FILTERS))?;
     if let Some(grant) = jail.grants.iter().find(|grant| jail.user.is_some_and(|user| !user.may_use(grant))) {
-        let what = format!("{} is another user's", grant.path().display());
-        return Err(Error::of("have an output begin anew as that user", FOLDER)(what));
+        let what = format!("{} is not theirs to write to", grant.path().display());
+        return Err(Error::of("rotate an output as that user", FOLDER)(what));
     }
     if (jail.mode == Mode::Strict && started_by().is_root() || jail.user.is_some()) && !process::has_user() {
         return Err(Error::of("become a user of its own", USER)(Errno::PERM));

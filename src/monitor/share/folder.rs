@@ -289,7 +289,8 @@ impl Folder {
                 let path = self.as_owner(&at, 0o100, || find(&at, name))?;
                 let found = self.tell(folder, name, path)?;
                 let found = self.unmasked(found, mode)?;
-                Ok((Found { ..found }, self.handles.add(found.number, file)?))
+                let handle = self.handles.add(found.number, file)?;
+                Ok((found, handle))
             }
             Err(Errno::EXIST) if !all.contains(OFlags::EXCL) => {
                 let found = self.lookup(folder, name)?;
@@ -351,34 +352,20 @@ impl Folder {
         bytes: &mut [u8],
     ) -> Result<usize, Errno> {
         let file = self.handles.get(handle, number)?;
-        let mut done = 0;
-        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match pread(&file, rest, offset.saturating_add(done as u64)) {
-                Ok(0) => break,
-                Ok(read) => done += read,
-                Err(Errno::INTR) => {}
-                Err(_) if done > 0 => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        in_pieces(|done| {
+            let rest = bytes.get_mut(done..).filter(|rest| !rest.is_empty());
+            rest.map_or(Ok(0), |rest| pread(&file, rest, offset.saturating_add(done as u64)))
+        })
     }
 
     /// Writes all of `bytes`, or as many as there is room for.
     pub(super) fn write(&self, handle: u64, number: u64, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
         self.may_change()?;
         let file = self.handles.get(handle, number)?;
-        let mut done = 0;
-        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
-            match pwrite(&file, rest, offset.saturating_add(done as u64)) {
-                Ok(0) => break,
-                Ok(written) => done += written,
-                Err(Errno::INTR) => {}
-                Err(_) if done > 0 => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        in_pieces(|done| {
+            let rest = bytes.get(done..).filter(|rest| !rest.is_empty());
+            rest.map_or(Ok(0), |rest| pwrite(&file, rest, offset.saturating_add(done as u64)))
+        })
     }
 
     pub(super) fn sync(&self, handle: u64, number: u64, data_only: bool) -> Result<(), Errno> {
@@ -518,6 +505,20 @@ impl Folder {
 
     fn may_change(&self) -> Result<(), Errno> {
         if self.terms.read_only { Err(Errno::ROFS) } else { Ok(()) }
+    }
+}
+
+/// Has `go_on` transfer more, by what is done, until nothing is left or there is an error behind what is done. How many bytes.
+fn in_pieces(mut go_on: impl FnMut(usize) -> Result<usize, Errno>) -> Result<usize, Errno> {
+    let mut done = 0;
+    loop {
+        match go_on(done) {
+            Ok(0) => return Ok(done),
+            Ok(more) => done += more,
+            Err(Errno::INTR) => {}
+            Err(_) if done > 0 => return Ok(done),
+            Err(error) => return Err(error),
+        }
     }
 }
 

@@ -133,7 +133,7 @@ impl Nodes {
     /// The guest is told of the file `path`, which is entry `name` of the folder `folder`, or has none: its number.
     ///
     /// # Errors
-    /// ENFILE: the guest knows too many.
+    /// ENFILE: the guest knows too many, or too many that have no name.
     pub fn found(&mut self, place: Option<(u64, &CStr)>, path: OwnedFd, stat: &Statx) -> Result<u64, Errno> {
         let identity = Identity::from(stat);
         let place = place.map(|(folder, name)| (folder, name.to_owned()));
@@ -147,7 +147,8 @@ impl Nodes {
             }
             return Ok(number);
         }
-        if self.nodes.len() >= MOST {
+        // One without a place keeps its descriptor until it is forgotten.
+        if self.nodes.len() >= MOST || place.is_none() && !self.may_keep() {
             return Err(Errno::NFILE);
         }
         let number = self.next;
@@ -182,7 +183,7 @@ impl Nodes {
     /// The file `path` is entry `name` of the folder `folder` no more. If it was found there, its node keeps a descriptor.
     pub fn lost(&mut self, folder: u64, name: &CStr, path: OwnedFd) {
         // Beyond that it is the guest's loss.
-        let may_keep = self.nameless < self.most_open / 2;
+        let may_keep = self.may_keep();
         let Some((number, node)) = self.known(&path) else { return };
         let was_there = matches!(&node.place, Some((at, called)) if *at == folder && **called == *name);
         if !was_there || !may_keep {
@@ -201,6 +202,11 @@ impl Nodes {
         let Some((_, node)) = self.known(path) else { return };
         let had_none = node.place.replace((folder, name.to_owned())).is_none();
         self.nameless -= usize::from(had_none);
+    }
+
+    /// Whether another may have a descriptor for good.
+    fn may_keep(&self) -> bool {
+        self.nameless < self.most_open / 2
     }
 
     /// The node of the file `path`, if the guest knows it.

@@ -401,6 +401,21 @@ fn more_files_are_known_than_there_are_descriptors() {
     guest.ask(Opcode::Unlink, folder, &[&name("20")]).unwrap();
     (30..300).for_each(|n| _ = guest.lookup(folder, &n.to_string()));
     assert_eq!(guest.stat(node).unwrap().nlink.get(), 0);
+    // So is one that never had one, and there can be few.
+    let how = CreateIn { flags: (libc::O_RDWR as u32).into(), mode: 0o600.into(), ..CreateIn::new_zeroed() };
+    let mut made = 0;
+    let full = loop {
+        match guest.ask(Opcode::Tmpfile, ROOT, &[how.as_bytes()]) {
+            Ok(body) => {
+                let (_, rest) = EntryOut::read_from_prefix(&body).unwrap();
+                guest.release(OpenOut::read_from_prefix(rest).unwrap().0.handle.get());
+                made += 1;
+            }
+            Err(error) => break error,
+        }
+        assert!(made < 100, "they are bounded");
+    };
+    assert!(made == 24 && full == Errno::NFILE || made == 0 && full == Errno::OPNOTSUPP, "{made}: {full}");
     // Those that are open have a limit, too.
     let mut handles = Vec::new();
     let full = loop {

@@ -350,7 +350,7 @@ impl Error {
                 Some("name a new folder, or remove that one: vmm snapshot rm FOLDER")
             }
             Self::File { source, .. } if source.raw_os_error() == Some(libc::ENAMETOOLONG) => {
-                Some("name it by fewer than 240 bytes: while it is made, its name has some more")
+                Some("choose a name of fewer than 240 bytes: while it is made, it has a longer one")
             }
             Self::File { .. } => Some("name a new folder, where you may write and there is room: df, ls -ld"),
             Self::Unsupported(_) => {

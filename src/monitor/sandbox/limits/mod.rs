@@ -166,8 +166,8 @@ impl Limits {
         // The main and the control thread, that which logs, and one of the kernel's.
         let least = u64::from(config.cpus.0) + 4;
         if let Some(most) = self.pids_max.filter(|most| u64::from(*most) < least) {
-            let what = format!("`pids_max={most}` is less than a VM of {} CPUs has threads", config.cpus.0);
-            let hint = format!("allow it {least}, and some for each device: `pids_max={}`", least + 16);
+            let what = format!("`pids_max={most}` is too low: {} vCPUs need {least} threads", config.cpus.0);
+            let hint = format!("each device needs some, too; try `pids_max={}`", least + 16);
             return Err(Invalid { what, hint });
         }
         let Some(most) = self.memory_max.filter(|most| *most < config.mem.size) else { return Ok(()) };
