@@ -1,5 +1,6 @@
 //! Sets up a guest's network interfaces from inside, without programs or a libc: what PID 1 does before anything else runs, and
-//! the agent when the host says so. And [`vsock`], the sockets by which the guest's programs meet the host's.
+//! the agent when the host says so. And what else of the host's is in a guest: its folders ([`share`]), and the sockets by which the
+//! guest's programs meet the host's ([`vsock`]).
 //!
 //! [`Ip`] is the kernel's own `ip=` parameter (Documentation/admin-guide/nfs/nfsroot.rst), which kernels without CONFIG_IP_PNP
 //! leave to user space. By the classic ioctls of sockets (netdevice(7)); IPv4 alone. No heap.
@@ -8,6 +9,7 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod share;
 pub mod vsock;
 
 use core::net::Ipv4Addr;

@@ -7,6 +7,7 @@ use crate::programs::{self, Init};
 use crate::run::Tool;
 use anyhow::{Context, Result, bail};
 use cpio::{Archive, Entry};
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -27,6 +28,9 @@ pub const STOCK_MODULES: [&str; 11] = [
     "virtio_balloon",
     "pvpanic_mmio",
 ];
+
+/// What else it cannot do without if it mounts a folder of the host's.
+const SHARE_MODULES: [&str; 1] = ["virtiofs"];
 
 /// How the archive is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -95,26 +99,17 @@ impl Recipe {
         let folder = kernel.modules.as_ref().context("the stock kernel has no modules folder")?;
         let names: Vec<&str> =
             STOCK_MODULES.into_iter().chain(self.modules.iter().map(String::as_str)).collect();
-        let mut list = String::new();
-        for file in Modules::read(folder)?.load_order(&names)? {
-            let path = folder.join(&file);
-            let data = fs::read(&path).with_context(|| format!("read module {}", path.display()))?;
-            let (stem, packer) = match file.rsplit_once(".ko") {
-                Some((stem, ".xz")) => (stem, Some("xz")),
-                Some((stem, ".zst")) => (stem, Some("zstd")),
-                Some((stem, ".gz")) => (stem, Some("gzip")),
-                Some((stem, "")) => (stem, None),
-                _ => bail!("{file} is no module"),
-            };
-            let data = match packer {
-                Some(packer) => Tool::new(packer).args(["-d", "-c"]).filter(&data)?,
-                None => data,
-            };
-            let place = format!("lib/modules/{}/{stem}.ko", kernel.release);
-            archive.add(&place, Entry::File { mode: 0o644, data })?;
-            list.push_str(&format!("/{place}\n"));
+        let modules = Modules::read(folder)?;
+        let mut added = HashSet::new();
+        for (list, names) in [("load", names.as_slice()), ("share", &SHARE_MODULES)] {
+            let mut paths = String::new();
+            for file in modules.load_order(names)? {
+                let place = add_module(archive, kernel, &folder.join(&file), &file, &mut added)?;
+                paths.push_str(&format!("/{place}\n"));
+            }
+            let data = paths.into_bytes();
+            archive.add(&format!("lib/modules.{list}"), Entry::File { mode: 0o644, data })?;
         }
-        archive.add("lib/modules.load", Entry::File { mode: 0o644, data: list.into_bytes() })?;
         Ok(())
     }
 
@@ -132,6 +127,33 @@ impl Recipe {
         };
         write_whole(out, &bytes)
     }
+}
+
+/// Adds the module `file`, which is at `path`, unpacked, unless it is `added` already. Its place.
+fn add_module(
+    archive: &mut Archive,
+    kernel: &Kernel,
+    path: &Path,
+    file: &str,
+    added: &mut HashSet<String>,
+) -> Result<String> {
+    let (stem, packer) = match file.rsplit_once(".ko") {
+        Some((stem, ".xz")) => (stem, Some("xz")),
+        Some((stem, ".zst")) => (stem, Some("zstd")),
+        Some((stem, ".gz")) => (stem, Some("gzip")),
+        Some((stem, "")) => (stem, None),
+        _ => bail!("{file} is no module"),
+    };
+    let place = format!("lib/modules/{}/{stem}.ko", kernel.release);
+    if added.insert(place.clone()) {
+        let data = fs::read(path).with_context(|| format!("read module {}", path.display()))?;
+        let data = match packer {
+            Some(packer) => Tool::new(packer).args(["-d", "-c"]).filter(&data)?,
+            None => data,
+        };
+        archive.add(&place, Entry::File { mode: 0o644, data })?;
+    }
+    Ok(place)
 }
 
 /// Writes a file so that it is either there and whole, or as it was.

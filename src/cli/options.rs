@@ -21,7 +21,7 @@ use vmm_command::{Code, Failure};
 use vmm_monitor::boot;
 use vmm_monitor::config::{
     BootProtocol, CharTarget, Console, Cpu, Cpus, Disk, Firmware, Memory, Net, NetTarget, OnPanic, OnReboot,
-    OutputFile, Port, Publish, Transport, UserNet, VmConfig, Vsock, net_dump, port_number,
+    OutputFile, Port, Publish, Share, Transport, UserNet, VmConfig, Vsock, net_dump, port_number,
 };
 use vmm_monitor::machine::outputs;
 use vmm_monitor::planted;
@@ -80,6 +80,11 @@ pub struct Options {
     /// tells; cid=3]. vhost=on,cid=N: by AF_VSOCK, of the host's kernel, in place of PATH
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "cid=3", value_parser = os_text::<Vsock, _>())]
     vsock: Option<Vsock>,
+    /// Share a folder: PATH[:TO][:ro], where TO is what init or agent mount it at in the guest; others do by mount -t virtiofs share0
+    /// TO (share1 for the second). Then any of ,uid=N ,gid=N (the guest's user whom your files belong to) [default: root], ,tag=NAME (for
+    /// share0), ,cache=auto|always|never (changes on the host are seen within a second, never, at once) [default: auto]; repeatable
+    #[arg(long, value_name = "PATH:TO", value_parser = os_text::<Share, _>())]
+    share: Vec<Share>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice
     /// [default: stdio, unless --serial has it]
     #[arg(long, value_name = "WHERE", value_parser = os_text::<Console, _>())]
@@ -306,6 +311,7 @@ impl Options {
         set(&mut config.net, some(!self.net.is_empty()).map(|()| self.net));
         config.net_dump = self.net_dump.or(config.net_dump.take());
         config.vsock = self.vsock.or(config.vsock.take());
+        set(&mut config.share, some(!self.share.is_empty()).map(|()| self.share));
         set(&mut config.console, self.console);
         set(&mut config.port, some(!self.port.is_empty()).map(|()| self.port));
         set(&mut config.serial, self.serial);

@@ -60,6 +60,7 @@ fn told(slot: &Slot, config: &VmConfig) -> String {
         (Kind::Virtio(index), _) => match virtio::Device::list(config).get(index) {
             Some(virtio::Device::Block(_, disk)) => Some(disk.path.display().to_string()),
             Some(virtio::Device::Net(_, net, _)) => Some(net.to.to_string()),
+            Some(virtio::Device::Fs(_, _, share)) => Some(share.to_string()),
             Some(virtio::Device::Vsock(vsock)) => Some(format!("address {}", vsock.cid())),
             _ => None,
         },

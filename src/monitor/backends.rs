@@ -9,6 +9,7 @@ use crate::config::Plug;
 use crate::disk::Images;
 use crate::event_loop::EventLoop;
 use crate::net::Ports;
+use crate::share::Folders;
 use crate::vsock::Doors;
 
 /// The host's side of a machine, by what it is.
@@ -20,6 +21,8 @@ pub struct Backends {
     pub pluggable: SharedPluggable,
     /// Of the socket device.
     pub doors: Doors,
+    /// Of file system devices.
+    pub folders: Folders,
 }
 
 /// [`Pluggable`] as the assembly and whoever adds and removes devices share it.
@@ -67,6 +70,11 @@ pub struct Added {
 impl Backends {
     /// None are open yet. `events` reads the terminal, and serves the devices that need no thread of their own.
     pub fn new(events: EventLoop) -> Self {
-        Self { ends: Ends::new(events), pluggable: Arc::default(), doors: Doors::default() }
+        Self {
+            ends: Ends::new(events),
+            pluggable: Arc::default(),
+            doors: Doors::default(),
+            folders: Folders::default(),
+        }
     }
 }

@@ -6,8 +6,9 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, ThreadId};
+use std::time::Instant;
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
@@ -173,6 +174,14 @@ struct Inner {
     state: Mutex<State>,
     stopping: AtomicBool,
     stop: Event,
+    ended: Arc<Ended>,
+}
+
+/// Whether the loop's thread has left the loop.
+#[derive(Default)]
+struct Ended {
+    it: Mutex<bool>,
+    told: Condvar,
 }
 
 /// A loop that several handlers share, on one thread. Clones are the same loop; it ends with the last of them.
@@ -199,7 +208,8 @@ impl EventLoop {
         let stop = Event::new()?;
         manager.add_subscriber(Box::new(Stop(stop.try_clone()?)) as Subscriber);
         let state = Mutex::new(State::Idle(manager));
-        Ok(Self(Arc::new(Inner { state, stopping: AtomicBool::new(false), stop })))
+        let (stopping, ended) = (AtomicBool::new(false), Arc::default());
+        Ok(Self(Arc::new(Inner { state, stopping, stop, ended })))
     }
 
     /// Serves the handlers on a thread of its own from now on. Nothing happens if it runs already.
@@ -216,16 +226,24 @@ impl EventLoop {
             }
         };
         let endpoint = manager.remote_endpoint();
-        let inner = Arc::downgrade(&self.0);
+        let (inner, ended) = (Arc::downgrade(&self.0), self.0.ended.clone());
         let mut manager = manager;
         let handle = threads::spawn(role, move || {
             // Not held between the turns: the last clone ends the loop.
-            while inner.upgrade().is_some_and(|inner| !inner.stopping.load(Ordering::SeqCst)) {
-                if let Err(error) = manager.run() {
-                    log::error!("event loop: {error}");
-                    return;
+            let goes_on = || inner.upgrade().is_some_and(|inner| !inner.stopping.load(Ordering::SeqCst));
+            let mut failed = false;
+            let mut it = loop {
+                while goes_on() && !failed {
+                    failed = manager.run().inspect_err(|error| log::error!("event loop: {error}")).is_err();
                 }
-            }
+                let it = lock(&ended.it);
+                // Whoever had it stop may want it to go on.
+                if failed || !goes_on() {
+                    break it;
+                }
+            };
+            *it = true;
+            ended.told.notify_all();
         })?;
         *state = State::Running { endpoint, thread: handle.thread().id(), handle: Some(handle) };
         Ok(())
@@ -337,7 +355,7 @@ impl Drop for Registration {
     }
 }
 
-/// A thread that serves one [`Handler`]. Dropping it stops and joins the thread.
+/// A thread that serves one [`Handler`]. Dropping it stops and joins the thread, however long that is in the handler's call.
 #[derive(Debug)]
 pub struct Worker {
     events: EventLoop,
@@ -354,6 +372,25 @@ impl Worker {
         let registration = events.add(handler)?;
         events.run(role)?;
         Ok(Self { events, _registration: registration })
+    }
+
+    /// Stops the thread. False if a call of the handler is still under way at `deadline`, after which the thread stops.
+    pub fn stop_by(&self, deadline: Instant) -> bool {
+        let inner = &self.events.0;
+        inner.stopping.store(true, Ordering::SeqCst);
+        inner.stop.signal();
+        let it = lock(&inner.ended.it);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited = inner.ended.told.wait_timeout_while(it, left, |ended| !*ended);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Undoes [`Worker::stop_by`]. False if the thread has stopped.
+    pub fn go_on(&self) -> bool {
+        let inner = &self.events.0;
+        let ended = lock(&inner.ended.it);
+        inner.stopping.store(*ended, Ordering::SeqCst);
+        !*ended
     }
 }
 

@@ -17,7 +17,7 @@
 //! | [`recorder`] | what happens as fixed-size events, in a lock-free ring per thread; one branch per exit while it is off |
 //! | [`memory`] | guest RAM; [`memory::layout`] is the table of every guest address |
 //! | [`vm`], [`bus`], [`hyperv`] | what devices may ask of the hypervisor; address to device; Hyper-V's calls, which KVM passes on |
-//! | [`disk`], [`net`], [`vsock`], [`chardev`], [`share`] | host ends: disk images; taps and sockets that carry frames, a segment that machines share ([`net::switch`]), and a network of ours ([`net::user`]); unix sockets or AF_VSOCK behind a guest's connections; terminals, pipes, sockets; folders (a FUSE server that no device uses yet). They know no virtio |
+//! | [`disk`], [`net`], [`vsock`], [`chardev`], [`share`] | host ends: disk images; taps and sockets that carry frames, a segment that machines share ([`net::switch`]), and a network of ours ([`net::user`]); unix sockets or AF_VSOCK behind a guest's connections; terminals, pipes, sockets; folders, by a FUSE server. They know no virtio |
 //! | [`vhost`] | rings that another process serves (vhost-user), or the host's kernel, whatever the device |
 //! | [`backends`] | the host ends of one machine, which stay open over its reboots |
 //! | [`kvm`] | the only module that issues KVM ioctls; `kvm/x86_64` has what that architecture has alone |

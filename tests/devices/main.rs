@@ -9,6 +9,7 @@ mod block;
 mod busy;
 mod conformance;
 mod faults;
+mod fs;
 mod fw_cfg;
 mod guest;
 mod hostile;

@@ -20,6 +20,7 @@ use vmm_monitor::virtio::device::VirtioDevice;
 use vmm_monitor::virtio::net::Net;
 use vmm_monitor::virtio::rng::Rng;
 
+use crate::fs;
 use crate::guest::{DATA, Guest};
 use crate::vsock_driver;
 
@@ -48,6 +49,7 @@ pub fn all() -> Vec<Subject> {
         net(NetSocket::Stream),
         net(NetSocket::Datagram),
         vsock(),
+        file_system(),
     ]
 }
 
@@ -351,5 +353,16 @@ fn vsock() -> Subject {
         }),
         queue: vsock_driver::TRANSMIT,
         _keep: None,
+    }
+}
+
+fn file_system() -> Subject {
+    let (keep, share) = fs::folder();
+    Subject {
+        name: "fs",
+        build: Box::new(move || fs::device(&share)),
+        traffic: Box::new(fs::exchange),
+        queue: fs::REQUESTS,
+        _keep: Some(keep),
     }
 }

@@ -21,6 +21,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 
+use interface::share;
 use vmm_agent::port::NAME;
 use vmm_agent::protocol::PORT;
 use vmm_agent::tar;
@@ -30,6 +31,9 @@ const USAGE: &str = "usage: vmm-agent [--unix PATH]";
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.as_bytes()).collect();
+    if arguments.is_empty() {
+        mount_shares();
+    }
     let result = match arguments[..] {
         [] => match (listen::vsock(PORT), port::find()) {
             (Err(error), None) => {
@@ -70,6 +74,17 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("vmm-agent: {error}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// Mounts the folders of the host's that the kernel command line tells of, unless somebody has.
+fn mount_shares() {
+    let line = std::fs::read("/proc/cmdline").unwrap_or_default();
+    for share in share::all(&line) {
+        if let Err(error) = share.mount() {
+            let (tag, place) = (share.tag.escape_ascii(), share.place.escape_ascii());
+            eprintln!("vmm-agent: mount {tag} at {place}: {error}");
         }
     }
 }

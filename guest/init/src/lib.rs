@@ -22,6 +22,7 @@ pub mod watch;
 
 use agent::Agent;
 use finish::Outcome;
+use interface::share;
 use orders::Orders;
 use watch::Watch;
 
@@ -42,14 +43,18 @@ const COMMAND_LINE_SIZE: usize = 4096;
 pub unsafe fn run(environment: *const *const u8) -> ! {
     mounts::mount_first();
     let mut buffer = [0; COMMAND_LINE_SIZE];
-    let orders = Orders::parse(mounts::read_file(c"/proc/cmdline", &mut buffer));
+    let line = mounts::read_file(c"/proc/cmdline", &mut buffer);
+    let orders = Orders::parse(line);
     if let Some(port) = orders.mark {
         kernel::write_port(port, 1);
     }
     // The kernel's own stdio is /dev/console already, unless its driver is a module that is yet to come.
     let marked = !orders.marker || console::say(&[MARKER]);
     mounts::mount_rest();
-    mounts::load_modules();
+    mounts::load_modules(c"/lib/modules.load");
+    if share::all(line).next().is_some() {
+        mounts::load_modules(c"/lib/modules.share");
+    }
     console::open(orders.console);
     if !marked {
         console::say(&[MARKER]);
@@ -68,6 +73,11 @@ pub unsafe fn run(environment: *const *const u8) -> ! {
     let rooted = orders.root.is_none_or(|root| mounts::switch_root(root, &orders));
     if let Some(dns) = orders.ip.and_then(|ip| ip.dns) {
         mounts::name_resolver(dns);
+    }
+    for share in share::all(line).filter(|_| rooted) {
+        if let Err(error) = share.mount() {
+            console::complain(b"mount", share.tag, error);
+        }
     }
     let mut agent = agent.filter(|_| rooted);
     if let Some(agent) = &mut agent {

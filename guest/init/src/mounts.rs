@@ -131,10 +131,10 @@ pub fn mount_rest() {
     }
 }
 
-/// Loads what /lib/modules.load lists, one path a line, in that order; one that the kernel has already is fine.
-pub fn load_modules() {
+/// Loads what the file at `list` lists, one path a line, in that order; one that the kernel has already is fine.
+pub fn load_modules(list: &CStr) {
     let mut buffer = [0; 4096];
-    let list = read_file(c"/lib/modules.load", &mut buffer);
+    let list = read_file(list, &mut buffer);
     for path in list.split(|&b| b == b'\n').filter(|path| !path.is_empty()) {
         let loaded = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .and_then(|file| rustix::system::finit_module(&file, c"", 0));

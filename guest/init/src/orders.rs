@@ -96,6 +96,8 @@ impl<'a> Orders<'a> {
             (b"vmm.end", Some(b"reboot")) => self.end = End::Reboot,
             (b"vmm.end", Some(b"halt")) => self.end = End::Halt,
             (b"vmm.exit", Some(value)) if report(value).is_some() => self.report = report(value),
+            // `interface::share` reads them.
+            (b"vmm.share", Some(_)) => {}
             _ if name.starts_with(b"vmm.") => self.unknown = self.unknown.or(Some(word)),
             _ => {}
         }

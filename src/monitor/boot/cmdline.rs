@@ -1,6 +1,6 @@
 //! The kernel command line: its limits, its place in guest memory, and the default when the user gives none.
 //!
-//! The loaders call `write`; the machine calls [`default_for`].
+//! The loaders call `write`; the machine calls [`of`].
 
 use std::path::Path;
 
@@ -49,6 +49,14 @@ pub(super) fn check(path: &Path, cmdline: &str, max: usize) -> Result<(), Error>
         return Err(Error::CmdlineCharacter { path: path(), what, at });
     }
     Ok(())
+}
+
+/// The command line of the machine that `config` describes: what the user gives, or the [default](default_for), behind what says where
+/// shared folders are mounted.
+pub fn of(config: &VmConfig) -> String {
+    let line = config.cmdline.clone().unwrap_or_else(|| default_for(config));
+    let orders = config.share.iter().enumerate().filter_map(|(index, share)| share.order(index));
+    orders.chain([line]).collect::<Vec<_>>().join(" ")
 }
 
 /// The command line for a user who gives none. It says what is there and nothing else:
@@ -100,5 +108,15 @@ mod tests {
         let no_root = "8250.nr_uarts=0 console=hvc0 panic=-1";
         assert_eq!(default(r#"{"disk": ["/d"], "initrd": "/i", "kernel": "/k"}"#), no_root);
         assert_eq!(default(r#"{"disk": ["/d"]}"#), no_root, "the disk knows");
+    }
+
+    #[test]
+    fn shares_are_told_before_all_else() {
+        let line = |json: &str| of(&serde_json::from_str(json).unwrap());
+        let shares = r#""share": ["a:/a", "b", "c:/c:ro,tag=t"]"#;
+        let given = line(&format!(r#"{{{shares}, "cmdline": "quiet -- ls"}}"#));
+        assert_eq!(given, "vmm.share=share0:/a vmm.share=t:/c:ro quiet -- ls");
+        assert!(line(&format!("{{{shares}}}")).ends_with("/c:ro 8250.nr_uarts=0 console=hvc0 panic=-1"));
+        assert_eq!(line(r#"{"cmdline": "quiet"}"#), "quiet");
     }
 }

@@ -11,6 +11,7 @@ pub(crate) mod kernel;
 mod net;
 mod net_limits;
 mod plug;
+mod share;
 mod text;
 mod user_net;
 mod vsock;
@@ -26,6 +27,7 @@ pub use kernel::Kernel;
 pub use net::{Mac, Net, NetTarget, dump as net_dump};
 pub use net_limits::{Limit, NetLimits};
 pub use plug::Plug;
+pub use share::{Share, ShareCache};
 pub(crate) use text::items;
 pub use text::{ParseError, Size, port_number};
 pub use user_net::{Allow, Publish, Resolver, UserNet};
@@ -73,6 +75,9 @@ pub struct VmConfig {
     /// A socket device.
     #[serde(deserialize_with = "text::optional")]
     pub vsock: Option<Vsock>,
+    /// Folders of the host's that the guest has, too.
+    #[serde(deserialize_with = "text::list")]
+    pub share: Vec<Share>,
     /// Where hvc0 goes.
     pub console: Console,
     /// Further ports of the virtio console: /dev/virtio-ports/NAME.
@@ -113,7 +118,7 @@ impl VmConfig {
     /// Has its paths not depend on the working directory of whoever named them: for another process. Those that it cannot find out
     /// about stay as they are.
     pub fn make_absolute(&mut self) {
-        let Self { kernel, initrd, option_rom, firmware, disk, net, net_dump, vsock, .. } = self;
+        let Self { kernel, initrd, option_rom, firmware, disk, net, net_dump, vsock, share, .. } = self;
         let firmware = firmware.iter_mut().filter_map(|firmware| match firmware {
             Firmware::File(path) => Some(path),
             Firmware::BuiltIn => None,
@@ -125,6 +130,7 @@ impl VmConfig {
         let inputs = kernel.iter_mut().chain(initrd).chain(option_rom).chain(firmware);
         let devices = disk.iter_mut().flat_map(Disk::paths).chain(net);
         let devices = devices.chain(vsock.iter_mut().filter_map(|vsock| vsock.path.as_mut()));
+        let devices = devices.chain(share.iter_mut().map(|share| &mut share.path));
         let ends = self.console.0.iter_mut().chain([&mut self.serial]);
         let ends = ends.chain(self.port.iter_mut().map(|port| &mut port.to)).filter_map(|end| match end {
             CharTarget::File(file) => Some(&mut file.path),
@@ -411,6 +417,7 @@ impl VmConfig {
         }
         net::validate_dump(&self.net, self.net_dump.as_ref())?;
         self.vsock.as_ref().map_or(Ok(()), Vsock::validate)?;
+        Share::validate(&self.share)?;
         if self.firmware.is_none() && !self.option_rom.is_empty() {
             return invalid("option ROMs need firmware that runs them", "add `firmware=FILE`");
         }
@@ -435,11 +442,12 @@ impl VmConfig {
             }
         }
         let listed = !self.disk.is_empty() || !self.net.is_empty() || !self.port.is_empty();
+        let listed = listed || !self.share.is_empty();
         let virtio = self.console() != CharTarget::Off || self.rng || self.vsock.is_some() || listed;
         if self.test_device && virtio {
             return invalid(
                 "the test device's memory lies where virtio devices would be, so a machine cannot have both",
-                "use `console=off` or `serial=stdio`, and no disk, network, socket, port or entropy device",
+                "use `console=off` or `serial=stdio`, and no disk, network, socket, shared folder, port or entropy device",
             );
         }
         let ends = [self.console(), self.serial.clone()];

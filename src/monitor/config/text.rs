@@ -181,7 +181,7 @@ pub(crate) fn items(text: &OsStr) -> Vec<Vec<u8>> {
 }
 
 /// A value as it is written in a list: its commas twice.
-fn escaped(value: &[u8]) -> Vec<u8> {
+pub(super) fn escaped(value: &[u8]) -> Vec<u8> {
     value.iter().flat_map(|byte| std::iter::repeat_n(*byte, if *byte == b',' { 2 } else { 1 })).collect()
 }
 
@@ -260,7 +260,25 @@ fn near_hint(text: &OsStr) -> Option<String> {
     Some(format!("did you mean {word}{}?", if word == "user" { "" } else { "=..." }))
 }
 
-/// Reads a list of pairs through the type's own serde implementation.
+/// Reads a list of pairs (see [`object`]) through the type's own serde implementation.
+pub(super) fn pairs<T: de::DeserializeOwned>(
+    text: &OsStr,
+    first: &str,
+    word: &str,
+    lists: &[&str],
+) -> Result<T, ParseError> {
+    T::deserialize(object(text, first, word, lists)?).map_err(|error| {
+        let what = error.to_string();
+        let hint = match first {
+            "path" => path_hint(text, first, &what),
+            "" => near_hint(text),
+            _ => None,
+        };
+        ParseError { what, hint }
+    })
+}
+
+/// Has a type be read by [`pairs`].
 macro_rules! from_pairs {
     ($type:ty, $first:literal) => {
         from_pairs!($type, $first, "", []);
@@ -269,15 +287,7 @@ macro_rules! from_pairs {
         impl TryFrom<&OsStr> for $type {
             type Error = ParseError;
             fn try_from(text: &OsStr) -> Result<Self, ParseError> {
-                <$type>::deserialize(object(text, $first, $word, &$lists)?).map_err(|error| {
-                    let what = error.to_string();
-                    let hint = match $first {
-                        "path" => path_hint(text, $first, &what),
-                        "" => near_hint(text),
-                        _ => None,
-                    };
-                    ParseError { what, hint }
-                })
+                pairs(text, $first, $word, &$lists)
             }
         }
         from_text!($type);

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::FallocateFlags;
 
-use crate::memory::Buffers;
+use crate::memory::{Buffers, Slices};
 
 /// An open file or block device.
 #[derive(Debug)]
@@ -21,46 +21,18 @@ pub struct Store {
 
 impl Store {
     /// Moves all of `buffers` to or from `offset`.
-    pub fn transfer(&self, mut offset: u64, buffers: &Buffers, write: bool) -> io::Result<u32> {
-        // The guards keep the mapping in place while the kernel has its addresses.
-        let guards: Vec<_> = buffers.slices().map(|slice| (slice.ptr_guard_mut(), slice.len())).collect();
-        let mut vectors: Vec<libc::iovec> = guards
-            .iter()
-            .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: *len })
-            .collect();
-        let mut left = &mut vectors[..];
+    pub fn transfer(&self, offset: u64, buffers: &Buffers, write: bool) -> io::Result<u32> {
         let mut moved = 0;
-        while !left.is_empty() {
-            let count = left.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
-            let at = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-            let fd = self.file.as_raw_fd();
-            // SAFETY: the vectors are what is left of slices of guest RAM, which `buffers` keeps mapped; the kernel
-            // copies to or from them while the guest may write them too, which is a race only for the guest: no Rust
-            // reference to that memory exists. `count` is at most their number, and the descriptor is open.
-            let n = unsafe {
-                if write {
-                    libc::pwritev(fd, left.as_ptr(), count, at)
-                } else {
-                    libc::preadv(fd, left.as_ptr(), count, at)
-                }
-            };
-            match usize::try_from(n) {
+        while moved < buffers.len() {
+            let (left, at) = (Slices::of([buffers], moved), offset + moved as u64);
+            moved += match if write { left.write_at(&self.file, at)? } else { left.read_at(&self.file, at)? }
+            {
                 // The image was cut behind our back.
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => {
-                    offset += n as u64;
-                    moved += n as u32;
-                    advance(&mut left, n);
-                }
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
-                    }
-                }
-            }
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                some => some,
+            };
         }
-        Ok(moved)
+        Ok(moved as u32)
     }
 
     /// The whole blocks in a range, as offset and length.
@@ -146,22 +118,14 @@ fn unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::ENODEV))
 }
 
-/// Drops `n` bytes from the front of `vectors`.
-fn advance(vectors: &mut &mut [libc::iovec], mut n: usize) {
-    while let Some(first) = vectors.first_mut() {
-        if n < first.iov_len {
-            first.iov_base = first.iov_base.cast::<u8>().wrapping_add(n).cast();
-            first.iov_len -= n;
-            return;
-        }
-        n -= first.iov_len;
-        *vectors = &mut std::mem::take(vectors)[1..];
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
+    use crate::memory::GuestRam;
 
     #[test]
     fn zeroes_are_written_where_the_file_system_cannot_make_them() {
@@ -178,18 +142,26 @@ mod tests {
     }
 
     #[test]
-    fn partial_transfers_go_on_in_the_middle_of_a_vector() {
-        let mut bytes = [0u8; 10];
-        let base: *mut u8 = bytes.as_mut_ptr();
-        let vector =
-            |from: usize, len| libc::iovec { iov_base: base.wrapping_add(from).cast(), iov_len: len };
-        let mut vectors = [vector(0, 3), vector(3, 0), vector(3, 4), vector(7, 3)];
-        let mut left = &mut vectors[..];
-        advance(&mut left, 5);
-        assert_eq!((left.len(), left[0].iov_len, left[0].iov_base as usize), (2, 2, base as usize + 5));
-        advance(&mut left, 2);
-        assert_eq!((left.len(), left[0].iov_len), (1, 3));
-        advance(&mut left, 3);
-        assert!(left.is_empty());
+    fn more_pieces_than_one_call_takes_are_moved_in_order() {
+        let keep = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..3000u32).map(|byte| byte as u8).collect();
+        keep.write_all_at(&bytes, 512).unwrap();
+        let store = Store { file: keep, device: false, block_size: 512 };
+        let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap());
+        // Each byte by itself, in front of the one before.
+        let pieces = || {
+            let mut buffers = Buffers::empty(ram.clone());
+            (0..3000).rev().for_each(|at| buffers.push(at, 1).unwrap());
+            buffers
+        };
+        assert_eq!(store.transfer(512, &pieces(), false).unwrap(), 3000);
+        let mut there = vec![0; 3000];
+        ram.read_slice(&mut there, GuestAddress(0)).unwrap();
+        assert!(there.iter().rev().eq(&bytes));
+        assert_eq!(store.transfer(8192, &pieces(), true).unwrap(), 3000);
+        store.file.read_exact_at(&mut there, 8192).unwrap();
+        assert_eq!(there, bytes);
+        let cut = store.transfer(10_000, &pieces(), false).unwrap_err();
+        assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

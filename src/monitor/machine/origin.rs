@@ -52,7 +52,7 @@ impl Origin {
     /// # Errors
     /// It names nothing to start, or what cannot be opened.
     pub fn of(config: &VmConfig) -> Result<Self, Error> {
-        let cmdline = || config.cmdline.clone().unwrap_or_else(|| boot::cmdline::default_for(config));
+        let cmdline = || boot::cmdline::of(config);
         let open = |kernel| Payload::open(&kernel, config.initrd.as_deref(), cmdline(), config.boot);
         let payload = config.to_boot()?.map(open).transpose()?;
         Ok(match (&config.firmware, payload) {

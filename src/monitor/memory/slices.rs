@@ -1,6 +1,6 @@
 //! [`Slices`]: pieces of guest memory for one vectored system call, with bytes of our own before and behind them.
 //!
-//! Made of [`Buffers`] by the host ends of network links. The kernel copies straight between a descriptor and the guest.
+//! Made of [`Buffers`] by who moves bytes between the guest and files or sockets. The kernel copies straight between a descriptor and the guest.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd};
@@ -116,6 +116,46 @@ impl<'a> Slices<'a> {
             // RAM, which `self` borrows from what keeps it mapped; the guest may use these meanwhile, which is a race for the
             // guest alone: no Rust reference to that memory exists. There are at most UIO_MAXIOV, and the descriptor is open.
             unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) }
+        })
+    }
+
+    /// Reads from `offset` of a file into the slices, by one call of preadv. Returns what it returned.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn read_at(&self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        let at = offset.try_into().map_err(io::Error::other)?;
+        let guards: Vec<_> = self.list.iter().map(|slice| (slice.ptr_guard_mut(), slice.len())).collect();
+        let vectors: Vec<_> = guards
+            .iter()
+            .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: *len })
+            .collect();
+        let fd = file.as_fd();
+        retried(|| {
+            // SAFETY: the vectors are slices of guest RAM, which `self` borrows from what keeps it mapped; the guest may use them
+            // meanwhile, which is a race for the guest alone: no Rust reference to that memory exists. There are at most UIO_MAXIOV,
+            // and the descriptor is open.
+            unsafe { libc::preadv(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int, at) }
+        })
+    }
+
+    /// Writes the slices to `offset` of a file, by one call of pwritev. Returns what it returned.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn write_at(&self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        let at = offset.try_into().map_err(io::Error::other)?;
+        let guards: Vec<_> = self.list.iter().map(|slice| (slice.ptr_guard(), slice.len())).collect();
+        let vectors: Vec<_> = guards
+            .iter()
+            .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast_mut().cast(), iov_len: *len })
+            .collect();
+        let fd = file.as_fd();
+        retried(|| {
+            // SAFETY: the vectors are slices of guest RAM, which `self` borrows from what keeps it mapped; the kernel only reads them,
+            // while the guest may write, which is a race for the guest alone: no Rust reference to that memory exists. There are at
+            // most UIO_MAXIOV, and the descriptor is open.
+            unsafe { libc::pwritev(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int, at) }
         })
     }
 

@@ -298,6 +298,36 @@ const FILES: &[Call] = &[
     any(libc::SYS_flock),
 ];
 
+/// What a guest does in a folder of the host's.
+const SHARE: &[Call] = &[
+    any(libc::SYS_openat),
+    any(libc::SYS_openat2),
+    any(libc::SYS_readlinkat),
+    any(libc::SYS_getdents64),
+    any(libc::SYS_mkdirat),
+    any(libc::SYS_mknodat),
+    any(libc::SYS_symlinkat),
+    any(libc::SYS_linkat),
+    any(libc::SYS_unlinkat),
+    any(libc::SYS_renameat2),
+    // Nothing that runs as its owner.
+    when(libc::SYS_fchmodat, &[&[of(2, libc::S_ISUID, 0)]]),
+    any(libc::SYS_utimensat),
+    any(libc::SYS_preadv),
+    any(libc::SYS_pwritev),
+    any(libc::SYS_ftruncate),
+    any(libc::SYS_fallocate),
+    any(libc::SYS_copy_file_range),
+    any(libc::SYS_fsync),
+    any(libc::SYS_fdatasync),
+    any(libc::SYS_syncfs),
+    any(libc::SYS_fstatfs),
+    any(libc::SYS_getxattr),
+    any(libc::SYS_listxattr),
+    any(libc::SYS_setxattr),
+    any(libc::SYS_removexattr),
+];
+
 /// What begins anew under its name; where that cannot be, it is emptied.
 const ROTATION: &[Call] = &[
     any(libc::SYS_ftruncate),
@@ -381,6 +411,7 @@ pub(super) fn of_role(role: &Role, machine: Needs) -> Vec<&'static [Call]> {
             // A disk's threads start with its first request, and are no freer than who starts them.
             add(has(Needs::DISK), THREADS);
             add(has(Needs::DISK), IMAGE);
+            add(has(Needs::SHARE), SHARE);
             add(has(Needs::INTERNET), INTERNET);
             add(has(Needs::INTERNET | Needs::UNIX), FILES);
             // A user network knows the machines of its segments by name, and asks whether they are there.
@@ -407,6 +438,8 @@ pub(super) fn of_role(role: &Role, machine: Needs) -> Vec<&'static [Call]> {
             add(true, IMAGE);
             add(true, THREADS);
             add(true, FILES);
+            // Whoever starts a thread allows what it does.
+            add(has(Needs::SHARE), SHARE);
             add(has(Needs::UNIX), UNIX);
             add(has(Needs::SWITCH), SEGMENT);
             add(has(Needs::HOST_VSOCK), HOST_VSOCK);

@@ -36,6 +36,8 @@ pub enum Grant {
     Sockets(PathBuf),
     /// A device that is opened anew.
     Device(PathBuf),
+    /// A folder that the guest has, too: it reads what is there, and, if it is to, changes it.
+    Share(PathBuf, bool),
 }
 
 impl Grant {
@@ -67,6 +69,10 @@ impl Grant {
         grants.extend(by_host.map(|_| Self::Device(Vsock::HOST_DEVICE.into())));
         let vsock = config.vsock.iter().filter_map(|vsock| vsock.path.as_ref());
         grants.extend(vsock.map(|path| Self::removal(path)));
+        grants.extend(config.share.iter().map(|share| {
+            let path = share.path.canonicalize().unwrap_or_else(|_| share.path.clone());
+            Self::Share(path, !share.readonly)
+        }));
         grants
     }
 
@@ -105,8 +111,14 @@ impl Grant {
             | Self::Removal(path)
             | Self::Departure(path)
             | Self::Sockets(path)
-            | Self::Device(path) => path,
+            | Self::Device(path)
+            | Self::Share(path, _) => path,
         }
+    }
+
+    /// It is named below a descriptor alone, and not by its path.
+    pub(super) fn is_held(&self) -> bool {
+        matches!(self, Self::Share(..))
     }
 
     fn rights(&self, is_folder: bool) -> BitFlags<AccessFs> {
@@ -116,6 +128,11 @@ impl Grant {
             Self::Folder(_) => {
                 AccessFs::from_all(FILES)
                     & !(AccessFs::Execute | AccessFs::MakeBlock | AccessFs::MakeChar | AccessFs::IoctlDev)
+            }
+            Self::Share(_, false) => AccessFs::ReadFile | AccessFs::ReadDir,
+            // Character devices for overlay file systems' marks of what is not there; the kernel lets nobody here make others.
+            Self::Share(_, true) => {
+                AccessFs::from_all(FILES) & !(AccessFs::Execute | AccessFs::MakeBlock | AccessFs::IoctlDev)
             }
             Self::Rotation(_) => {
                 AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg | AccessFs::RemoveFile

@@ -30,8 +30,9 @@ use crate::threads::Role;
 
 pub use files::Grant;
 pub use limits::Limits;
+pub use namespaces::alone;
 pub(crate) use process::close_all_but;
-pub use process::{User, started_by};
+pub use process::{User, owner_of_files, started_by};
 pub use refused::Refused;
 
 bitflags! {
@@ -60,6 +61,8 @@ bitflags! {
         const PINS = 1 << 9;
         /// Something that is opened before the guest runs, and that no jail lets be opened later.
         const OUTSIDE = 1 << 10;
+        /// Files in a folder of the host's (`share`).
+        const SHARE = 1 << 11;
     }
 }
 
@@ -72,6 +75,9 @@ impl Needs {
             Some(vsock) if vsock.vhost => needs |= Self::VHOST | Self::HOST_VSOCK | Self::UNIX,
             Some(_) => needs |= Self::UNIX,
             None => {}
+        }
+        if !config.share.is_empty() {
+            needs |= Self::SHARE;
         }
         if config.on_reboot == OnReboot::Reset || config.on_panic() == OnPanic::Reset {
             needs |= Self::REBOOTS;

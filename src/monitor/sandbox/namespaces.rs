@@ -8,10 +8,11 @@ use std::env::current_dir;
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path};
 use std::sync::OnceLock;
 
+use libc::{MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY};
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -75,7 +76,8 @@ pub(super) fn stay_in(grants: &[Grant]) -> io::Result<()> {
         return Ok(());
     }
     let is_there = |path: &&Path| path.is_absolute() && path.exists();
-    let mut paths: Vec<_> = grants.iter().map(Grant::path).filter(is_there).collect();
+    let mut paths: Vec<_> =
+        grants.iter().filter(|grant| !grant.is_held()).map(Grant::path).filter(is_there).collect();
     paths.sort_unstable();
     // What is in a granted folder is there with it.
     paths.dedup_by(|path, earlier| path.starts_with(*earlier));
@@ -141,6 +143,39 @@ fn show(path: &Path, root: BorrowedFd<'_>) -> io::Result<()> {
     let there =
         open_tree(CWD, path, flags).or_else(|_| open_tree(CWD, path, flags | OpenTreeFlags::AT_RECURSIVE))?;
     Ok(move_mount(there.as_fd(), "", at, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+}
+
+/// The folder `folder`, with no way up from it. As it is where this process has no mounts of its own.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn alone(folder: OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
+    if LEFT.get().is_none() {
+        return Ok(folder);
+    }
+    // Nothing is above the root of a mount that is nowhere.
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH
+        | OpenTreeFlags::AT_RECURSIVE;
+    let tree = open_tree(&folder, "", flags)?;
+    let mut wanted = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
+    if read_only {
+        wanted |= MOUNT_ATTR_RDONLY;
+    }
+    let attributes = libc::mount_attr { attr_set: wanted, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    // SAFETY: it reads a structure of the size that it is told.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of_val(&attributes),
+        )
+    };
+    if set == 0 { Ok(tree) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Whether the root shows only what was granted.

@@ -13,7 +13,7 @@ use rustix::process::{
     setrlimit,
 };
 use rustix::process::{
-    Pid, geteuid, getgid, getpid, parent_process_death_signal, set_parent_process_death_signal,
+    Pid, getegid, geteuid, getgid, getpid, parent_process_death_signal, set_parent_process_death_signal,
 };
 use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, capabilities, capabilities_secure_bits,
@@ -108,6 +108,15 @@ pub(super) fn no_new_privileges(user: Option<User>) -> io::Result<()> {
 /// The user who has started this process, whoever its threads are by now.
 pub fn started_by() -> Uid {
     *STARTED_BY.get_or_init(geteuid)
+}
+
+/// The user and the group that files belong to which this process makes when its guest runs.
+pub fn owner_of_files() -> (u32, u32) {
+    match USER.get() {
+        Some(Becomes { has_roots_files: false, user, .. }) => (user.uid, user.gid),
+        Some(_) => (0, 0),
+        None => (geteuid().as_raw(), getegid().as_raw()),
+    }
 }
 
 /// Has threads be `chosen` once they are inside, or somebody whom nobody else is, if there are others than root here.

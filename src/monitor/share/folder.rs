@@ -4,6 +4,7 @@
 //! this process on a file of its own, such as writing to one of mode 0444, the guest's root may do all the same.
 
 use std::ffi::CStr;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -13,11 +14,13 @@ use rustix::fs::{
     fsync, ftruncate, getxattr, linkat, listxattr, makedev, mkdirat, mknodat, openat, readlinkat,
     removexattr, renameat_with, seek, setxattr, symlinkat, syncfs, unlinkat, utimensat,
 };
-use rustix::io::{Errno, pread, pwrite};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
-use super::handles::Handles;
-use super::nodes::{Nodes, find, stat};
+use super::handles::{self, Handles};
+use super::nodes::{self, Nodes, find, stat};
 use super::owners::Owners;
+use crate::memory::{Buffers, Slices};
 
 /// How a folder is shared.
 #[derive(Debug, Clone, Copy)]
@@ -55,8 +58,11 @@ pub(super) const NO_TIMES: Timestamps = {
 /// The moment of the call.
 pub(super) const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
 
-/// The bits of a mode that are set by its owner.
-const MODE_BITS: u32 = 0o7777;
+/// The bits of a mode that a guest sets: of a file none by which it would run as its owner, who is somebody else there than here.
+const FILE_BITS: u32 = 0o1777;
+const FOLDER_BITS: u32 = 0o3777;
+/// S_ISUID
+const RUNS_AS_OWNER: u32 = 0o4000;
 /// What of open(2)'s flags is the guest's to choose. The rest is done by its kernel, or says where a file is.
 const OPEN_FLAGS: OFlags =
     OFlags::RDWR.union(OFlags::WRONLY).union(OFlags::APPEND).union(OFlags::TRUNC).union(OFlags::SYNC);
@@ -65,6 +71,16 @@ const XATTR_PREFIX: &[u8] = b"user.";
 /// The most bytes of an extended attribute, and of all names of a file's (include/uapi/linux/limits.h).
 const XATTR_MOST: usize = 64 << 10;
 
+/// How a folder's descriptor is opened.
+const AS_FOLDER: OFlags = OFlags::DIRECTORY;
+
+/// [`Folder`] without what the host has of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    nodes: nodes::Saved,
+    handles: handles::Saved,
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct Folder {
@@ -72,7 +88,7 @@ pub struct Folder {
     handles: Handles,
     terms: Terms,
     /// /proc/self/fd: where a descriptor that names a file is opened.
-    descriptors: OwnedFd,
+    descriptors: Arc<OwnedFd>,
 }
 
 impl Folder {
@@ -86,7 +102,7 @@ impl Folder {
             nodes: Nodes::new(root, terms.descriptors / 2)?,
             handles: Handles::new(terms.descriptors / 2),
             terms,
-            descriptors: openat(CWD, "/proc/self/fd", flags, Mode::empty())?,
+            descriptors: openat(CWD, "/proc/self/fd", flags, Mode::empty())?.into(),
         })
     }
 
@@ -113,13 +129,26 @@ impl Folder {
         self.handles.clear();
     }
 
+    pub(super) fn save(&self) -> Saved {
+        Saved { nodes: self.nodes.save(), handles: self.handles.save() }
+    }
+
+    /// Takes over what the guest knew and had open.
+    ///
+    /// # Errors
+    /// No guest can have had that.
+    pub(super) fn restore(&mut self, saved: Saved) -> Result<(), String> {
+        self.nodes.restore(saved.nodes)?;
+        self.handles.restore(saved.handles, OPEN_FLAGS | AS_FOLDER)
+    }
+
     pub(super) fn forget(&mut self, number: u64, lookups: u64) {
         self.nodes.forget(number, lookups);
     }
 
     /// Of the node, by what is open of it if `handle` is given.
     pub(super) fn stat(&mut self, number: u64, handle: Option<u64>) -> Result<Statx, Errno> {
-        match handle.and_then(|handle| self.handles.get(handle, number).ok()) {
+        match handle.and_then(|handle| self.handle(handle, number).ok()) {
             Some(file) => stat(&file),
             None => stat(&*self.nodes.path(number)?),
         }
@@ -132,7 +161,7 @@ impl Folder {
         changes: &Changes,
     ) -> Result<Statx, Errno> {
         self.may_change()?;
-        let open = handle.map(|handle| self.handles.get(handle, number)).transpose()?;
+        let open = handle.map(|handle| self.handle(handle, number)).transpose()?;
         let path = match &open {
             Some(file) => file.clone(),
             None => self.nodes.path(number)?,
@@ -140,7 +169,8 @@ impl Folder {
         let before = stat(&path)?;
         self.terms.owners.give(&before, changes.uid, changes.gid)?;
         if let Some(mode) = changes.mode {
-            self.set_mode(&path, mode)?;
+            let is_folder = FileType::from_raw_mode(before.stx_mode.into()) == FileType::Directory;
+            self.set_mode(&path, mode & if is_folder { FOLDER_BITS } else { FILE_BITS })?;
         }
         if let Some(size) = changes.size {
             match &open {
@@ -168,7 +198,8 @@ impl Folder {
     }
 
     pub(super) fn make_folder(&mut self, folder: u64, name: &CStr, mode: u32) -> Result<Found, Errno> {
-        let found = self.make(folder, name, |at| mkdirat(at, name, Mode::from_raw_mode(mode & MODE_BITS)))?;
+        let found =
+            self.make(folder, name, |at| mkdirat(at, name, Mode::from_raw_mode(mode & FOLDER_BITS)))?;
         self.unmasked(found, mode)
     }
 
@@ -188,7 +219,7 @@ impl Folder {
             _ if is_whiteout => {}
             _ => return Err(Errno::PERM),
         }
-        let bits = Mode::from_raw_mode(mode & MODE_BITS);
+        let bits = Mode::from_raw_mode(mode & FILE_BITS);
         let found =
             self.make(folder, name, |at| mknodat(at, name, kind, bits, makedev(device.0, device.1)))?;
         self.unmasked(found, mode)
@@ -197,8 +228,9 @@ impl Folder {
     /// Another name for node `old`.
     pub(super) fn link(&mut self, old: u64, folder: u64, name: &CStr) -> Result<Found, Errno> {
         let path = self.nodes.path(old)?;
-        let from = by_number(&path);
-        self.make(folder, name, |at| linkat(CWD, &*from, at, name, AtFlags::SYMLINK_FOLLOW))
+        let descriptors = self.descriptors.clone();
+        let from = number_of(&path);
+        self.make(folder, name, |at| linkat(&descriptors, &*from, at, name, AtFlags::SYMLINK_FOLLOW))
     }
 
     /// Makes entry `name` of `folder` by `how`, and tells of it.
@@ -217,8 +249,8 @@ impl Folder {
 
     /// The guest's kernel has taken its own mask off the mode already; so has this process's, against which it is set again.
     fn unmasked(&mut self, mut found: Found, mode: u32) -> Result<Found, Errno> {
-        let wanted = mode & MODE_BITS & !0o7000;
-        if u32::from(found.stat.stx_mode) & 0o777 != wanted & 0o777 {
+        let wanted = mode & 0o777;
+        if u32::from(found.stat.stx_mode) & 0o777 != wanted {
             let path = self.nodes.path(found.number)?;
             self.set_mode(&path, u32::from(found.stat.stx_mode) & 0o7000 | wanted)?;
             found.stat = stat(&path)?;
@@ -267,7 +299,7 @@ impl Folder {
         let path = self.nodes.path(number)?;
         regular(&stat(&path)?)?;
         let file = self.open_path(&path, flags)?;
-        self.handles.add(number, file)
+        self.handles.add(number, flags - OFlags::TRUNC, file)
     }
 
     /// Makes a regular file, and a handle for it. One that is there already is opened, unless `flags` have O_EXCL.
@@ -281,15 +313,16 @@ impl Folder {
         self.may_change()?;
         self.handles.room()?;
         let all = OFlags::from_bits_retain(flags);
-        let make = all & OPEN_FLAGS | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let kept = all & OPEN_FLAGS;
+        let make = kept | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let at = self.nodes.path(folder)?;
-        let bits = Mode::from_raw_mode(mode & MODE_BITS);
+        let bits = Mode::from_raw_mode(mode & FILE_BITS);
         match self.as_owner(&at, 0o300, || openat(&at, name, make, bits)) {
             Ok(file) => {
                 let path = self.as_owner(&at, 0o100, || find(&at, name))?;
                 let found = self.tell(folder, name, path)?;
                 let found = self.unmasked(found, mode)?;
-                let handle = self.handles.add(found.number, file)?;
+                let handle = self.handles.add(found.number, kept - OFlags::TRUNC, file)?;
                 Ok((found, handle))
             }
             Err(Errno::EXIST) if !all.contains(OFlags::EXCL) => {
@@ -313,63 +346,78 @@ impl Folder {
     ) -> Result<(Found, u64), Errno> {
         self.may_change()?;
         self.handles.room()?;
-        let make =
-            OFlags::from_bits_retain(flags) & (OPEN_FLAGS | OFlags::EXCL) | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let flags = OFlags::from_bits_retain(flags);
+        let make = flags & (OPEN_FLAGS | OFlags::EXCL) | OFlags::TMPFILE | OFlags::CLOEXEC;
         let at = self.nodes.path(folder)?;
-        let bits = Mode::from_raw_mode(mode & MODE_BITS);
+        let bits = Mode::from_raw_mode(mode & FILE_BITS);
         let file = self.as_owner(&at, 0o300, || openat(&at, c".", make, bits))?;
         let path =
             openat(&self.descriptors, &*number_of(&file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let stat = stat(&path)?;
         let number = self.nodes.found(None, path, &stat)?;
         let found = self.unmasked(Found { number, stat }, mode)?;
-        Ok((found, self.handles.add(number, file)?))
+        let kept = flags & (OPEN_FLAGS - OFlags::TRUNC);
+        Ok((found, self.handles.add(number, kept, file)?))
     }
 
     pub(super) fn open_folder(&mut self, number: u64) -> Result<u64, Errno> {
         self.handles.room()?;
         let path = self.nodes.path(number)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = self.as_owner(&path, 0o500, || openat(&path, c".", flags, Mode::empty()))?;
-        self.handles.add(number, folder)
+        let folder = self.list_path(&path)?;
+        self.handles.add(number, AS_FOLDER, folder)
     }
 
-    /// What is open as `handle`, for whoever reads a folder.
-    pub(super) fn handle(&self, handle: u64, number: u64) -> Result<Arc<OwnedFd>, Errno> {
-        self.handles.get(handle, number)
+    /// What is open as `handle` of node `number`.
+    pub(super) fn handle(&mut self, handle: u64, number: u64) -> Result<Arc<OwnedFd>, Errno> {
+        let known = self.handles.get(handle, number)?;
+        if let Some(file) = &known.file {
+            return Ok(file.clone());
+        }
+        let flags = known.flags;
+        let path = self.nodes.path(number)?;
+        let file = match flags.contains(AS_FOLDER) {
+            true => self.list_path(&path)?,
+            false => {
+                regular(&stat(&path)?)?;
+                self.open_path(&path, flags)?
+            }
+        };
+        let file = Arc::new(file);
+        self.handles.opened(handle, file.clone());
+        Ok(file)
     }
 
     pub(super) fn close(&mut self, handle: u64) {
         self.handles.close(handle);
     }
 
-    /// Reads until `bytes` are full or the file ends. How many.
+    /// Reads until `to` is full or the file ends. How many.
     pub(super) fn read(
-        &self,
+        &mut self,
         handle: u64,
         number: u64,
         offset: u64,
-        bytes: &mut [u8],
+        to: &Buffers,
     ) -> Result<usize, Errno> {
-        let file = self.handles.get(handle, number)?;
-        in_pieces(|done| {
-            let rest = bytes.get_mut(done..).filter(|rest| !rest.is_empty());
-            rest.map_or(Ok(0), |rest| pread(&file, rest, offset.saturating_add(done as u64)))
-        })
+        let file = self.handle(handle, number)?;
+        in_pieces(to, |slices, done| slices.read_at(&file, offset.saturating_add(done)))
     }
 
-    /// Writes all of `bytes`, or as many as there is room for.
-    pub(super) fn write(&self, handle: u64, number: u64, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
+    /// Writes all of `from`, or as much as there is room for.
+    pub(super) fn write(
+        &mut self,
+        handle: u64,
+        number: u64,
+        offset: u64,
+        from: &Buffers,
+    ) -> Result<usize, Errno> {
         self.may_change()?;
-        let file = self.handles.get(handle, number)?;
-        in_pieces(|done| {
-            let rest = bytes.get(done..).filter(|rest| !rest.is_empty());
-            rest.map_or(Ok(0), |rest| pwrite(&file, rest, offset.saturating_add(done as u64)))
-        })
+        let file = self.handle(handle, number)?;
+        in_pieces(from, |slices, done| slices.write_at(&file, offset.saturating_add(done)))
     }
 
-    pub(super) fn sync(&self, handle: u64, number: u64, data_only: bool) -> Result<(), Errno> {
-        let file = self.handles.get(handle, number)?;
+    pub(super) fn sync(&mut self, handle: u64, number: u64, data_only: bool) -> Result<(), Errno> {
+        let file = self.handle(handle, number)?;
         if data_only { fdatasync(file) } else { fsync(file) }
     }
 
@@ -384,7 +432,7 @@ impl Folder {
     }
 
     pub(super) fn allocate(
-        &self,
+        &mut self,
         handle: u64,
         number: u64,
         mode: u32,
@@ -393,23 +441,28 @@ impl Folder {
     ) -> Result<(), Errno> {
         self.may_change()?;
         let flags = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
-        fallocate(self.handles.get(handle, number)?, flags, offset, len)
+        fallocate(self.handle(handle, number)?, flags, offset, len)
     }
 
     /// Where the next data or the next hole is.
-    pub(super) fn seek(&self, handle: u64, number: u64, offset: u64, whence: u32) -> Result<u64, Errno> {
+    pub(super) fn seek(&mut self, handle: u64, number: u64, offset: u64, whence: u32) -> Result<u64, Errno> {
         let to = match whence.cast_signed() {
             libc::SEEK_DATA => SeekFrom::Data(offset),
             libc::SEEK_HOLE => SeekFrom::Hole(offset),
             _ => return Err(Errno::INVAL),
         };
-        seek(self.handles.get(handle, number)?, to)
+        seek(self.handle(handle, number)?, to)
     }
 
     /// Copies up to `len` bytes between files that are open. How many.
-    pub(super) fn copy(&self, from: (u64, u64, u64), to: (u64, u64, u64), len: u64) -> Result<usize, Errno> {
+    pub(super) fn copy(
+        &mut self,
+        from: (u64, u64, u64),
+        to: (u64, u64, u64),
+        len: u64,
+    ) -> Result<usize, Errno> {
         self.may_change()?;
-        let [source, target] = [self.handles.get(from.0, from.1)?, self.handles.get(to.0, to.1)?];
+        let [source, target] = [self.handle(from.0, from.1)?, self.handle(to.0, to.1)?];
         let (mut read, mut written) = (from.2, to.2);
         copy_file_range(source, Some(&mut read), target, Some(&mut written), len.min(COPY_MOST) as usize)
     }
@@ -475,8 +528,9 @@ impl Folder {
             done => return done,
         };
         let stat = stat(path)?;
-        let mode = u32::from(stat.stx_mode) & MODE_BITS;
-        if !self.terms.owners.is_own(&stat) || mode & bits == bits {
+        let mode = u32::from(stat.stx_mode) & 0o7777;
+        // What runs as its owner stays as it is: that cannot be set again.
+        if !self.terms.owners.is_own(&stat) || mode & bits == bits || mode & RUNS_AS_OWNER != 0 {
             return Err(denied);
         }
         self.set_mode(path, mode | bits)?;
@@ -484,6 +538,12 @@ impl Folder {
         // It may be gone by now.
         let _ = self.set_mode(path, mode);
         done
+    }
+
+    /// Opens a folder of which there is a descriptor that only names it.
+    fn list_path(&self, path: &OwnedFd) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        self.as_owner(path, 0o500, || openat(path, c".", flags, Mode::empty()))
     }
 
     /// Opens a file of which there is a descriptor that only names it.
@@ -499,7 +559,7 @@ impl Folder {
     }
 
     fn set_mode(&self, path: &OwnedFd, mode: u32) -> Result<(), Errno> {
-        let mode = Mode::from_raw_mode(mode & MODE_BITS);
+        let mode = Mode::from_raw_mode(mode & !RUNS_AS_OWNER & 0o7777);
         chmodat(&self.descriptors, &*number_of(path), mode, AtFlags::empty())
     }
 
@@ -508,18 +568,23 @@ impl Folder {
     }
 }
 
-/// Has `go_on` transfer more, by what is done, until nothing is left or there is an error behind what is done. How many bytes.
-fn in_pieces(mut go_on: impl FnMut(usize) -> Result<usize, Errno>) -> Result<usize, Errno> {
+/// Moves `buffers` by `part`, which is told how many bytes are moved already, until none is left, there are no more, or there is an error
+/// behind some. How many bytes.
+fn in_pieces(
+    buffers: &Buffers,
+    mut part: impl FnMut(&Slices<'_>, u64) -> io::Result<usize>,
+) -> Result<usize, Errno> {
     let mut done = 0;
-    loop {
-        match go_on(done) {
-            Ok(0) => return Ok(done),
+    while done < buffers.len() {
+        match part(&Slices::of([buffers], done), done as u64) {
+            Ok(0) => break,
             Ok(more) => done += more,
-            Err(Errno::INTR) => {}
-            Err(_) if done > 0 => return Ok(done),
-            Err(error) => return Err(error),
+            Err(_) if done > 0 => break,
+            // An offset that no file has.
+            Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::INVAL)),
         }
     }
+    Ok(done)
 }
 
 /// The most bytes of one copy, so that none takes for ever.

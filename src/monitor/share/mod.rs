@@ -1,11 +1,12 @@
 //! Folders of the host's in a guest: a FUSE server in this process (virtio 1.3, 5.11).
 //!
-//! `wire` is what requests and replies look like. [`Server`] reads and answers them. [`Folder`] does what they ask for, with
+//! [`Folders`] opens them. `wire` is what requests and replies look like. [`Server`] reads and answers them. [`Folder`] does what they ask for, with
 //! `Nodes` for the files that the guest knows, `Handles` for those that it has open, and [`Owners`]
 //! for whom it sees them belong to. All of it may be hostile: a name is one component, what it names is found below the folder and
-//! nowhere else, and a link is only ever read. None of it knows a device, a machine or an option.
+//! nowhere else, and a link is only ever read. None of it knows a device or a machine.
 
 mod folder;
+mod folders;
 mod handles;
 mod nodes;
 mod owners;
@@ -15,5 +16,6 @@ mod tests;
 mod wire;
 
 pub use folder::{Folder, Terms};
+pub use folders::{Error, Folders};
 pub use owners::Owners;
-pub use server::{Cache, Server};
+pub use server::{Server, State};

@@ -10,6 +10,9 @@ use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2, statx};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::wire::is_name;
 
 /// The folder itself (FUSE_ROOT_ID).
 pub const ROOT: u64 = 1;
@@ -17,7 +20,7 @@ pub const ROOT: u64 = 1;
 const MOST: usize = 1 << 20;
 
 /// What a file is known by: never two files at a time, and not one after the other either where the host's file system keeps times of birth.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Identity {
     device: (u32, u32),
     inode: u64,
@@ -43,6 +46,16 @@ struct Node {
     place: Option<(u64, CString)>,
     /// Names it, whoever renames it.
     path: Option<Arc<OwnedFd>>,
+}
+
+/// [`Nodes`] without what the host has of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// The device that the folder itself is on.
+    device: (u32, u32),
+    next: u64,
+    /// By number, with how often the guest was told of it, and where it was found.
+    nodes: Vec<(u64, Identity, u64, u64, CString)>,
 }
 
 /// See the module's text.
@@ -178,6 +191,52 @@ impl Nodes {
         self.numbers.retain(|_, number| *number == ROOT);
         self.open.clear();
         self.nameless = 0;
+        self.next = ROOT + 1;
+    }
+
+    /// Those that can be found again, in the order of their numbers.
+    pub fn save(&self) -> Saved {
+        let saved = |(number, node): (&u64, &Node)| {
+            let (folder, name) = node.place.clone()?;
+            Some((*number, node.identity, node.lookups, folder, name))
+        };
+        let mut nodes: Vec<_> = self.nodes.iter().filter_map(saved).collect();
+        nodes.sort_unstable_by_key(|(number, ..)| *number);
+        Saved { device: self.root_device(), next: self.next, nodes }
+    }
+
+    /// Takes them over. What is not there any more is found out when the guest asks for it.
+    ///
+    /// # Errors
+    /// The guest cannot have known such.
+    pub fn restore(&mut self, saved: Saved) -> Result<(), String> {
+        let Saved { device, next, nodes } = saved;
+        self.clear();
+        if nodes.len() >= MOST || next <= ROOT {
+            return Err(format!("{} nodes, the next {next}", nodes.len()));
+        }
+        let here = self.root_device();
+        for (number, mut identity, lookups, folder, name) in nodes {
+            // The number of a device may be another one day.
+            if identity.device == device {
+                identity.device = here;
+            }
+            let node = Node { identity, lookups, place: Some((folder, name)), path: None };
+            let is_one = (ROOT + 1..next).contains(&number) && lookups > 0;
+            let is_name = node.place.as_ref().is_some_and(|(_, name)| is_name(name));
+            if !is_one || !is_name || self.nodes.insert(number, node).is_some() {
+                return Err(format!("node {number}, told {lookups} times"));
+            }
+            if self.numbers.insert(identity, number).is_some() {
+                return Err(format!("node {number} is another, too"));
+            }
+        }
+        self.next = next;
+        Ok(())
+    }
+
+    fn root_device(&self) -> (u32, u32) {
+        self.nodes.get(&ROOT).map(|root| root.identity.device).unwrap_or_default()
     }
 
     /// The file `path` is entry `name` of the folder `folder` no more. If it was found there, its node keeps a descriptor.

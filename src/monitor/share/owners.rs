@@ -2,7 +2,6 @@
 
 use rustix::fs::Statx;
 use rustix::io::Errno;
-use rustix::process::{getegid, geteuid};
 
 /// Who owns what the host gives to users that the guest does not know.
 const NOBODY: u32 = 65534;
@@ -15,9 +14,9 @@ pub struct Owners {
 }
 
 impl Owners {
-    /// Those of this process belong to user `uid` and group `gid` of the guest's.
-    pub fn new(uid: u32, gid: u32) -> Self {
-        Self { here: (geteuid().as_raw(), getegid().as_raw()), there: (uid, gid) }
+    /// What belongs to this user and group `here`, whom this process makes files as, belongs to those of the guest's.
+    pub fn new(here: (u32, u32), there: (u32, u32)) -> Self {
+        Self { here, there }
     }
 
     /// This process's own file.

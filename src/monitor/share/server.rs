@@ -8,11 +8,13 @@ use std::time::Duration;
 
 use rustix::fs::{FileType, RawDir, SeekFrom, Statx, Timespec, Timestamps, seek};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
-use super::folder::{Changes, Folder, Found, NO_TIMES, NOW};
+use super::folder::{self, Changes, Folder, Found, NO_TIMES, NOW};
 use super::nodes::ROOT;
 use super::wire::{self, *};
+use crate::config::ShareCache;
 use crate::memory::Buffers;
 
 /// The most bytes of one read or write: 256 pages.
@@ -21,36 +23,26 @@ const DATA_MOST: usize = 1 << 20;
 const REQUEST_MOST: usize = 160 << 10;
 /// The most bytes of a reply that lists something.
 const LIST_MOST: usize = 256 << 10;
+/// Devices of the host's that are told from each other in the numbers of files.
+const DEVICES_MOST: usize = 256;
 /// Bytes of a folder that are asked of the host at a time.
 const LISTED: usize = 32 << 10;
 
 /// How long the guest believes what it was told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cache {
-    /// Changes on the host are seen within a second.
-    Auto,
-    /// For good: nobody else changes anything.
-    Always,
-    /// Not at all.
-    Never,
+fn holds(cache: ShareCache) -> Duration {
+    match cache {
+        ShareCache::Auto => Duration::from_secs(1),
+        ShareCache::Always => Duration::from_secs(86400),
+        ShareCache::Never => Duration::ZERO,
+    }
 }
 
-impl Cache {
-    fn holds(self) -> Duration {
-        match self {
-            Self::Auto => Duration::from_secs(1),
-            Self::Always => Duration::from_secs(86400),
-            Self::Never => Duration::ZERO,
-        }
-    }
-
-    /// Of files that are opened.
-    fn open_flags(self) -> u32 {
-        match self {
-            Self::Auto => 0,
-            Self::Always => wire::open::KEEP_CACHE,
-            Self::Never => wire::open::DIRECT_IO,
-        }
+/// Flags of files that are opened.
+fn open_flags(cache: ShareCache) -> u32 {
+    match cache {
+        ShareCache::Auto => 0,
+        ShareCache::Always => wire::open::KEEP_CACHE,
+        ShareCache::Never => wire::open::DIRECT_IO,
     }
 }
 
@@ -58,13 +50,19 @@ impl Cache {
 #[derive(Debug)]
 pub struct Server {
     folder: Folder,
-    cache: Cache,
+    cache: ShareCache,
     /// INIT has been answered.
     is_ready: bool,
     /// The device of the folder itself; the others have numbers in this order.
     devices: Vec<(u32, u32)>,
-    /// For data on the way between a file and guest memory.
-    data: Vec<u8>,
+}
+
+/// [`Server`] without what the host has of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    folder: folder::Saved,
+    is_ready: bool,
+    devices: Vec<(u32, u32)>,
 }
 
 /// What follows a reply's header.
@@ -73,7 +71,7 @@ enum Reply {
     /// Nothing is answered.
     None,
     Bytes(Vec<u8>),
-    /// The first so many bytes of [`Server::data`].
+    /// So many bytes of a file, which are where they belong already.
     Data(usize),
 }
 
@@ -87,8 +85,32 @@ const EMPTY: Answer = Ok(Reply::Bytes(Vec::new()));
 
 impl Server {
     /// Serves `folder`.
-    pub fn new(folder: Folder, cache: Cache) -> Self {
-        Self { folder, cache, is_ready: false, devices: Vec::new(), data: Vec::new() }
+    pub fn new(folder: Folder, cache: ShareCache) -> Self {
+        Self { folder, cache, is_ready: false, devices: Vec::new() }
+    }
+
+    /// What the guest knows.
+    pub fn save(&self) -> State {
+        State { folder: self.folder.save(), is_ready: self.is_ready, devices: self.devices.clone() }
+    }
+
+    /// Takes over what a guest knew, which may find the files elsewhere by now, or gone: each is an error of its own.
+    ///
+    /// # Errors
+    /// No guest can have known that.
+    pub fn restore(&mut self, state: State) -> Result<(), String> {
+        if state.devices.len() > DEVICES_MOST {
+            return Err(format!("files on {} devices", state.devices.len()));
+        }
+        (self.is_ready, self.devices) = (state.is_ready, state.devices);
+        self.folder.restore(state.folder)
+    }
+
+    /// There is no guest, or another one.
+    pub fn reset(&mut self) {
+        self.is_ready = false;
+        self.devices.clear();
+        self.folder.clear();
     }
 
     /// Answers one request. How many bytes the reply has; 0 if there is none.
@@ -97,22 +119,19 @@ impl Server {
         if request.read_exact(header.as_mut_bytes()).is_err() {
             return 0;
         }
-        let room = reply.len().saturating_sub(size_of::<OutHeader>());
-        let (error, body) = match self.answer(&header, request, room) {
+        let mut head = reply.split_off_front(size_of::<OutHeader>());
+        let (error, body) = match self.answer(&header, request, reply) {
             Ok(Reply::None) => return 0,
-            Ok(Reply::Bytes(body)) if body.len() <= room => (0, body),
-            Ok(Reply::Data(len)) if len <= room => return self.reply_with_data(&header, len, reply),
-            Ok(_) => (Errno::RANGE.raw_os_error(), Vec::new()),
+            Ok(Reply::Data(len)) => return write_head(&mut head, &header, 0, len),
+            Ok(Reply::Bytes(body)) if body.len() <= reply.len() => (0, body),
+            Ok(Reply::Bytes(_)) => (Errno::RANGE.raw_os_error(), Vec::new()),
             Err(error) => (error.raw_os_error(), Vec::new()),
         };
-        write(reply, &header, error, &body)
+        let written = reply.write(&body).unwrap_or(0);
+        write_head(&mut head, &header, error, written)
     }
 
-    fn reply_with_data(&self, header: &InHeader, len: usize, reply: &mut Buffers) -> usize {
-        write(reply, header, 0, self.data.get(..len).unwrap_or_default())
-    }
-
-    fn answer(&mut self, header: &InHeader, request: &mut Buffers, room: usize) -> Answer {
+    fn answer(&mut self, header: &InHeader, request: &mut Buffers, reply: &mut Buffers) -> Answer {
         let opcode = Opcode::of(header.opcode.get()).ok_or(Errno::NOSYS)?;
         if !self.is_ready && opcode != Opcode::Init {
             return Err(Errno::IO);
@@ -125,7 +144,12 @@ impl Server {
         }
         let mut rest = vec![0; request.len()];
         request.read_exact(&mut rest).map_err(|_| Errno::IO)?;
-        self.act(opcode, header.node.get(), Arguments(&rest), room)
+        let (node, mut rest) = (header.node.get(), Arguments(&rest));
+        if opcode == Opcode::Read {
+            let ReadIn { handle, offset, size, .. } = rest.take()?;
+            return self.read(handle.get(), node, offset.get(), size.get() as usize, reply);
+        }
+        self.act(opcode, node, rest, reply.len())
     }
 
     fn act(&mut self, opcode: Opcode, node: u64, mut rest: Arguments<'_>, room: usize) -> Answer {
@@ -136,8 +160,7 @@ impl Server {
         match opcode {
             Opcode::Init => self.init(rest),
             Opcode::Destroy => {
-                self.is_ready = false;
-                self.folder.clear();
+                self.reset();
                 EMPTY
             }
             Opcode::Forget => {
@@ -219,12 +242,8 @@ impl Server {
                 reply.extend(self.opened(handle).as_bytes());
                 Ok(Reply::Bytes(reply))
             }
-            Opcode::Read => {
-                let ReadIn { handle, offset, size, .. } = rest.take()?;
-                self.read(handle.get(), node, offset.get(), (size.get() as usize).min(room))
-            }
-            // It is told from all others before.
-            Opcode::Write => Err(Errno::IO),
+            // They are told from all others before.
+            Opcode::Read | Opcode::Write => Err(Errno::IO),
             Opcode::Statfs => bytes(&StatfsOut::from(self.folder.space(node)?)),
             Opcode::Release | Opcode::Releasedir => {
                 let ReleaseIn { handle, .. } = rest.take()?;
@@ -309,8 +328,8 @@ impl Server {
             | init::MAX_PAGES
             | init::CACHE_SYMLINKS
             | init::INIT_EXT;
+        self.reset();
         self.is_ready = true;
-        self.folder.clear();
         bytes(&InitOut {
             major: MAJOR.into(),
             minor: MINOR.into(),
@@ -326,13 +345,9 @@ impl Server {
         })
     }
 
-    fn read(&mut self, handle: u64, node: u64, offset: u64, size: usize) -> Answer {
-        let size = size.min(DATA_MOST);
-        if self.data.len() < size {
-            self.data.resize(size, 0);
-        }
-        let into = self.data.get_mut(..size).unwrap_or_default();
-        Ok(Reply::Data(self.folder.read(handle, node, offset, into)?))
+    fn read(&mut self, handle: u64, node: u64, offset: u64, size: usize, to: &mut Buffers) -> Answer {
+        let to = to.split_off_front(size.min(DATA_MOST));
+        Ok(Reply::Data(self.folder.read(handle, node, offset, &to)?))
     }
 
     fn write(&mut self, node: u64, request: &mut Buffers) -> Answer {
@@ -343,12 +358,8 @@ impl Server {
         if size > DATA_MOST || size > request.len() {
             return Err(Errno::INVAL);
         }
-        if self.data.len() < size {
-            self.data.resize(size, 0);
-        }
-        let from = self.data.get_mut(..size).unwrap_or_default();
-        request.read_exact(from).map_err(|_| Errno::IO)?;
-        let written = self.folder.write(handle.get(), node, offset.get(), from)?;
+        let from = request.split_off_front(size);
+        let written = self.folder.write(handle.get(), node, offset.get(), &from)?;
         bytes(&WriteOut { size: (written as u32).into(), ..WriteOut::default() })
     }
 
@@ -406,7 +417,7 @@ impl Server {
     }
 
     fn entry_of(&mut self, found: &Found) -> EntryOut {
-        let holds = self.cache.holds();
+        let holds = holds(self.cache);
         EntryOut {
             node: found.number.into(),
             generation: 0.into(),
@@ -419,7 +430,7 @@ impl Server {
     }
 
     fn attributes(&mut self, stat: &Statx) -> AttrOut {
-        let holds = self.cache.holds();
+        let holds = holds(self.cache);
         AttrOut {
             attr_valid: holds.as_secs().into(),
             attr_valid_nsec: holds.subsec_nanos().into(),
@@ -438,6 +449,8 @@ impl Server {
         let device = (stat.stx_dev_major, stat.stx_dev_minor);
         let index = match self.devices.iter().position(|known| *known == device) {
             Some(index) => index,
+            // Beyond that some may have the same number.
+            None if self.devices.len() == DEVICES_MOST => DEVICES_MOST,
             None => {
                 self.devices.push(device);
                 self.devices.len() - 1
@@ -447,7 +460,7 @@ impl Server {
     }
 
     fn opened(&self, handle: u64) -> OpenOut {
-        OpenOut { handle: handle.into(), flags: self.cache.open_flags().into(), ..OpenOut::default() }
+        OpenOut { handle: handle.into(), flags: open_flags(self.cache).into(), ..OpenOut::default() }
     }
 }
 
@@ -499,12 +512,9 @@ fn changes(wanted: &SetattrIn) -> (Option<u64>, Changes) {
     (has(set::FH).then_some(wanted.handle.get()), changes)
 }
 
-/// Writes a reply. How many bytes it has; 0 if there is no room for it.
-fn write(to: &mut Buffers, request: &InHeader, error: i32, body: &[u8]) -> usize {
-    let len = size_of::<OutHeader>() + body.len();
+/// Writes a reply's header, with `len` bytes behind it. How many bytes the reply has; 0 if there is no room for it.
+fn write_head(to: &mut Buffers, request: &InHeader, error: i32, len: usize) -> usize {
+    let len = size_of::<OutHeader>() + len;
     let header = OutHeader { len: (len as u32).into(), error: (-error).into(), unique: request.unique };
-    match to.write_all(header.as_bytes()).and_then(|()| to.write_all(body)) {
-        Ok(()) => len,
-        Err(_) => 0,
-    }
+    if to.write_all(header.as_bytes()).is_ok() { len } else { 0 }
 }

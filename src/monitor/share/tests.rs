@@ -10,13 +10,15 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
+use rustix::process::{getegid, geteuid};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use vm_memory::GuestAddress;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::nodes::ROOT;
 use super::wire::*;
-use super::{Cache, Folder, Owners, Server, Terms};
+use super::{Folder, Owners, Server, Terms};
+use crate::config::ShareCache;
 use crate::memory::{Buffers, GuestRam};
 
 /// Guest memory: requests in the lower half, replies in the upper.
@@ -47,10 +49,11 @@ impl Guest {
         fs::write(dir.path().join("beside/secret"), "secret").unwrap();
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = openat(CWD, dir.path().join("share"), flags, Mode::empty()).unwrap();
-        let terms = Terms { read_only, owners: Owners::new(1000, 1001), descriptors };
+        let here = (geteuid().as_raw(), getegid().as_raw());
+        let terms = Terms { read_only, owners: Owners::new(here, (1000, 1001)), descriptors };
         let folder = Folder::new(root, terms).unwrap();
         let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 2 * HALF)]).unwrap());
-        let mut guest = Self { dir, server: Server::new(folder, Cache::Auto), ram };
+        let mut guest = Self { dir, server: Server::new(folder, ShareCache::Auto), ram };
         let init = InitIn { major: MAJOR.into(), minor: MINOR.into(), ..InitIn::new_zeroed() };
         guest.ask(Opcode::Init, 0, &[init.as_bytes()]).unwrap();
         guest

@@ -302,11 +302,11 @@ impl<'a> Arguments<'a> {
     /// EINVAL: it is none. ENAMETOOLONG: it has more than 255 bytes.
     pub fn name(&mut self) -> Result<&'a CStr, Errno> {
         let name = self.text()?;
-        match name.to_bytes() {
-            b"" | b"." | b".." => Err(Errno::INVAL),
-            bytes if bytes.contains(&b'/') => Err(Errno::INVAL),
-            bytes if bytes.len() > NAME_MAX => Err(Errno::NAMETOOLONG),
-            _ => Ok(name),
+        match name.count_bytes() {
+            0..=NAME_MAX if !is_name(name) => Err(Errno::INVAL),
+            0..=NAME_MAX => Ok(name),
+            _ if name.to_bytes().contains(&b'/') => Err(Errno::INVAL),
+            _ => Err(Errno::NAMETOOLONG),
         }
     }
 
@@ -319,6 +319,12 @@ impl<'a> Arguments<'a> {
         self.0 = rest;
         Ok(bytes)
     }
+}
+
+/// One component of a path that leads down.
+pub fn is_name(name: &CStr) -> bool {
+    let bytes = name.to_bytes();
+    !matches!(bytes, b"" | b"." | b"..") && !bytes.contains(&b'/') && bytes.len() <= NAME_MAX
 }
 
 /// Bytes of a name (include/uapi/linux/limits.h).

@@ -13,7 +13,7 @@
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bitflags::bitflags;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -54,6 +54,9 @@ bitflags! {
     }
 }
 
+/// A device that goes waits so long for a worker whose work may block.
+const LAST_WAIT: Duration = Duration::from_millis(500);
+
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 /// Offered for every device, beside the device's own bits.
@@ -84,6 +87,8 @@ pub struct Core {
     worker: Option<Worker>,
     /// The machine was asked for a worker, and has not looked yet.
     asked: bool,
+    /// The worker does work that may block.
+    blocks: bool,
 }
 
 impl Core {
@@ -106,6 +111,7 @@ impl Core {
         let queue = |(i, size): (usize, &u16)| Virtqueue::new(ram.clone(), notifier.clone(), i, *size);
         let by_vcpu = (0..doorbells.len()).map(|queue| device.served_by_vcpu(queue)).collect();
         let signals = Arc::<Signals>::default();
+        let blocks = device.blocking().is_some();
         let parts = Parts {
             queues: traits.queues.iter().enumerate().map(queue).collect(),
             doorbells: clones(&doorbells)?,
@@ -136,6 +142,7 @@ impl Core {
             running: false,
             worker: None,
             asked: false,
+            blocks,
         })
     }
 
@@ -402,7 +409,7 @@ impl Core {
     /// # Errors
     /// [`Busy`] at `deadline`.
     pub fn finish(&mut self, deadline: Instant) -> Result<(), Busy> {
-        self.worker = None;
+        self.dismiss(deadline)?;
         let parts = &mut *lock(&self.parts);
         parts.allow();
         parts.device.finish(&mut parts.queues, deadline)
@@ -412,11 +419,28 @@ impl Core {
     /// Idempotent.
     ///
     /// # Errors
-    /// [`Busy`] at `deadline`; the worker is gone all the same.
+    /// [`Busy`] at `deadline`. The worker is gone all the same, unless it is what still works.
     pub fn pause(&mut self, deadline: Instant) -> Result<(), Busy> {
-        self.worker = None;
         self.running = false;
+        self.dismiss(deadline)?;
         lock(&self.parts).come_to_rest(deadline)
+    }
+
+    /// Has no worker any more.
+    ///
+    /// # Errors
+    /// [`Busy`] at `deadline`: the host has yet to do what the worker waits for.
+    fn dismiss(&mut self, deadline: Instant) -> Result<(), Busy> {
+        self.signals.pausing.store(true, Ordering::SeqCst);
+        match &self.worker {
+            Some(worker) if self.blocks && !worker.stop_by(deadline) => {
+                Err(Busy("the host is still at one of its requests".to_owned()))
+            }
+            _ => {
+                self.worker = None;
+                Ok(())
+            }
+        }
     }
 
     /// Gives the device its worker, if the driver had started it. Undoes [`Core::pause`]. Not for vCPUs.
@@ -424,8 +448,17 @@ impl Core {
     pub fn resume(&mut self) {
         self.asked = false;
         let started = self.status.contains(Status::DRIVER_OK) && !self.failed();
-        if self.worker.is_some() {
-            return;
+        self.signals.pausing.store(false, Ordering::SeqCst);
+        match &self.worker {
+            Some(worker) if self.blocks && !self.running => {
+                if worker.go_on() {
+                    self.running = started;
+                    return lock(&self.parts).go_on();
+                }
+                self.worker = None;
+            }
+            Some(_) => return,
+            None => {}
         }
         self.running = started;
         lock(&self.parts).go_on();
@@ -453,11 +486,12 @@ impl Core {
         let own = parts.device.event_sources().into_iter();
         let own = own.map(|fd| Ok((fd.try_clone_to_owned()?, Interest::default())));
         let sources = own.collect::<io::Result<Vec<_>>>()?;
-        let needs = parts.device.needs();
+        let (needs, blocking) = (parts.device.needs(), parts.device.blocking());
         drop(parts);
+        let (parts, signals) = (self.parts.clone(), self.signals.clone());
         Worker::spawn(
             Role::Device(self.name.clone(), needs),
-            Service { parts: self.parts.clone(), doorbells, offloaded, sources },
+            Service { parts, doorbells, offloaded, sources, blocking, signals },
         )
     }
 
@@ -474,6 +508,18 @@ impl Core {
         self.features = 0;
         self.status = Status::empty();
         self.queues = initial_queues(&self.traits);
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        if let (true, Some(worker)) = (self.blocks, self.worker.take())
+            && !worker.stop_by(Instant::now() + LAST_WAIT)
+        {
+            log::warn!("{}: the host is still at one of its requests", self.name);
+            // Its thread keeps what it has, guest memory above all, until then.
+            std::mem::forget(worker);
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -78,6 +79,12 @@ pub trait VirtioDevice: Saved + Send {
     /// Source `source` of [`VirtioDevice::event_sources`] is ready. It may be so before `start` and after
     /// `reset`, too.
     fn on_event(&mut self, _source: usize, _queues: &mut [Virtqueue]) {}
+    /// The device's work that may block. Asked at each start of the worker.
+    fn blocking(&self) -> Option<Arc<dyn Blocking>> {
+        None
+    }
+    /// [`Blocking::work`] has done something.
+    fn on_done(&mut self, _queues: &mut [Virtqueue]) {}
     /// What the last callbacks did, for the recorder, in order of time: only if it was on.
     fn take_records(&mut self) -> Vec<Record> {
         Vec::new()
@@ -111,6 +118,13 @@ pub trait VirtioDevice: Saved + Send {
     fn offload(&mut self) -> Option<&mut dyn Offload> {
         None
     }
+}
+
+/// Work of a device that may block: its worker does it without the device's lock, so that registers, pauses and resets do not wait for it.
+pub trait Blocking: Send + Sync {
+    /// Does what a callback of the device's has left to do, and returns whether there was anything. The worker asks after each callback
+    /// until there is nothing, or until it should stop: what is left then is asked for when it is there again.
+    fn work(&self) -> bool;
 }
 
 /// Queues of a device that others run than the monitor: the host's kernel, or another process.

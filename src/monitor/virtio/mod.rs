@@ -8,6 +8,7 @@ pub mod console;
 pub mod core;
 pub mod device;
 pub mod doorbells;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod pci;
@@ -26,6 +27,7 @@ use crate::config::{self, CharTarget, Mac, Plug, VmConfig};
 use crate::disk;
 use crate::net::{self as links, traffic::Network};
 use crate::recorder::Recorder;
+use crate::share;
 use crate::vsock as sockets;
 use device::VirtioDevice;
 
@@ -40,6 +42,8 @@ pub enum Device<'a> {
     Net(usize, &'a config::Net, Option<&'a str>),
     /// A socket device.
     Vsock(&'a config::Vsock),
+    /// A shared folder, the `usize`th of so many.
+    Fs(usize, usize, &'a config::Share),
     /// The console: where hvc0 goes, and the named ports.
     Console(&'a VmConfig),
 }
@@ -56,6 +60,9 @@ pub enum Error {
     /// Its sockets.
     #[error(transparent)]
     Vsock(#[from] sockets::Error),
+    /// Its folder.
+    #[error(transparent)]
+    Share(#[from] share::Error),
     /// A host end of its.
     #[error(transparent)]
     Chardev(#[from] chardev::Error),
@@ -71,6 +78,7 @@ impl Error {
             Self::Disk(error) => error.hint(),
             Self::Net(error) => Some(error.hint()),
             Self::Vsock(error) => Some(error.hint()),
+            Self::Share(error) => Some(error.hint()),
             Self::Chardev(error) => error.hint().map(|hint| hint.into_owned()),
             Self::Console(_) => None,
         }
@@ -79,7 +87,7 @@ impl Error {
     /// Whether the caller's request was wrong (and not the host lacking something).
     pub fn is_bad_argument(&self) -> bool {
         match self {
-            Self::Disk(_) => true,
+            Self::Disk(_) | Self::Share(_) => true,
             Self::Net(error) => error.is_bad_argument(),
             Self::Vsock(error) => error.is_bad_argument(),
             Self::Chardev(error) => error.is_bad_argument(),
@@ -97,6 +105,8 @@ impl<'a> Device<'a> {
         }
         list.extend(config.net.iter().enumerate().map(|(i, net)| Self::Net(i, net, config.name.as_deref())));
         list.extend(config.vsock.iter().map(Self::Vsock));
+        let shares = config.share.iter().enumerate();
+        list.extend(shares.map(|(index, share)| Self::Fs(index, config.share.len(), share)));
         // Last, because opening a host end may change it (a file is truncated), and disks may still be refused.
         if config.console() != CharTarget::Off || !config.port.is_empty() {
             list.push(Self::Console(config));
@@ -133,7 +143,7 @@ impl<'a> Device<'a> {
         match *self {
             Self::Block(_, disk) => Some(Plug::Disk(disk.clone())),
             Self::Net(_, net, _) => Some(Plug::Net(net.clone())),
-            Self::Rng | Self::Vsock(_) | Self::Console(_) => None,
+            Self::Rng | Self::Vsock(_) | Self::Fs(..) | Self::Console(_) => None,
         }
     }
 
@@ -144,6 +154,7 @@ impl<'a> Device<'a> {
             Self::Rng => "virtio-rng".to_owned(),
             Self::Net(index, ..) => format!("virtio-net{index}"),
             Self::Vsock(_) => "virtio-vsock".to_owned(),
+            Self::Fs(index, ..) => format!("virtio-fs{index}"),
             Self::Console(_) => "virtio-console".to_owned(),
         }
     }
@@ -168,7 +179,7 @@ impl<'a> Device<'a> {
         backends: &mut Backends,
         recorder: &Arc<Recorder>,
     ) -> Result<Box<dyn VirtioDevice>, Error> {
-        let Backends { ends, pluggable, doors } = backends;
+        let Backends { ends, pluggable, doors, folders } = backends;
         Ok(match self {
             Self::Block(index, disk) => disk_device(&mut lock(pluggable).images, *index, disk)?,
             Self::Rng => Box::new(rng::Rng),
@@ -179,6 +190,9 @@ impl<'a> Device<'a> {
                 Box::new(vsock::Served::new(doors.kernel(config)?, config.cid()))
             }
             Self::Vsock(config) => Box::new(vsock::Vsock::new(doors.get(config)?, config.cid())),
+            Self::Fs(index, count, share) => {
+                Box::new(fs::Fs::new(folders.server(*index, *count, share)?, &share.tag(*index)))
+            }
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;
                 let mut named = Vec::new();

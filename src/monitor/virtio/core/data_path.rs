@@ -17,13 +17,15 @@ use crate::virtio::queue::{Notifier, Virtqueue};
 /// Chains that one callback may take from one queue before the worker looks whether it should stop.
 const CHAINS_PER_CALL: usize = 256;
 
-/// What the worker tells the registers, without a lock.
+/// What the worker and the registers tell each other, without a lock.
 #[derive(Debug, Default)]
 pub(super) struct Signals {
     pub(super) needs_reset: AtomicBool,
     pub(super) config_generation: AtomicU32,
     /// Something is in [`Parts::posted`].
     pub(super) posted: AtomicBool,
+    /// The worker is to stop.
+    pub(super) pausing: AtomicBool,
 }
 
 /// What the driver asked for that needs the device at rest.
@@ -61,6 +63,8 @@ pub(super) struct Parts {
 pub(super) enum Cause {
     Queue(usize),
     Source(usize),
+    /// What the device had left to be done.
+    Done,
 }
 
 impl Parts {
@@ -82,6 +86,7 @@ impl Parts {
         match cause {
             Cause::Queue(index) => self.device.on_queue(index, &mut self.queues),
             Cause::Source(index) => self.device.on_event(index, &mut self.queues),
+            Cause::Done => self.device.on_done(&mut self.queues),
         }
         let interrupted = self.tell_driver();
         if let Some((time, completions)) = start {
@@ -232,6 +237,7 @@ impl Parts {
         let (kind, address) = match cause {
             Cause::Queue(index) => (Kind::Queue, index as u64),
             Cause::Source(index) => (Kind::Source, index as u64),
+            Cause::Done => (Kind::Source, 0),
         };
         let completed = self.completions().wrapping_sub(completions);
         let track = self.track.get_or_insert_with(|| self.recorder.track(&self.name));

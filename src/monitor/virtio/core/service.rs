@@ -2,11 +2,13 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use super::data_path::{Cause, Parts};
+use super::data_path::{Cause, Parts, Signals};
 use crate::bus::lock;
 use crate::event_loop::{Event, Handler, Interest, Sources};
+use crate::virtio::device::Blocking;
 
 /// The handler.
 pub(super) struct Service {
@@ -16,9 +18,20 @@ pub(super) struct Service {
     pub(super) offloaded: Vec<bool>,
     /// The device's own sources, and what is waited for on each.
     pub(super) sources: Vec<(OwnedFd, Interest)>,
+    /// What the device leaves to be done without its lock.
+    pub(super) blocking: Option<Arc<dyn Blocking>>,
+    pub(super) signals: Arc<Signals>,
 }
 
 impl Service {
+    /// Does what the last callback has left, and what that leads to.
+    fn work(&self) {
+        let Some(blocking) = &self.blocking else { return };
+        while !self.signals.pausing.load(Ordering::SeqCst) && blocking.work() {
+            lock(&self.parts).call(Cause::Done);
+        }
+    }
+
     /// Waits for what the device wants now.
     fn adapt(&mut self, sources: &mut Sources<'_, '_>) -> io::Result<()> {
         let parts = lock(&self.parts);
@@ -59,6 +72,7 @@ impl Handler for Service {
                 lock(&self.parts).call(Cause::Source(source));
             }
         }
+        self.work();
         if let Err(error) = self.adapt(sources) {
             log::error!("{}: wait for the host: {error}", lock(&self.parts).name);
         }

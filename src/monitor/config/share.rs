@@ -1,0 +1,215 @@
+//! [`Share`]: a folder of the host's that the guest has, too.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::text::{ParseError, escaped, flag, items, optional_number, pairs};
+use super::{Invalid, host_path};
+
+/// A shared folder: `PATH[:TO][:ro]`, then any of `,tag=NAME ,cache=auto|always|never ,uid=N ,gid=N`. A path that has a colon in it is
+/// written `path=PATH,to=TO,readonly`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Share {
+    /// The folder.
+    #[serde(with = "host_path")]
+    pub path: PathBuf,
+    /// Where the guest's init or agent mounts it. Absent: nowhere, and the guest mounts it by its tag if it wants it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+    /// The guest changes nothing in it.
+    #[serde(default, deserialize_with = "flag")]
+    pub readonly: bool,
+    /// What the guest mounts it by. Absent: `share0`, `share1` and so on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// How long the guest believes what it has seen.
+    #[serde(default)]
+    pub cache: ShareCache,
+    /// The guest's user that the files of this host's user belong to. Absent: root.
+    #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// The guest's group likewise. Absent: that of the same number as the user.
+    #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
+    pub gid: Option<u32>,
+}
+
+/// How long a guest believes what it has seen of a shared folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShareCache {
+    /// Changes on the host are seen within a second.
+    #[default]
+    Auto,
+    /// For good: nobody else changes anything.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+impl Share {
+    /// Bytes of a tag (virtio 1.3, 5.11.4).
+    pub const TAG_MOST: usize = 36;
+
+    /// What the guest mounts the `index`th by.
+    pub fn tag(&self, index: usize) -> String {
+        self.tag.clone().unwrap_or_else(|| format!("share{index}"))
+    }
+
+    /// The guest's user and group that files of this host's user belong to.
+    pub fn owner(&self) -> (u32, u32) {
+        let uid = self.uid.unwrap_or(0);
+        (uid, self.gid.unwrap_or(uid))
+    }
+
+    /// What the kernel command line says of the `index`th to who mounts it: none if nobody is to.
+    pub fn order(&self, index: usize) -> Option<String> {
+        let read_only = if self.readonly { ":ro" } else { "" };
+        self.to.as_ref().map(|to| format!("vmm.share={}:{to}{read_only}", self.tag(index)))
+    }
+
+    /// Checks what can be checked of `shares` without opening anything.
+    ///
+    /// # Errors
+    /// Two are mounted at the same place, or by the same tag; or one is none.
+    pub(super) fn validate(shares: &[Self]) -> Result<(), Invalid> {
+        for (index, share) in shares.iter().enumerate() {
+            let invalid = |what: String, hint: &str| {
+                let what = format!("share {}: {what}", share.path.display());
+                Err(Invalid { what, hint: hint.to_owned() })
+            };
+            let tag = share.tag(index);
+            if !(1..=Self::TAG_MOST).contains(&tag.len()) || !tag.bytes().all(is_plain) || tag.contains(':') {
+                return invalid(
+                    format!("{tag:?} cannot be its tag"),
+                    "use 1 to 36 letters, digits and marks without ':': tag=src",
+                );
+            }
+            let is_place = |to: &String| to.starts_with('/') && to.len() > 1 && to.bytes().all(is_plain);
+            if let Some(to) = share.to.as_ref().filter(|to| !is_place(to) || to.contains(':')) {
+                return invalid(
+                    format!("{to:?} is no place for it"),
+                    "name an absolute path of the guest's without spaces, quotes and ':': .:/src",
+                );
+            }
+            for (other, earlier) in shares[..index].iter().enumerate() {
+                if earlier.tag(other) == tag {
+                    return invalid(format!("another has its tag, {tag}"), "give each its own: tag=src");
+                }
+                if share.to.is_some() && share.to == earlier.to {
+                    return invalid("another is mounted there".to_owned(), "give each its own place");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// It stands for itself on a kernel command line.
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_graphic() && !b"\"'\\,".contains(&byte)
+}
+
+impl TryFrom<&OsStr> for Share {
+    type Error = ParseError;
+
+    fn try_from(text: &OsStr) -> Result<Self, ParseError> {
+        let all = items(text);
+        let Some((first, rest)) = all.split_first().filter(|(first, _)| !first.contains(&b'=')) else {
+            return pairs(text, "path", "", &[]);
+        };
+        let mut words = Vec::new();
+        let mut path = first.as_slice();
+        if let Some(before) = path.strip_suffix(b":ro") {
+            path = before;
+            words.push(b"readonly".to_vec());
+        } else if let Some(before) = path.strip_suffix(b":rw") {
+            path = before;
+        }
+        if let Some(at) = path.windows(2).rposition(|pair| pair == b":/") {
+            words.push([b"to=", escaped(&path[at + 1..]).as_slice()].concat());
+            path = &path[..at];
+        }
+        words.insert(0, [b"path=", escaped(path).as_slice()].concat());
+        words.extend(rest.iter().map(|item| escaped(item)));
+        pairs(&OsString::from(OsStr::from_bytes(&words.join(&b','))), "path", "", &[])
+    }
+}
+
+impl FromStr for Share {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        OsStr::new(text).try_into()
+    }
+}
+
+/// As it is written, without its options.
+impl fmt::Display for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path.display())?;
+        self.to.iter().try_for_each(|to| write!(f, ":{to}"))?;
+        f.write_str(if self.readonly { ":ro" } else { "" })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::VmConfig;
+    use super::*;
+
+    #[test]
+    fn a_share_is_a_folder_and_a_place_and_reads_back() {
+        let os = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
+        for (text, path, to, readonly) in [
+            (&b"."[..], &b"."[..], None, false),
+            (b".:/src", b".", Some("/src"), false),
+            (b".:/src:ro", b".", Some("/src"), true),
+            (b"a:b:/src:rw,cache=never", b"a:b", Some("/src"), false),
+            (b"/a:ro,tag=t", b"/a", None, true),
+            (b"/a,,b:/c", b"/a,b", Some("/c"), false),
+            (b"\xff:/src", b"\xff", Some("/src"), false),
+            (b"path=/a:/b,to=/c,readonly", b"/a:/b", Some("/c"), true),
+        ] {
+            let share: Share = OsStr::from_bytes(text).try_into().unwrap();
+            let shown = (share.path.clone(), share.to.as_deref(), share.readonly);
+            assert_eq!(shown, (os(path), to, readonly), "{text:?}");
+            let config = VmConfig { share: vec![share], ..VmConfig::default() };
+            assert_eq!(config.validate(), Ok(()));
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap(), config, "{json}");
+        }
+        let share: Share = ".:/src,uid=1000".parse().unwrap();
+        assert_eq!((share.owner(), share.order(1).unwrap()), ((1000, 1000), "vmm.share=share1:/src".into()));
+        let share: Share = ".:/src:ro,uid=1000,gid=5,tag=t".parse().unwrap();
+        assert_eq!((share.owner(), share.order(0).unwrap()), ((1000, 5), "vmm.share=t:/src:ro".into()));
+        for wrong in ["", ":/src", ".:/src,tag=", ".,cache=some", ".,uid=-1", ".,uid=x", ".:/src,readnoly"] {
+            assert!(wrong.parse::<Share>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn shares_that_cannot_be_mounted_are_refused() {
+        let long = format!(".,tag={}", "t".repeat(37));
+        for (texts, word) in [
+            (vec![".:/a", "b:/a"], "its own place"),
+            (vec![".:/a,tag=t", "b:/b,tag=t"], "tag=src"),
+            (vec![".,tag=share1", "b"], "tag=src"),
+            (vec!["path=.,to=src"], ".:/src"),
+            (vec![".:/"], ".:/src"),
+            (vec![".:/a b"], ".:/src"),
+            (vec![".:/a\"b"], ".:/src"),
+            (vec![".,tag=a:b"], "tag=src"),
+            (vec![&*long], "tag=src"),
+        ] {
+            let share = texts.iter().map(|text| text.parse().unwrap()).collect();
+            let error = VmConfig { share, ..VmConfig::default() }.validate().unwrap_err();
+            assert!(error.hint.contains(word), "{texts:?}: {error:?}");
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! [`Folders`]: the shared folders of one configuration, opened once and kept over the guest's resets.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use rustix::fs::OFlags;
+use rustix::process::{Resource, getrlimit};
+
+use super::{Folder, Owners, Server, Terms};
+use crate::config::{Share, host_path::quoted};
+use crate::planted;
+use crate::sandbox;
+
+/// The most descriptors that a guest has for one folder, whatever the host would allow.
+const DESCRIPTORS_MOST: u64 = 16 << 10;
+/// However few there are, a guest has some.
+const DESCRIPTORS_LEAST: u64 = 64;
+
+/// Why a folder cannot be shared.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be opened.
+    #[error("cannot share {}", path.display())]
+    Open {
+        /// The folder.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// What to try.
+    pub fn hint(&self) -> String {
+        let Self::Open { path, source } = self;
+        match source.kind() {
+            io::ErrorKind::NotFound => format!("to make an empty folder: mkdir {}", quoted(path)),
+            io::ErrorKind::NotADirectory => "share the folder that it is in".to_owned(),
+            io::ErrorKind::PermissionDenied => format!("see who may use it: ls -ld {}", quoted(path)),
+            _ => format!("see what is there: ls -ld {}", quoted(path)),
+        }
+    }
+}
+
+/// See the module's text.
+#[derive(Debug, Default)]
+pub struct Folders(BTreeMap<usize, OwnedFd>);
+
+impl Folders {
+    /// A server of the `index`th of `count` folders, which is opened if this is the first time that it is asked for.
+    ///
+    /// # Errors
+    /// [`Error`] names the folder.
+    pub fn server(&mut self, index: usize, count: usize, share: &Share) -> Result<Server, Error> {
+        let failed = |source| Error::Open { path: share.path.clone(), source };
+        let root = match self.0.get(&index) {
+            Some(root) => root,
+            None => {
+                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                let folder = planted::open(&share.path, flags).map_err(failed)?;
+                let folder = sandbox::alone(folder.into(), share.readonly).map_err(failed)?;
+                self.0.entry(index).or_insert(folder)
+            }
+        };
+        let root = root.try_clone().map_err(failed)?;
+        // The other half is for all else.
+        let half = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 2;
+        let descriptors = (half / count.max(1) as u64).clamp(DESCRIPTORS_LEAST, DESCRIPTORS_MOST) as usize;
+        let (uid, gid) = share.owner();
+        let owners = Owners::new(sandbox::owner_of_files(), (uid, gid));
+        let terms = Terms { read_only: share.readonly, owners, descriptors };
+        let folder = Folder::new(root, terms).map_err(|error| failed(error.into()))?;
+        Ok(Server::new(folder, share.cache))
+    }
+}
