@@ -29,6 +29,7 @@ mod plug;
 mod plug_whole;
 mod pool;
 mod reboot;
+mod share;
 mod snapshot;
 mod snapshot_whole;
 mod template;

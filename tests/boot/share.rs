@@ -1,0 +1,142 @@
+//! Folders of the host's in a Linux guest: worked in from both sides, kept from being left, and there after a restore.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::path::Path;
+use std::process::Stdio;
+
+use crate::guest::{Guest, Kernel, available, run, vmm};
+use crate::snapshot::{await_running, exec, well};
+
+/// A folder beside one that is none of the guest's business.
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["share", "beside"] {
+        fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    fs::write(dir.path().join("beside/secret"), "secret").unwrap();
+    fs::write(dir.path().join("share/a"), "from the host\n").unwrap();
+    dir
+}
+
+/// Runs `script`, with the folder at /s, and gives what it says.
+fn within(kernel: Kernel, folder: &Path, how: &str, script: &str) -> Vec<String> {
+    let share = format!("{}:/s{how}", folder.join("share").display());
+    let script = format!("cd /s; echo BEGIN; {script}; echo END");
+    let ended = run(kernel, &["--mem", "256M", "--cpus", "2", "--share", &share], &script);
+    ended.body().into_iter().map(str::to_owned).collect()
+}
+
+#[test]
+fn a_folder_is_worked_in_from_both_sides() {
+    if !available("a_folder_is_worked_in_from_both_sides") {
+        return;
+    }
+    for kernel in [Kernel::TunedPvh, Kernel::Stock] {
+        let dir = folder();
+        let script = "cat a; echo new >b; mkdir -p d/e; mv b d/e/c; ln d/e/c hard; ln -s d/e/c soft; cat soft; rm a; \
+                      cp /bin/busybox d/; cmp /bin/busybox d/busybox && echo same; chmod 640 hard; mkfifo f; \
+                      touch -d '2001-02-03 00:00:00' d/e; dd if=/dev/urandom of=big bs=1M count=9 2>/dev/null; md5sum big >sum; \
+                      echo 3 >/proc/sys/vm/drop_caches; md5sum -c sum; stat -c '%a %u:%g %h' hard";
+        let said = within(kernel, dir.path(), "", script);
+        assert_eq!(said, ["from the host", "new", "same", "big: OK", "640 0:0 2"]);
+        let at = |name: &str| dir.path().join("share").join(name);
+        assert_eq!(fs::read_to_string(at("d/e/c")).unwrap(), "new\n");
+        assert_eq!(fs::read_link(at("soft")).unwrap(), Path::new("d/e/c"));
+        let hard = fs::metadata(at("hard")).unwrap();
+        assert_eq!((hard.mode() & 0o7777, hard.uid(), hard.nlink()), (0o640, 0, 2));
+        assert!(!at("a").exists() && fs::metadata(at("f")).unwrap().file_type().is_fifo());
+        assert_eq!(fs::metadata(at("d/e")).unwrap().mtime(), 981_158_400);
+        assert_eq!(fs::metadata(at("big")).unwrap().len(), 9 << 20);
+    }
+}
+
+#[test]
+fn what_is_not_the_guests_stays_as_it_is() {
+    if !available("what_is_not_the_guests_stays_as_it_is") {
+        return;
+    }
+    let dir = folder();
+    let at = |name: &str| dir.path().join("share").join(name);
+    symlink("../beside", at("out")).unwrap();
+    fs::write(at("others"), "others").unwrap();
+    chown(at("others"), Some(4321), Some(4321)).unwrap();
+    fs::set_permissions(at("others"), Permissions::from_mode(0o600)).unwrap();
+    fs::write(at("root"), "").unwrap();
+    fs::set_permissions(at("root"), Permissions::from_mode(0o4755)).unwrap();
+    let script = "cat out/secret ../beside/secret 2>&1 | grep -c 'No such'; mknod n c 1 3 2>/dev/null || echo no device; \
+                  chown 5 a 2>/dev/null || echo no owner; cat others 2>/dev/null || echo not ours; stat -c %u others root; \
+                  cp /bin/busybox s; chmod 4755 s; stat -c %a s root; echo x >>root; stat -c %a root";
+    let said = within(Kernel::TunedPvh, dir.path(), "", script);
+    let none = ["2", "no device", "no owner", "not ours", "65534", "0"];
+    assert_eq!(said, [&none[..], &["755", "4755", "755"]].concat());
+    assert_eq!(fs::metadata(at("s")).unwrap().mode() & 0o7777, 0o755, "nothing runs as its owner here");
+    assert_eq!(fs::read_to_string(dir.path().join("beside/secret")).unwrap(), "secret");
+
+    // Not by its own mounts, and not by those of the host.
+    let script = "mount -o remount,rw /s; mount | grep -c ' /s .*(rw'; echo x >a; rm a; mkdir d; touch a; chmod 600 a; mv a b; \
+                  ln a c; ln -s a c; cat a";
+    let said = within(Kernel::TunedPvh, dir.path(), ":ro", &format!("({script}) 2>/dev/null"));
+    assert_eq!(said, ["1", "from the host"]);
+    let names = fs::read_dir(dir.path().join("share")).unwrap().count();
+    assert_eq!(names, 5);
+}
+
+#[test]
+fn files_belong_to_the_user_that_was_named_and_modes_hold_for_all() {
+    if !available("files_belong_to_the_user_that_was_named_and_modes_hold_for_all") {
+        return;
+    }
+    let dir = folder();
+    let script = "mkdir -p /etc; for u in u:x:1000 v:x:1001; do echo $u:100::/:/bin/sh >>/etc/passwd; done; \
+                  stat -c %u:%g .; su u -c 'echo mine >m && chmod 600 m && cat m'; \
+                  su v -c 'cat m; echo x >a; mkdir d' 2>&1 | grep -c denied; cat m";
+    let said = within(Kernel::TunedPvh, dir.path(), ",uid=1000,gid=100", script);
+    assert_eq!(said, ["1000:100", "mine", "3", "mine"]);
+    let made = fs::metadata(dir.path().join("share/m")).unwrap();
+    assert_eq!((made.uid(), made.gid(), made.mode() & 0o7777), (0, 0, 0o600));
+}
+
+/// A guest, one restored of it, and a copy of that go on with what they have open.
+#[test]
+fn files_that_are_open_are_so_after_a_restore_and_in_a_copy() {
+    if !available("files_that_are_open_are_so_after_a_restore_and_in_a_copy") {
+        return;
+    }
+    let dir = folder();
+    let at = |name: &str| dir.path().join("share").join(name);
+    let script = "cd /s; exec 3>>log 4<a; echo $$ >/tmp/pid; echo up; i=0; while :; do i=$((i+1)); echo $i >&3; sleep 0.1; done";
+    let share = format!("{}:/s", dir.path().join("share").display());
+    let mut command = vmm(Kernel::TunedPvh, script);
+    command.args(["--name", "gen0", "--vsock", "--rng", "--cpus", "2", "--share", &share]);
+    let first = Guest::start(command);
+    first.wait_for("up", 1);
+    let saved = dir.path().join("saved");
+    let saved = saved.to_str().unwrap();
+    assert_eq!(first.control(&["snapshot", "create", "gen0", saved, "--stop"]).0, Some(0));
+    fs::rename(at("log"), at("older")).unwrap();
+    fs::rename(at("older"), at("log")).unwrap();
+    fs::write(at("later"), "later").unwrap();
+    let lines = || fs::read_to_string(at("log")).unwrap().lines().count();
+    let before = lines();
+    let mut command = first.command(&["restore", saved, "--name", "gen1"]);
+    command.stdin(Stdio::null());
+    let restored = Guest::start_in(command, first.runtime());
+    await_running(&first, &restored, "gen1");
+    let read = "cat /proc/$(cat /tmp/pid)/fd/4 2>&1; cat /s/later; sleep 1";
+    assert_eq!(exec(&first, "gen1", read), "from the host\nlater");
+    let then = lines();
+    assert!(then > before, "{before}, {then}");
+    let copied =
+        first.command(&["fork", "gen1"]).env("XDG_STATE_HOME", dir.path().join("state")).output().unwrap();
+    assert_eq!(copied.status.code(), Some(0), "{}", String::from_utf8_lossy(&copied.stderr));
+    let name = String::from_utf8(copied.stdout).unwrap();
+    assert_eq!(exec(&first, name.trim(), read), "from the host\nlater");
+    assert!(lines() > then);
+    well(&first, name.trim());
+    well(&first, "gen1");
+    first.control(&["kill", name.trim(), "gen1"]);
+    // A line of the two at a time is whole, and goes to the end.
+    let text = fs::read_to_string(at("log")).unwrap();
+    assert!(text.lines().all(|line| line.parse::<u32>().is_ok()), "{text}");
+}
