@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::text::{ParseError, escaped, flag, items, optional_number, pairs};
 use super::{Invalid, host_path};
 
-/// A shared folder: `PATH[:TO][:ro]`, then any of `,tag=NAME ,cache=auto|always|never ,uid=N ,gid=N`. A path that has a colon in it is
+/// A shared folder: `PATH[:TO][:ro]`, then any of `,tag=NAME ,cache=auto|always|never ,uid=N ,gid=N ,owners=map|xattr`. A path that has a colon in it is
 /// written `path=PATH,to=TO,readonly`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -37,6 +37,20 @@ pub struct Share {
     /// The guest's group likewise. Absent: that of the same number as the user.
     #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
     pub gid: Option<u32>,
+    /// What becomes of the owners that the guest gives its files.
+    #[serde(default)]
+    pub owners: ShareOwners,
+}
+
+/// What becomes of the owners that a guest gives files of a shared folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShareOwners {
+    /// A file belongs to the one user that the host's user is in the guest, and is given to nobody else.
+    #[default]
+    Map,
+    /// They are kept in an extended attribute of the host's file, and so are modes by which programs run as their owner, and device nodes.
+    Xattr,
 }
 
 /// How long a guest believes what it has seen of a shared folder.

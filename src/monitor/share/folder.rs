@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::handles::{self, Handles};
+use super::kept::{self, Kept};
 use super::nodes::{self, Nodes, find, stat};
 use super::owners::Owners;
 use crate::memory::{Buffers, Slices};
@@ -29,6 +30,8 @@ pub struct Terms {
     pub read_only: bool,
     /// Whom the guest sees its files belong to.
     pub owners: Owners,
+    /// Owners, modes and kinds that the guest gives its files and the host's cannot have are kept beside them.
+    pub keeps: bool,
     /// Descriptors that may be open for the guest at a time.
     pub descriptors: usize,
 }
@@ -38,6 +41,14 @@ pub struct Terms {
 pub(super) struct Found {
     pub(super) number: u64,
     pub(super) stat: Statx,
+}
+
+/// What a file is made with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct New {
+    pub(super) mode: u32,
+    /// The guest's user and group who make it.
+    pub(super) by: (u32, u32),
 }
 
 /// What of a file is set; what is none stays.
@@ -95,8 +106,11 @@ impl Folder {
     /// The folder that `root` names, and all below it.
     ///
     /// # Errors
-    /// There is no /proc; the host does not say what `root` is.
+    /// There is no /proc; the host does not say what `root` is. EOPNOTSUPP: nothing can be kept there.
     pub fn new(root: OwnedFd, terms: Terms) -> Result<Self, Errno> {
+        if terms.keeps && Kept::read(&by_number(&root)) == Err(Errno::OPNOTSUPP) {
+            return Err(Errno::OPNOTSUPP);
+        }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Self {
             nodes: Nodes::new(root, terms.descriptors / 2)?,
@@ -119,8 +133,44 @@ impl Folder {
 
     fn tell(&mut self, folder: u64, name: &CStr, path: OwnedFd) -> Result<Found, Errno> {
         let stat = stat(&path)?;
+        let seen = self.seen(&path, stat);
         let number = self.nodes.found(Some((folder, name)), path, &stat)?;
-        Ok(Found { number, stat })
+        Ok(Found { number, stat: seen })
+    }
+
+    /// The file `path`, which is `stat` on the host, as the guest sees it.
+    fn seen(&self, path: &OwnedFd, stat: Statx) -> Statx {
+        let mut seen = stat;
+        (seen.stx_uid, seen.stx_gid) = self.terms.owners.shown(&stat);
+        if self.terms.keeps
+            && may_keep(&stat)
+            && let Ok(Some(kept)) = Kept::read(&by_number(path))
+        {
+            kept.apply(&mut seen);
+        }
+        seen
+    }
+
+    /// Has the guest see the file `path`, which is `stat` on the host, as `kept`.
+    fn keep(&self, path: &OwnedFd, stat: &Statx, kept: &Kept) -> Result<(), Errno> {
+        if !may_keep(stat) {
+            // Nothing can be kept of a link, whose owner hardly anybody asks for, nor of what the host has put here beside files and folders.
+            return match FileType::from_raw_mode(stat.stx_mode.into()) {
+                FileType::Symlink => Ok(()),
+                _ => self.set_mode(path, kept.mode & FILE_BITS),
+            };
+        }
+        let here = FileType::from_raw_mode(stat.stx_mode.into());
+        // Never in this process's own way.
+        let mode = kept.mode & 0o777 | if here == FileType::Directory { 0o700 } else { 0o600 };
+        if u32::from(stat.stx_mode) & 0o7777 != mode {
+            self.set_mode(path, mode)?;
+        }
+        let is_plain = (kept.uid, kept.gid) == self.terms.owners.shown(stat);
+        match is_plain && kept.mode == mode && kept.kind == here {
+            true => Kept::remove(&by_number(path)),
+            false => kept.write(&by_number(path)),
+        }
     }
 
     /// The guest begins anew: what it knew and had open is nothing to it.
@@ -149,8 +199,11 @@ impl Folder {
     /// Of the node, by what is open of it if `handle` is given.
     pub(super) fn stat(&mut self, number: u64, handle: Option<u64>) -> Result<Statx, Errno> {
         match handle.and_then(|handle| self.handle(handle, number).ok()) {
-            Some(file) => stat(&file),
-            None => stat(&*self.nodes.path(number)?),
+            Some(file) => Ok(self.seen(&file, stat(&file)?)),
+            None => {
+                let path = self.nodes.path(number)?;
+                Ok(self.seen(&path, stat(&path)?))
+            }
         }
     }
 
@@ -167,11 +220,7 @@ impl Folder {
             None => self.nodes.path(number)?,
         };
         let before = stat(&path)?;
-        self.terms.owners.give(&before, changes.uid, changes.gid)?;
-        if let Some(mode) = changes.mode {
-            let is_folder = FileType::from_raw_mode(before.stx_mode.into()) == FileType::Directory;
-            self.set_mode(&path, mode & if is_folder { FOLDER_BITS } else { FILE_BITS })?;
-        }
+        self.set_owner_and_mode(&path, &before, changes)?;
         if let Some(size) = changes.size {
             match &open {
                 Some(file) => ftruncate(file, size)?,
@@ -185,7 +234,26 @@ impl Folder {
         if let Some(times) = &changes.times {
             utimensat(&path, c"", times, AtFlags::EMPTY_PATH)?;
         }
-        stat(&path)
+        Ok(self.seen(&path, stat(&path)?))
+    }
+
+    fn set_owner_and_mode(&self, path: &OwnedFd, before: &Statx, changes: &Changes) -> Result<(), Errno> {
+        if self.terms.keeps {
+            if changes.mode.is_none() && changes.uid.is_none() && changes.gid.is_none() {
+                return Ok(());
+            }
+            let mut kept = Kept::of(&self.seen(path, *before));
+            kept.uid = changes.uid.unwrap_or(kept.uid);
+            kept.gid = changes.gid.unwrap_or(kept.gid);
+            kept.mode = changes.mode.map_or(kept.mode, |mode| mode & 0o7777);
+            return self.keep(path, before, &kept);
+        }
+        self.terms.owners.give(before, changes.uid, changes.gid)?;
+        match changes.mode {
+            Some(mode) if is_folder(before) => self.set_mode(path, mode & FOLDER_BITS),
+            Some(mode) => self.set_mode(path, mode & FILE_BITS),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn read_link(&mut self, number: u64) -> Result<Vec<u8>, Errno> {
@@ -197,10 +265,10 @@ impl Folder {
         self.make(folder, name, |at| symlinkat(target, at, name))
     }
 
-    pub(super) fn make_folder(&mut self, folder: u64, name: &CStr, mode: u32) -> Result<Found, Errno> {
-        let found =
-            self.make(folder, name, |at| mkdirat(at, name, Mode::from_raw_mode(mode & FOLDER_BITS)))?;
-        self.unmasked(found, mode)
+    pub(super) fn make_folder(&mut self, folder: u64, name: &CStr, new: New) -> Result<Found, Errno> {
+        let bits = self.bits(new, true);
+        let found = self.make(folder, name, |at| mkdirat(at, name, bits))?;
+        self.settled(folder, found, new, None)
     }
 
     /// A file that is not open: any but a device, which would be one of this host's.
@@ -208,10 +276,13 @@ impl Folder {
         &mut self,
         folder: u64,
         name: &CStr,
-        mode: u32,
+        new: New,
         device: (u32, u32),
     ) -> Result<Found, Errno> {
-        let kind = FileType::from_raw_mode(mode);
+        let kind = FileType::from_raw_mode(new.mode);
+        if self.terms.keeps && kind != FileType::RegularFile {
+            return self.make_kept(folder, name, new, kind, device);
+        }
         // Overlay file systems mark with it what is not there.
         let is_whiteout = kind == FileType::CharacterDevice && device == (0, 0);
         match kind {
@@ -219,10 +290,28 @@ impl Folder {
             _ if is_whiteout => {}
             _ => return Err(Errno::PERM),
         }
-        let bits = Mode::from_raw_mode(mode & FILE_BITS);
+        let bits = self.bits(new, false);
         let found =
             self.make(folder, name, |at| mknodat(at, name, kind, bits, makedev(device.0, device.1)))?;
-        self.unmasked(found, mode)
+        self.settled(folder, found, new, None)
+    }
+
+    /// A file of any `kind` that has no data, as an empty regular one that the guest sees as that.
+    fn make_kept(
+        &mut self,
+        folder: u64,
+        name: &CStr,
+        new: New,
+        kind: FileType,
+        device: (u32, u32),
+    ) -> Result<Found, Errno> {
+        use FileType::{BlockDevice, CharacterDevice, Fifo, Socket};
+        if !matches!(kind, BlockDevice | CharacterDevice | Fifo | Socket) {
+            return Err(Errno::PERM);
+        }
+        let bits = self.bits(new, false);
+        let found = self.make(folder, name, |at| mknodat(at, name, FileType::RegularFile, bits, 0))?;
+        self.settled(folder, found, new, Some((kind, device)))
     }
 
     /// Another name for node `old`.
@@ -247,14 +336,46 @@ impl Folder {
         self.tell(folder, name, path)
     }
 
-    /// The guest's kernel has taken its own mask off the mode already; so has this process's, against which it is set again.
-    fn unmasked(&mut self, mut found: Found, mode: u32) -> Result<Found, Errno> {
-        let wanted = mode & 0o777;
-        if u32::from(found.stat.stx_mode) & 0o777 != wanted {
-            let path = self.nodes.path(found.number)?;
-            self.set_mode(&path, u32::from(found.stat.stx_mode) & 0o7000 | wanted)?;
-            found.stat = stat(&path)?;
+    /// What the host's file is made with.
+    fn bits(&self, New { mode, .. }: New, is_folder: bool) -> Mode {
+        Mode::from_raw_mode(match (self.terms.keeps, is_folder) {
+            (true, true) => mode & 0o777 | 0o700,
+            (true, false) => mode & 0o777 | 0o600,
+            (false, true) => mode & FOLDER_BITS,
+            (false, false) => mode & FILE_BITS,
+        })
+    }
+
+    /// What was made in `folder` gets the mode that was asked for, and if that is kept, its owner and kind. The guest's kernel has taken its
+    /// own mask off the mode already; so has this process's, against which it is set again.
+    fn settled(
+        &mut self,
+        folder: u64,
+        mut found: Found,
+        new: New,
+        kind: Option<(FileType, (u32, u32))>,
+    ) -> Result<Found, Errno> {
+        let path = self.nodes.path(found.number)?;
+        if self.terms.keeps {
+            let above = self.nodes.path(folder)?;
+            let above = self.seen(&above, stat(&above)?);
+            let here = stat(&path)?;
+            let mut kept = Kept { uid: new.by.0, gid: new.by.1, mode: new.mode & 0o7777, ..Kept::of(&here) };
+            // inode(7): the group, and of folders this itself, goes on to what is made in one.
+            if u32::from(above.stx_mode) & 0o2000 != 0 {
+                kept.gid = above.stx_gid;
+                kept.mode |= if is_folder(&here) { 0o2000 } else { 0 };
+            }
+            if let Some((kind, device)) = kind {
+                (kept.kind, kept.device) = (kind, device);
+            }
+            self.keep(&path, &here, &kept)?;
+        } else if (u32::from(found.stat.stx_mode) ^ new.mode) & 0o777 != 0 {
+            self.set_mode(&path, u32::from(found.stat.stx_mode) & 0o7000 | new.mode & 0o777)?;
+        } else {
+            return Ok(found);
         }
+        found.stat = self.seen(&path, stat(&path)?);
         Ok(found)
     }
 
@@ -308,7 +429,7 @@ impl Folder {
         folder: u64,
         name: &CStr,
         flags: u32,
-        mode: u32,
+        new: New,
     ) -> Result<(Found, u64), Errno> {
         self.may_change()?;
         self.handles.room()?;
@@ -316,12 +437,12 @@ impl Folder {
         let kept = all & OPEN_FLAGS;
         let make = kept | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let at = self.nodes.path(folder)?;
-        let bits = Mode::from_raw_mode(mode & FILE_BITS);
+        let bits = self.bits(new, false);
         match self.as_owner(&at, 0o300, || openat(&at, name, make, bits)) {
             Ok(file) => {
                 let path = self.as_owner(&at, 0o100, || find(&at, name))?;
                 let found = self.tell(folder, name, path)?;
-                let found = self.unmasked(found, mode)?;
+                let found = self.settled(folder, found, new, None)?;
                 let handle = self.handles.add(found.number, kept - OFlags::TRUNC, file)?;
                 Ok((found, handle))
             }
@@ -338,24 +459,19 @@ impl Folder {
     }
 
     /// Makes a regular file without a name in `folder`, and a handle for it.
-    pub(super) fn make_nameless(
-        &mut self,
-        folder: u64,
-        flags: u32,
-        mode: u32,
-    ) -> Result<(Found, u64), Errno> {
+    pub(super) fn make_nameless(&mut self, folder: u64, flags: u32, new: New) -> Result<(Found, u64), Errno> {
         self.may_change()?;
         self.handles.room()?;
         let flags = OFlags::from_bits_retain(flags);
         let make = flags & (OPEN_FLAGS | OFlags::EXCL) | OFlags::TMPFILE | OFlags::CLOEXEC;
         let at = self.nodes.path(folder)?;
-        let bits = Mode::from_raw_mode(mode & FILE_BITS);
+        let bits = self.bits(new, false);
         let file = self.as_owner(&at, 0o300, || openat(&at, c".", make, bits))?;
         let path =
             openat(&self.descriptors, &*number_of(&file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let stat = stat(&path)?;
         let number = self.nodes.found(None, path, &stat)?;
-        let found = self.unmasked(Found { number, stat }, mode)?;
+        let found = self.settled(folder, Found { number, stat }, new, None)?;
         let kept = flags & (OPEN_FLAGS - OFlags::TRUNC);
         Ok((found, self.handles.add(number, kept, file)?))
     }
@@ -602,7 +718,17 @@ fn by_number(path: &OwnedFd) -> String {
 
 /// The guest may have extended attributes of this name.
 fn is_shared(name: &CStr) -> bool {
-    name.to_bytes().starts_with(XATTR_PREFIX)
+    name.to_bytes().starts_with(XATTR_PREFIX) && name != kept::NAME
+}
+
+/// Something can be kept of such a file (xattr(7)).
+fn may_keep(stat: &Statx) -> bool {
+    let kind = FileType::from_raw_mode(stat.stx_mode.into());
+    matches!(kind, FileType::RegularFile | FileType::Directory)
+}
+
+fn is_folder(stat: &Statx) -> bool {
+    FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory
 }
 
 /// # Errors

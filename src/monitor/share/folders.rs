@@ -6,10 +6,11 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use super::{Folder, Owners, Server, Terms};
-use crate::config::{Share, host_path::quoted};
+use crate::config::{Share, ShareOwners, host_path::quoted};
 use crate::planted;
 use crate::sandbox;
 
@@ -30,17 +31,24 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Its file system has no extended attributes of users.
+    #[error("{}: nothing can be kept beside its files, because its file system has no extended attributes", .0.display())]
+    NoAttributes(PathBuf),
 }
 
 impl Error {
     /// What to try.
     pub fn hint(&self) -> String {
-        let Self::Open { path, source } = self;
-        match source.kind() {
-            io::ErrorKind::NotFound => format!("to make an empty folder: mkdir {}", quoted(path)),
-            io::ErrorKind::NotADirectory => "share the folder that it is in".to_owned(),
-            io::ErrorKind::PermissionDenied => format!("see who may use it: ls -ld {}", quoted(path)),
-            _ => format!("see what is there: ls -ld {}", quoted(path)),
+        match self {
+            Self::NoAttributes(_) => {
+                "drop `owners=xattr`, or share a folder of a disk's file system".to_owned()
+            }
+            Self::Open { path, source } => match source.kind() {
+                io::ErrorKind::NotFound => format!("to make an empty folder: mkdir {}", quoted(path)),
+                io::ErrorKind::NotADirectory => "share the folder that it is in".to_owned(),
+                io::ErrorKind::PermissionDenied => format!("see who may use it: ls -ld {}", quoted(path)),
+                _ => format!("see what is there: ls -ld {}", quoted(path)),
+            },
         }
     }
 }
@@ -71,8 +79,16 @@ impl Folders {
         let descriptors = (half / count.max(1) as u64).clamp(DESCRIPTORS_LEAST, DESCRIPTORS_MOST) as usize;
         let (uid, gid) = share.owner();
         let owners = Owners::new(sandbox::owner_of_files(), (uid, gid));
-        let terms = Terms { read_only: share.readonly, owners, descriptors };
-        let folder = Folder::new(root, terms).map_err(|error| failed(error.into()))?;
+        let terms = Terms {
+            read_only: share.readonly,
+            owners,
+            keeps: share.owners == ShareOwners::Xattr,
+            descriptors,
+        };
+        let folder = Folder::new(root, terms).map_err(|error| match error {
+            Errno::OPNOTSUPP => Error::NoAttributes(share.path.clone()),
+            error => failed(error.into()),
+        })?;
         Ok(Server::new(folder, share.cache))
     }
 }

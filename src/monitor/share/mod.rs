@@ -8,6 +8,7 @@
 mod folder;
 mod folders;
 mod handles;
+mod kept;
 mod nodes;
 mod owners;
 mod server;

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
-use super::folder::{self, Changes, Folder, Found, NO_TIMES, NOW};
+use super::folder::{self, Changes, Folder, Found, NO_TIMES, NOW, New};
 use super::nodes::ROOT;
 use super::wire::{self, *};
 use crate::config::ShareCache;
@@ -144,15 +144,17 @@ impl Server {
         }
         let mut rest = vec![0; request.len()];
         request.read_exact(&mut rest).map_err(|_| Errno::IO)?;
-        let (node, mut rest) = (header.node.get(), Arguments(&rest));
+        let mut arguments = Arguments(&rest);
         if opcode == Opcode::Read {
-            let ReadIn { handle, offset, size, .. } = rest.take()?;
-            return self.read(handle.get(), node, offset.get(), size.get() as usize, reply);
+            let ReadIn { handle, offset, size, .. } = arguments.take()?;
+            return self.read(handle.get(), header.node.get(), offset.get(), size.get() as usize, reply);
         }
-        self.act(opcode, node, rest, reply.len())
+        self.act(opcode, header, arguments, reply.len())
     }
 
-    fn act(&mut self, opcode: Opcode, node: u64, mut rest: Arguments<'_>, room: usize) -> Answer {
+    fn act(&mut self, opcode: Opcode, header: &InHeader, mut rest: Arguments<'_>, room: usize) -> Answer {
+        let node = header.node.get();
+        let new = |mode: u32| New { mode, by: (header.uid.get(), header.gid.get()) };
         let read_only = self.folder.terms().read_only;
         if read_only && opcode.changes() {
             return Err(Errno::ROFS);
@@ -202,12 +204,12 @@ impl Server {
             Opcode::Mknod => {
                 let MknodIn { mode, rdev, .. } = rest.take()?;
                 let device = device_parts(rdev.get());
-                let found = self.folder.make_node(node, rest.name()?, mode.get(), device)?;
+                let found = self.folder.make_node(node, rest.name()?, new(mode.get()), device)?;
                 self.entry(&found)
             }
             Opcode::Mkdir => {
                 let MkdirIn { mode, .. } = rest.take()?;
-                let found = self.folder.make_folder(node, rest.name()?, mode.get())?;
+                let found = self.folder.make_folder(node, rest.name()?, new(mode.get()))?;
                 self.entry(&found)
             }
             Opcode::Unlink => done(self.folder.remove(node, rest.name()?, false)),
@@ -235,8 +237,8 @@ impl Server {
             Opcode::Create | Opcode::Tmpfile => {
                 let CreateIn { flags, mode, .. } = rest.take()?;
                 let (found, handle) = match opcode {
-                    Opcode::Tmpfile => self.folder.make_nameless(node, flags.get(), mode.get())?,
-                    _ => self.folder.create(node, rest.name()?, flags.get(), mode.get())?,
+                    Opcode::Tmpfile => self.folder.make_nameless(node, flags.get(), new(mode.get()))?,
+                    _ => self.folder.create(node, rest.name()?, flags.get(), new(mode.get()))?,
                 };
                 let mut reply = self.entry_of(&found).as_bytes().to_vec();
                 reply.extend(self.opened(handle).as_bytes());
@@ -381,6 +383,10 @@ impl Server {
                 break;
             }
             let (mut ino, mut kind) = (entry.ino(), entry.file_type());
+            // It may be something else to the guest.
+            if self.folder.terms().keeps && kind == FileType::RegularFile {
+                kind = FileType::Unknown;
+            }
             if plus {
                 let found = self.listed(node, name);
                 if let Some(found) = &found {
@@ -440,8 +446,7 @@ impl Server {
     }
 
     fn attr(&mut self, stat: &Statx) -> Attr {
-        let (uid, gid) = self.folder.terms().owners.shown(stat);
-        Attr::of(stat, self.number(stat), uid, gid)
+        Attr::of(stat, self.number(stat))
     }
 
     /// The host's inode number; on another file system below the folder, one that differs from those of the folder's.

@@ -32,12 +32,26 @@ struct Guest {
     ram: Arc<GuestRam>,
 }
 
+/// A request's bytes, made by the guest's root.
+fn request(opcode: Opcode, node: u64, parts: &[&[u8]]) -> Vec<u8> {
+    let number = Opcode::ALL.iter().find(|(_, known)| *known == opcode).unwrap().0;
+    let body = parts.concat();
+    let header = InHeader {
+        len: ((40 + body.len()) as u32).into(),
+        opcode: number.into(),
+        unique: UNIQUE.into(),
+        node: node.into(),
+        ..InHeader::new_zeroed()
+    };
+    [header.as_bytes(), &body].concat()
+}
+
 fn name(text: &str) -> Vec<u8> {
     CString::new(text).unwrap().into_bytes_with_nul()
 }
 
 impl Guest {
-    fn with(read_only: bool, descriptors: usize) -> Self {
+    fn with(read_only: bool, keeps: bool, descriptors: usize) -> Self {
         // As any user is: the host denies root nothing.
         let none = CapabilitySet::empty();
         set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
@@ -50,7 +64,7 @@ impl Guest {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = openat(CWD, dir.path().join("share"), flags, Mode::empty()).unwrap();
         let here = (geteuid().as_raw(), getegid().as_raw());
-        let terms = Terms { read_only, owners: Owners::new(here, (1000, 1001)), descriptors };
+        let terms = Terms { read_only, owners: Owners::new(here, (1000, 1001)), keeps, descriptors };
         let folder = Folder::new(root, terms).unwrap();
         let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 2 * HALF)]).unwrap());
         let mut guest = Self { dir, server: Server::new(folder, ShareCache::Auto), ram };
@@ -60,7 +74,7 @@ impl Guest {
     }
 
     fn new() -> Self {
-        Self::with(false, 100)
+        Self::with(false, false, 100)
     }
 
     fn path(&self, path: &str) -> PathBuf {
@@ -95,16 +109,7 @@ impl Guest {
     }
 
     fn ask(&mut self, opcode: Opcode, node: u64, parts: &[&[u8]]) -> Result<Vec<u8>, Errno> {
-        let number = Opcode::ALL.iter().find(|(_, known)| *known == opcode).unwrap().0;
-        let body = parts.concat();
-        let header = InHeader {
-            len: ((40 + body.len()) as u32).into(),
-            opcode: number.into(),
-            unique: UNIQUE.into(),
-            node: node.into(),
-            ..InHeader::new_zeroed()
-        };
-        self.send(&[header.as_bytes(), &body].concat()).expect("an answer")
+        self.send(&request(opcode, node, parts)).expect("an answer")
     }
 
     /// The same, where the answer is a structure.
@@ -299,6 +304,70 @@ fn open_files_stay_what_they_are_when_another_takes_their_name() {
     assert_eq!(found.attr.ino.get(), fs::metadata(guest.path("old")).unwrap().ino());
 }
 
+/// The header of a request by another user than root.
+fn by(mut request: Vec<u8>, uid: u32, gid: u32) -> Vec<u8> {
+    request[24..28].copy_from_slice(&uid.to_le_bytes());
+    request[28..32].copy_from_slice(&gid.to_le_bytes());
+    request
+}
+
+#[test]
+fn owners_modes_and_devices_are_kept_beside_files_where_that_is_asked_for() {
+    let mut guest = Guest::with(false, true, 100);
+    let seen = |attr: Attr| (attr.mode.get(), attr.uid.get(), attr.gid.get(), attr.rdev.get());
+    let here = |guest: &Guest, name: &str| fs::metadata(guest.path(name)).unwrap().mode();
+    fs::write(guest.path("hosts"), "").unwrap();
+    fs::set_permissions(guest.path("hosts"), fs::Permissions::from_mode(0o644)).unwrap();
+    let hosts = guest.lookup(ROOT, "hosts").unwrap();
+    assert_eq!(seen(hosts.attr), (0o100_644, 1000, 1001, 0), "as without");
+    let hosts = hosts.node.get();
+    let owner = SetattrIn { uid: 5.into(), gid: 6.into(), ..changed(set::UID | set::GID) };
+    assert_eq!(seen(guest.set(hosts, owner).unwrap()), (0o100_644, 5, 6, 0));
+    let mode = SetattrIn { mode: 0o4511.into(), ..changed(set::MODE) };
+    assert_eq!(seen(guest.set(hosts, mode).unwrap()), (0o104_511, 5, 6, 0));
+    assert_eq!(here(&guest, "hosts") & 0o7777, 0o711, "nothing runs as its owner here, and it stays ours");
+    assert_eq!(seen(guest.stat(hosts).unwrap()), (0o104_511, 5, 6, 0));
+    let back = SetattrIn {
+        uid: 1000.into(),
+        gid: 1001.into(),
+        mode: 0o640.into(),
+        ..changed(set::UID | set::GID | set::MODE)
+    };
+    assert_eq!(seen(guest.set(hosts, back).unwrap()), (0o100_640, 1000, 1001, 0));
+    assert_eq!(rustix::fs::listxattr(guest.path("hosts"), &mut [0; 64][..]).unwrap(), 0, "nothing is left");
+
+    // Whoever makes a file owns it; the group of a folder may go on.
+    let request = |opcode, parts: &[&[u8]]| by(request(opcode, ROOT, parts), 7, 8);
+    let how = MkdirIn { mode: 0o2775.into(), ..MkdirIn::new_zeroed() };
+    let body = guest.send(&request(Opcode::Mkdir, &[how.as_bytes(), &name("d")])).unwrap().unwrap();
+    let folder = EntryOut::read_from_prefix(&body).unwrap().0;
+    assert_eq!(seen(folder.attr), (0o042_775, 7, 8, 0));
+    let below: EntryOut = guest.get(Opcode::Mkdir, folder.node.get(), &[how.as_bytes(), &name("e")]).unwrap();
+    assert_eq!(seen(below.attr), (0o042_775, 0, 8, 0));
+    for (mode, rdev, shown) in [
+        (libc::S_IFCHR | 0o620, 0x0501, (libc::S_IFCHR | 0o620, 7, 8, 0x0501)),
+        (libc::S_IFBLK | 0o600, 0x0801, (libc::S_IFBLK | 0o600, 7, 8, 0x0801)),
+        (libc::S_IFIFO | 0o600, 0, (libc::S_IFIFO | 0o600, 7, 8, 0)),
+        (libc::S_IFSOCK | 0o600, 0, (libc::S_IFSOCK | 0o600, 7, 8, 0)),
+    ] {
+        let how = MknodIn { mode: mode.into(), rdev: rdev.into(), ..MknodIn::new_zeroed() };
+        let body = guest.send(&request(Opcode::Mknod, &[how.as_bytes(), &name("n")])).unwrap().unwrap();
+        assert_eq!(seen(EntryOut::read_from_prefix(&body).unwrap().0.attr), shown);
+        assert_eq!(here(&guest, "n") & libc::S_IFMT, libc::S_IFREG);
+        guest.ask(Opcode::Unlink, ROOT, &[&name("n")]).unwrap();
+    }
+    // It is the server's alone.
+    let (entry, _) = guest.create(ROOT, "a", libc::O_RDWR, 0o4755).unwrap();
+    assert_eq!(seen(entry.attr), (0o104_755, 0, 0, 0));
+    let (node, kept) = (entry.node.get(), name("user.containers.override_stat"));
+    let size = GetxattrIn { size: 100.into(), ..GetxattrIn::new_zeroed() };
+    assert!(guest.ask(Opcode::Getxattr, node, &[size.as_bytes(), &kept]).is_err());
+    assert_eq!(guest.ask(Opcode::Listxattr, node, &[size.as_bytes()]).unwrap(), b"");
+    let value = SetxattrIn { size: 7.into(), flags: 0.into() };
+    assert!(guest.ask(Opcode::Setxattr, node, &[value.as_bytes(), &kept, b"0:0:777"]).is_err());
+    assert!(guest.ask(Opcode::Removexattr, node, &[&kept]).is_err());
+}
+
 #[test]
 fn names_that_lead_elsewhere_are_refused() {
     let mut guest = Guest::new();
@@ -334,7 +403,7 @@ fn names_that_lead_elsewhere_are_refused() {
 
 #[test]
 fn what_is_shared_for_reading_does_not_change() {
-    let mut guest = Guest::with(true, 100);
+    let mut guest = Guest::with(true, false, 100);
     fs::write(guest.path("a"), "a").unwrap();
     fs::set_permissions(guest.path("a"), fs::Permissions::from_mode(0o444)).unwrap();
     fs::create_dir(guest.path("d")).unwrap();
@@ -373,7 +442,7 @@ fn folders_are_listed_in_pieces_of_any_size() {
 /// With descriptors for fifty of them.
 #[test]
 fn more_files_are_known_than_there_are_descriptors() {
-    let mut guest = Guest::with(false, 100);
+    let mut guest = Guest::with(false, false, 100);
     fs::create_dir_all(guest.path("d/e")).unwrap();
     for n in 0..1000 {
         fs::write(guest.path(&format!("d/e/{n}")), format!("{n}")).unwrap();
@@ -575,7 +644,7 @@ proptest! {
             1..60,
         ),
     ) {
-        let mut guest = Guest::with(false, 40);
+        let mut guest = Guest::with(false, false, 40);
         fs::create_dir(guest.path("d")).unwrap();
         fs::write(guest.path("a"), "a").unwrap();
         symlink("../beside", guest.path("l")).unwrap();

@@ -206,8 +206,8 @@ replies! {
 }
 
 impl Attr {
-    /// Of the file that is `stat`, shown to the guest with another inode number and owner.
-    pub fn of(stat: &Statx, ino: u64, uid: u32, gid: u32) -> Self {
+    /// Of the file that is `stat`, with another inode number.
+    pub fn of(stat: &Statx, ino: u64) -> Self {
         let seconds =
             |time: &rustix::fs::StatxTimestamp| (time.tv_sec.cast_unsigned().into(), time.tv_nsec.into());
         let (atime, atime_nsec) = seconds(&stat.stx_atime);
@@ -225,8 +225,8 @@ impl Attr {
             ctime_nsec,
             mode: u32::from(stat.stx_mode).into(),
             nlink: stat.stx_nlink.into(),
-            uid: uid.into(),
-            gid: gid.into(),
+            uid: stat.stx_uid.into(),
+            gid: stat.stx_gid.into(),
             rdev: device(stat.stx_rdev_major, stat.stx_rdev_minor).into(),
             blksize: stat.stx_blksize.into(),
             flags: 0.into(),
