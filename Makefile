@@ -14,7 +14,7 @@ SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers;
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
 .PHONY: run test lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips failures bench bench-net bench-net-counted tuned bench-compare weight \
-	start-order tools build compilers calls vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole snapshot-whole copies clean-guests
+	start-order tools build compilers calls vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole snapshot-whole share-whole copies clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -261,6 +261,15 @@ snapshot-whole:
 	@cargo guest bundle --out $(GUESTS) --only stock --only tuned
 	@cargo build --quiet --package rig
 	@$(call whole,snapshot,$(SNAPSHOT_WHOLE))
+
+# Shared folders judged by pjdfstest, each way of keeping owners and each cache=, for root and for an ordinary user. An hour in the
+# rig; no part of `make test`.
+SHARE_WHOLE := kept kept_by_a_user mapped
+share-whole:
+	@cargo guest bundle --out $(GUESTS)
+	@cargo build --quiet --package rig
+	@cargo install --quiet --locked --version 0.2.2 --root target/pjdfstest pjdfstest
+	@$(call whole,share,$(SHARE_WHOLE))
 
 clean-guests:
 	rm -rf $(GUESTS)

@@ -30,6 +30,7 @@ mod plug_whole;
 mod pool;
 mod reboot;
 mod share;
+mod share_whole;
 mod snapshot;
 mod snapshot_whole;
 mod template;

@@ -1,0 +1,127 @@
+//! Shared folders judged by pjdfstest (POSIX's rules for file systems, 378 tests): `make share-whole`.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::mount::{UnmountFlags, unmount};
+
+use crate::guest::{Guest, Kernel, available, bare, bundle};
+
+/// Who shares the folder.
+const USER: u32 = 1000;
+
+/// A file system of a disk's, whatever the machine's temporary folder is on.
+struct Ext4(tempfile::TempDir);
+
+impl Ext4 {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, at) = (dir.path().join("image"), dir.path().join("at"));
+        File::create(&image).unwrap().set_len(400 << 20).unwrap();
+        fs::create_dir(&at).unwrap();
+        let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
+        run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(&image));
+        run(Command::new("mount").args(["-o", "loop"]).args([&image, &at]));
+        Self(dir)
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.0.path().join("at")
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        let _ = unmount(self.path(), UnmountFlags::DETACH);
+    }
+}
+
+/// The tests that failed, and how many passed, of a guest's root in a folder that is shared as `how` says, by an ordinary user or by root.
+fn judged(how: &str, by_user: bool) -> (BTreeSet<String>, usize) {
+    let host = Ext4::new();
+    let (folder, tools) = (host.path().join("share"), host.path().join("tools"));
+    [&folder, &tools].into_iter().for_each(|folder| fs::create_dir(folder).unwrap());
+    let program = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/pjdfstest/bin/pjdfstest"));
+    fs::copy(program, tools.join("pjdfstest")).expect("make share-whole installs it");
+    fs::write(
+        tools.join("settings"),
+        "[features]\nposix_fallocate = {}\nrename_ctime = {}\nutimensat = {}\nutime_now = {}\n\
+         [settings]\nnaptime = 0.001\nallow_remount = false\n\
+         [dummy_auth]\nentries = [[\"nobody\", \"nogroup\"], [\"tests\", \"tests\"]]\n",
+    )
+    .unwrap();
+    let script = "echo tests:x:1234:1234::/:/bin/sh >>/etc/passwd; echo tests:x:1234: >>/etc/group; cd /s; \
+                  /t/pjdfstest -c /t/settings -p /s 2>&1";
+    let cmdline =
+        format!("console=hvc0 quiet panic=-1 root=/dev/vda rw init=/sbin/guest-init vmm.run=\"{script}\"");
+    let mut command = bare(Kernel::TunedPvh, &cmdline);
+    command.args(["--mem", "512M", "--cpus", "2", "--disk"]);
+    command.arg(format!("{},overlay", bundle("debian.ext4").display()));
+    command.arg("--share").arg(format!("{}:/s,{how}", folder.display()));
+    command.arg("--share").arg(format!("{}:/t:ro", tools.display()));
+    let runtime = tempfile::tempdir().unwrap();
+    if by_user {
+        fs::set_permissions("/dev/kvm", Permissions::from_mode(0o666)).unwrap();
+        for own in [&folder, runtime.path()] {
+            chown(own, Some(USER), Some(USER)).unwrap();
+        }
+        for shown in [host.0.path(), &host.path()] {
+            fs::set_permissions(shown, Permissions::from_mode(0o755)).unwrap();
+        }
+        let vmm = std::mem::replace(&mut command, Command::new("setpriv"));
+        command.args([&format!("--reuid={USER}"), &format!("--regid={USER}"), "--clear-groups"]);
+        command.arg(vmm.get_program()).args(vmm.get_args());
+        command.env("TMPDIR", runtime.path());
+    }
+    let mut guest = Guest::start_in(command, runtime.path());
+    guest.patience = Duration::from_secs(3600);
+    let text = guest.finish().text;
+    let with = |word: &str| {
+        let lines = text.lines().map(|line| line.trim_end_matches('\r'));
+        let lines = lines.filter(|line| !line.starts_with(char::is_whitespace));
+        let named = lines.filter_map(|line| line.strip_suffix(word)?.split_whitespace().next());
+        named.map(str::to_owned).collect::<BTreeSet<_>>()
+    };
+    let (failed, passed) = (with("FAILED"), with(" ok").len());
+    assert!(failed.len() + passed > 300, "{text}");
+    println!("ok {how}: {passed} passed, {} failed", failed.len());
+    (failed, passed)
+}
+
+/// Those that fail where owners are not kept: no more, and no fewer.
+fn exceptions() -> BTreeSet<String> {
+    let lines = include_str!("share/pjdfstest.list").lines();
+    lines.filter(|line| !line.starts_with('#')).map(str::to_owned).collect()
+}
+
+#[test]
+#[ignore = "many minutes: make share-whole"]
+fn whole_kept() {
+    if available("pjdfstest, owners kept") {
+        for cache in ["auto", "never", "always"] {
+            assert_eq!(judged(&format!("owners=xattr,cache={cache}"), false).0, BTreeSet::new());
+        }
+    }
+}
+
+#[test]
+#[ignore = "many minutes: make share-whole"]
+fn whole_kept_by_a_user() {
+    if available("pjdfstest, owners kept, by an ordinary user") {
+        assert_eq!(judged("owners=xattr", true).0, BTreeSet::new());
+    }
+}
+
+#[test]
+#[ignore = "many minutes: make share-whole"]
+fn whole_mapped() {
+    if available("pjdfstest, owners mapped") {
+        for (cache, by_user) in [("auto", true), ("never", false), ("always", true)] {
+            assert_eq!(judged(&format!("cache={cache}"), by_user).0, exceptions());
+        }
+    }
+}
