@@ -77,7 +77,7 @@ fn each_part_is_what_its_version_says() {
         place.file("halt", kernel(&HALT));
         place.file("disk", [0; 1 << 16]);
         let devices = "--mem 32M --disk path=disk,readonly --rng --vsock cid=9 --net user,mac=52:54:00:12:34:56 \
-            --rtc --serial file=out --port p=off";
+            --share .,tag=t --rtc --serial file=out --port p=off";
         let _guest = place.start("v", &format!("--transport {transport} {devices}"));
         place.done("snapshot create v s");
         let file = fs::read(place.path("s/state")).unwrap();

@@ -202,7 +202,8 @@ impl Nodes {
         };
         let mut nodes: Vec<_> = self.nodes.iter().filter_map(saved).collect();
         nodes.sort_unstable_by_key(|(number, ..)| *number);
-        Saved { device: self.root_device(), next: self.next, nodes }
+        let device = if nodes.is_empty() { (0, 0) } else { self.root_device() };
+        Saved { device, next: self.next, nodes }
     }
 
     /// Takes them over. What is not there any more is found out when the guest asks for it.
