@@ -193,8 +193,8 @@ const FILTERS: &str =
     "it needs a kernel with CONFIG_SECCOMP_FILTER; without the sandbox, the guest has to be trusted";
 const USER: &str = "it needs a user namespace that has more users than a container's, and CAP_SETUID, CAP_SETGID and CAP_SETPCAP; \
                     `sandbox=auto` runs as root without privileges";
-const ROOT: &str = "put the output or socket into a folder of its own; for a core, start in another folder than /; \
-                    `sandbox=off` confines nothing";
+const ROOT: &str = "put the output or socket into a folder of its own, and share a folder below /; for a core, start in another folder \
+                    than /; `sandbox=off` confines nothing";
 const FOLDER: &str = "name a file in a folder of that user's, or drop its limit";
 const PROC: &str = "it needs /proc";
 const NAMESPACES: &str = "most containers, and users under some AppArmor and sysctl settings, may not create namespaces; \

@@ -6,7 +6,7 @@ mod captive;
 use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,6 +25,8 @@ struct Prey {
     process: i32,
     /// The control socket of another machine.
     socket: PathBuf,
+    /// The machine's own descriptor of the folder that it shares.
+    shared: i32,
 }
 
 impl Prey {
@@ -92,6 +94,15 @@ fn attacks() -> Vec<Attack> {
             by.call(libc::SYS_link, [(&*prey.at("other")).into(), (&*prey.at("second")).into()])
         }),
         attack!("rewrite its own code", |by, _| open(by, Path::new("/proc/self/mem"), libc::O_RDWR)),
+        attack!("read what lies beside a shared folder", |by, prey| {
+            by.call(
+                libc::SYS_openat,
+                [prey.shared.into(), "../other".into(), libc::O_RDONLY.into(), 0.into()],
+            )
+        }),
+        attack!("change the mode of what lies beside a shared folder", |by, prey| {
+            by.call(libc::SYS_fchmodat, [prey.shared.into(), "../other".into(), 0o600.into()])
+        }),
         // Processes.
         attack!("open the memory of another process", |by, prey| {
             open(by, Path::new(&format!("/proc/{}/mem", prey.process)), libc::O_RDWR)
@@ -194,6 +205,7 @@ impl Scene {
         for name in ["disk", "other"] {
             place.file(name, vec![0; 1 << 20]);
         }
+        fs::create_dir(place.path("shared")).unwrap();
         place.file("program", "neither a program nor a script");
         fs::set_permissions(place.path("program"), fs::Permissions::from_mode(0o755)).unwrap();
         scene.renew();
@@ -261,6 +273,7 @@ impl Scene {
             folder: self.place.dir.path().to_owned(),
             process: process.pid(),
             socket: self.place.path("run/vmm/w.sock"),
+            shared: descriptor(guest.pid(), &self.place.path("shared")),
         };
         assert!(prey.socket.exists());
         let mut found = HashMap::new();
@@ -276,7 +289,15 @@ impl Scene {
     }
 }
 
-const RUN: &str = "--cpus 2 --disk disk --rng --net user --vsock";
+/// A descriptor that the process `pid` has of the folder at `path`.
+fn descriptor(pid: i32, path: &Path) -> i32 {
+    let identity = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    let all = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap().path());
+    let found = all.into_iter().find(|fd| identity(fd) == identity(path)).expect("it shares the folder");
+    found.file_name().unwrap().to_str().unwrap().parse().unwrap()
+}
+
+const RUN: &str = "--cpus 2 --disk disk --rng --net user --vsock --share shared";
 
 /// What a thread may do by its role, of what an attacker would.
 fn may(thread: &str, layers: &str, attack: &str) -> bool {
@@ -286,6 +307,9 @@ fn may(thread: &str, layers: &str, attack: &str) -> bool {
         "fork" => is_house,
         "open a connection" => is_house || thread.contains("net"),
         "ask the kernel by netlink" => is_house,
+        "change the mode of what lies beside a shared folder" => {
+            (is_house || thread.contains("fs")) && !layers.contains("namespaces")
+        }
         "connect to another machine" => {
             (is_house || thread.contains("vsock")) && !layers.contains("namespaces")
         }
