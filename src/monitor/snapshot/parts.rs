@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, memfd_create};
-use rustix::io::{FdFlags, fcntl_getfd};
+use rustix::io::{Errno, FdFlags, fcntl_getfd};
 
 use super::{Error, file};
 use crate::planted;
@@ -17,6 +18,9 @@ pub(super) struct Part {
     pub path: PathBuf,
     pub file: File,
 }
+
+/// How long the kernel may take to let go of memory that was written.
+const SEAL_LIMIT: Duration = Duration::from_secs(5);
 
 /// The files that every snapshot has.
 pub(super) const NAMES: [&str; 3] = ["config.json", "state", "memory"];
@@ -73,8 +77,16 @@ impl Parts {
     /// The kernel refuses.
     pub(super) fn seal(&self) -> Result<(), Error> {
         let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        let end = Instant::now() + SEAL_LIMIT;
         [&self.config, &self.state, &self.memory].into_iter().try_for_each(|part| {
-            fcntl_add_seals(&part.file, seals).map_err(|error| part.failed("seal")(error.into()))
+            loop {
+                match fcntl_add_seals(&part.file, seals) {
+                    // The kernel still holds a page of it, such as one that is yet to be put on its lists: it has waited 150 ms by
+                    // itself, which a busy host may not find enough (memfd_wait_for_pins, mm/memfd.c).
+                    Err(Errno::BUSY) if Instant::now() < end => {}
+                    result => return result.map_err(|error| part.failed("seal")(error.into())),
+                }
+            }
         })
     }
 
@@ -198,5 +210,32 @@ impl Part {
     /// An error of it.
     pub fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> Error {
         file(what, &self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use vm_memory::FileOffset;
+    use vm_memory::mmap::MmapRegion;
+
+    use super::*;
+
+    #[test]
+    fn memory_that_the_kernel_still_holds_is_sealed_once_it_lets_go() {
+        let parts = Parts::unnamed().unwrap();
+        parts.memory.file.set_len(1 << 16).unwrap();
+        // A mapping that may be written to is what stands in the way here, and is as busy.
+        let file = FileOffset::new(parts.memory.file.try_clone().unwrap(), 0);
+        let mapped = MmapRegion::<()>::from_file(file, 1 << 16).unwrap();
+        let held = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(300));
+            drop(mapped);
+        });
+        parts.seal().unwrap();
+        held.join().unwrap();
+        let refused = (&parts.memory.file).write(b"x").unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
     }
 }
