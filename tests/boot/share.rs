@@ -97,6 +97,19 @@ fn files_belong_to_the_user_that_was_named_and_modes_hold_for_all() {
     assert_eq!((made.uid(), made.gid(), made.mode() & 0o7777), (0, 0, 0o600));
 }
 
+#[test]
+fn a_folder_is_there_after_the_guests_reset() {
+    if !available("a_folder_is_there_after_the_guests_reset") {
+        return;
+    }
+    let dir = folder();
+    let share = format!("{}:/s", dir.path().join("share").display());
+    let script =
+        "cd /s; echo boot >>boots; [ $(wc -l <boots) = 2 ] || reboot -f; echo BEGIN; cat a boots; echo END";
+    let arguments = ["--mem", "256M", "--on-reboot", "reset", "--share", &share];
+    assert_eq!(run(Kernel::TunedPvh, &arguments, script).body(), ["from the host", "boot", "boot"]);
+}
+
 /// A guest, one restored of it, and a copy of that go on with what they have open.
 #[test]
 fn files_that_are_open_are_so_after_a_restore_and_in_a_copy() {

@@ -3,7 +3,7 @@
 //! Made of [`Buffers`] by who moves bytes between the guest and files or sockets. The kernel copies straight between a descriptor and the guest.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
 
@@ -124,19 +124,7 @@ impl<'a> Slices<'a> {
     /// # Errors
     /// The host's.
     pub fn read_at(&self, file: impl AsFd, offset: u64) -> io::Result<usize> {
-        let at = offset.try_into().map_err(io::Error::other)?;
-        let guards: Vec<_> = self.list.iter().map(|slice| (slice.ptr_guard_mut(), slice.len())).collect();
-        let vectors: Vec<_> = guards
-            .iter()
-            .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: *len })
-            .collect();
-        let fd = file.as_fd();
-        retried(|| {
-            // SAFETY: the vectors are slices of guest RAM, which `self` borrows from what keeps it mapped; the guest may use them
-            // meanwhile, which is a race for the guest alone: no Rust reference to that memory exists. There are at most UIO_MAXIOV,
-            // and the descriptor is open.
-            unsafe { libc::preadv(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int, at) }
-        })
+        self.transfer(file.as_fd(), offset, false)
     }
 
     /// Writes the slices to `offset` of a file, by one call of pwritev. Returns what it returned.
@@ -144,18 +132,27 @@ impl<'a> Slices<'a> {
     /// # Errors
     /// The host's.
     pub fn write_at(&self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        self.transfer(file.as_fd(), offset, true)
+    }
+
+    fn transfer(&self, file: BorrowedFd<'_>, offset: u64, write: bool) -> io::Result<usize> {
         let at = offset.try_into().map_err(io::Error::other)?;
-        let guards: Vec<_> = self.list.iter().map(|slice| (slice.ptr_guard(), slice.len())).collect();
+        let guards: Vec<_> = self.list.iter().map(|slice| (slice.ptr_guard_mut(), slice.len())).collect();
         let vectors: Vec<_> = guards
             .iter()
-            .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast_mut().cast(), iov_len: *len })
+            .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: *len })
             .collect();
-        let fd = file.as_fd();
+        let (fd, count) = (file.as_raw_fd(), vectors.len() as libc::c_int);
         retried(|| {
-            // SAFETY: the vectors are slices of guest RAM, which `self` borrows from what keeps it mapped; the kernel only reads them,
-            // while the guest may write, which is a race for the guest alone: no Rust reference to that memory exists. There are at
-            // most UIO_MAXIOV, and the descriptor is open.
-            unsafe { libc::pwritev(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int, at) }
+            // SAFETY: the vectors are slices of guest RAM, which `self` borrows from what keeps it mapped; the guest may use them
+            // meanwhile, which is a race for the guest alone: no Rust reference to that memory exists. There are at most UIO_MAXIOV,
+            // and the descriptor is open.
+            unsafe {
+                match write {
+                    true => libc::pwritev(fd, vectors.as_ptr(), count, at),
+                    false => libc::preadv(fd, vectors.as_ptr(), count, at),
+                }
+            }
         })
     }
 
