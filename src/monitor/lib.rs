@@ -62,7 +62,7 @@
 //! port's input. The thread that called [`Session::run`](session::Session::run) builds the machine and then waits for its end; the
 //! first vCPU's makes the VM meanwhile. A host end that may block has a thread that does the blocking.
 //!
-//! # Six flows, each one way
+//! # Seven flows, each one way
 //!
 //! 1. **Boot**: `VmConfig` → [`Shell`](machine::Shell): `Memory`, and `kvm::Vm` on the first vCPU's thread; beside it the name,
 //!    [`machine::inventory`], [`Origin`](machine::Origin) → `boot::load` (tables from the inventory, kernel, initrd →
@@ -74,11 +74,13 @@
 //!    `on_event` → status byte → used ring → irqfd.
 //! 4. **Net**: the guest's buffers ↔ [`net::Link`] (a tap, a socket, the user network) by one system call a frame, on the device's worker;
 //!    or the host's kernel does it, or another process, with the rings ([`virtio::device::Offload`]).
-//! 5. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and comes to
+//! 5. **Folder**: a kick → the device's worker locks it and pops one request → without the lock, the [`share::Server`] carries it out, data
+//!    straight between file and guest → the worker locks the device, completes, and pops the next ([`virtio::device::Blocking`]).
+//! 6. **Pause**: the [`gate`](vcpu::gate) closes and vCPUs park → each device stops its worker and comes to
 //!    rest → nothing moves. Every part can then give its state ([`state::Saved`]). If a device is not at rest
 //!    in time (its disk hangs), the pause fails and the machine runs on.
 //!
-//! 6. **Snapshot**: a pause → [`SavedMachine`](machine::SavedMachine), RAM's pages that are not zero, and disks that the guest writes to → files. **Restore** is the
+//! 7. **Snapshot**: a pause → [`SavedMachine`](machine::SavedMachine), RAM's pages that are not zero, and disks that the guest writes to → files. **Restore** is the
 //!    first flow with another [`Origin`](machine::Origin): memory mapped from the file (or [another way](memory::Way)), no kernel, and state in place of an
 //!    [`Entry`](boot::Entry).
 //!
