@@ -85,7 +85,9 @@ pub struct Guest {
     child: Child,
     printed: Arc<Printed>,
     reader: Option<JoinHandle<()>>,
-    dir: tempfile::TempDir,
+    runtime: PathBuf,
+    /// That, if it is its own.
+    _dir: Option<tempfile::TempDir>,
     /// How long it may take to what is waited for.
     pub patience: Duration,
 }
@@ -140,10 +142,11 @@ impl Guest {
     }
 
     fn spawn(mut command: Command, runtime: Option<&Path>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        command.env("XDG_RUNTIME_DIR", runtime.unwrap_or(dir.path())).stdout(Stdio::piped());
+        let dir = runtime.is_none().then(|| tempfile::tempdir().unwrap());
+        let runtime = dir.as_ref().map_or(runtime, |dir| Some(dir.path())).expect("one of them").to_owned();
+        command.env("XDG_RUNTIME_DIR", &runtime).stdout(Stdio::piped());
         let child = command.spawn().unwrap();
-        Self { child, printed: Arc::default(), reader: None, dir, patience: PATIENCE }
+        Self { child, printed: Arc::default(), reader: None, runtime, _dir: dir, patience: PATIENCE }
     }
 
     pub fn read(&mut self) {
@@ -193,13 +196,13 @@ impl Guest {
 
     /// Where the sockets of its monitor are.
     pub fn runtime(&self) -> &Path {
-        self.dir.path()
+        &self.runtime
     }
 
     /// Another `vmm` command about this guest.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
-        command.args(arguments).env("XDG_RUNTIME_DIR", self.dir.path());
+        command.args(arguments).env("XDG_RUNTIME_DIR", &self.runtime);
         command
     }
 
@@ -221,8 +224,10 @@ impl Guest {
         let list: serde_json::Value =
             serde_json::from_str(&self.control(&["list", "--json"]).1).unwrap_or_default();
         for _ in 0..2 {
-            let name = list[0]["name"].as_str().unwrap_or_default();
-            told += &self.control(&["status", name, "--vcpus"]).1;
+            let machines = list.as_array().into_iter().flatten();
+            let name =
+                machines.filter(|machine| machine["pid"] == self.pid()).find_map(|it| it["name"].as_str());
+            told += &self.control(&["status", name.unwrap_or_default(), "--vcpus"]).1;
         }
         for _ in 0..2 {
             for task in
