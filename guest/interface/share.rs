@@ -1,6 +1,6 @@
 //! Folders of the host's, and where the kernel command line says that they are to be mounted: `vmm.share=TAG:PLACE[:ro]`, once for each.
 
-use rustix::fs::{Mode, mkdir, statfs};
+use rustix::fs::{Mode, mkdir, stat, statfs};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 
@@ -38,7 +38,7 @@ impl<'a> Share<'a> {
     /// # Errors
     /// There is no such device, no driver for it, or no place.
     pub fn mount(&self) -> Result<(), Errno> {
-        if statfs(self.place).is_ok_and(|found| found.f_type as u32 == FUSE_SUPER_MAGIC) {
+        if self.is_mounted() {
             return Ok(());
         }
         let ends = (1..=self.place.len()).filter(|end| matches!(self.place.get(*end), None | Some(b'/')));
@@ -49,6 +49,15 @@ impl<'a> Share<'a> {
         let read_only = if self.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
         let flags = MountFlags::NOSUID | MountFlags::NODEV | read_only;
         mount(self.tag, self.place, c"virtiofs", flags, None)
+    }
+
+    /// A folder of the host's is there already. It may lie in another one, which is FUSE as well.
+    fn is_mounted(&self) -> bool {
+        let end = self.place.iter().rposition(|byte| *byte == b'/').unwrap_or(0).max(1);
+        let above = self.place.get(..end).unwrap_or(b"/");
+        let device = |path: &[u8]| stat(path).map(|found| found.st_dev);
+        let is_fuse = statfs(self.place).is_ok_and(|found| found.f_type as u32 == FUSE_SUPER_MAGIC);
+        is_fuse && device(self.place) != device(above)
     }
 }
 

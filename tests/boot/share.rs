@@ -106,8 +106,12 @@ fn a_folder_is_there_after_the_guests_reset() {
     let share = format!("{}:/s", dir.path().join("share").display());
     let script =
         "cd /s; echo boot >>boots; [ $(wc -l <boots) = 2 ] || reboot -f; echo BEGIN; cat a boots; echo END";
-    let arguments = ["--mem", "256M", "--on-reboot", "reset", "--share", &share];
-    assert_eq!(run(Kernel::TunedPvh, &arguments, script).body(), ["from the host", "boot", "boot"]);
+    // And another one in it.
+    let inner = format!("{}:/s/inner", dir.path().join("beside").display());
+    let arguments = ["--mem", "256M", "--on-reboot", "reset", "--share", &share, "--share", &inner];
+    let said =
+        run(Kernel::TunedPvh, &arguments, &script.replace("cat a boots", "cat a boots inner/secret; echo"));
+    assert_eq!(said.body(), ["from the host", "boot", "boot", "secret"]);
 }
 
 /// A guest, one restored of it, and a copy of that go on with what they have open.
