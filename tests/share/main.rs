@@ -1,0 +1,6 @@
+//! Shared folders, mounted by this host's kernel: what others wrote to judge file systems, hosts in bad states, and a model.
+
+mod hosts;
+mod judges;
+mod model;
+mod mount;
