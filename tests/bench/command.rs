@@ -106,6 +106,7 @@ fn help_and_list_tell_what_there_is() {
             "cpu",
             "mem",
             "block",
+            "share",
             "net",
             "console",
             "scale",

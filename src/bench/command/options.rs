@@ -35,7 +35,7 @@ Exit codes: 0 done; 2 bad arguments or files; 4 nothing in a suite could be meas
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
-    /// What to measure: boot, fork, steps, memory, image, exits, cpu, mem, block, net, console, scale, neighbours [default: all]
+    /// What to measure: boot, fork, steps, memory, image, exits, cpu, mem, block, share, net, console, scale, neighbours [default: all]
     #[arg(value_name = "NAME")]
     pub suites: Vec<Name>,
     /// List the suites, without measuring anything
@@ -157,6 +157,7 @@ pub fn list() -> String {
         Name::Cpu => "integer and floating-point work: natively, in a container, in a VM",
         Name::Mem => "memory bandwidth and latency",
         Name::Block => "disk I/O",
+        Name::Share => "a shared folder: files and requests, native, in a VM, and behind virtiofsd",
         Name::Net => "TCP to the host: containers, VMs, other monitors, each kind of network",
         Name::Console => "ping-pong through the console",
         Name::Scale => "many VMs at once, many vCPUs, much memory",

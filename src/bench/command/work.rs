@@ -17,13 +17,18 @@ pub struct Options {
     /// With --guest: the set-up of its interface, as the kernel's ip=
     #[arg(long, value_name = "IP")]
     ip: Option<String>,
+    /// With --guest: the tag of a shared folder, which is mounted at /share
+    #[arg(long, value_name = "TAG")]
+    share: Option<String>,
 }
 
 /// `vmm-bench work`.
 pub fn work(options: Options) -> Result<Code, Failure> {
     let host = |error: anyhow::Error| Failure::new(Code::Host, error);
     if options.guest {
-        works::guest::prepare(options.ip.as_deref()).context("prepare the guest").map_err(host)?;
+        works::guest::prepare(options.ip.as_deref(), options.share.as_deref())
+            .context("prepare the guest")
+            .map_err(host)?;
     }
     let worked = works::run(&options.steps, &mut std::io::stdout().lock()).map_err(anyhow::Error::from);
     if options.guest {

@@ -22,7 +22,7 @@ mod oci;
 mod place;
 mod process;
 pub mod program;
-mod qemu;
+pub mod qemu;
 pub mod restored;
 mod vmm;
 pub mod weight;
@@ -31,6 +31,9 @@ pub use place::{Place, Size};
 
 use super::measure::Absent;
 use program::Root;
+
+/// Where distributions keep virtiofsd.
+const HELPERS: [&str; 2] = ["/usr/libexec", "/usr/lib/qemu"];
 
 /// Memory of each VM that is compared.
 pub const RAM_MIB: u64 = 128;
@@ -179,7 +182,8 @@ impl Setting {
             return Ok(path.clone());
         }
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let found = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
+        let folders = std::env::split_paths(&path).chain(HELPERS.map(PathBuf::from));
+        let found = folders.map(|folder| folder.join(name)).find(|file| file.is_file());
         found.ok_or_else(|| format!("not installed: no {name} in PATH (give it by --with {name}=FILE)"))
     }
 

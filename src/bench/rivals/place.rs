@@ -98,6 +98,12 @@ fn container(setting: &Setting) -> Result<Container, String> {
 }
 
 impl Place {
+    /// The command line of that kernel, for a console of virtio's.
+    pub fn cmdline(arguments: &[&str]) -> String {
+        let arguments = arguments.join(" ");
+        format!("console=hvc0 quiet reboot=t panic=-1 rdinit=/vmm-bench -- work --guest {arguments}")
+    }
+
     /// The kernel and the initramfs of a guest whose PID 1 is this program.
     ///
     /// # Errors
@@ -119,10 +125,7 @@ fn vm(setting: &Setting, arguments: &[&str], size: Size) -> Result<Command, Stri
         return Err(format!("a kernel command line cannot carry the argument {argument:?}"));
     }
     let (kernel, initramfs) = Place::guest(setting)?;
-    let cmdline = format!(
-        "console=hvc0 quiet reboot=t panic=-1 rdinit=/vmm-bench -- work --guest {}",
-        arguments.join(" ")
-    );
+    let cmdline = Place::cmdline(arguments);
     let mut command = Command::new(&setting.vmm);
     command.arg("--kernel").arg(kernel).arg("--initrd").arg(initramfs);
     command.args(["--cpus", &size.cpus.to_string(), "--mem", &format!("{}M", size.mib)]);

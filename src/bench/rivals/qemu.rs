@@ -1,5 +1,7 @@
 //! QEMU's microvm machine, as docs/system/i386/microvm.rst tunes it.
 
+use std::path::Path;
+
 use super::command::{found, words};
 use super::fixed::Fixed;
 use super::program::{BARE_MARKER, Ending, Root};
@@ -9,8 +11,9 @@ use super::{Found, RAM_MIB, Setting};
 /// As Debian calls it.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 
-/// Where its guest speaks: standard output, with standard input or without.
+/// Where its guest speaks: standard output, with standard input.
 pub const STDIO: &str = "stdio,id=c";
+/// The same without standard input.
 pub const STDOUT: &str = "file,id=c,path=/dev/stdout";
 
 /// What it is given whatever the guest.
@@ -39,6 +42,18 @@ pub fn bare_machine(kernel: &str, chardev: &str) -> Vec<String> {
     let mut arguments = common("isa-serial=on,acpi=off", "host,-arch-capabilities");
     arguments.extend(words(["-kernel", kernel, "-chardev", chardev, "-serial", "chardev:c"]));
     arguments.extend(words(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]));
+    arguments
+}
+
+/// What such a machine has beside for a folder that virtiofsd serves at `socket`.
+pub fn shared(socket: &Path, tag: &str) -> Vec<String> {
+    let memory = format!("memory-backend-memfd,id=m,size={RAM_MIB}M,share=on");
+    let socket = format!("socket,id=f,path={}", socket.display());
+    let device = format!("vhost-user-fs-device,chardev=f,tag={tag},queue-size=1024");
+    // virtiofsd ends at a device of before version 1, which is what microvm has unless told.
+    let modern = "virtio-mmio.force-legacy=false";
+    let mut arguments = words(["-object", &memory, "-machine", "memory-backend=m", "-global", modern]);
+    arguments.extend(words(["-chardev", &socket, "-device", &device]));
     arguments
 }
 

@@ -13,6 +13,7 @@ mod neighbours;
 mod net;
 mod places;
 mod scale;
+mod share;
 mod steps;
 
 use std::fmt;
@@ -44,6 +45,8 @@ pub enum Name {
     Mem,
     /// Disk I/O.
     Block,
+    /// Shared folders.
+    Share,
     /// Networks.
     Net,
     /// Ping-pong through the console.
@@ -56,7 +59,7 @@ pub enum Name {
 
 impl Name {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Boot,
         Self::Fork,
         Self::Steps,
@@ -66,6 +69,7 @@ impl Name {
         Self::Cpu,
         Self::Mem,
         Self::Block,
+        Self::Share,
         Self::Net,
         Self::Console,
         Self::Scale,
@@ -84,6 +88,7 @@ impl Name {
             Self::Cpu => "cpu",
             Self::Mem => "mem",
             Self::Block => "block",
+            Self::Share => "share",
             Self::Net => "net",
             Self::Console => "console",
             Self::Scale => "scale",
@@ -140,6 +145,7 @@ pub fn run(
         Name::Cpu => cpu::run(setting, plan, progress),
         Name::Mem => mem::run(setting, plan, progress),
         Name::Block => block::run(setting, plan, progress),
+        Name::Share => share::run(setting, plan, progress),
         Name::Net => net::run(setting, plan, progress),
         Name::Console => console::run(setting, plan, progress),
         Name::Scale => scale::run(setting, plan, progress),

@@ -88,23 +88,31 @@ impl Contender for Worker<'_> {
 impl Worker<'_> {
     /// Does the work once. The inner error: the reader was late, so that nothing is known.
     fn spans(&self) -> Result<Result<Vec<f64>, String>, String> {
-        let marks: Vec<String> =
-            self.work.iter().flat_map(|measured| [measured.step.begin(), measured.step.end()]).collect();
-        // A guest's console ends its lines in its own way.
-        let marks: Vec<&[u8]> = marks.iter().map(|mark| mark.trim_end().as_bytes()).collect();
-        let span = span::measure(self.start()?, &marks, LIMIT, &mut |_, _| Ok(()))?;
-        if !span.status.success() {
-            return Err(format!("{} ended with {}", self.name, span.status));
-        }
-        let values = self.work.iter().zip(span.marks.chunks(2)).map(|(work, marks)| {
-            let span = marks[1] - marks[0];
-            if span < SHORTEST {
-                return Err(format!("{} took {span:?}: too short to be measured", work.step));
-            }
-            Ok((work.value)(&work.step, span.as_secs_f64()))
-        });
-        Ok(values.collect())
+        spans(self.name, self.start()?, &self.work)
     }
+}
+
+/// What `command` comes to, which does all of `work`. The inner error: the reader was late, so that nothing is known.
+///
+/// # Errors
+/// It could not be done.
+pub fn spans(name: &str, command: Command, work: &[Measured]) -> Result<Result<Vec<f64>, String>, String> {
+    let marks: Vec<String> =
+        work.iter().flat_map(|measured| [measured.step.begin(), measured.step.end()]).collect();
+    // A guest's console ends its lines in its own way.
+    let marks: Vec<&[u8]> = marks.iter().map(|mark| mark.trim_end().as_bytes()).collect();
+    let span = span::measure(command, &marks, LIMIT, &mut |_, _| Ok(()))?;
+    if !span.status.success() {
+        return Err(format!("{name} ended with {}", span.status));
+    }
+    let values = work.iter().zip(span.marks.chunks(2)).map(|(work, marks)| {
+        let span = marks[1] - marks[0];
+        if span < SHORTEST {
+            return Err(format!("{} took {span:?}: too short to be measured", work.step));
+        }
+        Ok((work.value)(&work.step, span.as_secs_f64()))
+    });
+    Ok(values.collect())
 }
 
 /// A command line for people.

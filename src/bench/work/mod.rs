@@ -9,12 +9,15 @@ mod echo;
 pub mod guest;
 mod memory;
 pub mod net;
+mod tree;
 
 use std::fmt;
 use std::io::{self, Write};
 use std::net::SocketAddrV4;
 use std::path::PathBuf;
 use std::str::FromStr;
+
+pub use tree::Act;
 
 /// Some work, with its amount: `NAME=AMOUNT`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +45,8 @@ pub enum Step {
     },
     /// `echo=N`: answers N lines.
     Echo(u64),
+    /// `ACT=N:PATH`: N files in a folder that is made or there, or N pages of a file. A guest has forgotten what it knew of it.
+    Tree(Act, u64, PathBuf),
     /// `net-KIND=ADDRESS:PORT`: what the host that listens there asks for, until it says that it is over.
     Net(net::Traffic, SocketAddrV4),
 }
@@ -59,6 +64,7 @@ impl Step {
             Self::Chase(_) => "chase".to_owned(),
             Self::Echo(_) => "echo".to_owned(),
             Self::Net(traffic, _) => traffic.name().to_owned(),
+            Self::Tree(act, ..) => act.name().to_owned(),
             Self::Block { random, write, cached, .. } => {
                 let pattern = if *random { "random" } else { "sequential" };
                 let direction = if *write { "write" } else { "read" };
@@ -99,6 +105,10 @@ impl Step {
                 self.between(output, || ends.answer(*count))
             }
             Self::Net(traffic, peer) => self.between(output, || traffic.run(*peer)),
+            Self::Tree(act, count, path) => {
+                guest::forget()?;
+                self.between(output, || act.run(*count, path))
+            }
         }
     }
 
@@ -117,7 +127,7 @@ impl FromStr for Step {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || {
             format!(
-                "{text:?} is no work: NAME=AMOUNT, for disks NAME=AMOUNT:PATH, for networks NAME=ADDRESS:PORT"
+                "{text:?} is no work: NAME=AMOUNT, for disks and folders NAME=AMOUNT:PATH, for networks NAME=ADDRESS:PORT"
             )
         };
         let (name, amount) = text.split_once('=').ok_or_else(wrong)?;
@@ -125,6 +135,13 @@ impl FromStr for Step {
             return Ok(Self::Net(traffic, amount.parse().map_err(|_| wrong())?));
         }
         let number = |text: &str| text.parse::<u64>().map_err(|_| wrong());
+        let placed = || {
+            let (count, path) = amount.split_once(':').ok_or_else(wrong)?;
+            Ok::<_, String>((number(count)?, PathBuf::from(path)))
+        };
+        if let Some((act, _)) = Act::ALL.into_iter().find(|(_, known)| *known == name) {
+            return placed().map(|(count, path)| Self::Tree(act, count, path));
+        }
         let (plain, cached) = name.strip_suffix("-cached").map_or((name, false), |plain| (plain, true));
         let (random, write) = match plain {
             "integer" => return Ok(Self::Integer(number(amount)?)),
@@ -138,8 +155,8 @@ impl FromStr for Step {
             "random-write" => (true, true),
             _ => return Err(wrong()),
         };
-        let (count, path) = amount.split_once(':').ok_or_else(wrong)?;
-        Ok(Self::Block { random, write, cached, count: number(count)?, path: path.into() })
+        let (count, path) = placed()?;
+        Ok(Self::Block { random, write, cached, count, path })
     }
 }
 
@@ -151,7 +168,9 @@ impl fmt::Display for Step {
                 write!(f, "{}={n}", self.name())
             }
             Self::Net(_, peer) => write!(f, "{}={peer}", self.name()),
-            Self::Block { count, path, .. } => write!(f, "{}={count}:{}", self.name(), path.display()),
+            Self::Block { count, path, .. } | Self::Tree(_, count, path) => {
+                write!(f, "{}={count}:{}", self.name(), path.display())
+            }
         }
     }
 }
@@ -190,6 +209,7 @@ mod tests {
             "sequential-read-cached=1:/a:b",
             "net-send=10.0.2.2:7000",
             "net-request=127.0.0.1:1",
+            "unpack=3:/a:b",
         ] {
             let step: Step = text.parse().unwrap();
             assert_eq!(step.to_string(), text);
@@ -204,6 +224,7 @@ mod tests {
             "random-read=:/x",
             "net-send=7",
             "net-walk=1.2.3.4:5",
+            "find=3",
         ] {
             assert!(text.parse::<Step>().unwrap_err().contains(text), "{text}");
         }
