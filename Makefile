@@ -14,7 +14,7 @@ SESSION := uname -srm; nproc; head -1 /proc/meminfo; ls /sys/bus/virtio/drivers;
 SAY = @printf '\n\033[1m== %s\033[0m\n'
 
 .PHONY: run test lints bundle tests-here tests-of-guests kvm-unit-tests compared weighed skips failures bench bench-net bench-net-counted tuned bench-compare weight \
-	start-order tools build compilers calls vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole snapshot-whole share-whole copies clean-guests
+	start-order tools build compilers calls vtx vsock-tests reboots net-whole agent-whole plug-whole pci-whole snapshot-whole share-whole share-judges bench-share copies clean-guests
 
 run: build
 	$(SAY) 'the kernel: Debian stock, fetched as a package, not installed'
@@ -156,6 +156,16 @@ bench-net-counted: build
 		-- $(BENCH) net --icount --json - >$(OUT)/net-counted.json
 	@$(BENCH) --from $(OUT)/net-counted.json
 
+# A shared folder beside virtiofsd's, counted in the same way. Some five minutes. VIRTIOFSD=PATH: another one than Debian's.
+VIRTIOFSD := /usr/lib/qemu/virtiofsd
+bench-share: build
+	@$(call install,qemu-system-x86:qemu-system-x86_64)
+	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
+	@mkdir -p $(OUT)
+	@$(RIG) $(ICOUNT) --mem 4096 --timeout 1200 --with $(VIRTIOFSD) \
+		-- $(BENCH) share --icount --with virtiofsd=$(VIRTIOFSD) --json - >$(OUT)/share-counted.json
+	@$(BENCH) --from $(OUT)/share-counted.json
+
 weight: build
 	@tests/weight/start-order check $(VMM) src/cli/start.ld
 
@@ -262,14 +272,23 @@ snapshot-whole:
 	@cargo build --quiet --package rig
 	@$(call whole,snapshot,$(SNAPSHOT_WHOLE))
 
-# Shared folders judged by pjdfstest, each way of keeping owners and each cache=, for root and for an ordinary user. An hour in the
-# rig; no part of `make test`.
+# Shared folders judged by pjdfstest in a guest, owners kept and not, by root and by an ordinary user. No part of `make test`.
 SHARE_WHOLE := kept kept_by_a_user mapped
 share-whole:
 	@cargo guest bundle --out $(GUESTS)
 	@cargo build --quiet --package rig
 	@cargo install --quiet --locked --version 0.2.2 --root target/pjdfstest pjdfstest
 	@$(call whole,share,$(SHARE_WHOLE))
+
+# Shared folders that this host's kernel mounts, judged by what others wrote, each cache=, by root and by a user: pjdfstest, fsx, sqlite,
+# PostgreSQL, cargo, npm; git's own tests and fsstress where a built tree of theirs is named. Needs root and /dev/fuse. Half an hour, and
+# with git's an hour more; no part of `make test`.
+#     make share-judges GIT_SOURCE=PATH XFSTESTS=PATH
+share-judges:
+	@$(call install,sqlite3:sqlite3 postgresql:pgbench npm:npm)
+	@cargo install --quiet --locked --version 0.3.2 --root target/judges fsx
+	@cargo install --quiet --locked --version 0.2.2 --root target/judges pjdfstest
+	GIT_SOURCE=$(GIT_SOURCE) XFSTESTS=$(XFSTESTS) cargo test --package vmm-monitor --test share -- --ignored --nocapture --test-threads=1
 
 clean-guests:
 	rm -rf $(GUESTS)
