@@ -31,7 +31,7 @@ pub const USER: u32 = 1000;
 pub fn available(what: &str) -> bool {
     let can = rustix::process::geteuid().is_root() && File::open("/dev/fuse").is_ok();
     if !can {
-        println!("SKIP: {what}: needs root and /dev/fuse");
+        println!("SKIP: shared folders under this host's kernel: {what} needs root and /dev/fuse");
     }
     can
 }
