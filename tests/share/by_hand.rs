@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+// The tests use the rest of it.
 #[allow(dead_code)]
 mod mount;
 
