@@ -9,6 +9,7 @@ use std::time::Duration;
 use rustix::fs::{FileType, RawDir, SeekFrom, Statx, Timespec, Timestamps, seek};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
 use super::folder::{self, Changes, Folder, Found, NO_TIMES, NOW, New};
@@ -154,7 +155,8 @@ impl Server {
 
     fn act(&mut self, opcode: Opcode, header: &InHeader, mut rest: Arguments<'_>, room: usize) -> Answer {
         let node = header.node.get();
-        let new = |mode: u32| New { mode, by: (header.uid.get(), header.gid.get()) };
+        let by = (header.uid.get(), header.gid.get());
+        let new = |mode: u32| New { mode, by };
         let read_only = self.folder.terms().read_only;
         if read_only && opcode.changes() {
             return Err(Errno::ROFS);
@@ -189,6 +191,14 @@ impl Server {
                 let handle = (flags.get() & GETATTR_FH != 0).then_some(handle.get());
                 let stat = self.folder.stat(node, handle)?;
                 bytes(&self.attributes(&stat))
+            }
+            Opcode::Statx => {
+                let StatxIn { flags, handle, .. } = rest.take()?;
+                let handle = (flags.get() & GETATTR_FH != 0).then_some(handle.get());
+                let stat = self.folder.stat(node, handle)?;
+                let (attr_valid, attr_valid_nsec) = self.holds();
+                let attr = SxAttr::of(&stat, self.number(&stat));
+                bytes(&StatxOut { attr_valid, attr_valid_nsec, attr, ..StatxOut::default() })
             }
             Opcode::Setattr => {
                 let (handle, changes) = changes(&rest.take()?);
@@ -231,7 +241,7 @@ impl Server {
             }
             Opcode::Open => {
                 let OpenIn { flags, .. } = rest.take()?;
-                let handle = self.folder.open(node, flags.get())?;
+                let handle = self.folder.open(node, flags.get(), by)?;
                 bytes(&self.opened(handle))
             }
             Opcode::Create | Opcode::Tmpfile => {
@@ -252,8 +262,6 @@ impl Server {
                 self.folder.close(handle.get());
                 EMPTY
             }
-            // Data goes to the host with each write; what closing it would tell is told by then.
-            Opcode::Flush => EMPTY,
             Opcode::Fsync | Opcode::Fsyncdir => {
                 let FsyncIn { handle, flags, .. } = rest.take()?;
                 done(self.folder.sync(handle.get(), node, flags.get() & FSYNC_FDATASYNC != 0))
@@ -286,7 +294,8 @@ impl Server {
             }
             Opcode::Fallocate => {
                 let FallocateIn { handle, offset, length, mode, .. } = rest.take()?;
-                done(self.folder.allocate(handle.get(), node, mode.get(), offset.get(), length.get()))
+                let range = (offset.get(), length.get());
+                done(self.folder.allocate(handle.get(), node, mode.get(), range, by))
             }
             Opcode::Lseek => {
                 let LseekIn { handle, offset, whence, .. } = rest.take()?;
@@ -300,7 +309,8 @@ impl Server {
                     return Err(Errno::INVAL);
                 }
                 let from = (from.get(), node, from_offset.get());
-                let copied = self.folder.copy(from, (to.get(), to_node.get(), to_offset.get()), len.get())?;
+                let to = (to.get(), to_node.get(), to_offset.get());
+                let copied = self.folder.copy(from, to, len.get(), by)?;
                 bytes(&WriteOut { size: (copied as u32).into(), ..WriteOut::default() })
             }
         }
@@ -320,7 +330,6 @@ impl Server {
             _ => rest.take::<InitExt>()?.flags.get(),
         };
         let wanted = init::ASYNC_READ
-            | init::ATOMIC_O_TRUNC
             | init::BIG_WRITES
             | init::AUTO_INVAL_DATA
             | init::DO_READDIRPLUS
@@ -329,6 +338,7 @@ impl Server {
             | init::PARALLEL_DIROPS
             | init::MAX_PAGES
             | init::CACHE_SYMLINKS
+            | init::HANDLE_KILLPRIV_V2
             | init::INIT_EXT;
         self.reset();
         self.is_ready = true;
@@ -355,13 +365,14 @@ impl Server {
     fn write(&mut self, node: u64, request: &mut Buffers) -> Answer {
         let mut arguments = WriteIn::new_zeroed();
         request.read_exact(arguments.as_mut_bytes()).map_err(|_| Errno::INVAL)?;
-        let WriteIn { handle, offset, size, .. } = arguments;
+        let WriteIn { handle, offset, size, write_flags, .. } = arguments;
         let size = size.get() as usize;
         if size > DATA_MOST || size > request.len() {
             return Err(Errno::INVAL);
         }
         let from = request.split_off_front(size);
-        let written = self.folder.write(handle.get(), node, offset.get(), &from)?;
+        let drops_set_ids = write_flags.get() & WRITE_KILL_SUIDGID != 0;
+        let written = self.folder.write(handle.get(), node, offset.get(), &from, drops_set_ids)?;
         bytes(&WriteOut { size: (written as u32).into(), ..WriteOut::default() })
     }
 
@@ -423,26 +434,27 @@ impl Server {
     }
 
     fn entry_of(&mut self, found: &Found) -> EntryOut {
-        let holds = holds(self.cache);
+        let (seconds, nanoseconds) = self.holds();
         EntryOut {
             node: found.number.into(),
             generation: 0.into(),
-            entry_valid: holds.as_secs().into(),
-            attr_valid: holds.as_secs().into(),
-            entry_valid_nsec: holds.subsec_nanos().into(),
-            attr_valid_nsec: holds.subsec_nanos().into(),
+            entry_valid: seconds,
+            attr_valid: seconds,
+            entry_valid_nsec: nanoseconds,
+            attr_valid_nsec: nanoseconds,
             attr: self.attr(&found.stat),
         }
     }
 
     fn attributes(&mut self, stat: &Statx) -> AttrOut {
+        let (attr_valid, attr_valid_nsec) = self.holds();
+        AttrOut { attr_valid, attr_valid_nsec, attr: self.attr(stat), ..AttrOut::default() }
+    }
+
+    /// Seconds and nanoseconds for which the guest believes what it is told.
+    fn holds(&self) -> (U64, U32) {
         let holds = holds(self.cache);
-        AttrOut {
-            attr_valid: holds.as_secs().into(),
-            attr_valid_nsec: holds.subsec_nanos().into(),
-            attr: self.attr(stat),
-            ..AttrOut::default()
-        }
+        (holds.as_secs().into(), holds.subsec_nanos().into())
     }
 
     fn attr(&mut self, stat: &Statx) -> Attr {
@@ -513,6 +525,8 @@ fn changes(wanted: &SetattrIn) -> (Option<u64>, Changes) {
         gid: has(set::GID).then_some(wanted.gid.get()),
         size: has(set::SIZE).then_some(wanted.size.get()),
         times: has_times.then_some(times),
+        // One that sets nothing is what Linux makes of a chown to nobody else.
+        drops_set_ids: has(set::KILL_SUIDGID) || !has(set::VALUES),
     };
     (has(set::FH).then_some(wanted.handle.get()), changes)
 }

@@ -1,4 +1,4 @@
-//! What FUSE's requests and replies look like in memory (include/uapi/linux/fuse.h, version 7.38). Knows no file system.
+//! What FUSE's requests and replies look like in memory (include/uapi/linux/fuse.h, version 7.39). Knows no file system.
 
 use std::ffi::CStr;
 use std::mem::size_of;
@@ -9,14 +9,13 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le
 
 /// The version that is spoken.
 pub const MAJOR: u32 = 7;
-pub const MINOR: u32 = 38;
+pub const MINOR: u32 = 39;
 /// The oldest that is: of Linux 4.20, whose INIT has [`InitIn::max_readahead`] and [`InitOut::max_pages`].
 pub const OLDEST_MINOR: u32 = 28;
 
 /// Flags of INIT.
 pub mod init {
     pub const ASYNC_READ: u32 = 1;
-    pub const ATOMIC_O_TRUNC: u32 = 1 << 3;
     pub const BIG_WRITES: u32 = 1 << 5;
     pub const AUTO_INVAL_DATA: u32 = 1 << 12;
     pub const DO_READDIRPLUS: u32 = 1 << 13;
@@ -25,6 +24,7 @@ pub mod init {
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
     pub const MAX_PAGES: u32 = 1 << 22;
     pub const CACHE_SYMLINKS: u32 = 1 << 23;
+    pub const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
     pub const INIT_EXT: u32 = 1 << 30;
     /// In the second word, which INIT_EXT says is there.
     pub const DIRECT_IO_ALLOW_MMAP: u32 = 1 << 4;
@@ -47,10 +47,16 @@ pub mod set {
     pub const FH: u32 = 1 << 6;
     pub const ATIME_NOW: u32 = 1 << 7;
     pub const MTIME_NOW: u32 = 1 << 8;
+    /// With [`SIZE`]: by somebody who may not set the bits that go with it.
+    pub const KILL_SUIDGID: u32 = 1 << 11;
+    /// All that has a value.
+    pub const VALUES: u32 = MODE | UID | GID | SIZE | ATIME | MTIME | ATIME_NOW | MTIME_NOW;
 }
 
-/// In [`GetattrIn::flags`]: the file handle is there.
+/// In [`GetattrIn::flags`] and [`StatxIn::flags`]: the file handle is there.
 pub const GETATTR_FH: u32 = 1;
+/// In [`WriteIn::write_flags`]: by somebody who may not set a file's set-user-ID bits.
+pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// In [`FsyncIn::flags`]: the data alone.
 pub const FSYNC_FDATASYNC: u32 = 1;
 
@@ -75,12 +81,15 @@ macro_rules! opcodes {
     };
 }
 
+// Not FLUSH: data goes to the host with each write, what closing a file would tell is told by then, and Linux, once told that there is no
+// such request, makes none.
 opcodes! {
     Lookup = 1, Forget = 2, Getattr = 3, Setattr = 4, Readlink = 5, Symlink = 6, Mknod = 8, Mkdir = 9, Unlink = 10,
     Rmdir = 11, Rename = 12, Link = 13, Open = 14, Read = 15, Write = 16, Statfs = 17, Release = 18, Fsync = 20,
-    Setxattr = 21, Getxattr = 22, Listxattr = 23, Removexattr = 24, Flush = 25, Init = 26, Opendir = 27, Readdir = 28,
+    Setxattr = 21, Getxattr = 22, Listxattr = 23, Removexattr = 24, Init = 26, Opendir = 27, Readdir = 28,
     Releasedir = 29, Fsyncdir = 30, Create = 35, Interrupt = 36, Destroy = 38, BatchForget = 42, Fallocate = 43,
     Readdirplus = 44, Rename2 = 45, Lseek = 46, CopyFileRange = 47, Syncfs = 50, Tmpfile = 51,
+    Statx = 52,
 }
 
 impl Opcode {
@@ -131,6 +140,8 @@ requests! {
     BatchForgetIn { count: le::U32, _padding: le::U32 }
     ForgetOne { node: le::U64, lookups: le::U64 }
     GetattrIn { flags: le::U32, _padding: le::U32, handle: le::U64 }
+    /// What of `struct statx` is asked for is the guest's to choose: it gets all that there is.
+    StatxIn { flags: le::U32, _reserved: le::U32, handle: le::U64, _sx_flags: le::U32, _sx_mask: le::U32 }
     SetattrIn {
         valid: le::U32, _padding: le::U32, handle: le::U64, size: le::U64, _lock_owner: le::U64, atime: le::U64,
         mtime: le::U64, _ctime: le::U64, atime_nsec: le::U32, mtime_nsec: le::U32, _ctime_nsec: le::U32, mode: le::U32,
@@ -148,7 +159,7 @@ requests! {
         _padding: le::U32,
     }
     WriteIn {
-        handle: le::U64, offset: le::U64, size: le::U32, _write_flags: le::U32, _lock_owner: le::U64, _flags: le::U32,
+        handle: le::U64, offset: le::U64, size: le::U32, write_flags: le::U32, _lock_owner: le::U64, _flags: le::U32,
         _padding: le::U32,
     }
     ReleaseIn { handle: le::U64, _flags: le::U32, _release_flags: le::U32, _lock_owner: le::U64 }
@@ -193,6 +204,16 @@ replies! {
         attr_valid_nsec: le::U32, attr: Attr,
     }
     AttrOut { attr_valid: le::U64, attr_valid_nsec: le::U32, _padding: le::U32, attr: Attr }
+    /// `struct fuse_sx_time`
+    SxTime { seconds: le::I64, nanoseconds: le::U32, _reserved: le::U32 }
+    /// `struct fuse_statx`
+    SxAttr {
+        mask: le::U32, blksize: le::U32, attributes: le::U64, nlink: le::U32, uid: le::U32, gid: le::U32, mode: le::U16,
+        _spare0: le::U16, ino: le::U64, size: le::U64, blocks: le::U64, attributes_mask: le::U64, atime: SxTime,
+        btime: SxTime, ctime: SxTime, mtime: SxTime, rdev_major: le::U32, rdev_minor: le::U32, dev_major: le::U32,
+        dev_minor: le::U32, _spare: [le::U64; 14],
+    }
+    StatxOut { attr_valid: le::U64, attr_valid_nsec: le::U32, flags: le::U32, _spare: [le::U64; 2], attr: SxAttr }
     OpenOut { handle: le::U64, flags: le::U32, _backing: le::U32 }
     WriteOut { size: le::U32, _padding: le::U32 }
     StatfsOut {
@@ -230,6 +251,35 @@ impl Attr {
             rdev: device(stat.stx_rdev_major, stat.stx_rdev_minor).into(),
             blksize: stat.stx_blksize.into(),
             flags: 0.into(),
+        }
+    }
+}
+
+impl SxAttr {
+    /// Of the file that is `stat`, with another inode number. What device it is on is the guest's kernel's to say.
+    pub fn of(stat: &Statx, ino: u64) -> Self {
+        let time = |time: &rustix::fs::StatxTimestamp| SxTime {
+            seconds: time.tv_sec.into(),
+            nanoseconds: time.tv_nsec.into(),
+            ..SxTime::default()
+        };
+        Self {
+            mask: stat.stx_mask.into(),
+            blksize: stat.stx_blksize.into(),
+            nlink: stat.stx_nlink.into(),
+            uid: stat.stx_uid.into(),
+            gid: stat.stx_gid.into(),
+            mode: stat.stx_mode.into(),
+            ino: ino.into(),
+            size: stat.stx_size.into(),
+            blocks: stat.stx_blocks.into(),
+            atime: time(&stat.stx_atime),
+            btime: time(&stat.stx_btime),
+            ctime: time(&stat.stx_ctime),
+            mtime: time(&stat.stx_mtime),
+            rdev_major: stat.stx_rdev_major.into(),
+            rdev_minor: stat.stx_rdev_minor.into(),
+            ..Self::default()
         }
     }
 }
@@ -349,6 +399,8 @@ mod tests {
             (size_of::<Attr>(), 88),
             (size_of::<EntryOut>(), 128),
             (size_of::<AttrOut>(), 104),
+            (size_of::<StatxIn>(), 24),
+            (size_of::<StatxOut>(), 32 + 256),
             (size_of::<OpenOut>(), 16),
             (size_of::<StatfsOut>(), 80),
             (size_of::<Dirent>(), 24),
@@ -376,7 +428,7 @@ mod tests {
     fn what_changes_something_is_told_from_what_does_not() {
         let unchanged = Opcode::ALL.iter().filter(|(_, opcode)| !opcode.changes()).map(|(number, _)| *number);
         let reading =
-            [1, 2, 3, 5, 14, 15, 17, 18, 20, 22, 23, 25, 26, 27, 28, 29, 30, 36, 38, 42, 44, 46, 50];
+            [1, 2, 3, 5, 14, 15, 17, 18, 20, 22, 23, 26, 27, 28, 29, 30, 36, 38, 42, 44, 46, 50, 52];
         assert_eq!(unchanged.collect::<Vec<_>>(), reading);
         assert!(Opcode::ALL.iter().all(|(number, opcode)| Opcode::of(*number) == Some(*opcode)));
     }

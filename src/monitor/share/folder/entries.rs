@@ -100,7 +100,7 @@ impl Folder {
             }
             Err(Errno::EXIST) if !all.contains(OFlags::EXCL) => {
                 let found = self.lookup(folder, name)?;
-                let handle = self.open(found.number, flags);
+                let handle = self.open(found.number, flags, new.by);
                 if handle.is_err() {
                     self.nodes.forget(found.number, 1);
                 }

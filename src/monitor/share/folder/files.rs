@@ -17,8 +17,8 @@ use crate::memory::{Buffers, Slices};
 const COPY_MOST: u64 = 16 << 20;
 
 impl Folder {
-    /// A handle for node `number`.
-    pub(in crate::share) fn open(&mut self, number: u64, flags: u32) -> Result<u64, Errno> {
+    /// A handle for node `number`, for a user of the guest's.
+    pub(in crate::share) fn open(&mut self, number: u64, flags: u32, by: (u32, u32)) -> Result<u64, Errno> {
         let flags = OFlags::from_bits_retain(flags) & OPEN_FLAGS;
         if flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC) {
             self.may_change()?;
@@ -27,6 +27,9 @@ impl Folder {
         let path = self.nodes.path(number)?;
         regular(&stat(&path)?)?;
         let file = self.open_path(&path, flags)?;
+        if flags.contains(OFlags::TRUNC) {
+            self.changed_by(&file, by)?;
+        }
         self.handles.add(number, flags - OFlags::TRUNC, file)
     }
 
@@ -73,16 +76,20 @@ impl Folder {
         in_pieces(to, |slices, done| slices.read_at(&file, offset.saturating_add(done)))
     }
 
-    /// Writes all of `from`, or as much as there is room for.
+    /// Writes all of `from`, or as much as there is room for. Whoever does may not set the bits that `drops_set_ids` is about.
     pub(in crate::share) fn write(
         &mut self,
         handle: u64,
         number: u64,
         offset: u64,
         from: &Buffers,
+        drops_set_ids: bool,
     ) -> Result<usize, Errno> {
         self.may_change()?;
         let file = self.handle(handle, number)?;
+        if drops_set_ids {
+            self.drop_set_ids(&file)?;
+        }
         in_pieces(from, |slices, done| slices.write_at(&file, offset.saturating_add(done)))
     }
 
@@ -106,12 +113,14 @@ impl Folder {
         handle: u64,
         number: u64,
         mode: u32,
-        offset: u64,
-        len: u64,
+        (offset, len): (u64, u64),
+        by: (u32, u32),
     ) -> Result<(), Errno> {
         self.may_change()?;
         let flags = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
-        fallocate(self.handle(handle, number)?, flags, offset, len)
+        let file = self.handle(handle, number)?;
+        self.changed_by(&file, by)?;
+        fallocate(file, flags, offset, len)
     }
 
     /// Where the next data or the next hole is.
@@ -136,9 +145,11 @@ impl Folder {
         from: (u64, u64, u64),
         to: (u64, u64, u64),
         len: u64,
+        by: (u32, u32),
     ) -> Result<usize, Errno> {
         self.may_change()?;
         let [source, target] = [self.handle(from.0, from.1)?, self.handle(to.0, to.1)?];
+        self.changed_by(&target, by)?;
         let (mut read, mut written) = (from.2, to.2);
         copy_file_range(source, Some(&mut read), target, Some(&mut written), len.min(COPY_MOST) as usize)
     }

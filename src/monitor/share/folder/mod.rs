@@ -62,6 +62,8 @@ pub(in crate::share) struct Changes {
     pub(in crate::share) gid: Option<u32>,
     pub(in crate::share) size: Option<u64>,
     pub(in crate::share) times: Option<Timestamps>,
+    /// The bits go by which the file would run as its owner or group, whatever else becomes of it. A new owner takes them, too.
+    pub(in crate::share) drops_set_ids: bool,
 }
 
 /// Neither of the times of a file.
@@ -237,22 +239,37 @@ impl Folder {
     }
 
     fn set_owner_and_mode(&self, path: &OwnedFd, before: &Statx, changes: &Changes) -> Result<(), Errno> {
+        let has_owner = changes.uid.is_some() || changes.gid.is_some();
+        let drops = (has_owner || changes.drops_set_ids) && !is_folder(before);
+        if changes.mode.is_none() && !has_owner && !drops {
+            return Ok(());
+        }
+        let kept = Kept::of(&self.seen(path, *before));
+        let mode = match changes.mode {
+            Some(mode) => mode & 0o7777,
+            None if drops => without_set_ids(kept.mode),
+            None => kept.mode,
+        };
         if self.terms.keeps {
-            if changes.mode.is_none() && changes.uid.is_none() && changes.gid.is_none() {
-                return Ok(());
-            }
-            let mut kept = Kept::of(&self.seen(path, *before));
-            kept.uid = changes.uid.unwrap_or(kept.uid);
-            kept.gid = changes.gid.unwrap_or(kept.gid);
-            kept.mode = changes.mode.map_or(kept.mode, |mode| mode & 0o7777);
-            return self.keep(path, before, &kept);
+            let (uid, gid) = (changes.uid.unwrap_or(kept.uid), changes.gid.unwrap_or(kept.gid));
+            let wanted = Kept { uid, gid, mode, ..kept };
+            return if wanted == kept { Ok(()) } else { self.keep(path, before, &wanted) };
         }
         self.terms.owners.give(before, changes.uid, changes.gid)?;
         match changes.mode {
-            Some(mode) if is_folder(before) => self.set_mode(path, mode & FOLDER_BITS),
-            Some(mode) => self.set_mode(path, mode & FILE_BITS),
-            None => Ok(()),
+            None if mode == kept.mode => Ok(()),
+            _ => self.set_mode(path, mode & if is_folder(before) { FOLDER_BITS } else { FILE_BITS }),
         }
+    }
+
+    /// A file's data is changed by a user of the guest's, where nothing says whether that one may set such bits.
+    fn changed_by(&self, file: &OwnedFd, (user, _): (u32, u32)) -> Result<(), Errno> {
+        if user == 0 { Ok(()) } else { self.drop_set_ids(file) }
+    }
+
+    /// As whoever writes to a file does who may not set such bits of it.
+    fn drop_set_ids(&self, path: &OwnedFd) -> Result<(), Errno> {
+        self.set_owner_and_mode(path, &stat(path)?, &Changes { drops_set_ids: true, ..Changes::default() })
     }
 
     pub(in crate::share) fn read_link(&mut self, number: u64) -> Result<Vec<u8>, Errno> {
@@ -322,6 +339,13 @@ fn by_number(path: &OwnedFd) -> String {
 fn may_keep(stat: &Statx) -> bool {
     let kind = FileType::from_raw_mode(stat.stx_mode.into());
     matches!(kind, FileType::RegularFile | FileType::Directory)
+}
+
+/// A file's mode when somebody else has written to it: it does not run as its owner any more, nor as its group (inode(7)). Without the
+/// group's right to execute it the second bit says something else.
+fn without_set_ids(mode: u32) -> u32 {
+    let as_group = if mode & 0o010 != 0 { 0o2000 } else { 0 };
+    mode & !(RUNS_AS_OWNER | as_group)
 }
 
 fn is_folder(stat: &Statx) -> bool {

@@ -21,6 +21,8 @@ use super::{Folder, Owners, Server, Terms};
 use crate::config::ShareCache;
 use crate::memory::{Buffers, GuestRam};
 
+mod owners;
+
 /// Guest memory: requests in the lower half, replies in the upper.
 const HALF: usize = 2 << 20;
 const UNIQUE: u64 = 0x1234_5678_9abc_def0;
@@ -250,42 +252,6 @@ fn files_are_made_written_read_and_removed() {
     assert_eq!(guest.read(node, handle, 0, 1).unwrap_err(), Errno::BADF);
 }
 
-/// git makes its objects so, and C++'s copy_file.
-#[test]
-fn who_makes_a_file_may_write_to_it_whatever_its_mode() {
-    let mut guest = Guest::new();
-    for mode in [0o444, 0o200, 0] {
-        let (entry, handle) = guest.create(ROOT, "a", libc::O_RDWR | libc::O_EXCL, mode).unwrap();
-        assert_eq!(entry.attr.mode.get() & 0o777, mode);
-        assert_eq!(guest.write(entry.node.get(), handle, 0, b"x").unwrap(), 1);
-        let again = guest.create(ROOT, "a", libc::O_RDWR | libc::O_EXCL, mode).unwrap_err();
-        assert_eq!(again, Errno::EXIST);
-        // Its root may open it again, and the mode stays.
-        let second = guest.open(entry.node.get(), libc::O_RDWR).unwrap();
-        assert_eq!(guest.read(entry.node.get(), second, 0, 9).unwrap(), b"x");
-        assert_eq!(fs::metadata(guest.path("a")).unwrap().mode() & 0o777, mode);
-        [handle, second].into_iter().for_each(|handle| guest.release(handle));
-        guest.ask(Opcode::Unlink, ROOT, &[&name("a")]).unwrap();
-    }
-}
-
-#[test]
-fn its_root_works_in_folders_that_are_closed_to_their_owner() {
-    let mut guest = Guest::new();
-    let how = MkdirIn { mode: 0o555.into(), ..MkdirIn::new_zeroed() };
-    let folder: EntryOut = guest.get(Opcode::Mkdir, ROOT, &[how.as_bytes(), &name("d")]).unwrap();
-    let (node, handle) = guest.create(folder.node.get(), "a", libc::O_WRONLY, 0o600).unwrap();
-    guest.write(node.node.get(), handle, 0, b"x").unwrap();
-    assert_eq!(fs::metadata(guest.path("d")).unwrap().mode() & 0o777, 0o555);
-    guest.set(folder.node.get(), SetattrIn { mode: 0.into(), ..changed(set::MODE) }).unwrap();
-    guest.lookup(folder.node.get(), "a").unwrap();
-    assert_eq!(guest.list(folder.node.get(), 4096, false).len(), 3);
-    guest.ask(Opcode::Unlink, folder.node.get(), &[&name("a")]).unwrap();
-    assert_eq!(fs::metadata(guest.path("d")).unwrap().mode() & 0o777, 0);
-    // For whoever removes all this.
-    fs::set_permissions(guest.path("d"), fs::Permissions::from_mode(0o700)).unwrap();
-}
-
 #[test]
 fn open_files_stay_what_they_are_when_another_takes_their_name() {
     let mut guest = Guest::new();
@@ -304,68 +270,25 @@ fn open_files_stay_what_they_are_when_another_takes_their_name() {
     assert_eq!(found.attr.ino.get(), fs::metadata(guest.path("old")).unwrap().ino());
 }
 
-/// The header of a request by another user than root.
-fn by(mut request: Vec<u8>, uid: u32, gid: u32) -> Vec<u8> {
-    request[24..28].copy_from_slice(&uid.to_le_bytes());
-    request[28..32].copy_from_slice(&gid.to_le_bytes());
-    request
-}
-
 #[test]
-fn owners_modes_and_devices_are_kept_beside_files_where_that_is_asked_for() {
-    let mut guest = Guest::with(false, true, 100);
-    let seen = |attr: Attr| (attr.mode.get(), attr.uid.get(), attr.gid.get(), attr.rdev.get());
-    let here = |guest: &Guest, name: &str| fs::metadata(guest.path(name)).unwrap().mode();
-    fs::write(guest.path("hosts"), "").unwrap();
-    fs::set_permissions(guest.path("hosts"), fs::Permissions::from_mode(0o644)).unwrap();
-    let hosts = guest.lookup(ROOT, "hosts").unwrap();
-    assert_eq!(seen(hosts.attr), (0o100_644, 1000, 1001, 0), "as without");
-    let hosts = hosts.node.get();
-    let owner = SetattrIn { uid: 5.into(), gid: 6.into(), ..changed(set::UID | set::GID) };
-    assert_eq!(seen(guest.set(hosts, owner).unwrap()), (0o100_644, 5, 6, 0));
-    let mode = SetattrIn { mode: 0o4511.into(), ..changed(set::MODE) };
-    assert_eq!(seen(guest.set(hosts, mode).unwrap()), (0o104_511, 5, 6, 0));
-    assert_eq!(here(&guest, "hosts") & 0o7777, 0o711, "nothing runs as its owner here, and it stays ours");
-    assert_eq!(seen(guest.stat(hosts).unwrap()), (0o104_511, 5, 6, 0));
-    let back = SetattrIn {
-        uid: 1000.into(),
-        gid: 1001.into(),
-        mode: 0o640.into(),
-        ..changed(set::UID | set::GID | set::MODE)
-    };
-    assert_eq!(seen(guest.set(hosts, back).unwrap()), (0o100_640, 1000, 1001, 0));
-    assert_eq!(rustix::fs::listxattr(guest.path("hosts"), &mut [0; 64][..]).unwrap(), 0, "nothing is left");
-
-    // Whoever makes a file owns it; the group of a folder may go on.
-    let request = |opcode, parts: &[&[u8]]| by(request(opcode, ROOT, parts), 7, 8);
-    let how = MkdirIn { mode: 0o2775.into(), ..MkdirIn::new_zeroed() };
-    let body = guest.send(&request(Opcode::Mkdir, &[how.as_bytes(), &name("d")])).unwrap().unwrap();
-    let folder = EntryOut::read_from_prefix(&body).unwrap().0;
-    assert_eq!(seen(folder.attr), (0o042_775, 7, 8, 0));
-    let below: EntryOut = guest.get(Opcode::Mkdir, folder.node.get(), &[how.as_bytes(), &name("e")]).unwrap();
-    assert_eq!(seen(below.attr), (0o042_775, 0, 8, 0));
-    for (mode, rdev, shown) in [
-        (libc::S_IFCHR | 0o620, 0x0501, (libc::S_IFCHR | 0o620, 7, 8, 0x0501)),
-        (libc::S_IFBLK | 0o600, 0x0801, (libc::S_IFBLK | 0o600, 7, 8, 0x0801)),
-        (libc::S_IFIFO | 0o600, 0, (libc::S_IFIFO | 0o600, 7, 8, 0)),
-        (libc::S_IFSOCK | 0o600, 0, (libc::S_IFSOCK | 0o600, 7, 8, 0)),
-    ] {
-        let how = MknodIn { mode: mode.into(), rdev: rdev.into(), ..MknodIn::new_zeroed() };
-        let body = guest.send(&request(Opcode::Mknod, &[how.as_bytes(), &name("n")])).unwrap().unwrap();
-        assert_eq!(seen(EntryOut::read_from_prefix(&body).unwrap().0.attr), shown);
-        assert_eq!(here(&guest, "n") & libc::S_IFMT, libc::S_IFREG);
-        guest.ask(Opcode::Unlink, ROOT, &[&name("n")]).unwrap();
+fn statx_tells_when_a_file_was_made() {
+    let mut guest = Guest::new();
+    let (entry, handle) = guest.create(ROOT, "a", libc::O_RDWR, 0o640).unwrap();
+    let born =
+        rustix::fs::statx(CWD, guest.path("a"), rustix::fs::AtFlags::empty(), rustix::fs::StatxFlags::BTIME)
+            .unwrap();
+    let how = StatxIn { flags: GETATTR_FH.into(), handle: handle.into(), ..StatxIn::new_zeroed() };
+    for how in [StatxIn::new_zeroed(), how] {
+        let seen: StatxOut = guest.get(Opcode::Statx, entry.node.get(), &[how.as_bytes()]).unwrap();
+        assert_eq!(seen.attr_valid.get(), 1);
+        let seen = seen.attr;
+        assert_eq!((seen.mode.get(), seen.uid.get(), seen.gid.get()), (0o100_640, 1000, 1001));
+        assert_eq!((seen.ino, seen.mtime.seconds), (entry.attr.ino, (entry.attr.mtime.get() as i64).into()));
+        let has = born.stx_mask & rustix::fs::StatxFlags::BTIME.bits();
+        assert_eq!(seen.mask.get() & rustix::fs::StatxFlags::BTIME.bits(), has);
+        assert_eq!(seen.btime.seconds.get(), born.stx_btime.tv_sec);
+        assert_eq!(seen.btime.nanoseconds.get(), born.stx_btime.tv_nsec);
     }
-    // It is the server's alone.
-    let (entry, _) = guest.create(ROOT, "a", libc::O_RDWR, 0o4755).unwrap();
-    assert_eq!(seen(entry.attr), (0o104_755, 0, 0, 0));
-    let (node, kept) = (entry.node.get(), name("user.containers.override_stat"));
-    let size = GetxattrIn { size: 100.into(), ..GetxattrIn::new_zeroed() };
-    assert!(guest.ask(Opcode::Getxattr, node, &[size.as_bytes(), &kept]).is_err());
-    assert_eq!(guest.ask(Opcode::Listxattr, node, &[size.as_bytes()]).unwrap(), b"");
-    let value = SetxattrIn { size: 7.into(), flags: 0.into() };
-    assert!(guest.ask(Opcode::Setxattr, node, &[value.as_bytes(), &kept, b"0:0:777"]).is_err());
-    assert!(guest.ask(Opcode::Removexattr, node, &[&kept]).is_err());
 }
 
 #[test]
