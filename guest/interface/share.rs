@@ -1,19 +1,27 @@
-//! Folders of the host's, and where the kernel command line says that they are to be mounted: `vmm.share=TAG:PLACE[:ro]`, once for each.
+//! Folders and files of the host's, and where the kernel command line says that they are to be mounted: `vmm.share=TAG:PLACE[:file][:ro]`, once
+//! for each.
 
-use rustix::fs::{Mode, mkdir, stat, statfs};
+use rustix::fd::AsFd;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdir, open, openat, stat, statfs, unlinkat};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount};
+use rustix::mount::{
+    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, move_mount, open_tree, unmount,
+};
 
 /// Of any FUSE file system (linux/magic.h).
 const FUSE_SUPER_MAGIC: u32 = 0x6573_5546;
+/// Where a folder with a file is mounted for a moment: devtmpfs takes it, whatever is read-only elsewhere.
+const ASIDE: &[u8] = b"/dev/.vmm-share";
 
-/// A folder, and where it is to be.
+/// A folder or a file, and where it is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Share<'a> {
     /// The virtio-fs device's.
     pub tag: &'a [u8],
     /// An absolute path.
     pub place: &'a [u8],
+    /// It is a file. The device has a folder with it, where it is called what it is called at its place.
+    pub is_file: bool,
     /// Nothing in it is to be changed. (The host sees to that; this tells programs.)
     pub read_only: bool,
 }
@@ -26,11 +34,12 @@ pub fn all(line: &[u8]) -> impl Iterator<Item = Share<'_>> {
 
 impl<'a> Share<'a> {
     fn parse(value: &'a [u8]) -> Option<Self> {
-        let mut parts = value.split(|byte| *byte == b':');
-        let (tag, place, how) = (parts.next()?, parts.next()?, parts.next());
-        let is_one = !tag.is_empty() && place.starts_with(b"/") && matches!(how, None | Some(b"ro" | b"rw"));
-        let share = Self { tag, place, read_only: how == Some(b"ro") };
-        (is_one && parts.next().is_none()).then_some(share)
+        let mut parts = value.split(|byte| *byte == b':').peekable();
+        let (tag, place) = (parts.next()?, parts.next()?);
+        let is_file = parts.next_if_eq(&&b"file"[..]).is_some();
+        let read_only = parts.next_if(|how| matches!(*how, b"ro" | b"rw")) == Some(b"ro");
+        let is_one = !tag.is_empty() && place.starts_with(b"/") && parts.next().is_none();
+        is_one.then_some(Self { tag, place, is_file, read_only })
     }
 
     /// Mounts it, and makes the folders where it is to be. One that is mounted already stays.
@@ -41,23 +50,51 @@ impl<'a> Share<'a> {
         if self.is_mounted() {
             return Ok(());
         }
-        let ends = (1..=self.place.len()).filter(|end| matches!(self.place.get(*end), None | Some(b'/')));
+        let (above, name) = self.parts();
+        let last = if self.is_file { above.len() } else { self.place.len() };
+        let ends = (1..=last).filter(|end| matches!(self.place.get(*end), None | Some(b'/')));
         for folder in ends.filter_map(|end| self.place.get(..end)) {
             // If it cannot be, the mount says so.
             let _ = mkdir(folder, Mode::from_raw_mode(0o755));
         }
         let read_only = if self.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
         let flags = MountFlags::NOSUID | MountFlags::NODEV | read_only;
-        mount(self.tag, self.place, c"virtiofs", flags, None)
+        if !self.is_file {
+            return mount(self.tag, self.place, c"virtiofs", flags, None);
+        }
+        let make = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+        // What is there may be read-only: the mount says whether it will do.
+        let _ = open(self.place, make, Mode::from_raw_mode(0o644));
+        let _ = mkdir(ASIDE, Mode::from_raw_mode(0o700));
+        let mounted = mount(self.tag, ASIDE, c"virtiofs", flags, None);
+        let moved = mounted.and_then(|()| {
+            let moved = self.move_from_aside(name);
+            // The file stays mounted.
+            unmount(ASIDE, UnmountFlags::DETACH).and(moved)
+        });
+        let _ = unlinkat(CWD, ASIDE, AtFlags::REMOVEDIR);
+        moved
     }
 
-    /// A folder of the host's is there already. It may lie in another one, which is FUSE as well.
+    /// Mounts the file `name` of the folder that is mounted aside at its place.
+    fn move_from_aside(&self, name: &[u8]) -> Result<(), Errno> {
+        let aside = openat(CWD, ASIDE, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let file = open_tree(&aside, name, flags)?;
+        move_mount(file.as_fd(), c"", CWD, self.place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    }
+
+    /// The folder of the place, and its name there.
+    fn parts(&self) -> (&'a [u8], &'a [u8]) {
+        let at = self.place.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+        (self.place.get(..at.max(1)).unwrap_or(b"/"), self.place.get(at + 1..).unwrap_or_default())
+    }
+
+    /// A folder or a file of the host's is there already. It may lie in another one, which is FUSE as well.
     fn is_mounted(&self) -> bool {
-        let end = self.place.iter().rposition(|byte| *byte == b'/').unwrap_or(0).max(1);
-        let above = self.place.get(..end).unwrap_or(b"/");
         let device = |path: &[u8]| stat(path).map(|found| found.st_dev);
         let is_fuse = statfs(self.place).is_ok_and(|found| found.f_type as u32 == FUSE_SUPER_MAGIC);
-        is_fuse && device(self.place) != device(above)
+        is_fuse && device(self.place) != device(self.parts().0)
     }
 }
 
@@ -68,10 +105,22 @@ mod tests {
 
     #[test]
     fn a_share_has_a_tag_and_a_place() {
-        let line = b"vmm.share=a:/a vmm.share=b:/b/c:ro quiet vmm.share=c vmm.share=:/d vmm.share=e:f vmm.share=g:/g:x\n";
-        let all: Vec<_> = all(line).map(|share| (share.tag, share.place, share.read_only)).collect();
-        assert_eq!(all, [(&b"a"[..], &b"/a"[..], false), (b"b", b"/b/c", true)]);
+        let line = b"vmm.share=a:/a vmm.share=b:/b/c:ro quiet vmm.share=c vmm.share=:/d vmm.share=e:f vmm.share=g:/g:x \
+            vmm.share=h:/h/i:file vmm.share=j:/j:file:ro vmm.share=k:/k:ro:file\n";
+        let all: Vec<_> =
+            all(line).map(|share| (share.tag, share.place, share.is_file, share.read_only)).collect();
+        let (a, b) = ((&b"a"[..], &b"/a"[..], false, false), (&b"b"[..], &b"/b/c"[..], false, true));
+        assert_eq!(all, [a, b, (b"h", b"/h/i", true, false), (b"j", b"/j", true, true)]);
         assert_eq!(super::all(b"console=hvc0 -- vmm.share=a:/a").count(), 0);
         assert_eq!(super::all(b"vmm.share=a:/a:rw\n").count(), 1);
+    }
+
+    #[test]
+    fn a_place_has_a_folder_and_a_name() {
+        for (place, parts) in
+            [(&b"/a"[..], (&b"/"[..], &b"a"[..])), (b"/a/b", (b"/a", b"b")), (b"/a/b/c.d", (b"/a/b", b"c.d"))]
+        {
+            assert_eq!(Share { tag: b"t", place, is_file: true, read_only: false }.parts(), parts);
+        }
     }
 }

@@ -80,7 +80,7 @@ pub struct Options {
     /// tells; cid=3]. vhost=on,cid=N: by AF_VSOCK, of the host's kernel, in place of PATH
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "cid=3", value_parser = os_text::<Vsock, _>())]
     vsock: Option<Vsock>,
-    /// Share a folder: PATH[:TO][:ro], where TO is what init or agent mount it at in the guest; others do by mount -t virtiofs share0
+    /// Share a folder or a file: PATH[:TO][:ro], where TO is what init or agent mount it at in the guest; others do by mount -t virtiofs share0
     /// TO (share1 for the second). Then any of ,uid=N ,gid=N (the guest's user whom your files belong to) [default: root], ,tag=NAME (for
     /// share0), ,cache=auto|always|never (changes on the host are seen within a second, never, at once) [default: auto], ,owners=xattr (chown, set-user-ID bits and device nodes
     /// of the guest's are kept in an extended attribute); repeatable

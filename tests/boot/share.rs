@@ -83,6 +83,27 @@ fn what_is_not_the_guests_stays_as_it_is() {
 }
 
 #[test]
+fn a_file_is_at_its_place_and_nothing_that_lies_beside_it() {
+    if !available("a_file_is_at_its_place_and_nothing_that_lies_beside_it") {
+        return;
+    }
+    for kernel in [Kernel::TunedPvh, Kernel::Stock] {
+        let dir = folder();
+        fs::write(dir.path().join("key"), "key\n").unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        let (file, key) = (format!("{}:/etc/a/config", path("share/a")), format!("{}:/key:ro", path("key")));
+        let script = "echo BEGIN; cat /etc/a/config /key; ls /etc/a; echo more >>/etc/a/config; (echo x >/key) 2>/dev/null || echo no; \
+                      rm /etc/a/config 2>/dev/null || echo busy; ls -d /dev/.vmm-share 2>/dev/null; mkdir m; mount -t virtiofs share1 m; \
+                      ls m; touch m/x 2>/dev/null || echo no; cat m/key; echo END";
+        let ended = run(kernel, &["--mem", "256M", "--share", &file, "--share", &key], script);
+        let said = ["from the host", "key", "config", "no", "busy", "key", "no", "key"];
+        assert_eq!(ended.body(), said);
+        assert_eq!(fs::read_to_string(dir.path().join("share/a")).unwrap(), "from the host\nmore\n");
+        assert_eq!(fs::read_dir(dir.path().join("share")).unwrap().count(), 1);
+    }
+}
+
+#[test]
 fn files_belong_to_the_user_that_was_named_and_modes_hold_for_all() {
     if !available("files_belong_to_the_user_that_was_named_and_modes_hold_for_all") {
         return;

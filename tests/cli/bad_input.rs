@@ -212,7 +212,7 @@ fn disks_and_places_that_cannot_be() {
         ("--disk path=disk --disk path=missing", &["missing"]),
         ("--disk path=disk --disk path=disk", &["disk", "in use"]),
         ("--share missing:/x", &["cannot share missing", "No such file"]),
-        ("--share disk:/x", &["cannot share disk", "Not a directory"]),
+        ("--share /dev/null:/x", &["cannot share /dev/null", "Not a directory"]),
         ("--debug-exit=0x604", &["debug-exit", "overlaps"]),
         ("--console file=no/such/place", &["no/such/place"]),
         ("--console socket=no/such/place", &["no/such/place"]),

@@ -52,10 +52,11 @@ pub(super) fn check(path: &Path, cmdline: &str, max: usize) -> Result<(), Error>
 }
 
 /// The command line of the machine that `config` describes: what the user gives, or the [default](default_for), behind what says where
-/// shared folders are mounted.
+/// shared folders and files are mounted.
 pub fn of(config: &VmConfig) -> String {
     let line = config.cmdline.clone().unwrap_or_else(|| default_for(config));
-    let orders = config.share.iter().enumerate().filter_map(|(index, share)| share.order(index));
+    let shares = config.share.iter().enumerate();
+    let orders = shares.filter_map(|(index, share)| share.order(index, share.path.is_file()));
     orders.chain([line]).collect::<Vec<_>>().join(" ")
 }
 

@@ -1,9 +1,9 @@
-//! [`Share`]: a folder of the host's that the guest has, too.
+//! [`Share`]: a folder or a file of the host's that the guest has, too.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -16,7 +16,7 @@ use super::{Invalid, host_path};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Share {
-    /// The folder.
+    /// The folder, or a file.
     #[serde(with = "host_path")]
     pub path: PathBuf,
     /// Where the guest's init or agent mounts it. Absent: nowhere, and the guest mounts it by its tag if it wants it.
@@ -81,10 +81,17 @@ impl Share {
         (uid, self.gid.unwrap_or(uid))
     }
 
-    /// What the kernel command line says of the `index`th to who mounts it: none if nobody is to.
-    pub fn order(&self, index: usize) -> Option<String> {
+    /// What the kernel command line says of the `index`th, which may be a file, to who mounts it: none if nobody is to.
+    pub fn order(&self, index: usize, is_file: bool) -> Option<String> {
+        let is_file = if is_file { ":file" } else { "" };
         let read_only = if self.readonly { ":ro" } else { "" };
-        self.to.as_ref().map(|to| format!("vmm.share={}:{to}{read_only}", self.tag(index)))
+        self.to.as_ref().map(|to| format!("vmm.share={}:{to}{is_file}{read_only}", self.tag(index)))
+    }
+
+    /// A file's name to the guest. None: it is no file's.
+    pub fn name(&self) -> Option<CString> {
+        let name = self.to.as_ref().map_or(self.path.as_path(), Path::new).file_name()?;
+        CString::new(name.as_bytes()).ok()
     }
 
     /// Checks what can be checked of `shares` without opening anything.
@@ -199,9 +206,19 @@ mod tests {
             assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap(), config, "{json}");
         }
         let share: Share = ".:/src,uid=1000".parse().unwrap();
-        assert_eq!((share.owner(), share.order(1).unwrap()), ((1000, 1000), "vmm.share=share1:/src".into()));
+        assert_eq!(
+            (share.owner(), share.order(1, false).unwrap()),
+            ((1000, 1000), "vmm.share=share1:/src".into())
+        );
         let share: Share = ".:/src:ro,uid=1000,gid=5,tag=t".parse().unwrap();
-        assert_eq!((share.owner(), share.order(0).unwrap()), ((1000, 5), "vmm.share=t:/src:ro".into()));
+        assert_eq!(
+            (share.owner(), share.order(0, false).unwrap()),
+            ((1000, 5), "vmm.share=t:/src:ro".into())
+        );
+        assert_eq!(share.order(0, true).unwrap(), "vmm.share=t:/src:file:ro");
+        let names =
+            ["/a/b:/etc/hosts", "/a/b", "/a/b/", "/"].map(|text| text.parse::<Share>().unwrap().name());
+        assert_eq!(names, [Some(c"hosts".to_owned()), Some(c"b".to_owned()), Some(c"b".to_owned()), None]);
         for wrong in ["", ":/src", ".:/src,tag=", ".,cache=some", ".,uid=-1", ".,uid=x", ".:/src,readnoly"] {
             assert!(wrong.parse::<Share>().is_err(), "{wrong}");
         }

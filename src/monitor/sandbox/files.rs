@@ -129,6 +129,10 @@ impl Grant {
                 AccessFs::from_all(FILES)
                     & !(AccessFs::Execute | AccessFs::MakeBlock | AccessFs::MakeChar | AccessFs::IoctlDev)
             }
+            Self::Share(_, writes) if !is_folder => {
+                let write = if *writes { AccessFs::WriteFile | AccessFs::Truncate } else { BitFlags::EMPTY };
+                write | AccessFs::ReadFile
+            }
             Self::Share(_, false) => AccessFs::ReadFile | AccessFs::ReadDir,
             // Character devices for overlay file systems' marks of what is not there; the kernel lets nobody here make others.
             Self::Share(_, true) => {
@@ -198,7 +202,8 @@ pub(super) fn close(grants: &[Grant], mode: Mode) -> Result<(), Box<dyn Error + 
         // What is not there is named by nobody; a file is no folder.
         let Ok(found) = grant.path().metadata() else { continue };
         let rights = grant.rights(found.is_dir());
-        if !rights.is_empty() && (found.is_dir() || matches!(grant, Grant::Read(_) | Grant::Device(_))) {
+        let is_file = matches!(grant, Grant::Read(_) | Grant::Device(_) | Grant::Share(..));
+        if !rights.is_empty() && (found.is_dir() || is_file) {
             rules = rules.add_rule(PathBeneath::new(PathFd::new(grant.path())?, rights))?;
         }
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags, fstat};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
@@ -67,13 +67,18 @@ impl Folders {
         let root = match self.0.get(&index) {
             Some(root) => root,
             None => {
-                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-                let folder = planted::open(&share.path, flags).map_err(failed)?;
+                let folder = planted::open(&share.path, OFlags::PATH | OFlags::CLOEXEC).map_err(failed)?;
                 let folder = sandbox::alone(folder.into(), share.readonly).map_err(failed)?;
                 self.0.entry(index).or_insert(folder)
             }
         };
         let root = root.try_clone().map_err(failed)?;
+        let kind = fstat(&root).map(|stat| FileType::from_raw_mode(stat.st_mode));
+        let single = match kind.map_err(|error| failed(error.into()))? {
+            FileType::Directory => None,
+            FileType::RegularFile => Some(share.name().ok_or_else(|| failed(Errno::INVAL.into()))?),
+            _ => return Err(failed(Errno::NOTDIR.into())),
+        };
         // The other half is for all else.
         let half = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 2;
         let descriptors = (half / count.max(1) as u64).clamp(DESCRIPTORS_LEAST, DESCRIPTORS_MOST) as usize;
@@ -89,6 +94,6 @@ impl Folders {
             Errno::OPNOTSUPP => Error::NoAttributes(share.path.clone()),
             error => failed(error.into()),
         })?;
-        Ok(Server::new(folder, share.cache))
+        Ok(Server::new(folder, single, share.cache))
     }
 }

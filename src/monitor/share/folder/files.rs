@@ -5,12 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::fs::{
-    FallocateFlags, Mode, OFlags, SeekFrom, StatVfs, copy_file_range, fallocate, fdatasync, fstatvfs, fsync,
-    openat, seek, syncfs,
+    FallocateFlags, OFlags, SeekFrom, StatVfs, copy_file_range, fallocate, fdatasync, fstatvfs, fsync, seek,
+    syncfs,
 };
 use rustix::io::Errno;
 
-use super::{AS_FOLDER, Folder, OPEN_FLAGS, regular, stat};
+use super::{AS_FOLDER, Folder, OPEN_FLAGS, is_folder, regular, stat};
 use crate::memory::{Buffers, Slices};
 
 /// The most bytes of one copy, so that none takes for ever.
@@ -101,7 +101,10 @@ impl Folder {
     /// All that there is of the share's file system.
     pub(in crate::share) fn sync_all(&mut self, number: u64) -> Result<(), Errno> {
         let path = self.nodes.path(number)?;
-        syncfs(openat(&path, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+        syncfs(match is_folder(&stat(&path)?) {
+            true => self.list_path(&path)?,
+            false => self.open_path(&path, OFlags::RDONLY)?,
+        })
     }
 
     pub(in crate::share) fn space(&mut self, number: u64) -> Result<StatVfs, Errno> {

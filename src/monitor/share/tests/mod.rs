@@ -22,6 +22,7 @@ use crate::config::ShareCache;
 use crate::memory::{Buffers, GuestRam};
 
 mod owners;
+mod single;
 
 /// Guest memory: requests in the lower half, replies in the upper.
 const HALF: usize = 2 << 20;
@@ -54,6 +55,11 @@ fn name(text: &str) -> Vec<u8> {
 
 impl Guest {
     fn with(read_only: bool, keeps: bool, descriptors: usize) -> Self {
+        Self::of("share", read_only, keeps, descriptors)
+    }
+
+    /// Of what is at `path`, which is a file if there is one.
+    fn of(path: &str, read_only: bool, keeps: bool, descriptors: usize) -> Self {
         // As any user is: the host denies root nothing.
         let none = CapabilitySet::empty();
         set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
@@ -63,13 +69,15 @@ impl Guest {
             fs::create_dir(dir.path().join(folder)).unwrap();
         }
         fs::write(dir.path().join("beside/secret"), "secret").unwrap();
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = openat(CWD, dir.path().join("share"), flags, Mode::empty()).unwrap();
+        fs::write(dir.path().join("file"), "file").unwrap();
+        let path = dir.path().join(path);
+        let name = path.is_file().then(|| c"its-name".to_owned());
+        let root = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
         let here = (geteuid().as_raw(), getegid().as_raw());
         let terms = Terms { read_only, owners: Owners::new(here, (1000, 1001)), keeps, descriptors };
         let folder = Folder::new(root, terms).unwrap();
         let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 2 * HALF)]).unwrap());
-        let mut guest = Self { dir, server: Server::new(folder, ShareCache::Auto), ram };
+        let mut guest = Self { dir, server: Server::new(folder, name, ShareCache::Auto), ram };
         let init = InitIn { major: MAJOR.into(), minor: MINOR.into(), ..InitIn::new_zeroed() };
         guest.ask(Opcode::Init, 0, &[init.as_bytes()]).unwrap();
         guest
@@ -213,7 +221,8 @@ impl Guest {
                 offset = head.offset.get();
             }
         }
-        self.release(handle.handle.get());
+        let what = ReleaseIn { handle: handle.handle, ..ReleaseIn::new_zeroed() };
+        self.ask(Opcode::Releasedir, node, &[what.as_bytes()]).unwrap();
         all
     }
 }
@@ -566,8 +575,9 @@ proptest! {
              prop::sample::select(vec!["a", "b", "d", "..", "../beside", "/etc", "secret", "", "l"])),
             1..60,
         ),
+        shared in prop::sample::select(vec!["share", "file"]),
     ) {
-        let mut guest = Guest::with(false, false, 40);
+        let mut guest = Guest::of(shared, false, false, 40);
         fs::create_dir(guest.path("d")).unwrap();
         fs::write(guest.path("a"), "a").unwrap();
         symlink("../beside", guest.path("l")).unwrap();
@@ -581,6 +591,6 @@ proptest! {
         let beside: Vec<_> = fs::read_dir(guest.dir.path().join("beside")).unwrap().collect();
         prop_assert_eq!(beside.len(), 1);
         prop_assert_eq!(fs::read(guest.dir.path().join("beside/secret")).unwrap(), b"secret");
-        prop_assert_eq!(fs::read_dir(guest.dir.path()).unwrap().count(), 2);
+        prop_assert_eq!(fs::read_dir(guest.dir.path()).unwrap().count(), 3);
     }
 }

@@ -1,7 +1,9 @@
 //! [`Server`]: a FUSE server: a request's bytes in, a reply's out. The bytes are a guest's: each is read once, and whatever they are, the
 //! answer is a reply.
 
-use std::ffi::CStr;
+mod single;
+
+use std::ffi::{CStr, CString};
 use std::io::{Read, Write};
 use std::mem::{MaybeUninit, size_of};
 use std::time::Duration;
@@ -51,6 +53,8 @@ fn open_flags(cache: ShareCache) -> u32 {
 #[derive(Debug)]
 pub struct Server {
     folder: Folder,
+    /// If that is a file: its name to the guest.
+    single: Option<CString>,
     cache: ShareCache,
     /// INIT has been answered.
     is_ready: bool,
@@ -85,9 +89,9 @@ fn bytes(value: &(impl IntoBytes + Immutable)) -> Answer {
 const EMPTY: Answer = Ok(Reply::Bytes(Vec::new()));
 
 impl Server {
-    /// Serves `folder`.
-    pub fn new(folder: Folder, cache: ShareCache) -> Self {
-        Self { folder, cache, is_ready: false, devices: Vec::new() }
+    /// Serves `folder`, which is a file if it has a name.
+    pub fn new(folder: Folder, single: Option<CString>, cache: ShareCache) -> Self {
+        Self { folder, single, cache, is_ready: false, devices: Vec::new() }
     }
 
     /// What the guest knows.
@@ -138,7 +142,7 @@ impl Server {
             return Err(Errno::IO);
         }
         if opcode == Opcode::Write {
-            return self.write(header.node.get(), request);
+            return self.write(self.number(header.node.get()), request);
         }
         if request.len() > REQUEST_MOST {
             return Err(Errno::INVAL);
@@ -148,13 +152,22 @@ impl Server {
         let mut arguments = Arguments(&rest);
         if opcode == Opcode::Read {
             let ReadIn { handle, offset, size, .. } = arguments.take()?;
-            return self.read(handle.get(), header.node.get(), offset.get(), size.get() as usize, reply);
+            let node = self.number(header.node.get());
+            return self.read(handle.get(), node, offset.get(), size.get() as usize, reply);
         }
         self.act(opcode, header, arguments, reply.len())
     }
 
+    /// This server's number of what the guest calls `node`.
+    fn number(&self, node: u64) -> u64 {
+        if self.single.is_some() { single::number(node) } else { node }
+    }
+
     fn act(&mut self, opcode: Opcode, header: &InHeader, mut rest: Arguments<'_>, room: usize) -> Answer {
-        let node = header.node.get();
+        let node = self.number(header.node.get());
+        if let Some(name) = self.single.clone().filter(|_| node == single::ABOVE) {
+            return self.above(opcode, rest, room, &name);
+        }
         let by = (header.uid.get(), header.gid.get());
         let new = |mode: u32| New { mode, by };
         let read_only = self.folder.terms().read_only;
@@ -196,9 +209,7 @@ impl Server {
                 let StatxIn { flags, handle, .. } = rest.take()?;
                 let handle = (flags.get() & GETATTR_FH != 0).then_some(handle.get());
                 let stat = self.folder.stat(node, handle)?;
-                let (attr_valid, attr_valid_nsec) = self.holds();
-                let attr = SxAttr::of(&stat, self.number(&stat));
-                bytes(&StatxOut { attr_valid, attr_valid_nsec, attr, ..StatxOut::default() })
+                bytes(&self.statx(&stat))
             }
             Opcode::Setattr => {
                 let (handle, changes) = changes(&rest.take()?);
@@ -309,7 +320,7 @@ impl Server {
                     return Err(Errno::INVAL);
                 }
                 let from = (from.get(), node, from_offset.get());
-                let to = (to.get(), to_node.get(), to_offset.get());
+                let to = (to.get(), self.number(to_node.get()), to_offset.get());
                 let copied = self.folder.copy(from, to, len.get(), by)?;
                 bytes(&WriteOut { size: (copied as u32).into(), ..WriteOut::default() })
             }
@@ -402,7 +413,7 @@ impl Server {
                 let found = self.listed(node, name);
                 if let Some(found) = &found {
                     (ino, kind) =
-                        (self.number(&found.stat), FileType::from_raw_mode(found.stat.stx_mode.into()));
+                        (self.inode(&found.stat), FileType::from_raw_mode(found.stat.stx_mode.into()));
                 }
                 // An entry without a node tells the name alone.
                 let entry = found.map_or_else(EntryOut::default, |found| self.entry_of(&found));
@@ -451,6 +462,12 @@ impl Server {
         AttrOut { attr_valid, attr_valid_nsec, attr: self.attr(stat), ..AttrOut::default() }
     }
 
+    fn statx(&mut self, stat: &Statx) -> StatxOut {
+        let (attr_valid, attr_valid_nsec) = self.holds();
+        let attr = SxAttr::of(stat, self.inode(stat));
+        StatxOut { attr_valid, attr_valid_nsec, attr, ..StatxOut::default() }
+    }
+
     /// Seconds and nanoseconds for which the guest believes what it is told.
     fn holds(&self) -> (U64, U32) {
         let holds = holds(self.cache);
@@ -458,11 +475,11 @@ impl Server {
     }
 
     fn attr(&mut self, stat: &Statx) -> Attr {
-        Attr::of(stat, self.number(stat))
+        Attr::of(stat, self.inode(stat))
     }
 
     /// The host's inode number; on another file system below the folder, one that differs from those of the folder's.
-    fn number(&mut self, stat: &Statx) -> u64 {
+    fn inode(&mut self, stat: &Statx) -> u64 {
         let device = (stat.stx_dev_major, stat.stx_dev_minor);
         let index = match self.devices.iter().position(|known| *known == device) {
             Some(index) => index,
