@@ -3,7 +3,8 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use crate::guest::{Guest, Kernel, available, run, vmm};
 use crate::snapshot::{await_running, exec, well};
@@ -100,6 +101,53 @@ fn a_file_is_at_its_place_and_nothing_that_lies_beside_it() {
         assert_eq!(ended.body(), said);
         assert_eq!(fs::read_to_string(dir.path().join("share/a")).unwrap(), "from the host\nmore\n");
         assert_eq!(fs::read_dir(dir.path().join("share")).unwrap().count(), 1);
+    }
+}
+
+/// Debian's, which has what every vhost-user front end needs.
+#[test]
+fn a_folder_that_virtiofsd_serves_is_there_too_and_its_end_is_no_hang() {
+    const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
+    if !available("a_folder_that_virtiofsd_serves_is_there_too_and_its_end_is_no_hang") {
+        return;
+    }
+    for kernel in [Kernel::TunedPvh, Kernel::Stock] {
+        let dir = folder();
+        let socket = dir.path().join("socket");
+        let serve = || {
+            let _ = fs::remove_file(&socket);
+            let mut command = Command::new(VIRTIOFSD);
+            command.arg(format!("--socket-path={}", socket.display()));
+            command.args([
+                "-o",
+                &format!("source={},cache=auto,sandbox=chroot", dir.path().join("share").display()),
+            ]);
+            let server = command.stderr(Stdio::null()).spawn().unwrap();
+            while !socket.exists() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            server
+        };
+        let mut server = serve();
+        let script = "cd /s; echo BEGIN; cat a; echo new >b; dd if=/dev/urandom of=big bs=1M count=5 2>/dev/null; md5sum big >sum; \
+                      echo 3 >/proc/sys/vm/drop_caches; md5sum -c sum; echo up; until [ -e go ]; do sleep 0.1; done; echo END";
+        let mut command = vmm(kernel, script);
+        command.args(["--mem", "256M", "--cpus", "2", "--name", "v"]);
+        command.args(["--share", &format!("vhost-user={},to=/s", socket.display())]);
+        let guest = Guest::start(command);
+        guest.wait_for("up", 1);
+        for _ in 0..5 {
+            assert_eq!(guest.control(&["pause", "v"]).0, Some(0));
+            assert_eq!(guest.control(&["resume", "v"]).0, Some(0));
+        }
+        fs::write(dir.path().join("share/go"), "").unwrap();
+        guest.wait_for("END", 1);
+        let text = guest.text();
+        assert!(text.contains("from the host") && text.contains("big: OK"), "{text}");
+        assert_eq!(fs::read_to_string(dir.path().join("share/b")).unwrap(), "new\n");
+        let _ = (server.kill(), server.wait());
+        assert_eq!(guest.control(&["status", "v"]).0, Some(0), "without it the machine answers, and ends");
+        assert_eq!(guest.control(&["kill", "v"]).0, Some(0));
     }
 }
 

@@ -1,4 +1,4 @@
-//! Machines whose queues others serve, saved and restored. What is in the queues, the tests of devices and in the rig see to.
+//! Machines whose queues others serve, saved and restored, or why not. What is in the queues, the tests of devices and in the rig see to.
 
 use vmm_monitor::config::VmConfig;
 
@@ -42,4 +42,24 @@ fn a_machine_with_a_back_end_goes_on_in_memory_that_a_back_end_can_map() {
     place.await_running("y");
     let alone = place.fails("fork y", BAD_ARGUMENT);
     assert!(alone.contains("vhost-user=") && alone.contains("--net user"), "{alone}");
+}
+
+#[test]
+fn a_machine_whose_folder_another_process_serves_is_not_saved() {
+    if !has_kvm("a_machine_whose_folder_another_process_serves_is_not_saved") {
+        return;
+    }
+    let ends = tempfile::tempdir().unwrap();
+    let path = ends.path().join("end");
+    let _served = BackEnd::listen(&path, Conduct::default(), Wire::Echo);
+    let (place, guest) = counting(&format!("--share vhost-user={}", path.display()));
+    for command in ["snapshot create v s", "snapshot create --stop v s", "fork v"] {
+        let said = place.fails(command, HOST);
+        assert!(said.contains("a shared folder that another process serves"), "{command}: {said}");
+    }
+    assert!(!place.path("s").exists());
+    // It goes on.
+    place.done("pause v");
+    place.done("resume v");
+    drop(guest);
 }

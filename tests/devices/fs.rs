@@ -6,14 +6,15 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use vmm_monitor::config::Share;
+use vmm_monitor::config::{Share, ShareFrom};
 use vmm_monitor::share::Folders;
 use vmm_monitor::state::Stateless;
 use vmm_monitor::virtio::device::{Blocking, Traits, VirtioDevice};
-use vmm_monitor::virtio::fs::Fs;
+use vmm_monitor::virtio::fs::{Fs, Served};
 use vmm_monitor::virtio::queue::{Chain, Virtqueue};
 
-use crate::guest::{DATA, Guest, STATUS};
+use crate::back_end::{BackEnd, Conduct, Wire};
+use crate::guest::{DATA, Guest, NEEDS_RESET, STATUS};
 
 /// include/uapi/linux/fuse.h
 const LOOKUP: u32 = 1;
@@ -32,7 +33,7 @@ const REPLY: u64 = DATA + 0x1000;
 pub fn folder() -> (TempDir, Share) {
     let dir = TempDir::new().unwrap();
     fs::write(dir.path().join("file"), "what is in it").unwrap();
-    let share = Share { path: dir.path().to_owned(), ..".".parse().unwrap() };
+    let share = Share { from: ShareFrom::Path(dir.path().to_owned()), ..".".parse().unwrap() };
     (dir, share)
 }
 
@@ -73,8 +74,8 @@ fn reply(guest: &Guest, written: usize) -> (i32, Vec<u8>) {
 }
 
 fn init(guest: &mut Guest) {
-    let (error, body) = ask(guest, INIT, 0, &words(&[7, 38, 0x20000, u32::MAX >> 2]), 80);
-    assert_eq!((error, &body[..8]), (0, &words(&[7, 38])[..]));
+    let (error, body) = ask(guest, INIT, 0, &words(&[7, 39, 0x20000, u32::MAX >> 2]), 80);
+    assert_eq!((error, &body[..8]), (0, &words(&[7, 39])[..]));
 }
 
 fn look_up(guest: &mut Guest, name: &str) -> (i32, u64) {
@@ -344,4 +345,33 @@ fn a_device_whose_host_hangs_can_be_taken_away() {
         std::thread::sleep(Duration::from_millis(1));
     }
     drop(rest);
+}
+
+#[test]
+fn when_who_serves_it_is_gone_a_device_wants_a_reset_and_finds_one_that_is_back() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("end");
+    let back_end = BackEnd::listen(&path, Conduct::default(), Wire::Echo);
+    let mut folders = Folders::default();
+    let mut device = || Box::new(Served::new(folders.back_end(&path, 0).unwrap(), "tag"));
+    let mut guest = Guest::shared(device());
+    for round in 0..3 {
+        guest.start(0);
+        guest.settle();
+        assert_eq!(guest.read(STATUS), 15, "round {round}");
+        assert_eq!(&guest.config::<4>(0), b"tag\0");
+    }
+    back_end.hang_up();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while guest.read(STATUS) & NEEDS_RESET == 0 {
+        assert!(Instant::now() < deadline, "the driver is not told");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // As a reboot has it.
+    let rest = guest.unplug();
+    let mut guest = Guest::on(rest, device());
+    guest.start(0);
+    assert_eq!(guest.read(STATUS), 15);
+    let requests = &back_end.seen.lock().unwrap().requests;
+    assert_eq!(requests.iter().filter(|request| **request == 3).count(), 2, "SET_OWNER, of two connections");
 }

@@ -17,7 +17,7 @@ use rustix::thread::{
 };
 use tempfile::TempDir;
 use vm_memory::GuestAddress;
-use vmm_monitor::config::Share;
+use vmm_monitor::config::{Share, ShareFrom};
 use vmm_monitor::memory::{Buffers, GuestRam};
 use vmm_monitor::share::{Folders, Server};
 
@@ -63,7 +63,7 @@ impl Drop for Mounted {
 
 /// Mounts `folder` at `place`. The thread that serves it ends when nobody has it mounted, or a file of it open.
 pub fn serve_at(folder: &Path, place: &Path, how: &str, by_user: bool) -> JoinHandle<()> {
-    let share = Share { path: folder.to_owned(), ..format!(".{how}").parse().unwrap() };
+    let share = Share { from: ShareFrom::Path(folder.to_owned()), ..format!(".{how}").parse().unwrap() };
     let fuse = File::options().read(true).write(true).open("/dev/fuse").unwrap();
     // As Linux's virtio-fs has it.
     let terms = "rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other";

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::error::Error;
 use super::image::Image;
-use crate::config::{CharTarget, VmConfig};
+use crate::config::{CharTarget, Share, ShareFrom, VmConfig};
 use crate::memory::{GuestRam, layout};
 
 /// Checks `cmdline` against the kernel's limit `max` and writes it to [`layout::CMDLINE`], NUL-terminated.
@@ -56,7 +56,8 @@ pub(super) fn check(path: &Path, cmdline: &str, max: usize) -> Result<(), Error>
 pub fn of(config: &VmConfig) -> String {
     let line = config.cmdline.clone().unwrap_or_else(|| default_for(config));
     let shares = config.share.iter().enumerate();
-    let orders = shares.filter_map(|(index, share)| share.order(index, share.path.is_file()));
+    let is_file = |share: &Share| matches!(&share.from, ShareFrom::Path(path) if path.is_file());
+    let orders = shares.filter_map(|(index, share)| share.order(index, is_file(share)));
     orders.chain([line]).collect::<Vec<_>>().join(" ")
 }
 

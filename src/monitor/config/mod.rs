@@ -27,7 +27,7 @@ pub use kernel::Kernel;
 pub use net::{Mac, Net, NetTarget, dump as net_dump};
 pub use net_limits::{Limit, NetLimits};
 pub use plug::Plug;
-pub use share::{Share, ShareCache, ShareOwners};
+pub use share::{Share, ShareCache, ShareFrom, ShareOwners};
 pub(crate) use text::items;
 pub use text::{ParseError, Size, port_number};
 pub use user_net::{Allow, Publish, Resolver, UserNet};
@@ -130,7 +130,7 @@ impl VmConfig {
         let inputs = kernel.iter_mut().chain(initrd).chain(option_rom).chain(firmware);
         let devices = disk.iter_mut().flat_map(Disk::paths).chain(net);
         let devices = devices.chain(vsock.iter_mut().filter_map(|vsock| vsock.path.as_mut()));
-        let devices = devices.chain(share.iter_mut().map(|share| &mut share.path));
+        let devices = devices.chain(share.iter_mut().map(|share| share.from.path_mut()));
         let ends = self.console.0.iter_mut().chain([&mut self.serial]);
         let ends = ends.chain(self.port.iter_mut().map(|port| &mut port.to)).filter_map(|end| match end {
             CharTarget::File(file) => Some(&mut file.path),
@@ -330,6 +330,7 @@ impl VmConfig {
     /// Whether another process has to map the RAM.
     pub fn is_shared(&self) -> bool {
         self.net.iter().any(|net| matches!(net.to, NetTarget::VhostUser(_)))
+            || self.share.iter().any(|share| matches!(share.from, ShareFrom::VhostUser(_)))
     }
 
     /// The console's end, with the rule that it gives stdio up to a serial port that wants it.

@@ -12,34 +12,107 @@ use super::text::{ParseError, escaped, flag, items, optional_number, pairs};
 use super::{Invalid, host_path};
 
 /// A shared folder: `PATH[:TO][:ro]`, then any of `,tag=NAME ,cache=auto|always|never ,uid=N ,gid=N ,owners=map|xattr`. A path that has a colon in it is
-/// written `path=PATH,to=TO,readonly`.
+/// written `path=PATH,to=TO,readonly`; one that another process serves, `vhost-user=PATH,to=TO`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(try_from = "Keys", into = "Keys")]
 pub struct Share {
-    /// The folder, or a file.
-    #[serde(with = "host_path")]
-    pub path: PathBuf,
+    /// What is shared.
+    pub from: ShareFrom,
     /// Where the guest's init or agent mounts it. Absent: nowhere, and the guest mounts it by its tag if it wants it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
     /// The guest changes nothing in it.
-    #[serde(default, deserialize_with = "flag")]
     pub readonly: bool,
     /// What the guest mounts it by. Absent: `share0`, `share1` and so on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tag: Option<String>,
     /// How long the guest believes what it has seen.
-    #[serde(default)]
     pub cache: ShareCache,
     /// The guest's user that the files of this host's user belong to. Absent: root.
-    #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
     pub uid: Option<u32>,
     /// The guest's group likewise. Absent: that of the same number as the user.
-    #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
     pub gid: Option<u32>,
     /// What becomes of the owners that the guest gives its files.
-    #[serde(default)]
     pub owners: ShareOwners,
+}
+
+/// Where the files of a shared folder come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ShareFrom {
+    /// The folder, or a file.
+    Path(PathBuf),
+    /// Who listens at this socket (vhost-user): virtiofsd, for instance. How the files are shared is its own affair.
+    VhostUser(PathBuf),
+}
+
+impl ShareFrom {
+    /// Of the folder, the file or the socket.
+    pub fn path(&self) -> &PathBuf {
+        match self {
+            Self::Path(path) | Self::VhostUser(path) => path,
+        }
+    }
+
+    /// The same, to be changed.
+    pub(super) fn path_mut(&mut self) -> &mut PathBuf {
+        match self {
+            Self::Path(path) | Self::VhostUser(path) => path,
+        }
+    }
+}
+
+/// [`Share`] as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Keys {
+    #[serde(default, with = "host_path::optional", skip_serializing_if = "Option::is_none")]
+    path: Option<PathBuf>,
+    #[serde(default, with = "host_path::optional", skip_serializing_if = "Option::is_none")]
+    vhost_user: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    to: Option<String>,
+    #[serde(default, deserialize_with = "flag")]
+    readonly: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tag: Option<String>,
+    #[serde(default)]
+    cache: ShareCache,
+    #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
+    uid: Option<u32>,
+    #[serde(default, deserialize_with = "optional_number", skip_serializing_if = "Option::is_none")]
+    gid: Option<u32>,
+    #[serde(default)]
+    owners: ShareOwners,
+}
+
+impl TryFrom<Keys> for Share {
+    type Error = &'static str;
+
+    fn try_from(keys: Keys) -> Result<Self, &'static str> {
+        let Keys { path, vhost_user, to, readonly, tag, cache, uid, gid, owners } = keys;
+        let from = match (path, vhost_user) {
+            (Some(path), None) if path.as_os_str().is_empty() => return Err("expected a path"),
+            (Some(path), None) => ShareFrom::Path(path),
+            (None, Some(path)) => ShareFrom::VhostUser(path),
+            _ => return Err("a share has one of path=PATH and vhost-user=PATH"),
+        };
+        let plain = (false, ShareCache::default(), None, None, ShareOwners::default());
+        if matches!(from, ShareFrom::VhostUser(_)) && (readonly, cache, uid, gid, owners) != plain {
+            return Err(
+                "readonly, cache=, uid=, gid= and owners= are for folders that vmm serves itself: tell who listens at vhost-user=",
+            );
+        }
+        Ok(Self { from, to, readonly, tag, cache, uid, gid, owners })
+    }
+}
+
+impl From<Share> for Keys {
+    fn from(share: Share) -> Self {
+        let Share { from, to, readonly, tag, cache, uid, gid, owners } = share;
+        let (path, vhost_user) = match from {
+            ShareFrom::Path(path) => (Some(path), None),
+            ShareFrom::VhostUser(path) => (None, Some(path)),
+        };
+        Self { path, vhost_user, to, readonly, tag, cache, uid, gid, owners }
+    }
 }
 
 /// What becomes of the owners that a guest gives files of a shared folder.
@@ -90,7 +163,7 @@ impl Share {
 
     /// A file's name to the guest. None: it is no file's.
     pub fn name(&self) -> Option<CString> {
-        let name = self.to.as_ref().map_or(self.path.as_path(), Path::new).file_name()?;
+        let name = self.to.as_ref().map_or(self.from.path().as_path(), Path::new).file_name()?;
         CString::new(name.as_bytes()).ok()
     }
 
@@ -101,7 +174,7 @@ impl Share {
     pub(super) fn validate(shares: &[Self]) -> Result<(), Invalid> {
         for (index, share) in shares.iter().enumerate() {
             let invalid = |what: String, hint: &str| {
-                let what = format!("share {}: {what}", share.path.display());
+                let what = format!("share {}: {what}", share.from.path().display());
                 Err(Invalid { what, hint: hint.to_owned() })
             };
             let tag = share.tag(index);
@@ -173,7 +246,10 @@ impl FromStr for Share {
 /// As it is written, without its options.
 impl fmt::Display for Share {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())?;
+        match &self.from {
+            ShareFrom::Path(path) => write!(f, "{}", path.display())?,
+            ShareFrom::VhostUser(path) => write!(f, "vhost-user={}", path.display())?,
+        }
         self.to.iter().try_for_each(|to| write!(f, ":{to}"))?;
         f.write_str(if self.readonly { ":ro" } else { "" })
     }
@@ -198,8 +274,8 @@ mod tests {
             (b"path=/a:/b,to=/c,readonly", b"/a:/b", Some("/c"), true),
         ] {
             let share: Share = OsStr::from_bytes(text).try_into().unwrap();
-            let shown = (share.path.clone(), share.to.as_deref(), share.readonly);
-            assert_eq!(shown, (os(path), to, readonly), "{text:?}");
+            let shown = (share.from.clone(), share.to.as_deref(), share.readonly);
+            assert_eq!(shown, (ShareFrom::Path(os(path)), to, readonly), "{text:?}");
             let config = VmConfig { share: vec![share], ..VmConfig::default() };
             assert_eq!(config.validate(), Ok(()));
             let json = serde_json::to_string(&config).unwrap();
@@ -219,6 +295,14 @@ mod tests {
         let names =
             ["/a/b:/etc/hosts", "/a/b", "/a/b/", "/"].map(|text| text.parse::<Share>().unwrap().name());
         assert_eq!(names, [Some(c"hosts".to_owned()), Some(c"b".to_owned()), Some(c"b".to_owned()), None]);
+        let share: Share = "vhost-user=/run/fs,to=/src,tag=t".parse().unwrap();
+        assert_eq!(share.from, ShareFrom::VhostUser("/run/fs".into()));
+        assert_eq!(serde_json::from_str::<Share>(&serde_json::to_string(&share).unwrap()).unwrap(), share);
+        for wrong in
+            ["vhost-user=/s,path=/a", "to=/src", "vhost-user=/s,readonly", "vhost-user=/s,cache=never"]
+        {
+            assert!(wrong.parse::<Share>().is_err(), "{wrong}");
+        }
         for wrong in ["", ":/src", ".:/src,tag=", ".,cache=some", ".,uid=-1", ".,uid=x", ".:/src,readnoly"] {
             assert!(wrong.parse::<Share>().is_err(), "{wrong}");
         }

@@ -13,7 +13,7 @@ use landlock::{
 };
 
 use super::{Mode, Needs};
-use crate::config::{CharTarget, NetTarget, VmConfig, Vsock};
+use crate::config::{CharTarget, NetTarget, ShareFrom, VmConfig, Vsock};
 
 /// The kernel's latest rights that are taken away: those of Linux 6.10 and 6.12.
 const FILES: ABI = ABI::V5;
@@ -69,9 +69,11 @@ impl Grant {
         grants.extend(by_host.map(|_| Self::Device(Vsock::HOST_DEVICE.into())));
         let vsock = config.vsock.iter().filter_map(|vsock| vsock.path.as_ref());
         grants.extend(vsock.map(|path| Self::removal(path)));
-        grants.extend(config.share.iter().map(|share| {
-            let path = share.path.canonicalize().unwrap_or_else(|_| share.path.clone());
-            Self::Share(path, !share.readonly)
+        grants.extend(config.share.iter().map(|share| match &share.from {
+            ShareFrom::Path(path) => {
+                Self::Share(path.canonicalize().unwrap_or_else(|_| path.clone()), !share.readonly)
+            }
+            ShareFrom::VhostUser(path) => Self::Sockets(folder(path)),
         }));
         grants
     }

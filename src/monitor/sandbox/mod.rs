@@ -25,7 +25,9 @@ use std::sync::OnceLock;
 use bitflags::bitflags;
 use rustix::io::Errno;
 
-use crate::config::{CharTarget, Net, NetTarget, OnPanic, OnReboot, ParseError, Plug, VmConfig};
+use crate::config::{
+    CharTarget, Net, NetTarget, OnPanic, OnReboot, ParseError, Plug, Share, ShareFrom, VmConfig,
+};
 use crate::threads::Role;
 
 pub use files::Grant;
@@ -76,9 +78,7 @@ impl Needs {
             Some(_) => needs |= Self::UNIX,
             None => {}
         }
-        if !config.share.is_empty() {
-            needs |= Self::SHARE;
-        }
+        needs |= config.share.iter().map(Self::of_share).collect();
         if config.on_reboot == OnReboot::Reset || config.on_panic() == OnPanic::Reset {
             needs |= Self::REBOOTS;
         }
@@ -106,6 +106,14 @@ impl Needs {
             NetTarget::Socket(_) => Self::empty(),
         };
         if config.vhost { needs | Self::VHOST } else { needs }
+    }
+
+    /// Of the shared folder that `config` describes.
+    pub fn of_share(config: &Share) -> Self {
+        match config.from {
+            ShareFrom::Path(_) => Self::SHARE,
+            ShareFrom::VhostUser(_) => Self::UNIX,
+        }
     }
 
     /// Of a device that comes while the machine runs.

@@ -1,9 +1,10 @@
-//! [`Folders`]: the shared folders of one configuration, opened once and kept over the guest's resets.
+//! [`Folders`]: the shared folders of one configuration, and the servers of those that others serve, opened once and kept over the guest's resets.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags, fstat};
 use rustix::io::Errno;
@@ -13,6 +14,7 @@ use super::{Folder, Owners, Server, Terms};
 use crate::config::{Share, ShareOwners, host_path::quoted};
 use crate::planted;
 use crate::sandbox;
+use crate::vhost::{self, FrontEnd};
 
 /// The most descriptors that a guest has for one folder, whatever the host would allow.
 const DESCRIPTORS_MOST: u64 = 16 << 10;
@@ -34,12 +36,21 @@ pub enum Error {
     /// Its file system has no extended attributes of users.
     #[error("{}: nothing can be kept beside its files, because its file system has no extended attributes", .0.display())]
     NoAttributes(PathBuf),
+    /// Who serves it instead of this process.
+    #[error(transparent)]
+    VhostUser(#[from] vhost::Error),
 }
 
 impl Error {
+    /// Whether the caller's request was wrong (and not the host lacking something).
+    pub fn is_bad_argument(&self) -> bool {
+        !matches!(self, Self::VhostUser(vhost::Error::Host(_)))
+    }
+
     /// What to try.
     pub fn hint(&self) -> String {
         match self {
+            Self::VhostUser(error) => error.hint(),
             Self::NoAttributes(_) => {
                 "drop `owners=xattr`, or share a folder of a disk's file system".to_owned()
             }
@@ -55,21 +66,26 @@ impl Error {
 
 /// See the module's text.
 #[derive(Debug, Default)]
-pub struct Folders(BTreeMap<usize, OwnedFd>);
+pub struct Folders {
+    ours: BTreeMap<usize, OwnedFd>,
+    others: BTreeMap<usize, Arc<FrontEnd>>,
+}
 
 impl Folders {
-    /// A server of the `index`th of `count` folders, which is opened if this is the first time that it is asked for.
+    /// A server of the `index`th of `count` folders or files, which is opened if this is the first time that it is asked for, and shared as
+    /// `share` says.
     ///
     /// # Errors
     /// [`Error`] names the folder.
     pub fn server(&mut self, index: usize, count: usize, share: &Share) -> Result<Server, Error> {
-        let failed = |source| Error::Open { path: share.path.clone(), source };
-        let root = match self.0.get(&index) {
+        let path = share.from.path();
+        let failed = |source| Error::Open { path: path.clone(), source };
+        let root = match self.ours.get(&index) {
             Some(root) => root,
             None => {
-                let folder = planted::open(&share.path, OFlags::PATH | OFlags::CLOEXEC).map_err(failed)?;
+                let folder = planted::open(path, OFlags::PATH | OFlags::CLOEXEC).map_err(failed)?;
                 let folder = sandbox::alone(folder.into(), share.readonly).map_err(failed)?;
-                self.0.entry(index).or_insert(folder)
+                self.ours.entry(index).or_insert(folder)
             }
         };
         let root = root.try_clone().map_err(failed)?;
@@ -91,9 +107,29 @@ impl Folders {
             descriptors,
         };
         let folder = Folder::new(root, terms).map_err(|error| match error {
-            Errno::OPNOTSUPP => Error::NoAttributes(share.path.clone()),
+            Errno::OPNOTSUPP => Error::NoAttributes(path.clone()),
             error => failed(error.into()),
         })?;
         Ok(Server::new(folder, single, share.cache))
+    }
+
+    /// The other process that serves the `index`th, and listens at `path`. One that is gone, and there again, is found by a reboot.
+    ///
+    /// # Errors
+    /// [`Error::VhostUser`]
+    pub fn back_end(&mut self, path: &Path, index: usize) -> Result<Arc<FrontEnd>, Error> {
+        let known = self.others.get(&index).cloned();
+        if let Some(back_end) = known.clone().filter(|back_end| back_end.is_up()) {
+            return Ok(back_end);
+        }
+        match (FrontEnd::connect(path, 1), known) {
+            (Ok(back_end), _) => {
+                let back_end = Arc::new(back_end);
+                self.others.insert(index, back_end.clone());
+                Ok(back_end)
+            }
+            (Err(_), Some(gone)) => Ok(gone),
+            (Err(error), None) => Err(error.into()),
+        }
     }
 }

@@ -8,7 +8,7 @@ use super::folder::Folder;
 use super::memory::{Writing, Written};
 use super::parts::Parts;
 use super::{Error, Header, disks};
-use crate::config::VmConfig;
+use crate::config::{ShareFrom, VmConfig};
 use crate::machine::{Handle, Paused, Phase, SavedMachine};
 use crate::memory::SavedRam;
 
@@ -44,6 +44,7 @@ pub fn save(
     below: Option<Below>,
     Saving { compress, stay }: Saving,
 ) -> Result<bool, Error> {
+    check(config)?;
     let below = below.map(|below| below.of_machine(config)).transpose()?;
     let saved = disks::saved(config);
     disks::check(config, parts)?;
@@ -75,6 +76,7 @@ pub fn fork(machine: &Handle, config: &VmConfig, disks: Vec<OwnedFd>) -> Result<
     if let Some(disk) = disks::in_place(config) {
         return Err(Error::InPlace(disk.path.clone()));
     }
+    check(config)?;
     let mut parts = Parts::unnamed()?;
     parts.disks = disks::of_files(config, disks);
     disks::check(config, &parts)?;
@@ -86,6 +88,14 @@ pub fn fork(machine: &Handle, config: &VmConfig, disks: Vec<OwnedFd>) -> Result<
     taken.finish(&disks::saved(config), machine, &parts, None)?;
     parts.seal()?;
     Ok(parts)
+}
+
+/// Whether a machine that is built as `config` says can be saved.
+fn check(config: &VmConfig) -> Result<(), Error> {
+    match config.share.iter().any(|share| matches!(share.from, ShareFrom::VhostUser(_))) {
+        true => Err(Error::Unsupported("a shared folder that another process serves")),
+        false => Ok(()),
+    }
 }
 
 /// Waits for the pages of `machine` that would only come when they are touched, while it runs on: the child that writes memory would

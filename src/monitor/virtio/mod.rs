@@ -87,7 +87,8 @@ impl Error {
     /// Whether the caller's request was wrong (and not the host lacking something).
     pub fn is_bad_argument(&self) -> bool {
         match self {
-            Self::Disk(_) | Self::Share(_) => true,
+            Self::Disk(_) => true,
+            Self::Share(error) => error.is_bad_argument(),
             Self::Net(error) => error.is_bad_argument(),
             Self::Vsock(error) => error.is_bad_argument(),
             Self::Chardev(error) => error.is_bad_argument(),
@@ -190,9 +191,14 @@ impl<'a> Device<'a> {
                 Box::new(vsock::Served::new(doors.kernel(config)?, config.cid()))
             }
             Self::Vsock(config) => Box::new(vsock::Vsock::new(doors.get(config)?, config.cid())),
-            Self::Fs(index, count, share) => {
-                Box::new(fs::Fs::new(folders.server(*index, *count, share)?, &share.tag(*index)))
-            }
+            Self::Fs(index, count, share) => match &share.from {
+                config::ShareFrom::Path(_) => {
+                    Box::new(fs::Fs::new(folders.server(*index, *count, share)?, &share.tag(*index)))
+                }
+                config::ShareFrom::VhostUser(path) => {
+                    Box::new(fs::Served::new(folders.back_end(path, *index)?, &share.tag(*index)))
+                }
+            },
             Self::Console(config) => {
                 let main = ends.get("console", &config.console())?;
                 let mut named = Vec::new();

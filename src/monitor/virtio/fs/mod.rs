@@ -1,6 +1,10 @@
 //! virtio-fs: FUSE requests to the server of a shared folder (virtio 1.3, 5.11). Knows neither files nor what requests say.
 //!
+//! [`Served`] has another process serve it.
+//!
 //! The worker takes one request at a time, and has the server do it without the device's lock: the host may let it wait.
+
+mod served;
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -17,6 +21,8 @@ use crate::sandbox::Needs;
 use crate::share::{self, Server};
 use crate::state::{StateError, Stateful};
 
+pub use served::Served;
+
 /// That of requests that overtake others (FORGET), and that of all others (5.11.2). Linux takes as many pages for one request as the
 /// second has descriptors, but for four.
 const QUEUE_SIZES: [u16; 2] = [128, 512];
@@ -27,6 +33,15 @@ const QUEUE_SIZES: [u16; 2] = [128, 512];
 struct Config {
     tag: [u8; Share::TAG_MOST],
     num_request_queues: le::U32,
+}
+
+impl Config {
+    /// Of a device that is mounted by `tag`, of which the first 36 bytes count.
+    fn new(tag: &str) -> Self {
+        let mut config = Self { tag: [0; Share::TAG_MOST], num_request_queues: 1.into() };
+        config.tag.iter_mut().zip(tag.bytes()).for_each(|(to, byte)| *to = byte);
+        config
+    }
 }
 
 /// The request that is at hand.
@@ -81,12 +96,10 @@ impl Blocking for Shared {
 }
 
 impl Fs {
-    /// A device that the guest mounts by `tag`, of which the first 36 bytes count.
+    /// A device that the guest mounts by `tag`.
     pub fn new(server: Server, tag: &str) -> Self {
-        let mut config = Config { tag: [0; Share::TAG_MOST], num_request_queues: 1.into() };
-        config.tag.iter_mut().zip(tag.bytes()).for_each(|(to, byte)| *to = byte);
         let shared = Shared { server: Mutex::new(server), request: Mutex::default() };
-        Self { config, shared: Arc::new(shared), restored: None }
+        Self { config: Config::new(tag), shared: Arc::new(shared), restored: None }
     }
 
     /// Answers the request at hand if it is done, and takes the next if none is.
