@@ -10,15 +10,15 @@ use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
 use vm_memory::GuestAddress;
-use vmm_monitor::config::Share;
+use vmm_monitor::config::{Share, ShareFrom};
 use vmm_monitor::memory::{Buffers, GuestRam};
-use vmm_monitor::share::{Folders, Server};
+use vmm_monitor::share::{Folders, Outcome, Server};
 
 const HALF: usize = 64 << 10;
 /// Opcodes: all that are known, and some that are not.
-const OPCODES: [u32; 46] = [
+const OPCODES: [u32; 47] = [
     1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30,
-    31, 32, 33, 34, 35, 36, 37, 38, 39, 42, 43, 44, 45, 46, 47, 50, 51, 4096,
+    31, 32, 33, 34, 35, 36, 37, 38, 39, 42, 43, 44, 45, 46, 47, 50, 51, 52, 4096,
 ];
 /// Names that a request may begin, go on, or end with.
 const NAMES: [&[u8]; 12] = [
@@ -81,7 +81,10 @@ fn ask(server: &mut Server, opcode: u32, node: u64, body: &[u8], room: usize) {
     request.resize(40, 0);
     request.extend(body);
     buffers(0, request.len()).write_all(&request).unwrap();
-    let len = server.serve(&mut buffers(0, request.len()), &mut buffers(HALF, room));
+    let len = match server.serve(&mut buffers(0, request.len()), &mut buffers(HALF, room)) {
+        Outcome::Replied(len) => len,
+        Outcome::Waits(mut waiting) => server.again(&mut waiting).unwrap_or_else(|| server.refuse(waiting)),
+    };
     assert!(len == 0 || (16..=room).contains(&len), "{len} of {room}");
     if len > 0 {
         let mut head = [0; 16];
@@ -99,12 +102,15 @@ fuzz_target!(|data: &[u8]| {
     let Some((how, mut rest)) = data.split_first() else { return };
     let path = PLACE.root.join("share");
     anew(&path);
+    // A file alone, or the folder.
+    let path = if how & 8 != 0 { path.join("a") } else { path };
     let text = format!(
-        "{},owners={}",
+        "{},owners={},locks={}",
         if how & 1 != 0 { ".:ro" } else { "." },
-        if how & 2 != 0 { "xattr" } else { "map" }
+        if how & 2 != 0 { "xattr" } else { "map" },
+        if how & 4 != 0 { "shared" } else { "local" }
     );
-    let share = Share { path, ..text.parse().unwrap() };
+    let share = Share { from: ShareFrom::Path(path), ..text.parse().unwrap() };
     let serve = || Folders::default().server(0, 1, &share);
     // Where the file system keeps nothing beside its files.
     let Ok(mut server) = serve() else { return };
@@ -126,9 +132,12 @@ fuzz_target!(|data: &[u8]| {
         let node = if *node < 240 { u64::from(node % 16) } else { u64::MAX - u64::from(*node) };
         ask(&mut server, opcode, node, &body, usize::from(*room) * 128);
     }
-    let state = server.save();
+    let (state, locks) = (server.save(), server.save_locks());
+    // Whose locks go.
+    drop(server);
     let mut again = serve().unwrap();
     again.restore(state.clone()).unwrap();
+    again.restore_locks(locks);
     assert_eq!(again.save(), state);
     ask(&mut again, 3, 1, &[0; 16], 200);
     let beside = fs::read_dir(PLACE.root.join("beside")).unwrap().count();

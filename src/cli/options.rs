@@ -83,7 +83,7 @@ pub struct Options {
     /// Share a folder or a file: PATH[:TO][:ro], where TO is what init or agent mount it at in the guest; others do by mount -t virtiofs share0
     /// TO (share1 for the second). Then any of ,uid=N ,gid=N (the guest's user whom your files belong to) [default: root], ,tag=NAME (for
     /// share0), ,cache=auto|always|never (changes on the host are seen within a second, never, at once) [default: auto], ,owners=xattr (chown, set-user-ID bits and device nodes
-    /// of the guest's are kept in an extended attribute). Or vhost-user=SOCKET,to=TO: one that virtiofsd serves; repeatable
+    /// of the guest's are kept in an extended attribute), ,locks=shared (the host and other guests see locks). Or vhost-user=SOCKET,to=TO: one that virtiofsd serves; repeatable
     #[arg(long, value_name = "PATH:TO", value_parser = os_text::<Share, _>())]
     share: Vec<Share>,
     /// Where the console hvc0 goes: stdio, pty, file=PATH[,max=SIZE], socket=PATH or off; a comma in PATH is written twice

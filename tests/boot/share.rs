@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::fs::{FlockOperation, flock};
+
 use crate::guest::{Guest, Kernel, available, run, vmm};
 use crate::snapshot::{await_running, exec, well};
 
@@ -102,6 +104,82 @@ fn a_file_is_at_its_place_and_nothing_that_lies_beside_it() {
         assert_eq!(fs::read_to_string(dir.path().join("share/a")).unwrap(), "from the host\nmore\n");
         assert_eq!(fs::read_dir(dir.path().join("share")).unwrap().count(), 1);
     }
+}
+
+/// A guest, its copy and the host: one of them at a time has a lock.
+#[test]
+fn a_guest_its_copy_and_the_host_wait_for_each_others_locks() {
+    if !available("a_guest_its_copy_and_the_host_wait_for_each_others_locks") {
+        return;
+    }
+    let dir = folder();
+    let at = |name: &str| dir.path().join("share").join(name);
+    let share = format!("{}:/s,locks=shared", dir.path().join("share").display());
+    let mut command = vmm(Kernel::TunedPvh, "echo up; while :; do sleep 100; done");
+    command.args(["--name", "one", "--vsock", "--rng", "--cpus", "2", "--share", &share]);
+    let first = Guest::start(command);
+    first.wait_for("up", 1);
+    let state = dir.path().join("state");
+    let copied = first.command(&["fork", "one"]).env("XDG_STATE_HOME", &state).output().unwrap();
+    assert_eq!(copied.status.code(), Some(0), "{}", String::from_utf8_lossy(&copied.stderr));
+    let copy = String::from_utf8(copied.stdout).unwrap().trim().to_owned();
+    // busybox has no flock(1).
+    for program in ["/usr/bin/flock", "/lib64/ld-linux-x86-64.so.2", "/lib/x86_64-linux-gnu/libc.so.6"] {
+        fs::copy(program, at(Path::new(program).file_name().unwrap().to_str().unwrap())).unwrap();
+    }
+    const FLOCK: &str = "/s/ld-linux-x86-64.so.2 --library-path /s /s/flock";
+    // Each adds 30 times, on its own, to a number of which each time there is another file.
+    let add = &format!(
+        "cd /s; touch lock; for i in $(seq 30); do {FLOCK} lock sh -c 'n=$(cat n.*); mv n.* n.$((n+1)) && \
+         echo $((n+1)) >n.$((n+1))' || exit; done"
+    );
+    fs::write(at("n.0"), "0\n").unwrap();
+    std::thread::scope(|scope| {
+        let add = |name: &str| {
+            let mut command = first.command(&["exec", name, "sh", "-c", add]);
+            move || {
+                let output = command.stderr(Stdio::piped()).output().unwrap();
+                assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+            }
+        };
+        scope.spawn(add("one"));
+        scope.spawn(add(&copy));
+        scope.spawn(|| {
+            fs::write(at("lock"), "").unwrap();
+            for _ in 0..30 {
+                let lock = fs::File::open(at("lock")).unwrap();
+                flock(&lock, FlockOperation::LockExclusive).unwrap();
+                let names = fs::read_dir(at(""))
+                    .unwrap()
+                    .map(|entry| entry.unwrap().file_name().into_string().unwrap());
+                let old = names.filter(|name| name.starts_with("n.")).collect::<Vec<_>>();
+                assert_eq!(old.len(), 1, "{old:?}");
+                let number: u32 = fs::read_to_string(at(&old[0])).unwrap().trim().parse().unwrap();
+                let new = at(&format!("n.{}", number + 1));
+                fs::rename(at(&old[0]), &new).unwrap();
+                fs::write(new, format!("{}\n", number + 1)).unwrap();
+            }
+        });
+    });
+    assert_eq!(fs::read_to_string(at("n.90")).unwrap(), "90\n");
+    // A lock that the guest has is held when it is restored.
+    let exec = |name: &str, script: &str| exec(&first, name, script);
+    let script = "exec 9>/s/lock; FLOCK 9; echo has >/s/has; sleep 1000".replace("FLOCK", FLOCK);
+    exec("one", &format!("({script}) >/dev/null 2>&1 & until [ -e /s/has ]; do sleep 0.1; done"));
+    let lock = fs::File::open(at("lock")).unwrap();
+    assert!(flock(&lock, FlockOperation::NonBlockingLockShared).is_err());
+    let saved = dir.path().join("saved");
+    let saved = saved.to_str().unwrap();
+    assert_eq!(first.control(&["snapshot", "create", "one", saved, "--stop"]).0, Some(0));
+    flock(&lock, FlockOperation::NonBlockingLockShared).unwrap();
+    flock(&lock, FlockOperation::Unlock).unwrap();
+    let mut command = first.command(&["restore", saved, "--name", "two"]);
+    command.stdin(Stdio::null());
+    let restored = Guest::start_in(command, first.runtime());
+    await_running(&first, &restored, "two");
+    assert!(flock(&lock, FlockOperation::NonBlockingLockShared).is_err());
+    well(&first, "two");
+    first.control(&["kill", &copy, "two"]);
 }
 
 /// Debian's, which has what every vhost-user front end needs.

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
-use vmm_monitor::config::{Share, ShareFrom};
+use vmm_monitor::config::{Share, ShareFrom, ShareLocks};
 use vmm_monitor::share::Folders;
 use vmm_monitor::state::Stateless;
 use vmm_monitor::virtio::device::{Blocking, Traits, VirtioDevice};
@@ -39,7 +40,7 @@ pub fn folder() -> (TempDir, Share) {
 
 /// The device on a folder, as a machine would build it.
 pub fn device(share: &Share) -> Box<dyn VirtioDevice> {
-    Box::new(Fs::new(Folders::default().server(0, 1, share).unwrap(), &share.tag(0)))
+    Box::new(Fs::new(Folders::default().server(0, 1, share).unwrap(), &share.tag(0)).unwrap())
 }
 
 fn words(words: &[u32]) -> Vec<u8> {
@@ -154,6 +155,98 @@ fn what_the_guest_knew_and_had_open_goes_on_after_a_restore_but_for_what_is_gone
     let (error, node) = look_up(&mut guest, "other");
     assert!(error == 0 && node != other.0);
     exchange(&mut guest);
+}
+
+const SETLKW: u32 = 33;
+const FLUSH: u32 = 25;
+
+/// Asks for `file` to be locked as a whole, whenever that may be. The request's place is the `at`th.
+fn wait_to_lock(guest: &mut Guest, at: u64, node: u64, handle: u64) -> u16 {
+    let place = DATA + 0x3000 + at * 0x200;
+    let whole = [0, i64::MAX as u64].map(u64::to_le_bytes).concat();
+    let how = [&handle.to_le_bytes()[..], &[0; 8], &whole, &words(&[libc::F_WRLCK as u32, 0, 1, 0])].concat();
+    let header =
+        [words(&[88, SETLKW]), at.to_le_bytes().to_vec(), node.to_le_bytes().to_vec(), vec![0; 16]].concat();
+    guest.store(place, &[header, how].concat());
+    let old = guest.rings[REQUESTS].available();
+    let head = guest.rings[REQUESTS].add(&[(place, 88)], &[(place + 0x100, 16)]);
+    guest.kick(REQUESTS, old);
+    head
+}
+
+/// The error in the reply.
+fn locked(guest: &Guest, at: u64) -> i32 {
+    let reply = guest.load(DATA + 0x3000 + at * 0x200 + 0x100, 16);
+    assert_eq!((long(&reply, 8), &reply[..4]), (at, &words(&[16])[..]));
+    i32::from_le_bytes(reply[4..8].try_into().unwrap())
+}
+
+#[test]
+fn who_waits_for_a_lock_of_the_hosts_holds_nobody_up_and_goes_on_after_a_restore() {
+    let (keep, share) = folder();
+    let share = Share { locks: ShareLocks::Shared, ..share };
+    let host = fs::File::open(keep.path().join("file")).unwrap();
+    flock(&host, FlockOperation::LockExclusive).unwrap();
+    let mut guest = Guest::new(device(&share));
+    guest.start(0);
+    init(&mut guest);
+    let (_, node) = look_up(&mut guest, "file");
+    let [first, second] = [open(&mut guest, node), open(&mut guest, node)];
+    let heads = [(0, first), (1, second)].map(|(at, handle)| wait_to_lock(&mut guest, at, node, handle));
+    for _ in 0..3 {
+        assert_eq!(read(&mut guest, node, first), (0, b"what is in it".to_vec()));
+        guest.settle();
+    }
+    // As it is saved, and in another device.
+    guest.pause();
+    let saved = guest.device.save_bytes();
+    let rest = guest.unplug();
+    let mut guest = Guest::on(rest, device(&share));
+    guest.device.restore_bytes(&saved).unwrap();
+    assert_eq!(guest.device.save_bytes(), saved);
+    guest.device.resume();
+    assert_eq!(read(&mut guest, node, first), (0, b"what is in it".to_vec()));
+    assert_eq!(guest.rings[REQUESTS].used(), None);
+    flock(&host, FlockOperation::Unlock).unwrap();
+    // One of them gets it without anybody's asking for anything, and the other when that is closed.
+    let (used, len) = guest.rings[REQUESTS].wait_used(10);
+    let got = heads.iter().position(|head| *head == used).unwrap();
+    assert_eq!((len, locked(&guest, got as u64)), (16, 0));
+    assert_eq!(flock(&host, FlockOperation::NonBlockingLockShared), Err(rustix::io::Errno::WOULDBLOCK));
+    let closed = [first, second][got];
+    let how = [&closed.to_le_bytes()[..], &[0; 16]].concat();
+    let len = request(&guest, RELEASE, node, &how);
+    let old = guest.rings[REQUESTS].available();
+    let release = guest.rings[REQUESTS].add(&[(DATA, len)], &[(REPLY, 16)]);
+    guest.kick(REQUESTS, old);
+    let both = [(); 2].map(|()| guest.rings[REQUESTS].wait_used(10).0);
+    assert!(both.contains(&release) && both.contains(&heads[1 - got]));
+    assert_eq!(locked(&guest, 1 - got as u64), 0);
+    // A reset lets go of what waits, and of what is held.
+    flock(&host, FlockOperation::NonBlockingLockShared).unwrap_err();
+    guest.start(0);
+    flock(&host, FlockOperation::NonBlockingLockExclusive).unwrap();
+    init(&mut guest);
+    let (_, node) = look_up(&mut guest, "file");
+    let handle = open(&mut guest, node);
+    wait_to_lock(&mut guest, 2, node, handle);
+    guest.start(0);
+    exchange(&mut guest);
+}
+
+#[test]
+fn a_guest_that_keeps_its_locks_to_itself_is_told_that_there_are_none_here() {
+    let (_keep, share) = folder();
+    let mut guest = Guest::new(device(&share));
+    guest.start(0);
+    init(&mut guest);
+    let (_, node) = look_up(&mut guest, "file");
+    for opcode in [FLUSH, 31, 32, SETLKW] {
+        assert_eq!(ask(&mut guest, opcode, node, &[0; 48], 64).0, -libc::ENOSYS);
+    }
+    let (error, body) = ask(&mut guest, INIT, 0, &words(&[7, 39, 0x20000, u32::MAX >> 2]), 80);
+    let flags = u32::from_le_bytes(body[12..16].try_into().unwrap());
+    assert_eq!((error, flags & (1 << 1 | 1 << 10)), (0, 0));
 }
 
 #[test]

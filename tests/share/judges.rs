@@ -79,12 +79,13 @@ fn fsx() {
 #[ignore = "make share-judges"]
 fn sqlite() {
     judged("sqlite", "", 0);
+    judged("sqlite", ",locks=shared", 0);
 }
 
 #[test]
 #[ignore = "make share-judges"]
 fn postgres() {
-    judged("postgres", ",uid=1000", 1000);
+    judged("postgres", ",uid=1000,locks=shared", 1000);
 }
 
 #[test]

@@ -2,5 +2,6 @@
 
 mod hosts;
 mod judges;
+mod locks;
 mod model;
 mod mount;

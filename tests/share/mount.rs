@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{
@@ -19,7 +20,7 @@ use tempfile::TempDir;
 use vm_memory::GuestAddress;
 use vmm_monitor::config::{Share, ShareFrom};
 use vmm_monitor::memory::{Buffers, GuestRam};
-use vmm_monitor::share::{Folders, Server};
+use vmm_monitor::share::{Folders, Outcome, Server, Waiting};
 
 /// Room for a request or a reply: the most data that one has, and what is before it.
 const ROOM: usize = (1 << 20) + (64 << 10);
@@ -104,7 +105,22 @@ fn serve(mut server: Server, mut fuse: File) {
         buffers
     };
     let mut bytes = vec![0; ROOM];
+    let mut waiting: Vec<Waiting> = Vec::new();
     loop {
+        // Nobody tells when a lock is free.
+        let soon = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+        let ready =
+            poll(&mut [PollFd::new(&fuse, PollFlags::IN)], Some(&soon).filter(|_| !waiting.is_empty()));
+        waiting.retain_mut(|waiting| {
+            let Some(len) = server.again(waiting) else { return true };
+            let mut reply = vec![0; len];
+            buffers(2 << 20, len).read_exact(&mut reply).unwrap();
+            let _ = fuse.write(&reply);
+            false
+        });
+        if ready == Ok(0) {
+            continue;
+        }
         let len = match fuse.read(&mut bytes) {
             Ok(len) => len,
             // A request that was given up meanwhile.
@@ -112,7 +128,13 @@ fn serve(mut server: Server, mut fuse: File) {
             Err(_) => return,
         };
         buffers(0, len).write_all(&bytes[..len]).unwrap();
-        let len = server.serve(&mut buffers(0, len), &mut buffers(2 << 20, ROOM));
+        let len = match server.serve(&mut buffers(0, len), &mut buffers(2 << 20, ROOM)) {
+            Outcome::Replied(len) => len,
+            Outcome::Waits(request) => {
+                waiting.push(request);
+                0
+            }
+        };
         if len > 0 {
             buffers(2 << 20, len).read_exact(&mut bytes[..len]).unwrap();
             // Nobody may wait for it any more.

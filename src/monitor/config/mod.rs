@@ -27,7 +27,7 @@ pub use kernel::Kernel;
 pub use net::{Mac, Net, NetTarget, dump as net_dump};
 pub use net_limits::{Limit, NetLimits};
 pub use plug::Plug;
-pub use share::{Share, ShareCache, ShareFrom, ShareOwners};
+pub use share::{Share, ShareCache, ShareFrom, ShareLocks, ShareOwners};
 pub(crate) use text::items;
 pub use text::{ParseError, Size, port_number};
 pub use user_net::{Allow, Publish, Resolver, UserNet};

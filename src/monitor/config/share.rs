@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::text::{ParseError, escaped, flag, items, optional_number, pairs};
 use super::{Invalid, host_path};
 
-/// A shared folder: `PATH[:TO][:ro]`, then any of `,tag=NAME ,cache=auto|always|never ,uid=N ,gid=N ,owners=map|xattr`. A path that has a colon in it is
+/// A shared folder: `PATH[:TO][:ro]`, then any of `,tag=NAME ,cache=auto|always|never ,uid=N ,gid=N ,owners=map|xattr
+/// ,locks=local|shared`. A path that has a colon in it is
 /// written `path=PATH,to=TO,readonly`; one that another process serves, `vhost-user=PATH,to=TO`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Keys", into = "Keys")]
@@ -32,6 +33,8 @@ pub struct Share {
     pub gid: Option<u32>,
     /// What becomes of the owners that the guest gives its files.
     pub owners: ShareOwners,
+    /// Who sees the locks of the guest's programs.
+    pub locks: ShareLocks,
 }
 
 /// Where the files of a shared folder come from.
@@ -81,37 +84,39 @@ struct Keys {
     gid: Option<u32>,
     #[serde(default)]
     owners: ShareOwners,
+    #[serde(default)]
+    locks: ShareLocks,
 }
 
 impl TryFrom<Keys> for Share {
     type Error = &'static str;
 
     fn try_from(keys: Keys) -> Result<Self, &'static str> {
-        let Keys { path, vhost_user, to, readonly, tag, cache, uid, gid, owners } = keys;
+        let Keys { path, vhost_user, to, readonly, tag, cache, uid, gid, owners, locks } = keys;
         let from = match (path, vhost_user) {
             (Some(path), None) if path.as_os_str().is_empty() => return Err("expected a path"),
             (Some(path), None) => ShareFrom::Path(path),
             (None, Some(path)) => ShareFrom::VhostUser(path),
             _ => return Err("a share has one of path=PATH and vhost-user=PATH"),
         };
-        let plain = (false, ShareCache::default(), None, None, ShareOwners::default());
-        if matches!(from, ShareFrom::VhostUser(_)) && (readonly, cache, uid, gid, owners) != plain {
+        let plain = (false, ShareCache::default(), None, None, ShareOwners::default(), ShareLocks::default());
+        if matches!(from, ShareFrom::VhostUser(_)) && (readonly, cache, uid, gid, owners, locks) != plain {
             return Err(
-                "readonly, cache=, uid=, gid= and owners= are for folders that vmm serves itself: tell who listens at vhost-user=",
+                "readonly, cache=, uid=, gid=, owners= and locks= are for folders that vmm serves itself: tell who listens at vhost-user=",
             );
         }
-        Ok(Self { from, to, readonly, tag, cache, uid, gid, owners })
+        Ok(Self { from, to, readonly, tag, cache, uid, gid, owners, locks })
     }
 }
 
 impl From<Share> for Keys {
     fn from(share: Share) -> Self {
-        let Share { from, to, readonly, tag, cache, uid, gid, owners } = share;
+        let Share { from, to, readonly, tag, cache, uid, gid, owners, locks } = share;
         let (path, vhost_user) = match from {
             ShareFrom::Path(path) => (Some(path), None),
             ShareFrom::VhostUser(path) => (None, Some(path)),
         };
-        Self { path, vhost_user, to, readonly, tag, cache, uid, gid, owners }
+        Self { path, vhost_user, to, readonly, tag, cache, uid, gid, owners, locks }
     }
 }
 
@@ -124,6 +129,17 @@ pub enum ShareOwners {
     Map,
     /// They are kept in an extended attribute of the host's file, and so are modes by which programs run as their owner, and device nodes.
     Xattr,
+}
+
+/// Who sees the locks of a guest's programs on files of a shared folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShareLocks {
+    /// Programs of the same guest.
+    #[default]
+    Local,
+    /// The host's programs and other guests, too.
+    Shared,
 }
 
 /// How long a guest believes what it has seen of a shared folder.

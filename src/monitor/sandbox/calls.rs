@@ -326,6 +326,10 @@ const SHARE: &[Call] = &[
     any(libc::SYS_listxattr),
     any(libc::SYS_setxattr),
     any(libc::SYS_removexattr),
+    // Locks that the guest shares with others.
+    when(libc::SYS_fcntl, &[&[is(1, libc::F_OFD_SETLK as u32)]]),
+    when(libc::SYS_fcntl, &[&[is(1, libc::F_OFD_GETLK as u32)]]),
+    any(libc::SYS_flock),
 ];
 
 /// What begins anew under its name; where that cannot be, it is emptied.

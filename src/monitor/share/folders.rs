@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use super::{Folder, Owners, Server, Terms};
-use crate::config::{Share, ShareOwners, host_path::quoted};
+use crate::config::{Share, ShareLocks, ShareOwners, host_path::quoted};
 use crate::planted;
 use crate::sandbox;
 use crate::vhost::{self, FrontEnd};
@@ -104,6 +104,7 @@ impl Folders {
             read_only: share.readonly,
             owners,
             keeps: share.owners == ShareOwners::Xattr,
+            shares_locks: share.locks == ShareLocks::Shared,
             descriptors,
         };
         let folder = Folder::new(root, terms).map_err(|error| match error {

@@ -8,6 +8,8 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::locks::Kind;
+
 /// A file or a folder that the guest has open.
 #[derive(Debug, Clone)]
 pub struct Handle {
@@ -16,6 +18,8 @@ pub struct Handle {
     pub flags: OFlags,
     /// None until it is first used, if it is a saved one.
     pub file: Option<Arc<OwnedFd>>,
+    /// How it is locked (flock(2)).
+    pub locked: Option<Kind>,
 }
 
 /// [`Handles`] without what the host has of them.
@@ -56,7 +60,7 @@ impl Handles {
         self.room()?;
         let number = self.next;
         self.next += 1;
-        self.open.insert(number, Handle { node, flags, file: Some(Arc::new(file)) });
+        self.open.insert(number, Handle { node, flags, file: Some(Arc::new(file)), locked: None });
         Ok(number)
     }
 
@@ -66,6 +70,23 @@ impl Handles {
     /// EBADF: nothing of that node's.
     pub fn get(&self, number: u64, node: u64) -> Result<&Handle, Errno> {
         self.open.get(&number).filter(|handle| handle.node == node).ok_or(Errno::BADF)
+    }
+
+    /// The node of number `number`.
+    pub fn node(&self, number: u64) -> Option<u64> {
+        self.open.get(&number).map(|handle| handle.node)
+    }
+
+    /// It is locked so.
+    pub fn locked(&mut self, number: u64, kind: Option<Kind>) {
+        if let Some(handle) = self.open.get_mut(&number) {
+            handle.locked = kind;
+        }
+    }
+
+    /// Those that are locked.
+    pub fn whole(&self) -> Vec<(u64, Kind)> {
+        self.open.iter().filter_map(|(number, handle)| Some((*number, handle.locked?))).collect()
     }
 
     /// A saved one is open again.
@@ -101,7 +122,7 @@ impl Handles {
         }
         for (number, node, flags) in saved.open {
             let flags = OFlags::from_bits_retain(flags);
-            let handle = Handle { node, flags, file: None };
+            let handle = Handle { node, flags, file: None, locked: None };
             let is_one = (1..saved.next).contains(&number) && allowed.contains(flags);
             if !is_one || self.open.insert(number, handle).is_some() {
                 return Err(format!("open file {number}, with {:#x}", flags.bits()));

@@ -1,7 +1,7 @@
 //! Folders of the host's in a guest: a FUSE server in this process (virtio 1.3, 5.11).
 //!
 //! [`Folders`] opens them. `wire` is what requests and replies look like. [`Server`] reads and answers them. [`Folder`] does what they ask for, with
-//! `Nodes` for the files that the guest knows, `Handles` for those that it has open, and [`Owners`]
+//! `Nodes` for the files that the guest knows, `Handles` for those that it has open, `Locks` for those that it locks, and [`Owners`]
 //! for whom it sees them belong to. All of it may be hostile: a name is one component, what it names is found below the folder and
 //! nowhere else, and a link is only ever read. None of it knows a device or a machine.
 
@@ -9,6 +9,7 @@ mod folder;
 mod folders;
 mod handles;
 mod kept;
+mod locks;
 mod nodes;
 mod owners;
 mod server;
@@ -16,7 +17,7 @@ mod server;
 mod tests;
 mod wire;
 
-pub use folder::{Folder, Terms};
+pub use folder::{Folder, SavedLocks, Terms};
 pub use folders::{Error, Folders};
 pub use owners::Owners;
-pub use server::{Server, State};
+pub use server::{Outcome, Server, State, Waiting};

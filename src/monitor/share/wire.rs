@@ -16,7 +16,9 @@ pub const OLDEST_MINOR: u32 = 28;
 /// Flags of INIT.
 pub mod init {
     pub const ASYNC_READ: u32 = 1;
+    pub const POSIX_LOCKS: u32 = 1 << 1;
     pub const BIG_WRITES: u32 = 1 << 5;
+    pub const FLOCK_LOCKS: u32 = 1 << 10;
     pub const AUTO_INVAL_DATA: u32 = 1 << 12;
     pub const DO_READDIRPLUS: u32 = 1 << 13;
     pub const READDIRPLUS_AUTO: u32 = 1 << 14;
@@ -53,6 +55,8 @@ pub mod set {
     pub const VALUES: u32 = MODE | UID | GID | SIZE | ATIME | MTIME | ATIME_NOW | MTIME_NOW;
 }
 
+/// In [`LkIn::flags`]: of what is open, and not of a part of the file.
+pub const LK_FLOCK: u32 = 1;
 /// In [`GetattrIn::flags`] and [`StatxIn::flags`]: the file handle is there.
 pub const GETATTR_FH: u32 = 1;
 /// In [`WriteIn::write_flags`]: by somebody who may not set a file's set-user-ID bits.
@@ -81,13 +85,11 @@ macro_rules! opcodes {
     };
 }
 
-// Not FLUSH: data goes to the host with each write, what closing a file would tell is told by then, and Linux, once told that there is no
-// such request, makes none.
 opcodes! {
     Lookup = 1, Forget = 2, Getattr = 3, Setattr = 4, Readlink = 5, Symlink = 6, Mknod = 8, Mkdir = 9, Unlink = 10,
     Rmdir = 11, Rename = 12, Link = 13, Open = 14, Read = 15, Write = 16, Statfs = 17, Release = 18, Fsync = 20,
-    Setxattr = 21, Getxattr = 22, Listxattr = 23, Removexattr = 24, Init = 26, Opendir = 27, Readdir = 28,
-    Releasedir = 29, Fsyncdir = 30, Create = 35, Interrupt = 36, Destroy = 38, BatchForget = 42, Fallocate = 43,
+    Setxattr = 21, Getxattr = 22, Listxattr = 23, Removexattr = 24, Flush = 25, Init = 26, Opendir = 27, Readdir = 28,
+    Releasedir = 29, Fsyncdir = 30, Getlk = 31, Setlk = 32, Setlkw = 33, Create = 35, Interrupt = 36, Destroy = 38, BatchForget = 42, Fallocate = 43,
     Readdirplus = 44, Rename2 = 45, Lseek = 46, CopyFileRange = 47, Syncfs = 50, Tmpfile = 51,
     Statx = 52,
 }
@@ -164,6 +166,11 @@ requests! {
     }
     ReleaseIn { handle: le::U64, _flags: le::U32, _release_flags: le::U32, _lock_owner: le::U64 }
     FsyncIn { handle: le::U64, flags: le::U32, _padding: le::U32 }
+    FlushIn { handle: le::U64, _unused: le::U32, _padding: le::U32, owner: le::U64 }
+    LkIn {
+        handle: le::U64, owner: le::U64, start: le::U64, end: le::U64, kind: le::U32, _pid: le::U32, flags: le::U32,
+        _padding: le::U32,
+    }
     GetxattrIn { size: le::U32, _padding: le::U32 }
     SetxattrIn { size: le::U32, flags: le::U32 }
     FallocateIn { handle: le::U64, offset: le::U64, length: le::U64, mode: le::U32, _padding: le::U32 }
@@ -221,6 +228,8 @@ replies! {
         namelen: le::U32, frsize: le::U32, _padding: le::U32, _spare: [le::U32; 6],
     }
     GetxattrOut { size: le::U32, _padding: le::U32 }
+    /// `struct fuse_lk_out`. Whose it is, is somebody whom the guest does not know.
+    LkOut { start: le::U64, end: le::U64, kind: le::U32, _pid: le::U32 }
     LseekOut { offset: le::U64 }
     /// `struct fuse_dirent`, without the name that follows.
     Dirent { ino: le::U64, offset: le::U64, name_len: le::U32, kind: le::U32 }
@@ -400,6 +409,9 @@ mod tests {
             (size_of::<EntryOut>(), 128),
             (size_of::<AttrOut>(), 104),
             (size_of::<StatxIn>(), 24),
+            (size_of::<FlushIn>(), 24),
+            (size_of::<LkIn>(), 48),
+            (size_of::<LkOut>(), 24),
             (size_of::<StatxOut>(), 32 + 256),
             (size_of::<OpenOut>(), 16),
             (size_of::<StatfsOut>(), 80),
@@ -427,8 +439,10 @@ mod tests {
     #[test]
     fn what_changes_something_is_told_from_what_does_not() {
         let unchanged = Opcode::ALL.iter().filter(|(_, opcode)| !opcode.changes()).map(|(number, _)| *number);
-        let reading =
-            [1, 2, 3, 5, 14, 15, 17, 18, 20, 22, 23, 26, 27, 28, 29, 30, 36, 38, 42, 44, 46, 50, 52];
+        let reading = [
+            1, 2, 3, 5, 14, 15, 17, 18, 20, 22, 23, 25, 26, 27, 28, 29, 30, 31, 32, 33, 36, 38, 42, 44, 46,
+            50, 52,
+        ];
         assert_eq!(unchanged.collect::<Vec<_>>(), reading);
         assert!(Opcode::ALL.iter().all(|(number, opcode)| Opcode::of(*number) == Some(*opcode)));
     }

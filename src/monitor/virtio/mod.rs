@@ -66,9 +66,9 @@ pub enum Error {
     /// A host end of its.
     #[error(transparent)]
     Chardev(#[from] chardev::Error),
-    /// The console's timer.
-    #[error("cannot make a timer for the console")]
-    Console(#[source] std::io::Error),
+    /// A timer of its.
+    #[error("cannot make a timer for a device")]
+    Timer(#[source] std::io::Error),
 }
 
 impl Error {
@@ -80,7 +80,7 @@ impl Error {
             Self::Vsock(error) => Some(error.hint()),
             Self::Share(error) => Some(error.hint()),
             Self::Chardev(error) => error.hint().map(|hint| hint.into_owned()),
-            Self::Console(_) => None,
+            Self::Timer(_) => None,
         }
     }
 
@@ -92,7 +92,7 @@ impl Error {
             Self::Net(error) => error.is_bad_argument(),
             Self::Vsock(error) => error.is_bad_argument(),
             Self::Chardev(error) => error.is_bad_argument(),
-            Self::Console(_) => false,
+            Self::Timer(_) => false,
         }
     }
 }
@@ -193,7 +193,8 @@ impl<'a> Device<'a> {
             Self::Vsock(config) => Box::new(vsock::Vsock::new(doors.get(config)?, config.cid())),
             Self::Fs(index, count, share) => match &share.from {
                 config::ShareFrom::Path(_) => {
-                    Box::new(fs::Fs::new(folders.server(*index, *count, share)?, &share.tag(*index)))
+                    let server = folders.server(*index, *count, share)?;
+                    Box::new(fs::Fs::new(server, &share.tag(*index)).map_err(Error::Timer)?)
                 }
                 config::ShareFrom::VhostUser(path) => {
                     Box::new(fs::Served::new(folders.back_end(path, *index)?, &share.tag(*index)))
@@ -205,7 +206,7 @@ impl<'a> Device<'a> {
                 for port in &config.port {
                     named.push((port.name.clone(), ends.get(&format!("port {}", port.name), &port.to)?));
                 }
-                Box::new(console::Console::new(main, named).map_err(Error::Console)?)
+                Box::new(console::Console::new(main, named).map_err(Error::Timer)?)
             }
         })
     }

@@ -62,6 +62,7 @@ impl Folder {
 
     pub(in crate::share) fn close(&mut self, handle: u64) {
         self.handles.close(handle);
+        self.locks.closed(handle);
     }
 
     /// Reads until `to` is full or the file ends. How many.

@@ -4,11 +4,12 @@
 //! this process on a file of its own, such as writing to one of mode 0444, the guest's root may do all the same.
 //!
 //! Here is what files are and belong to; `entries` makes, moves and removes them, `files` is about those that are open, `attributes` about
-//! extended attributes.
+//! extended attributes, `locking` about locks.
 
 mod attributes;
 mod entries;
 mod files;
+mod locking;
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -23,8 +24,11 @@ use serde::{Deserialize, Serialize};
 
 use super::handles::{self, Handles};
 use super::kept::Kept;
+use super::locks::Locks;
 use super::nodes::{self, Nodes, find, stat};
 use super::owners::Owners;
+
+pub use locking::SavedLocks;
 
 /// How a folder is shared.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +39,8 @@ pub struct Terms {
     pub owners: Owners,
     /// Owners, modes and kinds that the guest gives its files and the host's cannot have are kept beside them.
     pub keeps: bool,
+    /// The guest's locks on files are the host's, too.
+    pub shares_locks: bool,
     /// Descriptors that may be open for the guest at a time.
     pub descriptors: usize,
 }
@@ -98,6 +104,7 @@ pub struct Saved {
 pub struct Folder {
     nodes: Nodes,
     handles: Handles,
+    locks: Locks,
     terms: Terms,
     /// /proc/self/fd: where a descriptor that names a file is opened.
     descriptors: Arc<OwnedFd>,
@@ -116,6 +123,7 @@ impl Folder {
         Ok(Self {
             nodes: Nodes::new(root, terms.descriptors / 2)?,
             handles: Handles::new(terms.descriptors / 2),
+            locks: Locks::default(),
             terms,
             descriptors: openat(CWD, "/proc/self/fd", flags, Mode::empty())?.into(),
         })
@@ -178,6 +186,7 @@ impl Folder {
     pub(in crate::share) fn clear(&mut self) {
         self.nodes.clear();
         self.handles.clear();
+        self.locks.clear();
     }
 
     pub(in crate::share) fn save(&self) -> Saved {

@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
-use super::folder::{self, Changes, Folder, Found, NO_TIMES, NOW, New};
+use super::folder::{self, Changes, Folder, Found, NO_TIMES, NOW, New, SavedLocks};
+use super::locks::{Kind, Lock};
 use super::nodes::ROOT;
 use super::wire::{self, *};
 use crate::config::ShareCache;
@@ -70,9 +71,38 @@ pub struct State {
     devices: Vec<(u32, u32)>,
 }
 
+/// What became of a request.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The reply has so many bytes; 0: there is none.
+    Replied(usize),
+    /// The reply comes [later](Server::again).
+    Waits(Waiting),
+}
+
+/// A request for a lock that somebody else has.
+#[derive(Debug)]
+pub struct Waiting {
+    header: InHeader,
+    /// Where the reply's goes.
+    head: Buffers,
+    wanted: Wanted,
+}
+
+/// A lock.
+#[derive(Debug, Clone, Copy)]
+enum Wanted {
+    /// Of a part of a node, by a program of the guest's.
+    Part { node: u64, handle: u64, owner: u64, lock: Lock },
+    /// Of what is open.
+    Whole { node: u64, handle: u64, kind: Option<Kind> },
+}
+
 /// What follows a reply's header.
 #[derive(Debug)]
 enum Reply {
+    /// The answer comes when somebody else lets that go.
+    Later(Wanted),
     /// Nothing is answered.
     None,
     Bytes(Vec<u8>),
@@ -118,22 +148,62 @@ impl Server {
         self.folder.clear();
     }
 
-    /// Answers one request. How many bytes the reply has; 0 if there is none.
-    pub fn serve(&mut self, request: &mut Buffers, reply: &mut Buffers) -> usize {
+    /// Answers one request.
+    pub fn serve(&mut self, request: &mut Buffers, reply: &mut Buffers) -> Outcome {
         let mut header = InHeader::new_zeroed();
         if request.read_exact(header.as_mut_bytes()).is_err() {
-            return 0;
+            return Outcome::Replied(0);
         }
         let mut head = reply.split_off_front(size_of::<OutHeader>());
         let (error, body) = match self.answer(&header, request, reply) {
-            Ok(Reply::None) => return 0,
-            Ok(Reply::Data(len)) => return write_head(&mut head, &header, 0, len),
+            Ok(Reply::None) => return Outcome::Replied(0),
+            Ok(Reply::Later(wanted)) => return Outcome::Waits(Waiting { header, head, wanted }),
+            Ok(Reply::Data(len)) => return Outcome::Replied(write_head(&mut head, &header, 0, len)),
             Ok(Reply::Bytes(body)) if body.len() <= reply.len() => (0, body),
             Ok(Reply::Bytes(_)) => (Errno::RANGE.raw_os_error(), Vec::new()),
             Err(error) => (error.raw_os_error(), Vec::new()),
         };
         let written = reply.write(&body).unwrap_or(0);
-        write_head(&mut head, &header, error, written)
+        Outcome::Replied(write_head(&mut head, &header, error, written))
+    }
+
+    /// Tries once more what had to wait. How many bytes the reply has; None if it has to wait still.
+    pub fn again(&mut self, waiting: &mut Waiting) -> Option<usize> {
+        let error = match self.lock(waiting.wanted) {
+            Err(Errno::AGAIN) => return None,
+            Err(error) => error.raw_os_error(),
+            Ok(()) => 0,
+        };
+        Some(write_head(&mut waiting.head, &waiting.header, error, 0))
+    }
+
+    /// Has it wait no more: too many do. How many bytes the reply has.
+    pub fn refuse(&self, mut waiting: Waiting) -> usize {
+        write_head(&mut waiting.head, &waiting.header, Errno::NOLCK.raw_os_error(), 0)
+    }
+
+    fn lock(&mut self, wanted: Wanted) -> Result<(), Errno> {
+        match wanted {
+            Wanted::Part { node, handle, owner, lock } => self.folder.lock_part(node, handle, owner, lock),
+            Wanted::Whole { node, handle, kind } => self.folder.lock_whole(node, handle, kind),
+        }
+    }
+
+    /// Whether a request may have to wait.
+    pub fn shares_locks(&self) -> bool {
+        self.folder.terms().shares_locks
+    }
+
+    /// What the guest has locked.
+    pub fn save_locks(&self) -> SavedLocks {
+        self.folder.save_locks()
+    }
+
+    /// Takes again what a guest had locked, after [`Server::restore`].
+    pub fn restore_locks(&mut self, saved: SavedLocks) {
+        if self.shares_locks() {
+            self.folder.restore_locks(saved);
+        }
     }
 
     fn answer(&mut self, header: &InHeader, request: &mut Buffers, reply: &mut Buffers) -> Answer {
@@ -273,6 +343,36 @@ impl Server {
                 self.folder.close(handle.get());
                 EMPTY
             }
+            // Linux keeps locks to itself then, and once told that there is no FLUSH asks for none: data goes to the host with each write.
+            Opcode::Flush | Opcode::Getlk | Opcode::Setlk | Opcode::Setlkw if !self.shares_locks() => {
+                Err(Errno::NOSYS)
+            }
+            Opcode::Flush => {
+                let FlushIn { owner, .. } = rest.take()?;
+                self.folder.unlock_parts(node, owner.get());
+                EMPTY
+            }
+            Opcode::Getlk => {
+                let LkIn { owner, start, end, kind, .. } = rest.take()?;
+                let lock = Lock::new(start.get(), end.get(), kind.get())?;
+                let other = self.folder.lock_in_the_way(node, owner.get(), lock)?;
+                let Lock { start, end, .. } = other.unwrap_or(lock);
+                let kind = other.unwrap_or(Lock { kind: None, ..lock }).number();
+                bytes(&LkOut { start: start.into(), end: end.into(), kind: kind.into(), ..LkOut::default() })
+            }
+            Opcode::Setlk | Opcode::Setlkw => {
+                let LkIn { handle, owner, start, end, kind, flags, .. } = rest.take()?;
+                let lock = Lock::new(start.get(), end.get(), kind.get())?;
+                let (handle, owner) = (handle.get(), owner.get());
+                let wanted = match flags.get() & LK_FLOCK {
+                    0 => Wanted::Part { node, handle, owner, lock },
+                    _ => Wanted::Whole { node, handle, kind: lock.kind },
+                };
+                match self.lock(wanted) {
+                    Err(Errno::AGAIN) if opcode == Opcode::Setlkw => Ok(Reply::Later(wanted)),
+                    result => done(result),
+                }
+            }
             Opcode::Fsync | Opcode::Fsyncdir => {
                 let FsyncIn { handle, flags, .. } = rest.take()?;
                 done(self.folder.sync(handle.get(), node, flags.get() & FSYNC_FDATASYNC != 0))
@@ -351,13 +451,14 @@ impl Server {
             | init::CACHE_SYMLINKS
             | init::HANDLE_KILLPRIV_V2
             | init::INIT_EXT;
+        let locks = if self.shares_locks() { init::POSIX_LOCKS | init::FLOCK_LOCKS } else { 0 };
         self.reset();
         self.is_ready = true;
         bytes(&InitOut {
             major: MAJOR.into(),
             minor: MINOR.into(),
             max_readahead,
-            flags: (flags.get() & wanted).into(),
+            flags: (flags.get() & (wanted | locks)).into(),
             max_background: 64.into(),
             congestion_threshold: 48.into(),
             max_write: (DATA_MOST as u32).into(),

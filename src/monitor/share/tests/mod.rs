@@ -17,10 +17,11 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::nodes::ROOT;
 use super::wire::*;
-use super::{Folder, Owners, Server, Terms};
+use super::{Folder, Outcome, Owners, Server, Terms, Waiting};
 use crate::config::ShareCache;
 use crate::memory::{Buffers, GuestRam};
 
+mod locks;
 mod owners;
 mod single;
 
@@ -33,6 +34,8 @@ struct Guest {
     dir: tempfile::TempDir,
     server: Server,
     ram: Arc<GuestRam>,
+    /// What it waits for.
+    waiting: Vec<Waiting>,
 }
 
 /// A request's bytes, made by the guest's root.
@@ -74,10 +77,12 @@ impl Guest {
         let name = path.is_file().then(|| c"its-name".to_owned());
         let root = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
         let here = (geteuid().as_raw(), getegid().as_raw());
-        let terms = Terms { read_only, owners: Owners::new(here, (1000, 1001)), keeps, descriptors };
+        let owners = Owners::new(here, (1000, 1001));
+        let terms = Terms { read_only, owners, keeps, shares_locks: true, descriptors };
         let folder = Folder::new(root, terms).unwrap();
         let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 2 * HALF)]).unwrap());
-        let mut guest = Self { dir, server: Server::new(folder, name, ShareCache::Auto), ram };
+        let server = Server::new(folder, name, ShareCache::Auto);
+        let mut guest = Self { dir, server, ram, waiting: Vec::new() };
         let init = InitIn { major: MAJOR.into(), minor: MINOR.into(), ..InitIn::new_zeroed() };
         guest.ask(Opcode::Init, 0, &[init.as_bytes()]).unwrap();
         guest
@@ -101,19 +106,27 @@ impl Guest {
     fn send(&mut self, request: &[u8]) -> Option<Result<Vec<u8>, Errno>> {
         self.buffers(0, request.len()).write_all(request).unwrap();
         let (mut request, mut reply) = (self.buffers(0, request.len()), self.buffers(HALF, HALF));
-        let len = self.server.serve(&mut request, &mut reply);
-        if len == 0 {
-            return None;
+        match self.server.serve(&mut request, &mut reply) {
+            Outcome::Replied(0) => None,
+            Outcome::Replied(len) => Some(self.reply(len)),
+            Outcome::Waits(waiting) => {
+                self.waiting.push(waiting);
+                None
+            }
         }
+    }
+
+    /// The reply of `len` bytes that is there.
+    fn reply(&self, len: usize) -> Result<Vec<u8>, Errno> {
         let mut bytes = vec![0; len];
         self.buffers(HALF, len).read_exact(&mut bytes).unwrap();
         let (header, body) = OutHeader::read_from_prefix(&bytes).unwrap();
         assert_eq!(header.len.get() as usize, len);
         match header.error.get() {
-            0 => Some(Ok(body.to_vec())),
+            0 => Ok(body.to_vec()),
             error => {
                 assert!((-4095..0).contains(&error) && body.is_empty(), "{error}");
-                Some(Err(Errno::from_raw_os_error(-error)))
+                Err(Errno::from_raw_os_error(-error))
             }
         }
     }

@@ -2,12 +2,16 @@
 //!
 //! [`Served`] has another process serve it.
 //!
-//! The worker takes one request at a time, and has the server do it without the device's lock: the host may let it wait.
+//! The worker takes one request at a time, and has the server do it without the device's lock: the host may let it wait. A request for a lock
+//! that somebody else has is laid aside, and tried again when the guest has asked for something else, or some time has passed.
 
 mod served;
 
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
@@ -18,14 +22,20 @@ use super::queue::{Chain, Virtqueue};
 use crate::bus::{Busy, lock};
 use crate::config::Share;
 use crate::sandbox::Needs;
-use crate::share::{self, Server};
+use crate::share::{self, Outcome, SavedLocks, Server, Waiting};
 use crate::state::{StateError, Stateful};
+use crate::timer::Timer;
 
 pub use served::Served;
 
 /// That of requests that overtake others (FORGET), and that of all others (5.11.2). Linux takes as many pages for one request as the
 /// second has descriptors, but for four.
 const QUEUE_SIZES: [u16; 2] = [128, 512];
+
+/// The most requests that are laid aside: half of a queue, so that others go on.
+const WAITING_MOST: usize = 256;
+/// How soon one is tried again if nothing happens here that may have freed the lock.
+const TRIED_AGAIN: Duration = Duration::from_millis(20);
 
 /// `struct virtio_fs_config` (5.11.4), up to what is offered.
 #[derive(Debug, Clone, IntoBytes, Immutable, KnownLayout)]
@@ -57,11 +67,25 @@ enum Request {
     Done(usize, u16, u32),
 }
 
+/// Requests that are laid aside.
+#[derive(Debug, Default)]
+struct Aside {
+    /// Queue and head of each.
+    waiting: Vec<(usize, u16, Waiting)>,
+    /// Of these queues and heads; so many bytes are the replies.
+    done: Vec<(usize, u16, u32)>,
+    /// They are to be tried again.
+    is_due: bool,
+    /// The worker is at that, and has them.
+    is_tried: bool,
+}
+
 /// What the worker has without the device's lock.
 #[derive(Debug)]
 struct Shared {
     server: Mutex<Server>,
     request: Mutex<Request>,
+    aside: Mutex<Aside>,
 }
 
 /// A file system device.
@@ -69,52 +93,116 @@ struct Shared {
 pub struct Fs {
     config: Config,
     shared: Arc<Shared>,
-    /// Queue and head of a request that a saved device had taken and not begun.
-    restored: Option<(usize, u16)>,
+    /// If requests may be laid aside: runs while some are.
+    timer: Option<Timer>,
+    /// Queue and head of requests that a saved device had taken and not begun, or laid aside.
+    restored: VecDeque<(usize, u16)>,
 }
 
 impl Blocking for Shared {
     fn work(&self) -> bool {
-        let taken = {
+        let request = {
             let mut request = lock(&self.request);
             match std::mem::take(&mut *request) {
                 Request::Taken(queue, chain) => {
                     *request = Request::Begun;
-                    (queue, chain)
+                    Some((queue, chain))
                 }
                 other => {
                     *request = other;
-                    return false;
+                    None
                 }
             }
         };
-        let (queue, Chain { head, mut readable, mut writable }) = taken;
-        let len = lock(&self.server).serve(&mut readable, &mut writable);
-        *lock(&self.request) = Request::Done(queue, head, len as u32);
+        let has_begun = request.is_some();
+        if let Some((queue, Chain { head, mut readable, mut writable })) = request {
+            let outcome = lock(&self.server).serve(&mut readable, &mut writable);
+            let len = match outcome {
+                Outcome::Replied(len) => Some(len),
+                Outcome::Waits(waiting) if lock(&self.aside).waiting.len() >= WAITING_MOST => {
+                    Some(lock(&self.server).refuse(waiting))
+                }
+                Outcome::Waits(waiting) => {
+                    lock(&self.aside).waiting.push((queue, head, waiting));
+                    None
+                }
+            };
+            *lock(&self.request) = len.map_or(Request::None, |len| Request::Done(queue, head, len as u32));
+        }
+        // It may have freed what others wait for.
+        self.try_again(has_begun) || has_begun
+    }
+}
+
+impl Shared {
+    /// Tries again what is laid aside, if it is due, or something has happened.
+    fn try_again(&self, has_happened: bool) -> bool {
+        let mut waiting = {
+            let mut aside = lock(&self.aside);
+            let is_due = std::mem::take(&mut aside.is_due);
+            if aside.waiting.is_empty() || !(is_due || has_happened) {
+                return false;
+            }
+            aside.is_tried = true;
+            std::mem::take(&mut aside.waiting)
+        };
+        let mut done = Vec::new();
+        let mut server = lock(&self.server);
+        waiting.retain_mut(|(queue, head, waiting)| match server.again(waiting) {
+            Some(len) => {
+                done.push((*queue, *head, len as u32));
+                false
+            }
+            None => true,
+        });
+        drop(server);
+        let mut aside = lock(&self.aside);
+        (aside.waiting, aside.is_tried) = (waiting, false);
+        aside.done.extend(done);
         true
     }
 }
 
 impl Fs {
     /// A device that the guest mounts by `tag`.
-    pub fn new(server: Server, tag: &str) -> Self {
-        let shared = Shared { server: Mutex::new(server), request: Mutex::default() };
-        Self { config: Config::new(tag), shared: Arc::new(shared), restored: None }
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn new(server: Server, tag: &str) -> io::Result<Self> {
+        let timer = server.shares_locks().then(Timer::new).transpose()?;
+        let shared =
+            Shared { server: Mutex::new(server), request: Mutex::default(), aside: Mutex::default() };
+        Ok(Self { config: Config::new(tag), shared: Arc::new(shared), timer, restored: VecDeque::new() })
     }
 
-    /// Answers the request at hand if it is done, and takes the next if none is.
-    fn go_on(&self, queues: &mut [Virtqueue], takes: bool) {
+    /// Answers what is done, and takes the next request if none is at hand.
+    fn go_on(&mut self, queues: &mut [Virtqueue], takes: bool) {
         let mut request = lock(&self.shared.request);
         if let Request::Done(queue, head, len) = *request {
             *request = Request::None;
-            if let Some(queue) = queues.get_mut(queue) {
-                queue.complete(head, len);
+            complete(queues, queue, head, len);
+        }
+        if self.timer.is_some() {
+            let mut aside = lock(&self.shared.aside);
+            for (queue, head, len) in aside.done.drain(..) {
+                complete(queues, queue, head, len);
             }
+            let again = (takes && !aside.waiting.is_empty()).then_some(TRIED_AGAIN);
+            self.timer.iter().for_each(|timer| timer.set(again));
         }
         if let (true, Request::None) = (takes, &*request) {
-            let next = queues.iter_mut().enumerate().find_map(|(index, queue)| Some((index, queue.pop()?)));
+            let restored = |(index, head): (usize, u16)| Some((index, queues.get_mut(index)?.retake(head)?));
+            let next = self.restored.pop_front().and_then(restored);
+            let pop = || queues.iter_mut().enumerate().find_map(|(index, queue)| Some((index, queue.pop()?)));
+            let next = next.or_else(pop);
             *request = next.map_or(Request::None, |(index, chain)| Request::Taken(index, chain));
         }
+    }
+}
+
+fn complete(queues: &mut [Virtqueue], queue: usize, head: u16, len: u32) {
+    if let Some(queue) = queues.get_mut(queue) {
+        queue.complete(head, len);
     }
 }
 
@@ -135,6 +223,15 @@ impl VirtioDevice for Fs {
         self.go_on(queues, true);
     }
 
+    fn event_sources(&self) -> Vec<BorrowedFd<'_>> {
+        self.timer.iter().map(AsFd::as_fd).collect()
+    }
+
+    fn on_event(&mut self, _: usize, _: &mut [Virtqueue]) {
+        self.timer.iter().for_each(|timer| timer.set(None));
+        lock(&self.shared.aside).is_due = true;
+    }
+
     fn blocking(&self) -> Option<Arc<dyn Blocking>> {
         Some(self.shared.clone())
     }
@@ -145,18 +242,16 @@ impl VirtioDevice for Fs {
 
     fn drain(&mut self, queues: &mut [Virtqueue], _: Instant) -> Result<(), Busy> {
         self.go_on(queues, false);
-        match *lock(&self.shared.request) {
-            // The worker, if there is one, comes again when it is over; a pause has waited for the worker.
-            Request::Begun => Err(Busy("the host is still at one of its requests".to_owned())),
-            _ => Ok(()),
+        // The worker, if there is one, comes again when it is over; a pause has waited for the worker.
+        let is_begun = matches!(*lock(&self.shared.request), Request::Begun);
+        if is_begun || lock(&self.shared.aside).is_tried {
+            return Err(Busy("the host is still at one of its requests".to_owned()));
         }
+        Ok(())
     }
 
     fn resume(&mut self, queues: &mut [Virtqueue]) {
-        let Some((index, head)) = self.restored.take() else { return };
-        if let Some(chain) = queues.get_mut(index).and_then(|queue| queue.retake(head)) {
-            *lock(&self.shared.request) = Request::Taken(index, chain);
-        }
+        self.go_on(queues, true);
     }
 
     fn forget(&mut self, index: usize) {
@@ -164,12 +259,14 @@ impl VirtioDevice for Fs {
         if matches!(*request, Request::Taken(queue, _) if queue == index) {
             *request = Request::None;
         }
-        self.restored = self.restored.filter(|(queue, _)| *queue != index);
+        self.restored.retain(|(queue, _)| *queue != index);
+        lock(&self.shared.aside).waiting.retain(|(queue, ..)| *queue != index);
     }
 
     fn reset(&mut self) {
         *lock(&self.shared.request) = Request::None;
-        self.restored = None;
+        *lock(&self.shared.aside) = Aside::default();
+        self.restored.clear();
         lock(&self.shared.server).reset();
     }
 }
@@ -177,32 +274,56 @@ impl VirtioDevice for Fs {
 /// [`Fs`]'s saved state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// Queue and head of a request that is taken and not begun.
-    taken: Option<(u8, u16)>,
+    /// Queue and head of requests that are taken and not begun, or laid aside.
+    taken: Vec<(u8, u16)>,
     /// What the guest knows of the folder.
+    server: share::State,
+    /// What it has locked there.
+    locks: SavedLocks,
+}
+
+/// What it was at first.
+#[derive(Deserialize)]
+struct First {
+    taken: Option<(u8, u16)>,
     server: share::State,
 }
 
 impl Stateful for Fs {
     type State = State;
+    const VERSION: u8 = 2;
+    const OLDEST: u8 = 1;
+
+    fn older(_: u8, bytes: &[u8]) -> Result<State, StateError> {
+        let First { taken, server } = postcard::from_bytes(bytes).map_err(StateError::Decode)?;
+        Ok(State { taken: taken.into_iter().collect(), server, locks: SavedLocks::default() })
+    }
 
     fn save(&self) -> State {
-        let taken = match &*lock(&self.shared.request) {
+        let at_hand = match &*lock(&self.shared.request) {
             Request::Taken(queue, chain) => Some((*queue, chain.head)),
-            _ => self.restored,
+            _ => None,
         };
-        let taken = taken.map(|(queue, head)| (queue as u8, head));
-        State { taken, server: lock(&self.shared.server).save() }
+        let aside = lock(&self.shared.aside);
+        let waiting = aside.waiting.iter().map(|(queue, head, _)| (*queue, *head));
+        let taken = at_hand.into_iter().chain(self.restored.iter().copied()).chain(waiting);
+        let taken = taken.map(|(queue, head)| (queue as u8, head)).collect();
+        let server = lock(&self.shared.server);
+        State { taken, server: server.save(), locks: server.save_locks() }
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
-        let State { taken, server } = state;
+        let State { taken, server, locks } = state;
         let is_one =
             |(queue, head): (u8, u16)| QUEUE_SIZES.get(usize::from(queue)).is_some_and(|size| head < *size);
-        if let Some((queue, head)) = taken.filter(|taken| !is_one(*taken)) {
-            return Err(StateError::Invalid(format!("request {head} of queue {queue}")));
+        let known: BTreeSet<_> = taken.iter().collect();
+        if known.len() < taken.len() || !taken.iter().copied().all(is_one) {
+            return Err(StateError::Invalid(format!("requests {taken:?}")));
         }
-        self.restored = taken.map(|(queue, head)| (queue.into(), head));
-        lock(&self.shared.server).restore(server).map_err(StateError::Invalid)
+        self.restored = taken.into_iter().map(|(queue, head)| (queue.into(), head)).collect();
+        let mut shared = lock(&self.shared.server);
+        shared.restore(server).map_err(StateError::Invalid)?;
+        shared.restore_locks(locks);
+        Ok(())
     }
 }
