@@ -327,3 +327,20 @@ impl Stateful for Fs {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::share::Folders;
+
+    #[test]
+    fn a_state_of_the_first_version_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let share = format!("{}", folder.path().display()).parse().unwrap();
+        let now = Fs::new(Folders::default().server(0, 1, &share).unwrap(), "tag").unwrap().save();
+        for (taken, heads) in [(None, vec![]), (Some((1_u8, 300_u16)), vec![(1, 300)])] {
+            let first = postcard::to_stdvec(&(taken, &now.server)).unwrap();
+            assert_eq!(Fs::older(1, &first).unwrap(), State { taken: heads, ..now.clone() });
+        }
+    }
+}
