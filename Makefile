@@ -156,7 +156,7 @@ bench-net-counted: build
 		-- $(BENCH) net --icount --json - >$(OUT)/net-counted.json
 	@$(BENCH) --from $(OUT)/net-counted.json
 
-# A shared folder beside virtiofsd's, counted in the same way. Some five minutes. VIRTIOFSD=PATH: another one than Debian's.
+# A shared folder beside virtiofsd's, counted in the same way. Given up after twenty minutes. VIRTIOFSD=PATH: another one than Debian's.
 VIRTIOFSD := /usr/lib/qemu/virtiofsd
 bench-share: build
 	@$(call install,qemu-system-x86:qemu-system-x86_64)

@@ -15,6 +15,7 @@ pub mod copy;
 mod engines;
 mod firecracker;
 mod fixed;
+mod helper;
 pub mod idle;
 mod kvmtool;
 pub mod launch;
@@ -27,6 +28,7 @@ pub mod restored;
 mod vmm;
 pub mod weight;
 
+pub use helper::Helper;
 pub use place::{Place, Size};
 
 use super::measure::Absent;

@@ -2,15 +2,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use super::super::host::Host;
 use super::super::measure::{self, Absent, Contender, Plan, Quantity};
 use super::super::result::{Better, Suite, Unit};
 use super::super::rivals::command::version;
-use super::super::rivals::{Place, Setting, Size, qemu};
+use super::super::rivals::{Helper, Place, Setting, Size, qemu};
 use super::super::work::guest::SHARE;
 use super::super::work::{Act, Step};
 use super::places::{self, Measured, shown};
@@ -23,8 +21,6 @@ const LARGE: usize = 16 << 20;
 const FILES: u64 = 512;
 /// And pages.
 const REQUESTS: u64 = 2048;
-/// How long virtiofsd may take to listen.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What is done, in this order, and what it is to people.
 const WORK: [(What, &str); 12] = [
@@ -248,34 +244,10 @@ impl<'a> Sharing<'a> {
     }
 
     /// What serves the folder to QEMU, once it listens.
-    fn serve(&self) -> Result<Option<Daemon>, String> {
+    fn serve(&self) -> Result<Option<Helper>, String> {
         let Some(mut command) = self.daemon() else { return Ok(None) };
-        let socket = self.socket();
-        let _ = fs::remove_file(&socket);
-        let complaints = fs::File::create(self.complaints()).map_err(|error| error.to_string())?;
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(complaints);
-        let mut daemon = Daemon(command.spawn().map_err(|error| format!("start virtiofsd: {error}"))?);
-        let deadline = Instant::now() + PATIENCE;
-        while !socket.exists() {
-            if let Ok(Some(status)) = daemon.0.try_wait() {
-                return Err(format!("virtiofsd ended with {status}"));
-            }
-            if Instant::now() > deadline {
-                return Err("virtiofsd does not listen".to_owned());
-            }
-            thread::sleep(Duration::from_millis(2));
-        }
-        Ok(Some(daemon))
-    }
-}
-
-/// A process that ends with this.
-struct Daemon(Child);
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        command.stderr(fs::File::create(self.complaints()).map_err(|error| error.to_string())?);
+        Helper::start(command, &self.socket()).map(Some)
     }
 }
 
@@ -295,11 +267,12 @@ impl Contender for Sharing<'_> {
 
     fn sample(&mut self) -> Result<Vec<f64>, String> {
         self.anew()?;
-        let _daemon = self.serve()?;
-        places::spans(self.name, self.start()?, &self.work()).map_err(|why| {
+        let complained = |why: String| {
             let said = fs::read_to_string(self.complaints()).unwrap_or_default();
             format!("{why} {}", said.trim())
-        })?
+        };
+        let _daemon = self.serve().map_err(complained)?;
+        places::spans(self.name, self.start()?, &self.work()).map_err(complained)?
     }
 }
 

@@ -2,15 +2,10 @@
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
-use crate::rivals::Setting;
 use crate::rivals::command::prepare;
-
-/// How long a helper may take to listen.
-const PATIENCE: Duration = Duration::from_secs(10);
+use crate::rivals::{Helper, Setting};
 
 /// A kind of network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,20 +116,8 @@ impl Network {
         command.args(["--address", "10.0.2.15", "--netmask", "255.255.255.0", "--gateway", "10.0.2.2"]);
         // As another user it could not make its socket in the scratch folder.
         command.args(["--dns", "none", "--runas", "0", "--socket"]).arg(&self.socket);
-        let _ = std::fs::remove_file(&self.socket);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let mut helper = Helper(child.map_err(|error| format!("start passt: {error}"))?);
-        let deadline = Instant::now() + PATIENCE;
-        while !self.socket.exists() {
-            if let Ok(Some(status)) = helper.0.try_wait() {
-                return Err(format!("passt ended with {status}"));
-            }
-            if Instant::now() > deadline {
-                return Err("passt does not listen".to_owned());
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-        Ok(Some(helper))
+        command.stderr(Stdio::null());
+        Helper::start(command, &self.socket).map(Some)
     }
 }
 
@@ -149,17 +132,6 @@ impl Drop for Network {
             }
         };
         let _ = std::fs::remove_file(&self.socket);
-    }
-}
-
-/// A process beside the contender, ended when it is dropped.
-#[derive(Debug)]
-pub struct Helper(Child);
-
-impl Drop for Helper {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 
