@@ -63,7 +63,7 @@ const FORBIDDEN: [(&str, &str); 21] = [
 const ALLOWED: [(&str, &str); 1] = [("config", "memory")];
 
 /// Where `unsafe` may stand: crate and module.
-const UNSAFE: [(&str, &str); 12] = [
+const UNSAFE: [(&str, &str); 13] = [
     ("monitor", "recorder"),
     ("monitor", "memory"),
     ("monitor", "kvm"),
@@ -71,6 +71,7 @@ const UNSAFE: [(&str, &str); 12] = [
     ("monitor", "vhost"),
     ("monitor", "net"),
     ("monitor", "snapshot"),
+    ("monitor", "share"),
     ("monitor", "sandbox"),
     ("bench", "sandbox"),
     ("bench", "floor"),

@@ -1,17 +1,20 @@
 //! Folders and files of the host's, and where the kernel command line says that they are to be mounted: `vmm.share=TAG:PLACE[:file][:ro]`, once
 //! for each.
 
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdir, open, openat, stat, statfs, unlinkat};
 use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, move_mount, open_tree, unmount,
+    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_remount, move_mount, open_tree,
+    unmount,
 };
 
 /// Of any FUSE file system (linux/magic.h).
 const FUSE_SUPER_MAGIC: u32 = 0x6573_5546;
 /// Where a folder with a file is mounted for a moment: devtmpfs takes it, whatever is read-only elsewhere.
 const ASIDE: &[u8] = b"/dev/.vmm-share";
+/// How all of them are mounted.
+const FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
 /// A folder or a file, and where it is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,31 +60,28 @@ impl<'a> Share<'a> {
             // If it cannot be, the mount says so.
             let _ = mkdir(folder, Mode::from_raw_mode(0o755));
         }
-        let read_only = if self.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | read_only;
-        if !self.is_file {
-            return mount(self.tag, self.place, c"virtiofs", flags, None);
+        if self.is_file {
+            let make = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+            // What is there may be read-only: the mount says whether it will do.
+            let _ = open(self.place, make, Mode::from_raw_mode(0o644));
+            return with_aside(self.tag, |aside| self.move_from(&aside, name));
         }
-        let make = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
-        // What is there may be read-only: the mount says whether it will do.
-        let _ = open(self.place, make, Mode::from_raw_mode(0o644));
-        let _ = mkdir(ASIDE, Mode::from_raw_mode(0o700));
-        let mounted = mount(self.tag, ASIDE, c"virtiofs", flags, None);
-        let moved = mounted.and_then(|()| {
-            let moved = self.move_from_aside(name);
-            // The file stays mounted.
-            unmount(ASIDE, UnmountFlags::DETACH).and(moved)
-        });
-        let _ = unlinkat(CWD, ASIDE, AtFlags::REMOVEDIR);
-        moved
+        mount(self.tag, self.place, c"virtiofs", FLAGS, None)?;
+        self.forbid_changes()
     }
 
-    /// Mounts the file `name` of the folder that is mounted aside at its place.
-    fn move_from_aside(&self, name: &[u8]) -> Result<(), Errno> {
-        let aside = openat(CWD, ASIDE, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    /// Mounts the file `name` of the folder `aside` at its place.
+    fn move_from(&self, aside: &OwnedFd, name: &[u8]) -> Result<(), Errno> {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let file = open_tree(&aside, name, flags)?;
-        move_mount(file.as_fd(), c"", CWD, self.place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        let file = open_tree(aside, name, flags)?;
+        move_mount(file.as_fd(), c"", CWD, self.place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+        self.forbid_changes()
+    }
+
+    /// Makes what is mounted at the place read-only if that is wanted: there alone, for the agent has the same folder elsewhere.
+    fn forbid_changes(&self) -> Result<(), Errno> {
+        let flags = MountFlags::BIND | MountFlags::RDONLY | FLAGS;
+        if self.read_only { mount_remount(self.place, flags, c"") } else { Ok(()) }
     }
 
     /// The folder of the place, and its name there.
@@ -96,6 +96,28 @@ impl<'a> Share<'a> {
         let is_fuse = statfs(self.place).is_ok_and(|found| found.f_type as u32 == FUSE_SUPER_MAGIC);
         is_fuse && device(self.place) != device(self.parts().0)
     }
+}
+
+/// The folder of the device `tag`, mounted where nobody sees it for as long as this is open. Whatever else it is mounted as, it can be changed
+/// here as far as the host allows.
+///
+/// # Errors
+/// There is no such device, or no driver for it.
+pub fn aside(tag: &[u8]) -> Result<OwnedFd, Errno> {
+    with_aside(tag, Ok)
+}
+
+/// Does `act` while the folder of the device `tag` is mounted aside.
+fn with_aside<T>(tag: &[u8], act: impl FnOnce(OwnedFd) -> Result<T, Errno>) -> Result<T, Errno> {
+    let _ = mkdir(ASIDE, Mode::from_raw_mode(0o700));
+    let done = mount(tag, ASIDE, c"virtiofs", FLAGS, None).and_then(|()| {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let done = openat(CWD, ASIDE, flags, Mode::empty()).and_then(act);
+        // What is open stays.
+        unmount(ASIDE, UnmountFlags::DETACH).and(done)
+    });
+    let _ = unlinkat(CWD, ASIDE, AtFlags::REMOVEDIR);
+    done
 }
 
 #[cfg(test)]

@@ -79,6 +79,7 @@ impl Recipe {
         }
         if self.busybox {
             add_busybox(&mut archive)?;
+            add_program(&mut archive, "sbin/guest-inotify", &programs::init(Init::Inotify)?)?;
             add_program(&mut archive, "sbin/guest-vsock", &programs::init(Init::Vsock)?)?;
             add_program(&mut archive, "sbin/vmm-agent", &programs::agent()?)?;
         }

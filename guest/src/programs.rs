@@ -26,6 +26,8 @@ pub enum Init {
     Tiny,
     /// No PID 1: starts another kernel from the running one.
     Kexec,
+    /// No PID 1: says what happens in folders.
+    Inotify,
     /// No PID 1: talks to the host over vsock.
     Vsock,
 }
@@ -36,6 +38,7 @@ pub fn init(which: Init) -> Result<PathBuf> {
         Init::Full => "guest-init",
         Init::Tiny => "guest-tiny",
         Init::Kexec => "guest-kexec",
+        Init::Inotify => "guest-inotify",
         Init::Vsock => "guest-vsock",
     };
     let (tool, target) = cargo(TARGET, "s")?;

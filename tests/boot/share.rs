@@ -4,7 +4,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -226,6 +226,58 @@ fn a_folder_that_virtiofsd_serves_is_there_too_and_its_end_is_no_hang() {
         let _ = (server.kill(), server.wait());
         assert_eq!(guest.control(&["status", "v"]).0, Some(0), "without it the machine answers, and ends");
         assert_eq!(guest.control(&["kill", "v"]).0, Some(0));
+    }
+}
+
+fn come_and_go(file: &Path) {
+    fs::write(file, "").unwrap();
+    // Longer than the agent waits between two looks.
+    std::thread::sleep(Duration::from_millis(1500));
+    fs::remove_file(file).unwrap();
+}
+
+/// Whatever may be changed there, and in a copy of the guest.
+#[test]
+fn programs_of_the_guest_hear_of_what_the_host_does() {
+    if !available("programs_of_the_guest_hear_of_what_the_host_does") {
+        return;
+    }
+    for (kernel, how) in [(Kernel::TunedPvh, ""), (Kernel::TunedPvh, ":ro"), (Kernel::Stock, "")] {
+        let dir = folder();
+        let share = dir.path().join("share");
+        fs::create_dir(share.join("d")).unwrap();
+        let mut command = vmm(kernel, "echo up; guest-inotify /s /s/d /s/a");
+        command.args(["--mem", "256M", "--cpus", "2", "--name", "one", "--vsock"]);
+        command.args(["--share", &format!("{}:/s{how}", share.display())]);
+        let guest = Guest::start(command);
+        guest.wait_for("up", 1);
+        // The agent has asked for the first time once it tells of something.
+        let told = Instant::now() + guest.patience;
+        while !guest.text().contains("create begun") {
+            assert!(Instant::now() < told, "{}", guest.text());
+            come_and_go(&share.join("begun"));
+        }
+        fs::write(share.join("d/new"), "new").unwrap();
+        guest.wait_for("create new", 1);
+        guest.wait_for("close new", 1);
+        fs::rename(share.join("d/new"), share.join("moved")).unwrap();
+        guest.wait_for("from new", 1);
+        guest.wait_for("to moved", 1);
+        fs::remove_file(share.join("a")).unwrap();
+        guest.wait_for("delete a", 1);
+        guest.wait_for("delete-self", 1);
+        assert_eq!(guest.control(&["fork", "one"]).0, Some(0));
+        assert_eq!(guest.control(&["kill", "one"]).0, Some(0));
+        // Its console is nobody's.
+        let watch = "guest-inotify /s >/tmp/heard & until grep -q 'create later' /tmp/heard; do sleep 0.1; done; echo heard";
+        std::thread::scope(|scope| {
+            let heard = scope.spawn(|| exec(&guest, "one-1", watch));
+            while !heard.is_finished() {
+                come_and_go(&share.join("later"));
+            }
+            assert_eq!(heard.join().unwrap(), "heard");
+        });
+        assert_eq!(guest.control(&["kill", "one-1"]).0, Some(0));
     }
 }
 

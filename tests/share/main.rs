@@ -5,3 +5,4 @@ mod judges;
 mod locks;
 mod model;
 mod mount;
+mod others;

@@ -5,9 +5,11 @@
 //! for tests and containers. It says what it has to
 //! say on stderr before it listens, and nothing after: an agent that waits for its own log is none.
 
+mod change;
 mod job;
 mod listen;
 mod orders;
+mod others;
 mod output;
 mod port;
 mod process;
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.as_bytes()).collect();
     if arguments.is_empty() {
         mount_shares();
+        others::start();
     }
     let result = match arguments[..] {
         [] => match (listen::vsock(PORT), port::find()) {

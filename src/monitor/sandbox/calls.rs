@@ -330,6 +330,10 @@ const SHARE: &[Call] = &[
     when(libc::SYS_fcntl, &[&[is(1, libc::F_OFD_SETLK as u32)]]),
     when(libc::SYS_fcntl, &[&[is(1, libc::F_OFD_GETLK as u32)]]),
     any(libc::SYS_flock),
+    // What others change there.
+    any(libc::SYS_fanotify_init),
+    any(libc::SYS_fanotify_mark),
+    any(libc::SYS_name_to_handle_at),
 ];
 
 /// What begins anew under its name; where that cannot be, it is emptied.

@@ -15,6 +15,7 @@ mod owners;
 mod server;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod wire;
 
 pub use folder::{Folder, SavedLocks, Terms};

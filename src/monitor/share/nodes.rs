@@ -3,12 +3,12 @@
 //! A node is known by device, inode and time of birth. It keeps where it was found last, so that its descriptor can be closed and opened
 //! anew; what is there then must be the same file. One that has lost its name keeps its descriptor.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2, statx};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2, statx};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +46,7 @@ struct Node {
     place: Option<(u64, CString)>,
     /// Names it, whoever renames it.
     path: Option<Arc<OwnedFd>>,
+    is_folder: bool,
 }
 
 /// [`Nodes`] without what the host has of them.
@@ -97,7 +98,7 @@ impl Nodes {
     /// The host does not say what `root` is.
     pub fn new(root: OwnedFd, most_open: usize) -> Result<Self, Errno> {
         let identity = Identity::from(&stat(&root)?);
-        let node = Node { identity, lookups: 1, place: None, path: Some(Arc::new(root)) };
+        let node = Node { identity, lookups: 1, place: None, path: Some(Arc::new(root)), is_folder: true };
         Ok(Self {
             nodes: HashMap::from([(ROOT, node)]),
             numbers: HashMap::from([(identity, ROOT)]),
@@ -167,7 +168,8 @@ impl Nodes {
         let number = self.next;
         self.next += 1;
         self.nameless += usize::from(place.is_none());
-        self.nodes.insert(number, Node { identity, lookups: 1, place, path: None });
+        let is_folder = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
+        self.nodes.insert(number, Node { identity, lookups: 1, place, path: None, is_folder });
         self.numbers.insert(identity, number);
         self.opened(number, Arc::new(path));
         Ok(number)
@@ -217,12 +219,14 @@ impl Nodes {
             return Err(format!("{} nodes, the next {next}", nodes.len()));
         }
         let here = self.root_device();
+        let mut parents = HashSet::new();
         for (number, mut identity, lookups, folder, name) in nodes {
             // The number of a device may be another one day.
             if identity.device == device {
                 identity.device = here;
             }
-            let node = Node { identity, lookups, place: Some((folder, name)), path: None };
+            parents.insert(folder);
+            let node = Node { identity, lookups, place: Some((folder, name)), path: None, is_folder: false };
             let is_one = (ROOT + 1..next).contains(&number) && lookups > 0;
             let is_name = node.place.as_ref().is_some_and(|(_, name)| is_name(name));
             if !is_one || !is_name || self.nodes.insert(number, node).is_some() {
@@ -231,6 +235,10 @@ impl Nodes {
             if self.numbers.insert(identity, number).is_some() {
                 return Err(format!("node {number} is another, too"));
             }
+        }
+        // An empty one is known as such when it is found again.
+        for parent in parents {
+            self.nodes.entry(parent).and_modify(|node| node.is_folder = true);
         }
         self.next = next;
         Ok(())
@@ -262,6 +270,55 @@ impl Nodes {
         let Some((_, node)) = self.known(path) else { return };
         let had_none = node.place.replace((folder, name.to_owned())).is_none();
         self.nameless -= usize::from(had_none);
+    }
+
+    /// The folders among them.
+    pub fn folders(&self) -> Vec<u64> {
+        self.nodes.iter().filter(|(_, node)| node.is_folder).map(|(number, _)| *number).collect()
+    }
+
+    /// The names that lead to node `number`, with `/` between them: none to [`ROOT`]. None if there is no way, or one that is longer than
+    /// `most` bytes.
+    pub fn way(&self, number: u64, most: usize) -> Option<Vec<u8>> {
+        let (mut at, mut names, mut len) = (number, Vec::new(), 0);
+        while at != ROOT {
+            let (folder, name) = self.nodes.get(&at)?.place.as_ref()?;
+            len += name.count_bytes() + 1;
+            if len > most {
+                return None;
+            }
+            names.push(name.to_bytes());
+            at = *folder;
+        }
+        names.reverse();
+        Some(names.join(&b'/'))
+    }
+
+    /// Whether the guest knows the file that is `stat`.
+    pub fn knows(&self, stat: &Statx) -> bool {
+        self.numbers.contains_key(&Identity::from(stat))
+    }
+
+    /// The guest is told once more of the file that it knows as entry `name` of `folder`, where it is no more (there is the one that is
+    /// `now`, or none): its number, and the file if that is still open. None if it knows none, or so many files that nobody looks.
+    pub fn was(&mut self, folder: u64, name: &CStr, now: Option<&Statx>) -> Option<(u64, Arc<OwnedFd>)> {
+        if self.nodes.len() > LOOKED_THROUGH_MOST {
+            return None;
+        }
+        let now = now.map(Identity::from);
+        let was = |node: &Node| {
+            let is_at = node.place.as_ref().is_some_and(|(at, called)| *at == folder && **called == *name);
+            is_at && Some(node.identity) != now && node.path.is_some()
+        };
+        let (number, node) = self.nodes.iter_mut().find(|(_, node)| was(node))?;
+        node.lookups = node.lookups.saturating_add(1);
+        Some((*number, node.path.clone()?))
+    }
+
+    /// A number that is no node's.
+    pub fn nobody(&mut self) -> u64 {
+        self.next += 1;
+        self.next - 1
     }
 
     /// Whether another may have a descriptor for good.
@@ -296,5 +353,7 @@ impl Nodes {
     }
 }
 
+/// Nodes that are looked through for one that was somewhere: half a millisecond.
+const LOOKED_THROUGH_MOST: usize = 1 << 15;
 /// Folders in each other between one that is open and one that is wanted: a path in one call has at most half of PATH_MAX.
 const MOST_DEEP: usize = 2048;

@@ -19,6 +19,7 @@ pub mod init {
     pub const POSIX_LOCKS: u32 = 1 << 1;
     pub const BIG_WRITES: u32 = 1 << 5;
     pub const FLOCK_LOCKS: u32 = 1 << 10;
+    pub const HAS_IOCTL_DIR: u32 = 1 << 11;
     pub const AUTO_INVAL_DATA: u32 = 1 << 12;
     pub const DO_READDIRPLUS: u32 = 1 << 13;
     pub const READDIRPLUS_AUTO: u32 = 1 << 14;
@@ -61,6 +62,8 @@ pub const LK_FLOCK: u32 = 1;
 pub const GETATTR_FH: u32 = 1;
 /// In [`WriteIn::write_flags`]: by somebody who may not set a file's set-user-ID bits.
 pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
+/// `_IOR('v', 1, [u8; 8192])`, of any folder: the next change that somebody else has made. docs/share.md has what is answered.
+pub const NEXT_CHANGE: u32 = 2 << 30 | 8192 << 16 | (b'v' as u32) << 8 | 1;
 /// In [`FsyncIn::flags`]: the data alone.
 pub const FSYNC_FDATASYNC: u32 = 1;
 
@@ -89,7 +92,7 @@ opcodes! {
     Lookup = 1, Forget = 2, Getattr = 3, Setattr = 4, Readlink = 5, Symlink = 6, Mknod = 8, Mkdir = 9, Unlink = 10,
     Rmdir = 11, Rename = 12, Link = 13, Open = 14, Read = 15, Write = 16, Statfs = 17, Release = 18, Fsync = 20,
     Setxattr = 21, Getxattr = 22, Listxattr = 23, Removexattr = 24, Flush = 25, Init = 26, Opendir = 27, Readdir = 28,
-    Releasedir = 29, Fsyncdir = 30, Getlk = 31, Setlk = 32, Setlkw = 33, Create = 35, Interrupt = 36, Destroy = 38, BatchForget = 42, Fallocate = 43,
+    Releasedir = 29, Fsyncdir = 30, Getlk = 31, Setlk = 32, Setlkw = 33, Create = 35, Interrupt = 36, Destroy = 38, Ioctl = 39, BatchForget = 42, Fallocate = 43,
     Readdirplus = 44, Rename2 = 45, Lseek = 46, CopyFileRange = 47, Syncfs = 50, Tmpfile = 51,
     Statx = 52,
 }
@@ -173,6 +176,7 @@ requests! {
     }
     GetxattrIn { size: le::U32, _padding: le::U32 }
     SetxattrIn { size: le::U32, flags: le::U32 }
+    IoctlIn { handle: le::U64, _flags: le::U32, command: le::U32, _argument: le::U64, _in_size: le::U32, out_size: le::U32 }
     FallocateIn { handle: le::U64, offset: le::U64, length: le::U64, mode: le::U32, _padding: le::U32 }
     LseekIn { handle: le::U64, offset: le::U64, whence: le::U32, _padding: le::U32 }
     CopyFileRangeIn {
@@ -230,6 +234,9 @@ replies! {
     GetxattrOut { size: le::U32, _padding: le::U32 }
     /// `struct fuse_lk_out`. Whose it is, is somebody whom the guest does not know.
     LkOut { start: le::U64, end: le::U64, kind: le::U32, _pid: le::U32 }
+    IoctlOut { result: le::I32, _flags: le::U32, _in_iovs: le::U32, _out_iovs: le::U32 }
+    /// What [`NEXT_CHANGE`] answers: what it is, the mode of the file, and the lengths of two paths that follow.
+    ChangeOut { kind: le::U32, mode: le::U32, path_len: le::U32, to_len: le::U32 }
     LseekOut { offset: le::U64 }
     /// `struct fuse_dirent`, without the name that follows.
     Dirent { ino: le::U64, offset: le::U64, name_len: le::U32, kind: le::U32 }
@@ -412,6 +419,8 @@ mod tests {
             (size_of::<FlushIn>(), 24),
             (size_of::<LkIn>(), 48),
             (size_of::<LkOut>(), 24),
+            (size_of::<IoctlIn>(), 32),
+            (size_of::<IoctlOut>(), 16),
             (size_of::<StatxOut>(), 32 + 256),
             (size_of::<OpenOut>(), 16),
             (size_of::<StatfsOut>(), 80),
@@ -440,8 +449,8 @@ mod tests {
     fn what_changes_something_is_told_from_what_does_not() {
         let unchanged = Opcode::ALL.iter().filter(|(_, opcode)| !opcode.changes()).map(|(number, _)| *number);
         let reading = [
-            1, 2, 3, 5, 14, 15, 17, 18, 20, 22, 23, 25, 26, 27, 28, 29, 30, 31, 32, 33, 36, 38, 42, 44, 46,
-            50, 52,
+            1, 2, 3, 5, 14, 15, 17, 18, 20, 22, 23, 25, 26, 27, 28, 29, 30, 31, 32, 33, 36, 38, 39, 42, 44,
+            46, 50, 52,
         ];
         assert_eq!(unchanged.collect::<Vec<_>>(), reading);
         assert!(Opcode::ALL.iter().all(|(number, opcode)| Opcode::of(*number) == Some(*opcode)));

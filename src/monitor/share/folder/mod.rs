@@ -4,9 +4,10 @@
 //! this process on a file of its own, such as writing to one of mode 0444, the guest's root may do all the same.
 //!
 //! Here is what files are and belong to; `entries` makes, moves and removes them, `files` is about those that are open, `attributes` about
-//! extended attributes, `locking` about locks.
+//! extended attributes, `locking` about locks, `changed` about what somebody else does there.
 
 mod attributes;
+mod changed;
 mod entries;
 mod files;
 mod locking;

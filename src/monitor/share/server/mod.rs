@@ -1,6 +1,7 @@
 //! [`Server`]: a FUSE server: a request's bytes in, a reply's out. The bytes are a guest's: each is read once, and whatever they are, the
 //! answer is a reply.
 
+mod others;
 mod single;
 
 use std::ffi::{CStr, CString};
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
+use self::others::Others;
 use super::folder::{self, Changes, Folder, Found, NO_TIMES, NOW, New, SavedLocks};
 use super::locks::{Kind, Lock};
 use super::nodes::ROOT;
@@ -61,6 +63,8 @@ pub struct Server {
     is_ready: bool,
     /// The device of the folder itself; the others have numbers in this order.
     devices: Vec<(u32, u32)>,
+    /// What others change.
+    others: Others,
 }
 
 /// [`Server`] without what the host has of it.
@@ -121,7 +125,7 @@ const EMPTY: Answer = Ok(Reply::Bytes(Vec::new()));
 impl Server {
     /// Serves `folder`, which is a file if it has a name.
     pub fn new(folder: Folder, single: Option<CString>, cache: ShareCache) -> Self {
-        Self { folder, single, cache, is_ready: false, devices: Vec::new() }
+        Self { folder, single, cache, is_ready: false, devices: Vec::new(), others: Others::default() }
     }
 
     /// What the guest knows.
@@ -145,6 +149,7 @@ impl Server {
     pub fn reset(&mut self) {
         self.is_ready = false;
         self.devices.clear();
+        self.others.clear();
         self.folder.clear();
     }
 
@@ -154,6 +159,7 @@ impl Server {
         if request.read_exact(header.as_mut_bytes()).is_err() {
             return Outcome::Replied(0);
         }
+        self.others.keep_up();
         let mut head = reply.split_off_front(size_of::<OutHeader>());
         let (error, body) = match self.answer(&header, request, reply) {
             Ok(Reply::None) => return Outcome::Replied(0),
@@ -212,6 +218,9 @@ impl Server {
             return Err(Errno::IO);
         }
         if opcode == Opcode::Write {
+            if self.others.are_told(header) {
+                return Err(Errno::PERM);
+            }
             return self.write(self.number(header.node.get()), request);
         }
         if request.len() > REQUEST_MOST {
@@ -237,6 +246,9 @@ impl Server {
         let node = self.number(header.node.get());
         if let Some(name) = self.single.clone().filter(|_| node == single::ABOVE) {
             return self.above(opcode, rest, room, &name);
+        }
+        if let Some(answer) = self.replay(opcode, header, &rest) {
+            return answer;
         }
         let by = (header.uid.get(), header.gid.get());
         let new = |mode: u32| New { mode, by };
@@ -340,6 +352,7 @@ impl Server {
             Opcode::Statfs => bytes(&StatfsOut::from(self.folder.space(node)?)),
             Opcode::Release | Opcode::Releasedir => {
                 let ReleaseIn { handle, .. } = rest.take()?;
+                self.others.closed(handle.get());
                 self.folder.close(handle.get());
                 EMPTY
             }
@@ -403,6 +416,7 @@ impl Server {
                 let most = (size.get() as usize).min(room).min(LIST_MOST);
                 self.list(handle.get(), node, offset.get(), most, opcode == Opcode::Readdirplus)
             }
+            Opcode::Ioctl => self.ioctl(header, node, rest),
             Opcode::Fallocate => {
                 let FallocateIn { handle, offset, length, mode, .. } = rest.take()?;
                 let range = (offset.get(), length.get());
@@ -442,6 +456,7 @@ impl Server {
         };
         let wanted = init::ASYNC_READ
             | init::BIG_WRITES
+            | init::HAS_IOCTL_DIR
             | init::AUTO_INVAL_DATA
             | init::DO_READDIRPLUS
             | init::READDIRPLUS_AUTO
@@ -546,6 +561,9 @@ impl Server {
     }
 
     fn entry_of(&mut self, found: &Found) -> EntryOut {
+        if FileType::from_raw_mode(found.stat.stx_mode.into()) == FileType::Directory {
+            self.watch(found.number);
+        }
         let (seconds, nanoseconds) = self.holds();
         EntryOut {
             node: found.number.into(),
