@@ -219,7 +219,7 @@ impl Guest {
 
     /// What the guest's exits are, what its vCPUs wait for, and what the monitor's threads do: name, state and times, where they
     /// wait in the kernel; now and a second later.
-    fn state(&self) -> String {
+    pub fn state(&self) -> String {
         let mut told = format!("what it does:\n{}", self.control(&["top", "--once"]).1);
         let list: serde_json::Value =
             serde_json::from_str(&self.control(&["list", "--json"]).1).unwrap_or_default();

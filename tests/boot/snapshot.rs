@@ -1,10 +1,10 @@
 //! Linux saved and restored: what was in its memory is, its clocks are right, its devices work, and the original goes on.
 
 use std::fs;
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -223,6 +223,28 @@ fn count_lines(listener: TcpListener) -> Arc<AtomicU64> {
     count
 }
 
+/// What the host and the guest `name` see of the network, now and a while later: sockets, frames, interrupts, and what is queued or lost.
+fn both_ends(guest: &Guest, name: &str) -> String {
+    let here = "cat /proc/net/tcp /proc/net/arp; ip -s -s link; tc -s qdisc; ip neigh";
+    let there =
+        "cat /proc/net/tcp /proc/net/arp /proc/net/dev /proc/interrupts /proc/net/snmp; ps; wc -l /tmp/back";
+    let look = || {
+        let host = Command::new("sh").args(["-c", here]).output();
+        // A guest that is stuck does not answer.
+        let mut vmm = Command::new("timeout");
+        vmm.args(["60", env!("CARGO_BIN_EXE_vmm"), "exec", name, "sh", "-c", there]);
+        let guest = vmm.env("XDG_RUNTIME_DIR", guest.runtime()).stdin(Stdio::null()).output();
+        let said = |output: io::Result<Output>| match output {
+            Ok(Output { status, stdout, .. }) => format!("{}\n{status}\n", String::from_utf8_lossy(&stdout)),
+            Err(error) => error.to_string(),
+        };
+        format!("here:\n{}there:\n{}", said(host), said(guest))
+    };
+    let before = look();
+    thread::sleep(Duration::from_secs(5));
+    before + &look()
+}
+
 /// A stream in both directions to a program on the host, which notices nothing but a pause.
 #[test]
 fn a_connection_over_a_tap_goes_on_where_it_was_saved() {
@@ -233,12 +255,14 @@ fn a_connection_over_a_tap_goes_on_where_it_was_saved() {
     net::tap(tap, 15);
     for (transport, vhost, port) in [("mmio", "off", 7000), ("pci", "on", 7001)] {
         let count = count_lines(TcpListener::bind(("10.98.15.1", port)).unwrap());
-        let await_count = |guest: &Guest, least: u64| {
+        let await_count = |guest: &Guest, name: &str, least: u64| {
             let deadline = Instant::now() + guest.patience;
             while count.load(Ordering::Relaxed) < least {
                 assert!(
                     Instant::now() < deadline,
-                    "{transport}, vhost={vhost}: stopped at {count:?} of {least}"
+                    "{transport}, vhost={vhost}: stopped at {count:?} of {least}\n{}\n{}",
+                    both_ends(guest, name),
+                    guest.state()
                 );
                 thread::sleep(Duration::from_millis(20));
             }
@@ -251,7 +275,7 @@ fn a_connection_over_a_tap_goes_on_where_it_was_saved() {
         exec(&first, "gen0", "ip addr add 10.98.15.2/24 dev eth0; ip link set eth0 up");
         let numbers = "i=0; while :; do i=$((i + 1)); echo $i; done";
         exec(&first, "gen0", &format!("({numbers}) 2>&1 | nc 10.98.15.1 {port} >/tmp/back 2>&1 &"));
-        await_count(&first, 1000);
+        await_count(&first, "gen0", 1000);
         let folder = tempfile::tempdir().unwrap();
         let mut restored = Vec::new();
         for generation in 0..2 {
@@ -264,7 +288,7 @@ fn a_connection_over_a_tap_goes_on_where_it_was_saved() {
             command.stdin(Stdio::null());
             let guest = Guest::start_in(command, first.runtime());
             await_running(&first, &guest, &next);
-            await_count(&first, before + 10_000);
+            await_count(&guest, &next, before + 10_000);
             let lines = "$(wc -l </tmp/back)";
             let more = format!("had={lines}; until [ {lines} -gt $((had + 1000)) ]; do sleep 0.1; done");
             exec(&first, &next, &more);
