@@ -5,6 +5,7 @@
 //! for whom it sees them belong to. All of it may be hostile: a name is one component, what it names is found below the folder and
 //! nowhere else, and a link is only ever read. None of it knows a device or a machine.
 
+mod acl;
 mod folder;
 mod folders;
 mod handles;

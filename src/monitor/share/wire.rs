@@ -18,6 +18,7 @@ pub mod init {
     pub const ASYNC_READ: u32 = 1;
     pub const POSIX_LOCKS: u32 = 1 << 1;
     pub const BIG_WRITES: u32 = 1 << 5;
+    pub const DONT_MASK: u32 = 1 << 6;
     pub const FLOCK_LOCKS: u32 = 1 << 10;
     pub const HAS_IOCTL_DIR: u32 = 1 << 11;
     pub const AUTO_INVAL_DATA: u32 = 1 << 12;
@@ -25,6 +26,7 @@ pub mod init {
     pub const READDIRPLUS_AUTO: u32 = 1 << 14;
     pub const ASYNC_DIO: u32 = 1 << 15;
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
+    pub const POSIX_ACL: u32 = 1 << 20;
     pub const MAX_PAGES: u32 = 1 << 22;
     pub const CACHE_SYMLINKS: u32 = 1 << 23;
     pub const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
@@ -152,13 +154,13 @@ requests! {
         mtime: le::U64, _ctime: le::U64, atime_nsec: le::U32, mtime_nsec: le::U32, _ctime_nsec: le::U32, mode: le::U32,
         _unused4: le::U32, uid: le::U32, gid: le::U32, _unused5: le::U32,
     }
-    MknodIn { mode: le::U32, rdev: le::U32, _umask: le::U32, _padding: le::U32 }
-    MkdirIn { mode: le::U32, _umask: le::U32 }
+    MknodIn { mode: le::U32, rdev: le::U32, umask: le::U32, _padding: le::U32 }
+    MkdirIn { mode: le::U32, umask: le::U32 }
     RenameIn { new_folder: le::U64 }
     Rename2In { new_folder: le::U64, flags: le::U32, _padding: le::U32 }
     LinkIn { old: le::U64 }
     OpenIn { flags: le::U32, _open_flags: le::U32 }
-    CreateIn { flags: le::U32, mode: le::U32, _umask: le::U32, _open_flags: le::U32 }
+    CreateIn { flags: le::U32, mode: le::U32, umask: le::U32, _open_flags: le::U32 }
     ReadIn {
         handle: le::U64, offset: le::U64, size: le::U32, _read_flags: le::U32, _lock_owner: le::U64, _flags: le::U32,
         _padding: le::U32,

@@ -4,12 +4,15 @@ use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, linkat, makedev, mkdirat, mknodat, openat, renameat_with,
-    symlinkat, unlinkat,
+    AtFlags, FileType, Mode, OFlags, RenameFlags, Statx, linkat, makedev, mkdirat, mknodat, openat,
+    renameat_with, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 
-use super::{FILE_BITS, FOLDER_BITS, Folder, Found, Kept, New, OPEN_FLAGS, find, is_folder, number_of, stat};
+use super::{
+    Acl, FILE_BITS, FOLDER_BITS, Folder, Found, Kept, New, OPEN_FLAGS, Which, by_number, find, is_folder,
+    number_of, stat,
+};
 
 impl Folder {
     pub(in crate::share) fn make_link(
@@ -156,10 +159,10 @@ impl Folder {
     }
 
     /// What the host's file is made with.
-    fn bits(&self, New { mode, .. }: New, is_folder: bool) -> Mode {
+    fn bits(&self, New { mode, umask, .. }: New, is_folder: bool) -> Mode {
         Mode::from_raw_mode(match (self.terms.keeps, is_folder) {
-            (true, true) => mode & 0o777 | 0o700,
-            (true, false) => mode & 0o777 | 0o600,
+            (true, true) => mode & 0o777 & !umask | 0o700,
+            (true, false) => mode & 0o777 & !umask | 0o600,
             (false, true) => mode & FOLDER_BITS,
             (false, false) => mode & FILE_BITS,
         })
@@ -179,7 +182,8 @@ impl Folder {
             let above = self.nodes.path(folder)?;
             let above = self.seen(&above, stat(&above)?);
             let here = stat(&path)?;
-            let mut kept = Kept { uid: new.by.0, gid: new.by.1, mode: new.mode & 0o7777, ..Kept::of(&here) };
+            let mode = self.begin_with_lists(folder, &path, &here, new)?;
+            let mut kept = Kept { uid: new.by.0, gid: new.by.1, mode, ..Kept::of(&here) };
             // inode(7): the group, and of folders this itself, goes on to what is made in one.
             if u32::from(above.stx_mode) & 0o2000 != 0 {
                 kept.gid = above.stx_gid;
@@ -196,6 +200,29 @@ impl Folder {
         }
         found.stat = self.seen(&path, stat(&path)?);
         Ok(found)
+    }
+
+    /// What was made in `folder` gets the access control lists that it begins with there: its mode, which says the same.
+    fn begin_with_lists(
+        &mut self,
+        folder: u64,
+        path: &OwnedFd,
+        here: &Statx,
+        new: New,
+    ) -> Result<u32, Errno> {
+        let mode = new.mode & 0o7777;
+        let above = self.nodes.path(folder)?;
+        let Some(default) = Acl::read(&by_number(&above), Which::Default)? else {
+            return Ok(mode & !new.umask);
+        };
+        let acl = default.inherited(mode);
+        if !acl.is_plain() {
+            acl.write(&by_number(path), Which::Access)?;
+        }
+        if is_folder(here) {
+            default.write(&by_number(path), Which::Default)?;
+        }
+        Ok(mode & !0o777 | acl.mode())
     }
 
     /// Removes entry `name` of `folder`, a folder if `is_folder`.

@@ -23,6 +23,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::acl::{Acl, Which};
 use super::handles::{self, Handles};
 use super::kept::Kept;
 use super::locks::Locks;
@@ -57,6 +58,8 @@ pub(in crate::share) struct Found {
 #[derive(Debug, Clone, Copy)]
 pub(in crate::share) struct New {
     pub(in crate::share) mode: u32,
+    /// What of it a file does not get, unless its folder has a list that says what it begins with.
+    pub(in crate::share) umask: u32,
     /// The guest's user and group who make it.
     pub(in crate::share) by: (u32, u32),
 }
@@ -261,6 +264,12 @@ impl Folder {
             None => kept.mode,
         };
         if self.terms.keeps {
+            if changes.mode.is_some()
+                && may_keep(before)
+                && let Some(acl) = Acl::read(&by_number(path), Which::Access)?
+            {
+                acl.with_mode(mode).write(&by_number(path), Which::Access)?;
+            }
             let (uid, gid) = (changes.uid.unwrap_or(kept.uid), changes.gid.unwrap_or(kept.gid));
             let wanted = Kept { uid, gid, mode, ..kept };
             return if wanted == kept { Ok(()) } else { self.keep(path, before, &wanted) };

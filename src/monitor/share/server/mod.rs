@@ -251,7 +251,7 @@ impl Server {
             return answer;
         }
         let by = (header.uid.get(), header.gid.get());
-        let new = |mode: u32| New { mode, by };
+        let new = |mode: U32, umask: U32| New { mode: mode.get(), umask: umask.get(), by };
         let read_only = self.folder.terms().read_only;
         if read_only && opcode.changes() {
             return Err(Errno::ROFS);
@@ -305,14 +305,14 @@ impl Server {
                 self.entry(&found)
             }
             Opcode::Mknod => {
-                let MknodIn { mode, rdev, .. } = rest.take()?;
+                let MknodIn { mode, rdev, umask, .. } = rest.take()?;
                 let device = device_parts(rdev.get());
-                let found = self.folder.make_node(node, rest.name()?, new(mode.get()), device)?;
+                let found = self.folder.make_node(node, rest.name()?, new(mode, umask), device)?;
                 self.entry(&found)
             }
             Opcode::Mkdir => {
-                let MkdirIn { mode, .. } = rest.take()?;
-                let found = self.folder.make_folder(node, rest.name()?, new(mode.get()))?;
+                let MkdirIn { mode, umask } = rest.take()?;
+                let found = self.folder.make_folder(node, rest.name()?, new(mode, umask))?;
                 self.entry(&found)
             }
             Opcode::Unlink => done(self.folder.remove(node, rest.name()?, false)),
@@ -338,10 +338,10 @@ impl Server {
                 bytes(&self.opened(handle))
             }
             Opcode::Create | Opcode::Tmpfile => {
-                let CreateIn { flags, mode, .. } = rest.take()?;
+                let CreateIn { flags, mode, umask, .. } = rest.take()?;
                 let (found, handle) = match opcode {
-                    Opcode::Tmpfile => self.folder.make_nameless(node, flags.get(), new(mode.get()))?,
-                    _ => self.folder.create(node, rest.name()?, flags.get(), new(mode.get()))?,
+                    Opcode::Tmpfile => self.folder.make_nameless(node, flags.get(), new(mode, umask))?,
+                    _ => self.folder.create(node, rest.name()?, flags.get(), new(mode, umask))?,
                 };
                 let mut reply = self.entry_of(&found).as_bytes().to_vec();
                 reply.extend(self.opened(handle).as_bytes());
@@ -466,6 +466,7 @@ impl Server {
             | init::CACHE_SYMLINKS
             | init::HANDLE_KILLPRIV_V2
             | init::INIT_EXT;
+        let acls = if self.folder.terms().keeps { init::POSIX_ACL | init::DONT_MASK } else { 0 };
         let locks = if self.shares_locks() { init::POSIX_LOCKS | init::FLOCK_LOCKS } else { 0 };
         self.reset();
         self.is_ready = true;
@@ -473,7 +474,7 @@ impl Server {
             major: MAJOR.into(),
             minor: MINOR.into(),
             max_readahead,
-            flags: (flags.get() & (wanted | locks)).into(),
+            flags: (flags.get() & (wanted | locks | acls)).into(),
             max_background: 64.into(),
             congestion_threshold: 48.into(),
             max_write: (DATA_MOST as u32).into(),
