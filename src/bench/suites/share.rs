@@ -97,7 +97,7 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
 
 fn method(setting: &Setting) -> Vec<String> {
     let (files, requests) = counts(Server::Vmm);
-    vec![
+    let mut method = vec![
         format!(
             "One sample is a process, or a VM, that does all of it in this order: with {files} files of 2 KiB in folders of 32 the calls \
              that tar, git, find, cat and rm make, one after the other, and {requests} requests to a file of {} MiB. The programs' own \
@@ -117,7 +117,9 @@ fn method(setting: &Setting) -> Vec<String> {
         } else {
             places::CLOCK.to_owned()
         },
-    ]
+    ];
+    method.extend(Place::tick());
+    method
 }
 
 /// One that takes part, with a folder of its own.

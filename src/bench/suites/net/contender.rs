@@ -110,13 +110,10 @@ impl<'a> Networked<'a> {
         }
         let (kernel, initramfs) = Place::guest(self.setting)?;
         let (kernel, initramfs) = (kernel.as_os_str(), initramfs.as_os_str());
-        let cmdline = |console: &str, reboot: char| {
-            format!(
-                "{console} quiet reboot={reboot} panic=-1 rdinit=/vmm-bench -- work --guest --ip {} {}",
-                self.network.ip(),
-                work.join(" ")
-            )
-        };
+        let ip = self.network.ip();
+        let mut arguments = vec!["--ip", &ip];
+        arguments.extend(work.iter().map(String::as_str));
+        let cmdline = |console: &str, reboot: char| Place::cmdline_with(console, reboot, &arguments);
         let name = self.network.name();
         match self.monitor {
             Monitor::Process => {}

@@ -8,7 +8,7 @@ mod peer;
 use super::super::host::Host;
 use super::super::measure::{self, Absent, Contender, Plan, Quantity};
 use super::super::result::{Better, Suite, Unit};
-use super::super::rivals::Setting;
+use super::super::rivals::{Place, Setting};
 use contender::{Monitor, Networked};
 use network::Kind;
 
@@ -94,5 +94,5 @@ fn method(repeatable: bool) -> Vec<String> {
         "Processor time is that of all of the host's processors while the bytes went, the guest's and the kernel's included, per 10^9 bytes."
     };
     let guests = "All guests: the tuned kernel, one CPU, 256 MiB, one pair of queues, the monitor's own MTU and offloads.";
-    [amounts, guests, clock].map(str::to_owned).to_vec()
+    [amounts, guests, clock].map(str::to_owned).into_iter().chain(Place::tick()).collect()
 }
