@@ -209,7 +209,7 @@ fn an_interrupt_waits_for_the_instruction_after_sti() {
     );
 }
 
-/// A guest that takes a thousand interrupts of its local APIC's timer, stays in the handler for a while, and says how many came to it while
+/// A guest that takes 150 interrupts of its local APIC's timer, stays in the handler for a while, and says how many came to it while
 /// it had interrupts disabled, which the architecture does not allow (SDM volume 3, 6.8.1).
 fn double_prober() -> Vec<u8> {
     const VECTOR: u64 = 0x40;
@@ -233,7 +233,7 @@ fn double_prober() -> Vec<u8> {
         a.add(esp, 12).unwrap();
         a.mov(dword_ptr(0xfee0_00b0u64), 0).unwrap();
         a.inc(ebx).unwrap();
-        a.cmp(ebx, 1000).unwrap();
+        a.cmp(ebx, 150).unwrap();
         a.jb(again).unwrap();
         a.mov(dx, 0x3f8u32).unwrap();
         a.mov(eax, edi).unwrap();
@@ -259,7 +259,7 @@ fn double_prober() -> Vec<u8> {
 fn an_interrupt_comes_once() {
     let (said, _) = run(&double_prober(), &[]);
     let twice = u16::from_le_bytes(said.as_slice().try_into().unwrap());
-    println!("of 1000 interrupts twice, the second time with interrupts disabled: {twice}");
+    println!("of 150 interrupts twice, the second time with interrupts disabled: {twice}");
     if !std::fs::read_to_string("/proc/cpuinfo").unwrap().contains("QEMU TCG") {
         assert_eq!(twice, 0);
     }
