@@ -282,8 +282,19 @@ impl Folder {
     }
 
     /// A file's data is changed by a user of the guest's, where nothing says whether that one may set such bits.
-    fn changed_by(&self, file: &OwnedFd, (user, _): (u32, u32)) -> Result<(), Errno> {
-        if user == 0 { Ok(()) } else { self.drop_set_ids(file) }
+    fn changed_by(&self, file: &OwnedFd, (user, group): (u32, u32)) -> Result<(), Errno> {
+        let here = stat(file)?;
+        let seen = self.seen(file, here);
+        let mode = u32::from(seen.stx_mode) & 0o7777;
+        match user {
+            0 => Ok(()),
+            // Linux lets the second of them stay where it says something else, for members of the group.
+            _ if mode & 0o2000 != 0 && seen.stx_gid != group => {
+                let changes = Changes { mode: Some(mode & !0o6000), ..Changes::default() };
+                self.set_owner_and_mode(file, &here, &changes)
+            }
+            _ => self.drop_set_ids(file),
+        }
     }
 
     /// As whoever writes to a file does who may not set such bits of it.
