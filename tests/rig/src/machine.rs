@@ -30,8 +30,8 @@ pub struct Shape {
     pub smp: u8,
     /// Whether kvm_amd uses nested paging.
     pub npt: bool,
-    /// Whether the clock counts instructions.
-    pub icount: bool,
+    /// What the random numbers begin with, where the clock counts instructions.
+    pub icount: Option<u32>,
 }
 
 impl Shape {
@@ -41,13 +41,13 @@ impl Shape {
             mem: options.mem,
             smp: if options.icount { 1 } else { options.smp },
             npt: !options.no_npt,
-            icount: options.icount,
+            icount: options.icount.then_some(options.seed),
         }
     }
 
     /// QEMU's arguments that a saved machine's state depends on.
     pub fn arguments(&self) -> Vec<String> {
-        let accelerator = if self.icount { "tcg,thread=single" } else { "tcg,thread=multi" };
+        let accelerator = if self.icount.is_some() { "tcg,thread=single" } else { "tcg,thread=multi" };
         let mut arguments = [
             "-nodefaults",
             "-no-user-config",
@@ -65,11 +65,12 @@ impl Shape {
         .to_vec();
         arguments.extend(["-smp".into(), self.smp.to_string()]);
         arguments.extend(["-m".into(), self.mem.to_string()]);
-        if self.icount {
+        if let Some(seed) = self.icount {
             arguments.extend(
-                ["-icount", "shift=0,sleep=off", "-seed", "42", "-rtc", "base=2026-01-01T00:00:00,clock=vm"]
+                ["-icount", "shift=0,sleep=off", "-rtc", "base=2026-01-01T00:00:00,clock=vm", "-seed"]
                     .map(str::to_owned),
             );
+            arguments.push(seed.to_string());
         }
         arguments
     }
@@ -77,7 +78,7 @@ impl Shape {
     /// The kernel's command line.
     pub fn command_line(&self) -> String {
         let mut line = "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=1".to_owned();
-        if self.icount {
+        if self.icount.is_some() {
             line += " nokaslr norandmaps";
         }
         if !self.npt {
@@ -143,7 +144,7 @@ impl Machine {
         let (qmp, qmp_end) = UnixStream::pair()?;
         // With a repeatable clock a kick is carried out at once: from another thread it would
         // arrive at a time of the host's.
-        let kick = if shape.icount { "off" } else { "on" };
+        let kick = if shape.icount.is_some() { "off" } else { "on" };
         let ports = format!("virtio-serial-pci,ioeventfd={kick}");
         qemu.args(["-device", &ports]);
         for (id, end, port) in [("control", &control_end, CONTROL_PORT), ("stdin", &stdin_end, STDIN_PORT)] {

@@ -41,6 +41,11 @@ pub struct Options {
     #[arg(long, value_name = "PATH", requires = "icount")]
     pub with: Vec<PathBuf>,
 
+    /// With --icount: what the machine's random numbers begin with. Runs with another seed are other runs, each of which
+    /// repeats (README, Limits: why one may have to be).
+    #[arg(long, value_name = "N", default_value_t = 42, requires = "icount")]
+    pub seed: u32,
+
     /// Boot the machine instead of starting it from a snapshot.
     #[arg(long)]
     pub cold: bool,

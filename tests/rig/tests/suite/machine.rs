@@ -242,15 +242,17 @@ fn a_repeatable_clock_repeats() {
     if !available("repeatable clock") {
         return;
     }
-    let run = || {
-        thread::spawn(|| {
+    let run = |seed| {
+        thread::spawn(move || {
             let script = "i=0; while [ $i -lt 1000 ]; do i=$((i+1)); done; date +%s.%N; ls /var; exit 3";
-            rig(&["--icount", "--", "sh", "-c", script]).run()
+            rig(&["--icount", "--seed", seed, "--", "sh", "-c", script]).run()
         })
     };
-    let [first, second] = [run(), run()].map(|thread| thread.join().unwrap());
+    let [first, second, other] = [run("42"), run("42"), run("43")].map(|thread| thread.join().unwrap());
     assert_eq!(first.code, 3, "{}", first.errors());
     assert!(first.stdout.starts_with(b"17672256"), "a time of 2026-01-01");
     assert!(first.errors().contains("/var"), "files of the host: {first:?}");
     assert_eq!(first, second);
+    assert_eq!(other.code, 3, "{}", other.errors());
+    assert_ne!(first.stdout, other.stdout, "another seed, and not another run");
 }
