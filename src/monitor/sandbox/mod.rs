@@ -19,8 +19,9 @@ mod process;
 mod refused;
 mod seccomp;
 
+use std::io;
 use std::str::FromStr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bitflags::bitflags;
 use rustix::io::Errno;
@@ -32,6 +33,7 @@ use crate::threads::Role;
 
 pub use files::Grant;
 pub use limits::Limits;
+use namespaces::Root;
 pub use namespaces::alone;
 pub(crate) use process::close_all_but;
 pub use process::{User, owner_of_files, started_by};
@@ -211,7 +213,8 @@ const LANDLOCK: &str =
     "it needs Linux 6.12 with landlock among its security modules; `sandbox=auto` runs without";
 
 static JAIL: OnceLock<Jail> = OnceLock::new();
-static GRANTS: OnceLock<Vec<Grant>> = OnceLock::new();
+/// What [`close`] has made for [`lock`].
+static PREPARED: Mutex<Option<Root>> = Mutex::new(None);
 
 /// From now on this process's threads enter `jail`. To be called while there is one, before anything of a guest's is read. A refused
 /// call is the end of the process, which `end` brings about on the thread that made it.
@@ -249,33 +252,52 @@ pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Resu
     Ok(())
 }
 
-/// Has the jail, if there is one, hide all files but its grants and `more`: to be called before a thread [enters](enter), and when all of
-/// them are there.
+/// Has the jail, if there is one, be ready to hide all files but its grants and `more`: to be called before a thread [enters](enter), and
+/// when all of them are there. The calling thread, and those that it starts from now on, get no capability by running a program.
 ///
 /// # Errors
 /// The kernel has no such thing, and the jail is to be strict; or refuses.
 pub fn close(more: impl IntoIterator<Item = Grant>) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
-    let grants = GRANTS.get_or_init(|| jail.grants.iter().cloned().chain(more).collect());
-    files::close(grants, jail.mode).map_err(Error::of("restrict access to files", LANDLOCK))
+    process::empty_bounding_set().map_err(Error::of("drop privileges", FILTERS))?;
+    let grants: Vec<_> = jail.grants.iter().cloned().chain(more).collect();
+    files::close(&grants, jail.mode).map_err(Error::of("restrict access to files", LANDLOCK))?;
+    let root = root(jail.mode, Root::new(&grants))?;
+    *prepared() = root.flatten();
+    Ok(())
+}
+
+fn prepared() -> MutexGuard<'static, Option<Root>> {
+    PREPARED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What came of `trying` to have a root of its own, which some hosts do not let anybody have.
+fn root<T>(mode: Mode, trying: io::Result<T>) -> Result<Option<T>, Error> {
+    match trying {
+        Err(error) if mode == Mode::Strict => Err(Error::of("change to an empty root", NAMESPACES)(error)),
+        Err(error) => {
+            log::info!("sandbox: running without a root of its own: {error}");
+            Ok(None)
+        }
+        Ok(root) => Ok(Some(root)),
+    }
 }
 
 /// The calling thread, which has set all up, enters, and has all others find nothing but the jail's grants from now on. All that is to be
-/// opened is open.
+/// opened is open. `beside` has other threads that are there [enter] meanwhile, for whom nobody waits until they run a guest: what a
+/// filter costs is its thread's time.
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn lock(role: &Role) -> Result<(), Error> {
+pub fn lock(role: &Role, beside: impl FnOnce()) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
     inherited::close();
+    // Whether debuggers may look in is another matter while a thread becomes another user.
     process::limit().map_err(Error::of("lower resource limits", PROC))?;
-    let grants = GRANTS.get().map_or(&[][..], Vec::as_slice);
-    match namespaces::stay_in(grants) {
-        Err(error) if jail.mode == Mode::Strict => {
-            return Err(Error::of("change to an empty root", NAMESPACES)(error));
-        }
-        Err(error) => log::info!("sandbox: running without a root of its own: {error}"),
-        Ok(()) => {}
+    beside();
+    let prepared = prepared().take();
+    if let Some(prepared) = prepared {
+        root(jail.mode, prepared.enter())?;
     }
     enter(role)
 }

@@ -5,7 +5,7 @@
 //! takes longer than a start, and without a network the filters allow no socket.
 
 use std::env::current_dir;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -66,43 +66,74 @@ pub(super) fn leave() -> io::Result<Result<(), Errno>> {
     Ok(Ok(()))
 }
 
-/// Changes the root of all threads to one that shows only `grants`, at their own paths. Call it before the calling thread drops its
-/// capabilities.
-///
-/// # Errors
-/// The kernel refuses. Every file is still where it was.
-pub(super) fn stay_in(grants: &[Grant]) -> io::Result<()> {
-    if LEFT.get().is_none() {
-        return Ok(());
+/// A root that shows only what was granted, as long as nobody is in it.
+#[derive(Debug)]
+pub(super) struct Root {
+    /// Its file system, mounted nowhere yet.
+    mount: OwnedFd,
+    shown: Vec<Shown>,
+}
+
+/// What is at a path: the host's tree, and the place for it in the root, which takes it once that is mounted itself.
+#[derive(Debug)]
+struct Shown {
+    tree: OwnedFd,
+    folder: OwnedFd,
+    name: OsString,
+}
+
+impl Root {
+    /// One that is to show `grants`, at their own paths: all that can be done before it is mounted. None for a process without namespaces.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn new(grants: &[Grant]) -> io::Result<Option<Self>> {
+        if LEFT.get().is_none() {
+            return Ok(None);
+        }
+        let is_there = |path: &&Path| path.is_absolute() && path.exists();
+        let mut paths: Vec<_> =
+            grants.iter().filter(|grant| !grant.is_held()).map(Grant::path).filter(is_there).collect();
+        paths.sort_unstable();
+        // What is in a granted folder is there with it.
+        paths.dedup_by(|path, earlier| path.starts_with(*earlier));
+        if paths.first() == Some(&Path::new("/")) {
+            return Err(io::Error::other("a path that the machine needs lies directly in /"));
+        }
+        let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(tmpfs.as_fd(), "size", "64k")?;
+        fsconfig_create(tmpfs.as_fd())?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let mount = fsmount(tmpfs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+        let shown = paths.into_iter().map(|path| show(path, mount.as_fd()));
+        let shown = shown.filter_map(Result::transpose).collect::<Result<_, _>>()?;
+        Ok(Some(Self { mount, shown }))
     }
-    let is_there = |path: &&Path| path.is_absolute() && path.exists();
-    let mut paths: Vec<_> =
-        grants.iter().filter(|grant| !grant.is_held()).map(Grant::path).filter(is_there).collect();
-    paths.sort_unstable();
-    // What is in a granted folder is there with it.
-    paths.dedup_by(|path, earlier| path.starts_with(*earlier));
-    if paths.first() == Some(&Path::new("/")) {
-        return Err(io::Error::other("a path that the machine needs lies directly in /"));
+
+    /// Changes the root of all threads to it. Call it before the calling thread drops its capabilities.
+    ///
+    /// # Errors
+    /// The kernel refuses. Every file is still where it was.
+    pub(super) fn enter(self) -> io::Result<()> {
+        let Self { mount, shown } = self;
+        let from_nowhere = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        // Over the host's root, which stays where it is for whoever has it already.
+        move_mount(mount.as_fd(), "", CWD, "/", from_nowhere)?;
+        for Shown { tree, folder, name } in &shown {
+            move_mount(tree.as_fd(), "", folder.as_fd(), name, from_nowhere)?;
+        }
+        let here = current_dir();
+        fchdir(&mount)?;
+        let read_only = MountFlags::RDONLY | MountFlags::BIND | MountFlags::NODEV | MountFlags::NOSUID;
+        mount_remount(".", read_only | MountFlags::NOEXEC, "")?;
+        chroot(".")?;
+        // What is named from there, such as a core, is found if it is a place.
+        let _ = here.and_then(|here| Ok(chdir(here)?));
+        let _ = ALONE.set(());
+        Ok(())
     }
-    let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(tmpfs.as_fd(), "size", "64k")?;
-    fsconfig_create(tmpfs.as_fd())?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV
-        | MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let root = fsmount(tmpfs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    // Over the host's root, which stays where it is for whoever has it already.
-    move_mount(root.as_fd(), "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    paths.into_iter().try_for_each(|path| show(path, root.as_fd()))?;
-    let here = current_dir();
-    fchdir(&root)?;
-    let read_only = MountFlags::RDONLY | MountFlags::BIND | MountFlags::NODEV | MountFlags::NOSUID;
-    mount_remount(".", read_only | MountFlags::NOEXEC, "")?;
-    chroot(".")?;
-    // What is named from there, such as a core, is found if it is a place.
-    let _ = here.and_then(|here| Ok(chdir(here)?));
-    let _ = ALONE.set(());
-    Ok(())
 }
 
 const MODE: Mode = Mode::from_raw_mode(0o755);
@@ -115,10 +146,10 @@ fn make_folder(at: &OwnedFd, name: &OsStr) -> rustix::io::Result<()> {
     }
 }
 
-/// Makes what is at `path` visible at the same path below `root`.
-fn show(path: &Path, root: BorrowedFd<'_>) -> io::Result<()> {
-    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
-    let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+/// Makes a place below `root` for what is at `path`, the same path there.
+fn show(path: &Path, root: BorrowedFd<'_>) -> io::Result<Option<Shown>> {
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
+    let place = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     // All folders on the way, those that ".." leads out of again as well: whoever names the path goes that way. There are no symbolic links
     // below that root, and nothing above it.
     let mut way = vec![root.try_clone_to_owned()?];
@@ -127,22 +158,22 @@ fn show(path: &Path, root: BorrowedFd<'_>) -> io::Result<()> {
         match part {
             Component::Normal(name) => {
                 make_folder(at, name)?;
-                way.push(openat(at, name, folder, Mode::empty())?);
+                way.push(openat(at, name, place, Mode::empty())?);
             }
             Component::ParentDir if way.len() > 1 => _ = way.pop(),
             _ => {}
         }
     }
-    let Some(at) = way.last() else { return Ok(()) };
+    let Some(folder) = way.pop() else { return Ok(None) };
     match path.is_dir() {
-        true => make_folder(at, name)?,
-        false => drop(openat(at, name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, MODE)?),
+        true => make_folder(&folder, name)?,
+        false => drop(openat(&folder, name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, MODE)?),
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     // A namespace's user may not see what lies below a mount of others, so takes such a place with all that is mounted in it.
-    let there =
+    let tree =
         open_tree(CWD, path, flags).or_else(|_| open_tree(CWD, path, flags | OpenTreeFlags::AT_RECURSIVE))?;
-    Ok(move_mount(there.as_fd(), "", at, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+    Ok(Some(Shown { tree, folder, name: name.to_owned() }))
 }
 
 /// The folder `folder`, with no way up from it. As it is where this process has no mounts of its own.

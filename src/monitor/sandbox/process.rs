@@ -1,6 +1,7 @@
 //! What a thread gives up for good, whatever it may call: privileges by exec, capabilities, and root's name; what a forked child gives up:
 //! descriptors.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
@@ -84,12 +85,29 @@ struct Becomes {
     dumpable: OnceLock<DumpableBehavior>,
 }
 
-/// No exec gives more than there was before, set-user-ID or not, nor a capability that the process gives up.
+/// No exec gives more than there was before, set-user-ID or not.
 pub(super) fn no_new_privileges(user: Option<User>) -> io::Result<()> {
     started_by();
     set_no_new_privs(true)?;
-    let owned = capabilities(None)?.effective;
-    if owned.contains(CapabilitySet::SETPCAP) {
+    let changes_user = CapabilitySet::SETPCAP | CapabilitySet::SETUID | CapabilitySet::SETGID;
+    if started_by().is_root() && capabilities(None)?.effective.contains(changes_user) {
+        choose_user(user)?;
+    }
+    Ok(())
+}
+
+thread_local! {
+    /// Whether the thread, and whoever it starts, has nothing in its bounding set, or may not change that.
+    static IS_BOUND: Cell<bool> = const { Cell::new(false) };
+}
+
+/// No exec gives the calling thread a capability, nor those that it starts from now on. A call for each of some forty: whoever has
+/// others to wait for does it then.
+pub(super) fn empty_bounding_set() -> io::Result<()> {
+    if IS_BOUND.get() {
+        return Ok(());
+    }
+    if capabilities(None)?.effective.contains(CapabilitySet::SETPCAP) {
         for capability in CapabilitySet::all().iter() {
             match remove_capability_from_bounding_set(capability) {
                 // One that this kernel does not know.
@@ -97,11 +115,8 @@ pub(super) fn no_new_privileges(user: Option<User>) -> io::Result<()> {
                 Err(error) => return Err(error.into()),
             }
         }
-        let changes_user = CapabilitySet::SETUID | CapabilitySet::SETGID;
-        if started_by().is_root() && owned.contains(changes_user) {
-            choose_user(user)?;
-        }
     }
+    IS_BOUND.set(true);
     Ok(())
 }
 
@@ -194,6 +209,7 @@ pub(super) fn drop_privileges() -> io::Result<()> {
     if capabilities(None)?.permitted.is_empty() {
         return Ok(());
     }
+    empty_bounding_set()?;
     if let Some(user) = USER.get() {
         become_user(user)?;
     }

@@ -2,7 +2,7 @@
 //!
 //! What a filter costs is paid at every start: the kernel runs it for each number that it knows, to see which are allowed
 //! whatever the arguments (`seccomp_cache_prepare`), and translates it. So numbers are looked for by halving, not one after another,
-//! and what looks at arguments lies apart.
+//! what looks at arguments lies apart, and all ends are shared.
 
 use std::io;
 
@@ -50,18 +50,9 @@ const fn load(offset: u32) -> sock_filter {
     instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
 }
 
-const fn jump(over: u32) -> sock_filter {
-    instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, over)
-}
-
 /// Goes over `yes` instructions if what was loaded is `k`, else over `no`.
 const fn equal(k: u32, yes: u8, no: u8) -> sock_filter {
     instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, yes, no, k)
-}
-
-/// Goes over `yes` instructions if what was loaded is `k` or more, else over `no`.
-const fn at_least(k: u32, yes: u8, no: u8) -> sock_filter {
-    instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, yes, no, k)
 }
 
 /// From a number on: the calls of that number, as several lists may have them. What has none is refused.
@@ -82,10 +73,9 @@ fn program(lists: &[&'static [Call]]) -> Vec<sock_filter> {
         }
         ranges.push((number + 1, &[]));
     }
-    let mut program = Vec::with_capacity(512);
-    program.extend(FRONT);
-    tree(&ranges, &mut program);
-    program
+    let mut program = Program::new();
+    let rest = program.tree(&ranges);
+    program.at(rest)
 }
 
 /// Whether it may be made whatever its arguments: whoever may do so, may, whatever else allows it.
@@ -109,46 +99,93 @@ const FRONT: [sock_filter; 11] = [
     load(NUMBER),
 ];
 
-/// Finds what becomes of the number that is loaded.
-fn tree(ranges: &[From<'_>], program: &mut Vec<sock_filter>) {
-    let (below, above) = match ranges {
-        [(_, same)] => return judge(same, program),
-        _ => ranges.split_at(ranges.len() / 2),
-    };
-    let start = above.first().map_or(0, |(start, _)| *start);
-    let choice = program.len();
-    program.extend([at_least(start, 1, 0), jump(0)]);
-    tree(above, program);
-    // One that depends on something would go over 255 instructions at most.
-    program[choice + 1] = jump((program.len() - choice - 2) as u32);
-    tree(below, program);
-}
+/// A place in a program, by how many instructions follow: a program's jumps all go forward, so it is written from its end.
+type Place = usize;
 
-fn judge(same: &[&Call], program: &mut Vec<sock_filter>) {
-    if is_free(same) {
-        return program.push(ALLOW);
+/// A program, its last instruction first.
+struct Program(Vec<sock_filter>);
+
+/// Where every program allows a call.
+const ALLOWED: Place = 0;
+/// Where every program refuses one.
+const REFUSED: Place = 1;
+
+impl Program {
+    fn new() -> Self {
+        Self(vec![ALLOW, TRAP])
     }
-    same.iter().flat_map(|call| call.rules).for_each(|rule| hold(rule, program));
-    program.push(TRAP);
-}
 
-/// Allows what has all these `arguments`, and goes on behind itself with what has not.
-fn hold(arguments: &[Argument], program: &mut Vec<sock_filter>) {
-    let len = |argument: &Argument| if matches!(argument.test, Test::Of(..)) { 3 } else { 2 };
-    let mut past = arguments.iter().map(len).sum::<usize>();
-    for argument in arguments {
-        past -= len(argument);
-        // Over the rest of this, and what allows it.
-        let over = past as u8 + 1;
-        program.push(load(self::argument(argument.place)));
-        if let Test::Of(mask, _) = argument.test {
-            program.push(instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, mask));
+    /// The program that goes on at `rest` behind its front.
+    fn at(mut self, rest: Place) -> Vec<sock_filter> {
+        self.follow(rest);
+        self.0.extend(FRONT.into_iter().rev());
+        self.0.reverse();
+        self.0
+    }
+
+    fn push(&mut self, instruction: sock_filter) -> Place {
+        self.0.push(instruction);
+        self.0.len() - 1
+    }
+
+    /// How many instructions the next one would go over to come to `place`.
+    fn over(&self, place: Place) -> usize {
+        self.0.len() - 1 - place
+    }
+
+    /// What is next comes to `place`.
+    fn follow(&mut self, place: Place) -> Place {
+        match self.over(place) {
+            0 => place,
+            over => self.push(instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, over as u32)),
         }
-        program.push(match argument.test {
-            Test::Is(value) | Test::Of(_, value) => equal(value, 0, over),
-            Test::IsNot(value) => equal(value, over, 0),
-            Test::IsOwnPid => equal(std::process::id(), 0, over),
-        });
     }
-    program.push(ALLOW);
+
+    /// Goes on at `yes` or `no`, by how `condition` has what was loaded stand to `k`.
+    fn choose(&mut self, condition: u32, k: u32, yes: Place, no: Place) -> Place {
+        // One that depends on something goes over 255 instructions at most, and the other place may come between.
+        let mut near = |place| if self.over(place) < 255 { place } else { self.follow(place) };
+        let (yes, no) = (near(yes), near(no));
+        let over = |place| self.over(place) as u8;
+        self.push(instruction(libc::BPF_JMP | condition | libc::BPF_K, over(yes), over(no), k))
+    }
+
+    /// Finds what becomes of the number that is loaded.
+    fn tree(&mut self, ranges: &[From<'_>]) -> Place {
+        let (below, above) = match ranges {
+            [(_, same)] => return self.judge(same),
+            _ => ranges.split_at(ranges.len() / 2),
+        };
+        let start = above.first().map_or(0, |(start, _)| *start);
+        let (above, below) = (self.tree(above), self.tree(below));
+        self.choose(libc::BPF_JGE, start, above, below)
+    }
+
+    /// Allows what one of `same` does, or refuses it.
+    fn judge(&mut self, same: &[&Call]) -> Place {
+        if is_free(same) {
+            return ALLOWED;
+        }
+        let rules = same.iter().flat_map(|call| call.rules).rev();
+        rules.fold(REFUSED, |next, rule| self.hold(rule, next))
+    }
+
+    /// Allows what has all these `arguments`, and goes on at `next` with what has not.
+    fn hold(&mut self, arguments: &[Argument], next: Place) -> Place {
+        arguments.iter().rev().fold(ALLOWED, |held, argument| {
+            let (value, held, next) = match argument.test {
+                Test::Is(value) | Test::Of(_, value) => (value, held, next),
+                Test::IsNot(value) => (value, next, held),
+                Test::IsOwnPid => (std::process::id(), held, next),
+            };
+            self.choose(libc::BPF_JEQ, value, held, next);
+            if let Test::Of(mask, _) = argument.test {
+                self.push(instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, mask));
+            }
+            self.push(load(self::argument(argument.place)))
+        })
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,6 +15,7 @@ type Work = Box<dyn FnOnce() + Send>;
 #[derive(Debug)]
 pub struct Seat {
     role: Role,
+    is_inside: bool,
     thread: JoinHandle<()>,
     work: Sender<Work>,
 }
@@ -38,7 +39,7 @@ impl Seat {
                 work();
             }
         })?;
-        Ok((Self { role, thread, work }, told))
+        Ok((Self { role, is_inside: false, thread, work }, told))
     }
 
     /// Has it do `work` beside the thread that asks. The receiver is as that of [`Seat::new`].
@@ -49,14 +50,19 @@ impl Seat {
         told
     }
 
+    /// Has it enter the jail, where it does all else from now on. Nobody waits for that.
+    pub fn enter(&mut self) {
+        if !std::mem::replace(&mut self.is_inside, true) {
+            let role = self.role.clone();
+            // It waits: only a panic in what it did before can have ended it, and no VM came out of that.
+            let _ = self.work.send(Box::new(move || threads::enter(&role)));
+        }
+    }
+
     /// Has it do `work`, its last, in the jail.
-    pub(super) fn run(self, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
-        let role = self.role;
-        // It waits: only a panic in what it did first can have ended it, and no VM came out of that.
-        let _ = self.work.send(Box::new(move || {
-            threads::enter(&role);
-            work();
-        }));
+    pub(super) fn run(mut self, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+        self.enter();
+        let _ = self.work.send(Box::new(work));
         self.thread
     }
 }
