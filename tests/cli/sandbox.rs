@@ -37,10 +37,13 @@ fn inside(pid: i32, layers: &str) -> Vec<String> {
             assert!(is_own(values) && values[4] == none, "{name}: {values:?}");
         });
     }
+    if layers.contains("namespaces") {
+        all.iter().for_each(|(name, values)| assert_eq!(values[4], none, "{name}: the bounding set"));
+    }
     let tasks = PathBuf::from(format!("/proc/{pid}/task"));
     let places = fs::read_dir(tasks).unwrap().map(|task| {
         let task = task.unwrap().path();
-        ["ns/mnt", "ns/ipc", "ns/uts", "root"].map(|link| fs::read_link(task.join(link)).ok())
+        ["ns/mnt", "ns/ipc", "ns/uts", "ns/cgroup", "root"].map(|link| fs::read_link(task.join(link)).ok())
     });
     let places: HashSet<_> = places.collect();
     assert_eq!(places.len(), 1, "all threads see the same: {places:?}");
@@ -132,7 +135,9 @@ fn only_what_it_needs(test: &str, place: &Place, command: impl Fn(&str) -> Comma
         output.stdout
     };
     let status: Value = serde_json::from_slice(&done("status v --json")).unwrap();
-    if !status["sandbox"].as_str().unwrap().contains("namespaces") {
+    let layers = status["sandbox"].as_str().unwrap();
+    inside(guest.pid(), layers);
+    if !layers.contains("namespaces") {
         return eprintln!("SKIP: {test}: needs namespaces, which a container may not have");
     }
     let folder = fs::canonicalize(place.dir.path()).unwrap();
@@ -142,8 +147,10 @@ fn only_what_it_needs(test: &str, place: &Place, command: impl Fn(&str) -> Comma
     expected.sort();
     expected.dedup();
     assert_eq!(named(guest.pid(), &grants), expected);
-    let space = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/ipc")).unwrap();
-    assert_ne!(space(&guest.pid().to_string()), space("self"));
+    for space in ["mnt", "ipc", "uts", "cgroup"] {
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{space}")).unwrap();
+        assert_ne!(of(&guest.pid().to_string()), of("self"));
+    }
     // The socket goes with the run, from where it was.
     assert!(place.path("console").exists());
     done("kill v");

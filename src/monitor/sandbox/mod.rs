@@ -262,6 +262,13 @@ pub fn close(more: impl IntoIterator<Item = Grant>) -> Result<(), Error> {
     process::empty_bounding_set().map_err(Error::of("drop privileges", FILTERS))?;
     let grants: Vec<_> = jail.grants.iter().cloned().chain(more).collect();
     files::close(&grants, jail.mode).map_err(Error::of("restrict access to files", LANDLOCK))?;
+    match namespaces::set_apart() {
+        Err(error) if jail.mode == Mode::Strict => {
+            return Err(Error::of("create namespaces", NAMESPACES)(error));
+        }
+        Err(error) => log::info!("sandbox: running with mounts of its own alone: {error}"),
+        Ok(()) => {}
+    }
     let root = root(jail.mode, Root::new(&grants))?;
     *prepared() = root.flatten();
     Ok(())
@@ -309,6 +316,7 @@ pub fn lock(role: &Role, beside: impl FnOnce()) -> Result<(), Error> {
 pub fn enter(role: &Role) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
     files::enter().map_err(Error::of("restrict access to files", LANDLOCK))?;
+    namespaces::follow().map_err(Error::of("share namespaces", NAMESPACES))?;
     process::drop_privileges().map_err(Error::of("drop privileges", FILTERS))?;
     seccomp::apply(role, jail.needs).map_err(Error::of("limit system calls", FILTERS))
 }

@@ -4,6 +4,7 @@
 //! No PID namespace: the child that saves memory would become its init, and the last process in it. No network namespace: creating one
 //! takes longer than a start, and without a network the filters allow no socket.
 
+use std::cell::Cell;
 use std::env::current_dir;
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -20,30 +21,39 @@ use rustix::mount::{
     OpenTreeFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, mount_remount,
     move_mount, open_tree,
 };
-use rustix::process::{chdir, chroot, fchdir, getegid, geteuid};
-use rustix::thread::{CapabilitySet, UnshareFlags, capabilities, unshare_unsafe};
+use rustix::process::{PidfdFlags, chdir, chroot, fchdir, getegid, geteuid, getpid, pidfd_open};
+use rustix::thread::{
+    CapabilitySet, ThreadNameSpaceType, UnshareFlags, capabilities, move_into_thread_name_spaces,
+    unshare_unsafe,
+};
 
 use super::files::Grant;
 
-/// Set once the process has namespaces of its own.
+/// Set once the process has mounts of its own.
 static LEFT: OnceLock<()> = OnceLock::new();
+/// Set once its first thread has all other namespaces.
+static APART: OnceLock<()> = OnceLock::new();
+thread_local! {
+    /// Whether the thread, and whoever it starts, has them.
+    static IS_APART: Cell<bool> = const { Cell::new(false) };
+}
 /// Set once the root shows only what was granted.
 static ALONE: OnceLock<()> = OnceLock::new();
 
-/// Creates the namespaces. Call it while the process has one thread. Every file stays where it was. The inner error says why this user or
-/// container may not have them; the process can go on without.
+/// Creates the namespace of mounts, and that of users for who needs one: threads share mounts only with who starts them. Call it while the
+/// process has one thread. Every file stays where it was. The inner error says why this user or container may not have them; the process
+/// can go on without.
 ///
 /// # Errors
 /// The process is left without a user ID of its own, and must not go on.
 pub(super) fn leave() -> io::Result<Result<(), Errno>> {
-    let ours = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
     let owned = capabilities(None)?.effective;
     // Whoever has capabilities needs them still, a tap's above all, and they would be nothing in a namespace of users.
     let flags = match owned.is_empty() {
         // Who maps root needs a capability for that (user_namespaces(7)), and a process that is nobody there cannot go back.
         true if geteuid().is_root() => return Ok(Err(Errno::PERM)),
-        true => ours | UnshareFlags::NEWUSER,
-        false if owned.contains(CapabilitySet::SYS_ADMIN) => ours,
+        true => UnshareFlags::NEWNS | UnshareFlags::NEWUSER,
+        false if owned.contains(CapabilitySet::SYS_ADMIN) => UnshareFlags::NEWNS,
         false => return Ok(Err(Errno::PERM)),
     };
     let (user, group) = (geteuid().as_raw(), getegid().as_raw());
@@ -64,6 +74,41 @@ pub(super) fn leave() -> io::Result<Result<(), Errno>> {
     }
     let _ = LEFT.set(());
     Ok(Ok(()))
+}
+
+/// Creates the other namespaces, for the calling thread, the process's first, and those that it starts from now on. That takes as long as
+/// mounts do, so it is for whoever has others to wait for.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn set_apart() -> io::Result<()> {
+    if LEFT.get().is_some() {
+        // SAFETY: nothing that threads share is among them.
+        unsafe {
+            unshare_unsafe(UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP)?;
+        }
+        let _ = APART.set(());
+        IS_APART.set(true);
+    }
+    Ok(())
+}
+
+/// The calling thread has the namespaces of the first one, if that has some and it has not. Call it before it drops its capabilities.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn follow() -> io::Result<()> {
+    // Who has no capability was started by one that is inside.
+    if APART.get().is_none() || IS_APART.get() || capabilities(None)?.permitted.is_empty() {
+        return Ok(());
+    }
+    let first = pidfd_open(getpid(), PidfdFlags::empty())?;
+    let others = ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+        | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
+        | ThreadNameSpaceType::CONTROL_GROUP;
+    move_into_thread_name_spaces(first.as_fd(), others)?;
+    IS_APART.set(true);
+    Ok(())
 }
 
 /// A root that shows only what was granted, as long as nobody is in it.
