@@ -67,7 +67,9 @@ pub fn load(
     let contents = origin.fill(&memory, &platform);
     steps.done(Step::Load);
     // Without KVM nothing else matters.
-    let (Made { vm, processor }, seat) = shell.finish()?;
+    let (Made { vm, processor }, mut seat) = shell.finish()?;
+    // It has nothing else to do until the guest runs, and has all open that it needs.
+    seat.enter();
     let contents = contents?;
     steps.skip();
     let mut machine =

@@ -331,10 +331,10 @@ impl Machine {
     pub fn take_seats(&mut self) -> Result<(), Error> {
         for vcpu in self.vcpus.iter().skip(self.seats.len()) {
             let id = vcpu.id();
-            let (seat, _) = vcpu::Seat::new(id, || ()).map_err(|source| thread_of(id, source))?;
+            let (mut seat, _) = vcpu::Seat::new(id, || ()).map_err(|source| thread_of(id, source))?;
+            seat.enter();
             self.seats.push_back(seat);
         }
-        self.enter_jail();
         // What is left is once for the VM. On its own thread: to KVM another would be the vCPU's from then on.
         if let (Some(seat), false) = (self.seats.front(), self.vcpus.is_empty()) {
             let mut first = self.vcpus.remove(0);
@@ -348,11 +348,6 @@ impl Machine {
             self.vcpus.insert(0, warmed.recv().map_err(lost)?);
         }
         Ok(())
-    }
-
-    /// Has the threads that are there for vCPUs enter the jail, beside the one that calls: they wait to run, and nobody for them.
-    pub fn enter_jail(&mut self) {
-        self.seats.iter_mut().for_each(vcpu::Seat::enter);
     }
 
     /// Has KVM map memory that the guest has, as far as `MAPPED_AHEAD`, so that it need not stop at each page: for a machine that

@@ -291,17 +291,14 @@ fn root<T>(mode: Mode, trying: io::Result<T>) -> Result<Option<T>, Error> {
 }
 
 /// The calling thread, which has set all up, enters, and has all others find nothing but the jail's grants from now on. All that is to be
-/// opened is open. `beside` has other threads that are there [enter] meanwhile, for whom nobody waits until they run a guest: what a
-/// filter costs is its thread's time.
+/// opened is open.
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn lock(role: &Role, beside: impl FnOnce()) -> Result<(), Error> {
+pub fn lock(role: &Role) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
     inherited::close();
-    // Whether debuggers may look in is another matter while a thread becomes another user.
     process::limit().map_err(Error::of("lower resource limits", PROC))?;
-    beside();
     let prepared = prepared().take();
     if let Some(prepared) = prepared {
         root(jail.mode, prepared.enter())?;

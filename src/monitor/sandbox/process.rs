@@ -81,8 +81,18 @@ struct Becomes {
     has_roots_files: bool,
     /// The parent's death is this signal's to tell, and becoming another user resets that.
     dies: Option<Signal>,
-    /// Whether the process is open to debuggers, which is reset as well.
-    dumpable: OnceLock<DumpableBehavior>,
+}
+
+/// Whether the process is open to debuggers: the kernel resets that when a thread becomes another user, which others may be about to do.
+fn dumpable() -> io::Result<DumpableBehavior> {
+    static DUMPABLE: OnceLock<DumpableBehavior> = OnceLock::new();
+    match DUMPABLE.get() {
+        Some(known) => Ok(*known),
+        None => {
+            let now = dumpable_behavior()?;
+            Ok(*DUMPABLE.get_or_init(|| now))
+        }
+    }
 }
 
 /// No exec gives more than there was before, set-user-ID or not.
@@ -153,7 +163,7 @@ fn choose_user(chosen: Option<User>) -> io::Result<()> {
     // Root needs none to open the rest.
     set_thread_groups(&[])?;
     let dies = parent_process_death_signal()?;
-    let _ = USER.set(Becomes { user, has_roots_files: chosen.is_none(), dies, dumpable: OnceLock::new() });
+    let _ = USER.set(Becomes { user, has_roots_files: chosen.is_none(), dies });
     Ok(())
 }
 
@@ -163,14 +173,8 @@ pub(super) fn has_user() -> bool {
 }
 
 /// The calling thread, which has the capabilities for that, is another user from now on, in one group.
-fn become_user(Becomes { user, has_roots_files, dies, dumpable }: &Becomes) -> io::Result<()> {
-    let before = match dumpable.get() {
-        Some(before) => *before,
-        None => {
-            let now = dumpable_behavior()?;
-            *dumpable.get_or_init(|| now)
-        }
-    };
+fn become_user(Becomes { user, has_roots_files, dies }: &Becomes) -> io::Result<()> {
+    let before = dumpable()?;
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     set_thread_res_gid(gid, gid, gid)?;
     set_thread_res_uid(uid, uid, uid)?;
@@ -197,7 +201,7 @@ fn become_user(Becomes { user, has_roots_files, dies, dumpable }: &Becomes) -> i
 pub(super) fn limit() -> io::Result<()> {
     let files = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { maximum: files.current, ..files })?;
-    if dumpable_behavior()? == DumpableBehavior::NotDumpable {
+    if dumpable()? == DumpableBehavior::NotDumpable {
         setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     }
     Ok(())

@@ -349,7 +349,7 @@ impl<'a> Session<'a> {
             }
             // All is open, and nothing of the guest's has run.
             if self.controlled.is_some() && !std::mem::replace(&mut self.is_inside, true) {
-                sandbox::lock(&Role::Main, || machine.enter_jail())?;
+                sandbox::lock(&Role::Main)?;
             }
             let wanted = match self.controlled.as_mut().and_then(|controlled| controlled.spare.take()) {
                 Some(spare) => Some(self.stand(&spare, &mut machine)?),
