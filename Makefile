@@ -184,13 +184,14 @@ vtx: build
 # that fail for being slow under strace do not matter. Half an hour; no part of `make test`.
 CALLS := target/calls
 CALLS_HERE := sandbox:: snapshot:: fork:: pool:: vsock:: net:: overlay:: device:: terminal:: top:: lives:: detached:: template:: \
-	working_set:: memory_ways:: trace::
+	working_set:: memory_ways:: trace:: limits::
 CALLS_THERE := net_user::a_guest_has_all_that_a_network_has agent::commands_run_in_a_tuned_guest \
 	snapshot::our_kernel_goes_on_where_it_was_saved disk::debian_is_written_over_an_image_that_stays_as_it_is \
 	vsock::the_tuned_kernel_and_the_host_reach_each_other plug::a_network_device_comes_and_goes \
 	vhost::a_ring_that_is_broken_is_told_and_a_reset_brings_the_kernel_back \
 	share::a_folder_is_worked_in_from_both_sides share::files_that_are_open_are_so_after_a_restore_and_in_a_copy \
-	share::a_guest_its_copy_and_the_host_wait_for_each_others_locks share::programs_of_the_guest_hear_of_what_the_host_does
+	share::a_guest_its_copy_and_the_host_wait_for_each_others_locks share::programs_of_the_guest_hear_of_what_the_host_does \
+	share::owners_modes_and_devices_that_are_kept_are_so_for_the_guest_alone
 binary = $$(cargo test --no-run --package vmm --test $(1) 2>&1 | sed -n 's/.*Executable .*(\(.*\))/\1/p')
 calls:
 	@$(call install,strace:strace)

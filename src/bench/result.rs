@@ -102,6 +102,8 @@ pub enum Unit {
     MebibytesPerSecond,
     /// Operations a second.
     PerSecond,
+    /// Exits from a guest to the host's kernel.
+    Exits,
 }
 
 impl Unit {
@@ -115,6 +117,7 @@ impl Unit {
             Self::Kibibytes => "KiB",
             Self::MebibytesPerSecond => "MiB/s",
             Self::PerSecond => "/s",
+            Self::Exits => "exits",
         }
     }
 }

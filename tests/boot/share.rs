@@ -1,12 +1,13 @@
 //! Folders of the host's in a Linux guest: worked in from both sides, kept from being left, and there after a restore.
 
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::mount::{UnmountFlags, unmount};
 
 use crate::guest::{Guest, Kernel, available, run, vmm};
 use crate::snapshot::{await_running, exec, well};
@@ -20,6 +21,38 @@ fn folder() -> tempfile::TempDir {
     fs::write(dir.path().join("beside/secret"), "secret").unwrap();
     fs::write(dir.path().join("share/a"), "from the host\n").unwrap();
     dir
+}
+
+/// A file system of a disk's, whatever the machine's temporary folder is on.
+pub struct Ext4(tempfile::TempDir);
+
+impl Ext4 {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, at) = (dir.path().join("image"), dir.path().join("at"));
+        File::create(&image).unwrap().set_len(400 << 20).unwrap();
+        fs::create_dir(&at).unwrap();
+        let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
+        run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(&image));
+        run(Command::new("mount").args(["-o", "loop"]).args([&image, &at]));
+        Self(dir)
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> PathBuf {
+        self.above().join("at")
+    }
+
+    /// The folder around that.
+    pub fn above(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        let _ = unmount(self.path(), UnmountFlags::DETACH);
+    }
 }
 
 /// Runs `script`, with the folder at /s, and gives what it says.
@@ -294,6 +327,29 @@ fn files_belong_to_the_user_that_was_named_and_modes_hold_for_all() {
     assert_eq!(said, ["1000:100", "mine", "3", "mine"]);
     let made = fs::metadata(dir.path().join("share/m")).unwrap();
     assert_eq!((made.uid(), made.gid(), made.mode() & 0o7777), (0, 0, 0o600));
+}
+
+/// As the attributes of host files, which this needs, in the sandbox as elsewhere.
+#[test]
+fn owners_modes_and_devices_that_are_kept_are_so_for_the_guest_alone() {
+    if !available("owners_modes_and_devices_that_are_kept_are_so_for_the_guest_alone") {
+        return;
+    }
+    let disk = Ext4::new();
+    let host = disk.path();
+    fs::create_dir(host.join("share")).unwrap();
+    fs::write(host.join("share/a"), "from the host\n").unwrap();
+    let script = "echo x >f; chown 1000:100 f; chmod 4751 f; mknod n c 1 3; \
+                  stat -c '%u:%g %a %F' f n; chown 7 a; rm n; ls | cat";
+    let said = within(Kernel::TunedPvh, &host, ",owners=xattr", script);
+    assert_eq!(said, ["1000:100 4751 regular file", "0:0 644 character special file", "a", "f"]);
+    let made = fs::metadata(host.join("share/f")).unwrap();
+    assert_eq!((made.uid(), made.gid(), made.mode() & 0o7000), (0, 0, 0));
+    // What is not changed comes from the file itself.
+    let said = within(Kernel::TunedPvh, &host, ",owners=xattr", "stat -c '%u:%g %a' a f");
+    assert_eq!(said, ["7:0 644", "1000:100 4751"]);
+    let said = within(Kernel::TunedPvh, &host, "", "stat -c %u:%g a f");
+    assert_eq!(said, ["0:0", "0:0"]);
 }
 
 #[test]

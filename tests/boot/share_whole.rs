@@ -2,44 +2,17 @@
 //! judged where a host mounts them (tests/share).
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, Permissions};
+use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::mount::{UnmountFlags, unmount};
-
 use crate::guest::{Guest, Kernel, available, bundle, ticking};
+use crate::share::Ext4;
 
 /// Who shares the folder.
 const USER: u32 = 1000;
-
-/// A file system of a disk's, whatever the machine's temporary folder is on.
-struct Ext4(tempfile::TempDir);
-
-impl Ext4 {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let (image, at) = (dir.path().join("image"), dir.path().join("at"));
-        File::create(&image).unwrap().set_len(400 << 20).unwrap();
-        fs::create_dir(&at).unwrap();
-        let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
-        run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(&image));
-        run(Command::new("mount").args(["-o", "loop"]).args([&image, &at]));
-        Self(dir)
-    }
-
-    fn path(&self) -> std::path::PathBuf {
-        self.0.path().join("at")
-    }
-}
-
-impl Drop for Ext4 {
-    fn drop(&mut self) {
-        let _ = unmount(self.path(), UnmountFlags::DETACH);
-    }
-}
 
 /// The tests that failed, and how many passed, of a guest's root in a folder that is shared as `how` says, by an ordinary user or by root.
 fn judged(how: &str, by_user: bool) -> (BTreeSet<String>, usize) {
@@ -60,7 +33,7 @@ fn judged(how: &str, by_user: bool) -> (BTreeSet<String>, usize) {
     let cmdline =
         format!("console=hvc0 quiet panic=-1 root=/dev/vda rw init=/sbin/guest-init vmm.run=\"{script}\"");
     // The bundle's is a link into a folder of root's.
-    let kernel = host.0.path().join("kernel");
+    let kernel = host.above().join("kernel");
     fs::copy(Kernel::TunedPvh.file(), &kernel).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
     command.arg("--kernel").arg(kernel).args(["--cmdline", &ticking(&cmdline)]).stdin(Stdio::null());
@@ -74,7 +47,7 @@ fn judged(how: &str, by_user: bool) -> (BTreeSet<String>, usize) {
         for own in [&folder, runtime.path()] {
             chown(own, Some(USER), Some(USER)).unwrap();
         }
-        for shown in [host.0.path(), &host.path()] {
+        for shown in [host.above(), &host.path()] {
             fs::set_permissions(shown, Permissions::from_mode(0o755)).unwrap();
         }
         let vmm = std::mem::replace(&mut command, Command::new("setpriv"));

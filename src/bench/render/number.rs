@@ -25,7 +25,7 @@ pub fn scale(unit: Unit, smallest: f64) -> (f64, &'static str) {
         Unit::MebibytesPerSecond => &[(1024.0, "GiB/s")],
         Unit::PerSecond => &[(1e6, "million/s"), (1e3, "thousand/s")],
         Unit::Instructions => &[(1e6, "million instructions"), (1e3, "thousand instructions")],
-        Unit::Cycles => &[],
+        Unit::Cycles | Unit::Exits => &[],
     };
     let found = larger.iter().find(|(factor, _)| smallest >= *factor);
     found.copied().unwrap_or((1.0, unit.symbol()))

@@ -88,20 +88,29 @@ impl Contender for Worker<'_> {
 impl Worker<'_> {
     /// Does the work once. The inner error: the reader was late, so that nothing is known.
     fn spans(&self) -> Result<Result<Vec<f64>, String>, String> {
-        spans(self.name, self.start()?, &self.work)
+        spans(self.name, self.start()?, &self.work, &mut || ())
     }
 }
 
-/// What `command` comes to, which does all of `work`. The inner error: the reader was late, so that nothing is known.
+/// What `command` comes to, which does all of `work`. The inner error: the reader was late, so that nothing is known. `at_mark` is called
+/// before and after each piece of the work.
 ///
 /// # Errors
 /// It could not be done.
-pub fn spans(name: &str, command: Command, work: &[Measured]) -> Result<Result<Vec<f64>, String>, String> {
+pub fn spans(
+    name: &str,
+    command: Command,
+    work: &[Measured],
+    at_mark: &mut dyn FnMut(),
+) -> Result<Result<Vec<f64>, String>, String> {
     let marks: Vec<String> =
         work.iter().flat_map(|measured| [measured.step.begin(), measured.step.end()]).collect();
     // A guest's console ends its lines in its own way.
     let marks: Vec<&[u8]> = marks.iter().map(|mark| mark.trim_end().as_bytes()).collect();
-    let span = span::measure(command, &marks, LIMIT, &mut |_, _| Ok(()))?;
+    let span = span::measure(command, &marks, LIMIT, &mut |_, _| {
+        at_mark();
+        Ok(())
+    })?;
     if !span.status.success() {
         return Err(format!("{name} ended with {}", span.status));
     }

@@ -22,21 +22,50 @@ const FILES: u64 = 512;
 /// And pages.
 const REQUESTS: u64 = 2048;
 
-/// What is done, in this order, and what it is to people.
-const WORK: [(What, &str); 12] = [
-    (What::Tree(Act::Unpack), "tar x, a file"),
-    (What::Tree(Act::Status), "git status, a file"),
-    (What::Tree(Act::Find), "find -size, a file"),
-    (What::Tree(Act::Cat), "cat, a file"),
-    (What::Tree(Act::Remove), "rm -r, a file"),
-    (What::Requests { random: false, write: false, cached: true }, "read in order, 4 KiB"),
-    (What::Requests { random: false, write: true, cached: true }, "write in order, 4 KiB"),
-    (What::Requests { random: true, write: true, cached: true }, "write at random, 4 KiB"),
-    (What::Requests { random: false, write: false, cached: false }, "read in order past the cache, 4 KiB"),
-    (What::Requests { random: true, write: false, cached: false }, "read at random past the cache, 4 KiB"),
-    (What::Requests { random: true, write: true, cached: false }, "write at random past the cache, 4 KiB"),
-    (What::Tree(Act::Map), "mmap, a page"),
+/// What is done, in this order; what it is to people, and the exits that it takes.
+const WORK: [(What, &str, &str); 12] = [
+    (What::Tree(Act::Unpack), "tar x, a file", "tar x, a file: exits"),
+    (What::Tree(Act::Status), "git status, a file", "git status, a file: exits"),
+    (What::Tree(Act::Find), "find -size, a file", "find -size, a file: exits"),
+    (What::Tree(Act::Cat), "cat, a file", "cat, a file: exits"),
+    (What::Tree(Act::Remove), "rm -r, a file", "rm -r, a file: exits"),
+    (
+        What::Requests { random: false, write: false, cached: true },
+        "read in order, 4 KiB",
+        "read in order, 4 KiB: exits",
+    ),
+    (
+        What::Requests { random: false, write: true, cached: true },
+        "write in order, 4 KiB",
+        "write in order, 4 KiB: exits",
+    ),
+    (
+        What::Requests { random: true, write: true, cached: true },
+        "write at random, 4 KiB",
+        "write at random, 4 KiB: exits",
+    ),
+    (
+        What::Requests { random: false, write: false, cached: false },
+        "read in order past the cache, 4 KiB",
+        "read in order past the cache, 4 KiB: exits",
+    ),
+    (
+        What::Requests { random: true, write: false, cached: false },
+        "read at random past the cache, 4 KiB",
+        "read at random past the cache, 4 KiB: exits",
+    ),
+    (
+        What::Requests { random: true, write: true, cached: false },
+        "write at random past the cache, 4 KiB",
+        "write at random past the cache, 4 KiB: exits",
+    ),
+    (What::Tree(Act::Map), "mmap, a page", "mmap, a page: exits"),
 ];
+
+/// The exits of all VMs of this host so far, if KVM tells.
+fn exits() -> Option<f64> {
+    fs::read_to_string("/sys/kernel/debug/kvm/exits").ok()?.trim().parse().ok()
+}
 
 #[derive(Debug, Clone, Copy)]
 enum What {
@@ -75,27 +104,40 @@ fn counts(server: Server) -> (u64, u64) {
 pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -> Result<Suite, String> {
     let host = Host::look(setting.repeatable_clock);
     let unit = if setting.repeatable_clock { Unit::Instructions } else { Unit::Nanoseconds };
-    let quantities = WORK.map(|(_, name)| Quantity { name, unit, better: Better::Lower });
+    let mut quantities = WORK.map(|(_, name, _)| Quantity { name, unit, better: Better::Lower }).to_vec();
+    let has_exits = exits().is_some();
+    if has_exits {
+        quantities.extend(WORK.map(|(_, _, name)| Quantity {
+            name,
+            unit: Unit::Exits,
+            better: Better::Lower,
+        }));
+    }
     let (mut contenders, mut absent): (Vec<Box<dyn Contender + '_>>, Vec<Absent>) = Default::default();
     for who in CONTENDERS {
-        match Sharing::new(who, quantities, setting) {
+        match Sharing::new(who, unit, has_exits, setting) {
             Ok(contender) => contenders.push(Box::new(contender)),
             Err(why) => absent.push(Absent { name: who.0.to_owned(), command: format!("{who:?}"), why }),
         }
     }
-    let (contenders, figures) = measure::series(&mut contenders, &absent, &quantities, plan, progress);
+    let (contenders, mut figures) = measure::series(&mut contenders, &absent, &quantities, plan, progress);
+    for figure in figures.iter_mut().filter(|figure| figure.unit == Unit::Exits) {
+        // A process has none.
+        figure.series.retain(|series| series.who != CONTENDERS[0].0);
+        figure.baseline = figure.series.first().map(|series| series.who.clone());
+    }
     Ok(Suite {
         name: "share".to_owned(),
         title: "Shared folders: native, vmm, virtiofsd".to_owned(),
         host,
         seed: plan.seed,
-        method: method(setting),
+        method: method(setting, has_exits),
         contenders,
         figures,
     })
 }
 
-fn method(setting: &Setting) -> Vec<String> {
+fn method(setting: &Setting, has_exits: bool) -> Vec<String> {
     let (files, requests) = counts(Server::Vmm);
     let mut method = vec![
         format!(
@@ -118,6 +160,15 @@ fn method(setting: &Setting) -> Vec<String> {
             places::CLOCK.to_owned()
         },
     ];
+    method.push(
+        match has_exits {
+            true => "Exits are those of all VMs of this host meanwhile, as KVM counts them, ticks included.",
+            false => {
+                "Exits are not counted: KVM tells in /sys/kernel/debug/kvm, if there is one, and only root."
+            }
+        }
+        .to_owned(),
+    );
     method.extend(Place::tick());
     method
 }
@@ -128,7 +179,8 @@ struct Sharing<'a> {
     server: Server,
     cache: &'static str,
     setting: &'a Setting,
-    quantities: [Quantity; WORK.len()],
+    unit: Unit,
+    has_exits: bool,
     folder: PathBuf,
     /// QEMU and virtiofsd.
     programs: Option<(PathBuf, PathBuf)>,
@@ -143,7 +195,8 @@ impl Drop for Sharing<'_> {
 impl<'a> Sharing<'a> {
     fn new(
         (name, server, cache): (&'static str, Server, &'static str),
-        quantities: [Quantity; WORK.len()],
+        unit: Unit,
+        has_exits: bool,
         setting: &'a Setting,
     ) -> Result<Self, String> {
         let programs = match server {
@@ -158,14 +211,14 @@ impl<'a> Sharing<'a> {
         let folder = above.join(format!("vmm-bench-{}-{server:?}-{cache}", std::process::id()));
         let made = fs::create_dir(&folder);
         made.map_err(|error| format!("make {}: {error}", folder.display()))?;
-        Ok(Self { name, server, cache, setting, quantities, folder, programs })
+        Ok(Self { name, server, cache, setting, unit, has_exits, folder, programs })
     }
 
     /// The work, in the folder as the program sees it.
     fn work(&self) -> Vec<Measured> {
         let at = if self.server == Server::None { &self.folder } else { Path::new(SHARE) };
         let (files, requests) = counts(self.server);
-        let measured = |((what, _), quantity): ((What, _), Quantity)| {
+        let measured = |(what, name, _): (What, _, _)| {
             let step = match what {
                 What::Tree(Act::Map) => Step::Tree(Act::Map, requests, at.join("mapped")),
                 What::Tree(act) => Step::Tree(act, files, at.join("tree")),
@@ -173,9 +226,10 @@ impl<'a> Sharing<'a> {
                     Step::Block { random, write, cached, count: requests, path: at.join("large") }
                 }
             };
-            Measured { step, quantity, value: each }
+            let quantity = Quantity { name, unit: self.unit, better: Better::Lower };
+            Measured { step, quantity, value: |step, seconds| each(step, seconds * 1e9) }
         };
-        WORK.into_iter().zip(self.quantities).map(measured).collect()
+        WORK.into_iter().map(measured).collect()
     }
 
     /// The folder as it is at first.
@@ -274,14 +328,24 @@ impl Contender for Sharing<'_> {
             format!("{why} {}", said.trim())
         };
         let _daemon = self.serve().map_err(complained)?;
-        places::spans(self.name, self.start()?, &self.work()).map_err(complained)?
+        let (work, mut seen) = (self.work(), Vec::new());
+        let spans = places::spans(self.name, self.start()?, &work, &mut || seen.push(exits()));
+        let mut values = spans.map_err(complained)??;
+        if self.has_exits {
+            let taken = seen.chunks(2).zip(&work).map(|(marks, work)| match marks {
+                [Some(begin), Some(end)] => each(&work.step, end - begin),
+                _ => f64::NAN,
+            });
+            values.extend(taken);
+        }
+        Ok(values)
     }
 }
 
-/// Nanoseconds of each file, request or page.
-fn each(step: &Step, seconds: f64) -> f64 {
+/// What each file, request or page has of `all`.
+fn each(step: &Step, all: f64) -> f64 {
     match step {
-        Step::Block { count, .. } | Step::Tree(_, count, _) => seconds * 1e9 / *count as f64,
+        Step::Block { count, .. } | Step::Tree(_, count, _) => all / *count as f64,
         _ => f64::NAN,
     }
 }

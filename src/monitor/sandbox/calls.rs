@@ -323,12 +323,14 @@ const SHARE: &[Call] = &[
     any(libc::SYS_syncfs),
     any(libc::SYS_fstatfs),
     any(libc::SYS_getxattr),
-    any(libc::SYS_listxattr),
+    rare(any(libc::SYS_listxattr), "a guest's program that asks for all attributes, as cp -a"),
     any(libc::SYS_setxattr),
-    any(libc::SYS_removexattr),
+    rare(any(libc::SYS_removexattr), "an access control list that is taken away"),
     // Locks that the guest shares with others.
-    when(libc::SYS_fcntl, &[&[is(1, libc::F_OFD_SETLK as u32)]]),
-    when(libc::SYS_fcntl, &[&[is(1, libc::F_OFD_GETLK as u32)]]),
+    rare(
+        when(libc::SYS_fcntl, &[&[is(1, libc::F_OFD_SETLK as u32)], &[is(1, libc::F_OFD_GETLK as u32)]]),
+        "locks on parts of a file (`locks=shared`): the guests that are watched lock whole ones",
+    ),
     any(libc::SYS_flock),
     // What others change there.
     any(libc::SYS_fanotify_init),
@@ -361,7 +363,7 @@ const HOUSE: &[Call] = &[
     rare(any(libc::SYS_sendfile), "a kernel or initrd that is loaded again at a reset"),
     any(libc::SYS_copy_file_range),
     any(libc::SYS_uname),
-    any(libc::SYS_geteuid),
+    rare(any(libc::SYS_geteuid), "whether a folder or a socket is this user's"),
     any(libc::SYS_getppid),
     // Not those of another process of this user's.
     rare(when(libc::SYS_prlimit64, &[&[is(0, 0)]]), "as many descriptors as a socket device may have"),
