@@ -239,13 +239,8 @@ pub fn begin(jail: Jail, end: impl Fn(&Refused) + Send + Sync + 'static) -> Resu
     }
     inherited::note().map_err(Error::of("list open files", PROC))?;
     inherited::forget_environment();
-    match namespaces::leave().map_err(Error::of("create namespaces", NAMESPACES))? {
-        Err(error) if jail.mode == Mode::Strict => {
-            return Err(Error::of("create namespaces", NAMESPACES)(error));
-        }
-        Err(error) => log::info!("sandbox: running without namespaces: {error}"),
-        Ok(()) => {}
-    }
+    let left = namespaces::leave().map_err(Error::of("create namespaces", NAMESPACES))?;
+    had(jail.mode, "create namespaces", "namespaces", left.map_err(io::Error::from))?;
     refused::listen(end).map_err(Error::of("listen for refused system calls", FILTERS))?;
     // The first is all that there is.
     let _ = JAIL.set(jail);
@@ -262,15 +257,9 @@ pub fn close(more: impl IntoIterator<Item = Grant>) -> Result<(), Error> {
     process::empty_bounding_set().map_err(Error::of("drop privileges", FILTERS))?;
     let grants: Vec<_> = jail.grants.iter().cloned().chain(more).collect();
     files::close(&grants, jail.mode).map_err(Error::of("restrict access to files", LANDLOCK))?;
-    match namespaces::set_apart() {
-        Err(error) if jail.mode == Mode::Strict => {
-            return Err(Error::of("create namespaces", NAMESPACES)(error));
-        }
-        Err(error) => log::info!("sandbox: running with mounts of its own alone: {error}"),
-        Ok(()) => {}
-    }
-    let root = root(jail.mode, Root::new(&grants))?;
-    *prepared() = root.flatten();
+    let apart = namespaces::set_apart();
+    had(jail.mode, "create namespaces", "namespaces but that of mounts", apart)?;
+    *prepared() = had_root(jail.mode, Root::new(&grants))?.flatten();
     Ok(())
 }
 
@@ -278,16 +267,20 @@ fn prepared() -> MutexGuard<'static, Option<Root>> {
     PREPARED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What came of `trying` to have a root of its own, which some hosts do not let anybody have.
-fn root<T>(mode: Mode, trying: io::Result<T>) -> Result<Option<T>, Error> {
+/// What came of `trying` to do `what`. A host that refuses goes on without it, which is `less`, unless the jail is to be strict.
+fn had<T>(mode: Mode, what: &'static str, less: &str, trying: io::Result<T>) -> Result<Option<T>, Error> {
     match trying {
-        Err(error) if mode == Mode::Strict => Err(Error::of("change to an empty root", NAMESPACES)(error)),
+        Err(error) if mode == Mode::Strict => Err(Error::of(what, NAMESPACES)(error)),
         Err(error) => {
-            log::info!("sandbox: running without a root of its own: {error}");
+            log::info!("sandbox: running without {less}: {error}");
             Ok(None)
         }
-        Ok(root) => Ok(Some(root)),
+        Ok(had) => Ok(Some(had)),
     }
+}
+
+fn had_root<T>(mode: Mode, trying: io::Result<T>) -> Result<Option<T>, Error> {
+    had(mode, "change to an empty root", "a root of its own", trying)
 }
 
 /// The calling thread, which has set all up, enters, and has all others find nothing but the jail's grants from now on. All that is to be
@@ -301,7 +294,7 @@ pub fn lock(role: &Role) -> Result<(), Error> {
     process::limit().map_err(Error::of("lower resource limits", PROC))?;
     let prepared = prepared().take();
     if let Some(prepared) = prepared {
-        root(jail.mode, prepared.enter())?;
+        had_root(jail.mode, prepared.enter())?;
     }
     enter(role)
 }
