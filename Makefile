@@ -165,7 +165,7 @@ VIRTIOFSD := /usr/lib/qemu/virtiofsd
 bench-share: build
 	@$(call install,qemu-system-x86:qemu-system-x86_64)
 	@$(BIN)/guest bundle --only tuned --out $(GUESTS)
-	@$(call counted,$(OUT)/share-counted.json,1200,--mem 4096 --with $(VIRTIOFSD),share --with virtiofsd=$(VIRTIOFSD))
+	@$(call counted,$(OUT)/share-counted.json,400,--mem 4096 --with $(VIRTIOFSD),share --with virtiofsd=$(VIRTIOFSD))
 	@$(BENCH) --from $(OUT)/share-counted.json
 
 weight: build
