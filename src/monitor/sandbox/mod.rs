@@ -267,10 +267,13 @@ fn prepared() -> MutexGuard<'static, Option<Root>> {
     PREPARED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What came of `trying` to do `what`. A host that refuses goes on without it, which is `less`, unless the jail is to be strict.
+/// What came of `trying` to do `what`. On a host that refuses the process goes on without it, which is `less`, unless the jail is to be
+/// strict; not so for want of descriptors, which it can be given.
 fn had<T>(mode: Mode, what: &'static str, less: &str, trying: io::Result<T>) -> Result<Option<T>, Error> {
     match trying {
-        Err(error) if mode == Mode::Strict => Err(Error::of(what, NAMESPACES)(error)),
+        Err(error) if mode == Mode::Strict || Errno::from_io_error(&error) == Some(Errno::MFILE) => {
+            Err(Error::of(what, NAMESPACES)(error))
+        }
         Err(error) => {
             log::info!("sandbox: running without {less}: {error}");
             Ok(None)

@@ -31,8 +31,8 @@ use super::files::Grant;
 
 /// Set once the process has mounts of its own.
 static LEFT: OnceLock<()> = OnceLock::new();
-/// Set once its first thread has all other namespaces.
-static APART: OnceLock<()> = OnceLock::new();
+/// Once its first thread has all other namespaces, a descriptor of it: others may have to follow when there is none left.
+static APART: OnceLock<OwnedFd> = OnceLock::new();
 thread_local! {
     /// Whether the thread, and whoever it starts, has them.
     static IS_APART: Cell<bool> = const { Cell::new(false) };
@@ -87,8 +87,8 @@ pub(super) fn set_apart() -> io::Result<()> {
         unsafe {
             unshare_unsafe(UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP)?;
         }
-        let _ = APART.set(());
         IS_APART.set(true);
+        let _ = APART.set(pidfd_open(getpid(), PidfdFlags::empty())?);
     }
     Ok(())
 }
@@ -98,11 +98,11 @@ pub(super) fn set_apart() -> io::Result<()> {
 /// # Errors
 /// The kernel refuses.
 pub(super) fn follow() -> io::Result<()> {
+    let Some(first) = APART.get() else { return Ok(()) };
     // Who has no capability was started by one that is inside.
-    if APART.get().is_none() || IS_APART.get() || capabilities(None)?.permitted.is_empty() {
+    if IS_APART.get() || capabilities(None)?.permitted.is_empty() {
         return Ok(());
     }
-    let first = pidfd_open(getpid(), PidfdFlags::empty())?;
     let others = ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
         | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
         | ThreadNameSpaceType::CONTROL_GROUP;
