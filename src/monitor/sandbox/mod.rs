@@ -270,16 +270,16 @@ fn prepared() -> MutexGuard<'static, Option<Root>> {
 /// What came of `trying` to do `what`. On a host that refuses the process goes on without it, which is `less`, unless the jail is to be
 /// strict; not so for want of descriptors, which it can be given.
 fn had<T>(mode: Mode, what: &'static str, less: &str, trying: io::Result<T>) -> Result<Option<T>, Error> {
-    match trying {
-        Err(error) if mode == Mode::Strict || Errno::from_io_error(&error) == Some(Errno::MFILE) => {
-            Err(Error::of(what, NAMESPACES)(error))
-        }
-        Err(error) => {
-            log::info!("sandbox: running without {less}: {error}");
-            Ok(None)
-        }
-        Ok(had) => Ok(Some(had)),
+    trying.map(Some).or_else(|error| without(mode, what, less, error).map(|()| None))
+}
+
+#[cold]
+fn without(mode: Mode, what: &'static str, less: &str, error: io::Error) -> Result<(), Error> {
+    if mode == Mode::Strict || Errno::from_io_error(&error) == Some(Errno::MFILE) {
+        return Err(Error::of(what, NAMESPACES)(error));
     }
+    log::info!("sandbox: running without {less}: {error}");
+    Ok(())
 }
 
 fn had_root<T>(mode: Mode, trying: io::Result<T>) -> Result<Option<T>, Error> {
