@@ -152,8 +152,10 @@ impl Root {
             | MountAttrFlags::MOUNT_ATTR_NOSUID
             | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         let mount = fsmount(tmpfs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-        let shown = paths.into_iter().map(|path| show(path, mount.as_fd()));
-        let shown = shown.filter_map(Result::transpose).collect::<Result<_, _>>()?;
+        let mut shown = Vec::with_capacity(paths.len());
+        for path in paths {
+            shown.extend(show(path, mount.as_fd())?);
+        }
         Ok(Some(Self { mount, shown }))
     }
 
