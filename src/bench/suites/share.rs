@@ -22,44 +22,20 @@ const FILES: u64 = 512;
 /// And pages.
 const REQUESTS: u64 = 2048;
 
-/// What is done, in this order; what it is to people, and the exits that it takes.
-const WORK: [(What, &str, &str); 12] = [
-    (What::Tree(Act::Unpack), "tar x, a file", "tar x, a file: exits"),
-    (What::Tree(Act::Status), "git status, a file", "git status, a file: exits"),
-    (What::Tree(Act::Find), "find -size, a file", "find -size, a file: exits"),
-    (What::Tree(Act::Cat), "cat, a file", "cat, a file: exits"),
-    (What::Tree(Act::Remove), "rm -r, a file", "rm -r, a file: exits"),
-    (
-        What::Requests { random: false, write: false, cached: true },
-        "read in order, 4 KiB",
-        "read in order, 4 KiB: exits",
-    ),
-    (
-        What::Requests { random: false, write: true, cached: true },
-        "write in order, 4 KiB",
-        "write in order, 4 KiB: exits",
-    ),
-    (
-        What::Requests { random: true, write: true, cached: true },
-        "write at random, 4 KiB",
-        "write at random, 4 KiB: exits",
-    ),
-    (
-        What::Requests { random: false, write: false, cached: false },
-        "read in order past the cache, 4 KiB",
-        "read in order past the cache, 4 KiB: exits",
-    ),
-    (
-        What::Requests { random: true, write: false, cached: false },
-        "read at random past the cache, 4 KiB",
-        "read at random past the cache, 4 KiB: exits",
-    ),
-    (
-        What::Requests { random: true, write: true, cached: false },
-        "write at random past the cache, 4 KiB",
-        "write at random past the cache, 4 KiB: exits",
-    ),
-    (What::Tree(Act::Map), "mmap, a page", "mmap, a page: exits"),
+/// What is done, in this order, and what it is to people.
+const WORK: [(What, &str); 12] = [
+    (What::Tree(Act::Unpack), "tar x, a file"),
+    (What::Tree(Act::Status), "git status, a file"),
+    (What::Tree(Act::Find), "find -size, a file"),
+    (What::Tree(Act::Cat), "cat, a file"),
+    (What::Tree(Act::Remove), "rm -r, a file"),
+    (What::Requests { random: false, write: false, cached: true }, "read in order, 4 KiB"),
+    (What::Requests { random: false, write: true, cached: true }, "write in order, 4 KiB"),
+    (What::Requests { random: true, write: true, cached: true }, "write at random, 4 KiB"),
+    (What::Requests { random: false, write: false, cached: false }, "read in order past the cache, 4 KiB"),
+    (What::Requests { random: true, write: false, cached: false }, "read at random past the cache, 4 KiB"),
+    (What::Requests { random: true, write: true, cached: false }, "write at random past the cache, 4 KiB"),
+    (What::Tree(Act::Map), "mmap, a page"),
 ];
 
 /// The exits of all VMs of this host so far, if KVM tells.
@@ -104,15 +80,10 @@ fn counts(server: Server) -> (u64, u64) {
 pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -> Result<Suite, String> {
     let host = Host::look(setting.repeatable_clock);
     let unit = if setting.repeatable_clock { Unit::Instructions } else { Unit::Nanoseconds };
-    let mut quantities = WORK.map(|(_, name, _)| Quantity { name, unit, better: Better::Lower }).to_vec();
     let has_exits = exits().is_some();
-    if has_exits {
-        quantities.extend(WORK.map(|(_, _, name)| Quantity {
-            name,
-            unit: Unit::Exits,
-            better: Better::Lower,
-        }));
-    }
+    let units = if has_exits { &[unit, Unit::Exits][..] } else { &[unit] };
+    let of_unit = |unit: &Unit| WORK.map(|(_, name)| Quantity { name, unit: *unit, better: Better::Lower });
+    let quantities: Vec<_> = units.iter().flat_map(of_unit).collect();
     let (mut contenders, mut absent): (Vec<Box<dyn Contender + '_>>, Vec<Absent>) = Default::default();
     for who in CONTENDERS {
         match Sharing::new(who, unit, has_exits, setting) {
@@ -122,6 +93,7 @@ pub fn run(setting: &Setting, plan: Plan, progress: &mut dyn FnMut(f64, &str)) -
     }
     let (contenders, mut figures) = measure::series(&mut contenders, &absent, &quantities, plan, progress);
     for figure in figures.iter_mut().filter(|figure| figure.unit == Unit::Exits) {
+        figure.name += ": exits";
         // A process has none.
         figure.series.retain(|series| series.who != CONTENDERS[0].0);
         figure.baseline = figure.series.first().map(|series| series.who.clone());
@@ -218,7 +190,7 @@ impl<'a> Sharing<'a> {
     fn work(&self) -> Vec<Measured> {
         let at = if self.server == Server::None { &self.folder } else { Path::new(SHARE) };
         let (files, requests) = counts(self.server);
-        let measured = |(what, name, _): (What, _, _)| {
+        let measured = |(what, name): (What, _)| {
             let step = match what {
                 What::Tree(Act::Map) => Step::Tree(Act::Map, requests, at.join("mapped")),
                 What::Tree(act) => Step::Tree(act, files, at.join("tree")),

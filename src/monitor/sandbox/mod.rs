@@ -309,7 +309,7 @@ pub fn lock(role: &Role) -> Result<(), Error> {
 pub fn enter(role: &Role) -> Result<(), Error> {
     let Some(jail) = JAIL.get() else { return Ok(()) };
     files::enter().map_err(Error::of("restrict access to files", LANDLOCK))?;
-    namespaces::follow().map_err(Error::of("share namespaces", NAMESPACES))?;
+    had(jail.mode, "share namespaces", "namespaces on this thread but that of mounts", namespaces::follow())?;
     process::drop_privileges().map_err(Error::of("drop privileges", FILTERS))?;
     seccomp::apply(role, jail.needs).map_err(Error::of("limit system calls", FILTERS))
 }
@@ -324,8 +324,7 @@ pub fn layers() -> String {
     if JAIL.get().is_none() {
         return "off".to_owned();
     }
-    let namespaces = namespaces::is_alone().then_some("namespaces");
     let user = process::has_user().then_some("own user");
-    let layers = [Some("seccomp"), files::layer(), namespaces, Some("no capabilities"), user];
+    let layers = [Some("seccomp"), files::layer(), namespaces::layer(), Some("no capabilities"), user];
     layers.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }

@@ -256,7 +256,8 @@ pub fn alone(folder: OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
     if set == 0 { Ok(tree) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Whether the root shows only what was granted.
-pub(super) fn is_alone() -> bool {
-    ALONE.get().is_some()
+/// The name of this layer as far as the process has it, for people. Without a root of its own it protects nothing.
+pub(super) fn layer() -> Option<&'static str> {
+    ALONE.get()?;
+    Some(if APART.get().is_some() { "namespaces" } else { "namespaces in part" })
 }
